@@ -1,0 +1,26 @@
+"""Preference training for language models: one YAML, in a debugger, on Ray and on Slurm."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["RunSpec", "UserError", "load_spec", "train"]
+
+if TYPE_CHECKING:
+    from orchestrator.run.driver import train
+    from orchestrator.settings.load import load_spec
+    from orchestrator.settings.spec import RunSpec, UserError
+
+_HOMES = {
+    "RunSpec": "orchestrator.settings.spec",
+    "UserError": "orchestrator.settings.spec",
+    "load_spec": "orchestrator.settings.load",
+    "train": "orchestrator.run.driver",
+}
+
+
+def __getattr__(name: str) -> Any:  # lazy (PEP 562): reading settings must not import torch
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,96 @@
+"""Order, pairs and collator -> the micro-batches of one rank, a step at a time, prefetched."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from orchestrator.data.collate import AdaptedCollator, CollateContext, Counts, PairBatch, PreferenceCollator
+from orchestrator.data.order import MicroBatch, Order, StepPlan
+from orchestrator.data.pairs import Pairs
+
+PREFETCHED_STEPS = 2
+
+
+class StepBatches(NamedTuple):
+    """The micro-batches of one optimizer step on this rank, and what their sums are divided by."""
+
+    epoch: int
+    pairs_seen: int  # after this step
+    micro_batches: list[PairBatch]
+    counts: Counts  # of the global batch; of this rank alone where `are_local`
+    are_local: bool  # a user's collator may change the counts: they still have to be summed over ranks
+
+
+class Loader:
+    """Makes steps from any position in the data. Our own collator runs ahead in a thread; a user's runs in line,
+    because it may draw random numbers, which must come in the same order after a resume."""
+
+    def __init__(self, pairs: Pairs, order: Order, collator: PreferenceCollator | AdaptedCollator) -> None:
+        self.pairs, self.order, self.collator = pairs, order, collator
+
+    def steps(self, pairs_seen: int, step: int) -> Iterator[StepBatches]:
+        """Every step from a position on, without end. `step`: optimizer steps taken before."""
+        made = self._steps(pairs_seen, step)
+        return made if isinstance(self.collator, AdaptedCollator) else _prefetched(made)
+
+    def whole(self, step: int) -> tuple[list[MicroBatch], Callable[[MicroBatch], PairBatch]]:
+        """Every pair once: this rank's micro-batches, and what makes a batch of one."""
+        context = self._context(step, self.order.pairs, int(self.order.costs.sum()))
+        return self.order.whole(), lambda micro: self._collate(micro, context)
+
+    def _steps(self, pairs_seen: int, step: int) -> Iterator[StepBatches]:
+        while True:
+            step += 1
+            plan = self.order.plan(pairs_seen)
+            yield self._make(plan, step)
+            pairs_seen += len(plan.global_pairs)
+
+    def _make(self, plan: StepPlan, step: int) -> StepBatches:
+        counts = Counts(len(plan.global_pairs), int(self.order.costs[plan.global_pairs].sum()))
+        context = self._context(step, *counts)
+        batches = [self._collate(micro, context) for micro in plan.micro_batches]
+        if are_local := isinstance(self.collator, AdaptedCollator):
+            counts = Counts(*map(sum, zip(*(batch.counts for batch in batches), strict=True)))
+        return StepBatches(plan.epoch, plan.pairs_seen + len(plan.global_pairs), batches, counts, are_local)
+
+    def _collate(self, micro: MicroBatch, context: CollateContext) -> PairBatch:
+        rows = [self.pairs[int(index)] for index in micro.pairs]
+        if isinstance(self.collator, AdaptedCollator):
+            return self.collator(rows, context, is_filler=micro.is_filler)
+        return self.collator(rows, is_filler=micro.is_filler)
+
+    def _context(self, step: int, pairs: int, tokens: int) -> CollateContext:
+        return CollateContext(self.order.rank, self.order.world_size, step, pairs, tokens)
+
+
+def _prefetched(steps: Iterator[StepBatches]) -> Iterator[StepBatches]:
+    """The same steps, made in a thread a little ahead of their use; the thread ends with the iterator."""
+    ready: queue.Queue[StepBatches | BaseException] = queue.Queue(PREFETCHED_STEPS)
+    stop = threading.Event()
+
+    def put(item: StepBatches | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for made in steps:
+                put(made)
+                if stop.is_set():
+                    return
+        except BaseException as error:  # handed to the consumer, who raises it
+            put(error)
+
+    threading.Thread(target=produce, name="loader", daemon=True).start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()

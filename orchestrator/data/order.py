@@ -1,0 +1,143 @@
+"""Which pairs rank r of W sees at step s, as balanced micro-batches; pure integers, the same on every rank.
+
+Legend: N pairs of the data set, G pairs of a global batch, W ranks, S global batches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+
+def _scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele et al. 2014): a bijection of 64-bit integers that looks random."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permutation(pairs: int, seed: int, epoch: int) -> Integers:
+    """[N] the order of an epoch. Our own integers, so that no library's new release reorders a running job."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        key = _scrambled(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        key = _scrambled(key ^ np.uint64(epoch))
+        hashes = _scrambled(np.arange(pairs, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key)
+    return np.argsort(hashes, kind="stable")
+
+
+def deal(costs: Integers, ranks: int) -> Integers:
+    """Deal the pairs of global batches to ranks, balanced by cost: the dearest pair left goes to the rank that
+    carries least (LPT, Graham 1969).
+
+    costs: [S, G] integers. Returns [S, G], the rank of each pair.
+    Vectorised over S, in blocks whose loads stay in the cache.
+    """
+    batches, size = costs.shape
+    owners = np.empty((batches, size), np.int64)
+    block = max(1, 2**17 // ranks)
+    for start in range(0, batches, block):
+        part = costs[start : start + block]
+        by_cost = np.argsort(-part, axis=1, kind="stable")
+        loads = np.zeros((len(part), ranks), np.int64)
+        rows = np.arange(len(part))
+        for k in range(size):
+            position = by_cost[:, k]
+            lightest = loads.argmin(axis=1)
+            loads[rows, lightest] += part[rows, position]
+            owners[start + rows, position] = lightest
+    return owners
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs of one forward pass on one rank. A filler carries weight 0: it only keeps collectives in step."""
+
+    pairs: Integers
+    is_filler: bool = False
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step as one rank sees it."""
+
+    epoch: int
+    pairs_seen: int  # before this step
+    global_pairs: Integers  # [G], the whole global batch
+    micro_batches: list[MicroBatch]  # of this rank; the same number on every rank
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of data for one rank, a pure function of `pairs_seen`."""
+
+    lengths: Integers  # [N, 3] tokens of prompt, chosen, rejected as they will be fed
+    global_batch_size: int  # pairs
+    rank: int
+    world_size: int
+    seed: int
+    micro_batch_size: int | None = None  # pairs; exactly one of this and the next
+    max_tokens_per_microbatch: int | None = None  # tokens, padding counted
+    costs: Integers = field(init=False, repr=False)  # [N] tokens of both sequences
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "costs", 2 * self.lengths[:, 0] + self.lengths[:, 1] + self.lengths[:, 2])
+
+    @property
+    def pairs(self) -> int:
+        """N, the pairs of an epoch."""
+        return len(self.lengths)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of an epoch; the last may be smaller."""
+        return -(-self.pairs // self.global_batch_size)
+
+    def plan(self, pairs_seen: int) -> StepPlan:
+        """The step that begins after `pairs_seen` pairs, counted from the start of training over all epochs."""
+        epoch, offset = divmod(pairs_seen, self.pairs)
+        batch = _epoch_permutation(self.pairs, self.seed, epoch)[offset : offset + self.global_batch_size]
+        return StepPlan(epoch, pairs_seen, batch, self.micro_batches(batch))
+
+    def whole(self) -> list[MicroBatch]:
+        """Every pair once, dealt over the ranks: an evaluation."""
+        return self.micro_batches(np.arange(self.pairs))
+
+    def micro_batches(self, batch: Integers) -> list[MicroBatch]:
+        """This rank's share of a set of pairs [G]; every rank gets equally many micro-batches, fillers included."""
+        costs = self.costs[batch]
+        owners = deal(costs[None], self.world_size)[0]
+        dear_to_cheap = np.argsort(-costs, kind="stable")  # pairs alike in length share a micro-batch: less padding
+        per_rank = [
+            [batch[positions] for positions in self._cut(dear_to_cheap[owners[dear_to_cheap] == rank], batch)]
+            for rank in range(self.world_size)
+        ]
+        mine = [MicroBatch(pairs) for pairs in per_rank[self.rank]]
+        cheapest = batch[dear_to_cheap[-1:]]
+        fillers = max(map(len, per_rank)) - len(mine)
+        return mine + [MicroBatch(cheapest, is_filler=True)] * fillers
+
+    def _cut(self, positions: Integers, batch: Integers) -> Iterator[Integers]:
+        """Cut one rank's pairs, dear to cheap, into micro-batches."""
+        if self.micro_batch_size is not None:
+            for start in range(0, len(positions), self.micro_batch_size):
+                yield positions[start : start + self.micro_batch_size]
+            return
+        budget = self.max_tokens_per_microbatch or 0
+        longest = self.lengths[batch, 0] + self.lengths[batch, 1:].max(axis=1)  # of a pair's two sequences
+        start, width = 0, 0
+        for end, position in enumerate(positions):
+            width = max(width, int(longest[position]))
+            if end > start and 2 * (end - start + 1) * width > budget:
+                yield positions[start:end]
+                start, width = end, int(longest[position])
+        if start < len(positions):
+            yield positions[start:]
+
+
+@lru_cache(maxsize=2)  # the epoch at hand, and the next one that a prefetching loader already reads
+def _epoch_permutation(pairs: int, seed: int, epoch: int) -> Integers:
+    return permutation(pairs, seed, epoch)

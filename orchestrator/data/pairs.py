@@ -1,0 +1,398 @@
+"""Raw preference rows -> tokenized (prompt, chosen, rejected), once, in parallel, into a memory-mapped cache.
+
+It takes no World and calls no collective: the first process to hold the lock builds the cache, the others poll for
+the finished files, so that no rank waits where a time-out can kill the run.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from orchestrator.data.order import Integers
+from orchestrator.settings.load import looks_local
+from orchestrator.settings.spec import DataSpec, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1  # of the cache; raise it when the meaning of a cached number changes
+CHUNK = 512  # rows handed to a tokenising process at a time
+PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
+
+Row = dict[str, Any]
+Split = Literal["train", "eval"]
+DropReason = Literal["malformed", "tie", "empty completion", "prompt fills max_length"]
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on; `kind` decides whether it is dropped, `reason` says what is wrong with it."""
+
+    def __init__(self, kind: DropReason, reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind, self.reason = kind, reason
+
+
+class TokenizedPair(NamedTuple):
+    """Token ids of one pair. A sequence of the model is prompt + chosen, or prompt + rejected."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class Pairs:
+    """The usable pairs of a data set, memory-mapped: nothing is read until it is asked for.
+
+    `row_numbers` [N] are the rows of the source, counted from 1; `lengths` [N, 3] the tokens of prompt, chosen and
+    rejected; `dropped` counts the rows left out by reason.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.source: str
+        self.dropped: dict[str, int]
+        meta = json.loads((folder / "meta.json").read_text())
+        self.source, self.dropped = meta["source"], meta["dropped"]
+        self.row_numbers: Integers = np.load(folder / "rows.npy")
+        self.lengths: Integers = np.load(folder / "lengths.npy")
+        self._starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Row:
+        """One pair as a collator takes it: pair_id (its row number) and lists of token ids under TRL's names."""
+        start, (prompt, chosen, _) = self._starts[index], self.lengths[index]
+        tokens = self._tokens[start : self._starts[index + 1]].tolist()
+        return {
+            "pair_id": int(self.row_numbers[index]),
+            "prompt_ids": tokens[:prompt],
+            "chosen_ids": tokens[prompt : prompt + chosen],
+            "rejected_ids": tokens[prompt + chosen :],
+        }
+
+
+def tokenized_pairs(data: DataSpec, split: Split, tokenizer: "PreTrainedTokenizerBase", cache_dir: Path) -> Pairs:
+    """The pairs of data.train or data.eval, from the cache, which is built first where it is not there yet.
+
+    Raises:
+        UserError: the source is missing or unreadable, a row cannot be used, or no row is left.
+    """
+    key, source = f"data.{split}", data.train if split == "train" else data.eval
+    assert source is not None
+    check_source(key, source)
+    rows, identity = _open_source(key, source, split)
+    folder = cache_dir / "pairs" / _digest(identity, tokenizer_identity(tokenizer), data)
+    build_once(folder, lambda partial: _build(partial, key, source, rows, tokenizer, data))
+    return Pairs(folder)
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Make a folder by `build(partial_folder)`, by one process of all that ask; the others wait for it by polling.
+
+    The lock dies with its holder, so a killed builder is simply replaced by the next process.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        while not folder.exists():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+                continue
+            if folder.exists():
+                return
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            build(partial)
+            os.rename(partial, folder)
+
+
+def check_source(key: str, source: str) -> None:
+    """Refuse a missing file before anything heavy is loaded."""
+    if looks_local(source) and not os.path.exists(source):
+        raise UserError(key, source, "does not exist", "give a JSONL, JSON or Parquet file, a saved dataset or a hub name")
+
+
+def count_rows(source: str) -> int | None:
+    """Rows of a local file, without loading it; None where only `datasets` could tell."""
+    if source.endswith((".jsonl", ".json")) and os.path.isfile(source):
+        return sum(1 for _ in _json_rows("data", source))
+    return None
+
+
+def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
+    """Every text of the training rows, as often as asked, and a hash of them: what a tokenizer is trained on."""
+    rows, identity = _open_source("data.train", data.train, "train")
+
+    def texts() -> Iterator[str]:
+        for _, row in rows:
+            try:
+                checked = _checked(row)
+            except BadRow:
+                continue  # tokenising the pairs is what complains, with the row's number
+            for part in (checked["prompt"], checked["chosen"], checked["rejected"]):
+                yield from [part] if isinstance(part, str) else (str(message.get("content") or "") for message in part)
+
+    return texts, identity[:24]
+
+
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash of everything in a tokenizer that decides ids: vocabulary, merges, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [state, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _open_source(key: str, source: str, split: Split) -> tuple[Iterable[tuple[int, Any]], str]:
+    """(row number, row) of a source, and a hash of its content."""
+    if source.endswith((".jsonl", ".json")):
+        with open(source, "rb") as file:
+            identity = hashlib.file_digest(file, "sha256").hexdigest()
+        return _json_rows(key, source), identity
+    rows = _with_datasets(key, source, split)
+    return enumerate(rows, 1), rows._fingerprint
+
+
+def _json_rows(key: str, source: str) -> Iterator[tuple[int, Any]]:
+    """Rows of JSON lines (blank lines do not count), or of one JSON array."""
+    with open(source, encoding="utf-8-sig") as file:
+        try:
+            if source.endswith(".json") and file.read(1) == "[":
+                file.seek(0)
+                yield from enumerate(json.load(file), 1)
+                return
+            file.seek(0)
+            for number, line in enumerate((line for line in file if line.strip()), 1):
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"{key} row {number}", line.strip(), f"is not JSON ({error.msg}, column {error.colno})",
+                        f"mend that line of {source}",
+                    ) from None  # fmt: skip
+        except json.JSONDecodeError as error:
+            raise UserError(key, source, f"is not JSON ({error})", "mend it, or write one object per line") from None
+        except UnicodeDecodeError as error:
+            raise UserError(key, source, f"is not UTF-8 text ({error.reason})", "convert the file to UTF-8") from None
+
+
+def _with_datasets(key: str, source: str, split: Split) -> Any:
+    """A datasets.Dataset from Parquet, from a folder written by save_to_disk, or from the hub."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    hub_split = "train" if split == "train" else "test"
+    try:
+        if source.endswith(".parquet"):
+            return datasets.Dataset.from_parquet(source)
+        if os.path.isdir(source) and any(
+            os.path.exists(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")
+        ):
+            loaded = datasets.load_from_disk(source)
+            return loaded[hub_split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return datasets.load_dataset(source, split=hub_split)
+    except Exception as error:  # datasets raises a dozen types here; all mean that the source cannot be read
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            key, source, f"cannot be read by `datasets` ({type(error).__name__}: {reason})",
+            "give a file, a folder written by save_to_disk, or a hub name that this machine can reach",
+        ) from None  # fmt: skip
+
+
+# --- the shape of a row ------------------------------------------------------------------------------------------
+
+
+def _checked(row: Any) -> Row:
+    """The row with an explicit prompt, strings or messages throughout; BadRow when its shape is wrong."""
+    if not isinstance(row, Mapping):
+        raise BadRow("malformed", f"is a {type(row).__name__}, not an object with chosen and rejected")
+    for column in ("chosen", "rejected"):
+        if row.get(column) is None:
+            raise BadRow("malformed", f"has no column {column!r}; its columns are {', '.join(map(repr, row))}")
+    row = dict(row) if row.get("prompt") is not None else _with_implicit_prompt(dict(row))
+    kinds = {column: _kind(column, row[column]) for column in ("prompt", "chosen", "rejected")}
+    if len(set(kinds.values())) > 1:
+        raise BadRow("malformed", "mixes text and messages: " + ", ".join(f"{c} is {k}" for c, k in kinds.items()))
+    return row
+
+
+def _kind(column: str, value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        raise BadRow("malformed", f"{column} is {type(value).__name__}, neither text nor a list of messages")
+    for number, message in enumerate(value, 1):
+        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
+            raise BadRow("malformed", f"message {number} of {column} has no role")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise BadRow("malformed", f"message {number} of {column} has no text in its content")
+    if column == "prompt" and not value:
+        raise BadRow("malformed", "prompt is an empty list of messages")
+    return "messages"
+
+
+def _with_implicit_prompt(row: Row) -> Row:
+    """The longest common beginning of chosen and rejected becomes the prompt, as in TRL's extract_prompt.
+
+    Where one side is the beginning of the other, TRL leaves the last common element to the completions; so do we.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+        raise BadRow("malformed", f"chosen is {type(chosen).__name__} and rejected {type(rejected).__name__}")
+    shorter = min(len(chosen), len(rejected))
+    cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), max(shorter - 1, 0))
+    if cut and chosen[cut] != rejected[cut] and chosen[cut - 1] == " ":
+        cut -= 1  # a space belongs to the word that follows it
+    return {**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+
+
+# --- tokenising --------------------------------------------------------------------------------------------------
+
+
+def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> TokenizedPair:
+    """Token ids exactly as TRL 1.16 makes them: EOS on plain text only, completion from where the ids diverge.
+
+    keep_start truncates here; keep_end cannot (its prompts differ between the two sides) and is left to the collator.
+
+    Raises:
+        BadRow: the row is malformed, or leaves nothing to learn.
+    """
+    row = _checked(row)
+    if isinstance(row["prompt"], list):
+        tools = row.get("tools")
+        extra = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+        prompt = _chat(tokenizer, row["prompt"], add_generation_prompt=True, **extra)
+        chosen = _chat(tokenizer, row["prompt"] + row["chosen"], **extra)
+        rejected = _chat(tokenizer, row["prompt"] + row["rejected"], **extra)
+    else:
+        eos = str(tokenizer.eos_token)
+        ends = [text if text.endswith(eos) else text + eos for text in (row["chosen"], row["rejected"])]
+        prompt, chosen, rejected = (
+            tokenizer(text=text)["input_ids"] for text in (row["prompt"], *(row["prompt"] + end for end in ends))
+        )
+    start = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    pair = TokenizedPair(prompt[:start], chosen[start:], rejected[start:])
+    if data.truncation == "keep_start" and data.max_length is not None:
+        if start >= data.max_length:
+            raise BadRow("prompt fills max_length", f"its prompt alone has {start} tokens, data.max_length is {data.max_length}")
+        room = data.max_length - start
+        pair = TokenizedPair(pair.prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
+    if not pair.chosen_ids or not pair.rejected_ids:
+        raise BadRow("empty completion", f"{'chosen' if not pair.chosen_ids else 'rejected'} has no token of its own")
+    if pair.chosen_ids == pair.rejected_ids:
+        raise BadRow("tie", "chosen equals rejected")
+    return pair
+
+
+def _chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Row], **options: Any) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "model.tokenizer", tokenizer.name_or_path, "has no chat template, but the data are conversations",
+            "take an instruct model's tokenizer, or give the rows as plain text",
+        )  # fmt: skip
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]  # pyright: ignore
+    except UserError:
+        raise
+    except Exception as error:  # a template raises what it likes (roles must alternate, ...)
+        raise BadRow("malformed", f"the chat template refuses it: {' '.join(str(error).split())}") from None
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+# --- building the cache ------------------------------------------------------------------------------------------
+
+
+def _digest(identity: str, tokenizer: str, data: DataSpec) -> str:
+    key = [FORMAT, identity, tokenizer, data.max_length, data.truncation, data.on_bad_row]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+
+
+class _Worker(NamedTuple):
+    """Tokenises chunks of rows; picklable, so that it can be sent to another process."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    data: DataSpec
+
+    def __call__(self, chunk: list[tuple[int, Any]]) -> list[tuple[int, TokenizedPair | BadRow]]:
+        results: list[tuple[int, TokenizedPair | BadRow]] = []
+        for number, row in chunk:
+            try:
+                results.append((number, tokenize_pair(row, self.tokenizer, self.data)))
+            except BadRow as bad:
+                results.append((number, bad))
+        return results
+
+
+def _build(
+    folder: Path, key: str, source: str, rows: Iterable[tuple[int, Any]], tokenizer: "PreTrainedTokenizerBase", data: DataSpec
+) -> None:
+    numbers: list[int] = []
+    lengths: list[tuple[int, int, int]] = []
+    tokens: list[np.ndarray] = []
+    dropped: Counter[str] = Counter()
+    for number, result in _tokenized(rows, _Worker(tokenizer, data)):
+        if isinstance(result, BadRow):
+            is_error = result.kind == "malformed" if data.on_bad_row is None else data.on_bad_row == "error"
+            if is_error:
+                raise UserError(
+                    f"{key} row {number}", source, result.reason, "mend the row, or set data.on_bad_row=drop to leave such rows out"
+                )
+            dropped[result.kind] += 1
+            continue
+        numbers.append(number)
+        lengths.append((len(result.prompt_ids), len(result.chosen_ids), len(result.rejected_ids)))
+        tokens.append(np.array(result.prompt_ids + result.chosen_ids + result.rejected_ids, np.int32))
+    if not numbers:
+        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it has no rows"
+        raise UserError(key, source, f"leaves no pair to train on ({counts})", "check the file and data.max_length")
+    np.save(folder / "tokens.npy", np.concatenate(tokens))
+    np.save(folder / "lengths.npy", np.array(lengths, np.int64))
+    np.save(folder / "rows.npy", np.array(numbers, np.int64))
+    (folder / "meta.json").write_text(json.dumps({"source": source, "dropped": dict(dropped)}))
+
+
+def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[tuple[int, TokenizedPair | BadRow]]:
+    iterator = iter(rows)
+    first = list(islice(iterator, PARALLEL_FROM))
+    processes = worker.data.num_proc or min(os.cpu_count() or 1, 16)
+    if len(first) < PARALLEL_FROM or processes == 1:
+        for chunk in _chunks(iter(first), iterator):
+            yield from worker(chunk)
+        return
+    # spawn: forking a process in which torch or ray already run threads can deadlock
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        chunks = _chunks(iter(first), iterator)
+        waiting = [pool.submit(worker, chunk) for chunk in islice(chunks, 2 * processes)]
+        while waiting:  # a bounded window: the file is never in memory as a whole
+            yield from waiting.pop(0).result()
+            waiting += [pool.submit(worker, chunk) for chunk in islice(chunks, 1)]
+
+
+def _chunks(*sources: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    for source in sources:
+        while chunk := list(islice(source, CHUNK)):
+            yield chunk

@@ -1,0 +1,1 @@
+"""The preference loss, and the one module that computes it."""

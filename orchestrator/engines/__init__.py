@@ -1,0 +1,1 @@
+"""Who owns gradients, optimizer state and the schedule."""

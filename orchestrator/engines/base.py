@@ -1,0 +1,79 @@
+"""What every engine promises: the seam behind which gradients, precision and sharding hide."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.dpo.step import PairStep, StepOutput
+
+ParamGroups = list[dict[str, Any]]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+ReadRange = Callable[[str, str, int, int], torch.Tensor]
+"""(name, key, start, stop) -> the flat range of that tensor, 1-D, on the CPU; raises where it is not fully covered."""
+
+
+class Owned(NamedTuple):
+    """A flat range of one named parameter that this rank alone answers for in a checkpoint."""
+
+    name: str  # as in the policy's state_dict
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int
+    stop: int
+    tensors: dict[str, torch.Tensor]  # "param" and optimizer state of that range, 1-D; scalars of the state as [1]
+
+
+class Updated(NamedTuple):
+    """What an optimizer step did."""
+
+    grad_norm: torch.Tensor  # L2, before clipping, after unscaling
+    lr: float  # the rate this step used
+    skipped: bool
+
+
+class Engine(Protocol):
+    """Only an engine divides, scales or clips a gradient. `micro_step` n times, `finite`, then `optimizer_step`."""
+
+    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+        """Take the module; build optimizer and schedule over its trainable parameters."""
+        ...
+
+    def micro_step(self, batch: PairBatch, counts: Counts, last: bool) -> StepOutput:
+        """Forward and backward; gradients are summed over ranks in the last micro-step of a step."""
+        ...
+
+    def evaluate(self, batch: PairBatch, counts: Counts) -> StepOutput:
+        """Forward without gradient."""
+        ...
+
+    def finite(self) -> torch.Tensor:
+        """Whether this rank's summed gradient is finite: a scalar bool on the device. Once per step, before the update."""
+        ...
+
+    def optimizer_step(self, apply: bool) -> Updated:
+        """Clip and update, or with apply=False drop the gradient; either way the gradient is gone afterwards."""
+        ...
+
+    def discard(self) -> None:
+        """Drop the gradient as if its micro-steps had not been."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Schedule, loss scale and the optimizer's hyperparameters; the same on every rank and for every world size."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave."""
+        ...
+
+    def owned(self) -> Iterator[Owned]:
+        """What this rank writes into a checkpoint. No collectives."""
+        ...
+
+    def put(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
+        """Fill parameters and optimizer state from a checkpoint; `keys(name)` are those it has of a parameter."""
+        ...

@@ -1,0 +1,1 @@
+"""The policy, its frozen reference, and log-probs from hidden states."""

@@ -1,0 +1,1 @@
+"""What starts the workers and watches over them; the home of ray."""

@@ -1,0 +1,93 @@
+"""The worker in this process, or in N processes of this machine, with no Ray: breakpoints work."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from orchestrator.settings.spec import RunSpec
+from orchestrator.training.health import LocalSession
+from orchestrator.training.rundir import RunDir
+from orchestrator.training.worker import RunResult, finished_already, prepare, run
+from orchestrator.world import World
+
+POLL_S = 0.1
+GRACE_S = 10.0  # seconds that other ranks get to end after one has failed
+
+
+def debug(spec: RunSpec) -> RunResult:
+    """Run the worker here; under torchrun (RANK, WORLD_SIZE) as one rank of that world.
+
+    Raises:
+        UserError: the settings or the data are wrong.
+        TrainingError: training cannot go on.
+    """
+    run_dir = RunDir(spec.run_dir)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _as_rank(spec, run_dir)
+    with run_dir.owned():
+        run_dir.check(spec)
+        if (done := finished_already(run_dir)) is not None:
+            return done
+        prepare(spec)
+        run_dir.begin(spec)
+        world = World.join(spec.cluster.collective_timeout_s)
+        return run(spec, world, LocalSession(run_dir, world.rank))
+
+
+def _as_rank(spec: RunSpec, run_dir: RunDir) -> RunResult:
+    world = World.join(spec.cluster.collective_timeout_s)
+    try:
+        if world.is_main:
+            run_dir.check(spec)
+            run_dir.begin(spec)
+        world.gather(None)  # the directory exists
+        return run(spec, world, LocalSession(run_dir, world.rank))
+    finally:
+        world.leave()
+
+
+def debug_ranks(spec: RunSpec, ranks: int, command: list[str]) -> int:
+    """Start `command` once for each rank of a world on this machine; returns the first exit code that is not 0.
+
+    What can be refused is refused here, once, before any rank starts. When one rank fails the others are ended.
+    """
+    run_dir = RunDir(spec.run_dir)
+    with run_dir.owned():
+        run_dir.check(spec)
+        if finished_already(run_dir) is not None:
+            return 0
+        prepare(spec)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        processes = [
+            subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)
+        ]
+        return _wait(processes)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    def forward(number: int, _: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    # Ctrl-C in a terminal reaches the ranks by itself; TERM, and INT sent to this process alone, is passed on
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward if not sys.stdin.isatty() else signal.SIG_IGN)
+    failed_at: float | None = None
+    while any(process.poll() is None for process in processes):
+        if failed_at is None and any(process.poll() not in (None, 0, 3) for process in processes):
+            failed_at = time.monotonic()
+            forward(signal.SIGTERM, None)
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+            forward(signal.SIGKILL, None)
+        time.sleep(POLL_S)
+    codes = [process.returncode for process in processes]
+    return next((code for code in codes if code not in (0, 3) and code > 0), next((code for code in codes if code), 0))

@@ -1,0 +1,244 @@
+"""RunSpec -> Ray Train: start or join a cluster, run the worker on every rank, resume it when workers die."""
+
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from orchestrator.run.supervise import Attempt, Supervisor
+from orchestrator.settings.load import make_spec
+from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.training.checkpoint import committed
+from orchestrator.training.health import LocalSession
+from orchestrator.training.rundir import RunDir
+from orchestrator.training.trainer import TrainingError
+from orchestrator.training.worker import RunResult, finished_already, prepare, run
+from orchestrator.world import World
+
+logger = logging.getLogger(__name__)
+
+CLUSTER_WAIT_S = 10.0  # seconds in which a cluster that is joined may still grow to the size asked for
+
+
+class RunDied(Exception):
+    """The workers died more often than cluster.max_failures allows, without a new checkpoint in between."""
+
+
+class RaySession(LocalSession):
+    """The session of a Ray Train worker: commits are told to Ray, which copies and deletes nothing."""
+
+    def committed(self, step: int, path: Path) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        ray.train.report(
+            {"step": step}, checkpoint=Checkpoint(str(path)), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
+        )
+
+
+def train(spec: RunSpec) -> RunResult:
+    """Run to the end on Ray, resuming from the last checkpoint whenever workers die.
+
+    Ctrl-C (or RUN_DIR/STOP) saves and stops; a second Ctrl-C aborts. The same call again resumes.
+
+    Raises:
+        UserError: the settings, the data or the size of the cluster are wrong.
+        TrainingError: training cannot go on.
+        RunDied: the workers died too often.
+    """
+    run_dir = RunDir(spec.run_dir)
+    with run_dir.owned():
+        run_dir.check(spec)
+        if (done := finished_already(run_dir)) is not None:
+            return done
+        _check_local_size(spec)
+        prepare(spec)  # a bad run is refused here, before Ray starts
+        run_dir.begin(spec)
+        with _cluster(spec), _stop_on_signal(run_dir):
+            return _supervised(spec, run_dir, lambda: _fit(spec, run_dir))
+
+
+def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | None]) -> RunResult:
+    """Call fit until it ends; Ray's own FailureConfig stays 0, because it would retry from a checkpoint of its choice."""
+    supervisor = Supervisor(spec.cluster.max_failures)
+    while True:
+        run_dir.result.unlink(missing_ok=True)
+        error = fit()
+        result = json.loads(run_dir.result.read_text()) if run_dir.result.is_file() else {"status": "died"}
+        newest = committed(run_dir.checkpoints)
+        outcomes: Any = {"finished": "ended", "stopped": "ended", "refused": "refused", "failed": "failed"}
+        step = int(newest[0].name.removeprefix("step_")) if newest else -1
+        action = supervisor.after(Attempt(outcomes.get(result["status"], "died"), step))
+        if action == "done":
+            return RunResult(**result)
+        if action == "refuse":
+            raise UserError(*result["error"])
+        if result["status"] == "failed":
+            raise TrainingError(result["reason"])
+        reason = " ".join(str(error).split())[-300:]
+        where = f"step {step}" if step >= 0 else "the start"
+        if action == "give up":
+            raise RunDied(
+                f"{supervisor.deaths} deaths without a new checkpoint ({reason}); see {run_dir.logs} and the lines above, "
+                f"or raise cluster.max_failures (now {spec.cluster.max_failures}); the same command goes on from {where}"
+            )
+        logger.warning("a worker died (%s); resuming from %s", reason, where)
+        time.sleep(supervisor.backoff_s)
+
+
+def _fit(spec: RunSpec, run_dir: RunDir) -> Exception | None:
+    """One attempt of Ray Train; returns what it raised."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = _resources(spec)
+    use_gpu = resources.get("GPU", 0) > 0
+    trainer = TorchTrainer(
+        worker_loop,
+        train_loop_config={"spec": spec.model_dump(mode="json"), "cwd": os.getcwd()},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.cluster.collective_timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=spec.cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources,
+            placement_strategy=spec.cluster.placement,
+        ),
+        # a name of its own each time: Ray would otherwise restore its snapshot, which a crash can leave unreadable
+        run_config=RunConfig(
+            storage_path=spec.cluster.storage_path or str(run_dir.logs / "ray"),
+            name=f"{spec.run.name}-{time.time_ns()}",
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )  # fmt: skip
+    failure: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            failure.append(error)
+
+    # in a thread, so that Ray installs no SIGINT handler of its own: ours saves first
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    return failure[0] if failure else None
+
+
+def worker_loop(config: dict[str, Any]) -> None:
+    """What every Ray Train worker runs. How it ended is left in RUN_DIR/result.json, which outlives Ray."""
+    if config["cwd"] not in sys.path:
+        sys.path.insert(0, config["cwd"])  # the user's callbacks and collators
+    spec = make_spec(config["spec"])
+    run_dir = RunDir(spec.run_dir)
+    world = World.join(spec.cluster.collective_timeout_s)
+    try:
+        run(spec, world, RaySession(run_dir, world.rank))
+    except UserError as error:
+        run_dir.write_result({"status": "refused", "error": [error.key, repr(error.value), error.rule, error.cure]})
+        raise
+    except TrainingError as error:
+        run_dir.write_result({"status": "failed", "reason": str(error)})
+        raise
+
+
+# --- the cluster -------------------------------------------------------------------------------------------------
+
+
+def _resources(spec: RunSpec) -> dict[str, float]:
+    """Resources of one worker; one GPU where the cluster has any, else one CPU."""
+    if spec.cluster.resources:
+        return dict(spec.cluster.resources)
+    import ray
+
+    return {"GPU": 1, "CPU": 1} if ray.cluster_resources().get("GPU", 0) else {"CPU": 1}
+
+
+def _check_local_size(spec: RunSpec) -> None:
+    """Refuse before Ray starts what this machine alone cannot hold."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    cores, each = os.cpu_count() or 1, spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0)
+    if spec.cluster.num_workers * each > cores:
+        raise _too_small(spec, f"{each:g} CPU each, and this machine has {cores} CPUs", int(cores // each))
+
+
+def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
+    return UserError(
+        "cluster.num_workers", spec.cluster.num_workers, f"workers need {rule}",
+        f"set cluster.num_workers={fits}, lower cluster.resources, or join a larger cluster by RAY_ADDRESS"
+        if fits else "lower cluster.resources, or join a larger cluster by RAY_ADDRESS",
+    )  # fmt: skip
+
+
+@contextmanager
+def _cluster(spec: RunSpec) -> Iterator[None]:
+    """A cluster that is large enough: the one at RAY_ADDRESS, or one of our own on this machine, closed afterwards."""
+    joined = os.environ.get("RAY_ADDRESS")
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as private:
+        if not joined:
+            os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
+            if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
+                token = Path(private) / "token"  # the folder is 0700; Ray's own default is readable by the world
+                token.touch(mode=0o600)
+                token.write_text(secrets.token_hex(32))
+                os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        options: Any = {} if joined else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        ray.init(logging_level=logging.ERROR, log_to_driver=True, **options)
+        try:
+            _check_cluster_size(spec)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _check_cluster_size(spec: RunSpec) -> None:
+    """Refuse a cluster that cannot hold the workers: Ray would wait for it for ever."""
+    import ray
+
+    wanted = _resources(spec)
+    deadline = time.monotonic() + (CLUSTER_WAIT_S if os.environ.get("RAY_ADDRESS") else 0)
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fits = sum(int(min(node.get(name, 0) // amount for name, amount in wanted.items() if amount)) for node in nodes)
+        if fits >= spec.cluster.num_workers:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    there = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in wanted) for node in nodes)
+    raise _too_small(spec, f"{asked} each, and the cluster's nodes have {there}", fits)
+
+
+@contextmanager
+def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the workers to save and stop, through the STOP file; a second one aborts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if run_dir.stop.exists():
+            raise KeyboardInterrupt
+        run_dir.stop.write_text(f"received {signal.Signals(number).name}")
+        print("stopping: the run is saved at the next step; once more to abort", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,110 @@
+"""YAML files and dotted overrides -> one validated RunSpec, and a RunSpec -> one YAML file."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from orchestrator.settings.spec import RunSpec, UserError, explain
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+# Settings that hold a path; the last four may be hub names instead, the first two are always folders of ours.
+FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path")
+PATH_KEYS = ("model.path", "model.tokenizer", "reference.path", "data.train", "data.eval")
+
+
+class SettingsError(UserError):
+    """One or more settings are wrong; `str` gives one line for each."""
+
+    def __init__(self, errors: list[UserError]) -> None:
+        super().__init__(errors[0].key, errors[0].value, errors[0].rule, errors[0].cure)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.errors,)
+
+
+def load_spec(files: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """Merge YAML files left to right, then `a.b=c` overrides, then validate once.
+
+    Relative paths are taken from the current folder and become absolute: workers run elsewhere.
+
+    Raises:
+        UserError: a file is missing or not YAML, an override has no `=`, or a setting is wrong (SettingsError).
+    """
+    paths = [files] if isinstance(files, str | Path) else list(files)
+    try:
+        merged = OmegaConf.merge(*[_read(Path(path)) for path in paths], _dotlist(overrides))
+        raw: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError("settings", " ".join(map(str, paths)), f"cannot be merged: {reason}", "mend that key") from None
+    return make_spec(raw)
+
+
+def make_spec(raw: dict[str, Any]) -> RunSpec:
+    """Validate plain nested dicts; raises SettingsError with one line per wrong key."""
+    _make_paths_absolute(raw)
+    try:
+        return RunSpec.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(explain(error)) from None
+
+
+def save_spec(spec: RunSpec, path: Path) -> None:
+    """Write all settings, defaults included, so that the file says what ran."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(spec.model_dump(mode="json"))))
+    os.replace(partial, path)
+
+
+def looks_local(source: str) -> bool:
+    """Whether a data or model setting names a path rather than a repository of the hub."""
+    return source.startswith((".", "/", "~")) or source.endswith(DATA_SUFFIXES) or os.path.exists(source)
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError("settings file", str(path), "does not exist", "give the path of a YAML file")
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            "settings file", str(path), f"is not YAML: {' '.join(str(error).split())}", "mend that line"
+        ) from None
+    if not isinstance(config, DictConfig):
+        raise UserError("settings file", str(path), "holds no keys at its top", "write blocks such as `run:` and `data:`")
+    return config
+
+
+def _dotlist(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError("override", override, "is not of the form key=value", "for example optimizer.lr=1e-6")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError("override", " ".join(overrides), f"cannot be read: {reason}", "quote the value") from None
+
+
+def _make_paths_absolute(raw: dict[str, Any]) -> None:
+    for dotted in FOLDER_KEYS + PATH_KEYS:
+        *blocks, key = dotted.split(".")
+        block: Any = raw
+        for name in blocks:
+            block = block.get(name) if isinstance(block, dict) else None
+        if dotted == "run.dir" and isinstance(block, dict):
+            block.setdefault("dir", "runs")
+        value = block.get(key) if isinstance(block, dict) else None
+        if isinstance(value, str) and (dotted in FOLDER_KEYS or looks_local(value)):
+            block[key] = os.path.abspath(os.path.expanduser(value))

@@ -1,0 +1,456 @@
+"""Every setting of a run: its type, unit, default, the rules between settings, and which may change on resume.
+
+Importing this module loads neither torch nor ray, so that a bad run is refused on the laptop in half a second.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done as written: one line with key, value, rule and cure. Exit code 2.
+
+    `key` is a setting ("batch.micro_batch_size") or a place in the data ("pairs.jsonl row 17").
+    """
+
+    def __init__(self, key: str, value: object, rule: str, cure: str) -> None:
+        super().__init__(key, value, rule, cure)  # all four in args: the error crosses process borders by pickle
+        self.key, self.value, self.rule, self.cure = key, value, rule, cure
+
+    def __str__(self) -> str:
+        value = "(not set)" if self.value is None else repr(self.value)
+        if len(value) > 120:
+            value = value[:117] + "..."
+        return " ".join(f"{self.key} = {value}: {self.rule}; {self.cure}".split())
+
+
+LossType = Literal["sigmoid"]
+EngineKind = Literal["ddp"]
+ReferenceKind = Literal["copy"]
+Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
+SchedulerName = Literal["linear", "cosine", "constant"]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+# Optimizers whose update of an element reads that element alone: they stay exact however the state is sharded.
+ELEMENTWISE_OPTIMIZERS = (
+    "Adadelta Adagrad Adam AdamW Adamax ASGD NAdam RAdam RMSprop Rprop SGD".split()  # of torch.optim
+)
+FREE: dict[str, Any] = {"resume": "free"}
+"""Marks a field that may change between a run and its resumption: it does not touch the numbers of the run."""
+
+
+class Block(BaseModel):
+    """A frozen group of settings that refuses unknown keys; the docstring under a field is its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class IdentitySpec(Block):
+    """Where the run lives and what it is called; the run directory is dir/name."""
+
+    dir: str = Field("runs", json_schema_extra=FREE)
+    """Folder of run directories, on a file system that every node shares. Relative to where the command is given."""
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the run: the same name resumes the same run. Letters, digits, dot, dash, underscore."""
+    seed: NonNegative = 42
+    """Seed of the data order, of weights made on the spot and of dropout. An integer."""
+
+
+class InitSpec(Block):
+    """A model and tokenizer made on the spot, for quickstarts and tests: random weights, nothing downloaded."""
+
+    model_type: str = "qwen2"
+    """Architecture, a `model_type` of transformers."""
+    config: dict[str, Any] = {}
+    """Keyword arguments of that architecture's config (hidden_size, num_hidden_layers, ...)."""
+    vocab_size: Positive = 1024
+    """Tokens in the byte-level BPE tokenizer, which is trained on data.train. At least 260."""
+
+
+class ModelSpec(Block):
+    """The policy: where its weights and tokenizer come from."""
+
+    path: str | None = None
+    """Folder or hub name of a causal LM of transformers."""
+    init: InitSpec | None = None
+    """Instead of a path: a config made on the spot with random weights from run.seed."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; the model's own when not set."""
+    pad_token: str | None = None
+    """Token to pad with, from the tokenizer's vocabulary; needed only when the tokenizer has none."""
+    disable_dropout: bool = True
+    """Set every dropout of policy and reference to 0, as TRL does."""
+
+
+class DataSpec(Block):
+    """The preference pairs."""
+
+    train: str
+    """JSONL, JSON or Parquet file, a folder saved by `datasets`, or a hub name (split train)."""
+    eval: str | None = None
+    """The same for the evaluation pairs (hub name: split test); no evaluation when not set."""
+    collator: str | None = None
+    """A user's collator as module:attr; a parameter `context` of it receives a CollateContext."""
+    max_length: Positive | None = 1024
+    """Tokens of prompt plus one completion; longer ones are truncated. No limit when null."""
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    """Which end of a too long sequence stays; keep_start drops pairs whose prompt alone fills max_length."""
+    on_bad_row: Literal["error", "drop"] | None = None
+    """What to do with every unusable row. Not set: a row of the wrong shape is an error; ties, empty completions and
+    over-long prompts are dropped and counted."""
+    num_proc: Positive | None = Field(None, json_schema_extra=FREE)
+    """Processes that tokenise; as many as cores, 16 at most, when not set."""
+    cache_dir: str | None = Field(None, json_schema_extra=FREE)
+    """Folder of tokenised data, shared by every node; run.dir/.cache when not set."""
+
+
+class DpoSpec(Block):
+    """The loss. Names and defaults are TRL's."""
+
+    loss_type: LossType = "sigmoid"
+    """Loss over a pair's log-ratios: sigmoid is DPO (Rafailov et al. 2023, equation 7)."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference: reward = beta * log(policy / reference). Dimensionless."""
+
+
+class BatchSpec(Block):
+    """How many pairs make a step. grad_accum is derived."""
+
+    global_batch_size: Positive = 32
+    """Pairs per optimizer step, over all ranks."""
+    micro_batch_size: Positive | None = Field(None, json_schema_extra=FREE)
+    """Pairs per forward pass on one rank. Exactly one of this and max_tokens_per_microbatch."""
+    max_tokens_per_microbatch: Positive | None = Field(None, json_schema_extra=FREE)
+    """Tokens per forward pass on one rank, padding counted; a longer single pair still gets its pass."""
+
+
+class OptimizerSpec(Block):
+    """The optimizer; its state is sharded over the ranks."""
+
+    name: str = "torch.optim.AdamW"
+    """An elementwise optimizer of torch.optim, by its dotted name."""
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decay of matrices per unit of learning rate; norms and biases are never decayed."""
+    kwargs: dict[str, Any] = {}
+    """Further keyword arguments of the optimizer, for example {momentum: 0.9}."""
+
+
+class SchedulerSpec(Block):
+    """The learning rate over optimizer steps actually taken."""
+
+    name: SchedulerName | str = "linear"
+    """linear, cosine, constant, or a scheduler of torch by its dotted name (torch.optim.lr_scheduler.StepLR)."""
+    warmup_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up; for linear, cosine and constant."""
+    kwargs: dict[str, Any] = {}
+    """Keyword arguments of a torch scheduler, for example {step_size: 30, gamma: 0.1}."""
+
+
+class TrainingSpec(Block):
+    """How long to train, and how a step is taken."""
+
+    max_steps: Positive | None = None
+    """Optimizer steps; instead of epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training pairs; 1 when neither this nor max_steps is set."""
+    gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the gradient to this L2 norm; no clipping when null."""
+    logging_steps: Positive = Field(10, json_schema_extra=FREE)
+    """Optimizer steps between two logged lines."""
+
+
+class EngineSpec(Block):
+    """Who owns gradients and optimizer state."""
+
+    kind: EngineKind = Field("ddp", json_schema_extra=FREE)
+    """ddp: DistributedDataParallel with the optimizer state sharded over the ranks."""
+
+
+class ReferenceSpec(Block):
+    """The frozen model that the policy is measured against."""
+
+    kind: ReferenceKind = "copy"
+    """copy: a frozen copy of the policy's start, or of another model."""
+    path: str | None = None
+    """Folder or hub name of the reference; the policy's start when not set."""
+
+
+class CallbackSpec(Block):
+    """A user's callback with arguments."""
+
+    path: str
+    """The callback class as module:attr."""
+    kwargs: dict[str, Any] = {}
+    """Keyword arguments of its constructor."""
+
+
+class EvaluationSpec(Block):
+    """Evaluation on data.eval: before the first step, every so many steps, and after the last."""
+
+    every_steps: Positive | None = Field(None, json_schema_extra=FREE)
+    """Optimizer steps between evaluations; only before and after training when not set."""
+    metric_for_best: str | None = None
+    """Metric that decides which step was best (and early stopping), for example loss or rewards/accuracies."""
+    greater_is_better: bool | None = None
+    """Direction of metric_for_best; when not set, false for names that end in loss and true otherwise."""
+
+
+class CheckpointSpec(Block):
+    """What survives a crash."""
+
+    every_steps: Positive | None = Field(None, json_schema_extra=FREE)
+    """Optimizer steps between checkpoints; only at the end when not set."""
+    keep: Positive = Field(2, json_schema_extra=FREE)
+    """Newest checkpoints that stay on disk."""
+
+
+class ClusterSpec(Block):
+    """What the driver asks of Ray."""
+
+    num_workers: Positive = Field(1, json_schema_extra=FREE)
+    """Ranks: one worker each."""
+    resources: dict[str, Annotated[float, Field(ge=0)]] = Field({}, json_schema_extra=FREE)
+    """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU where the cluster has any, else one CPU."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", json_schema_extra=FREE)
+    """Ray's placement strategy for the workers."""
+    storage_path: str | None = Field(None, json_schema_extra=FREE)
+    """Folder for Ray Train's own records; RUN_DIR/logs/ray when not set. Checkpoints never go there."""
+    max_failures: NonNegative = Field(3, json_schema_extra=FREE)
+    """Deaths of workers since the last new checkpoint that are survived by resuming."""
+    auth: Literal["token", "disabled"] = Field("token", json_schema_extra=FREE)
+    """Authentication of a Ray that we start ourselves (RAY_AUTH_MODE); a Ray we join has its own."""
+    collective_timeout_s: Positive = Field(600, json_schema_extra=FREE)
+    """Seconds that a rank waits for the others in a collective before the run is given up and resumed."""
+
+
+class WandbSpec(Block):
+    """Weights & Biases."""
+
+    project: str = Field("dpo-orchestrator", json_schema_extra=FREE)
+    """Project the run appears in."""
+    group: str | None = Field(None, json_schema_extra=FREE)
+    """Group within the project."""
+    mode: Literal["auto", "online", "offline", "disabled"] = Field("auto", json_schema_extra=FREE)
+    """auto: online where a key is found, else offline files in RUN_DIR/wandb."""
+
+
+class RunSpec(Block):
+    """One run, whole. The rules between settings are here."""
+
+    run: IdentitySpec
+    """Where the run lives and what it is called."""
+    model: ModelSpec
+    """The policy."""
+    data: DataSpec
+    """The preference pairs."""
+    dpo: DpoSpec = DpoSpec()
+    """The loss."""
+    batch: BatchSpec
+    """Pairs per step and per forward pass."""
+    optimizer: OptimizerSpec = OptimizerSpec()  # pyright: ignore[reportCallIssue]
+    """The optimizer."""
+    scheduler: SchedulerSpec = SchedulerSpec()
+    """The learning rate over time."""
+    training: TrainingSpec = TrainingSpec()  # pyright: ignore[reportCallIssue]
+    """Length of training and how a step is taken."""
+    precision: Precision = "auto"
+    """Type of the arithmetic over fp32 weights: auto is bf16 where the GPU has it, else fp32; fp64 is for tests."""
+    engine: EngineSpec = EngineSpec()  # pyright: ignore[reportCallIssue]
+    """Who owns gradients and optimizer state."""
+    reference: ReferenceSpec = ReferenceSpec()
+    """The frozen model the policy is measured against."""
+    callbacks: list[str | CallbackSpec] = Field([], json_schema_extra=FREE)
+    """User callbacks (transformers.TrainerCallback) as module:attr, or {path, kwargs}."""
+    evaluation: EvaluationSpec = EvaluationSpec()  # pyright: ignore[reportCallIssue]
+    """When to evaluate."""
+    checkpoint: CheckpointSpec = CheckpointSpec()  # pyright: ignore[reportCallIssue]
+    """When to save, and how much to keep."""
+    cluster: ClusterSpec = ClusterSpec()  # pyright: ignore[reportCallIssue]
+    """What the driver asks of Ray."""
+    wandb: WandbSpec = WandbSpec()  # pyright: ignore[reportCallIssue]
+    """Weights & Biases."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory, run.dir/run.name."""
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where tokenised data and models made on the spot are kept, shared between runs of one run.dir."""
+        return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.run.dir) / ".cache"
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Direction of evaluation.metric_for_best, by the rule of transformers when it is not set."""
+        if self.evaluation.greater_is_better is not None:
+            return self.evaluation.greater_is_better
+        return not (self.evaluation.metric_for_best or "").endswith("loss")
+
+    @model_validator(mode="after")
+    def _rules(self) -> "RunSpec":
+        for rule in (_one_model, _one_micro_batch_key, _one_length, _known_optimizer, _known_scheduler, _evaluation):
+            rule(self)
+        for entry in self.callbacks:
+            _user_code("callbacks", entry if isinstance(entry, str) else entry.path)
+        if self.data.collator:
+            _user_code("data.collator", self.data.collator)
+        return self
+
+
+def _one_model(spec: RunSpec) -> None:
+    if (spec.model.path is None) == (spec.model.init is None):
+        raise UserError(
+            "model", {k: v for k, v in spec.model if v is not None}, "exactly one of model.path and model.init is needed",
+            "set model.path to a folder or hub name of a causal LM",
+        )  # fmt: skip
+    if spec.model.init and spec.model.init.vocab_size < 260:
+        raise UserError(
+            "model.init.vocab_size", spec.model.init.vocab_size, "a byte-level tokenizer has 256 bytes and 4 special tokens",
+            "set it to 260 or more",
+        )  # fmt: skip
+
+
+def _one_micro_batch_key(spec: RunSpec) -> None:
+    batch = spec.batch
+    if (batch.micro_batch_size is None) == (batch.max_tokens_per_microbatch is None):
+        raise UserError(
+            "batch", {"micro_batch_size": batch.micro_batch_size, "max_tokens_per_microbatch": batch.max_tokens_per_microbatch},
+            "exactly one of the two says how large a forward pass is", "remove one, or set batch.micro_batch_size=1",
+        )  # fmt: skip
+    if batch.micro_batch_size and batch.micro_batch_size > batch.global_batch_size:
+        raise UserError(
+            "batch.micro_batch_size", batch.micro_batch_size, f"is more than batch.global_batch_size ({batch.global_batch_size})",
+            f"set it to {batch.global_batch_size} or less",
+        )  # fmt: skip
+
+
+def _one_length(spec: RunSpec) -> None:
+    if spec.training.max_steps is not None and spec.training.epochs is not None:
+        raise UserError(
+            "training", {"max_steps": spec.training.max_steps, "epochs": spec.training.epochs},
+            "only one of the two says how long to train", "remove training.epochs or training.max_steps",
+        )  # fmt: skip
+
+
+def _known_optimizer(spec: RunSpec) -> None:
+    module, _, name = spec.optimizer.name.rpartition(".")
+    if module != "torch.optim" or name not in ELEMENTWISE_OPTIMIZERS:
+        near = difflib.get_close_matches(name, ELEMENTWISE_OPTIMIZERS, n=1)
+        raise UserError(
+            "optimizer.name", spec.optimizer.name, "is not an elementwise optimizer of torch.optim, whose state can be sharded",
+            f"did you mean torch.optim.{near[0]}?" if near else "take one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS),
+        )  # fmt: skip
+    for key in ("lr", "weight_decay"):
+        if key in spec.optimizer.kwargs:
+            raise UserError(
+                f"optimizer.kwargs.{key}", spec.optimizer.kwargs[key], "has a setting of its own", f"set optimizer.{key} instead"
+            )
+
+
+def _known_scheduler(spec: RunSpec) -> None:
+    scheduler = spec.scheduler
+    dotted = scheduler.name.startswith("torch.optim.lr_scheduler.")
+    if scheduler.name not in get_args(SchedulerName) and not dotted:
+        near = difflib.get_close_matches(scheduler.name, get_args(SchedulerName), n=1)
+        raise UserError(
+            "scheduler.name", scheduler.name, "is neither linear, cosine, constant nor a torch.optim.lr_scheduler.NAME",
+            f"did you mean {near[0]}?" if near else "for example torch.optim.lr_scheduler.StepLR",
+        )  # fmt: skip
+    if scheduler.name.endswith("ReduceLROnPlateau"):
+        raise UserError(
+            "scheduler.name", scheduler.name, "needs a metric at every step", "take linear, cosine or another torch scheduler"
+        )
+    if dotted and scheduler.warmup_steps:
+        raise UserError(
+            "scheduler.warmup_steps", scheduler.warmup_steps, f"does not act on {scheduler.name}",
+            "remove it, or take linear, cosine or constant",
+        )  # fmt: skip
+    if not dotted and scheduler.kwargs:
+        raise UserError(
+            "scheduler.kwargs", scheduler.kwargs, f"are for torch's schedulers, not for {scheduler.name}", "remove scheduler.kwargs"
+        )
+
+
+def _evaluation(spec: RunSpec) -> None:
+    for key, value in spec.evaluation:
+        if value is not None and spec.data.eval is None:
+            raise UserError(
+                f"evaluation.{key}", value, "needs evaluation pairs", "set data.eval to a file of preference pairs"
+            )
+
+
+def _user_code(key: str, value: str) -> None:
+    module, colon, attribute = value.partition(":")
+    if not (colon and module and attribute):
+        raise UserError(key, value, "is not of the form module:attr", "for example my_package.callbacks:MyCallback")
+
+
+def explain(error: ValidationError) -> list[UserError]:
+    """Pydantic's complaints as errors of ours, one per key, each with its rule and cure."""
+    return [_explain_one(details) for details in error.errors()]
+
+
+def _explain_one(details: Any) -> UserError:
+    location = tuple(part for part in details["loc"] if not (isinstance(part, str) and part in ("str", "CallbackSpec")))
+    key, kind = ".".join(str(part) for part in location), details["type"]
+    block = _block_at(location[:-1])
+    field = block.model_fields.get(str(location[-1])) if block else None
+    cure = "see its description: " + field.description if field and field.description else "see the README"
+    if kind == "extra_forbidden" and block:
+        near = difflib.get_close_matches(str(location[-1]), block.model_fields, n=1, cutoff=0.5)
+        here = ".".join([*map(str, location[:-1]), near[0]]) if near else ""
+        cure = f"did you mean {here}?" if near else "the keys here are " + ", ".join(block.model_fields)
+        return UserError(key, details["input"], "is not a setting", cure)
+    if kind == "missing":
+        return UserError(key, None, "is required", cure)
+    if kind == "literal_error":
+        allowed = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        near = difflib.get_close_matches(str(details["input"]), allowed, n=1)
+        cure = f"did you mean {near[0]}?" if near else f"set it to {allowed[0]}"
+        return UserError(key, details["input"], f"must be one of {', '.join(allowed)}", cure)
+    return UserError(key, details["input"], details["msg"][0].lower() + details["msg"][1:], cure)
+
+
+def _block_at(location: tuple[int | str, ...]) -> type[Block] | None:
+    """The block of settings that a path of keys leads to."""
+    block: type[Block] = RunSpec
+    for part in location:
+        field = block.model_fields.get(str(part))
+        blocks = [kind for kind in _types_in(field.annotation) if issubclass(kind, Block)] if field else []
+        if not blocks:
+            return None
+        block = blocks[0]
+    return block
+
+
+def _types_in(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
+
+
+def changed_on_resume(before: RunSpec, after: RunSpec) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value now) of each setting that differs although it may not change on resume."""
+    return list(_changes("", before, after))
+
+
+def _changes(prefix: str, before: Block, after: Block) -> Iterator[tuple[str, Any, Any]]:
+    for name, field in type(before).model_fields.items():
+        old, new = getattr(before, name), getattr(after, name)
+        if old == new or field.json_schema_extra == FREE:
+            continue
+        if isinstance(old, Block) and isinstance(new, Block):
+            yield from _changes(f"{prefix}{name}.", old, new)
+        else:
+            yield f"{prefix}{name}", old, new

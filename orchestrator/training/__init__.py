@@ -1,0 +1,1 @@
+"""What every rank does, from the run directory to the training loop."""

@@ -1,0 +1,182 @@
+"""transformers.TrainerCallbacks, fired on rank zero only; what they ask for is collected here and agreed elsewhere."""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
+
+from orchestrator.data.collate import user_attribute
+from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.training.callbacks.console import ConsoleCallback
+from orchestrator.training.callbacks.jsonl import JsonlCallback
+from orchestrator.training.callbacks.wandb import WandbCallback
+from orchestrator.training.rundir import RunDir
+from orchestrator.world import World
+
+logger = logging.getLogger(__name__)
+
+REQUESTS = ("should_training_stop", "should_save", "should_evaluate", "should_log")
+
+
+@dataclass(frozen=True)
+class TrainingArgs:
+    """What callbacks see as `args`: TrainingArguments' names (a real one would initialise devices), read-only."""
+
+    output_dir: str
+    run_name: str
+    seed: int
+    max_steps: int
+    num_train_epochs: float
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    max_grad_norm: float
+    lr_scheduler_type: str
+    optim: str
+    bf16: bool
+    fp16: bool
+    gradient_checkpointing: bool
+    max_length: int | None
+    beta: float
+    loss_type: str
+    logging_dir: str
+    logging_steps: int
+    eval_steps: int | None
+    save_steps: int | None
+    save_total_limit: int
+    metric_for_best_model: str | None
+    greater_is_better: bool | None
+    logging_strategy: IntervalStrategy = IntervalStrategy.STEPS
+    eval_strategy: IntervalStrategy = IntervalStrategy.NO
+    save_strategy: IntervalStrategy = IntervalStrategy.STEPS
+    load_best_model_at_end: bool = False
+    logging_first_step: bool = False
+    disable_tqdm: bool = True
+    report_to: tuple[str, ...] = ()
+    process_index: int = 0
+    local_process_index: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments.to_dict."""
+        return asdict(self)
+
+
+def training_args(spec: RunSpec, run_dir: RunDir, max_steps: int, epochs: float, world: World, precision: str) -> TrainingArgs:
+    """The settings of a run under TrainingArguments' names."""
+    micro = spec.batch.micro_batch_size or 1
+    return TrainingArgs(
+        output_dir=str(run_dir.path), run_name=spec.run.name, seed=spec.run.seed, max_steps=max_steps, num_train_epochs=epochs,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=-(-spec.batch.global_batch_size // (micro * world.size)),
+        world_size=world.size, learning_rate=spec.optimizer.lr, weight_decay=spec.optimizer.weight_decay,
+        warmup_steps=spec.scheduler.warmup_steps, max_grad_norm=spec.training.max_grad_norm or 0.0,
+        lr_scheduler_type=spec.scheduler.name, optim=spec.optimizer.name, bf16=precision == "bf16", fp16=precision == "fp16",
+        gradient_checkpointing=spec.training.gradient_checkpointing, max_length=spec.data.max_length, beta=spec.dpo.beta,
+        loss_type=spec.dpo.loss_type, logging_dir=str(run_dir.logs), logging_steps=spec.training.logging_steps,
+        eval_steps=spec.evaluation.every_steps, save_steps=spec.checkpoint.every_steps, save_total_limit=spec.checkpoint.keep,
+        metric_for_best_model=spec.evaluation.metric_for_best,
+        greater_is_better=spec.greater_is_better if spec.evaluation.metric_for_best else None,
+        eval_strategy=IntervalStrategy.STEPS if spec.data.eval else IntervalStrategy.NO,
+    )  # fmt: skip
+
+
+class Callbacks:
+    """The callbacks of rank zero (none on the others), with their TrainerState and TrainerControl.
+
+    A callback that raises is reported once and dropped, unless it has a true attribute `essential`. KeyboardInterrupt and
+    the debugger's quit are not its own and pass through.
+    """
+
+    def __init__(self, callbacks: list[TrainerCallback], args: TrainingArgs, objects: dict[str, Any]) -> None:
+        self.callbacks, self.args, self.objects = callbacks, args, objects
+        self.control = TrainerControl()
+        self.state = TrainerState(
+            max_steps=args.max_steps, num_train_epochs=round(args.num_train_epochs), logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps or args.max_steps, save_steps=args.save_steps or args.max_steps,
+            train_batch_size=args.per_device_train_batch_size, log_history=[],
+        )  # fmt: skip
+        self._warned_epoch_stop = False
+
+    def fire(self, event: str, **extra: Any) -> None:
+        """Call `event` of each callback in turn, as transformers' CallbackHandler does."""
+        for callback in list(self.callbacks):
+            try:
+                returned = getattr(callback, event)(self.args, self.state, self.control, **self.objects, **extra)
+            except Exception:
+                if getattr(callback, "essential", False):
+                    raise
+                self.callbacks.remove(callback)
+                logger.exception("%s raised in %s and is dropped; training goes on", type(callback).__name__, event)
+                continue
+            self.control = returned if returned is not None else self.control
+
+    def take_requests(self) -> list[int]:
+        """What was asked since the last call, as flags in the order of REQUESTS."""
+        asked = [int(getattr(self.control, name)) for name in REQUESTS]
+        if self.control.should_epoch_stop and not self._warned_epoch_stop:
+            self._warned_epoch_stop = True
+            logger.warning("a callback set control.should_epoch_stop, which has no effect here: set should_training_stop")
+        self.control = TrainerControl()
+        return asked
+
+    def exported(self) -> dict[str, Any]:
+        """States of the callbacks that keep one (transformers' ExportableState), and what TrainerState remembers."""
+        states = [
+            (type(callback).__qualname__, callback.state()) for callback in self.callbacks if isinstance(callback, ExportableState)
+        ]
+        return {
+            "callbacks": states,
+            "best_metric": self.state.best_metric,
+            "best_global_step": self.state.best_global_step,
+            "log_history": self.state.log_history,
+        }
+
+    def restore(self, exported: dict[str, Any]) -> None:
+        """Put back what `exported` gave, to the callbacks of the same class, in order."""
+        waiting = list(exported["callbacks"])
+        for callback in self.callbacks:
+            found = next((entry for entry in waiting if entry[0] == type(callback).__qualname__), None)
+            if found and isinstance(callback, ExportableState):
+                waiting.remove(found)
+                for name, value in found[1].get("attributes", {}).items():
+                    setattr(callback, name, value)
+        self.state.best_metric, self.state.best_global_step = exported["best_metric"], exported["best_global_step"]
+        self.state.log_history = exported["log_history"]
+
+
+def build_callbacks(spec: RunSpec, run_dir: RunDir) -> list[TrainerCallback]:
+    """Ours, then the user's; to be called on rank zero only.
+
+    Raises:
+        UserError: a user's callback cannot be imported or built.
+    """
+    callbacks: list[TrainerCallback] = [ConsoleCallback(), JsonlCallback(run_dir.metrics)]
+    if spec.wandb.mode != "disabled":
+        callbacks.append(WandbCallback(spec, run_dir))
+    return callbacks + user_callbacks(spec)
+
+
+def user_callbacks(spec: RunSpec) -> list[TrainerCallback]:
+    """The callbacks that the settings name, built."""
+    callbacks: list[TrainerCallback] = []
+    for entry in spec.callbacks:
+        path, kwargs = (entry, {}) if isinstance(entry, str) else (entry.path, entry.kwargs)
+        kind = user_attribute("callbacks", path)
+        try:
+            callback = kind(**kwargs) if callable(kind) else kind
+        except TypeError as error:
+            raise UserError("callbacks", path, f"cannot be built ({error})", "give its arguments as {path, kwargs}") from None
+        if not isinstance(callback, TrainerCallback):
+            raise UserError("callbacks", path, "is not a transformers.TrainerCallback", "derive the class from it")
+        if type(callback).__name__ == "EarlyStoppingCallback" and not (spec.evaluation.metric_for_best and spec.data.eval):
+            raise UserError(
+                "evaluation.metric_for_best", spec.evaluation.metric_for_best, "EarlyStoppingCallback needs it, and data.eval",
+                "for example evaluation.metric_for_best=loss",
+            )  # fmt: skip
+        callbacks.append(callback)
+    return callbacks

@@ -1,0 +1,75 @@
+"""Progress on the terminal: a bar with loss, accuracy, tokens/s and time left, or plain lines where there is none."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class ConsoleCallback(TrainerCallback):
+    """Shows where the run stands. Plain lines are flushed at once: they are read through pipes and log files."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stdout)
+        self.progress: Progress | None = None
+        self.task = TaskID(0)
+        self._since = (time.monotonic(), 0, 0.0)  # time, step, tokens at the last log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = (time.monotonic(), state.global_step, 0.0)
+        if state.global_step:
+            self._say(f"resumed after step {state.global_step}")
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
+            self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self._say(f"evaluation after step {state.global_step}: {_facts(logs, 'eval_')}")
+        if "loss" not in logs:
+            return
+        now, step, tokens = time.monotonic(), state.global_step, float(logs.get("num_tokens", 0))
+        then, step_then, tokens_then = self._since
+        self._since = (now, step, tokens)
+        per_step = (now - then) / max(step - step_then, 1)
+        rate = f", {(tokens - tokens_then) / max(now - then, 1e-9):,.0f} tokens/s" if tokens_then or not step_then else ""
+        facts = f"{_facts(logs, '')}{rate}"
+        if self.progress:
+            self.progress.update(self.task, facts=facts)
+        else:
+            self._say(f"step {step}/{state.max_steps}: {facts}, {_duration((state.max_steps - step) * per_step)} left")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._say(f"saved after step {state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def _say(self, line: str) -> None:
+        if self.progress:
+            self.progress.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
+
+
+def _facts(logs: dict[str, Any], prefix: str) -> str:
+    return f"loss {logs[f'{prefix}loss']:.4f}, accuracy {logs.get(f'{prefix}rewards/accuracies', 0):.3f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

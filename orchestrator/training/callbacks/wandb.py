@@ -1,0 +1,107 @@
+"""Weights & Biases: metrics and settings of the run, online where a key is found, else offline; never waited for."""
+
+import logging
+import os
+import re
+import secrets
+from typing import Any
+
+from transformers import TrainerCallback
+
+from orchestrator.settings.spec import RunSpec
+from orchestrator.training.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+INIT_TIMEOUT_S = 20  # a W&B that cannot be reached delays the start by at most this, then the run is recorded offline
+SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+
+
+class WandbCallback(TrainerCallback):
+    """One W&B run across resumes (online; offline each process writes a folder of its own with the same id)."""
+
+    def __init__(self, spec: RunSpec, run_dir: RunDir) -> None:
+        self.spec, self.run_dir = spec, run_dir
+        self.run: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline runs would still post telemetry, and wait
+        import wandb
+
+        mode = self.spec.wandb.mode
+        if mode == "auto":
+            mode = "online" if _has_credentials(wandb) else "offline"
+        try:
+            self.run = self._init(wandb, mode)
+        except wandb.errors.Error as error:
+            if mode == "offline":
+                raise
+            logger.warning("W&B cannot be reached (%s); this run is recorded offline in %s", error, self.run_dir.wandb)
+            wandb.teardown()  # else the failed run still holds the id
+            self.run = self._init(wandb, "offline")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.run.log({_panel(name): value for name, value in (logs or {}).items()}, step=state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.finish()
+
+    def _init(self, wandb: Any, mode: str) -> Any:
+        wandb.setup(settings=wandb.Settings(silent=True))
+        self.run_dir.wandb.mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            mode=mode, dir=str(self.run_dir.path), project=self.spec.wandb.project, group=self.spec.wandb.group,
+            name=self.spec.run.name, id=self._id(), resume="allow", config=without_secrets(self.spec.model_dump(mode="json")),
+            # nothing of the machine leaves it: no command line, environment, git state or console text
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=INIT_TIMEOUT_S, host="", disable_git=True, disable_code=True,
+                save_code=False, x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False,
+            ),
+        )  # fmt: skip
+
+    def _id(self) -> str:
+        """The run's id, made once and kept in the run directory."""
+        path = self.run_dir.wandb / "run_id"
+        if not path.exists():
+            path.write_text(secrets.token_hex(4))
+        return path.read_text().strip()
+
+
+def without_secrets(value: Any) -> Any:
+    """Settings with every value that is, or contains, the value of a secret environment variable blanked."""
+    hidden = [text for name, text in os.environ.items() if SECRET_NAME.search(name) and len(text) >= 8]
+
+    def clean(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item, str(key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [clean(item, name) for item in value]
+        if not isinstance(value, str):
+            return value
+        # a user's kwargs may carry a key of their own; our own settings of such names (pad_token) hold no secret
+        if re.search(r"api_?key|secret|passw|auth_?token|access_?token", name, re.IGNORECASE):
+            return "***"
+        for text in hidden:
+            value = value.replace(text, "***")
+        return value
+
+    return clean(value)
+
+
+def _panel(name: str) -> str:
+    """Metric names as transformers' own W&B callback groups them."""
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def _has_credentials(wandb: Any) -> bool:
+    """Whether a key is at hand (environment or netrc), without asking the network."""
+    wandb.setup(settings=wandb.Settings(silent=True))
+    try:
+        from wandb.sdk.lib import wbauth  # not public; without it the public property below decides
+
+        host = wandb.setup().settings.base_url
+        return wbauth.authenticate_session(host=host, source="init", prompt=False, update_session=False) is not None
+    except wandb.errors.AuthenticationError:
+        return False
+    except (ImportError, AttributeError, TypeError):
+        return bool(wandb.api.api_key)

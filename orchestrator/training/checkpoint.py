@@ -1,0 +1,270 @@
+"""Checkpoints that exist when their manifest does, and that know neither engine nor world size.
+
+A folder step_00000NNN holds one safetensors file per rank with flat ranges of named tensors, `index.json` with the
+shapes and where each range lies, `meta.json` with everything that is the same on all ranks, the random state of each
+rank, and `manifest.json` with the sha256 of every other file, renamed into place last.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from orchestrator.engines.base import Owned
+from orchestrator.training.rundir import write_atomically
+from orchestrator.world import World
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class CorruptCheckpoint(Exception):
+    """A checkpoint does not hold what its manifest says."""
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def save(checkpoints: Path, step: int, owned: Iterable[Owned], meta: dict[str, Any], world: World) -> Path:
+    """Write a checkpoint, every rank its part; it is committed when this returns on all ranks.
+
+    A crash at any moment leaves either no manifest, and so no checkpoint, or a whole one. An error on one rank is
+    raised on all of them, so that none waits.
+    """
+    final, partial = step_folder(checkpoints, step), checkpoints / f".step_{step:08d}.partial"
+    if world.is_main:
+        for leftover in (final, partial):  # of a save that a crash cut short, or of a corrupt one
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.gather(None)  # the folder exists
+    try:
+        written: Any = _write_rank(partial, world.rank, owned)
+    except OSError as error:
+        written = error
+    parts = world.gather(written)
+    failure: Any = next((part for part in parts if isinstance(part, OSError)), None)
+    if failure is None and world.is_main:
+        try:
+            _commit(partial, final, parts, meta, step, world.size)
+        except OSError as error:
+            failure = error
+    failure = world.gather(failure)[0]
+    if failure is not None:
+        raise failure
+    return final
+
+
+def retain(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest `keep` committed checkpoints; rank zero alone. The manifest goes first."""
+    for folder in committed(checkpoints)[keep:]:
+        (folder / MANIFEST).unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def committed(checkpoints: Path) -> list[Path]:
+    """Folders with a manifest, newest first; their content is not looked at."""
+    return sorted((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), reverse=True)
+
+
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with a checkpoint: one line per file, empty when it is whole.
+
+    share: (rank, size) looks at every size-th file, for ranks that check together.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = sorted(manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{folder / MANIFEST}: cannot be read ({type(error).__name__})"]
+    wrong = []
+    for name, expected in files[share[0] :: share[1]]:
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{path}: is missing")
+        elif _sha256(path) != expected:
+            wrong.append(f"{path}: its content is not what was written")
+    return wrong
+
+
+def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, checked by all ranks together, and what is wrong with newer ones."""
+    complaints: list[str] = []
+    for folder in world.gather(committed(checkpoints) if world.is_main else None)[0]:
+        wrong = [line for lines in world.gather(verify(folder, (world.rank, world.size))) for line in lines]
+        if not wrong:
+            return folder, complaints
+        complaints += wrong
+    return None, complaints
+
+
+class Reader:
+    """Reads ranges of a verified checkpoint lazily, whoever wrote them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = _decoded(json.loads((folder / "meta.json").read_text()))
+        index = json.loads((folder / "index.json").read_text())
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in index["shapes"].items()}
+        self._ranges: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
+        for file, tensor, name, key, start, stop in index["ranges"]:
+            self._ranges[name, key].append((start, stop, file, tensor))
+        self._files: dict[str, Any] = {}
+
+    def keys(self, name: str) -> set[str]:
+        """The keys ("param", "exp_avg", ...) that are kept of a parameter."""
+        return {key for other, key in self._ranges if other == name}
+
+    def read(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
+        """The flat range [start, stop) of a tensor, 1-D on the CPU.
+
+        Raises:
+            CorruptCheckpoint: a part of the range is nowhere.
+        """
+        pieces, at = [], start
+        for begin, end, file, tensor in sorted(self._ranges[name, key]):
+            if begin <= at < end and at < stop:
+                upto = min(end, stop)
+                pieces.append(self._file(file).get_slice(tensor)[at - begin : upto - begin])
+                at = upto
+        if at < stop:
+            raise CorruptCheckpoint(f"{self.folder}: elements {at} to {stop} of {key} of {name} are not in it")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """One whole parameter in its shape."""
+        shape = self.shapes[name]
+        return self.read(name, "param", 0, int(np.prod(shape, dtype=np.int64))).view(shape)
+
+    def restore_rng(self, world: World, seed: int) -> None:
+        """This rank's random state as it was, or, at another world size, a new one from seed, step and rank."""
+        if self.meta["world_size"] != world.size:
+            seed_everything(seed + 1_000_003 * self.meta["step"] + world.rank)
+            return
+        tensors = load_file(self.folder / f"rng_{world.rank:05d}.safetensors")
+        torch.set_rng_state(tensors["torch"])
+        if world.device.type == "cuda" and "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda"], world.device)
+        state = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", state[:-1], int(state[-1])))
+        version, words, gauss = json.loads(tensors["python"].numpy().tobytes())
+        random.setstate((version, tuple(words), gauss))
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self.folder / name, "pt")
+        return self._files[name]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (CPU and GPU), numpy and Python."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def _write_rank(folder: Path, rank: int, owned: Iterable[Owned]) -> dict[str, Any]:
+    """Write one rank's tensors and random state; returns their index entries and hashes."""
+    file, rng = f"rank_{rank:05d}.safetensors", f"rng_{rank:05d}.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    ranges: list[tuple[str, str, str, str, int, int]] = []
+    for part in owned:
+        shapes[part.name] = part.shape
+        for key, value in part.tensors.items():
+            label = str(len(tensors))
+            tensors[label] = value.cpu().contiguous()
+            is_range = value.numel() == part.stop - part.start and key != "step"
+            begin, end = (part.start, part.stop) if is_range else (0, value.numel())
+            ranges.append((file, label, part.name, key, begin, end))
+    save_file(tensors, folder / file)
+    save_file(_rng_state(), folder / rng)
+    return {"shapes": shapes, "ranges": ranges, "files": {name: _synced_sha256(folder / name) for name in (file, rng)}}
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    name, words, position, *_ = np.random.get_state()
+    assert name == "MT19937" and not isinstance(words, str)
+    python = json.dumps(random.getstate()).encode()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.append(words.astype(np.int64), position)),
+        "python": torch.frombuffer(bytearray(python), dtype=torch.uint8),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _commit(
+    partial: Path, final: Path, parts: list[dict[str, Any]], meta: dict[str, Any], step: int, world_size: int
+) -> None:
+    shapes = {name: shape for part in parts for name, shape in part["shapes"].items()}
+    ranges = [entry for part in parts for entry in part["ranges"]]
+    files = {name: digest for part in parts for name, digest in part["files"].items()}
+    documents = {
+        "index.json": {"shapes": shapes, "ranges": ranges},
+        "meta.json": _encoded({**meta, "step": step, "world_size": world_size}),
+    }
+    for name, document in documents.items():
+        (partial / name).write_text(json.dumps(document))
+        files[name] = _synced_sha256(partial / name)
+    os.rename(partial, final)
+    _sync_folder(final.parent)
+    write_atomically(final / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+    _sync_folder(final)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _synced_sha256(path: Path) -> str:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encoded(value: Any) -> Any:
+    """JSON without loss: schedulers keep dicts with integer keys (MultiStepLR's milestones), which JSON would turn
+    into strings."""
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: _encoded(item) for key, item in value.items()}
+        return {"__items__": [[_encoded(key), _encoded(item)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_encoded(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"__items__"}:
+            return {_decoded(key): _decoded(item) for key, item in value["__items__"]}
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,74 @@
+"""How a run speaks to what started it: heartbeat, commits, and the request to stop."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from orchestrator.training.rundir import RunDir
+
+HEARTBEAT_S = 1.0  # seconds between two writes of the heartbeat file at most
+
+
+class Session(Protocol):
+    """What `worker.run` may ask of its surroundings; there is a local version and one for Ray."""
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        """Say that this rank is alive and what it does. Cheap enough for every step."""
+        ...
+
+    def committed(self, step: int, path: Path) -> None:
+        """A checkpoint was committed. Called on all ranks."""
+        ...
+
+    def stop_requested(self) -> str | None:
+        """Why the run should save and stop, or None. The ranks agree on it elsewhere."""
+        ...
+
+    def deadline(self) -> float | None:
+        """Seconds until this process will be taken away, where that is known."""
+        ...
+
+
+class LocalSession:
+    """A process of its own: SIGINT and SIGTERM ask for a stop, as does the file RUN_DIR/STOP. A second signal kills."""
+
+    def __init__(self, run_dir: RunDir, rank: int) -> None:
+        self.run_dir, self.rank = run_dir, rank
+        self._signal: str | None = None
+        self._last_beat = 0.0
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        now = time.monotonic()
+        if now - self._last_beat < HEARTBEAT_S:
+            return
+        self._last_beat = now
+        beat = {"step": step, "phase": phase, "time": time.time(), "pid": os.getpid(), "host": os.uname().nodename}
+        path = self.run_dir.logs / f"heartbeat_{self.rank:05d}.json"
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(beat))  # no fsync: it says what happens now, and need not survive a crash
+        os.replace(partial, path)
+
+    def committed(self, step: int, path: Path) -> None:
+        return None
+
+    def stop_requested(self) -> str | None:
+        if self._signal is None and self.rank == 0 and self.run_dir.stop.exists():
+            return "RUN_DIR/STOP exists"
+        return self._signal
+
+    def deadline(self) -> float | None:
+        return None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._signal = f"received {signal.Signals(number).name}"

@@ -1,0 +1,99 @@
+"""The run directory: its paths, the request to stop, and who owns it."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.settings.load import load_spec, save_spec
+from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
+
+
+class RunDir:
+    """Paths below run.dir/run.name; nothing is read or made until a method says so."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"  # with the model's config.json: what an export needs besides weights
+        self.model = path / "model"
+        self.wandb = path / "wandb"
+        self.logs = path / "logs"
+        self.stop = path / "STOP"  # whoever makes this file asks the run to save and stop
+        self.result = path / "result.json"
+
+    @classmethod
+    def existing(cls, path: str) -> "RunDir":
+        """The directory of a run that has started.
+
+        Raises:
+            UserError: there is none at this path.
+        """
+        run_dir = cls(Path(path))
+        if not run_dir.config.is_file():
+            raise UserError("RUN_DIR", path, "holds no config.yaml, so it is no run", "give the folder run.dir/run.name")
+        return run_dir
+
+    def check(self, spec: RunSpec) -> None:
+        """Refuse settings that a resumption may not change.
+
+        Raises:
+            UserError: the directory belongs to a run with other settings.
+        """
+        if not (self.config.is_file() and any(self.checkpoints.glob("step_*/manifest.json"))):
+            return  # nothing was trained yet, so there is nothing to contradict
+        changes = changed_on_resume(load_spec(self.config), spec)
+        if changes:
+            keys = ", ".join(f"{key} (was {old!r}, now {new!r})" for key, old, new in changes)
+            raise UserError(
+                "run.name", spec.run.name, f"is a started run with other settings: {keys}",
+                "put them back to resume it, or choose another run.name",
+            )  # fmt: skip
+
+    def begin(self, spec: RunSpec) -> None:
+        """Make the directory, write the settings, and forget requests and results of earlier attempts."""
+        for folder in (self.checkpoints, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_spec(spec, self.config)
+        self.stop.unlink(missing_ok=True)
+        self.result.unlink(missing_ok=True)
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the directory; two drivers on one run would overwrite each other. The lock dies with its holder.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".owner", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    "run.name", self.path.name, f"is running already ({file.read().strip()})", "wait for it, or choose another run.name"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+            yield
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """How the run ended, for whoever started the process that ended it."""
+        write_atomically(self.result, json.dumps(result))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader, or a crash, meets the old text or the new, never half."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,260 @@
+"""fit(): take steps, log, evaluate, save, stop."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.data.collate import Counts
+from orchestrator.data.loader import Loader, StepBatches
+from orchestrator.engines.base import Engine, Updated
+from orchestrator.settings.spec import Precision, RunSpec
+from orchestrator.training import checkpoint
+from orchestrator.training.callbacks import Callbacks
+from orchestrator.training.evaluate import evaluate
+from orchestrator.training.health import Session
+from orchestrator.training.metrics import MetricSums, means
+from orchestrator.training.rundir import RunDir
+from orchestrator.world import World
+
+MAX_SKIPPED_IN_A_ROW = 25  # fp16 steps: the loss scale has then fallen by 2**25 and the gradient still overflows
+
+
+class TrainingError(Exception):
+    """Training cannot go on; one line with rank, step and cure."""
+
+
+@dataclass
+class Asked:
+    """What all ranks agreed to do now."""
+
+    non_finite: bool
+    stop: bool  # from outside: save, and be resumed later
+    finish: bool  # by a callback: this is the end of training
+    save: bool
+    evaluate: bool
+    log: bool
+
+
+@dataclass
+class Ended:
+    """How `fit` ended."""
+
+    status: str  # finished | stopped
+    reason: str
+    step: int
+    checkpoint: Path
+
+
+@dataclass
+class Trainer:
+    """The parts of a run on one rank, and its position."""
+
+    spec: RunSpec
+    world: World
+    session: Session
+    run_dir: RunDir
+    engine: Engine
+    loader: Loader
+    eval_loader: Loader | None
+    callbacks: Callbacks
+    max_steps: int
+    total_pairs: int | None  # over all epochs; the data end here even if fp16 skipped steps
+    precision: Precision
+
+    def __post_init__(self) -> None:
+        self.step = 0  # optimizer steps taken
+        self.pairs_seen = 0
+        self.tokens_seen = 0.0
+        self.window = MetricSums(self.world)  # since the last log
+        self.last: Updated | None = None
+        self.evaluated_at = self.saved_at = -1
+
+    # --- position ------------------------------------------------------------------------------------------------
+
+    def resume(self, reader: checkpoint.Reader) -> None:
+        """Go on from a checkpoint of any engine and world size."""
+        meta = reader.meta
+        self.engine.put(reader.read, reader.keys)
+        self.engine.set_state(meta["engine"])
+        self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
+        self.evaluated_at, self.saved_at = meta["evaluated_at"], self.step
+        self.window.restore(meta["window"])
+        if self.world.is_main:
+            self.callbacks.restore(meta["callbacks"])
+        self._update_state()
+        reader.restore_rng(self.world, self.spec.run.seed)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every step was taken."""
+        return self.step >= self.max_steps or (self.total_pairs is not None and self.pairs_seen >= self.total_pairs)
+
+    def _update_state(self) -> None:
+        state = self.callbacks.state
+        state.global_step, state.epoch = self.step, self.pairs_seen / len(self.loader.pairs)
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Ended:
+        """Train from the present position to the end, or until someone asks to stop. The same on every rank."""
+        callbacks, spec = self.callbacks, self.spec
+        self._update_state()
+        callbacks.fire("on_train_begin")
+        asked = self.evaluate() if self.step == 0 else None
+        epoch, skipped = -1, 0
+        for made in self.loader.steps(self.pairs_seen, self.step):
+            if self.is_over or (asked and (asked.finish or asked.stop)):
+                break
+            if made.epoch != epoch:
+                epoch = made.epoch
+                callbacks.fire("on_epoch_begin")
+            callbacks.fire("on_step_begin")
+            sums = self._micro_steps(made)
+
+            # requests raised since the last update act now, on its weights: this step's update has not happened
+            asked = self._agree(self.engine.finite())
+            if asked.finish or asked.stop:
+                self.engine.discard()
+                break
+            self._act_on(asked)
+
+            callbacks.fire("on_pre_optimizer_step")
+            self.last = self.engine.optimizer_step(apply=not asked.non_finite)
+            self.pairs_seen = made.pairs_seen
+            skipped = skipped + 1 if asked.non_finite else 0
+            if asked.non_finite:
+                self._check_skipped(skipped)
+                continue
+            callbacks.fire("on_optimizer_step")
+            self.step += 1
+            self.window.add(sums)
+            self._update_state()
+            self.session.heartbeat(self.step, "train")
+            callbacks.fire("on_step_end")
+            if self.step % spec.training.logging_steps == 0 or self.is_over:
+                self.log()
+            if spec.evaluation.every_steps and self.step % spec.evaluation.every_steps == 0:
+                asked = self.evaluate()
+            if spec.checkpoint.every_steps and self.step % spec.checkpoint.every_steps == 0 and not self.is_over:
+                self.save()
+            if self.pairs_seen % len(self.loader.pairs) == 0:
+                callbacks.fire("on_epoch_end")
+        return self._end(asked)
+
+    def _end(self, asked: Asked | None) -> Ended:
+        asked = asked or self._agree()
+        stopped = asked.stop and not asked.finish and not self.is_over
+        if not stopped:
+            self.evaluate()
+        self.save()
+        self.callbacks.fire("on_train_end")
+        folder = checkpoint.step_folder(self.run_dir.checkpoints, self.step)
+        if stopped:
+            return Ended("stopped", self.session.stop_requested() or "another rank was asked to", self.step, folder)
+        return Ended("finished", "every step was taken" if self.is_over else "a callback asked", self.step, folder)
+
+    def _micro_steps(self, made: StepBatches) -> torch.Tensor:
+        """Forward and backward over this rank's micro-batches; returns the step's metric sums."""
+        counts = made.counts
+        if made.are_local:
+            local = torch.tensor(counts, dtype=torch.float64, device=self.world.device)
+            counts = Counts(*map(int, self.world.sum(local).tolist()))
+        sums = MetricSums(self.world)
+        last = len(made.micro_batches) - 1
+        for i, batch in enumerate(made.micro_batches):
+            sums.add(self.engine.micro_step(batch.to(self.world.device), counts, last=i == last).metric_sums)
+            if i < last:
+                self.callbacks.fire("on_substep_end")
+        return sums.sums
+
+    # --- agreement -----------------------------------------------------------------------------------------------
+
+    def _agree(self, finite: torch.Tensor | None = None) -> Asked:
+        """One small reduction: whatever one rank saw, all ranks do at the same step."""
+        training_stop, save, evaluate, log = self.callbacks.take_requests()
+        stop = int(self.session.stop_requested() is not None)
+        flags = torch.tensor([0, stop, training_stop, save, evaluate, log], dtype=torch.int32, device=self.world.device)
+        if finite is not None:
+            flags[0] = ~finite
+        return Asked(*map(bool, self.world.max(flags).tolist()))
+
+    def _act_on(self, asked: Asked) -> None:
+        if asked.log:
+            self.log()
+        if asked.evaluate:
+            self.evaluate()
+        if asked.save:
+            self.save()
+
+    def _check_skipped(self, in_a_row: int) -> None:
+        """fp16 lowers its loss scale and goes on; a non-finite gradient in any other precision is the end."""
+        if self.precision == "fp16" and in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return
+        raise TrainingError(
+            f"step {self.step + 1} (rank {self.world.rank}): the gradient is not finite after pair {self.pairs_seen}; "
+            f"lower optimizer.lr or training.max_grad_norm, or resume from the last checkpoint with precision=fp32"
+        )
+
+    # --- what is done between steps ------------------------------------------------------------------------------
+
+    def log(self) -> None:
+        """Report the window since the last log; one reduction."""
+        totals = self.window.totals()
+        if not totals[0][1]:
+            return  # nothing since the last log
+        logs = means(totals)
+        self.tokens_seen += logs["num_tokens"]
+        logs["num_tokens"] = self.tokens_seen
+        if self.last is not None:
+            logs |= {"grad_norm": float(self.last.grad_norm), "learning_rate": self.last.lr}
+        self.window.clear()
+        self._report(logs)
+
+    def evaluate(self) -> Asked:
+        """Evaluate once per step at most, then let callbacks (early stopping) act on it at once."""
+        if self.eval_loader is not None and self.evaluated_at != self.step:
+            self.evaluated_at = self.step
+            metrics = evaluate(self.engine, self.eval_loader, self.world, self.session, self.step)
+            self._report(metrics)
+            self.callbacks.fire("on_evaluate", metrics=metrics)
+            self._remember_best(metrics)
+        return self._agree()
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step, once."""
+        if self.saved_at == self.step:
+            return
+        self.session.heartbeat(self.step, "save")
+        window = self.window.totals()
+        meta = {
+            "engine": self.engine.state(),
+            "pairs_seen": self.pairs_seen,
+            "tokens_seen": self.tokens_seen,
+            "evaluated_at": self.evaluated_at,
+            "window": window,
+            "callbacks": self.callbacks.exported(),
+            "spec": self.spec.model_dump(mode="json"),
+        }
+        path = checkpoint.save(self.run_dir.checkpoints, self.step, self.engine.owned(), meta, self.world)
+        self.saved_at = self.step
+        self.session.committed(self.step, path)
+        if self.world.is_main:
+            checkpoint.retain(self.run_dir.checkpoints, self.spec.checkpoint.keep)
+        self.callbacks.fire("on_save")
+
+    def _report(self, logs: dict[str, Any]) -> None:
+        logs = {**logs, "epoch": self.pairs_seen / len(self.loader.pairs)}
+        if self.world.is_main:
+            self.callbacks.state.log_history.append({**logs, "step": self.step})
+        self.callbacks.fire("on_log", logs=logs)
+
+    def _remember_best(self, metrics: dict[str, float]) -> None:
+        name = self.spec.evaluation.metric_for_best
+        value = metrics.get(name if name and name.startswith("eval_") else f"eval_{name}", math.nan)
+        best, state = self.callbacks.state.best_metric, self.callbacks.state
+        better = value > (best or 0) if self.spec.greater_is_better else value < (best or 0)
+        if not math.isnan(value) and (best is None or better):
+            state.best_metric, state.best_global_step = value, self.step

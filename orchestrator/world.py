@@ -1,0 +1,68 @@
+"""Rank, size and device of this process, and the few collectives; the only reader of RANK and WORLD_SIZE."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. At size 1 every collective is the identity and no process group is needed."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, timeout_s: int) -> "World":
+        """Take the ranks from an initialised process group, else from torchrun's environment, else be alone.
+
+        timeout_s: seconds after which a collective that a peer never enters raises here.
+        """
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+        if not dist.is_initialized():
+            return cls(0, 1, local_rank, device)
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank zero, the one that reports."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place; any shape, on this rank's device."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum over ranks, in place; any shape, on this rank's device."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def leave(self) -> None:
+        """Tear down a process group that `join` made (torchrun or --nproc); Ray tears down its own."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
