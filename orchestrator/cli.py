@@ -65,7 +65,7 @@ def debug(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Say what a run would be, without starting it."""
-    from orchestrator.settings.plan import planned
+    from orchestrator.run.plan import planned
 
     facts = planned(_spec(args))
     if args.json:
@@ -106,7 +106,9 @@ def _spec(args: argparse.Namespace) -> RunSpec:
     files = [word for word in args.settings if "=" not in word]
     overrides = [word for word in args.settings if "=" in word]
     if not files:
-        raise UserError("FILE", None, "no settings file was given", "for example orchestrator train configs/quickstart.yaml")
+        raise UserError(
+            "FILE", None, "no settings file was given", "for example orchestrator train configs/quickstart.yaml"
+        )
     return load_spec(files, overrides)
 
 
@@ -128,7 +130,9 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="orchestrator", description="Distributed preference training, described by one YAML.")
+    parser = argparse.ArgumentParser(
+        prog="orchestrator", description="Distributed preference training, described by one YAML."
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def add(verb: Callable[[argparse.Namespace], int], description: str) -> argparse.ArgumentParser:
@@ -142,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
         add(plan, "validate the settings and print the batch arithmetic"),
     ]
     for sub in takes_settings:
-        sub.add_argument("settings", nargs="+", metavar="FILE|key=value", help="YAML files, merged left to right, then overrides")
+        sub.add_argument(
+            "settings", nargs="+", metavar="FILE|key=value", help="YAML files, merged left to right, then overrides"
+        )
     takes_settings[1].add_argument("--nproc", type=int, default=1, metavar="N", help="ranks, one process each")
     takes_settings[2].add_argument("--json", action="store_true", help="one JSON object instead of lines")
     checks = add(verify, "check every file of every checkpoint against its manifest")
@@ -150,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     exports = add(export, "write the newest whole checkpoint as a Hugging Face model folder")
     exports.add_argument("run_dir", metavar="RUN_DIR")
     exports.add_argument("out", metavar="OUT")
-    exports.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the written weights")
+    exports.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the written weights"
+    )
     return parser
 
 

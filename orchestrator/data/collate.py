@@ -43,7 +43,9 @@ class PairBatch(NamedTuple):
     @property
     def counts(self) -> Counts:
         """Pairs and tokens of this micro-batch alone, fillers left out; on the host."""
-        return Counts(int(self.pair_weights.sum()), int((self.attention_mask.sum(1) * self.pair_weights.repeat(2)).sum()))
+        return Counts(
+            int(self.pair_weights.sum()), int((self.attention_mask.sum(1) * self.pair_weights.repeat(2)).sum())
+        )
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class PreferenceCollator:
         self.keep_last = data.max_length if data.truncation == "keep_end" else None
 
     def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
+        """B rows -> a batch; a filler's pairs weigh nothing."""
         sequences: list[list[int]] = []
         starts: list[int] = []  # of the completion within its sequence
         for side in ("chosen_ids", "rejected_ids"):
@@ -101,7 +104,7 @@ def batch_from_masks(
     is_filler: bool,
     ref_logps: torch.Tensor | None = None,
 ) -> PairBatch:
-    """A PairBatch from TRL-shaped [2B, T] tensors. A completion token at position 0 has nothing before it: not scored."""
+    """A PairBatch from TRL-shaped [2B, T] tensors. A completion token at position 0 has none before it: not scored."""
     sequence, before = completion_mask[:, 1:].nonzero(as_tuple=True)
     return PairBatch(
         pair_ids=torch.tensor([row["pair_id"] for row in rows]),
@@ -116,7 +119,7 @@ def batch_from_masks(
 
 
 class AdaptedCollator:
-    """A user's collator: handed rows (and `context` where it has such a parameter), its TRL-shaped dict made a PairBatch."""
+    """A user's collator: handed rows (and `context` where it has such a parameter); its dict becomes a PairBatch."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -126,14 +129,17 @@ class AdaptedCollator:
         self.wants_context = "context" in inspect.signature(self.collator).parameters
 
     def __call__(self, rows: list[Row], context: CollateContext, *, is_filler: bool = False) -> PairBatch:
+        """B rows -> a batch, by the user's code; a filler's pairs weigh nothing."""
         made = self.collator(rows, context=context) if self.wants_context else self.collator(rows)
         missing = {"input_ids", "attention_mask", "completion_mask"} - set(made)
         if missing or made["input_ids"].shape[0] != 2 * len(rows):
             shape = None if "input_ids" in missing else tuple(made["input_ids"].shape)
             raise UserError(
-                "data.collator", self.path, f"returned keys {sorted(made)} and input_ids of shape {shape} for {len(rows)} pairs",
+                "data.collator",
+                self.path,
+                f"returned keys {sorted(made)} and input_ids of shape {shape} for {len(rows)} pairs",
                 "return input_ids, attention_mask and completion_mask of shape [2 * pairs, tokens], chosen half first",
-            )  # fmt: skip
+            )
         known = [made[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in made]
         ref_logps = torch.cat(known).double() if len(known) == 2 else None
         return batch_from_masks(
@@ -152,7 +158,10 @@ def user_attribute(key: str, path: str) -> Any:
         return getattr(import_module(module), attribute)
     except ImportError as error:
         raise UserError(
-            key, path, f"cannot be imported ({error})", "give the command in the folder that holds the module, or install it"
+            key,
+            path,
+            f"cannot be imported ({error})",
+            "give the command in the folder that holds the module, or install it",
         ) from None
     except AttributeError:
         raise UserError(key, path, f"module {module} has no {attribute}", "check the name after the colon") from None

@@ -72,7 +72,8 @@ def _prefetched(steps: Iterator[StepBatches]) -> Iterator[StepBatches]:
     def put(item: StepBatches | BaseException) -> None:
         while not stop.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
+                return
             except queue.Full:
                 continue
 

@@ -6,9 +6,12 @@ Legend: N pairs of the data set, G pairs of a global batch, W ranks, S global ba
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from orchestrator.settings.spec import TrainingSpec
 
 Integers = NDArray[np.int64]
 
@@ -50,6 +53,26 @@ def deal(costs: Integers, ranks: int) -> Integers:
             loads[rows, lightest] += part[rows, position]
             owners[start + rows, position] = lightest
     return owners
+
+
+class RunLength(NamedTuple):
+    """How long a run is, in each unit."""
+
+    epochs: float
+    steps: int  # optimizer steps
+    pairs: int | None  # where the data end; None when training.max_steps alone decides
+
+
+def run_length(pairs: int, global_batch_size: int, training: TrainingSpec) -> RunLength:
+    """The length of a run over that many pairs: max_steps or epochs is set, the other follows; 1 epoch if neither."""
+    per_epoch = -(-pairs // global_batch_size)
+    if training.max_steps is not None:
+        whole, rest = divmod(training.max_steps, per_epoch)
+        return RunLength(whole + min(rest * global_batch_size, pairs) / pairs, training.max_steps, None)
+    epochs = training.epochs or 1.0
+    whole = int(epochs)
+    rest = round((epochs - whole) * pairs)
+    return RunLength(epochs, whole * per_epoch + -(-rest // global_batch_size), whole * pairs + rest)
 
 
 @dataclass(frozen=True)

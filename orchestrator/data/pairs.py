@@ -124,13 +124,15 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
 def check_source(key: str, source: str) -> None:
     """Refuse a missing file before anything heavy is loaded."""
     if looks_local(source) and not os.path.exists(source):
-        raise UserError(key, source, "does not exist", "give a JSONL, JSON or Parquet file, a saved dataset or a hub name")
+        raise UserError(
+            key, source, "does not exist", "give a JSONL, JSON or Parquet file, a saved dataset or a hub name"
+        )
 
 
-def count_rows(source: str) -> int | None:
+def count_rows(key: str, source: str) -> int | None:
     """Rows of a local file, without loading it; None where only `datasets` could tell."""
     if source.endswith((".jsonl", ".json")) and os.path.isfile(source):
-        return sum(1 for _ in _json_rows("data", source))
+        return sum(1 for _ in _json_rows(key, source))
     return None
 
 
@@ -185,9 +187,11 @@ def _json_rows(key: str, source: str) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(
-                        f"{key} row {number}", line.strip(), f"is not JSON ({error.msg}, column {error.colno})",
+                        f"{key} row {number}",
+                        line.strip(),
+                        f"is not JSON ({error.msg}, column {error.colno})",
                         f"mend that line of {source}",
-                    ) from None  # fmt: skip
+                    ) from None
         except json.JSONDecodeError as error:
             raise UserError(key, source, f"is not JSON ({error})", "mend it, or write one object per line") from None
         except UnicodeDecodeError as error:
@@ -212,9 +216,11 @@ def _with_datasets(key: str, source: str, split: Split) -> Any:
     except Exception as error:  # datasets raises a dozen types here; all mean that the source cannot be read
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            key, source, f"cannot be read by `datasets` ({type(error).__name__}: {reason})",
+            key,
+            source,
+            f"cannot be read by `datasets` ({type(error).__name__}: {reason})",
             "give a file, a folder written by save_to_disk, or a hub name that this machine can reach",
-        ) from None  # fmt: skip
+        ) from None
 
 
 # --- the shape of a row ------------------------------------------------------------------------------------------
@@ -278,7 +284,10 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
     row = _checked(row)
     if isinstance(row["prompt"], list):
         tools = row.get("tools")
-        extra = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+        extra = {
+            "tools": json.loads(tools) if isinstance(tools, str) else tools,
+            **(row.get("chat_template_kwargs") or {}),
+        }
         prompt = _chat(tokenizer, row["prompt"], add_generation_prompt=True, **extra)
         chosen = _chat(tokenizer, row["prompt"] + row["chosen"], **extra)
         rejected = _chat(tokenizer, row["prompt"] + row["rejected"], **extra)
@@ -292,7 +301,9 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
     pair = TokenizedPair(prompt[:start], chosen[start:], rejected[start:])
     if data.truncation == "keep_start" and data.max_length is not None:
         if start >= data.max_length:
-            raise BadRow("prompt fills max_length", f"its prompt alone has {start} tokens, data.max_length is {data.max_length}")
+            raise BadRow(
+                "prompt fills max_length", f"its prompt alone has {start} tokens, data.max_length is {data.max_length}"
+            )
         room = data.max_length - start
         pair = TokenizedPair(pair.prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
     if not pair.chosen_ids or not pair.rejected_ids:
@@ -305,9 +316,11 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
 def _chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Row], **options: Any) -> list[int]:
     if tokenizer.chat_template is None:
         raise UserError(
-            "model.tokenizer", tokenizer.name_or_path, "has no chat template, but the data are conversations",
+            "model.tokenizer",
+            tokenizer.name_or_path,
+            "has no chat template, but the data are conversations",
             "take an instruct model's tokenizer, or give the rows as plain text",
-        )  # fmt: skip
+        )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]  # pyright: ignore
     except UserError:
@@ -348,7 +361,12 @@ class _Worker(NamedTuple):
 
 
 def _build(
-    folder: Path, key: str, source: str, rows: Iterable[tuple[int, Any]], tokenizer: "PreTrainedTokenizerBase", data: DataSpec
+    folder: Path,
+    key: str,
+    source: str,
+    rows: Iterable[tuple[int, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataSpec,
 ) -> None:
     numbers: list[int] = []
     lengths: list[tuple[int, int, int]] = []
@@ -359,7 +377,10 @@ def _build(
             is_error = result.kind == "malformed" if data.on_bad_row is None else data.on_bad_row == "error"
             if is_error:
                 raise UserError(
-                    f"{key} row {number}", source, result.reason, "mend the row, or set data.on_bad_row=drop to leave such rows out"
+                    f"{key} row {number}",
+                    source,
+                    result.reason,
+                    "mend the row, or set data.on_bad_row=drop to leave such rows out",
                 )
             dropped[result.kind] += 1
             continue

@@ -19,9 +19,19 @@ if TYPE_CHECKING:
 
 # Metrics with TRL's names, in the order of metric_sums. Each is a sum and the count that it is divided by.
 METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-    "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "num_tokens",
-)  # fmt: skip
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "num_tokens",
+)
 
 
 class StepOutput(NamedTuple):
@@ -54,12 +64,22 @@ class PairStep(nn.Module):
         return StepOutput(losses @ batch.pair_weights / counts.pairs, sums, logps.detach(), ref_logps)
 
     @torch.no_grad()
-    def _metric_sums(self, batch: PairBatch, tokens: TokenTerms, terms: PairTerms, losses: torch.Tensor) -> torch.Tensor:
+    def _metric_sums(
+        self, batch: PairBatch, tokens: TokenTerms, terms: PairTerms, losses: torch.Tensor
+    ) -> torch.Tensor:
         weights = batch.pair_weights
         chosen, rejected = rewards(terms, self.dpo)
-        per_pair = torch.stack([
-            losses, chosen, rejected, (chosen > rejected).double(), chosen - rejected, terms.chosen_logps, terms.rejected_logps,
-        ])  # fmt: skip
+        per_pair = torch.stack(
+            [
+                losses,
+                chosen,
+                rejected,
+                (chosen > rejected).double(),
+                chosen - rejected,
+                terms.chosen_logps,
+                terms.rejected_logps,
+            ]
+        )
         pair_sums = torch.stack([per_pair @ weights, weights.sum().expand(len(per_pair))], dim=1)
 
         both = weights.repeat(2)
@@ -69,8 +89,18 @@ class PairStep(nn.Module):
         )
         (n_chosen, n_rejected), fed = lengths.view(2, -1).sum(1), batch.attention_mask.sum(1).double() @ both
         logits_chosen, logits_rejected = logits.view(2, -1).sum(1)
-        token_sums = torch.stack([
-            logits_chosen, n_chosen, logits_rejected, n_rejected, entropy.sum(), n_chosen + n_rejected,
-            top1.chunk(2)[0].sum(), n_chosen, fed, torch.ones_like(fed),
-        ])  # fmt: skip
+        token_sums = torch.stack(
+            [
+                logits_chosen,
+                n_chosen,
+                logits_rejected,
+                n_rejected,
+                entropy.sum(),
+                n_chosen + n_rejected,
+                top1.chunk(2)[0].sum(),
+                n_chosen,
+                fed,
+                torch.ones_like(fed),
+            ]
+        )
         return torch.cat([pair_sums, token_sums.view(-1, 2)])

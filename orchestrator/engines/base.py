@@ -51,7 +51,7 @@ class Engine(Protocol):
         ...
 
     def finite(self) -> torch.Tensor:
-        """Whether this rank's summed gradient is finite: a scalar bool on the device. Once per step, before the update."""
+        """Whether this rank's summed gradient is finite: a bool on the device. Once per step, before the update."""
         ...
 
     def optimizer_step(self, apply: bool) -> Updated:

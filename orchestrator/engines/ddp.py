@@ -31,12 +31,12 @@ class DdpEngine:
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
         self.step = step
-        self.names = {name: p for name, p in step.policy.named_parameters()}
+        self.names = dict(step.policy.named_parameters())
         self.trainable = [p for p in step.parameters() if p.requires_grad]
         groups = param_groups(step, self.weight_decay)
         self.module: PairStep | DistributedDataParallel = step
         if self.world.size > 1:
-            self.module = DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.module = DistributedDataParallel(step, forward_sync_buffers=False, gradient_as_bucket_view=True)
             self.module.register_comm_hook(None, _sum_gradients)
             self.optimizer: Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=optimizer)  # pyright: ignore
         else:
@@ -61,7 +61,7 @@ class DdpEngine:
         return self.grad_norm.isfinite()
 
     def optimizer_step(self, apply: bool) -> Updated:
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         if apply:
             if self.max_grad_norm is not None:
                 clip_grads_with_norm_(self.trainable, self.max_grad_norm, self.grad_norm)
@@ -122,15 +122,16 @@ class DdpEngine:
         return self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
 
     def _unsynced(self, last: bool) -> AbstractContextManager[None]:
-        is_ddp = isinstance(self.module, DistributedDataParallel)
-        return self.module.no_sync() if is_ddp and not last else nullcontext()
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        return nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = AUTOCAST.get(self.precision)
         return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
 
 
-def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_gradients(_: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
     """The loss was divided by the global count already; DDP's own hook would divide by the world size again."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None

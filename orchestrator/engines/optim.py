@@ -63,7 +63,10 @@ def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory
                 return kind(optimizer, **spec.kwargs)
             except (TypeError, ValueError) as error:
                 raise UserError(
-                    "scheduler.kwargs", dict(spec.kwargs), f"{spec.name} says: {error}", "see that scheduler's arguments"
+                    "scheduler.kwargs",
+                    dict(spec.kwargs),
+                    f"{spec.name} says: {error}",
+                    "see that scheduler's arguments",
                 ) from None
 
         return make
@@ -91,4 +94,3 @@ class ReadOnlyOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         """A copy of each group's hyperparameters, without its parameters."""
         return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-

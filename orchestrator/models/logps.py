@@ -13,7 +13,9 @@ from orchestrator.data.collate import PairBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 2**26  # logits alive at once (256 MB in fp32); a chunk beyond the first is recomputed in the backward pass
+CHUNK_LOGITS = (
+    2**26
+)  # logits alive at once (256 MB in fp32); a chunk beyond the first is recomputed in the backward pass
 
 
 class TokenTerms(NamedTuple):
@@ -31,12 +33,19 @@ def body_hidden(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
     return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
 
 
+def output_head(model: "PreTrainedModel") -> torch.nn.Module:
+    """The module that turns hidden states into logits."""
+    head = model.get_output_embeddings()
+    assert head is not None  # every causal LM has one
+    return head
+
+
 def token_terms(model: "PreTrainedModel", hidden: torch.Tensor, batch: PairBatch) -> TokenTerms:
     """The head on completion positions only. hidden: [R, T, H]; all results [C].
 
     Logits of at most CHUNK_LOGITS elements exist at a time, in forward and in backward.
     """
-    head = model.get_output_embeddings()
+    head = output_head(model)
     selected = hidden.flatten(0, 1)[batch.completion_index]
     labels = batch.completion_labels
     size = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orchestrator.data.pairs import Pairs, build_once, check_source, training_texts
+from orchestrator.models.logps import output_head
 from orchestrator.settings.load import looks_local
-from orchestrator.settings.spec import InitSpec, ModelSpec, RunSpec, UserError
+from orchestrator.settings.spec import InitSpec, RunSpec, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +43,9 @@ def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
         raise _cannot_load(key, source, "tokenizer", error) from None
     if model.pad_token is not None:
         if model.pad_token not in tokenizer.get_vocab():
-            raise UserError("model.pad_token", model.pad_token, "is not in the tokenizer's vocabulary", "take one that is")
+            raise UserError(
+                "model.pad_token", model.pad_token, "is not in the tokenizer's vocabulary", "take one that is"
+            )
         tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token_id is None:
         eos = tokenizer.eos_token
@@ -70,7 +73,10 @@ def load_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
         return AutoConfig.for_model(init.model_type, **{"vocab_size": len(tokenizer), **tokens, **init.config})
     except ValueError as error:
         raise UserError(
-            "model.init.model_type", init.model_type, f"transformers says: {' '.join(str(error).split())[:160]}", "for example qwen2"
+            "model.init.model_type",
+            init.model_type,
+            f"transformers says: {' '.join(str(error).split())[:160]}",
+            "for example qwen2",
         ) from None
 
 
@@ -118,9 +124,11 @@ def check_positions(config: Any, pairs: Pairs, key: str) -> None:
     worst = int(longest.argmax())
     if limit is not None and longest[worst] > limit:
         raise UserError(
-            f"{key} row {pairs.row_numbers[worst]}", f"{longest[worst]} tokens",
-            f"is longer than the model's {limit} positions", f"set data.max_length={limit} or less",
-        )  # fmt: skip
+            f"{key} row {pairs.row_numbers[worst]}",
+            f"{longest[worst]} tokens",
+            f"is longer than the model's {limit} positions",
+            f"set data.max_length={limit} or less",
+        )
 
 
 def _no_dropout(config: Any, disable: bool) -> None:
@@ -137,13 +145,15 @@ def _check_head(model: "PreTrainedModel") -> None:
     model.eval()
     ids = torch.tensor([[0, 1]])
     whole = model(input_ids=ids, use_cache=False).logits
-    apart = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    apart = output_head(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     model.train(training)
     if not torch.allclose(whole, apart, rtol=1e-4, atol=1e-4):
         raise UserError(
-            "model", type(model).__name__, "changes its logits after the head (scaling or soft-capping), which is not supported yet",
+            "model",
+            type(model).__name__,
+            "scales or caps its logits after the head, which is not supported yet",
             "take a Llama, Qwen, Mistral or GPT-2 style model",
-        )  # fmt: skip
+        )
 
 
 def _check_folder(key: str, path: str) -> None:
@@ -154,7 +164,10 @@ def _check_folder(key: str, path: str) -> None:
 def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
     return UserError(
-        key, path, f"its {what} cannot be loaded ({type(error).__name__}: {reason})", "give a folder or a hub name that can be reached"
+        key,
+        path,
+        f"its {what} cannot be loaded ({type(error).__name__}: {reason})",
+        "give a folder or a hub name that can be reached",
     )
 
 
@@ -179,7 +192,10 @@ def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
         )
         tokenizer.train_from_iterator(texts(), trainer)
         wrapped = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>"]
+            tokenizer_object=tokenizer,
+            eos_token="<|im_end|>",
+            pad_token="<|pad|>",
+            additional_special_tokens=["<|im_start|>"],
         )
         wrapped.chat_template = CHAT_TEMPLATE
         wrapped.save_pretrained(partial)

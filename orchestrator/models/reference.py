@@ -40,10 +40,12 @@ def build_reference(spec: ReferenceSpec, model: ModelSpec, policy: "PreTrainedMo
     if spec.path is None:
         return Reference(copy.deepcopy(policy))
     other = load_model("reference.path", spec.path, model.disable_dropout, policy.dtype)
-    sizes = [m.get_input_embeddings().weight.shape[0] for m in (policy, other)]
+    sizes = [m.get_input_embeddings().weight.size(0) for m in (policy, other)]  # pyright: ignore
     if sizes[0] != sizes[1]:
         raise UserError(
-            "reference.path", spec.path, f"has a vocabulary of {sizes[1]} tokens, the policy of {sizes[0]}",
+            "reference.path",
+            spec.path,
+            f"has a vocabulary of {sizes[1]} tokens, the policy of {sizes[0]}",
             "take a reference with the policy's tokenizer",
-        )  # fmt: skip
+        )
     return Reference(other.to(policy.device))  # pyright: ignore[reportArgumentType]

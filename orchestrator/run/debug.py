@@ -67,7 +67,8 @@ def debug_ranks(spec: RunSpec, ranks: int, command: list[str]) -> int:
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
         shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         processes = [
-            subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)
+            subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(ranks)
         ]
         return _wait(processes)
 

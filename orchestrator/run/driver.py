@@ -9,8 +9,9 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,18 +35,6 @@ class RunDied(Exception):
     """The workers died more often than cluster.max_failures allows, without a new checkpoint in between."""
 
 
-class RaySession(LocalSession):
-    """The session of a Ray Train worker: commits are told to Ray, which copies and deletes nothing."""
-
-    def committed(self, step: int, path: Path) -> None:
-        import ray.train
-        from ray.train import Checkpoint, CheckpointUploadMode
-
-        ray.train.report(
-            {"step": step}, checkpoint=Checkpoint(str(path)), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
-        )
-
-
 def train(spec: RunSpec) -> RunResult:
     """Run to the end on Ray, resuming from the last checkpoint whenever workers die.
 
@@ -64,21 +53,21 @@ def train(spec: RunSpec) -> RunResult:
         _check_local_size(spec)
         prepare(spec)  # a bad run is refused here, before Ray starts
         run_dir.begin(spec)
-        with _cluster(spec), _stop_on_signal(run_dir):
+        with _cluster(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
             return _supervised(spec, run_dir, lambda: _fit(spec, run_dir))
 
 
 def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | None]) -> RunResult:
-    """Call fit until it ends; Ray's own FailureConfig stays 0, because it would retry from a checkpoint of its choice."""
+    """Call fit until it ends. Ray's own FailureConfig stays 0: it would retry from a checkpoint of its choice."""
     supervisor = Supervisor(spec.cluster.max_failures)
+    outcomes: Any = {"finished": "ended", "stopped": "ended", "refused": "refused", "failed": "failed"}
     while True:
         run_dir.result.unlink(missing_ok=True)
         error = fit()
         result = json.loads(run_dir.result.read_text()) if run_dir.result.is_file() else {"status": "died"}
         newest = committed(run_dir.checkpoints)
-        outcomes: Any = {"finished": "ended", "stopped": "ended", "refused": "refused", "failed": "failed"}
-        step = int(newest[0].name.removeprefix("step_")) if newest else -1
-        action = supervisor.after(Attempt(outcomes.get(result["status"], "died"), step))
+        newest_step = int(newest[0].name.removeprefix("step_")) if newest else -1
+        action = supervisor.after(Attempt(outcomes.get(result["status"], "died"), newest_step))
         if action == "done":
             return RunResult(**result)
         if action == "refuse":
@@ -86,11 +75,12 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | No
         if result["status"] == "failed":
             raise TrainingError(result["reason"])
         reason = " ".join(str(error).split())[-300:]
-        where = f"step {step}" if step >= 0 else "the start"
+        where = f"step {newest_step}" if newest else "the start"
         if action == "give up":
             raise RunDied(
-                f"{supervisor.deaths} deaths without a new checkpoint ({reason}); see {run_dir.logs} and the lines above, "
-                f"or raise cluster.max_failures (now {spec.cluster.max_failures}); the same command goes on from {where}"
+                f"{supervisor.deaths} deaths without a new checkpoint ({reason}); see {run_dir.logs}, "
+                f"or raise cluster.max_failures (now {spec.cluster.max_failures}); "
+                f"the same command goes on from {where}"
             )
         logger.warning("a worker died (%s); resuming from %s", reason, where)
         time.sleep(supervisor.backoff_s)
@@ -108,7 +98,9 @@ def _fit(spec: RunSpec, run_dir: RunDir) -> Exception | None:
         train_loop_config={"spec": spec.model_dump(mode="json"), "cwd": os.getcwd()},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=spec.cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources,
+            num_workers=spec.cluster.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
             placement_strategy=spec.cluster.placement,
         ),
         # a name of its own each time: Ray would otherwise restore its snapshot, which a crash can leave unreadable
@@ -117,7 +109,7 @@ def _fit(spec: RunSpec, run_dir: RunDir) -> Exception | None:
             name=f"{spec.run.name}-{time.time_ns()}",
             failure_config=FailureConfig(max_failures=0),
         ),
-    )  # fmt: skip
+    )
     failure: list[Exception] = []
 
     def fit() -> None:
@@ -141,14 +133,52 @@ def worker_loop(config: dict[str, Any]) -> None:
     spec = make_spec(config["spec"])
     run_dir = RunDir(spec.run_dir)
     world = World.join(spec.cluster.collective_timeout_s)
+    with open(rank_log(run_dir, world.rank), "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        logging.basicConfig(stream=log, level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+        try:
+            # Ray is not told of checkpoints: it would take only those inside its own folder, waits up to 2 s for each
+            # report, and its record of them can be lost in a crash. Manifests say which exist, to it and to us.
+            run(spec, world, LocalSession(run_dir, world.rank))
+        except UserError as error:
+            run_dir.write_result({"status": "refused", "error": [error.key, error.value, error.rule, error.cure]})
+            raise
+        except TrainingError as error:
+            run_dir.write_result({"status": "failed", "reason": str(error)})
+            raise
+        except BaseException:
+            traceback.print_exc()  # into this rank's log; the driver only says that a worker died
+            raise
+
+
+def rank_log(run_dir: RunDir, rank: int) -> Path:
+    """What one rank prints under Ray, over all attempts."""
+    return run_dir.logs / f"rank_{rank:05d}.log"
+
+
+@contextmanager
+def _following(path: Path) -> Iterator[None]:
+    """Print what is appended to a file meanwhile. Ray's own forwarding would prefix each line and add its own."""
+    path.touch()
+    over = threading.Event()
+
+    def follow() -> None:
+        with open(path) as file:
+            file.seek(0, os.SEEK_END)
+            while True:
+                ending = over.is_set()  # read once more after the end: the last lines are the important ones
+                for line in file:
+                    print(line, end="", flush=True)
+                if ending:
+                    return
+                over.wait(0.2)
+
+    thread = threading.Thread(target=follow, name="log", daemon=True)
+    thread.start()
     try:
-        run(spec, world, RaySession(run_dir, world.rank))
-    except UserError as error:
-        run_dir.write_result({"status": "refused", "error": [error.key, repr(error.value), error.rule, error.cure]})
-        raise
-    except TrainingError as error:
-        run_dir.write_result({"status": "failed", "reason": str(error)})
-        raise
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 # --- the cluster -------------------------------------------------------------------------------------------------
@@ -174,10 +204,13 @@ def _check_local_size(spec: RunSpec) -> None:
 
 def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
     return UserError(
-        "cluster.num_workers", spec.cluster.num_workers, f"workers need {rule}",
+        "cluster.num_workers",
+        spec.cluster.num_workers,
+        f"workers need {rule}",
         f"set cluster.num_workers={fits}, lower cluster.resources, or join a larger cluster by RAY_ADDRESS"
-        if fits else "lower cluster.resources, or join a larger cluster by RAY_ADDRESS",
-    )  # fmt: skip
+        if fits
+        else "lower cluster.resources, or join a larger cluster by RAY_ADDRESS",
+    )
 
 
 @contextmanager
@@ -196,7 +229,7 @@ def _cluster(spec: RunSpec) -> Iterator[None]:
         import ray
 
         options: Any = {} if joined else {"include_dashboard": False, "num_cpus": os.cpu_count()}
-        ray.init(logging_level=logging.ERROR, log_to_driver=True, **options)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         try:
             _check_cluster_size(spec)
             yield

@@ -81,7 +81,9 @@ def _read(path: Path) -> DictConfig:
             "settings file", str(path), f"is not YAML: {' '.join(str(error).split())}", "mend that line"
         ) from None
     if not isinstance(config, DictConfig):
-        raise UserError("settings file", str(path), "holds no keys at its top", "write blocks such as `run:` and `data:`")
+        raise UserError(
+            "settings file", str(path), "holds no keys at its top", "write blocks such as `run:` and `data:`"
+        )
     return config
 
 

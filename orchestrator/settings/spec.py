@@ -37,9 +37,19 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 # Optimizers whose update of an element reads that element alone: they stay exact however the state is sharded.
-ELEMENTWISE_OPTIMIZERS = (
-    "Adadelta Adagrad Adam AdamW Adamax ASGD NAdam RAdam RMSprop Rprop SGD".split()  # of torch.optim
-)
+ELEMENTWISE_OPTIMIZERS = [
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+]  # of torch.optim
 FREE: dict[str, Any] = {"resume": "free"}
 """Marks a field that may change between a run and its resumption: it does not touch the numbers of the run."""
 
@@ -219,7 +229,7 @@ class ClusterSpec(Block):
     num_workers: Positive = Field(1, json_schema_extra=FREE)
     """Ranks: one worker each."""
     resources: dict[str, Annotated[float, Field(ge=0)]] = Field({}, json_schema_extra=FREE)
-    """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU where the cluster has any, else one CPU."""
+    """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU where there is any, else one CPU."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", json_schema_extra=FREE)
     """Ray's placement strategy for the workers."""
     storage_path: str | None = Field(None, json_schema_extra=FREE)
@@ -252,7 +262,7 @@ class RunSpec(Block):
     """The policy."""
     data: DataSpec
     """The preference pairs."""
-    dpo: DpoSpec = DpoSpec()
+    dpo: DpoSpec = DpoSpec()  # pyright: ignore[reportCallIssue]
     """The loss."""
     batch: BatchSpec
     """Pairs per step and per forward pass."""
@@ -310,36 +320,46 @@ class RunSpec(Block):
 def _one_model(spec: RunSpec) -> None:
     if (spec.model.path is None) == (spec.model.init is None):
         raise UserError(
-            "model", {k: v for k, v in spec.model if v is not None}, "exactly one of model.path and model.init is needed",
+            "model",
+            {k: v for k, v in spec.model if v is not None},
+            "exactly one of model.path and model.init is needed",
             "set model.path to a folder or hub name of a causal LM",
-        )  # fmt: skip
+        )
     if spec.model.init and spec.model.init.vocab_size < 260:
         raise UserError(
-            "model.init.vocab_size", spec.model.init.vocab_size, "a byte-level tokenizer has 256 bytes and 4 special tokens",
+            "model.init.vocab_size",
+            spec.model.init.vocab_size,
+            "a byte-level tokenizer has 256 bytes and 4 special tokens",
             "set it to 260 or more",
-        )  # fmt: skip
+        )
 
 
 def _one_micro_batch_key(spec: RunSpec) -> None:
     batch = spec.batch
     if (batch.micro_batch_size is None) == (batch.max_tokens_per_microbatch is None):
         raise UserError(
-            "batch", {"micro_batch_size": batch.micro_batch_size, "max_tokens_per_microbatch": batch.max_tokens_per_microbatch},
-            "exactly one of the two says how large a forward pass is", "remove one, or set batch.micro_batch_size=1",
-        )  # fmt: skip
+            "batch",
+            {"micro_batch_size": batch.micro_batch_size, "max_tokens_per_microbatch": batch.max_tokens_per_microbatch},
+            "exactly one of the two says how large a forward pass is",
+            "remove one, or set batch.micro_batch_size=1",
+        )
     if batch.micro_batch_size and batch.micro_batch_size > batch.global_batch_size:
         raise UserError(
-            "batch.micro_batch_size", batch.micro_batch_size, f"is more than batch.global_batch_size ({batch.global_batch_size})",
+            "batch.micro_batch_size",
+            batch.micro_batch_size,
+            f"is more than batch.global_batch_size ({batch.global_batch_size})",
             f"set it to {batch.global_batch_size} or less",
-        )  # fmt: skip
+        )
 
 
 def _one_length(spec: RunSpec) -> None:
     if spec.training.max_steps is not None and spec.training.epochs is not None:
         raise UserError(
-            "training", {"max_steps": spec.training.max_steps, "epochs": spec.training.epochs},
-            "only one of the two says how long to train", "remove training.epochs or training.max_steps",
-        )  # fmt: skip
+            "training",
+            {"max_steps": spec.training.max_steps, "epochs": spec.training.epochs},
+            "only one of the two says how long to train",
+            "remove training.epochs or training.max_steps",
+        )
 
 
 def _known_optimizer(spec: RunSpec) -> None:
@@ -347,13 +367,20 @@ def _known_optimizer(spec: RunSpec) -> None:
     if module != "torch.optim" or name not in ELEMENTWISE_OPTIMIZERS:
         near = difflib.get_close_matches(name, ELEMENTWISE_OPTIMIZERS, n=1)
         raise UserError(
-            "optimizer.name", spec.optimizer.name, "is not an elementwise optimizer of torch.optim, whose state can be sharded",
-            f"did you mean torch.optim.{near[0]}?" if near else "take one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS),
-        )  # fmt: skip
+            "optimizer.name",
+            spec.optimizer.name,
+            "is not an elementwise optimizer of torch.optim, whose state can be sharded",
+            f"did you mean torch.optim.{near[0]}?"
+            if near
+            else "take one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS),
+        )
     for key in ("lr", "weight_decay"):
         if key in spec.optimizer.kwargs:
             raise UserError(
-                f"optimizer.kwargs.{key}", spec.optimizer.kwargs[key], "has a setting of its own", f"set optimizer.{key} instead"
+                f"optimizer.kwargs.{key}",
+                spec.optimizer.kwargs[key],
+                "has a setting of its own",
+                f"set optimizer.{key} instead",
             )
 
 
@@ -363,21 +390,31 @@ def _known_scheduler(spec: RunSpec) -> None:
     if scheduler.name not in get_args(SchedulerName) and not dotted:
         near = difflib.get_close_matches(scheduler.name, get_args(SchedulerName), n=1)
         raise UserError(
-            "scheduler.name", scheduler.name, "is neither linear, cosine, constant nor a torch.optim.lr_scheduler.NAME",
+            "scheduler.name",
+            scheduler.name,
+            "is neither linear, cosine, constant nor a torch.optim.lr_scheduler.NAME",
             f"did you mean {near[0]}?" if near else "for example torch.optim.lr_scheduler.StepLR",
-        )  # fmt: skip
+        )
     if scheduler.name.endswith("ReduceLROnPlateau"):
         raise UserError(
-            "scheduler.name", scheduler.name, "needs a metric at every step", "take linear, cosine or another torch scheduler"
+            "scheduler.name",
+            scheduler.name,
+            "needs a metric at every step",
+            "take linear, cosine or another torch scheduler",
         )
     if dotted and scheduler.warmup_steps:
         raise UserError(
-            "scheduler.warmup_steps", scheduler.warmup_steps, f"does not act on {scheduler.name}",
+            "scheduler.warmup_steps",
+            scheduler.warmup_steps,
+            f"does not act on {scheduler.name}",
             "remove it, or take linear, cosine or constant",
-        )  # fmt: skip
+        )
     if not dotted and scheduler.kwargs:
         raise UserError(
-            "scheduler.kwargs", scheduler.kwargs, f"are for torch's schedulers, not for {scheduler.name}", "remove scheduler.kwargs"
+            "scheduler.kwargs",
+            scheduler.kwargs,
+            f"are for torch's schedulers, not for {scheduler.name}",
+            "remove scheduler.kwargs",
         )
 
 

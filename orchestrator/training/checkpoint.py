@@ -157,7 +157,7 @@ class Reader:
         if world.device.type == "cuda" and "cuda" in tensors:
             torch.cuda.set_rng_state(tensors["cuda"], world.device)
         state = tensors["numpy"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", state[:-1], int(state[-1])))
+        np.random.set_state(("MT19937", state[:-1], int(state[-1])))  # pyright: ignore[reportArgumentType]
         version, words, gauss = json.loads(tensors["python"].numpy().tobytes())
         random.setstate((version, tuple(words), gauss))
 
@@ -198,7 +198,8 @@ def _write_rank(folder: Path, rank: int, owned: Iterable[Owned]) -> dict[str, An
 
 def _rng_state() -> dict[str, torch.Tensor]:
     name, words, position, *_ = np.random.get_state()
-    assert name == "MT19937" and not isinstance(words, str)
+    assert name == "MT19937", "numpy's global generator has always been this one"
+    assert not isinstance(words, str)
     python = json.dumps(random.getstate()).encode()
     state = {
         "torch": torch.get_rng_state(),

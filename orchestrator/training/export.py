@@ -31,9 +31,11 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
         checkpoint, complaints = newest_valid(run_dir.checkpoints, World(0, 1, 0, torch.device("cpu")))
         if checkpoint is None:
             raise UserError(
-                "RUN_DIR", str(run_dir.path), "has no whole checkpoint" + "".join(f" ({line})" for line in complaints),
+                "RUN_DIR",
+                str(run_dir.path),
+                "has no whole checkpoint" + "".join(f" ({line})" for line in complaints),
                 "train it further first",
-            )  # fmt: skip
+            )
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise UserError("OUT", str(out), "is a folder with other things in it", "choose a new folder")
     reader = Reader(checkpoint)
@@ -79,7 +81,14 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Longest sequence": f"{spec.data.max_length} tokens",
         "Seed": spec.run.seed,
     }
-    wanted = ("loss", "rewards/accuracies", "rewards/margins", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    wanted = (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "eval_loss",
+        "eval_rewards/accuracies",
+        "eval_rewards/margins",
+    )
     measured = {name: f"{metrics[name]:.4f}" for name in wanted if name in metrics}
     return (
         f"---\nlibrary_name: transformers\n{hub_base}tags:\n- dpo\n- dpo-orchestrator\n---\n\n# {spec.run.name}\n\n"

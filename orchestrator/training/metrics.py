@@ -28,7 +28,7 @@ class MetricSums:
         return self.world.sum(self.sums.clone()).tolist()
 
     def restore(self, totals: list[list[float]]) -> None:
-        """Go on with a window that was interrupted: its totals are kept by rank zero alone, as they are sums over ranks."""
+        """Go on with an interrupted window: its totals are sums over ranks already, so rank zero alone keeps them."""
         self.clear()
         if self.world.is_main:
             self.sums += torch.tensor(totals, dtype=torch.float64, device=self.world.device)

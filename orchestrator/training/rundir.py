@@ -36,7 +36,9 @@ class RunDir:
         """
         run_dir = cls(Path(path))
         if not run_dir.config.is_file():
-            raise UserError("RUN_DIR", path, "holds no config.yaml, so it is no run", "give the folder run.dir/run.name")
+            raise UserError(
+                "RUN_DIR", path, "holds no config.yaml, so it is no run", "give the folder run.dir/run.name"
+            )
         return run_dir
 
     def check(self, spec: RunSpec) -> None:
@@ -51,9 +53,11 @@ class RunDir:
         if changes:
             keys = ", ".join(f"{key} (was {old!r}, now {new!r})" for key, old, new in changes)
             raise UserError(
-                "run.name", spec.run.name, f"is a started run with other settings: {keys}",
+                "run.name",
+                spec.run.name,
+                f"is a started run with other settings: {keys}",
                 "put them back to resume it, or choose another run.name",
-            )  # fmt: skip
+            )
 
     def begin(self, spec: RunSpec) -> None:
         """Make the directory, write the settings, and forget requests and results of earlier attempts."""
@@ -77,7 +81,10 @@ class RunDir:
             except BlockingIOError:
                 file.seek(0)
                 raise UserError(
-                    "run.name", self.path.name, f"is running already ({file.read().strip()})", "wait for it, or choose another run.name"
+                    "run.name",
+                    self.path.name,
+                    f"is running already ({file.read().strip()})",
+                    "wait for it, or choose another run.name",
                 ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")

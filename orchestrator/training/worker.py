@@ -5,13 +5,13 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from orchestrator.data.collate import AdaptedCollator, Counts, PreferenceCollator
 from orchestrator.data.loader import Loader
-from orchestrator.data.order import Order
+from orchestrator.data.order import Order, run_length
 from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.ddp import DdpEngine
@@ -96,7 +96,7 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     step = PairStep(policy, reference, spec.dpo)
 
     loader, eval_loader = _loaders(spec, prepared, world)
-    length = run_length(spec, len(prepared.train))
+    length = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
     engine = DdpEngine(world, precision, spec.training.max_grad_norm, spec.optimizer.weight_decay)
     engine.wrap(step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, length.steps))
     _settle(engine, loader, _collator(spec, prepared), world)
@@ -125,35 +125,19 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     return _concluded(trainer.fit(), run_dir, world)
 
 
-class RunLength(NamedTuple):
-    """How long a run is, in each unit."""
-
-    epochs: float
-    steps: int  # optimizer steps
-    pairs: int | None  # where the data end; None when training.max_steps alone decides
-
-
-def run_length(spec: RunSpec, pairs: int) -> RunLength:
-    """The length of a run over that many pairs: max_steps or epochs is set and the other follows; 1 epoch if neither."""
-    size = spec.batch.global_batch_size
-    per_epoch = -(-pairs // size)
-    if spec.training.max_steps is not None:
-        whole, rest = divmod(spec.training.max_steps, per_epoch)
-        return RunLength(whole + min(rest * size, pairs) / pairs, spec.training.max_steps, None)
-    epochs = spec.training.epochs or 1.0
-    whole = int(epochs)
-    rest = round((epochs - whole) * pairs)
-    return RunLength(epochs, whole * per_epoch + -(-rest // size), whole * pairs + rest)
-
-
 def _loaders(spec: RunSpec, prepared: Prepared, world: World) -> tuple[Loader, Loader | None]:
     collator = AdaptedCollator(spec.data.collator) if spec.data.collator else _collator(spec, prepared)
 
     def loader(pairs: Pairs) -> Loader:
         order = Order(
-            pairs.lengths, spec.batch.global_batch_size, world.rank, world.size, spec.run.seed,
-            spec.batch.micro_batch_size, spec.batch.max_tokens_per_microbatch,
-        )  # fmt: skip
+            pairs.lengths,
+            spec.batch.global_batch_size,
+            world.rank,
+            world.size,
+            spec.run.seed,
+            spec.batch.micro_batch_size,
+            spec.batch.max_tokens_per_microbatch,
+        )
         return Loader(pairs, order, collator)
 
     return loader(prepared.train), loader(prepared.eval) if prepared.eval is not None else None
@@ -166,8 +150,11 @@ def _collator(spec: RunSpec, prepared: Prepared) -> PreferenceCollator:
 
 
 def _settle(engine: DdpEngine, loader: Loader, collator: PreferenceCollator, world: World) -> None:
-    """One weightless micro-step. DDP regroups its gradient buckets after the first backward pass, and with three or more
-    ranks the grouping decides the order of summation: it must be the same in a resumed run as in an undisturbed one."""
+    """One weightless micro-step, after which DDP has regrouped its gradient buckets.
+
+    With three or more ranks the grouping decides the order of summation: it must be the same at the first step of a
+    resumed run as at that step of an undisturbed one.
+    """
     if world.size > 1:
         shortest = loader.pairs[int(loader.order.costs.argmin())]
         engine.micro_step(collator([shortest], is_filler=True).to(world.device), Counts(1, 1), last=True)
@@ -204,10 +191,8 @@ def _say(spec: RunSpec, prepared: Prepared, world: World, precision: str, max_st
         if pairs is not None:
             dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
             print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
-    print(
-        f"{world.size} ranks on {world.device.type} in {precision}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps",
-        flush=True,
-    )
+    where = f"{world.size} ranks on {world.device.type} in {precision}"
+    print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
 
 
 def _quiet() -> None:

@@ -67,39 +67,61 @@ class TrainingArgs:
         return asdict(self)
 
 
-def training_args(spec: RunSpec, run_dir: RunDir, max_steps: int, epochs: float, world: World, precision: str) -> TrainingArgs:
+def training_args(
+    spec: RunSpec, run_dir: RunDir, max_steps: int, epochs: float, world: World, precision: str
+) -> TrainingArgs:
     """The settings of a run under TrainingArguments' names."""
     micro = spec.batch.micro_batch_size or 1
     return TrainingArgs(
-        output_dir=str(run_dir.path), run_name=spec.run.name, seed=spec.run.seed, max_steps=max_steps, num_train_epochs=epochs,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=-(-spec.batch.global_batch_size // (micro * world.size)),
-        world_size=world.size, learning_rate=spec.optimizer.lr, weight_decay=spec.optimizer.weight_decay,
-        warmup_steps=spec.scheduler.warmup_steps, max_grad_norm=spec.training.max_grad_norm or 0.0,
-        lr_scheduler_type=spec.scheduler.name, optim=spec.optimizer.name, bf16=precision == "bf16", fp16=precision == "fp16",
-        gradient_checkpointing=spec.training.gradient_checkpointing, max_length=spec.data.max_length, beta=spec.dpo.beta,
-        loss_type=spec.dpo.loss_type, logging_dir=str(run_dir.logs), logging_steps=spec.training.logging_steps,
-        eval_steps=spec.evaluation.every_steps, save_steps=spec.checkpoint.every_steps, save_total_limit=spec.checkpoint.keep,
+        output_dir=str(run_dir.path),
+        run_name=spec.run.name,
+        seed=spec.run.seed,
+        max_steps=max_steps,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=-(-spec.batch.global_batch_size // (micro * world.size)),
+        world_size=world.size,
+        learning_rate=spec.optimizer.lr,
+        weight_decay=spec.optimizer.weight_decay,
+        warmup_steps=spec.scheduler.warmup_steps,
+        max_grad_norm=spec.training.max_grad_norm or 0.0,
+        lr_scheduler_type=spec.scheduler.name,
+        optim=spec.optimizer.name,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        gradient_checkpointing=spec.training.gradient_checkpointing,
+        max_length=spec.data.max_length,
+        beta=spec.dpo.beta,
+        loss_type=spec.dpo.loss_type,
+        logging_dir=str(run_dir.logs),
+        logging_steps=spec.training.logging_steps,
+        eval_steps=spec.evaluation.every_steps,
+        save_steps=spec.checkpoint.every_steps,
+        save_total_limit=spec.checkpoint.keep,
         metric_for_best_model=spec.evaluation.metric_for_best,
         greater_is_better=spec.greater_is_better if spec.evaluation.metric_for_best else None,
         eval_strategy=IntervalStrategy.STEPS if spec.data.eval else IntervalStrategy.NO,
-    )  # fmt: skip
+    )
 
 
 class Callbacks:
     """The callbacks of rank zero (none on the others), with their TrainerState and TrainerControl.
 
-    A callback that raises is reported once and dropped, unless it has a true attribute `essential`. KeyboardInterrupt and
-    the debugger's quit are not its own and pass through.
+    A callback that raises is reported once and dropped, unless it has a true attribute `essential`.
     """
 
     def __init__(self, callbacks: list[TrainerCallback], args: TrainingArgs, objects: dict[str, Any]) -> None:
         self.callbacks, self.args, self.objects = callbacks, args, objects
         self.control = TrainerControl()
         self.state = TrainerState(
-            max_steps=args.max_steps, num_train_epochs=round(args.num_train_epochs), logging_steps=args.logging_steps,
-            eval_steps=args.eval_steps or args.max_steps, save_steps=args.save_steps or args.max_steps,
-            train_batch_size=args.per_device_train_batch_size, log_history=[],
-        )  # fmt: skip
+            max_steps=args.max_steps,
+            num_train_epochs=round(args.num_train_epochs),
+            logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps or args.max_steps,
+            save_steps=args.save_steps or args.max_steps,
+            train_batch_size=args.per_device_train_batch_size,
+            log_history=[],
+        )
         self._warned_epoch_stop = False
 
     def fire(self, event: str, **extra: Any) -> None:
@@ -120,14 +142,18 @@ class Callbacks:
         asked = [int(getattr(self.control, name)) for name in REQUESTS]
         if self.control.should_epoch_stop and not self._warned_epoch_stop:
             self._warned_epoch_stop = True
-            logger.warning("a callback set control.should_epoch_stop, which has no effect here: set should_training_stop")
+            logger.warning(
+                "a callback set control.should_epoch_stop, which has no effect here: set should_training_stop"
+            )
         self.control = TrainerControl()
         return asked
 
     def exported(self) -> dict[str, Any]:
         """States of the callbacks that keep one (transformers' ExportableState), and what TrainerState remembers."""
         states = [
-            (type(callback).__qualname__, callback.state()) for callback in self.callbacks if isinstance(callback, ExportableState)
+            (type(callback).__qualname__, callback.state())
+            for callback in self.callbacks
+            if isinstance(callback, ExportableState)
         ]
         return {
             "callbacks": states,
@@ -170,13 +196,19 @@ def user_callbacks(spec: RunSpec) -> list[TrainerCallback]:
         try:
             callback = kind(**kwargs) if callable(kind) else kind
         except TypeError as error:
-            raise UserError("callbacks", path, f"cannot be built ({error})", "give its arguments as {path, kwargs}") from None
+            raise UserError(
+                "callbacks", path, f"cannot be built ({error})", "give its arguments as {path, kwargs}"
+            ) from None
         if not isinstance(callback, TrainerCallback):
             raise UserError("callbacks", path, "is not a transformers.TrainerCallback", "derive the class from it")
-        if type(callback).__name__ == "EarlyStoppingCallback" and not (spec.evaluation.metric_for_best and spec.data.eval):
+        if type(callback).__name__ == "EarlyStoppingCallback" and not (
+            spec.evaluation.metric_for_best and spec.data.eval
+        ):
             raise UserError(
-                "evaluation.metric_for_best", spec.evaluation.metric_for_best, "EarlyStoppingCallback needs it, and data.eval",
+                "evaluation.metric_for_best",
+                spec.evaluation.metric_for_best,
+                "EarlyStoppingCallback needs it, and data.eval",
                 "for example evaluation.metric_for_best=loss",
-            )  # fmt: skip
+            )
         callbacks.append(callback)
     return callbacks

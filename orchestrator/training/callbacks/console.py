@@ -5,7 +5,15 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 
@@ -24,9 +32,14 @@ class ConsoleCallback(TrainerCallback):
             self._say(f"resumed after step {state.global_step}")
         if self.console.is_terminal:
             self.progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(), TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
             self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
             self.progress.start()
 
@@ -44,7 +57,9 @@ class ConsoleCallback(TrainerCallback):
         then, step_then, tokens_then = self._since
         self._since = (now, step, tokens)
         per_step = (now - then) / max(step - step_then, 1)
-        rate = f", {(tokens - tokens_then) / max(now - then, 1e-9):,.0f} tokens/s" if tokens_then or not step_then else ""
+        rate = (
+            f", {(tokens - tokens_then) / max(now - then, 1e-9):,.0f} tokens/s" if tokens_then or not step_then else ""
+        )
         facts = f"{_facts(logs, '')}{rate}"
         if self.progress:
             self.progress.update(self.task, facts=facts)

@@ -10,8 +10,8 @@ from orchestrator.training.rundir import write_atomically
 
 
 class JsonlCallback(TrainerCallback):
-    """Writes what is logged at once, so that no committed checkpoint is ahead of this file; what a step logs and what it
-    evaluates become one line.
+    """Writes what is logged at once, so that no committed checkpoint is ahead of this file; what a step logs and
+    what it evaluates become one line.
 
     On resume the lines after the checkpoint's step are cut off, since those steps are about to happen again.
     """

@@ -27,6 +27,7 @@ class WandbCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline runs would still post telemetry, and wait
         import wandb
+        import wandb.errors
 
         mode = self.spec.wandb.mode
         if mode == "auto":
@@ -50,14 +51,29 @@ class WandbCallback(TrainerCallback):
         wandb.setup(settings=wandb.Settings(silent=True))
         self.run_dir.wandb.mkdir(parents=True, exist_ok=True)
         return wandb.init(
-            mode=mode, dir=str(self.run_dir.path), project=self.spec.wandb.project, group=self.spec.wandb.group,
-            name=self.spec.run.name, id=self._id(), resume="allow", config=without_secrets(self.spec.model_dump(mode="json")),
+            mode=mode,
+            dir=str(self.run_dir.path),
+            project=self.spec.wandb.project,
+            group=self.spec.wandb.group,
+            name=self.spec.run.name,
+            id=self._id(),
+            resume="allow",
+            config=without_secrets(self.spec.model_dump(mode="json")),
             # nothing of the machine leaves it: no command line, environment, git state or console text
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=INIT_TIMEOUT_S, host="", disable_git=True, disable_code=True,
-                save_code=False, x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True, x_save_requirements=False,
+                silent=True,
+                console="off",
+                init_timeout=INIT_TIMEOUT_S,
+                host="",
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
             ),
-        )  # fmt: skip
+        )
 
     def _id(self) -> str:
         """The run's id, made once and kept in the run directory."""
