@@ -131,7 +131,7 @@ class DdpEngine:
         return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
 
 
-def _sum_gradients(_: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
     """The loss was divided by the global count already; DDP's own hook would divide by the world size again."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None

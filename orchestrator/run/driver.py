@@ -64,7 +64,9 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | No
     while True:
         run_dir.result.unlink(missing_ok=True)
         error = fit()
-        result = json.loads(run_dir.result.read_text()) if run_dir.result.is_file() else {"status": "died"}
+        result: dict[str, Any] = {"status": "died"}
+        if run_dir.result.is_file():
+            result = json.loads(run_dir.result.read_text())
         newest = committed(run_dir.checkpoints)
         newest_step = int(newest[0].name.removeprefix("step_")) if newest else -1
         action = supervisor.after(Attempt(outcomes.get(result["status"], "died"), newest_step))
