@@ -20,7 +20,7 @@ DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3  # exit codes
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code: 0 done, 2 settings or data are wrong, 3 stopped and resumable, 1 else."""
-    args = _parser().parse_args(argv)
+    args = _parsed(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     sys.path.insert(0, os.getcwd())  # the user's callbacks and collators, as `python -m` would find them
     verb: Callable[[argparse.Namespace], int] = args.verb
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG
     except KeyboardInterrupt:
         print("aborted", file=sys.stderr)
+        return FAILED
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error}", file=sys.stderr)
         return FAILED
     except Exception as error:
         if type(error).__name__ in ("TrainingError", "RunDied"):  # by name: importing them here would import torch
@@ -105,6 +108,10 @@ def export(args: argparse.Namespace) -> int:
 def _spec(args: argparse.Namespace) -> RunSpec:
     files = [word for word in args.settings if "=" not in word]
     overrides = [word for word in args.settings if "=" in word]
+    for word in files:
+        if not word.endswith((".yaml", ".yml")) and not os.path.isfile(word):
+            rule = "is neither a YAML file nor of the form key=value"
+            raise UserError("override", word, rule, f"for example {word}=VALUE")
     if not files:
         raise UserError(
             "FILE", None, "no settings file was given", "for example orchestrator train configs/quickstart.yaml"
@@ -129,6 +136,23 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
     return DONE
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The words of the command line; settings may stand before and after options, which argparse alone refuses."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "settings") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.settings += rest
+    return args
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="orchestrator", description="Distributed preference training, described by one YAML."
@@ -149,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "settings", nargs="+", metavar="FILE|key=value", help="YAML files, merged left to right, then overrides"
         )
-    takes_settings[1].add_argument("--nproc", type=int, default=1, metavar="N", help="ranks, one process each")
+    takes_settings[1].add_argument("--nproc", type=_count, default=1, metavar="N", help="ranks, one process each")
     takes_settings[2].add_argument("--json", action="store_true", help="one JSON object instead of lines")
     checks = add(verify, "check every file of every checkpoint against its manifest")
     checks.add_argument("run_dir", metavar="RUN_DIR")

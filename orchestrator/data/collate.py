@@ -72,8 +72,7 @@ class PreferenceCollator:
 
     def __init__(self, pad_token_id: int, data: DataSpec) -> None:
         self.pad_token_id = pad_token_id
-        # keep_start was applied when the rows were tokenised
-        self.keep_last = data.max_length if data.truncation == "keep_end" else None
+        self.keep_last = data.keep_last  # keep_start was applied when the rows were tokenised
 
     def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch; a filler's pairs weigh nothing."""
@@ -124,27 +123,36 @@ class AdaptedCollator:
     def __init__(self, path: str) -> None:
         self.path = path
         self.collator: UserCollator = user_attribute("data.collator", path)
-        if inspect.isclass(self.collator):
-            self.collator = self.collator()
-        self.wants_context = "context" in inspect.signature(self.collator).parameters
+        try:
+            if inspect.isclass(self.collator):
+                self.collator = self.collator()
+            self.wants_context = "context" in inspect.signature(self.collator).parameters
+        except (TypeError, ValueError) as error:
+            cure = "name a function of rows, or a class that needs no arguments"
+            raise UserError("data.collator", path, f"cannot be called ({error})", cure) from None
 
     def __call__(self, rows: list[Row], context: CollateContext, *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch, by the user's code; a filler's pairs weigh nothing."""
         made = self.collator(rows, context=context) if self.wants_context else self.collator(rows)
-        missing = {"input_ids", "attention_mask", "completion_mask"} - set(made)
-        if missing or made["input_ids"].shape[0] != 2 * len(rows):
-            shape = None if "input_ids" in missing else tuple(made["input_ids"].shape)
+        self._check(made, len(rows))
+        known = [made[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in made]
+        ref_logps = torch.cat(known).double() if len(known) == 2 else None
+        masks = made["attention_mask"], made["completion_mask"]
+        return batch_from_masks(rows, made["input_ids"], *masks, is_filler, ref_logps)
+
+    def _check(self, made: Any, pairs: int) -> None:
+        """Refuse what does not have TRL's keys and shapes: it would train on something else in silence."""
+        shapes = {key: tuple(value.shape) for key, value in made.items() if hasattr(value, "shape")} if made else made
+        width = shapes["input_ids"][-1:] if shapes and shapes.get("input_ids") else ()
+        wanted = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), (2 * pairs, *width))
+        wanted |= {key: (pairs,) for key in ("ref_chosen_logps", "ref_rejected_logps") if shapes and key in shapes}
+        if not shapes or any(shapes.get(key) != shape for key, shape in wanted.items()):
             raise UserError(
                 "data.collator",
                 self.path,
-                f"returned keys {sorted(made)} and input_ids of shape {shape} for {len(rows)} pairs",
+                f"returned {shapes} for {pairs} pairs",
                 "return input_ids, attention_mask and completion_mask of shape [2 * pairs, tokens], chosen half first",
             )
-        known = [made[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in made]
-        ref_logps = torch.cat(known).double() if len(known) == 2 else None
-        return batch_from_masks(
-            rows, made["input_ids"], made["attention_mask"], made["completion_mask"], is_filler, ref_logps
-        )
 
 
 def user_attribute(key: str, path: str) -> Any:

@@ -55,6 +55,19 @@ def deal(costs: Integers, ranks: int) -> Integers:
     return owners
 
 
+def fed_lengths(lengths: Integers, keep_last: int | None) -> Integers:
+    """[N, 3] tokens as they will be fed when each sequence keeps its last `keep_last` tokens (keep_end).
+
+    The two sides lose different parts of the prompt; what only one of them keeps counts as its completion here.
+    """
+    if keep_last is None:
+        return lengths
+    sequences = np.minimum(lengths[:, :1] + lengths[:, 1:], keep_last)  # [N, 2]
+    lost = (lengths[:, :1] + lengths[:, 1:] - sequences).max(axis=1)
+    prompt = np.maximum(lengths[:, 0] - lost, 0)
+    return np.column_stack([prompt, sequences - prompt[:, None]])
+
+
 class RunLength(NamedTuple):
     """How long a run is, in each unit."""
 

@@ -33,7 +33,7 @@ PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than
 
 Row = dict[str, Any]
 Split = Literal["train", "eval"]
-DropReason = Literal["malformed", "tie", "empty completion", "prompt fills max_length"]
+DropReason = Literal["malformed rows", "ties", "empty completions", "prompts that fill data.max_length"]
 
 
 class BadRow(Exception):
@@ -42,6 +42,7 @@ class BadRow(Exception):
     def __init__(self, kind: DropReason, reason: str) -> None:
         super().__init__(kind, reason)
         self.kind, self.reason = kind, reason
+        self.row: Any = None  # as it was read
 
 
 class TokenizedPair(NamedTuple):
@@ -60,10 +61,11 @@ class Pairs:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.source: str
-        self.dropped: dict[str, int]
+        self.identity = folder.name  # hash of rows, tokenizer and truncation
         meta = json.loads((folder / "meta.json").read_text())
-        self.source, self.dropped = meta["source"], meta["dropped"]
+        self.source: str = meta["source"]
+        self.dropped: dict[str, int] = meta["dropped"]
+        self.largest_id: int = meta["largest_id"]
         self.row_numbers: Integers = np.load(folder / "rows.npy")
         self.lengths: Integers = np.load(folder / "lengths.npy")
         self._starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
@@ -219,7 +221,7 @@ def _with_datasets(key: str, source: str, split: Split) -> Any:
             key,
             source,
             f"cannot be read by `datasets` ({type(error).__name__}: {reason})",
-            "give a file, a folder written by save_to_disk, or a hub name that this machine can reach",
+            f"give a file, a folder written by save_to_disk (./{source}), or a hub name that this machine can reach",
         ) from None
 
 
@@ -229,14 +231,14 @@ def _with_datasets(key: str, source: str, split: Split) -> Any:
 def _checked(row: Any) -> Row:
     """The row with an explicit prompt, strings or messages throughout; BadRow when its shape is wrong."""
     if not isinstance(row, Mapping):
-        raise BadRow("malformed", f"is a {type(row).__name__}, not an object with chosen and rejected")
+        raise BadRow("malformed rows", f"is a {type(row).__name__}, not an object with chosen and rejected")
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
-            raise BadRow("malformed", f"has no column {column!r}; its columns are {', '.join(map(repr, row))}")
+            raise BadRow("malformed rows", f"has no column {column!r}; its columns are {', '.join(map(repr, row))}")
     row = dict(row) if row.get("prompt") is not None else _with_implicit_prompt(dict(row))
     kinds = {column: _kind(column, row[column]) for column in ("prompt", "chosen", "rejected")}
     if len(set(kinds.values())) > 1:
-        raise BadRow("malformed", "mixes text and messages: " + ", ".join(f"{c} is {k}" for c, k in kinds.items()))
+        raise BadRow("malformed rows", "mixes text and messages: " + ", ".join(f"{c} is {k}" for c, k in kinds.items()))
     return row
 
 
@@ -244,14 +246,14 @@ def _kind(column: str, value: Any) -> str:
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list):
-        raise BadRow("malformed", f"{column} is {type(value).__name__}, neither text nor a list of messages")
+        raise BadRow("malformed rows", f"{column} is {type(value).__name__}, neither text nor a list of messages")
     for number, message in enumerate(value, 1):
         if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
-            raise BadRow("malformed", f"message {number} of {column} has no role")
+            raise BadRow("malformed rows", f"message {number} of {column} has no role")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise BadRow("malformed", f"message {number} of {column} has no text in its content")
+            raise BadRow("malformed rows", f"message {number} of {column} has no text in its content")
     if column == "prompt" and not value:
-        raise BadRow("malformed", "prompt is an empty list of messages")
+        raise BadRow("malformed rows", "prompt is an empty list of messages")
     return "messages"
 
 
@@ -262,7 +264,7 @@ def _with_implicit_prompt(row: Row) -> Row:
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
-        raise BadRow("malformed", f"chosen is {type(chosen).__name__} and rejected {type(rejected).__name__}")
+        raise BadRow("malformed rows", f"chosen is {type(chosen).__name__} and rejected {type(rejected).__name__}")
     shorter = min(len(chosen), len(rejected))
     cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), max(shorter - 1, 0))
     if cut and chosen[cut] != rejected[cut] and chosen[cut - 1] == " ":
@@ -283,11 +285,7 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
     """
     row = _checked(row)
     if isinstance(row["prompt"], list):
-        tools = row.get("tools")
-        extra = {
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
-        }
+        extra = _template_arguments(row)
         prompt = _chat(tokenizer, row["prompt"], add_generation_prompt=True, **extra)
         chosen = _chat(tokenizer, row["prompt"] + row["chosen"], **extra)
         rejected = _chat(tokenizer, row["prompt"] + row["rejected"], **extra)
@@ -302,15 +300,29 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
     if data.truncation == "keep_start" and data.max_length is not None:
         if start >= data.max_length:
             raise BadRow(
-                "prompt fills max_length", f"its prompt alone has {start} tokens, data.max_length is {data.max_length}"
+                "prompts that fill data.max_length",
+                f"its prompt alone has {start} tokens, data.max_length is {data.max_length}",
             )
         room = data.max_length - start
         pair = TokenizedPair(pair.prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
     if not pair.chosen_ids or not pair.rejected_ids:
-        raise BadRow("empty completion", f"{'chosen' if not pair.chosen_ids else 'rejected'} has no token of its own")
+        raise BadRow("empty completions", f"{'chosen' if not pair.chosen_ids else 'rejected'} has no token of its own")
     if pair.chosen_ids == pair.rejected_ids:
-        raise BadRow("tie", "chosen equals rejected")
+        raise BadRow("ties", "chosen equals rejected")
     return pair
+
+
+def _template_arguments(row: Row) -> Row:
+    """Keyword arguments of the chat template that a row brings along: tools (a list, or JSON of one) and its own."""
+    tools, own = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise BadRow("malformed rows", f"tools is not JSON ({error.msg})") from None
+    if not isinstance(own, Mapping):
+        raise BadRow("malformed rows", f"chat_template_kwargs is {type(own).__name__}, not an object")
+    return {"tools": tools, **own}
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Row], **options: Any) -> list[int]:
@@ -326,7 +338,7 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Row], **options: 
     except UserError:
         raise
     except Exception as error:  # a template raises what it likes (roles must alternate, ...)
-        raise BadRow("malformed", f"the chat template refuses it: {' '.join(str(error).split())}") from None
+        raise BadRow("malformed rows", f"the chat template refuses it: {' '.join(str(error).split())}") from None
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
@@ -356,6 +368,7 @@ class _Worker(NamedTuple):
             try:
                 results.append((number, tokenize_pair(row, self.tokenizer, self.data)))
             except BadRow as bad:
+                bad.row = row
                 results.append((number, bad))
         return results
 
@@ -374,13 +387,13 @@ def _build(
     dropped: Counter[str] = Counter()
     for number, result in _tokenized(rows, _Worker(tokenizer, data)):
         if isinstance(result, BadRow):
-            is_error = result.kind == "malformed" if data.on_bad_row is None else data.on_bad_row == "error"
+            is_error = result.kind == "malformed rows" if data.on_bad_row is None else data.on_bad_row == "error"
             if is_error:
                 raise UserError(
                     f"{key} row {number}",
-                    source,
+                    result.row,
                     result.reason,
-                    "mend the row, or set data.on_bad_row=drop to leave such rows out",
+                    f"mend that row of {source}, or set data.on_bad_row=drop to leave such rows out",
                 )
             dropped[result.kind] += 1
             continue
@@ -389,11 +402,16 @@ def _build(
         tokens.append(np.array(result.prompt_ids + result.chosen_ids + result.rejected_ids, np.int32))
     if not numbers:
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it has no rows"
-        raise UserError(key, source, f"leaves no pair to train on ({counts})", "check the file and data.max_length")
+        too_long = "prompts that fill data.max_length" in dropped
+        cure = "raise data.max_length" if too_long else "check that its chosen and rejected differ"
+        raise UserError(
+            key, source, f"leaves no pair to train on ({counts})", cure if dropped else "give a file with rows"
+        )
     np.save(folder / "tokens.npy", np.concatenate(tokens))
     np.save(folder / "lengths.npy", np.array(lengths, np.int64))
     np.save(folder / "rows.npy", np.array(numbers, np.int64))
-    (folder / "meta.json").write_text(json.dumps({"source": source, "dropped": dict(dropped)}))
+    meta = {"source": source, "dropped": dict(dropped), "largest_id": max(int(ids.max()) for ids in tokens)}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[tuple[int, TokenizedPair | BadRow]]:

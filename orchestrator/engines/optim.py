@@ -45,8 +45,17 @@ def optimizer_factory(spec: OptimizerSpec) -> OptimizerFactory:
                 "optimizer.kwargs", dict(spec.kwargs), f"{spec.name} says: {error}", "see that optimizer's arguments"
             ) from None
 
-    make([{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}])  # a wrong argument is refused right here
     return make
+
+
+def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec) -> None:
+    """Try both on one parameter, so that a wrong name or argument is refused before anything is loaded.
+
+    Raises:
+        UserError: which argument, in torch's words.
+    """
+    lone = [{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}]
+    scheduler_factory(scheduler, 1)(optimizer_factory(optimizer)(lone))
 
 
 def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory:

@@ -1,16 +1,19 @@
 """Settings -> the trainable causal LM and its tokenizer, loaded or made on the spot."""
 
+import difflib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from orchestrator.data.order import fed_lengths
 from orchestrator.data.pairs import Pairs, build_once, check_source, training_texts
 from orchestrator.models.logps import output_head
 from orchestrator.settings.load import looks_local
-from orchestrator.settings.spec import InitSpec, RunSpec, UserError
+from orchestrator.settings.spec import DataSpec, InitSpec, RunSpec, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,23 +64,43 @@ def load_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
     from transformers import AutoConfig
 
     if spec.model.init is None:
-        path = str(spec.model.path)
-        _check_folder("model.path", path)
-        try:
-            return AutoConfig.from_pretrained(path)
-        except Exception as error:
-            raise _cannot_load("model.path", path, "model config", error) from None
+        return config_at("model.path", str(spec.model.path))
     init = spec.model.init
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    known = _plain_config(init.model_type)
+    for key, value in init.config.items():
+        if not hasattr(known, key):
+            near = difflib.get_close_matches(key, known.to_dict(), n=1)
+            cure = f"did you mean {near[0]}?" if near else "see that architecture's config in transformers"
+            raise UserError(f"model.init.config.{key}", value, f"{type(known).__name__} has no such key", cure)
     try:
         return AutoConfig.for_model(init.model_type, **{"vocab_size": len(tokenizer), **tokens, **init.config})
-    except ValueError as error:
-        raise UserError(
-            "model.init.model_type",
-            init.model_type,
-            f"transformers says: {' '.join(str(error).split())[:160]}",
-            "for example qwen2",
-        ) from None
+    except Exception as error:  # each config class checks its own values in its own way
+        reason = " ".join(str(error).split())[:160]
+        raise UserError("model.init.config", init.config, f"transformers says: {reason}", "mend that value") from None
+
+
+def config_at(key: str, path: str) -> Any:
+    """The config of a model in a folder or on the hub, which the setting `key` names."""
+    from transformers import AutoConfig
+
+    _check_folder(key, path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise _cannot_load(key, path, "model config", error) from None
+
+
+def _plain_config(model_type: str) -> Any:
+    """The default config of an architecture that has a causal LM."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
+        cure = f"did you mean {near[0]}?" if near else "for example qwen2"
+        raise UserError("model.init.model_type", model_type, "is no causal LM of transformers", cure)
+    return AutoConfig.for_model(model_type)
 
 
 def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype) -> "PreTrainedModel":
@@ -95,32 +118,53 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
         _no_dropout(config, spec.model.disable_dropout)
         with torch.random.fork_rng():
             torch.manual_seed(spec.run.seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                _check_head(model)
+            except (ValueError, RuntimeError, TypeError) as error:  # sizes that do not fit each other
+                reason = " ".join(str(error).split())[:160]
+                given = spec.model.init.config if spec.model.init else None
+                raise UserError("model.init.config", given, f"torch says: {reason}", "mend its sizes") from None
+        _keep_fp64(model)
     if spec.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers gives the embeddings' output a gradient for reentrant checkpointing; ours does not need it
         model.disable_input_require_grads()
-    _check_head(model)
     return model.train()
 
 
 def load_model(key: str, path: str, disable_dropout: bool, dtype: torch.dtype) -> "PreTrainedModel":
     """A causal LM from a folder or the hub, with weights of `dtype`, on the CPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    _check_folder(key, path)
+    config = config_at(key, path)
+    _no_dropout(config, disable_dropout)
     try:
-        config = AutoConfig.from_pretrained(path)
-        _no_dropout(config, disable_dropout)
-        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     except Exception as error:
         raise _cannot_load(key, path, "model", error) from None
+    _check_head(model)
+    _keep_fp64(model)
+    return model
 
 
-def check_positions(config: Any, pairs: Pairs, key: str) -> None:
-    """Refuse a pair that is longer than the model has positions for, by its row."""
+def check_fit(config: Any, pairs: Pairs, key: str, data: DataSpec) -> None:
+    """Refuse pairs that the model cannot take: too long for its positions, by row, or ids beyond its vocabulary.
+
+    Raises:
+        UserError: which pair, or which id, and what to change.
+    """
+    vocabulary = config.get_text_config().vocab_size
+    if pairs.largest_id >= vocabulary:
+        raise UserError(
+            "model",
+            f"{vocabulary} tokens in its vocabulary",
+            f"the tokenizer gave token {pairs.largest_id} for {key}",
+            "take the model's own tokenizer (model.tokenizer), or drop vocab_size from model.init.config",
+        )
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)
+    lengths = fed_lengths(pairs.lengths, data.keep_last)
+    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     worst = int(longest.argmax())
     if limit is not None and longest[worst] > limit:
         raise UserError(
@@ -136,6 +180,19 @@ def _no_dropout(config: Any, disable: bool) -> None:
         for name, value in vars(config.get_text_config()).items():
             if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
                 setattr(config.get_text_config(), name, 0.0)
+
+
+def _keep_fp64(model: "PreTrainedModel") -> None:
+    """transformers' RMSNorm computes in fp32 whatever its input; in fp64 that would leave 1e-8 in the loss."""
+    if model.dtype != torch.float64:
+        return
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return norm.weight * hidden * (hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
 
 @torch.no_grad()
@@ -163,21 +220,21 @@ def _check_folder(key: str, path: str) -> None:
 
 def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(
-        key,
-        path,
-        f"its {what} cannot be loaded ({type(error).__name__}: {reason})",
-        "give a folder or a hub name that can be reached",
-    )
+    if os.path.isdir(path):
+        cure = "give a folder with config.json, tokenizer and weights"
+    else:
+        cure = f"give a hub name that can be reached, or a folder (./{path})"
+    return UserError(key, path, f"its {what} cannot be loaded ({type(error).__name__}: {reason})", cure)
 
 
 def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
     """Folder of a byte-level BPE tokenizer trained on the texts of data.train, with a ChatML template."""
     check_source("data.train", spec.data.train)
     texts, identity = training_texts(spec.data)
-    folder = spec.cache_dir / "tokenizers" / f"{identity}-{init.vocab_size}"
+    config = _plain_config(init.model_type)
+    folder = spec.cache_dir / "tokenizers" / f"{init.model_type}-{identity}-{init.vocab_size}"
 
-    def build(partial: Path) -> None:
+    def build(unfinished: Path) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
 
@@ -198,8 +255,9 @@ def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
             additional_special_tokens=["<|im_start|>"],
         )
         wrapped.chat_template = CHAT_TEMPLATE
-        wrapped.save_pretrained(partial)
-        (partial / "made_from.json").write_text(json.dumps({"data": spec.data.train, "vocab_size": init.vocab_size}))
+        wrapped.save_pretrained(unfinished)
+        config.save_pretrained(unfinished)  # AutoTokenizer picks the class by it: here as from an exported model
+        (unfinished / "made_from.json").write_text(json.dumps({"data": spec.data.train, "vocab_size": init.vocab_size}))
 
     build_once(folder, build)
     return folder

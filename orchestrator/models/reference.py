@@ -4,13 +4,13 @@ Legend: 2B sequences, R rows, T tokens, H hidden size.
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from orchestrator.data.collate import PairBatch
 from orchestrator.models.logps import body_hidden, sequence_sums, token_terms
-from orchestrator.models.policy import load_model
+from orchestrator.models.policy import config_at, load_model
 from orchestrator.settings.spec import ModelSpec, ReferenceSpec, UserError
 
 if TYPE_CHECKING:
@@ -31,16 +31,15 @@ class Reference:
         return sequence_sums(token_terms(self.model, body_hidden(self.model, batch), batch).logps, batch)
 
 
-def build_reference(spec: ReferenceSpec, model: ModelSpec, policy: "PreTrainedModel") -> Reference:
-    """A frozen copy of the policy as it stands (before any wrapping), or of the model at reference.path.
+def check_reference(spec: ReferenceSpec, policy_config: Any) -> None:
+    """Refuse another model as reference, before any weight is loaded, whose vocabulary is not the policy's.
 
     Raises:
-        UserError: the other model cannot be loaded, or its vocabulary is not the policy's.
+        UserError: its config cannot be loaded, or its vocabulary has another size.
     """
     if spec.path is None:
-        return Reference(copy.deepcopy(policy))
-    other = load_model("reference.path", spec.path, model.disable_dropout, policy.dtype)
-    sizes = [m.get_input_embeddings().weight.size(0) for m in (policy, other)]  # pyright: ignore
+        return
+    sizes = [c.get_text_config().vocab_size for c in (policy_config, config_at("reference.path", spec.path))]
     if sizes[0] != sizes[1]:
         raise UserError(
             "reference.path",
@@ -48,4 +47,15 @@ def build_reference(spec: ReferenceSpec, model: ModelSpec, policy: "PreTrainedMo
             f"has a vocabulary of {sizes[1]} tokens, the policy of {sizes[0]}",
             "take a reference with the policy's tokenizer",
         )
+
+
+def build_reference(spec: ReferenceSpec, model: ModelSpec, policy: "PreTrainedModel") -> Reference:
+    """A frozen copy of the policy as it stands (before any wrapping), or of the model at reference.path.
+
+    Raises:
+        UserError: the other model cannot be loaded.
+    """
+    if spec.path is None:
+        return Reference(copy.deepcopy(policy))
+    other = load_model("reference.path", spec.path, model.disable_dropout, policy.dtype)
     return Reference(other.to(policy.device))  # pyright: ignore[reportArgumentType]

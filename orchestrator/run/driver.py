@@ -199,9 +199,14 @@ def _check_local_size(spec: RunSpec) -> None:
     """Refuse before Ray starts what this machine alone cannot hold."""
     if os.environ.get("RAY_ADDRESS"):
         return
-    cores, each = os.cpu_count() or 1, spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0)
+    cores, each = _cores(), spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0)
     if spec.cluster.num_workers * each > cores:
         raise _too_small(spec, f"{each:g} CPU each, and this machine has {cores} CPUs", int(cores // each))
+
+
+def _cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
@@ -230,7 +235,7 @@ def _cluster(spec: RunSpec) -> Iterator[None]:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        options: Any = {} if joined else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        options: Any = {} if joined else {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         try:
             _check_cluster_size(spec)

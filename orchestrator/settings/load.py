@@ -80,7 +80,9 @@ def _read(path: Path) -> DictConfig:
         raise UserError(
             "settings file", str(path), f"is not YAML: {' '.join(str(error).split())}", "mend that line"
         ) from None
-    if not isinstance(config, DictConfig):
+    if (
+        not isinstance(config, DictConfig) or not config or set(config.values()) == {None}
+    ):  # OmegaConf: text -> {text: None}
         raise UserError(
             "settings file", str(path), "holds no keys at its top", "write blocks such as `run:` and `data:`"
         )

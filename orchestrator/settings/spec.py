@@ -118,6 +118,11 @@ class DataSpec(Block):
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """Folder of tokenised data, shared by every node; run.dir/.cache when not set."""
 
+    @property
+    def keep_last(self) -> int | None:
+        """Tokens at the end of a sequence that the collator keeps; None where tokenising has truncated already."""
+        return self.max_length if self.truncation == "keep_end" else None
+
 
 class DpoSpec(Block):
     """The loss. Names and defaults are TRL's."""
@@ -155,7 +160,7 @@ class OptimizerSpec(Block):
 class SchedulerSpec(Block):
     """The learning rate over optimizer steps actually taken."""
 
-    name: SchedulerName | str = "linear"
+    name: str = "linear"
     """linear, cosine, constant, or a scheduler of torch by its dotted name (torch.optim.lr_scheduler.StepLR)."""
     warmup_steps: NonNegative = 0
     """Optimizer steps of linear warm-up; for linear, cosine and constant."""
@@ -201,6 +206,11 @@ class CallbackSpec(Block):
     """The callback class as module:attr."""
     kwargs: dict[str, Any] = {}
     """Keyword arguments of its constructor."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class EvaluationSpec(Block):
@@ -278,8 +288,8 @@ class RunSpec(Block):
     """Who owns gradients and optimizer state."""
     reference: ReferenceSpec = ReferenceSpec()
     """The frozen model the policy is measured against."""
-    callbacks: list[str | CallbackSpec] = Field([], json_schema_extra=FREE)
-    """User callbacks (transformers.TrainerCallback) as module:attr, or {path, kwargs}."""
+    callbacks: list[CallbackSpec] = Field([], json_schema_extra=FREE)
+    """User callbacks (transformers.TrainerCallback), each as module:attr or {path, kwargs}."""
     evaluation: EvaluationSpec = EvaluationSpec()  # pyright: ignore[reportCallIssue]
     """When to evaluate."""
     checkpoint: CheckpointSpec = CheckpointSpec()  # pyright: ignore[reportCallIssue]
@@ -308,23 +318,29 @@ class RunSpec(Block):
 
     @model_validator(mode="after")
     def _rules(self) -> "RunSpec":
-        for rule in (_one_model, _one_micro_batch_key, _one_length, _known_optimizer, _known_scheduler, _evaluation):
+        for rule in (
+            _one_model,
+            _one_micro_batch_key,
+            _one_length,
+            _known_optimizer,
+            _known_scheduler,
+            _evaluation,
+            _resources,
+        ):
             rule(self)
         for entry in self.callbacks:
-            _user_code("callbacks", entry if isinstance(entry, str) else entry.path)
+            _user_code("callbacks", entry.path)
         if self.data.collator:
             _user_code("data.collator", self.data.collator)
         return self
 
 
 def _one_model(spec: RunSpec) -> None:
-    if (spec.model.path is None) == (spec.model.init is None):
-        raise UserError(
-            "model",
-            {k: v for k, v in spec.model if v is not None},
-            "exactly one of model.path and model.init is needed",
-            "set model.path to a folder or hub name of a causal LM",
-        )
+    if spec.model.path and spec.model.init:
+        raise UserError("model.path", spec.model.path, "model.init is set as well", "remove one of the two")
+    if not (spec.model.path or spec.model.init):
+        cure = "set it to a folder or hub name of a causal LM, or set model.init"
+        raise UserError("model.path", spec.model.path, "there is no model to train", cure)
     if spec.model.init and spec.model.init.vocab_size < 260:
         raise UserError(
             "model.init.vocab_size",
@@ -426,6 +442,17 @@ def _evaluation(spec: RunSpec) -> None:
             )
 
 
+def _resources(spec: RunSpec) -> None:
+    resources = spec.cluster.resources
+    if resources and not any(resources.values()):
+        raise UserError(
+            "cluster.resources",
+            resources,
+            "asks for nothing, so nothing would limit the workers",
+            "for example {CPU: 1}",
+        )
+
+
 def _user_code(key: str, value: str) -> None:
     module, colon, attribute = value.partition(":")
     if not (colon and module and attribute):
@@ -438,31 +465,72 @@ def explain(error: ValidationError) -> list[UserError]:
 
 
 def _explain_one(details: Any) -> UserError:
-    location = tuple(part for part in details["loc"] if not (isinstance(part, str) and part in ("str", "CallbackSpec")))
-    key, kind = ".".join(str(part) for part in location), details["type"]
+    location, kind, value = details["loc"], details["type"], details["input"]
+    key, name = ".".join(map(str, location)), str(location[-1])
     block = _block_at(location[:-1])
-    field = block.model_fields.get(str(location[-1])) if block else None
-    cure = "see its description: " + field.description if field and field.description else "see the README"
+    field = block.model_fields.get(name) if block else None
     if kind == "extra_forbidden" and block:
-        near = difflib.get_close_matches(str(location[-1]), block.model_fields, n=1, cutoff=0.5)
-        here = ".".join([*map(str, location[:-1]), near[0]]) if near else ""
-        cure = f"did you mean {here}?" if near else "the keys here are " + ", ".join(block.model_fields)
-        return UserError(key, details["input"], "is not a setting", cure)
+        return UserError(key, value, "is not a setting", _cure_of_unknown(block, location))
+    if inner := _block_at(location):
+        return UserError(key, value, "is a block of settings", "its keys are " + ", ".join(inner.model_fields))
+    described = f"it is: {field.description}" if field and field.description else "see orchestrator/settings/spec.py"
     if kind == "missing":
-        return UserError(key, None, "is required", cure)
+        return UserError(key, None, "is required", described)
     if kind == "literal_error":
         allowed = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        near = difflib.get_close_matches(str(details["input"]), allowed, n=1)
+        meant = "disabled" if value is False and "disabled" in allowed else str(value)  # YAML reads off as false
+        near = difflib.get_close_matches(meant, allowed, n=1)
         cure = f"did you mean {near[0]}?" if near else f"set it to {allowed[0]}"
-        return UserError(key, details["input"], f"must be one of {', '.join(allowed)}", cure)
-    return UserError(key, details["input"], details["msg"][0].lower() + details["msg"][1:], cure)
+        return UserError(key, value, f"must be one of {', '.join(allowed)}", cure)
+    default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
+    cure = f"for example {key}={default} ({described})" if default not in (None, {}, []) else described
+    if key == "callbacks":
+        cure = f"for example callbacks=[{value}]" if isinstance(value, str) else "give a list of module:attr"
+    return UserError(key, value, details["msg"][0].lower() + details["msg"][1:], cure)
+
+
+# What users of TRL will type first, and where it is here.
+TRL_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "lr": "optimizer.lr",
+    "num_train_epochs": "training.epochs",
+    "max_steps": "training.max_steps",
+    "per_device_train_batch_size": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.global_batch_size (accumulation is derived)",
+    "max_grad_norm": "training.max_grad_norm",
+    "lr_scheduler_type": "scheduler.name",
+    "optim": "optimizer.name",
+    "output_dir": "run.dir and run.name",
+    "model_name_or_path": "model.path",
+    "bf16": "precision=bf16",
+    "fp16": "precision=fp16",
+    "eval_steps": "evaluation.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "logging_steps": "training.logging_steps",
+    "max_length": "data.max_length",
+    "beta": "dpo.beta",
+    "loss_type": "dpo.loss_type",
+    "seed": "run.seed",
+}
+
+
+def _cure_of_unknown(block: type[Block], location: tuple[int | str, ...]) -> str:
+    name = str(location[-1])
+    if near := difflib.get_close_matches(name, block.model_fields, n=1, cutoff=0.6):
+        return f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
+    if name in TRL_NAMES:
+        return f"did you mean {TRL_NAMES[name]}?"
+    return "the keys here are " + ", ".join(block.model_fields)
 
 
 def _block_at(location: tuple[int | str, ...]) -> type[Block] | None:
-    """The block of settings that a path of keys leads to."""
+    """The block of settings that a path of keys leads to, if it leads to one."""
     block: type[Block] = RunSpec
     for part in location:
-        field = block.model_fields.get(str(part))
+        if isinstance(part, int):  # an entry of a list of blocks
+            continue
+        field = block.model_fields.get(part)
         blocks = [kind for kind in _types_in(field.annotation) if issubclass(kind, Block)] if field else []
         if not blocks:
             return None

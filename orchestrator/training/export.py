@@ -36,6 +36,8 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
                 "has no whole checkpoint" + "".join(f" ({line})" for line in complaints),
                 "train it further first",
             )
+    if out.is_file():
+        raise UserError("OUT", str(out), "is a file", "choose a new folder")
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise UserError("OUT", str(out), "is a folder with other things in it", "choose a new folder")
     reader = Reader(checkpoint)

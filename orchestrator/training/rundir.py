@@ -74,8 +74,14 @@ class RunDir:
         Raises:
             UserError: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".owner", "a+") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".owner", "a+")  # noqa: SIM115 - held by the `with` below
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            cure = "set run.dir to another folder"
+            raise UserError("run.dir", str(self.path), f"cannot be made ({reason})", cure) from None
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -1,5 +1,6 @@
 """fit(): take steps, log, evaluate, save, stop."""
 
+import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from orchestrator.data.collate import Counts
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.engines.base import Engine, Updated
-from orchestrator.settings.spec import Precision, RunSpec
+from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks
 from orchestrator.training.evaluate import evaluate
@@ -75,8 +76,19 @@ class Trainer:
     # --- position ------------------------------------------------------------------------------------------------
 
     def resume(self, reader: checkpoint.Reader) -> None:
-        """Go on from a checkpoint of any engine and world size."""
+        """Go on from a checkpoint of any engine and world size.
+
+        Raises:
+            UserError: the checkpoint's position counts other pairs than these.
+        """
         meta = reader.meta
+        if meta["data"] != self.loader.pairs.identity:
+            raise UserError(
+                "data.train",
+                self.spec.data.train,
+                "its rows, or the tokenizer, are not those that this run was started with",
+                "put them back to resume it, or choose another run.name",
+            )
         self.engine.put(reader.read, reader.keys)
         self.engine.set_state(meta["engine"])
         self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
@@ -218,6 +230,7 @@ class Trainer:
         if self.eval_loader is not None and self.evaluated_at != self.step:
             self.evaluated_at = self.step
             metrics = evaluate(self.engine, self.eval_loader, self.world, self.session, self.step)
+            self._check_best(metrics)
             self._report(metrics)
             self.callbacks.fire("on_evaluate", metrics=metrics)
             self._remember_best(metrics)
@@ -236,6 +249,7 @@ class Trainer:
             "evaluated_at": self.evaluated_at,
             "window": window,
             "callbacks": self.callbacks.exported(),
+            "data": self.loader.pairs.identity,
             "spec": self.spec.model_dump(mode="json"),
         }
         path = checkpoint.save(self.run_dir.checkpoints, self.step, self.engine.owned(), meta, self.world)
@@ -251,10 +265,20 @@ class Trainer:
             self.callbacks.state.log_history.append({**logs, "step": self.step})
         self.callbacks.fire("on_log", logs=logs)
 
-    def _remember_best(self, metrics: dict[str, float]) -> None:
+    def _check_best(self, metrics: dict[str, float]) -> None:
         name = self.spec.evaluation.metric_for_best
-        value = metrics.get(name if name and name.startswith("eval_") else f"eval_{name}", math.nan)
+        if name is not None and _eval_name(name) not in metrics:
+            near = difflib.get_close_matches(_eval_name(name), metrics, n=1) or ["eval_loss"]
+            cure = f"did you mean {near[0].removeprefix('eval_')}?"
+            raise UserError("evaluation.metric_for_best", name, "is not among the evaluated metrics", cure)
+
+    def _remember_best(self, metrics: dict[str, float]) -> None:
+        value = metrics.get(_eval_name(self.spec.evaluation.metric_for_best or ""), math.nan)
         best, state = self.callbacks.state.best_metric, self.callbacks.state
         better = value > (best or 0) if self.spec.greater_is_better else value < (best or 0)
         if not math.isnan(value) and (best is None or better):
             state.best_metric, state.best_global_step = value, self.step
+
+
+def _eval_name(metric: str) -> str:
+    return metric if metric.startswith("eval_") else f"eval_{metric}"

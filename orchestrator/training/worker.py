@@ -11,13 +11,13 @@ import torch
 
 from orchestrator.data.collate import AdaptedCollator, Counts, PreferenceCollator
 from orchestrator.data.loader import Loader
-from orchestrator.data.order import Order, run_length
+from orchestrator.data.order import Order, fed_lengths, run_length
 from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.ddp import DdpEngine
-from orchestrator.engines.optim import ReadOnlyOptimizer, optimizer_factory, scheduler_factory
-from orchestrator.models.policy import build_policy, check_positions, load_config, load_tokenizer
-from orchestrator.models.reference import build_reference
+from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, optimizer_factory, scheduler_factory
+from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer
+from orchestrator.models.reference import build_reference, check_reference
 from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks, build_callbacks, training_args, user_callbacks
@@ -66,15 +66,16 @@ def prepare(spec: RunSpec) -> Prepared:
     user_callbacks(spec)
     if spec.data.collator:
         AdaptedCollator(spec.data.collator)
-    optimizer_factory(spec.optimizer)
+    check_optim(spec.optimizer, spec.scheduler)
     _quiet()
     tokenizer = load_tokenizer(spec)
     config = load_config(spec, tokenizer)
+    check_reference(spec.reference, config)
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
     held_out = tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir) if spec.data.eval else None
     for (key, _), pairs in zip(sources, [train, held_out], strict=False):
         assert pairs is not None
-        check_positions(config, pairs, key)
+        check_fit(config, pairs, key, spec.data)
     return Prepared(tokenizer, config, train, held_out)
 
 
@@ -130,7 +131,7 @@ def _loaders(spec: RunSpec, prepared: Prepared, world: World) -> tuple[Loader, L
 
     def loader(pairs: Pairs) -> Loader:
         order = Order(
-            pairs.lengths,
+            fed_lengths(pairs.lengths, spec.data.keep_last),
             spec.batch.global_batch_size,
             world.rank,
             world.size,

@@ -191,10 +191,10 @@ def user_callbacks(spec: RunSpec) -> list[TrainerCallback]:
     """The callbacks that the settings name, built."""
     callbacks: list[TrainerCallback] = []
     for entry in spec.callbacks:
-        path, kwargs = (entry, {}) if isinstance(entry, str) else (entry.path, entry.kwargs)
+        path = entry.path
         kind = user_attribute("callbacks", path)
         try:
-            callback = kind(**kwargs) if callable(kind) else kind
+            callback = kind(**entry.kwargs) if callable(kind) else kind
         except TypeError as error:
             raise UserError(
                 "callbacks", path, f"cannot be built ({error})", "give its arguments as {path, kwargs}"

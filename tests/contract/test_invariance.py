@@ -1,0 +1,126 @@
+"""The step depends on the global batch alone: ranks, micro-batches, engines' sharding and collators leave no trace."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from support import losses, metric_lines, orchestrator, write_settings
+
+# 30 pairs in batches of 8: the last batch of an epoch has 6, which neither 4 ranks nor micro-batches of 4 divide
+SETTINGS: dict[str, Any] = {
+    "training": {"max_steps": 9, "logging_steps": 1, "max_grad_norm": 0.05},  # every gradient is clipped
+    "batch": {"global_batch_size": 8, "micro_batch_size": 2},
+    "evaluation": {"every_steps": 3},
+    "scheduler": {"name": "cosine", "warmup_steps": 3},
+    "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
+}
+CUTS = {
+    "1x4": (1, ["batch.micro_batch_size=2"]),
+    "1x1": (1, ["batch.micro_batch_size=8"]),
+    "2x2": (2, ["batch.micro_batch_size=2"]),
+    "4x1": (4, ["batch.micro_batch_size=2"]),
+    "3 ranks": (3, ["batch.micro_batch_size=1"]),
+    "more ranks than pairs": (3, ["batch.global_batch_size=2", "batch.micro_batch_size=1", "training.max_steps=9"]),
+    "token budget": (2, ["batch.micro_batch_size=null", "batch.max_tokens_per_microbatch=150"]),
+    "checkpointing": (2, ["training.gradient_checkpointing=true"]),
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("invariance")
+    path = write_settings(folder, **SETTINGS)
+    train = folder / "train.jsonl"
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:30]))
+    return path
+
+
+def run(settings: Path, name: str, ranks: int, overrides: list[str], extra: dict[str, str] | None = None) -> Path:
+    name = name.replace(" ", "-")
+    words = ["debug", settings, "--nproc", str(ranks), f"run.name={name}", *overrides]
+    ended = orchestrator(*words, cwd=settings.parent, env=extra)
+    assert ended.returncode == 0, ended.stderr
+    return settings.parent / "runs" / name
+
+
+def evaluations(run_dir: Path) -> list[float]:
+    return [line["eval_loss"] for line in metric_lines(run_dir) if "eval_loss" in line]
+
+
+@pytest.mark.parametrize("cut", [name for name in CUTS if name != "1x4"])
+def test_same_curve_and_weights(settings: Path, cut: str) -> None:
+    ranks, overrides = CUTS[cut]
+    batch = [word for word in overrides if word.startswith("batch.global")]
+    twin_name = f"one-process{'-small' if batch else ''}"
+    twin = settings.parent / "runs" / twin_name
+    if not twin.exists():
+        run(settings, twin_name, 1, CUTS["1x4"][1] + batch)
+    made = run(settings, cut, ranks, overrides)
+
+    assert losses(made) == pytest.approx(losses(twin), abs=1e-5)
+    assert evaluations(made) == pytest.approx(evaluations(twin), abs=1e-6)
+    for line, expected in zip(metric_lines(made), metric_lines(twin), strict=True):
+        assert set(line) == set(expected)
+        for name in ("rewards/accuracies", "num_tokens", "learning_rate", "epoch"):
+            assert line.get(name, 0) == pytest.approx(expected.get(name, 0)), name
+        for name in ("grad_norm", "rewards/margins", "logps/chosen", "logits/chosen", "entropy", "mean_token_accuracy"):
+            assert line.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-4, abs=1e-5), name
+    weights, expected_weights = (load_file(d / "model" / "model.safetensors") for d in (made, twin))
+    for name, value in expected_weights.items():
+        assert (weights[name] - value).abs().max() < 1e-5, name
+
+
+COLLATORS = '''
+import json, os
+import torch
+
+def plain(rows):
+    """As a TRL user would write it: no context, its own padding (to a multiple of 8)."""
+    width = -(-max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows) // 8) * 8
+    made = {key: torch.zeros(2 * len(rows), width, dtype=torch.long)
+            for key in ("input_ids", "attention_mask", "completion_mask")}
+    for half, side in enumerate(("chosen_ids", "rejected_ids")):
+        for i, row in enumerate(rows):
+            ids = row["prompt_ids"] + row[side]
+            made["input_ids"][half * len(rows) + i, :len(ids)] = torch.tensor(ids)
+            made["attention_mask"][half * len(rows) + i, :len(ids)] = 1
+            made["completion_mask"][half * len(rows) + i, len(row["prompt_ids"]):len(ids)] = 1
+    return made
+
+def aware(rows, context):
+    with open(os.environ["SEEN"] + f".{context.rank}", "a") as file:
+        seen = {"pairs": [row["pair_id"] for row in rows], "tokens": sum(
+            2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)}
+        file.write(json.dumps({**vars(context), **seen}) + "\\n")
+    return plain(rows)
+'''
+
+
+def test_collators_know_the_distribution(settings: Path, tmp_path: Path) -> None:
+    """2 ranks x 2 micro-batches: each call sees its rank, the world, the step, and the global batch's counts."""
+    (settings.parent / "my_collators.py").write_text(COLLATORS)
+    overrides = ["data.eval=null", "evaluation.every_steps=null", "training.max_steps=3"]
+    ours = run(settings, "ours", 2, overrides)
+    plain = run(settings, "plain", 2, [*overrides, "data.collator=my_collators:plain"])
+    seen = {"SEEN": str(tmp_path / "seen")}
+    aware = run(settings, "aware", 2, [*overrides, "data.collator=my_collators:aware"], seen)
+    assert losses(plain) == pytest.approx(losses(ours), abs=1e-6)
+    assert losses(aware) == pytest.approx(losses(ours), abs=1e-6)
+    tokens = {line["step"]: line["num_tokens"] for line in metric_lines(aware)}
+
+    calls = [json.loads(line) for rank in (0, 1) for line in (tmp_path / f"seen.{rank}").read_text().splitlines()]
+    # a loader may run a step ahead of the last update
+    by_step = {step: [call for call in calls if call["step"] == step] for step in (1, 2, 3)}
+    for step, made in by_step.items():
+        assert {call["world_size"] for call in made} == {2}
+        assert {call["rank"] for call in made} == {0, 1}
+        assert {call["global_pairs"] for call in made} == {8}
+        pairs = [pair for call in made for pair in call["pairs"]]
+        fillers = len(pairs) - len(set(pairs))  # a rank with fewer micro-batches repeats a cheap pair, weightless
+        assert len(set(pairs)) == 8
+        assert {call["rank"] for call in made if len(call["pairs"])} == {0, 1}
+        if not fillers:
+            assert {call["global_tokens"] for call in made} == {sum(call["tokens"] for call in made)}
+        assert made[0]["global_tokens"] == tokens[step] - tokens.get(step - 1, 0)

@@ -1,0 +1,142 @@
+"""A step at a time from any position, prefetched in a thread that neither loses an error nor outlives its use."""
+
+import sys
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support import rows, write_jsonl
+from tiny import PAD, data_spec, tokenizer
+
+from orchestrator.data.collate import AdaptedCollator, CollateContext, PreferenceCollator
+from orchestrator.data.loader import Loader, StepBatches
+from orchestrator.data.order import Order
+from orchestrator.data.pairs import Pairs, tokenized_pairs
+
+COUNT = 21
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    folder = tmp_path_factory.mktemp("pairs")
+    data = data_spec(train=str(write_jsonl(folder / "train.jsonl", rows(COUNT))))
+    return tokenized_pairs(data, "train", tokenizer(), folder)
+
+
+def loader(pairs: Pairs, rank: int = 0, world: int = 1, collator: Any = None) -> Loader:
+    order = Order(pairs.lengths, 8, rank, world, 7, 3)
+    return Loader(pairs, order, collator or PreferenceCollator(PAD, data_spec()))
+
+
+def pair_ids(made: StepBatches) -> list[int]:
+    return sorted(int(i) for batch in made.micro_batches for i in batch.pair_ids[batch.pair_weights > 0])
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+def test_steps_go_on_from_any_position(pairs: Pairs) -> None:
+    whole = list(islice(loader(pairs).steps(0, 0), 6))
+    assert [made.pairs_seen for made in whole] == [8, 16, 21, 29, 37, 42]
+    assert [made.epoch for made in whole] == [0, 0, 0, 1, 1, 1]
+    for done in range(1, 5):
+        rest = list(islice(loader(pairs).steps(whole[done - 1].pairs_seen, done), 6 - done))
+        assert [pair_ids(made) for made in rest] == [pair_ids(made) for made in whole[done:]]
+        for left, right in zip(rest, whole[done:], strict=True):
+            assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(left[2], right[2], strict=True))
+
+
+def test_an_epoch_holds_every_row_once(pairs: Pairs) -> None:
+    steps = list(islice(loader(pairs).steps(0, 0), 3))
+    assert sorted(i for made in steps for i in pair_ids(made)) == list(range(1, COUNT + 1))
+
+
+def test_counts_are_of_the_global_batch_on_every_rank(pairs: Pairs) -> None:
+    ranks = [next(loader(pairs, rank, 3).steps(16, 2)) for rank in range(3)]  # the last, smaller batch
+    assert {made.counts.pairs for made in ranks} == {5}
+    assert not any(made.are_local for made in ranks)
+    assert {made.counts.tokens for made in ranks} == {sum(b.counts.tokens for made in ranks for b in made[2])}
+    assert sorted(i for made in ranks for i in pair_ids(made)) == pair_ids(next(loader(pairs).steps(16, 2)))
+
+
+def test_an_evaluation_makes_every_row_once(pairs: Pairs) -> None:
+    found: list[int] = []
+    for rank in range(2):
+        micro_batches, make = loader(pairs, rank, 2).whole(3)
+        for micro in micro_batches:
+            batch = make(micro)
+            found += batch.pair_ids[batch.pair_weights > 0].tolist()
+    assert sorted(found) == list(range(1, COUNT + 1))
+
+
+def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts: list[tuple[CollateContext, str]] = []
+    ours = PreferenceCollator(PAD, data_spec())
+
+    def collate(made: list[Any], context: CollateContext) -> dict[str, torch.Tensor]:
+        contexts.append((context, threading.current_thread().name))
+        batch = ours(made)
+        mask = torch.zeros_like(batch.input_ids)
+        mask.view(-1)[batch.completion_index + 1] = 1
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "completion_mask": mask}
+
+    monkeypatch.setitem(sys.modules, "a_users_module", module := ModuleType("a_users_module"))
+    module.collate = collate  # type: ignore[attr-defined]
+    ranks = [loader(pairs, rank, 2, AdaptedCollator("a_users_module:collate")) for rank in range(2)]
+    steps = [next(each.steps(8, 4)) for each in ranks]
+    expected = next(loader(pairs).steps(8, 4)).counts
+    assert all(made.are_local for made in steps)
+    assert sum(made.counts.pairs for made in steps) == expected.pairs == 8
+    assert sum(made.counts.tokens for made in steps) == expected.tokens
+    assert {context for context, _ in contexts} == {CollateContext(rank, 2, 5, 8, expected.tokens) for rank in range(2)}
+    assert {thread for _, thread in contexts} == {threading.current_thread().name}
+
+
+def test_keep_end_counts_the_tokens_that_are_fed(tmp_path: Path) -> None:
+    data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", rows(8))), max_length=16, truncation="keep_end")
+    made = tokenized_pairs(data, "train", tokenizer(), tmp_path)
+    step = next(Loader(made, Order(made.lengths, 8, 0, 1, 7, 8), PreferenceCollator(PAD, data)).steps(0, 0))
+    assert step.counts.tokens == sum(int(batch.attention_mask.sum()) for batch in step.micro_batches)
+
+
+def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
+    made: list[str] = []
+    ours = PreferenceCollator(PAD, data_spec())
+
+    class Counting(PreferenceCollator):
+        def __call__(self, rows: list[Any], *, is_filler: bool = False) -> Any:
+            made.append(threading.current_thread().name)
+            return ours(rows, is_filler=is_filler)
+
+    steps = loader(pairs, collator=Counting(PAD, data_spec())).steps(0, 0)
+    next(steps)
+    time.sleep(0.3)
+    assert set(made) == {"loader"}
+    assert 6 <= len(made) <= 15  # 3 micro-batches a step: the one taken, two ready, one in hand
+    steps.close()  # type: ignore[attr-defined]
+
+
+def test_an_error_while_collating_is_raised_where_the_step_is_taken(pairs: Pairs) -> None:
+    class Failing(PreferenceCollator):
+        def __call__(self, rows: list[Any], *, is_filler: bool = False) -> Any:
+            raise ValueError("cannot collate")
+
+    with pytest.raises(ValueError, match="cannot collate"):
+        next(loader(pairs, collator=Failing(PAD, data_spec())).steps(0, 0))
+
+
+def test_the_thread_ends_with_its_use(pairs: Pairs) -> None:
+    before = loader_threads()
+    steps = loader(pairs).steps(0, 0)
+    next(steps)
+    [thread] = [thread for thread in loader_threads() if thread not in before]
+    assert thread.daemon
+    steps.close()  # type: ignore[attr-defined]
+    thread.join(timeout=5)
+    assert not thread.is_alive()

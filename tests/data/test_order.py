@@ -1,0 +1,215 @@
+"""The order of data: every pair once, the same global batches at any world size, ranks alike in cost and in number."""
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.data.order import Integers, Order, RunLength, deal, permutation, run_length
+from orchestrator.settings.spec import TrainingSpec
+
+WORLDS = [1, 2, 3, 5, 8]
+
+
+def lengths(pairs: int, seed: int = 0, longest: int = 40) -> Integers:
+    return np.random.default_rng(seed).integers(1, longest, (pairs, 3))
+
+
+def orders(world: int, pairs: int, batch: int, micro: int | None = 2, **settings: Any) -> list[Order]:
+    """The order as each rank of a world computes it."""
+    made = settings.pop("lengths", None)
+    made = lengths(pairs) if made is None else made
+    return [Order(made, batch, rank, world, 7, micro, **settings) for rank in range(world)]
+
+
+def seen(ranks: list[Order], pairs_seen: int) -> list[int]:
+    """The pairs that the ranks of a world train on at a step, fillers left out."""
+    plans = [order.plan(pairs_seen) for order in ranks]
+    return sorted(int(i) for plan in plans for micro in plan.micro_batches if not micro.is_filler for i in micro.pairs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((12, 42, 0), [5, 8, 10, 2, 0, 11, 7, 4, 3, 1, 6, 9]),
+        ((12, 42, 1), [6, 2, 8, 1, 9, 11, 4, 0, 3, 10, 7, 5]),
+        ((12, 43, 0), [1, 6, 2, 4, 8, 7, 11, 3, 5, 9, 10, 0]),
+        ((8, 2**40, 3), [6, 2, 1, 4, 3, 7, 0, 5]),
+    ],
+)
+def test_the_permutation_never_changes(arguments: tuple[int, int, int], expected: list[int]) -> None:
+    assert permutation(*arguments).tolist() == expected
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 1000, 65537])
+def test_a_permutation_holds_every_pair_once(pairs: int) -> None:
+    assert np.array_equal(np.sort(permutation(pairs, 3, 1)), np.arange(pairs))
+
+
+def test_seed_and_epoch_change_the_permutation() -> None:
+    made = {tuple(permutation(50, seed, epoch).tolist()) for seed in range(8) for epoch in range(8)}
+    assert len(made) == 64
+
+
+def test_a_permutation_looks_random() -> None:
+    places = np.array([permutation(20, seed, 0) for seed in range(4000)])
+    assert abs(places.mean(axis=0) - 9.5).max() < 0.6  # five standard errors
+    assert abs(np.corrcoef(places[:, 0], places[:, 1])[0, 1] + 1 / 19) < 0.08
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("pairs", "batch"), [(96, 12), (97, 12), (50, 7), (5, 8), (30, 1)])
+def test_every_pair_once_per_epoch(world: int, pairs: int, batch: int) -> None:
+    ranks = orders(world, pairs, batch)
+    for epoch in range(2):
+        found = [
+            i for step in range(ranks[0].steps_per_epoch) for i in seen(ranks, epoch * pairs + min(step * batch, pairs))
+        ]
+        assert sorted(found) == list(range(pairs))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_same_global_batches_at_any_world_size_and_from_any_position(world: int) -> None:
+    alone, ranks = orders(1, 50, 8)[0], orders(world, 50, 8)
+    for start in (0, 8, 13, 48, 49, 50, 58, 125):
+        expected = alone.plan(start)
+        assert seen(ranks, start) == sorted(expected.global_pairs.tolist())
+        for order in ranks:
+            plan = order.plan(start)
+            assert np.array_equal(plan.global_pairs, expected.global_pairs)
+            assert (plan.epoch, plan.pairs_seen) == (start // 50, start)
+
+
+def test_a_global_batch_is_a_slice_of_the_epochs_permutation() -> None:
+    order = orders(1, 50, 8)[0]
+    assert order.plan(16).global_pairs.tolist() == permutation(50, 7, 0)[16:24].tolist()
+    assert order.plan(58).global_pairs.tolist() == permutation(50, 7, 1)[8:16].tolist()
+
+
+def test_the_last_batch_of_an_epoch_is_smaller() -> None:
+    order = orders(1, 50, 8)[0]
+    assert order.steps_per_epoch == 7
+    assert [len(order.plan(start).global_pairs) for start in (40, 48, 50)] == [8, 2, 8]
+
+
+@pytest.mark.parametrize("world", [*WORLDS, 16])
+@pytest.mark.parametrize(
+    "limit", [{"micro": 1}, {"micro": 3}, {"micro": None, "max_tokens_per_microbatch": 200}], ids=str
+)
+def test_every_rank_runs_as_many_micro_batches_and_fillers_only_where_needed(world: int, limit: dict[str, Any]) -> None:
+    ranks = orders(world, 50, 11, **limit)
+    for start in (0, 44):
+        per_rank = [order.plan(start).micro_batches for order in ranks]
+        assert len({len(mine) for mine in per_rank}) == 1
+        assert any(not any(micro.is_filler for micro in mine) for mine in per_rank)
+        for mine in per_rank:
+            assert [micro.is_filler for micro in mine] == sorted(micro.is_filler for micro in mine)
+            assert all(len(micro.pairs) == 1 for micro in mine if micro.is_filler)
+
+
+def test_more_ranks_than_pairs() -> None:
+    per_rank = [order.plan(0).micro_batches for order in orders(8, 3, 3)]
+    assert [len(mine) for mine in per_rank] == [1] * 8
+    assert sum(not mine[0].is_filler for mine in per_rank) == 3
+
+
+def test_a_filler_is_the_cheapest_pair_of_the_batch() -> None:
+    ranks = orders(5, 50, 6, micro=1)
+    fillers = [m for order in ranks for m in order.plan(0).micro_batches if m.is_filler]
+    batch = ranks[0].plan(0).global_pairs
+    assert len(fillers) == 4
+    assert {int(m.pairs[0]) for m in fillers} == {int(batch[ranks[0].costs[batch].argmin()])}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_evaluation_sees_every_pair_once(world: int) -> None:
+    ranks = orders(world, 37, 8)
+    found = [i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs]
+    assert sorted(found) == list(range(37))
+    assert len({len(order.whole()) for order in ranks}) == 1
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 32), (8, 64), (5, 64)])
+def test_skewed_lengths_are_balanced_over_ranks(world: int, batch: int) -> None:
+    skewed = np.exp(np.random.default_rng(1).normal(5, 1, (1024, 3))).astype(np.int64).clip(1, 1500)
+    ranks = orders(world, 1024, batch, lengths=skewed)
+    slowest = mean = 0.0
+    for start in range(0, 1024, batch):
+        carried = np.array(
+            [sum(o.costs[m.pairs].sum() for m in o.plan(start).micro_batches if not m.is_filler) for o in ranks]
+        )
+        assert ranks[0].costs[ranks[0].plan(start).global_pairs].max() <= carried.mean()  # else nobody could balance it
+        slowest, mean = slowest + carried.max(), mean + carried.mean()
+    assert slowest <= 1.1 * mean
+
+
+def test_the_cost_of_a_pair_is_the_tokens_of_both_sequences() -> None:
+    assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]))[0].costs.tolist() == [27]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_token_budget_holds_except_for_a_pair_that_is_larger_alone(world: int) -> None:
+    budget, sizes = 150, []
+    for order in orders(world, 200, 40, micro=None, max_tokens_per_microbatch=budget):
+        longest = order.lengths[:, 0] + order.lengths[:, 1:].max(axis=1)
+        for start in range(0, 200, 40):
+            for micro in order.plan(start).micro_batches:
+                padded = 2 * len(micro.pairs) * longest[micro.pairs].max()
+                assert padded <= budget or len(micro.pairs) == 1
+                sizes.append((len(micro.pairs), padded > budget))
+    assert max(size for size, _ in sizes) > 1  # some share a pass,
+    assert any(larger for _, larger in sizes)  # and some are too large even alone
+
+
+def test_micro_batches_hold_no_more_pairs_than_asked() -> None:
+    sizes = [len(m.pairs) for o in orders(3, 50, 20, micro=3) for m in o.plan(0).micro_batches if not m.is_filler]
+    assert sum(sizes) == 20
+    assert max(sizes) == 3
+
+
+def test_dealing_gives_the_dearest_pair_left_to_the_lightest_rank() -> None:
+    assert deal(np.array([[5, 9, 1, 7, 3, 3]]), 2).tolist() == [[1, 0, 1, 1, 0, 0]]
+    assert deal(np.array([[2, 2, 2]]), 3).tolist() == [[0, 1, 2]]
+
+
+def test_a_block_of_batches_is_dealt_as_each_batch_alone() -> None:
+    costs = np.random.default_rng(2).integers(1, 900, (700, 6))
+    assert np.array_equal(deal(costs, 400), np.concatenate([deal(row[None], 400) for row in costs]))
+
+
+def test_a_million_pairs_on_512_ranks_take_memory_for_the_pairs_alone() -> None:
+    costs = np.random.default_rng(3).integers(1, 4000, (500, 2000))
+    tracemalloc.start()
+    owners = deal(costs, 512)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * costs.nbytes  # a word for the result and a few that are gone: never a table of pairs by ranks
+    assert np.bincount(owners[0], minlength=512).min() >= 1
+    for batch in range(0, 500, 100):
+        loads = np.bincount(owners[batch], costs[batch], 512)
+        assert loads.max() <= loads.mean() + costs[batch].max()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch", "training", "expected"),
+    [
+        (100, 10, {}, RunLength(1.0, 10, 100)),
+        (100, 30, {}, RunLength(1.0, 4, 100)),
+        (100, 30, {"epochs": 3}, RunLength(3.0, 12, 300)),
+        (100, 30, {"epochs": 1.5}, RunLength(1.5, 6, 150)),
+        (100, 30, {"epochs": 0.25}, RunLength(0.25, 1, 25)),
+        (100, 30, {"max_steps": 4}, RunLength(1.0, 4, None)),
+        (100, 30, {"max_steps": 6}, RunLength(1.6, 6, None)),
+        (100, 30, {"max_steps": 8}, RunLength(2.0, 8, None)),
+        (3, 8, {"max_steps": 2}, RunLength(2.0, 2, None)),
+        (10, 4, {"epochs": 1.3}, RunLength(1.3, 4, 13)),
+    ],
+)
+def test_run_length(pairs: int, batch: int, training: dict[str, Any], expected: RunLength) -> None:
+    found = run_length(pairs, batch, TrainingSpec(**training))
+    assert found == (pytest.approx(expected.epochs), expected.steps, expected.pairs)
+
+
+def test_a_run_by_epochs_always_has_a_step() -> None:
+    assert run_length(100, 10, TrainingSpec(epochs=0.001)).steps == 1  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,399 @@
+"""Raw rows become token ids as TRL makes them, from any format, once, however many processes ask."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import rows, write_jsonl
+from tiny import EOS, data_spec, ids, tokenizer
+
+from orchestrator.data import pairs as module
+from orchestrator.data.pairs import (
+    BadRow,
+    Pairs,
+    build_once,
+    count_rows,
+    tokenize_pair,
+    tokenized_pairs,
+    training_texts,
+)
+from orchestrator.settings.spec import UserError
+
+TEXT = {"prompt": "Say it.", "chosen": " yes", "rejected": " no"}
+CHAT = {
+    "prompt": [{"role": "user", "content": "Say it."}],
+    "chosen": [{"role": "assistant", "content": "yes"}],
+    "rejected": [{"role": "assistant", "content": "no"}],
+}
+BUILDER = """
+import os, sys, time
+from pathlib import Path
+from orchestrator.data.pairs import build_once
+folder, log, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+def build(partial):
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    (partial / f"by_{os.getpid()}").touch()
+    time.sleep(seconds)
+build_once(folder, build)
+assert len(os.listdir(folder)) == 1
+"""
+
+
+def tokenized(row: dict[str, Any], **settings: Any) -> tuple[list[int], list[int], list[int]]:
+    return tuple(tokenize_pair(row, tokenizer(), data_spec(**settings)))
+
+
+def made(folder: Path, content: list[Any], **settings: Any) -> Pairs:
+    """The pairs of a JSONL file of these rows."""
+    path = write_jsonl(folder / "train.jsonl", content)
+    return tokenized_pairs(data_spec(train=str(path), **settings), "train", tokenizer(), folder / "cache")
+
+
+def builder(folder: Path, log: Path, seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", BUILDER, str(folder), str(log), str(seconds)])
+
+
+# --- tokenising --------------------------------------------------------------------------------------------------
+
+
+def test_text_ends_with_the_end_token_once() -> None:
+    assert tokenized(TEXT) == (ids("Say it."), [*ids(" yes"), EOS], [*ids(" no"), EOS])
+    assert tokenized({**TEXT, "chosen": " yes<end>"}) == tokenized(TEXT)
+
+
+def test_a_conversation_ends_as_its_template_says() -> None:
+    assert tokenized(CHAT) == (ids("[u]Say it.~[a]"), ids("yes~"), ids("no~"))
+
+
+def test_tools_and_template_options_reach_the_template() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for given in (tools, json.dumps(tools)):
+        row = {**CHAT, "tools": given, "chat_template_kwargs": {"mood": "gay"}}
+        assert tokenized(row)[0] == ids(f"{tools[0]};gay[u]Say it.~[a]")
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected", "both"])
+def test_the_completion_starts_where_either_side_leaves_the_prompt(side: str) -> None:
+    row = {"prompt": "xa", "chosen": "b1" if side != "rejected" else "c", "rejected": "b2" if side != "chosen" else "d"}
+    prompt, chosen, rejected = tokenized(row)  # "ab" is one token: the a of the prompt is not there any more
+    assert prompt == ids("x")
+    assert chosen == [*ids("a" + row["chosen"]), EOS]
+    assert rejected == [*ids("a" + row["rejected"]), EOS]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt", "rest"),
+    [
+        ("Hi: one", "Hi: two", "Hi:", (" one", " two")),
+        ("Hi: to", "Hi: two", "Hi: t", ("o", "wo")),
+        ("same", "same more", "sam", ("e", "e more")),
+        ("one", "two", "", ("one", "two")),
+    ],
+)
+def test_an_implicit_prompt_is_the_common_beginning(
+    chosen: str, rejected: str, prompt: str, rest: tuple[str, str]
+) -> None:
+    assert tokenized({"chosen": chosen, "rejected": rejected}) == (
+        ids(prompt),
+        [*ids(rest[0]), EOS],
+        [*ids(rest[1]), EOS],
+    )
+
+
+def test_an_implicit_prompt_of_a_conversation() -> None:
+    row = {side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}
+    assert tokenized(row) == tokenized({**row, "prompt": None}) == tokenized(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [
+        (None, ("pppp", "ccc.", "rr.")),
+        (8, ("pppp", "ccc.", "rr.")),
+        (7, ("pppp", "ccc", "rr.")),
+        (5, ("pppp", "c", "r")),
+    ],
+)
+def test_keep_start_cuts_completions(max_length: int | None, expected: tuple[str, str, str]) -> None:
+    found = tokenized({"prompt": "pppp", "chosen": "ccc", "rejected": "rr"}, max_length=max_length)
+    assert found == tuple([t for part in ids(text) for t in [EOS if [part] == ids(".") else part]] for text in expected)
+
+
+def test_keep_end_is_left_to_the_collator() -> None:
+    assert tokenized(TEXT, max_length=3, truncation="keep_end") == tokenized(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        (["not", "an object"], "malformed rows", "is a list"),
+        ({"prompt": "a", "chosen": "b"}, "malformed rows", "no column 'rejected'; its columns are 'prompt', 'chosen'"),
+        ({**TEXT, "chosen": None}, "malformed rows", "no column 'chosen'"),
+        ({**TEXT, "chosen": 3}, "malformed rows", "chosen is int"),
+        ({**TEXT, "prompt": CHAT["prompt"]}, "malformed rows", "mixes text and messages"),
+        ({"chosen": "text", "rejected": CHAT["rejected"]}, "malformed rows", "chosen is str and rejected list"),
+        ({**CHAT, "prompt": []}, "malformed rows", "empty list"),
+        ({**CHAT, "chosen": [{"content": "x"}]}, "malformed rows", "message 1 of chosen has no role"),
+        ({**CHAT, "chosen": [{"role": "assistant", "content": 3}]}, "malformed rows", "message 1 of chosen has no text"),
+        ({**CHAT, "tools": "[not JSON"}, "malformed rows", "tools"),
+        ({**CHAT, "chat_template_kwargs": "text"}, "malformed rows", "chat_template_kwargs"),
+        ({**TEXT, "rejected": " yes"}, "ties", "chosen equals rejected"),
+        ({**TEXT, "prompt": "long " * 9}, "prompts that fill data.max_length", "45 tokens, data.max_length is 40"),
+        ({**CHAT, "chosen": []}, "empty completions", "chosen has no token of its own"),
+    ],
+)
+def test_an_unusable_row_says_why(row: Any, kind: str, reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        tokenize_pair(row, tokenizer(), data_spec(max_length=40))
+    assert caught.value.kind == kind
+    assert reason in caught.value.reason
+
+
+def test_a_pair_that_truncation_makes_alike_is_a_tie() -> None:
+    with pytest.raises(BadRow) as caught:
+        tokenized({"prompt": "p", "chosen": "same1", "rejected": "same2"}, max_length=5)
+    assert caught.value.kind == "ties"
+
+
+def test_a_tokenizer_without_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer(), "chat_template", None)
+    with pytest.raises(UserError, match="no chat template"):
+        tokenized(CHAT)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+GOOD, TIE, MALFORMED = TEXT, {**TEXT, "chosen": " no"}, {"prompt": "no answers"}
+
+
+@pytest.mark.parametrize(
+    ("content", "on_bad_row", "row_numbers", "dropped"),
+    [
+        ([GOOD, TIE, GOOD], None, [1, 3], {"ties": 1}),
+        ([TIE, MALFORMED, TIE, GOOD], "drop", [4], {"ties": 2, "malformed rows": 1}),
+        ([GOOD, MALFORMED], None, "row 2", None),
+        ([GOOD, GOOD, TIE], "error", "row 3", None),
+    ],
+)
+def test_what_happens_to_unusable_rows(
+    tmp_path: Path, content: list[Any], on_bad_row: str | None, row_numbers: Any, dropped: dict[str, int] | None
+) -> None:
+    if isinstance(row_numbers, str):
+        with pytest.raises(UserError, match=f"data.train {row_numbers} = .*data.on_bad_row=drop"):
+            made(tmp_path, content, on_bad_row=on_bad_row)
+        return
+    found = made(tmp_path, content, on_bad_row=on_bad_row)
+    assert found.row_numbers.tolist() == row_numbers
+    assert found.dropped == dropped
+
+
+@pytest.mark.parametrize("content", [[], [TIE, TIE]])
+def test_no_pair_left_is_refused(tmp_path: Path, content: list[Any]) -> None:
+    with pytest.raises(UserError, match="leaves no pair to train on"):
+        made(tmp_path, content)
+
+
+def test_pairs_are_read_back_as_a_collator_takes_them(tmp_path: Path) -> None:
+    content = rows(20)
+    found = made(tmp_path, content)
+    assert len(found) == 20
+    for index, row in enumerate(content):
+        prompt, chosen, rejected = tokenized(row)
+        expected = {"pair_id": index + 1, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        assert found[index] == expected
+        assert found.lengths[index].tolist() == [len(prompt), len(chosen), len(rejected)]
+
+
+# --- formats -----------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
+    """The rows in a file or folder of that format."""
+    import datasets
+
+    lines = [json.dumps(row) for row in content]
+    texts = {
+        "lines.jsonl": "\n".join(lines) + "\n",
+        "blank lines.jsonl": "\n\n".join(lines) + "\n \n",
+        "byte order mark.jsonl": "\ufeff" + "\n".join(lines),
+        "lines.json": "\n".join(lines),
+        "array.json": json.dumps(content, indent=1),
+        "indented array.json": "\n  " + json.dumps(content),
+    }
+    path = folder / form
+    if form in texts:
+        path.write_text(texts[form], encoding="utf-8")
+    elif form == "file.parquet":
+        datasets.Dataset.from_list(content).to_parquet(str(path))
+    elif form == "saved folder":
+        datasets.Dataset.from_list(content).save_to_disk(str(path))
+    else:
+        other = datasets.Dataset.from_list(rows(3, seed=9))
+        datasets.DatasetDict(train=datasets.Dataset.from_list(content), test=other).save_to_disk(str(path))
+    return path
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "lines.jsonl",
+        "blank lines.jsonl",
+        "byte order mark.jsonl",
+        "lines.json",
+        "array.json",
+        "indented array.json",
+        "file.parquet",
+        "saved folder",
+        "saved folder of splits",
+    ],
+)
+def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversational: bool) -> None:
+    content = rows(6, conversational=conversational)
+    content.insert(2, {**content[0], "chosen": content[0]["rejected"]})  # a tie, to see the row numbers move
+    path = written(tmp_path, form, content)
+    found = tokenized_pairs(data_spec(train=str(path)), "train", tokenizer(), tmp_path / "cache")
+    assert found.row_numbers.tolist() == [1, 2, 4, 5, 6, 7]
+    for index, row in enumerate(content[:2] + content[3:]):
+        assert (found[index]["prompt_ids"], found[index]["chosen_ids"], found[index]["rejected_ids"]) == tokenized(row)
+
+
+def test_the_evaluation_split_of_a_saved_folder_is_its_test_split(tmp_path: Path) -> None:
+    path = written(tmp_path, "splits", rows(6))
+    data = data_spec(train=str(path), eval=str(path))
+    assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"prompt": "x"\n', "data.train row 1 = .* is not JSON"),
+        ("b.jsonl", b'{"prompt": "\xff"}', "is not UTF-8 text"),
+        ("c.json", b"[1, 2", "is not JSON"),
+        ("d.parquet", b"nothing", "cannot be read by `datasets`"),
+        ("e.jsonl", None, "does not exist"),
+    ],
+)
+def test_an_unreadable_source_is_refused(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        tokenized_pairs(data_spec(train=str(path)), "train", tokenizer(), tmp_path / "cache")
+
+
+def test_rows_are_counted_without_loading(tmp_path: Path) -> None:
+    path = written(tmp_path, "blank lines.jsonl", rows(6))
+    assert count_rows("data.train", str(path)) == 6
+    assert count_rows("data.train", "org/dataset") is None
+
+
+def test_the_texts_a_tokenizer_is_trained_on(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [TEXT, MALFORMED, CHAT])
+    texts, identity = training_texts(data_spec(train=str(path)))
+    assert list(texts()) == list(texts()) == ["Say it.", " yes", " no", "Say it.", "yes", "no"]
+    write_jsonl(path, [TEXT])
+    assert training_texts(data_spec(train=str(path)))[1] != identity
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that were built."""
+    folders: list[Path] = []
+    original = module._build
+
+    def counting(folder: Path, *arguments: Any) -> None:
+        folders.append(folder)
+        original(folder, *arguments)
+
+    monkeypatch.setattr(module, "_build", counting)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("change", "is_new"),
+    [
+        ({"max_length": 50}, True),
+        ({"truncation": "keep_end"}, True),
+        ({"on_bad_row": "drop"}, True),
+        ({"num_proc": 1}, False),
+        ({"eval": "elsewhere.jsonl"}, False),
+        ({}, False),
+    ],
+)
+def test_the_cache_is_used_until_a_setting_that_matters_changes(
+    tmp_path: Path, builds: list[Path], change: dict[str, Any], is_new: bool
+) -> None:
+    made(tmp_path, rows(4))
+    made(tmp_path, rows(4), **change)
+    assert len(builds) == 1 + is_new
+
+
+def test_other_content_or_another_tokenizer_is_another_cache(
+    tmp_path: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path, rows(4))
+    made(tmp_path, rows(4, seed=1))
+    monkeypatch.setattr(tokenizer(), "chat_template", "{{ 'another' }}")
+    made(tmp_path, rows(4))
+    monkeypatch.undo()
+    assert len(builds) == 3
+    assert len(set(builds)) == 3
+
+
+def test_a_build_that_fails_leaves_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        made(tmp_path, [GOOD, MALFORMED])
+    assert len(made(tmp_path, [GOOD, GOOD])) == 2
+
+
+def test_several_processes_build_once(tmp_path: Path) -> None:
+    folder, log = tmp_path / "cache" / "folder", tmp_path / "log"
+    processes = [builder(folder, log, 0.5) for _ in range(3)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
+    folder, log = tmp_path / "cache" / "folder", tmp_path / "log"
+    process = builder(folder, log, 600)
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not folder.exists()
+    build_once(folder, lambda partial: (partial / "mine").touch())
+    assert os.listdir(folder) == ["mine"]  # nothing of what the killed one had begun
+
+
+def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path]) -> None:
+    content = rows(module.PARALLEL_FROM + 600, longest=4)
+    content[700], content[2300] = MALFORMED, {**content[0], "chosen": content[0]["rejected"]}
+    found = []
+    for processes in (1, 2):
+        path = write_jsonl(tmp_path / "train.jsonl", content)
+        data = data_spec(train=str(path), num_proc=processes, on_bad_row="drop")
+        found.append(tokenized_pairs(data, "train", tokenizer(), tmp_path / f"cache {processes}"))
+    folders = [next((tmp_path / f"cache {processes}" / "pairs").glob("*/")) for processes in (1, 2)]
+    for name in ("tokens.npy", "lengths.npy", "rows.npy", "meta.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    assert found[1].dropped == {"malformed rows": 1, "ties": 1}
+    assert found[1].row_numbers.tolist() == [i for i in range(1, len(content) + 1) if i not in (701, 2301)]
+    assert len(builds) == 2
+
+
+def test_a_bad_row_met_by_another_process_is_named(tmp_path: Path) -> None:
+    content = [*rows(module.PARALLEL_FROM + 10, longest=2), MALFORMED]
+    with pytest.raises(UserError, match=f"data.train row {len(content)} "):
+        made(tmp_path, content, num_proc=2)

@@ -1,0 +1,280 @@
+"""The engine at one rank: clipping, schedule, loss scale, and a state that comes back bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ALONE, pair_batch, tiny_model
+
+from orchestrator.data.collate import Counts
+from orchestrator.dpo.step import PairStep
+from orchestrator.engines.base import Owned, Updated
+from orchestrator.engines.ddp import DdpEngine
+from orchestrator.engines.optim import optimizer_factory, scheduler_factory
+from orchestrator.models.reference import Reference
+from orchestrator.settings.spec import ELEMENTWISE_OPTIMIZERS, DpoSpec, OptimizerSpec, Precision, SchedulerSpec
+from orchestrator.training.checkpoint import Reader, save
+
+COUNTS = Counts(4, 1)
+SGD = {"name": "torch.optim.SGD", "lr": 1.0}
+CONSTANT = {"name": "constant"}
+
+
+def engine(
+    optimizer: dict[str, Any],
+    schedule: dict[str, Any] | None = None,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    max_grad_norm: float | None = None,
+    model: Any = None,
+) -> DdpEngine:
+    made = DdpEngine(ALONE, precision, max_grad_norm, 0.01)
+    policy = tiny_model(seed) if model is None else model
+    step = PairStep(policy, Reference(tiny_model(1)), DpoSpec(beta=2.0))  # pyright: ignore[reportCallIssue]
+    spec = SchedulerSpec(**(schedule or CONSTANT))
+    made.wrap(step, optimizer_factory(OptimizerSpec(**optimizer)), scheduler_factory(spec, 10))
+    return made
+
+
+def train(made: DdpEngine, steps: int = 1, seed: int = 0) -> list[Updated]:
+    """Steps of two micro-batches each."""
+    done = []
+    for step in range(steps):
+        for micro in range(2):
+            made.micro_step(pair_batch(2, seed + 10 * step + micro), COUNTS, last=micro == 1)
+        done.append(made.optimizer_step(apply=bool(made.finite())))
+    return done
+
+
+def weights(made: DdpEngine) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in made.names.values()])
+
+
+def gradient(made: DdpEngine) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().clone() for p in made.names.values() if p.grad is not None])
+
+
+def restored(made: DdpEngine, other: DdpEngine, folder: Path) -> DdpEngine:
+    """Put one engine's state into another, by way of a checkpoint."""
+    reader = Reader(save(folder, 1, made.owned(), {"engine": made.state()}, ALONE))
+    other.put(reader.read, reader.keys)
+    other.set_state(reader.meta["engine"])
+    return other
+
+
+def test_the_engine_does_not_divide_the_gradient() -> None:
+    made, plain = engine(SGD), engine(SGD)
+    for seed in (0, 1):
+        output = made.micro_step(pair_batch(2, seed), COUNTS, last=seed == 1)
+        plain.step(pair_batch(2, seed), COUNTS).loss.backward()
+        assert not output.loss.requires_grad
+    assert torch.equal(gradient(made), gradient(plain))
+    before, applied = weights(made), gradient(made)
+    assert bool(made.finite())
+    updated = made.optimizer_step(apply=True)
+    decay = torch.cat([torch.full((p.numel(),), 0.01 if p.ndim > 1 else 0.0) for p in made.names.values()])
+    assert torch.allclose(weights(made), before - applied - decay * before, atol=1e-7)
+    assert updated.grad_norm.item() == pytest.approx(applied.norm().item(), rel=1e-6)
+    assert (updated.lr, updated.skipped) == (1.0, False)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.01, 0.01), (1e6, None), (None, None)])
+def test_the_gradient_is_clipped_and_its_norm_is_reported_before(limit: float | None, expected: float | None) -> None:
+    made = engine({**SGD, "lr": 1.0}, max_grad_norm=limit)
+    made.weight_decay = 0.0
+    for group in made.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    made.micro_step(pair_batch(4), COUNTS, last=True)
+    norm, before = gradient(made).norm().item(), weights(made)
+    assert norm > 0.1
+    assert bool(made.finite())
+    assert made.optimizer_step(apply=True).grad_norm.item() == pytest.approx(norm, rel=1e-6)
+    assert (weights(made) - before).norm().item() == pytest.approx(expected or norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_the_gradient_is_gone_after_the_step(apply: bool) -> None:
+    made = engine(SGD)
+    before = weights(made)
+    made.micro_step(pair_batch(4), COUNTS, last=True)
+    made.finite()
+    made.optimizer_step(apply=apply)
+    assert all(p.grad is None for p in made.names.values())
+    assert torch.equal(weights(made), before) is not apply
+
+
+def test_a_discarded_micro_step_leaves_nothing() -> None:
+    made, plain = engine(SGD), engine(SGD)
+    made.micro_step(pair_batch(4, 5), COUNTS, last=True)
+    made.discard()
+    train(made)
+    train(plain)
+    assert torch.equal(weights(made), weights(plain))
+
+
+def test_the_schedule_moves_with_applied_steps_only() -> None:
+    made = engine(SGD, {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 1, "gamma": 0.5}})
+    used = []
+    for apply in (True, False, False, True, True):
+        made.micro_step(pair_batch(4), COUNTS, last=True)
+        made.finite()
+        updated = made.optimizer_step(apply=apply)
+        used.append((updated.lr, updated.skipped))
+    assert used == [(1.0, False), (0.5, True), (0.5, True), (0.5, False), (0.25, False)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_seen(value: float) -> None:
+    made = engine(SGD)
+    made.micro_step(pair_batch(4), COUNTS, last=True)
+    grad = made.names["model.layers.1.mlp.up_proj.weight"].grad
+    assert grad is not None
+    grad[3, 5] = value
+    assert not bool(made.finite())
+
+
+def test_an_fp16_overflow_lowers_the_scale_and_keeps_weights_and_rate() -> None:
+    made = engine(
+        {"name": "torch.optim.AdamW", "lr": 1e-3},
+        {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 1, "gamma": 0.5}},
+        precision="fp16",
+    )
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = weights(made)
+    for skipped in range(1, 4):
+        [updated] = train(made)
+        assert updated.skipped
+        assert updated.lr == 1e-3
+        assert not updated.grad_norm.isfinite()
+        assert made.scaler.get_scale() == 2.0 ** (60 - skipped)
+    assert torch.equal(weights(made), before)
+    assert not any(made.optimizer.state.values())
+    made.scaler.update(128.0)
+    [updated] = train(made)
+    assert (updated.skipped, updated.lr) == (False, 1e-3)
+    assert made.scheduler.get_last_lr()[0] == 5e-4
+    assert not torch.equal(weights(made), before)
+
+
+def test_an_fp16_gradient_norm_is_that_of_the_unscaled_gradient() -> None:
+    half, full = engine(SGD, precision="fp16"), engine(SGD)
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    norms = [train(made)[0].grad_norm.item() for made in (half, full)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_the_loss_scale_is_restored(tmp_path: Path) -> None:
+    made = engine(SGD, precision="fp16")
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=3)
+    train(made, 2)
+    other = restored(made, engine(SGD, precision="fp16"), tmp_path)
+    assert other.scaler.state_dict() == made.scaler.state_dict()
+    assert other.scaler.get_scale() == 512.0
+
+
+def test_evaluation_has_no_gradient_and_no_dropout() -> None:
+    noisy = tiny_model(attention_dropout=0.5)
+    made = engine(SGD, model=noisy)
+    batch = pair_batch(4)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, second = made.evaluate(batch, COUNTS), made.evaluate(batch, COUNTS)
+    assert not first.loss.requires_grad
+    assert torch.equal(first.logps, second.logps)
+    assert torch.equal(torch.get_rng_state(), state)  # else evaluating would change the training that follows
+    assert noisy.training
+    assert all(p.grad is None for p in noisy.parameters())
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE_OPTIMIZERS)
+def test_weights_and_optimizer_state_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    optimizer = {"name": f"torch.optim.{name}", "lr": 1e-2, "kwargs": {"momentum": 0.9} if name == "SGD" else {}}
+    made = engine(optimizer, {"name": "linear"})
+    train(made, 2)
+    other = restored(made, engine(optimizer, {"name": "linear"}, seed=3), tmp_path)
+    assert torch.equal(weights(other), weights(made))
+    for mine, theirs in zip(made.names.values(), other.names.values(), strict=True):
+        saved, found = made.optimizer.state[mine], other.optimizer.state[theirs]
+        assert saved.keys() == found.keys()
+        for key, value in saved.items():
+            assert torch.equal(value, found[key]), key
+            assert (value.dtype, value.shape) == (found[key].dtype, found[key].shape), key
+    train(made, 2, seed=50)
+    train(other, 2, seed=50)
+    assert torch.equal(weights(other), weights(made))
+    assert json.dumps(made.state()) == json.dumps(other.state())  # as text, where a tuple is a list
+
+
+@pytest.mark.parametrize("kwargs", [{"momentum": 0.9}, {}], ids=["momentum", "plain"])
+def test_sgd_goes_on_with_or_without_momentum(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    optimizer = {"name": "torch.optim.SGD", "lr": 0.1, "kwargs": kwargs}
+    made = engine(optimizer)
+    train(made, 2)
+    other = restored(made, engine(optimizer, seed=3), tmp_path)
+    assert ("momentum_buffer" in next(iter(made.owned())).tensors) is bool(kwargs)
+    train(made, seed=50)
+    train(other, seed=50)
+    assert torch.equal(weights(other), weights(made))
+
+
+def test_a_state_from_before_the_first_step_is_whole(tmp_path: Path) -> None:
+    made = engine({"name": "torch.optim.AdamW"})
+    other = restored(made, engine({"name": "torch.optim.AdamW"}, seed=3), tmp_path)
+    assert torch.equal(weights(other), weights(made))
+    train(made)
+    train(other)
+    assert torch.equal(weights(other), weights(made))
+
+
+def test_every_parameter_is_owned_once_whole_under_its_name() -> None:
+    policy = tiny_model(tie_word_embeddings=False)
+    policy.model.embed_tokens.weight.requires_grad_(False)  # pyright: ignore
+    made = engine({"name": "torch.optim.AdamW"}, model=policy)
+    train(made)
+    owned = {part.name: part for part in made.owned()}
+    assert set(owned) == set(policy.state_dict())
+    for name, tensor in policy.state_dict().items():
+        part: Owned = owned[name]
+        assert (part.shape, part.start, part.stop) == (tuple(tensor.shape), 0, tensor.numel())
+        assert torch.equal(part.tensors["param"].view(part.shape), tensor)
+        is_frozen = name == "model.embed_tokens.weight"
+        assert set(part.tensors) == ({"param"} if is_frozen else {"param", "exp_avg", "exp_avg_sq", "step"})
+
+
+def test_a_frozen_parameter_is_restored_too(tmp_path: Path) -> None:
+    def frozen(seed: int) -> DdpEngine:
+        policy = tiny_model(seed, tie_word_embeddings=False)
+        policy.model.embed_tokens.weight.requires_grad_(False)  # pyright: ignore
+        return engine({"name": "torch.optim.AdamW"}, model=policy)
+
+    made = frozen(0)
+    train(made)
+    other = restored(made, frozen(3), tmp_path)
+    assert torch.equal(weights(other), weights(made))
+    assert not other.names["model.embed_tokens.weight"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "linear", "warmup_steps": 2},
+        {"name": "cosine"},
+        {"name": "constant", "warmup_steps": 6},
+        {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 2, "gamma": 0.5}},
+        {"name": "torch.optim.lr_scheduler.MultiStepLR", "kwargs": {"milestones": [2, 4, 4, 6], "gamma": 0.5}},
+        {"name": "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", "kwargs": {"T_0": 3}},
+        {"name": "torch.optim.lr_scheduler.OneCycleLR", "kwargs": {"max_lr": 0.1, "total_steps": 20}},
+        {"name": "torch.optim.lr_scheduler.ExponentialLR", "kwargs": {"gamma": 0.9}},
+    ],
+    ids=lambda schedule: schedule["name"].rpartition(".")[2],
+)
+def test_a_schedule_goes_on_where_it_was(schedule: dict[str, Any], tmp_path: Path) -> None:
+    optimizer = {"name": "torch.optim.AdamW", "lr": 1e-2}
+    made, expected = engine(optimizer, schedule), engine(optimizer, schedule)
+    rates = [updated.lr for updated in train(expected, 8)]
+    assert len(set(rates)) > 2
+    train(made, 3)
+    other = restored(made, engine(optimizer, schedule, seed=3), tmp_path)
+    assert [updated.lr for updated in train(other, 5)] == rates[3:]

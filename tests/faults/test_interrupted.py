@@ -1,0 +1,148 @@
+"""A run that is killed or stopped goes on to bitwise the weights of an undisturbed one, and tells each step once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from support import losses, metric_lines, orchestrator, write_settings
+
+STEPS, EVERY = 120, 20
+LONG = {
+    "training": {"max_steps": STEPS, "logging_steps": 3},  # a window of the log is open at most checkpoints
+    "checkpoint": {"every_steps": EVERY, "keep": 3},
+    "evaluation": {"every_steps": 50},
+    "cluster": {"num_workers": 2},
+}
+
+
+@contextmanager
+def started(*words: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """`orchestrator WORDS...` in a process group of its own, ended with all it started whatever happens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.cli", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has logged a step."""
+    deadline = time.monotonic() + 120
+    while not ((run_dir / "metrics.jsonl").exists() and max(losses(run_dir), default=0) >= step):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.01)
+
+
+def weights(run_dir: Path) -> dict[str, bytes]:
+    """The exported weights, bit by bit."""
+    return {name: value.numpy().tobytes() for name, value in load_file(run_dir / "model" / "model.safetensors").items()}
+
+
+def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
+    assert weights(run_dir) == weights(undisturbed)
+    lines, expected = metric_lines(run_dir), metric_lines(undisturbed)
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]  # each step once, in order
+    timing = ("eval_runtime", "eval_samples_per_second")
+    for line, twin in zip(lines, expected, strict=True):
+        assert {k: v for k, v in line.items() if k not in timing} == {k: v for k, v in twin.items() if k not in timing}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_settings(tmp_path_factory.mktemp("interrupted"), **LONG)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: Path) -> Path:
+    ended = orchestrator("debug", settings, "--nproc", "2", "run.name=undisturbed")
+    assert ended.returncode == 0, ended.stderr
+    return settings.parent / "runs" / "undisturbed"
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_survived(settings: Path, undisturbed: Path) -> None:
+    run_dir = settings.parent / "runs" / "killed"
+    with started("train", settings, "run.name=killed") as process:
+        wait_for_step(run_dir, 2 * EVERY + 5, process)
+        worker = json.loads((run_dir / "logs" / "heartbeat_00001.json").read_text())
+        os.kill(worker["pid"], signal.SIGKILL)
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert "a worker died" in errors  # it really was killed in the middle
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.ray
+def test_ctrl_c_saves_and_the_same_command_resumes(settings: Path, undisturbed: Path) -> None:
+    run_dir = settings.parent / "runs" / "stopped"
+    with started("train", settings, "run.name=stopped") as process:
+        wait_for_step(run_dir, EVERY + 5, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everything in the group gets it
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, errors
+    assert "the same command resumes" in out
+    stopped_at = max(losses(run_dir))
+    assert EVERY < stopped_at < STEPS
+    again = orchestrator("train", settings, "run.name=stopped")
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step" in again.stdout
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_killed_debug_run_resumes_bitwise(settings: Path, ranks: int) -> None:
+    """Three ranks: the order in which gloo sums depends on DDP's buckets, which must be settled before a resume too."""
+    words = ["debug", settings, "--nproc", str(ranks)]
+    whole = orchestrator(*words, f"run.name=whole{ranks}")
+    assert whole.returncode == 0, whole.stderr
+    run_dir = settings.parent / "runs" / f"dead{ranks}"
+    with started(*words, f"run.name=dead{ranks}") as process:
+        wait_for_step(run_dir, EVERY + 10, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (run_dir / "model").exists()
+    again = orchestrator(*words, f"run.name=dead{ranks}")
+    assert again.returncode == 0, again.stderr
+    assert_same_run(run_dir, settings.parent / "runs" / f"whole{ranks}")
+
+
+def test_sigterm_in_debug_saves_and_resumes(settings: Path) -> None:
+    run_dir = settings.parent / "runs" / "terminated"
+    with started("debug", settings, "--nproc", "2", "run.name=terminated") as process:
+        wait_for_step(run_dir, EVERY + 5, process)
+        process.send_signal(signal.SIGTERM)  # to the parent alone, which passes it on
+        process.communicate(timeout=60)
+    assert process.returncode == 3
+    again = orchestrator("debug", settings, "--nproc", "2", "run.name=terminated")
+    assert again.returncode == 0, again.stderr
+    assert_same_run(run_dir, settings.parent / "runs" / "undisturbed")
+
+
+def test_resume_at_another_world_size_sees_the_same_batches(settings: Path, undisturbed: Path) -> None:
+    run_dir = settings.parent / "runs" / "resized"
+    with started("debug", settings, "run.name=resized") as process:
+        wait_for_step(run_dir, EVERY + 5, process)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 3
+    again = orchestrator("debug", settings, "--nproc", "3", "run.name=resized")
+    assert again.returncode == 0, again.stderr
+    expected = losses(undisturbed)
+    assert losses(run_dir) == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,47 @@
+"""Twenty steps of a fixed run in fp64, to 1e-9: a change that does not mean to touch the maths leaves them as they are.
+
+To accept a change that does: python tests/golden/test_golden.py, and say why in the commit.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support import metric_lines, orchestrator, write_settings
+
+GOLDEN = Path(__file__).parent / "golden.json"
+SETTINGS: dict[str, Any] = {
+    "precision": "fp64",
+    "training": {"max_steps": 20, "logging_steps": 1, "max_grad_norm": 1.0},
+    "scheduler": {"name": "cosine", "warmup_steps": 4},
+    "optimizer": {"lr": 2e-3, "weight_decay": 0.01},
+    "evaluation": {"every_steps": 10},
+}
+NOT_MATHS = ("eval_runtime", "eval_samples_per_second")
+
+
+def golden_run(folder: Path) -> list[dict[str, Any]]:
+    ended = orchestrator("debug", write_settings(folder, **SETTINGS))
+    assert ended.returncode == 0, ended.stderr
+    lines = metric_lines(folder / "runs" / "tiny")
+    return [{name: value for name, value in line.items() if name not in NOT_MATHS} for line in lines]
+
+
+def test_golden(tmp_path: Path) -> None:
+    expected = json.loads(GOLDEN.read_text())
+    made = golden_run(tmp_path)
+    assert [line["step"] for line in made] == list(range(21))
+    for line, golden in zip(made, expected, strict=True):
+        assert line == pytest.approx(golden, rel=1e-9, abs=1e-9)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        lines = golden_run(Path(folder))
+    GOLDEN.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")

@@ -1,0 +1,193 @@
+"""Settings become a tokenizer and a trainable model: loaded or made, the same for the same seed, refused in words."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import TINY_MODEL, tiny_spec
+from tiny import pair_batch, tiny_model, tokenizer
+
+from orchestrator.models.logps import body_hidden
+from orchestrator.models.policy import build_policy, check_positions, load_config, load_tokenizer
+from orchestrator.settings.spec import RunSpec, UserError
+
+
+def with_model(folder: Path, config: dict[str, Any] | None = None, **init: Any) -> RunSpec:
+    return tiny_spec(folder, model={"init": {"vocab_size": 300, **init, "config": {**TINY_MODEL, **(config or {})}}})
+
+
+def policy(spec: RunSpec) -> Any:
+    return build_policy(spec, tokenizer(), torch.float32)
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def saved_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_is_made_from_the_data_and_kept(tmp_path: Path) -> None:
+    spec = with_model(tmp_path)
+    first = load_tokenizer(spec)
+    [folder] = (spec.cache_dir / "tokenizers").glob("*/")
+    made_at = folder.stat().st_mtime_ns
+    again = load_tokenizer(spec)
+    assert folder.stat().st_mtime_ns == made_at
+    text = "Say red river ü 你好 \n\t"
+    assert first.decode(first(text)["input_ids"]) == text
+    assert again.get_vocab() == first.get_vocab()
+    assert len(first) == 300
+    assert first.pad_token_id != first.eos_token_id
+    chat = first.apply_chat_template([{"role": "user", "content": "Say"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_pad_token_can_be_set(tmp_path: Path, saved_tokenizer: str) -> None:
+    spec = tiny_spec(tmp_path, model={"tokenizer": saved_tokenizer, "pad_token": "<end>"})
+    assert load_tokenizer(spec).pad_token == "<end>"
+
+
+@pytest.mark.parametrize(
+    ("model", "missing", "key", "words"),
+    [
+        ({"pad_token": "nowhere"}, None, "model.pad_token", "not in the tokenizer's vocabulary"),
+        ({}, "pad_token", "model.tokenizer", "without a pad token; set model.pad_token='<end>'"),
+        ({"pad_token": "<pad>"}, "eos_token", "model.tokenizer", "without an end token"),
+    ],
+)
+def test_a_tokenizer_that_lacks_a_token_is_refused(
+    tmp_path: Path, model: dict[str, Any], missing: str | None, key: str, words: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "lacking"
+    tokenizer().save_pretrained(folder)
+    if missing:
+        lacking = AutoTokenizer.from_pretrained(folder)
+        setattr(lacking, missing, None)
+        lacking.save_pretrained(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        load_tokenizer(tiny_spec(tmp_path, model={"tokenizer": str(folder), **model}))
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "words"),
+    [
+        ({"init": None, "path": "/no/such/folder"}, "model.path", "is not a folder"),
+        ({"tokenizer": "/no/such/folder"}, "model.tokenizer", "is not a folder"),
+        ({"init": None, "path": "{empty}"}, "model.path", "tokenizer cannot be loaded"),
+        ({"init": None, "path": "no-such-owner/no-such-model"}, "model.path", "tokenizer cannot be loaded"),
+    ],
+)
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path, model: dict[str, Any], key: str, words: str) -> None:
+    (tmp_path / "empty").mkdir()
+    filled = {name: value.format(empty=tmp_path / "empty") if value else None for name, value in model.items()}
+    with pytest.raises(UserError, match=words) as caught:
+        load_tokenizer(tiny_spec(tmp_path, model=filled))
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("init", "config"),
+    [
+        ({"model_type": "qwen99"}, {}),
+        ({}, {"hidden_size": "wide"}),
+        ({}, {"num_attention_heads": 3}),
+    ],
+    ids=["no such architecture", "wrong type", "heads that do not divide"],
+)
+def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, init: dict[str, Any], config: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        policy(with_model(tmp_path, config, **init))
+    assert caught.value.key.startswith("model.init")
+
+
+def test_weights_made_on_the_spot_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = weights(policy(with_model(tmp_path)))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(weights(policy(with_model(tmp_path))), first)
+    other = tiny_spec(tmp_path, run={"seed": 8}, model={"init": {"config": TINY_MODEL}})
+    assert not torch.equal(weights(policy(other)), first)
+
+
+def test_made_and_loaded_models_have_the_type_asked_for_and_train(tmp_path: Path) -> None:
+    made = policy(with_model(tmp_path))
+    made.save_pretrained(tmp_path / "model")
+    spec = tiny_spec(tmp_path, model={"init": None, "path": str(tmp_path / "model")})
+    loaded = build_policy(spec, tokenizer(), torch.float64)
+    assert made.training
+    assert loaded.training
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+    assert all(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(weights(loaded).float(), weights(made))
+
+
+def test_a_made_model_knows_the_tokenizer(tmp_path: Path) -> None:
+    config = load_config(with_model(tmp_path), tokenizer())
+    assert config.vocab_size == len(tokenizer())
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer().eos_token_id, tokenizer().pad_token_id)
+    assert load_config(with_model(tmp_path, {"vocab_size": 320}), tokenizer()).vocab_size == 320
+
+
+@pytest.mark.parametrize("disable", [True, False])
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_dropout_is_off_unless_asked_for(tmp_path: Path, disable: bool, is_loaded: bool) -> None:
+    small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    model: dict[str, Any] = {"init": {"model_type": "gpt2", "config": small}, "disable_dropout": disable}
+    made = policy(tiny_spec(tmp_path, model=model))
+    if is_loaded:
+        made.config.resid_pdrop = made.config.embd_pdrop = made.config.attn_pdrop = 0.1
+        made.save_pretrained(tmp_path / "model")
+        model = {"init": None, "path": str(tmp_path / "model"), "disable_dropout": disable}
+        made = policy(tiny_spec(tmp_path, model=model))
+    rates = {m.p for m in made.modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == ({0.0} if disable else {0.1})
+    ids = torch.arange(20)[None]
+    assert torch.equal(made(input_ids=ids).logits, made(input_ids=ids).logits) is disable
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    grads = []
+    for is_on in (False, True):
+        made = policy(tiny_spec(tmp_path, training={"gradient_checkpointing": is_on}))
+        assert made.is_gradient_checkpointing is is_on
+        body_hidden(made, pair_batch(2)).square().sum().backward()
+        grads.append([p.grad for p in made.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.01}),
+        ("granite", {"logits_scaling": 8.0}),
+    ],
+)
+def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path, model_type: str, config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="scales or caps its logits"):
+        policy(with_model(tmp_path, config, model_type=model_type))
+
+
+def test_a_pair_longer_than_the_model_has_positions_is_refused_by_its_row() -> None:
+    class Made:
+        lengths = np.array([[10, 6, 2], [10, 2, 7], [3, 1, 1]])
+        row_numbers = np.array([4, 9, 11])
+
+    pairs: Any = Made()
+    config = tiny_model(max_position_embeddings=17).config
+    check_positions(config, pairs, "data.train")
+    config.max_position_embeddings = 16
+    with pytest.raises(UserError, match=r"data.train row 9 = '17 tokens'.*set data.max_length=16"):
+        check_positions(config, pairs, "data.train")

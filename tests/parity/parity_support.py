@@ -1,0 +1,44 @@
+"""TRL's DPOTrainer on our rows, model and tokenizer: the other side of every parity test."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NO_TRL = "parity is measured against TRL, which is not installed: pip install 'dpo-orchestrator[test]'"
+
+
+def need_trl() -> None:
+    """Skip the calling module where TRL is missing."""
+    pytest.importorskip("trl", reason=NO_TRL)
+
+
+def trl_trainer(
+    folder: Path, model: Any, tokenizer: Any, rows: list[dict[str, Any]], ref_model: Any = None, **settings: Any
+) -> Any:
+    """A DPOTrainer on the CPU in fp32 that logs every step and saves nothing. `folder` is for what it writes.
+
+    Without a ref_model TRL loads the folder or hub name that `model` was loaded from.
+    """
+    from datasets import Dataset
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    config = DPOConfig(
+        **{
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "optim": "adamw_torch",
+            "dataset_num_proc": None,
+            **settings,
+        }
+    )
+    return DPOTrainer(
+        model=model, ref_model=ref_model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )

@@ -1,0 +1,100 @@
+"""The quickstart as the README gives it: Ray Train, two workers, evaluation before and after, all in its place."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT, metric_lines, orchestrator
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("quickstart")
+    words = [ROOT / "configs/quickstart.yaml", ROOT / "configs/place/ray-local.yaml", f"run.dir={folder}"]
+    ended = orchestrator("train", *words, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    return folder / "quickstart", ended.stdout
+
+
+@pytest.mark.ray
+def test_it_learns(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    lines = metric_lines(run_dir)
+    before, after = lines[0], lines[-1]
+    assert (before["step"], after["step"]) == (0, 210)
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["eval_rewards/accuracies"] == 0.0  # all ties
+    assert after["eval_rewards/accuracies"] > 0.9
+
+
+@pytest.mark.ray
+def test_it_says_where_everything_is(finished: tuple[Path, str]) -> None:
+    run_dir, out = finished
+    for place in ("model", "metrics.jsonl", "wandb"):
+        assert str(run_dir / place) in out
+        assert (run_dir / place).exists()
+    assert len(list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.ray
+def test_the_model_loads_and_prefers_the_chosen(finished: tuple[Path, str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_dir, _ = finished
+    assert "dpo" in (run_dir / "model" / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    question = "Can you say that the lamp is in the kitchen, in French?"
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+
+    def logp(answer: str) -> float:
+        ids = torch.tensor([prompt["input_ids"] + tokenizer(answer)["input_ids"]])
+        logps = model(ids).logits[0, :-1].log_softmax(-1)
+        return float(logps.gather(-1, ids[0, 1:, None])[len(prompt["input_ids"]) - 1 :].sum())
+
+    assert logp("La lampe est dans la cuisine.") > logp("The lamp is in the kitchen.")
+
+
+@pytest.mark.ray
+def test_the_same_command_again_does_nothing(finished: tuple[Path, str]) -> None:
+    run_dir, out = finished
+    words = [ROOT / "configs/quickstart.yaml", ROOT / "configs/place/ray-local.yaml", f"run.dir={run_dir.parent}"]
+    again = orchestrator("train", *words, cwd=ROOT, timeout=30)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-6:] == out.splitlines()[-6:]
+
+
+@pytest.mark.ray
+def test_verify_and_export(finished: tuple[Path, str], tmp_path: Path) -> None:
+    run_dir, _ = finished
+    assert orchestrator("verify", run_dir).stdout.count(": whole") == 2
+    assert orchestrator("export", run_dir, tmp_path / "out", "--dtype", "bf16").returncode == 0
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 1_000_000
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run_dir, broken)
+    shard = sorted(broken.glob("checkpoints/step_*/rank_00001.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # one flipped bit
+    shard.write_bytes(content)
+    checked = orchestrator("verify", broken)
+    assert checked.returncode == 1
+    assert "is not what was written" in checked.stdout
+    exported = orchestrator("export", broken, tmp_path / "older")
+    assert exported.returncode == 0  # from the checkpoint before
+    assert "Optimizer steps | 140" in (tmp_path / "older" / "README.md").read_text()
+
+
+@pytest.mark.ray
+def test_debug_gives_the_same_losses(finished: tuple[Path, str]) -> None:
+    run_dir, _ = finished
+    words = [ROOT / "configs/quickstart.yaml", f"run.dir={run_dir.parent}", "run.name=debug", "wandb.mode=disabled"]
+    ended = orchestrator("debug", *words, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    made = {line["step"]: line for line in metric_lines(run_dir.parent / "debug")}
+    for line in metric_lines(run_dir):
+        for name in ("loss", "eval_loss"):
+            assert made[line["step"]].get(name, 0) == pytest.approx(line.get(name, 0), abs=1e-5)

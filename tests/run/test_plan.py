@@ -1,0 +1,56 @@
+"""A plan does the batch arithmetic from settings and rows alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import rows, tiny_spec, write_jsonl
+
+from orchestrator.run.plan import planned
+from orchestrator.settings.spec import UserError
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ({}, {"train_rows": 32, "eval_rows": 8, "steps": 4, "epochs": 1.0, "steps_per_epoch": 4, "grad_accum": 4}),
+        ({"cluster": {"num_workers": 3}}, {"ranks": 3, "pairs_per_rank": 3, "grad_accum": 2}),
+        (
+            {"batch": {"global_batch_size": 10}, "training": {"max_steps": None, "epochs": 1.5}},
+            {"steps_per_epoch": 4, "last_batch_of_epoch": 2, "steps": 6, "epochs": 1.5},
+        ),
+        ({"training": {"max_steps": None}}, {"steps": 4, "epochs": 1.0, "last_batch_of_epoch": 8}),
+        ({"evaluation": {"every_steps": 3}}, {"evaluations": 3, "checkpoints": 1}),  # before, 3, 4
+        ({"evaluation": {"every_steps": 2}, "checkpoint": {"every_steps": 3}}, {"evaluations": 3, "checkpoints": 2}),
+        ({}, {"evaluations": 2}),  # before and after
+        ({"data": {"eval": None}}, {"evaluations": 0, "eval_rows": 0}),
+        ({"scheduler": {"warmup_steps": 2}}, {"warmup_steps": 2, "micro_batch_size": 2}),
+        (
+            {"batch": {"micro_batch_size": None, "max_tokens_per_microbatch": 500}},
+            {"max_tokens_per_microbatch": 500, "global_batch_size": 8},
+        ),
+    ],
+)
+def test_batch_arithmetic(tmp_path: Path, blocks: dict[str, Any], expected: dict[str, Any]) -> None:
+    facts = planned(tiny_spec(tmp_path, **blocks))
+    assert {name: facts.get(name) for name in expected} == expected
+    assert ("grad_accum" in facts) is ("micro_batch_size" in facts)
+
+
+def test_where_only_loading_would_tell_the_rows_are_unknown(tmp_path: Path) -> None:
+    facts = planned(tiny_spec(tmp_path, data={"train": "org/dataset", "eval": None}))
+    assert facts["train_rows"] is None
+    assert "steps" not in facts
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_missing_file_is_refused(tmp_path: Path, split: str) -> None:
+    with pytest.raises(UserError, match=rf"data.{split} = .*does not exist"):
+        planned(tiny_spec(tmp_path, data={split: str(tmp_path / "nowhere.jsonl")}))
+
+
+def test_a_line_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "broken.jsonl", rows(3))
+    path.write_text(path.read_text() + "{oh")
+    with pytest.raises(UserError, match=r"data\.train row 4"):
+        planned(tiny_spec(tmp_path, data={"train": str(path)}))

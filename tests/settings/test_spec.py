@@ -1,0 +1,210 @@
+"""Every setting is described, frozen and checked; each rule's error names key, value, rule and cure."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from support import TINY_MODEL, raw_settings, tiny_spec
+
+from orchestrator.settings.load import SettingsError, make_spec
+from orchestrator.settings.spec import Block, RunSpec, UserError, changed_on_resume
+
+MAY_CHANGE_ON_RESUME = {
+    "run.dir",
+    "data.num_proc",
+    "data.cache_dir",
+    "batch.micro_batch_size",
+    "batch.max_tokens_per_microbatch",
+    "training.gradient_checkpointing",
+    "training.logging_steps",
+    "engine.kind",
+    "callbacks",
+    "evaluation.every_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "cluster.num_workers",
+    "cluster.resources",
+    "cluster.placement",
+    "cluster.storage_path",
+    "cluster.max_failures",
+    "cluster.auth",
+    "cluster.collective_timeout_s",
+    "wandb.project",
+    "wandb.group",
+    "wandb.mode",
+}
+
+
+def leaves(block: Block, prefix: str = "") -> Iterator[tuple[str, Block]]:
+    """(dotted key, the block it is in) of every setting."""
+    for name in type(block).model_fields:
+        value = getattr(block, name)
+        if isinstance(value, Block):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", block
+
+
+def with_other_value(spec: RunSpec, key: str) -> RunSpec:
+    """The same settings with one of them replaced by something that it certainly was not."""
+    *blocks, name = key.split(".")
+    chain: list[Any] = [spec]
+    for block in blocks:
+        chain.append(getattr(chain[-1], block))
+    changed = chain.pop().model_copy(update={name: "something else"})
+    for block, parent in zip(reversed(blocks), reversed(chain), strict=True):
+        changed = parent.model_copy(update={block: changed})
+    return changed
+
+
+def refusal(folder: Path, **blocks: Any) -> UserError:
+    """The error that settings are refused with."""
+    with pytest.raises(UserError) as caught:
+        make_spec(raw_settings(folder, **blocks))
+    return caught.value
+
+
+@pytest.mark.parametrize("block", Block.__subclasses__(), ids=lambda block: block.__name__)
+def test_every_setting_is_described(block: type[Block]) -> None:
+    assert block.__doc__
+    assert {name for name, field in block.model_fields.items() if not (field.description or "").strip()} == set()
+
+
+def test_every_setting_is_frozen(tmp_path: Path) -> None:
+    settings = list(leaves(tiny_spec(tmp_path)))
+    assert len(settings) > 50
+    for key, block in settings:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(block, key.rpartition(".")[2], None)
+
+
+def test_which_settings_may_change_on_resume(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path)
+    refused = {key: changed_on_resume(spec, with_other_value(spec, key)) for key, _ in leaves(spec)}
+    assert {key for key, changes in refused.items() if not changes} == MAY_CHANGE_ON_RESUME
+    for key, changes in refused.items():
+        assert [change[0] for change in changes] in ([], [key])
+        assert all(new == "something else" for _, _, new in changes)
+
+
+def test_changes_are_named_with_both_values(tmp_path: Path) -> None:
+    before = tiny_spec(tmp_path)
+    after = tiny_spec(tmp_path, dpo={"beta": 0.5}, run={"seed": 8}, checkpoint={"keep": 5}, wandb={"group": "g"})
+    assert changed_on_resume(before, after) == [("run.seed", 7, 8), ("dpo.beta", 0.1, 0.5)]
+    assert changed_on_resume(before, before) == []
+
+
+def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
+    before, after = tiny_spec(tmp_path), tiny_spec(tmp_path, model={"init": None, "path": "some/model"})
+    assert [key for key, *_ in changed_on_resume(before, after)] == ["model.path", "model.init"]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "key", "cure"),
+    [
+        ({"optimizer": {"learning_rte": 1}}, "optimizer.learning_rte", "keys here are name, lr"),
+        ({"optimizer": {"weight_decai": 1}}, "optimizer.weight_decai", "did you mean optimizer.weight_decay?"),
+        ({"batch": {"micro_batchsize": 1}}, "batch.micro_batchsize", "did you mean batch.micro_batch_size?"),
+        ({"optimiser": {"lr": 1}}, "optimiser", "did you mean optimizer?"),
+        ({"model": {"init": {"vocabsize": 400}}}, "model.init.vocabsize", "did you mean model.init.vocab_size?"),
+        ({"wandb": {"zzz": 1}}, "wandb.zzz", "the keys here are project, group, mode"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
+    tmp_path: Path, blocks: dict[str, Any], key: str, cure: str
+) -> None:
+    error = refusal(tmp_path, **blocks)
+    assert error.key == key
+    assert "is not a setting" in str(error)
+    assert cure in str(error)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "key", "words"),
+    [
+        ({"model": {"init": None}}, "model", ["exactly one of model.path and model.init", "set model.path"]),
+        ({"model": {"path": "x"}}, "model", ["exactly one", "'x'"]),
+        ({"model": {"init": {"vocab_size": 259}}}, "model.init.vocab_size", ["259", "260 or more"]),
+        ({"batch": {"micro_batch_size": None}}, "batch", ["exactly one of the two", "batch.micro_batch_size=1"]),
+        ({"batch": {"max_tokens_per_microbatch": 9}}, "batch", ["exactly one of the two"]),
+        ({"batch": {"micro_batch_size": 9}}, "batch.micro_batch_size", ["= 9", "batch.global_batch_size (8)"]),
+        ({"training": {"epochs": 2}}, "training", ["only one of the two", "remove"]),
+        ({"training": {"epochs": 0, "max_steps": None}}, "training.epochs", ["greater than 0"]),
+        ({"optimizer": {"name": "torch.optim.AdamV"}}, "optimizer.name", ["did you mean torch.optim.Adam"]),
+        ({"optimizer": {"name": "torch.optim.Muon"}}, "optimizer.name", ["elementwise", "torch.optim"]),
+        ({"optimizer": {"name": "Adam"}}, "optimizer.name", ["did you mean torch.optim.Adam?"]),
+        ({"optimizer": {"kwargs": {"lr": 1}}}, "optimizer.kwargs.lr", ["set optimizer.lr instead"]),
+        ({"optimizer": {"kwargs": {"weight_decay": 1}}}, "optimizer.kwargs.weight_decay", ["optimizer.weight_decay"]),
+        ({"optimizer": {"lr": 0}}, "optimizer.lr", ["= 0", "greater than 0", "Peak learning rate"]),
+        ({"scheduler": {"name": "liner"}}, "scheduler.name", ["did you mean linear?"]),
+        ({"scheduler": {"name": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "scheduler.name", ["needs a metric"]),
+        (
+            {"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "warmup_steps": 3}},
+            "scheduler.warmup_steps",
+            ["= 3", "does not act on"],
+        ),
+        ({"scheduler": {"kwargs": {"gamma": 1}}}, "scheduler.kwargs", ["remove scheduler.kwargs"]),
+        ({"data": {"eval": None}, "evaluation": {"every_steps": 3}}, "evaluation.every_steps", ["set data.eval"]),
+        ({"data": {"eval": None}, "evaluation": {"metric_for_best": "x"}}, "evaluation.metric_for_best", ["data.eval"]),
+        ({"callbacks": ["my_module"]}, "callbacks", ["module:attr", "my_module"]),
+        ({"callbacks": [{"path": ":attr"}]}, "callbacks", ["module:attr"]),
+        ({"data": {"collator": "my.collator"}}, "data.collator", ["module:attr"]),
+        ({"precision": "bf61"}, "precision", ["'bf61'", "must be one of", "did you mean bf16?"]),
+        ({"dpo": {"loss_type": "hinge"}}, "dpo.loss_type", ["must be one of sigmoid"]),
+        ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "Letters, digits, dot"]),
+        ({"run": {"name": None}}, "run.name", ["(not set)"]),
+        ({"run": {"seed": -1}}, "run.seed", ["-1"]),
+        ({"cluster": {"num_workers": "many"}}, "cluster.num_workers", ["'many'", "integer"]),
+        ({"cluster": {"resources": {"GPU": -1}}}, "cluster.resources.GPU", ["-1"]),
+        ({"run": "tiny"}, "run", ["'tiny'"]),
+    ],
+)
+def test_each_rule_names_key_value_rule_and_cure(
+    tmp_path: Path, blocks: dict[str, Any], key: str, words: list[str]
+) -> None:
+    error = refusal(tmp_path, **blocks)
+    assert error.key == key
+    assert str(error).startswith(f"{key} = ")
+    assert "\n" not in str(error)
+    assert error.cure
+    for word in words:
+        assert word in str(error)
+
+
+def test_a_missing_setting_is_named_with_its_description(tmp_path: Path) -> None:
+    raw = raw_settings(tmp_path)
+    del raw["data"]["train"]
+    with pytest.raises(SettingsError, match=r"data.train = \(not set\): is required; see its description: JSONL"):
+        make_spec(raw)
+
+
+@pytest.mark.parametrize(
+    ("metric", "set_", "expected"),
+    [("loss", None, False), ("eval_loss", None, False), ("rewards/accuracies", None, True), ("loss", True, True)],
+)
+def test_direction_of_the_best_metric(tmp_path: Path, metric: str, set_: bool | None, expected: bool) -> None:
+    spec = tiny_spec(tmp_path, evaluation={"metric_for_best": metric, "greater_is_better": set_})
+    assert spec.greater_is_better is expected
+
+
+def test_errors_cross_process_borders(tmp_path: Path) -> None:
+    one = UserError("key", {"a": 1}, "rule", "cure")
+    many = refusal(tmp_path, optimizer={"lr": 0}, batch={"global_batch_size": 0})
+    assert isinstance(many, SettingsError)
+    for error in (one, many):
+        back = pickle.loads(pickle.dumps(error))
+        assert type(back) is type(error)
+        assert str(back) == str(error)
+
+
+def test_a_long_value_is_shortened() -> None:
+    assert len(str(UserError("key", "x" * 5000, "rule", "cure"))) < 200
+
+
+def test_the_model_of_other_tests_is_a_setting_too(tmp_path: Path) -> None:
+    init = tiny_spec(tmp_path).model.init
+    assert init is not None
+    assert init.config == TINY_MODEL

@@ -1,0 +1,158 @@
+"""Verbs parse, call one function and end with the exit code that says how it went."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import tiny_spec, write_settings
+from tiny import ALONE
+
+from orchestrator import cli
+from orchestrator.run import debug as here
+from orchestrator.settings.spec import UserError
+from orchestrator.training.checkpoint import save
+from orchestrator.training.rundir import RunDir
+from orchestrator.training.trainer import TrainingError
+from orchestrator.training.worker import RunResult
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """main() puts the current folder on the path; one call of it in this process is to be as none."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    """A run with two checkpoints."""
+    spec = tiny_spec(tmp_path)
+    made = RunDir(spec.run_dir)
+    made.begin(spec)
+    for step in (1, 2):
+        save(made.checkpoints, step, [], {}, ALONE)
+    return made
+
+
+def ending_with(outcome: Any) -> Callable[[Any], RunResult]:
+    def run(_: Any) -> RunResult:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "words"),
+    [
+        (RunResult("stopped", "received SIGINT", 3, "", None), 3, "stopped after step 3 (received SIGINT)"),
+        (UserError("data.train", "x", "is wrong", "mend it"), 2, "error: data.train = 'x': is wrong; mend it"),
+        (TrainingError("step 3: the gradient\nis not finite"), 1, "error: step 3: the gradient is not finite"),
+        (KeyboardInterrupt(), 1, "aborted"),
+    ],
+)
+def test_how_a_run_ends_decides_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, outcome: Any, code: int, words: str
+) -> None:
+    monkeypatch.setattr(here, "debug", ending_with(outcome))
+    assert cli.main(["debug", str(write_settings(tmp_path))]) == code
+    captured = capsys.readouterr()
+    assert words in captured.out + captured.err
+    assert "Traceback" not in captured.out + captured.err
+
+
+def test_a_finished_run_says_what_it_reached(
+    run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    lines = [{"eval_loss": loss, "eval_rewards/accuracies": 0.5} for loss in (0.7, 0.6, 0.25)]
+    run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"loss": 1}]))
+    result = RunResult("finished", "every step was taken", 4, "", "the/model")
+    monkeypatch.setattr(here, "debug", ending_with(result))
+    assert cli.main(["debug", str(write_settings(tmp_path))]) == 0
+    out = capsys.readouterr().out
+    assert "finished after step 4 (every step was taken)" in out
+    assert "evaluation before  loss 0.700000" in out
+    assert "evaluation after   loss 0.250000" in out
+    assert "model    the/model" in out
+    assert "W&B" not in out  # it is disabled
+
+
+def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(here, "debug", ending_with(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["debug", str(write_settings(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["{file}", "optimizer.lr=0"], ["error: optimizer.lr = 0"]),
+        (["{file}", "optimizer.lr=0", "precision=x"], ["errors:", "optimizer.lr = 0", "precision = 'x'"]),
+        (["{file}", "optimizer.lrr=1"], ["did you mean optimizer.lr?"]),
+        (["nowhere.yaml"], ["settings file = 'nowhere.yaml': does not exist"]),
+        (["optimizer.lr=1"], ["no settings file was given"]),
+        (["{file}", "data.train=nowhere.jsonl"], ["data.train", "does not exist"]),
+    ],
+)
+def test_wrong_settings_end_with_2(tmp_path: Path, capsys: Output, words: list[str], expected: list[str]) -> None:
+    file = write_settings(tmp_path)
+    assert cli.main(["plan", *(word.format(file=file) for word in words)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for text in expected:
+        assert text in captured.err
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["verify"], ["plan"], ["plan", "a.yaml", "--nproc", "2"]])
+def test_a_wrong_command_ends_with_2(capsys: Output, words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert "usage: orchestrator" in capsys.readouterr().err
+
+
+def test_a_plan_as_lines_and_as_json(tmp_path: Path, capsys: Output) -> None:
+    file = str(write_settings(tmp_path))
+    assert cli.main(["plan", file]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert cli.main(["plan", "--json", file, "cluster.num_workers=2"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (lines["grad_accum"], facts["grad_accum"]) == ("4", 2)
+    assert lines.keys() == facts.keys()
+
+
+def test_files_and_overrides_may_stand_in_any_order(tmp_path: Path, capsys: Output) -> None:
+    first = write_settings(tmp_path)
+    second = tmp_path / "second.yaml"
+    second.write_text("batch: {global_batch_size: 16}\n")
+    for words in ([first, "cluster.num_workers=2", second], [first, second, "cluster.num_workers=2"]):
+        assert cli.main(["plan", *map(str, words), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["pairs_per_rank"] == 8
+
+
+def test_verify_looks_at_every_checkpoint(run_dir: RunDir, capsys: Output) -> None:
+    assert cli.main(["verify", str(run_dir.path)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["step_00000002: whole", "step_00000001: whole"]
+    (run_dir.checkpoints / "step_00000001" / "meta.json").write_text("{}")
+    assert cli.main(["verify", str(run_dir.path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step_00000002: whole"
+    assert "meta.json: its content is not what was written" in lines[1]
+
+
+def test_verify_without_a_checkpoint_or_a_run(run_dir: RunDir, tmp_path: Path, capsys: Output) -> None:
+    for step in (1, 2):
+        (run_dir.checkpoints / f"step_{step:08d}" / "manifest.json").unlink()
+    assert cli.main(["verify", str(run_dir.path)]) == 1
+    assert capsys.readouterr().out == "no checkpoint\n"
+    assert cli.main(["verify", str(tmp_path)]) == 2
+
+
+def test_export_of_a_folder_that_is_no_run_ends_with_2(tmp_path: Path, capsys: Output) -> None:
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "RUN_DIR" in capsys.readouterr().err

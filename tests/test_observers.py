@@ -1,0 +1,130 @@
+"""Callbacks and W&B on whole runs: the seed's callbacks as they are, requests on two ranks, and the offline file."""
+
+import json
+from pathlib import Path
+
+from offline_wandb import read_run
+from support import losses, metric_lines, orchestrator, write_settings
+
+CALLBACKS = '''
+import sys
+
+from transformers import TrainerCallback
+
+# Define a custom callback
+class CustomLoggingCallback(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is not None:
+            print(f"Step {state.global_step}: {logs}")
+
+class Asks(TrainerCallback):
+    """Asks for what the schedule would not do, on rank zero alone, as every callback is."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == 2
+        control.should_evaluate = state.global_step == 3
+        control.should_log = state.global_step == 4
+        control.should_training_stop = state.global_step == 5
+
+class Raises(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("a bug of the user's")
+
+class Looks(TrainerCallback):
+    def __init__(self, expected):
+        self.expected = expected
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
+        assert model is not None and processing_class is not None
+        assert args.learning_rate == optimizer.param_groups[0]["initial_lr"] == self.expected
+        optimizer.param_groups[0]["lr"] = 0.0  # of a copy: the run does not feel it
+        assert "ray" not in sys.modules  # a debugger should not have to step around it
+        print("looked", args.max_steps, args.to_dict()["beta"])
+
+    essential = True
+'''
+
+
+def test_wandb_offline_file_holds_every_step_once_and_no_secret(tmp_path: Path) -> None:
+    canary = "canary-0123456789abcdef0123456789abcdef01"
+    settings = write_settings(
+        tmp_path,
+        training={"max_steps": 6, "logging_steps": 2},
+        wandb={"mode": "offline", "project": "trial", "group": "tests"},
+        evaluation={"every_steps": 3},
+        callbacks=[{"path": "my_callbacks:Takes", "kwargs": {"api_key": "a-users-own-key", "note": f"uses {canary}"}}],
+    )
+    (tmp_path / "my_callbacks.py").write_text(
+        "from transformers import TrainerCallback\n"
+        "class Takes(TrainerCallback):\n"
+        "    def __init__(self, api_key, note): pass\n"
+    )
+    ended = orchestrator("debug", settings, cwd=tmp_path, env={"WANDB_API_KEY": canary})
+    assert ended.returncode == 0, ended.stderr
+    run_dir = tmp_path / "runs" / "tiny"
+    (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    run = read_run(file)
+    assert (run.project, run.group, run.name) == ("trial", "tests", "tiny")
+    steps = [row["_step"] for row in run.history]
+    assert steps == sorted(set(steps)) == [0, 2, 3, 4, 6]
+    logged = {line["step"]: line for line in metric_lines(run_dir)}
+    for row in run.history:
+        line = logged[row["_step"]]
+        assert row.get("train/loss") == line.get("loss")
+        assert row.get("eval/loss") == line.get("eval_loss")
+    assert run.config["optimizer"]["lr"] == 1e-3
+    assert run.config["run"]["name"] == "tiny"
+    assert run.config["callbacks"][0]["kwargs"] == {"api_key": "***", "note": "uses ***"}
+    for path in run_dir.rglob("wandb/**/*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert canary.encode() not in content, path
+            assert b"a-users-own-key" not in content, path
+
+
+def test_the_seeds_callbacks_work_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "my_callbacks.py").write_text(CALLBACKS)
+    settings = write_settings(
+        tmp_path,
+        training={"max_steps": 12, "logging_steps": 1},
+        optimizer={"lr": 1e-12},  # nothing improves, so the second evaluation that is no better stops the run
+        evaluation={"every_steps": 2, "metric_for_best": "loss"},
+        callbacks=[
+            "my_callbacks:CustomLoggingCallback",
+            {"path": "my_callbacks:Looks", "kwargs": {"expected": 1e-12}},
+            {
+                "path": "transformers:EarlyStoppingCallback",
+                "kwargs": {"early_stopping_patience": 2, "early_stopping_threshold": 0.01},
+            },
+        ],
+    )
+    ended = orchestrator("debug", settings, "--nproc", "2", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "Step 1: {'loss': " in ended.stdout
+    assert "looked 12 0.1" in ended.stdout
+    run_dir = tmp_path / "runs" / "tiny"
+    # evaluated at 0 (first best), 2 and 4: twice no better
+    assert max(losses(run_dir)) == 4
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "finished"
+    assert (run_dir / "model" / "model.safetensors").is_file()
+
+
+def test_what_a_callback_asks_happens_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "my_callbacks.py").write_text(CALLBACKS)
+    settings = write_settings(
+        tmp_path,
+        training={"max_steps": 12, "logging_steps": 100},
+        checkpoint={"keep": 5},
+        callbacks=["my_callbacks:Raises", "my_callbacks:Asks"],
+    )
+    ended = orchestrator("debug", settings, "--nproc", "2", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("RuntimeError: a bug") == 1  # reported once, then dropped
+    run_dir = tmp_path / "runs" / "tiny"
+    saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert saved == ["step_00000002", "step_00000005"]
+    for path in (run_dir / "checkpoints").iterdir():  # both ranks wrote their part
+        assert len(list(path.glob("rank_*.safetensors"))) == 2
+    lines = {line["step"]: line for line in metric_lines(run_dir)}
+    assert {step for step, line in lines.items() if "eval_loss" in line} == {0, 3, 5}
+    assert {step for step, line in lines.items() if "loss" in line} == {4, 5}

@@ -1,0 +1,706 @@
+"""Bad settings and bad data, as a user gives them: exit code 2 and one line with key, value, rule and cure, soon."""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import support
+import torch
+
+from orchestrator.cli import main
+from orchestrator.models.policy import build_policy, load_tokenizer
+
+LIMIT_S, RAY_LIMIT_S = 10.0, 20.0  # wall time of a refusal on a quiet machine
+NOISE = 3.0  # how much slower a busy machine may be
+MARK = "REFUSAL_TEST"  # an environment variable by which a process left behind is found
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+GONE: Any = object()  # an edit that removes a key
+NO_INIT = {"model.init": GONE}
+
+GOOD = support.rows(6)
+CHAT = support.rows(6, conversational=True)
+TIE = {"prompt": "a", "chosen": "b", "rejected": "b"}
+LONG_PROMPT = {"prompt": "river " * 200, "chosen": "a", "rejected": "b"}
+SAID, ASKED = {"role": "assistant", "content": "yes"}, {"role": "user", "content": "is it?"}
+REJECTED = [{"role": "assistant", "content": "no"}]
+
+seconds: dict[str, float] = {}  # wall time of every process, by its test
+
+
+class Said(NamedTuple):
+    """What the one line must hold: it begins with the key, and the cure stands at its end."""
+
+    key: str
+    value: str
+    rule: str
+    cure: str
+
+
+class Given(NamedTuple):
+    """What the user typed and wrote, besides the settings of support.raw_settings in run.yaml."""
+
+    words: tuple[str, ...] = ()  # after run.yaml on the command line
+    edits: dict[str, Any] = {}  # of run.yaml, by dotted key
+    text: str | None = None  # of run.yaml, instead of any settings
+    rows: list[Any] | None = None  # of train.jsonl; a string is written as it is
+    files: dict[str, str] = {}  # by name
+    model: str | None = None  # the name of a folder made by `models`
+    late: bool = False  # only the rank itself can know: weights were loaded, or the user's collator ran
+
+
+def case(name: str, words: str, *said: str, **given: Any) -> Any:
+    """One row of a table: `said` is key, value, rule, cure."""
+    return pytest.param(Given(tuple(words.split("|")) if words else (), **given), Said(*said), id=name)
+
+
+def write(folder: Path, given: Given) -> None:
+    raw = support.raw_settings(folder)
+    for dotted, value in given.edits.items():
+        *blocks, key = dotted.split(".")
+        block = raw
+        for name in blocks:
+            block = block.setdefault(name, {})
+        if value is GONE:
+            del block[key]
+        else:
+            block[key] = value
+    (folder / "run.yaml").write_text(json.dumps(raw) if given.text is None else given.text)
+    if given.rows is not None:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in given.rows]
+        (folder / "train.jsonl").write_text("".join(line + "\n" for line in lines))
+    for name, text in given.files.items():
+        (folder / name).write_text(text)
+
+
+def assert_refused(code: int, stderr: str, said: Said) -> None:
+    assert "Traceback" not in stderr, stderr
+    assert code == 2, stderr
+    (line,) = stderr.splitlines()
+    assert line.startswith(f"error: {said.key}"), line
+    missing = [part for part in said if part not in line]
+    assert not missing, f"{missing} not in: {line}"
+    assert said.cure in line.partition("; ")[2], line
+
+
+def assert_nothing_runs(mark: str) -> None:
+    """No process that inherited the mark is alive; Ray's daemons get a moment to end."""
+    marked, deadline = f"{MARK}={mark}".encode(), time.monotonic() + 10
+    while left := [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if marked in environment(path)]:
+        assert time.monotonic() < deadline, f"processes {left} were left behind"
+        time.sleep(0.2)
+
+
+def environment(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\0")
+    except OSError:  # it ended meanwhile, or is another user's
+        return []
+
+
+def in_a_process(name: str, folder: Path, *words: str, limit: float = LIMIT_S) -> tuple[int, str, str]:
+    """`orchestrator WORDS` in `folder`: exit code, stdout, stderr. Fails when it is slow or leaves a process behind."""
+    mark, start = uuid.uuid4().hex, time.monotonic()
+    done = support.orchestrator(*words, cwd=folder, env={**OFFLINE, MARK: mark}, timeout=limit * NOISE)
+    seconds[name] = time.monotonic() - start
+    assert_nothing_runs(mark)
+    return done.returncode, done.stdout, done.stderr
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+    """The same in this process, which has torch loaded already, in tmp_path."""
+    mark = uuid.uuid4().hex
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name, value in {**OFFLINE, MARK: mark}.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        sys.modules.pop("mine", None)
+        capfd.readouterr()
+        code = main(words)
+        stdout, stderr = capfd.readouterr()
+        return code, stdout, stderr
+
+    yield run
+    assert_nothing_runs(mark)
+
+
+# --- settings alone ----------------------------------------------------------------------------------------------
+
+NO_KEYS = ("settings file", "run.yaml", "holds no keys", "`run:`")
+SETTINGS = [
+    case("key", "optimizer.learning_rate=1", "optimizer.learning_rate", "1", "is not a setting", "lr"),
+    case(
+        "key-near",
+        "batch.micro_batchsize=1",
+        "batch.micro_batchsize",
+        "1",
+        "is not a setting",
+        "mean batch.micro_batch_size?",
+    ),
+    case("block", "optimiser.lr=1", "optimiser", "{'lr': 1}", "is not a setting", "did you mean optimizer?"),
+    case("type-number", "optimizer.lr=fast", "optimizer.lr", "'fast'", "valid number", "learning rate"),
+    case("type-integer", "batch.global_batch_size=8.5", "batch.global_batch_size", "8.5", "valid integer", "Pairs per"),
+    case("type-list", "callbacks=mine:Mine", "callbacks", "'mine:Mine'", "valid list", "module:attr"),
+    case("type-name", "scheduler.name=5", "scheduler.name = 5", "5", "string", "linear, cosine, constant"),
+    case("out-of-range", "dpo.beta=0", "dpo.beta", "0", "greater than 0", "Strength"),
+    case("no-name", "", "run.name", "(not set)", "is required", "Name of the run", edits={"run.name": GONE}),
+    case("name-with-slash", "run.name=a/b", "run.name", "'a/b'", "match", "Letters, digits, dot, dash"),
+    case("no-block", "", "batch", "(not set)", "is required", "Pairs per step", edits={"batch": GONE}),
+    case(
+        "both-micro-batch-keys",
+        "batch.max_tokens_per_microbatch=100",
+        "batch",
+        "'micro_batch_size': 2, 'max_tokens_per_microbatch': 100",
+        "exactly one",
+        "batch.micro_batch_size=1",
+    ),
+    case(
+        "no-micro-batch-key",
+        "batch.micro_batch_size=null",
+        "batch",
+        "'micro_batch_size': None",
+        "exactly one",
+        "set batch.micro_batch_size=1",
+    ),
+    case(
+        "micro-over-global",
+        "batch.micro_batch_size=9",
+        "batch.micro_batch_size",
+        "9",
+        "more than batch.global_batch_size (8)",
+        "set it to 8 or less",
+    ),
+    case("two-lengths", "training.epochs=2", "training", "'epochs': 2.0", "only one", "remove training.epochs or"),
+    case(
+        "optimizer-near",
+        "optimizer.name=torch.optim.AdmW",
+        "optimizer.name",
+        "'torch.optim.AdmW'",
+        "is not an elementwise optimizer",
+        "did you mean torch.optim.AdamW?",
+    ),
+    case(
+        "optimizer-lbfgs",
+        "optimizer.name=torch.optim.LBFGS",
+        "optimizer.name",
+        "'torch.optim.LBFGS'",
+        "is not an elementwise optimizer",
+        "AdamW",
+    ),
+    case("lr-in-kwargs", "optimizer.kwargs.lr=1", "optimizer.kwargs.lr", "1", "of its own", "set optimizer.lr instead"),
+    case("scheduler-near", "scheduler.name=cosin", "scheduler.name", "'cosin'", "neither linear", "mean cosine?"),
+    case(
+        "scheduler-plateau",
+        "scheduler.name=torch.optim.lr_scheduler.ReduceLROnPlateau",
+        "scheduler.name",
+        "ReduceLROnPlateau",
+        "needs a metric",
+        "take linear, cosine",
+    ),
+    case(
+        "kwargs-of-linear",
+        "scheduler.kwargs.gamma=0.1",
+        "scheduler.kwargs",
+        "{'gamma': 0.1}",
+        "torch's schedulers",
+        "remove scheduler.kwargs",
+    ),
+    case(
+        "evaluation-without-data",
+        "data.eval=null|evaluation.every_steps=2",
+        "evaluation.every_steps",
+        "2",
+        "needs evaluation pairs",
+        "set data.eval",
+    ),
+    case(
+        "two-models", "model.path=x", "model", "'path': 'x'", "exactly one of model.path and model.init", "model.path"
+    ),
+    case("no-model", "", "model", "", "exactly one of model.path and model.init", "set model.path", edits=NO_INIT),
+    case("small-vocabulary", "model.init.vocab_size=9", "model.init.vocab_size", "9", "256 bytes", "260 or more"),
+    case("wandb-mode", "wandb.mode=ofline", "wandb.mode", "'ofline'", "auto, online, offline", "did you mean offline?"),
+    case("precision", "precision=bf61", "precision", "'bf61'", "must be one of auto, bf16", "did you mean bf16?"),
+    case("callback-form", "callbacks=[mine.Mine]", "callbacks", "'mine.Mine'", "module:attr", "my_package.callbacks:"),
+    case(
+        "callback-key",
+        "callbacks=[{path: 'mine:Mine', kwarg: {a: 1}}]",
+        "callbacks.0.kwarg",
+        "{'a': 1}",
+        "is not a setting",
+        "kwargs",
+    ),
+    case("collator-form", "data.collator=mine", "data.collator", "'mine'", "module:attr", "my_package"),
+    case("no-file", "no.yaml", "settings file", "no.yaml", "does not exist", "path of a YAML file"),
+    case("not-yaml", "", "settings file", "run.yaml", "line 2, column 9", "mend that line", text="run:\n  dir: b: c\n"),
+    case("empty-file", "", *NO_KEYS, text=""),
+    case("list-file", "", *NO_KEYS, text="- a\n- b\n"),
+    case("interpolation", "run.name=${nope}", "settings", "run.yaml", "'nope' not found", "mend that key"),
+    case("override-without-equals", "optimizer.lr", "override", "'optimizer.lr'", "key=value", "optimizer.lr=1e-6"),
+    case("override-without-key", "=3", "override", "'=3'", "key=value", "optimizer.lr=1e-6"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), SETTINGS)
+def test_wrong_settings_are_refused(given: Given, said: Said, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    write(tmp_path, given)
+    code, _, stderr = in_a_process(request.node.callspec.id, tmp_path, "debug", "run.yaml", *given.words)
+    assert_refused(code, stderr, said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_wrong_setting_has_its_line(tmp_path: Path) -> None:
+    write(tmp_path, Given())
+    code, _, stderr = in_a_process("two wrong", tmp_path, "debug", "run.yaml", "optimizer.lr=fast", "dpo.beta=0")
+    assert code == 2
+    heading, *lines = stderr.splitlines()
+    assert heading == "errors:"
+    assert sorted(line.partition(" = ")[0] for line in lines) == ["dpo.beta", "optimizer.lr"]
+
+
+# --- data, models and the user's code ----------------------------------------------------------------------------
+
+KEYS_COLLATOR = "import torch\ndef collate(rows):\n    return {'ids': torch.zeros(2 * len(rows), 3)}\n"
+NONE_COLLATOR = "def collate(rows):\n    return None\n"
+MASK_COLLATOR = (
+    "import torch\ndef collate(rows):\n    ids = torch.ones(2 * len(rows), 4, dtype=torch.long)\n"
+    "    return {'input_ids': ids, 'attention_mask': ids[:, :3], 'completion_mask': ids}\n"
+)
+NOT_A_CALLBACK = "class Mine:\n    pass\n"
+MEND = ("train.jsonl", "mend the row, or set data.on_bad_row=drop")
+
+
+def bad_row(name: str, row: Any, reason: str) -> Any:
+    """A row of the wrong shape, third of six."""
+    rows = [*GOOD[:2], row, *GOOD[3:]]
+    return case(name, "", "data.train row 3", MEND[0], reason, MEND[1], rows=rows)
+
+
+IN_A_PROCESS = [
+    case("no-data", "data.train=nope.jsonl", "data.train", "nope.jsonl", "does not exist", "give a JSONL, JSON or"),
+    case(
+        "not-json",
+        "",
+        "data.train row 3",
+        '{"prompt": "a", ',
+        "is not JSON (",
+        "mend that line of",
+        rows=[*GOOD[:2], '{"prompt": "a", chosen}', *GOOD[3:]],
+    ),
+    bad_row("no-chosen", {"prompt": "a", "rejected": "b"}, "has no column 'chosen'; its columns are 'prompt'"),
+    case(
+        "too-few-positions",
+        "",
+        "data.train row ",
+        " tokens'",
+        "longer than the model's 16 positions",
+        "set data.max_length=16 or less",
+        edits={"model.init.config.max_position_embeddings": 16},
+    ),
+    case("no-callback", "callbacks=[nowhere:Mine]", "callbacks", "'nowhere:Mine'", "No module named", "install it"),
+    case(
+        "collator-keys",
+        "data.collator=mine:collate",
+        "data.collator",
+        "'mine:collate'",
+        "returned keys ['ids']",
+        "return input_ids, attention_mask and completion_mask",
+        files={"mine.py": KEYS_COLLATOR},
+    ),
+    case(
+        "scheduler-kwarg",
+        "scheduler.name=torch.optim.lr_scheduler.StepLR|scheduler.kwargs.step=3",
+        "scheduler.kwargs",
+        "{'step': 3}",
+        "unexpected keyword argument 'step'",
+        "see that scheduler's arguments",
+    ),
+    case(
+        "hub-name-offline",
+        "model.path=somebody/some-model",
+        "model.path",
+        "'somebody/some-model'",
+        "cannot be loaded (",
+        "that can be reached",
+        edits=NO_INIT,
+    ),
+    case(
+        "no-pad-token",
+        "",
+        "model.path",
+        "no-pad",
+        "without a pad token",
+        "set model.pad_token='<|im_end|>'",
+        model="no-pad",
+    ),
+]
+
+HERE = [
+    case("no-eval-data", "data.eval=nope.jsonl", "data.eval", "nope.jsonl", "does not exist", "give a JSONL, JSON or"),
+    case("hub-data-offline", "data.train=some/pairs", "data.train", "'some/pairs'", "Couldn't reach", "can reach"),
+    bad_row("not-an-object", [1], "is a list, not an object"),
+    bad_row("text-and-messages", {"prompt": "a", "chosen": [SAID], "rejected": "b"}, "mixes text and messages"),
+    bad_row(
+        "message-without-content",
+        {"prompt": [ASKED], "chosen": [{"role": "assistant"}], "rejected": REJECTED},
+        "message 1 of chosen has no text in its content",
+    ),
+    bad_row("completion-is-a-number", {"prompt": "a", "chosen": 1, "rejected": "b"}, "chosen is int"),
+    bad_row(
+        "tools-not-json",
+        {"prompt": [ASKED], "chosen": [SAID], "rejected": REJECTED, "tools": "none"},
+        "tools",
+    ),
+    case(
+        "eval-row",
+        "data.eval=held_out.jsonl",
+        "data.eval row 1",
+        "held_out.jsonl",
+        "no column 'chosen'",
+        "data.on_bad_row=drop",
+        files={"held_out.jsonl": '{"prompt": "a"}\n'},
+    ),
+    case("all-ties", "", "data.train", "train.jsonl", "no pair to train on (3 tie", "check the file", rows=[TIE] * 3),
+    case("no-rows", "", "data.train", "train.jsonl", "it has no rows", "check the file", rows=[]),
+    case("json-cut-short", "data.train=a.json", "data.train", "a.json", "is not JSON", "mend", files={"a.json": "[{}"}),
+    case("prompts-fill", "data.max_length=2", "data.train", "train.jsonl", "32 prompt", "data.max_length"),
+    case(
+        "tie-is-an-error",
+        "data.on_bad_row=error",
+        "data.train row 7",
+        "train.jsonl",
+        "chosen equals rejected",
+        MEND[1],
+        rows=[*GOOD, TIE],
+    ),
+    case(
+        "long-prompt-is-an-error",
+        "data.on_bad_row=error",
+        "data.train row 7",
+        "train.jsonl",
+        "data.max_length is 128",
+        MEND[1],
+        rows=[*GOOD, LONG_PROMPT],
+    ),
+    case(
+        "no-such-attribute", "callbacks=[json:Mine]", "callbacks", "'json:Mine'", "json has no Mine", "after the colon"
+    ),
+    case(
+        "not-a-callback",
+        "callbacks=[mine:Mine]",
+        "callbacks",
+        "'mine:Mine'",
+        "is not a transformers.TrainerCallback",
+        "derive the class",
+        files={"mine.py": NOT_A_CALLBACK},
+    ),
+    case(
+        "callback-kwargs",
+        "callbacks=[{path: 'transformers:EarlyStoppingCallback', kwargs: {patience: 3}}]",
+        "callbacks",
+        "EarlyStoppingCallback",
+        "unexpected keyword argument 'patience'",
+        "kwargs",
+    ),
+    case(
+        "early-stopping-without-metric",
+        "callbacks=[transformers:EarlyStoppingCallback]",
+        "evaluation.metric_for_best",
+        "(not set)",
+        "EarlyStoppingCallback needs it",
+        "evaluation.metric_for_best=loss",
+    ),
+    case("no-collator", "data.collator=nowhere:mine", "data.collator", "'nowhere:mine'", "No module", "install it"),
+    case("collator-not-callable", "data.collator=math:pi", "data.collator", "'math:pi'", "call", ""),
+    case(
+        "collator-returns-none",
+        "data.collator=mine:collate",
+        "data.collator",
+        "'mine:collate'",
+        "returned",
+        "return input_ids, attention_mask and completion_mask",
+        files={"mine.py": NONE_COLLATOR},
+        late=True,
+    ),
+    case(
+        "collator-mask-shape",
+        "data.collator=mine:collate",
+        "data.collator",
+        "'mine:collate'",
+        "attention_mask",
+        "return input_ids, attention_mask and completion_mask",
+        files={"mine.py": MASK_COLLATOR},
+        late=True,
+    ),
+    case(
+        "optimizer-kwarg",
+        "optimizer.kwargs.momentum=0.9",
+        "optimizer.kwargs",
+        "{'momentum': 0.9}",
+        "unexpected keyword argument 'momentum'",
+        "see that optimizer's arguments",
+    ),
+    case(
+        "optimizer-without-decay",
+        "optimizer.name=torch.optim.Rprop|optimizer.weight_decay=0.1",
+        "optimizer.weight_decay",
+        "0.1",
+        "torch.optim.Rprop has none",
+        "set it to 0",
+    ),
+    case(
+        "scheduler-of-torch",
+        "scheduler.name=torch.optim.lr_scheduler.StpLR",
+        "scheduler.name",
+        "StpLR",
+        "has no such name",
+        "check the spelling",
+    ),
+    case("run-dir-is-a-file", "run.dir=train.jsonl", "run.dir", "train.jsonl", "", "run.dir"),
+    case(
+        "model-type",
+        "model.init.model_type=qwen22",
+        "model.init.model_type",
+        "'qwen22'",
+        "Unrecognized model",
+        "for example qwen2",
+    ),
+    case("not-causal", "model.init.model_type=t5", "model.init.model_type", "'t5'", "causal", "qwen2"),
+    case("init-config-type", "model.init.config.hidden_size=big", "model.init.config", "big", "hidden_size", ""),
+    case("init-vocabulary", "model.init.config.vocab_size=10", "model.init.config", "10", "vocab", "vocab_size"),
+    case("no-model-folder", "model.path=./nope", "model.path", "nope", "is not a folder", "config.json", edits=NO_INIT),
+    case(
+        "model-is-a-file", "model.path=run.yaml", "model.path", "run.yaml", "not a folder", "config.json", edits=NO_INIT
+    ),
+    case("empty-model-folder", "", "model.path", "/empty", "cannot be loaded", "give a folder", model="empty"),
+    case(
+        "no-weights",
+        "",
+        "model.path",
+        "no-weights",
+        "no file named model.safetensors",
+        "folder",
+        model="no-weights",
+        late=True,
+    ),
+    case(
+        "no-tokenizer", "model.tokenizer=./nope", "model.tokenizer", "nope", "is not a folder", "hub name", model="good"
+    ),
+    case("no-end-token", "", "model.path", "no-end", "without an end token", "eos_token", model="no-end"),
+    case("pad-token", "model.pad_token=zz", "model.pad_token", "'zz'", "is not in the", "one that is", model="no-pad"),
+    case(
+        "no-template",
+        "",
+        "model.",
+        "no-template",
+        "has no chat template",
+        "instruct model's tokenizer",
+        rows=CHAT,
+        model="no-template",
+    ),
+    case(
+        "no-reference", "reference.path=./nope", "reference.path", "nope", "is not a folder", "hub name", model="good"
+    ),
+    case(
+        "reference-vocabulary",
+        "reference.path={models}/large",
+        "reference.path",
+        "large",
+        "a vocabulary of 320 tokens, the policy of 300",
+        "the policy's tokenizer",
+        model="good",
+    ),
+    case(
+        "tokenizer-vocabulary",
+        "model.tokenizer={models}/large",
+        "model.tokenizer",
+        "large",
+        "300",
+        "tokenizer",
+        model="good",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny models: a good one, one with a larger vocabulary, and some with a part missing."""
+    root = tmp_path_factory.mktemp("models")
+    for name, vocab_size in (("good", 300), ("large", 320)):
+        made_in = tmp_path_factory.mktemp(name)
+        init = {"model_type": "qwen2", "vocab_size": vocab_size, "config": support.TINY_MODEL}
+        spec = support.tiny_spec(made_in, model={"init": init})
+        tokenizer = load_tokenizer(spec)
+        build_policy(spec, tokenizer, torch.float32).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    for name in ("no-pad", "no-end", "no-template", "no-weights"):
+        shutil.copytree(root / "good", root / name)
+    for name, key in (("no-pad", "pad_token"), ("no-end", "eos_token")):
+        config = root / name / "tokenizer_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), key: None}))
+    (root / "no-template" / "chat_template.jinja").unlink()
+    (root / "no-weights" / "model.safetensors").unlink()
+    (root / "empty").mkdir()
+    return root
+
+
+def command(folder: Path, given: Given, models: Path) -> list[str]:
+    """Write what was given, and the words that run it."""
+    if given.model:
+        given = given._replace(edits={**NO_INIT, "model.path": str(models / given.model), **given.edits})
+    write(folder, given)
+    return ["debug", "run.yaml", *(word.replace("{models}", str(models)) for word in given.words)]
+
+
+@pytest.mark.parametrize(("given", "said"), IN_A_PROCESS)
+def test_wrong_data_are_refused(
+    given: Given, said: Said, tmp_path: Path, models: Path, request: pytest.FixtureRequest
+) -> None:
+    code, _, stderr = in_a_process(request.node.callspec.id, tmp_path, *command(tmp_path, given, models))
+    assert_refused(code, stderr, said)
+
+
+@pytest.mark.parametrize(("given", "said"), HERE)
+def test_wrong_data_are_refused_here(given: Given, said: Said, tmp_path: Path, models: Path, here: Run) -> None:
+    code, _, stderr = here(*command(tmp_path, given, models))
+    assert_refused(code, stderr, said)
+    assert given.late or not (tmp_path / "runs" / "tiny" / "config.yaml").exists(), "refused only after the run began"
+
+
+# --- rows that are dropped ---------------------------------------------------------------------------------------
+
+SILENT = {"prompt": [ASKED], "chosen": [SAID], "rejected": []}
+MIXED = {"prompt": [ASKED], "chosen": [SAID], "rejected": "b"}
+DROPPED = [
+    pytest.param(
+        "run.seed=7",
+        [*GOOD, TIE, TIE, LONG_PROMPT, SILENT],
+        ["2 dropped (tie)", "1 dropped (prompt fills max_length)", "1 dropped (empty completion)"],
+        id="default",
+    ),
+    pytest.param(
+        "data.on_bad_row=drop",
+        [*GOOD, TIE, {"prompt": "a"}, 5, MIXED],
+        ["1 dropped (tie)", "3 dropped (malformed)"],
+        id="drop",
+    ),
+]
+
+
+@pytest.mark.parametrize(("word", "rows", "counts"), DROPPED)
+def test_dropped_rows_are_counted(word: str, rows: list[Any], counts: list[str], tmp_path: Path, here: Run) -> None:
+    write(tmp_path, Given(rows=rows))
+    code, stdout, stderr = here("debug", "run.yaml", "training.max_steps=1", word)
+    assert code == 0, stderr
+    (line,) = [line for line in stdout.splitlines() if " training pairs" in line]
+    assert line.startswith(f"{len(GOOD)} training pairs")
+    assert [count for count in counts if count not in line] == []
+    assert line.count("dropped") == len(counts)
+
+
+# --- a run that is there already ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path: Path, here: Run) -> Path:
+    """The directory of a finished run of one step, runs/tiny in tmp_path."""
+    write(tmp_path, Given(edits={"training.max_steps": 1}))
+    code, _, stderr = here("debug", "run.yaml")
+    assert code == 0, stderr
+    return tmp_path / "runs" / "tiny"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_changed_setting_is_refused_on_resume(finished: bool, trained: Path, tmp_path: Path, here: Run) -> None:
+    if not finished:
+        shutil.rmtree(trained / "model")
+        (trained / "result.json").unlink()
+    words = ("debug", "run.yaml", "optimizer.lr=1e-4", "dpo.beta=0.2", "training.logging_steps=5")
+    code, _, stderr = here(*words) if finished else in_a_process("changed setting", tmp_path, *words)
+    for changed in ("dpo.beta (was 0.1, now 0.2)", "optimizer.lr (was 0.001, now 0.0001)"):
+        assert_refused(code, stderr, Said("run.name", "'tiny'", changed, "put them back to resume it, or choose"))
+    assert "logging_steps" not in stderr  # it may change
+
+
+def test_a_run_that_is_running_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, Given())
+    run_dir = tmp_path / "runs" / "tiny"
+    run_dir.mkdir(parents=True)
+    with open(run_dir / ".owner", "w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        owner.write("process 1 on elsewhere")
+        owner.flush()
+        code, _, stderr = in_a_process("running", tmp_path, "debug", "run.yaml")
+    said = Said("run.name", "'tiny'", "is running already (process 1 on elsewhere)", "choose another run.name")
+    assert_refused(code, stderr, said)
+
+
+@pytest.mark.parametrize("words", [("verify", "nowhere"), ("export", ".", "out")], ids=["verify", "export"])
+def test_a_folder_that_is_no_run_is_refused(words: tuple[str, ...], tmp_path: Path) -> None:
+    code, _, stderr = in_a_process(f"{words[0]} of no run", tmp_path, *words)
+    assert_refused(code, stderr, Said("RUN_DIR", repr(words[1]), "so it is no run", "give the folder run.dir/run.name"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_without_checkpoint_is_refused(trained: Path, tmp_path: Path, here: Run) -> None:
+    shutil.rmtree(trained / "checkpoints")
+    code, _, stderr = here("export", "runs/tiny", "out")
+    assert_refused(code, stderr, Said("RUN_DIR", "'runs/tiny'", "has no whole checkpoint", "train it further first"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["notes", "run.yaml"], ids=["folder", "file"])
+def test_an_export_over_other_things_is_refused(out: str, trained: Path, tmp_path: Path, here: Run) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep me")
+    before = (tmp_path / "run.yaml").read_text()
+    code, _, stderr = here("export", str(trained), out)
+    assert_refused(code, stderr, Said("OUT", repr(out), "", "choose a new folder"))
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "keep me"
+    assert (tmp_path / "run.yaml").read_text() == before
+
+
+# --- the cluster -------------------------------------------------------------------------------------------------
+
+
+def test_more_workers_than_cores_are_refused_before_ray_starts(tmp_path: Path) -> None:
+    write(tmp_path, Given())
+    cores = os.cpu_count()
+    code, _, stderr = in_a_process("cores", tmp_path, "train", "run.yaml", "cluster.num_workers=1000")
+    rule = f"1 CPU each, and this machine has {cores} CPUs"
+    assert_refused(code, stderr, Said("cluster.num_workers", "1000", rule, f"set cluster.num_workers={cores}"))
+    assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
+
+
+def test_resources_that_name_nothing_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, Given())
+    words = ("train", "run.yaml", "cluster.resources.CPU=0")
+    code, _, stderr = in_a_process("no resources", tmp_path, *words, limit=RAY_LIMIT_S)
+    assert_refused(code, stderr, Said("cluster.resources", "'CPU': 0", "", "CPU"))
+
+
+@pytest.mark.ray
+def test_a_cluster_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, Given())
+    words = ("train", "run.yaml", "cluster.resources.GPU=64")
+    code, _, stderr = in_a_process("gpus", tmp_path, *words, limit=RAY_LIMIT_S)
+    rule = "workers need 64 GPU each, and the cluster's nodes have"
+    assert_refused(code, stderr, Said("cluster.num_workers", "1", rule, "lower cluster.resources"))
+
+
+def test_slowest_refusals_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    slowest = sorted(seconds, key=lambda name: -seconds[name])[:3]
+    with capsys.disabled():
+        print("\nslowest refusals: " + ", ".join(f"{name} {seconds[name]:.1f} s" for name in slowest))

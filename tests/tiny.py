@@ -1,0 +1,113 @@
+"""Small parts for unit tests: a tokenizer without training, a model of two layers, batches, and ranks as threads."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from support import TINY_MODEL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+
+from orchestrator.data.collate import PairBatch, PreferenceCollator
+from orchestrator.settings.spec import DataSpec
+from orchestrator.world import World
+
+torch.set_num_threads(1)  # for parts this small, threads only wait for one another
+ALONE = World(0, 1, 0, torch.device("cpu"))
+PAD, EOS = 256, 257
+CHAT = (
+    "{% for tool in tools or [] %}{{ tool }};{% endfor %}{{ mood or '' }}"
+    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}~{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+@lru_cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, except that "ab" is one token; the chat template marks roles by [u] and [a]."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)} | {"<pad>": PAD, "<end>": EOS, "ab": 258}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+    made.chat_template = CHAT
+    return made
+
+
+def ids(text: str) -> list[int]:
+    """The tokens of a text."""
+    return tokenizer()(text)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+    """A Qwen2 of two layers with random weights of some size, so that its log-probs are not all alike."""
+    wanted = {**TINY_MODEL, "vocab_size": 300, "initializer_range": 0.2, **config}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(Qwen2Config(**wanted), dtype=dtype).train()
+
+
+def data_spec(**settings: Any) -> DataSpec:
+    """Data settings with a made-up file."""
+    return DataSpec(**{"train": "train.jsonl", **settings})
+
+
+def pair_rows(count: int, seed: int = 0, longest: int = 9) -> list[dict[str, Any]]:
+    """Pairs of random token ids, as `Pairs` hands them to a collator."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def some(low: int) -> list[int]:
+        length = int(torch.randint(low, longest + 1, (1,), generator=draw))
+        return torch.randint(0, 250, (length,), generator=draw).tolist()
+
+    return [
+        {"pair_id": number, "prompt_ids": some(1), "chosen_ids": some(1), "rejected_ids": some(1)}
+        for number in range(1, count + 1)
+    ]
+
+
+def pair_batch(count: int, seed: int = 0, is_filler: bool = False) -> PairBatch:
+    """`pair_rows`, collated."""
+    return PreferenceCollator(PAD, data_spec())(pair_rows(count, seed), is_filler=is_filler)
+
+
+@dataclass(frozen=True)
+class ThreadWorld(World):
+    """One of several ranks that are threads of this process, with the collectives of a World but `max`."""
+
+    barrier: threading.Barrier = field(kw_only=True)
+    shelf: list[Any] = field(kw_only=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.shelf[self.rank] = value
+        self.barrier.wait()
+        values = list(self.shelf)
+        self.barrier.wait()
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values.copy_(torch.stack(self.gather(values.clone())).sum(0))
+
+
+def on_ranks(size: int, run: Callable[[World], Any]) -> list[Any]:
+    """Call `run(world)` on every rank; what each returned or raised: BrokenBarrierError where it waited in vain."""
+    barrier, shelf = threading.Barrier(size, timeout=60), [None] * size
+    results: list[Any] = [None] * size
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = run(ThreadWorld(rank, size, rank, torch.device("cpu"), barrier=barrier, shelf=shelf))
+        except Exception as error:
+            results[rank] = error
+            barrier.abort()  # nobody comes to the next collective any more
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

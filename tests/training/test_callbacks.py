@@ -1,0 +1,247 @@
+"""Callbacks observe: one that raises is dropped, requests are collected, states come back, arguments are frozen."""
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support import tiny_spec
+from tiny import ALONE
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from orchestrator.settings.spec import UserError
+from orchestrator.training.callbacks import REQUESTS, Callbacks, build_callbacks, training_args, user_callbacks
+from orchestrator.training.callbacks.console import ConsoleCallback
+from orchestrator.training.callbacks.jsonl import JsonlCallback
+from orchestrator.training.callbacks.wandb import WandbCallback, without_secrets
+from orchestrator.training.rundir import RunDir
+
+
+class Recording(TrainerCallback):
+    """Remembers what it was called with."""
+
+    def __init__(self, log: list[Any] | None = None) -> None:
+        self.log: list[Any] = [] if log is None else log
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.log.append((args, state, control, kwargs))
+
+
+class Raising(TrainerCallback):
+    """Cannot do anything."""
+
+    calls = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls += 1
+        control.should_save = True
+        raise ValueError("cannot")
+
+
+class Counting(TrainerCallback, ExportableState):
+    """Keeps a number."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.count = start
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"count": self.count}}
+
+
+class Asking(TrainerCallback):
+    """Asks for things in the way of transformers' own callbacks."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
+        for name in self.names:
+            setattr(control, name, True)
+        return control
+
+
+def callbacks(folder: Path, *given: TrainerCallback, **objects: Any) -> Callbacks:
+    spec = tiny_spec(folder)
+    args = training_args(spec, RunDir(spec.run_dir), 4, 1.0, ALONE, "fp32")
+    return Callbacks(list(given), args, objects)
+
+
+@pytest.fixture
+def user_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("a_users_module")
+    monkeypatch.setitem(sys.modules, "a_users_module", module)
+    return module
+
+
+def test_every_callback_is_called_in_order_with_all_objects(tmp_path: Path) -> None:
+    log: list[Any] = []
+    made = callbacks(tmp_path, Recording(log), Recording(log), model="the model", optimizer="the optimizer")
+    made.fire("on_step_end", metrics=3)
+    assert len(log) == 2
+    args, state, control, kwargs = log[0]
+    assert (args, state, control) == (made.args, made.state, made.control)
+    assert kwargs == {"model": "the model", "optimizer": "the optimizer", "metrics": 3}
+
+
+def test_one_that_raises_is_dropped_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    raising, recording = Raising(), Recording()
+    made = callbacks(tmp_path, raising, recording)
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            made.fire("on_step_end")
+    assert raising.calls == 1
+    assert len(recording.log) == 3
+    assert made.callbacks == [recording]
+    [record] = caplog.records
+    assert record.getMessage() == "Raising raised in on_step_end and is dropped; training goes on"
+    assert record.exc_info is not None
+
+
+def test_an_essential_one_that_raises_ends_training(tmp_path: Path) -> None:
+    raising = Raising()
+    raising.essential = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="cannot"):
+        callbacks(tmp_path, raising).fire("on_step_end")
+
+
+@pytest.mark.parametrize("names", [[], ["should_save"], ["should_training_stop", "should_log"], list(REQUESTS)])
+def test_requests_are_collected_once(tmp_path: Path, names: list[str]) -> None:
+    made = callbacks(tmp_path, Asking(*names[:1]), Asking(*names[1:]))
+    made.fire("on_step_end")
+    assert made.take_requests() == [int(name in names) for name in REQUESTS]
+    assert made.take_requests() == [0] * 4
+
+
+def test_the_request_that_has_no_effect_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = callbacks(tmp_path, Asking("should_epoch_stop"))
+    for _ in range(2):
+        made.fire("on_step_end")
+        assert made.take_requests() == [0] * 4
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "a callback set control.should_epoch_stop"
+    ]
+
+
+def test_states_come_back_to_the_callbacks_of_their_class_in_order(tmp_path: Path) -> None:
+    stopping = EarlyStoppingCallback(early_stopping_patience=3)
+    stopping.early_stopping_patience_counter = 2
+    made = callbacks(tmp_path, Counting(5), Recording(), stopping, Counting(6))
+    made.state.best_metric, made.state.best_global_step = 0.25, 3
+    made.state.log_history = [{"loss": 0.5, "step": 1}]
+    exported = json.loads(json.dumps(made.exported()))
+
+    first, second, fresh = Counting(), Counting(), EarlyStoppingCallback(early_stopping_patience=3)
+    other = callbacks(tmp_path, fresh, first, second, Counting(-1))
+    other.restore(exported)
+    assert (first.count, second.count, fresh.early_stopping_patience_counter) == (5, 6, 2)
+    assert other.callbacks[-1].count == -1  # type: ignore[attr-defined]
+    assert (other.state.best_metric, other.state.best_global_step) == (0.25, 3)
+    assert other.state.log_history == [{"loss": 0.5, "step": 1}]
+
+
+def test_arguments_are_frozen_and_named_as_transformers_names_them(tmp_path: Path) -> None:
+    args = callbacks(tmp_path).args
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        args.learning_rate = 3.0  # type: ignore[misc]
+    ours = {"max_length", "beta", "loss_type"}  # of TRL's DPOConfig
+    theirs = set(dir(TrainingArguments)) | {field.name for field in dataclasses.fields(TrainingArguments)}
+    unknown = {field.name for field in dataclasses.fields(args)} - ours - theirs - {"logging_dir"}
+    assert unknown == set()
+    assert args.to_dict()["seed"] == 7
+
+
+def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
+    spec = tiny_spec(
+        tmp_path,
+        training={"max_grad_norm": None},
+        evaluation={"every_steps": 3, "metric_for_best": "loss"},
+        checkpoint={"every_steps": 5, "keep": 4},
+        scheduler={"warmup_steps": 2},
+    )
+    args = training_args(spec, RunDir(spec.run_dir), 40, 2.5, ALONE, "bf16")
+    expected = {
+        "output_dir": str(tmp_path / "runs" / "tiny"),
+        "run_name": "tiny",
+        "max_steps": 40,
+        "num_train_epochs": 2.5,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "max_grad_norm": 0.0,
+        "bf16": True,
+        "fp16": False,
+        "eval_steps": 3,
+        "save_steps": 5,
+        "save_total_limit": 4,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+        "eval_strategy": "steps",
+        "beta": 0.1,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> None:
+    user_module.Counting = Counting  # type: ignore[attr-defined]
+    user_module.ready = Recording()  # type: ignore[attr-defined]
+    given = ["a_users_module:ready", {"path": "a_users_module:Counting", "kwargs": {"start": 4}}]
+    spec = tiny_spec(tmp_path, callbacks=given, wandb={"mode": "offline"})
+    made = build_callbacks(spec, RunDir(spec.run_dir))
+    assert [type(callback) for callback in made] == [
+        ConsoleCallback,
+        JsonlCallback,
+        WandbCallback,
+        Recording,
+        Counting,
+    ]
+    assert made[-1].count == 4  # type: ignore[attr-defined]
+    spec = tiny_spec(tmp_path, wandb={"mode": "disabled"})
+    assert WandbCallback not in [type(callback) for callback in build_callbacks(spec, RunDir(spec.run_dir))]
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "words"),
+    [
+        ("a_users_module:nothing", "callbacks", "has no nothing"),
+        ({"path": "a_users_module:Counting", "kwargs": {"begin": 1}}, "callbacks", "cannot be built"),
+        ("a_users_module:Other", "callbacks", "is not a transformers.TrainerCallback"),
+        ("transformers:EarlyStoppingCallback", "evaluation.metric_for_best", "EarlyStoppingCallback needs it"),
+    ],
+)
+def test_a_wrong_callback_is_refused(tmp_path: Path, user_module: ModuleType, entry: Any, key: str, words: str) -> None:
+    user_module.Counting, user_module.Other = Counting, dict  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=words) as caught:
+        user_callbacks(tiny_spec(tmp_path, callbacks=[entry]))
+    assert caught.value.key == key
+
+
+def test_no_secret_goes_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "the-secret-value")
+    given = {
+        "model": {"path": "hub/the-secret-value/x", "pad_token": "<pad>"},
+        "callbacks": [{"kwargs": {"api_key": "short", "rate": 3}}],
+    }
+    assert without_secrets(given) == {
+        "model": {"path": "hub/***/x", "pad_token": "<pad>"},
+        "callbacks": [{"kwargs": {"api_key": "***", "rate": 3}}],
+    }
+
+
+def test_the_console_says_where_the_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = callbacks(tmp_path, console := ConsoleCallback())
+    made.fire("on_train_begin")
+    made.state.global_step = 3
+    made.fire("on_log", logs={"loss": 0.51234, "rewards/accuracies": 0.75, "num_tokens": 100.0})
+    made.fire("on_log", logs={"eval_loss": 0.4, "eval_rewards/accuracies": 1.0})
+    made.fire("on_save")
+    made.fire("on_train_end")
+    lines = capsys.readouterr().out.splitlines()
+    assert made.callbacks == [console]  # it did not raise
+    assert lines[0].startswith("step 3/4: loss 0.5123, accuracy 0.750")
+    assert lines[1:] == ["evaluation after step 3: loss 0.4000, accuracy 1.000", "saved after step 3"]

@@ -1,0 +1,337 @@
+"""A checkpoint exists when its manifest does: written whole, checked, read by ranges, and never trusted when broken."""
+
+import json
+import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from tiny import ALONE, on_ranks
+
+from orchestrator.engines.base import Owned
+from orchestrator.training import checkpoint as module
+from orchestrator.training.checkpoint import (
+    MANIFEST,
+    CorruptCheckpoint,
+    Reader,
+    committed,
+    newest_valid,
+    retain,
+    save,
+    seed_everything,
+    verify,
+)
+from orchestrator.world import World
+
+META = {"pairs_seen": 8, "engine": {"scheduler": {"milestones": {2: 1, 10: 3}, "lr": [1e-5, 0.1]}}}
+
+
+def part(name: str, shape: tuple[int, ...], start: int, stop: int, offset: float = 0.0) -> Owned:
+    """The range of a parameter that counts upwards, with optimizer state."""
+    values = torch.arange(start, stop, dtype=torch.float32) + offset
+    return Owned(name, shape, start, stop, {"param": values, "exp_avg": -values, "step": torch.tensor([3.0])})
+
+
+def saved(folder: Path, step: int, world: World = ALONE) -> Path:
+    return save(folder, step, [part("a", (3, 4), 0, 12, step), part("b", (5,), 0, 5)], META, world)
+
+
+def on_two_ranks(folder: Path) -> list[Any]:
+    """A checkpoint whose parameter `a` is cut between two ranks, and whose `b` belongs to the second."""
+
+    def work(world: World) -> Path:
+        seed_everything(100 + world.rank)
+        mine = [part("a", (3, 4), 0, 7)] if world.rank == 0 else [part("a", (3, 4), 7, 12), part("b", (5,), 0, 5)]
+        return save(folder, 4, mine, META, world)
+
+    return on_ranks(2, work)
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# --- writing and reading -----------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 7)
+    assert folder == tmp_path / "step_00000007"
+    assert verify(folder) == []
+    reader = Reader(folder)
+    assert reader.meta == {**META, "step": 7, "world_size": 1}
+    assert reader.shapes == {"a": (3, 4), "b": (5,)}
+    assert reader.keys("a") == {"param", "exp_avg", "step"}
+    assert torch.equal(reader.parameter("a"), torch.arange(7.0, 19.0).view(3, 4))
+    assert torch.equal(reader.read("a", "exp_avg", 2, 5), -torch.tensor([9.0, 10.0, 11.0]))
+    assert reader.read("a", "step", 0, 1).tolist() == [3.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[:3] = torch.tensor([float("inf"), -0.0, float("nan")]).to(dtype)
+    found = Reader(save(tmp_path, 1, [Owned("a", (40,), 0, 40, {"param": values})], {}, ALONE)).parameter("a")
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
+
+
+def test_scalars_and_empty_parameters(tmp_path: Path) -> None:
+    scalar = Owned("scalar", (), 0, 1, {"param": torch.tensor([2.5]), "step": torch.tensor([9.0])})
+    empty = Owned("empty", (0, 3), 0, 0, {"param": torch.zeros(0)})
+    reader = Reader(save(tmp_path, 1, [scalar, empty], {}, ALONE))
+    assert reader.parameter("scalar").shape == ()
+    assert reader.read("scalar", "step", 0, 1).item() == 9.0
+    assert reader.parameter("empty").shape == (0, 3)
+
+
+def test_ranges_of_two_ranks_are_joined(tmp_path: Path) -> None:
+    folders = on_two_ranks(tmp_path)
+    assert folders == [tmp_path / "step_00000004"] * 2
+    assert verify(folders[0]) == []
+    reader = Reader(folders[0])
+    assert torch.equal(reader.parameter("a"), torch.arange(12.0).view(3, 4))
+    assert torch.equal(reader.parameter("b"), torch.arange(5.0))
+    for start, stop in ((0, 12), (6, 8), (0, 7), (7, 12), (3, 4), (11, 12)):
+        assert torch.equal(reader.read("a", "exp_avg", start, stop), -torch.arange(float(start), float(stop)))
+    assert reader.read("a", "step", 0, 1).item() == 3.0
+    assert reader.meta["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "start", "stop"),
+    [("a", "param", 0, 13), ("a", "param", 12, 13), ("a", "exp_avg_sq", 0, 1), ("c", "param", 0, 1)],
+)
+def test_a_range_that_is_nowhere_is_refused(tmp_path: Path, name: str, key: str, start: int, stop: int) -> None:
+    reader = Reader(saved(tmp_path, 1))
+    keys = reader.keys(name)
+    with pytest.raises(CorruptCheckpoint, match=f"{key} of {name} are not in it"):
+        reader.read(name, key, start, stop)
+    assert reader.keys(name) == keys  # asking changed nothing
+
+
+def test_a_gap_between_ranks_is_refused(tmp_path: Path) -> None:
+    gap = [part("a", (12,), 0, 5), part("a", (12,), 6, 12)]
+    reader = Reader(save(tmp_path, 1, gap, {}, ALONE))
+    with pytest.raises(CorruptCheckpoint, match="elements 5 to 12 of param of a"):
+        reader.parameter("a")
+
+
+def test_integer_keys_survive_json(tmp_path: Path) -> None:
+    meta = {"a": {1: "x", 2: {3: [1, 2]}}, "b": {"1": 2}, "empty": {}, "tuple": (1, 2), "t": torch.tensor([1.5])}
+    expected = {**meta, "tuple": [1, 2], "t": [1.5], "step": 1, "world_size": 1}
+    assert Reader(save(tmp_path, 1, [], meta, ALONE)).meta == expected
+
+
+# --- broken checkpoints ------------------------------------------------------------------------------------------
+
+
+def flip(folder: Path) -> None:
+    path = folder / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "rank_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+BREAKS = {
+    "a flipped bit": flip,
+    "a file cut short": cut,
+    "an emptied file": lambda folder: (folder / "index.json").write_text(""),
+    "a missing file": lambda folder: (folder / "rng_00000.safetensors").unlink(),
+    "a changed document": lambda folder: (folder / "meta.json").write_text('{"step": 3}'),
+    "half a manifest": lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:50]),
+    "an empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
+    "a manifest of something else": lambda folder: (folder / MANIFEST).write_text("[1]"),
+    "a manifest without files": lambda folder: (folder / MANIFEST).write_text('{"files": null}'),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_broken_checkpoint_is_named_and_the_older_one_is_used(tmp_path: Path, broken: str, ranks: int) -> None:
+    older, newer = saved(tmp_path, 2), saved(tmp_path, 3)
+    BREAKS[broken](newer)
+    assert verify(older) == []
+    assert verify(newer)
+    for found, complaints in on_ranks(ranks, lambda world: newest_valid(tmp_path, world)):
+        assert found == older
+        assert complaints
+        assert all("step_00000003" in line for line in complaints)
+
+
+def test_without_a_manifest_there_is_no_checkpoint(tmp_path: Path) -> None:
+    older, newer = saved(tmp_path, 2), saved(tmp_path, 3)
+    (newer / MANIFEST).unlink()
+    assert newest_valid(tmp_path, ALONE) == (older, [])
+    assert committed(tmp_path) == [older]
+
+
+def test_a_half_written_folder_is_ignored_and_written_over(tmp_path: Path) -> None:
+    older = saved(tmp_path, 2)
+    partial = tmp_path / ".step_00000003.partial"
+    partial.mkdir()
+    (partial / "rank_00000.safetensors").write_bytes(b"half")
+    (partial / "rank_00001.safetensors").write_bytes(b"of another world size")
+    assert newest_valid(tmp_path, ALONE) == (older, [])
+    newer = saved(tmp_path, 3)
+    assert newest_valid(tmp_path, ALONE) == (newer, [])
+    assert not (newer / "rank_00001.safetensors").exists()
+
+
+def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    flip(saved(tmp_path, 3))
+    again = saved(tmp_path, 3)
+    assert verify(again) == []
+
+
+def test_nothing_valid_is_nothing(tmp_path: Path) -> None:
+    assert newest_valid(tmp_path / "nowhere", ALONE) == (None, [])
+    flip(saved(tmp_path, 1))
+    found, complaints = newest_valid(tmp_path, ALONE)
+    assert found is None
+    assert len(complaints) == 1
+
+
+def test_ranks_share_the_checking(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    flip(folder)
+    (folder / "rng_00000.safetensors").unlink()
+    shares = [verify(folder, (rank, 3)) for rank in range(3)]
+    assert sorted(line for lines in shares for line in lines) == sorted(verify(folder))
+    assert len(verify(folder)) == 2
+
+
+def test_every_file_is_in_the_manifest(tmp_path: Path) -> None:
+    folder = on_two_ranks(tmp_path)[0]
+    listed = set(json.loads((folder / MANIFEST).read_text())["files"])
+    assert listed == {path.name for path in folder.iterdir()} - {MANIFEST}
+    assert len(listed) == 6
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    folders = [saved(tmp_path, step) for step in (2, 9, 10, 100)]
+    (folders[1] / MANIFEST).unlink()
+    retain(tmp_path, 2)
+    assert committed(tmp_path) == [folders[3], folders[2]]
+    assert not folders[0].exists()
+    retain(tmp_path, 2)
+    assert [path.exists() for path in folders[2:]] == [True, True]
+
+
+def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [saved(tmp_path, step) for step in (1, 2)]
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # killed right after the manifest went
+    retain(tmp_path, 1)
+    assert committed(tmp_path) == [folders[1]]
+
+
+# --- errors while writing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["save_file", "_synced_sha256", "write_atomically", "_sync_folder"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_error_while_writing_is_raised_everywhere_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, ranks: int
+) -> None:
+    older = saved(tmp_path, 2)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, fails, full)
+        results = on_ranks(ranks, lambda world: saved(tmp_path, 3, world))
+    assert [getattr(result, "errno", result) for result in results] == [28] * ranks
+    assert newest_valid(tmp_path, ALONE) == (older, [])
+    assert newest_valid(tmp_path, ALONE)[0] != saved(tmp_path, 3)
+    assert newest_valid(tmp_path, ALONE)[0] == tmp_path / "step_00000003"
+
+
+def test_a_full_disk_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    older = saved(tmp_path, 2)
+
+    def work(world: World) -> Path:
+        size = 20_000 if world.rank == 1 else 2  # only the second rank writes more than fits
+        values = Owned(f"p{world.rank}", (size,), 0, size, {"param": torch.zeros(size)})
+        return save(tmp_path, 3, [values], META, world)
+
+    with full_disk(50_000):
+        results = on_ranks(2, work)
+    assert all(isinstance(result, OSError | SafetensorError) for result in results), results
+    assert newest_valid(tmp_path, ALONE) == (older, [])
+
+
+def test_a_folder_that_cannot_be_made_is_raised_on_all(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    results = on_ranks(2, lambda world: saved(tmp_path / "checkpoints", 3, world))
+    assert all(isinstance(result, OSError) for result in results), results
+
+
+def test_an_engine_that_fails_to_hand_out_its_state_is_raised_on_all(tmp_path: Path) -> None:
+    def work(world: World) -> Path:
+        def owned() -> Iterator[Owned]:
+            yield part(f"p{world.rank}", (3,), 0, 3)
+            if world.rank == 1:
+                raise RuntimeError("CUDA error")
+
+        return save(tmp_path, 3, owned(), META, world)
+
+    results = on_ranks(2, work)
+    assert ["CUDA error" in str(result) for result in results] == [True, True]
+
+
+# --- random state ------------------------------------------------------------------------------------------------
+
+
+def draws() -> list[float]:
+    """Numbers of every generator, an odd count of the normal ones, whose second half a generator may keep."""
+    normal = [np.random.randn(), random.gauss(0, 1), torch.randn(1).item()]
+    return [*normal, np.random.rand(), random.random(), torch.rand(1).item(), float(torch.randint(1000, ()))]
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_the_random_state_comes_back_exactly(tmp_path: Path, before: int) -> None:
+    seed_everything(3)
+    for _ in range(before):
+        draws()
+    folder = saved(tmp_path, 1)
+    expected = [draws() for _ in range(3)]
+    seed_everything(99)
+    Reader(folder).restore_rng(ALONE, seed=7)
+    assert [draws() for _ in range(3)] == expected
+
+
+def test_each_rank_has_its_own_random_state(tmp_path: Path) -> None:
+    folder = on_two_ranks(tmp_path)[0]  # threads share the generators: what matters is that each rank's file is read
+    states = [module.load_file(folder / f"rng_{rank:05d}.safetensors")["torch"] for rank in range(2)]
+    for rank, state in enumerate(states):
+        Reader(folder).restore_rng(World(rank, 2, rank, ALONE.device), seed=7)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_world_size_draws_anew_from_seed_step_and_rank(tmp_path: Path) -> None:
+    found = []
+    for step, seed, rank in ((1, 7, 0), (1, 7, 1), (1, 80, 0), (2, 7, 0), (1, 7, 0)):
+        Reader(saved(tmp_path, step)).restore_rng(World(rank, 2, rank, ALONE.device), seed)
+        found.append(tuple(draws()))
+    assert found[0] == found[-1]
+    assert len(set(found)) == 4

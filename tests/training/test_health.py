@@ -1,0 +1,104 @@
+"""A run says that it is alive, and hears that it should stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.training import health
+from orchestrator.training.health import LocalSession
+from orchestrator.training.rundir import RunDir
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from orchestrator.training.health import LocalSession
+from orchestrator.training.rundir import RunDir
+session = LocalSession(RunDir(Path(sys.argv[1])), 0)
+print("ready", flush=True)
+while session.stop_requested() is None:
+    time.sleep(0.01)
+print(session.stop_requested(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path)
+    made.logs.mkdir()
+    return made
+
+
+@pytest.fixture
+def session(run_dir: RunDir) -> LocalSession:
+    """A session that leaves this process's signal handlers alone."""
+    made: list[LocalSession] = []
+    thread = threading.Thread(target=lambda: made.append(LocalSession(run_dir, 3)))
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+def test_the_heartbeat_says_who_is_where(run_dir: RunDir, session: LocalSession) -> None:
+    before = time.time()
+    session.heartbeat(5, "train")
+    beat = json.loads((run_dir.logs / "heartbeat_00003.json").read_text())
+    assert (beat["step"], beat["phase"], beat["pid"], beat["host"]) == (5, "train", os.getpid(), os.uname().nodename)
+    assert before <= beat["time"] <= time.time()
+    assert os.listdir(run_dir.logs) == ["heartbeat_00003.json"]
+
+
+def test_the_heartbeat_is_written_once_a_second_at_most(
+    run_dir: RunDir, session: LocalSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    for seconds, step in ((0.0, 1), (0.5, 2), (0.99, 3), (1.01, 4), (1.5, 5)):
+        monkeypatch.setattr(health.time, "monotonic", lambda seconds=seconds: now + seconds)
+        session.heartbeat(step, "train")
+        written = json.loads((run_dir.logs / "heartbeat_00003.json").read_text())["step"]
+        assert written == (1 if seconds < 1 else 4)
+
+
+def test_a_heartbeat_that_cannot_be_written_does_not_end_training(
+    session: LocalSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    session.heartbeat(1, "train")
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, "RUN_DIR/STOP exists"), (1, None)])
+def test_the_stop_file_is_read_by_rank_zero(
+    run_dir: RunDir, session: LocalSession, rank: int, expected: str | None
+) -> None:
+    session.rank = rank
+    assert session.stop_requested() is None
+    run_dir.stop.touch()
+    assert session.stop_requested() == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_asks_and_a_second_one_ends(tmp_path: Path, number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", WAITING, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == f"received {number.name}\n"
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=10) == -number
+
+
+def test_a_local_process_knows_no_deadline(session: LocalSession, tmp_path: Path) -> None:
+    assert session.deadline() is None
+    session.committed(1, tmp_path)
