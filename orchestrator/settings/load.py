@@ -81,7 +81,7 @@ def _read(path: Path) -> DictConfig:
             "settings file", str(path), f"is not YAML: {' '.join(str(error).split())}", "mend that line"
         ) from None
     if (
-        not isinstance(config, DictConfig) or not config or set(config.values()) == {None}
+        not isinstance(config, DictConfig) or not config or all(value is None for value in config.values())
     ):  # OmegaConf: text -> {text: None}
         raise UserError(
             "settings file", str(path), "holds no keys at its top", "write blocks such as `run:` and `data:`"

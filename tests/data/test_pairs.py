@@ -141,7 +141,11 @@ def test_keep_end_is_left_to_the_collator() -> None:
         ({"chosen": "text", "rejected": CHAT["rejected"]}, "malformed rows", "chosen is str and rejected list"),
         ({**CHAT, "prompt": []}, "malformed rows", "empty list"),
         ({**CHAT, "chosen": [{"content": "x"}]}, "malformed rows", "message 1 of chosen has no role"),
-        ({**CHAT, "chosen": [{"role": "assistant", "content": 3}]}, "malformed rows", "message 1 of chosen has no text"),
+        (
+            {**CHAT, "chosen": [{"role": "assistant", "content": 3}]},
+            "malformed rows",
+            "message 1 of chosen has no text",
+        ),
         ({**CHAT, "tools": "[not JSON"}, "malformed rows", "tools"),
         ({**CHAT, "chat_template_kwargs": "text"}, "malformed rows", "chat_template_kwargs"),
         ({**TEXT, "rejected": " yes"}, "ties", "chosen equals rejected"),
