@@ -13,7 +13,7 @@ from orchestrator.data.order import fed_lengths
 from orchestrator.data.pairs import Pairs, build_once, check_source, training_texts
 from orchestrator.models.logps import output_head
 from orchestrator.settings.load import looks_local
-from orchestrator.settings.spec import DataSpec, InitSpec, RunSpec, UserError
+from orchestrator.settings.spec import InitSpec, RunSpec, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,7 +148,7 @@ def load_model(key: str, path: str, disable_dropout: bool, dtype: torch.dtype) -
     return model
 
 
-def check_fit(config: Any, pairs: Pairs, key: str, data: DataSpec) -> None:
+def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
     """Refuse pairs that the model cannot take: too long for its positions, by row, or ids beyond its vocabulary.
 
     Raises:
@@ -156,14 +156,15 @@ def check_fit(config: Any, pairs: Pairs, key: str, data: DataSpec) -> None:
     """
     vocabulary = config.get_text_config().vocab_size
     if pairs.largest_id >= vocabulary:
+        made = spec.model.init is not None and spec.model.tokenizer is None
         raise UserError(
-            "model",
-            f"{vocabulary} tokens in its vocabulary",
-            f"the tokenizer gave token {pairs.largest_id} for {key}",
-            "take the model's own tokenizer (model.tokenizer), or drop vocab_size from model.init.config",
+            "model.init.config" if made else "model.tokenizer",
+            spec.model.init.config if spec.model.init and made else spec.model.tokenizer,
+            f"the model's vocabulary has {vocabulary} tokens, the tokenizer gave token {pairs.largest_id} for {key}",
+            "leave vocab_size out of it" if made else "take the model's own tokenizer",
         )
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    lengths = fed_lengths(pairs.lengths, data.keep_last)
+    lengths = fed_lengths(pairs.lengths, spec.data.keep_last)
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     worst = int(longest.argmax())
     if limit is not None and longest[worst] > limit:

@@ -4,7 +4,7 @@ import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,13 +27,10 @@ class TrainingError(Exception):
     """Training cannot go on; one line with rank, step and cure."""
 
 
-@dataclass
-class Asked:
+class Asked(NamedTuple):
     """What all ranks agreed to do now."""
 
     non_finite: bool
-    stop: bool  # from outside: save, and be resumed later
-    finish: bool  # by a callback: this is the end of training
     save: bool
     evaluate: bool
     log: bool
@@ -72,6 +69,8 @@ class Trainer:
         self.window = MetricSums(self.world)  # since the last log
         self.last: Updated | None = None
         self.evaluated_at = self.saved_at = -1
+        self.stopping = False  # asked from outside: save, and be resumed later
+        self.finishing = False  # asked by a callback: this is the end of training
 
     # --- position ------------------------------------------------------------------------------------------------
 
@@ -112,13 +111,14 @@ class Trainer:
 
     def fit(self) -> Ended:
         """Train from the present position to the end, or until someone asks to stop. The same on every rank."""
-        callbacks, spec = self.callbacks, self.spec
+        callbacks = self.callbacks
         self._update_state()
         callbacks.fire("on_train_begin")
-        asked = self.evaluate() if self.step == 0 else None
+        if self.step == 0:
+            self.evaluate()
         epoch, skipped = -1, 0
         for made in self.loader.steps(self.pairs_seen, self.step):
-            if self.is_over or (asked and (asked.finish or asked.stop)):
+            if self.is_over or self.stopping or self.finishing:
                 break
             if made.epoch != epoch:
                 epoch = made.epoch
@@ -128,38 +128,46 @@ class Trainer:
 
             # requests raised since the last update act now, on its weights: this step's update has not happened
             asked = self._agree(self.engine.finite())
-            if asked.finish or asked.stop:
+            if not (self.stopping or self.finishing):
+                self._act_on(asked)
+            if self.stopping or self.finishing:  # an evaluation that was asked for may have asked for the end
                 self.engine.discard()
                 break
-            self._act_on(asked)
 
             callbacks.fire("on_pre_optimizer_step")
             self.last = self.engine.optimizer_step(apply=not asked.non_finite)
             self.pairs_seen = made.pairs_seen
-            skipped = skipped + 1 if asked.non_finite else 0
             if asked.non_finite:
+                skipped += 1
                 self._check_skipped(skipped)
-                continue
-            callbacks.fire("on_optimizer_step")
-            self.step += 1
-            self.window.add(sums)
-            self._update_state()
-            self.session.heartbeat(self.step, "train")
-            callbacks.fire("on_step_end")
-            if self.step % spec.training.logging_steps == 0 or self.is_over:
-                self.log()
-            if spec.evaluation.every_steps and self.step % spec.evaluation.every_steps == 0:
-                asked = self.evaluate()
-            if spec.checkpoint.every_steps and self.step % spec.checkpoint.every_steps == 0 and not self.is_over:
-                self.save()
+            else:
+                skipped = 0
+                self._after_update(sums)
             if self.pairs_seen % len(self.loader.pairs) == 0:
                 callbacks.fire("on_epoch_end")
-        return self._end(asked)
+        return self._end()
 
-    def _end(self, asked: Asked | None) -> Ended:
-        asked = asked or self._agree()
-        stopped = asked.stop and not asked.finish and not self.is_over
+    def _after_update(self, sums: torch.Tensor) -> None:
+        """Count the step that was taken, and do what the schedule says for it: log, then evaluate, then save."""
+        self.callbacks.fire("on_optimizer_step")
+        self.step += 1
+        self.window.add(sums)
+        self._update_state()
+        self.session.heartbeat(self.step, "train")
+        self.callbacks.fire("on_step_end")
+        evaluate_every, save_every = self.spec.evaluation.every_steps, self.spec.checkpoint.every_steps
+        if self.step % self.spec.training.logging_steps == 0 or self.is_over:
+            self.log()
+        if evaluate_every and self.step % evaluate_every == 0:
+            self.evaluate()
+        if save_every and self.step % save_every == 0 and not self.is_over:
+            self.save()
+
+    def _end(self) -> Ended:
+        """Evaluate (unless the run is to be resumed) and save."""
+        stopped = self.stopping and not self.finishing and not self.is_over
         if not stopped:
+            self.log()  # what is left in the window when a callback ends the run
             self.evaluate()
         self.save()
         self.callbacks.fire("on_train_end")
@@ -186,12 +194,15 @@ class Trainer:
 
     def _agree(self, finite: torch.Tensor | None = None) -> Asked:
         """One small reduction: whatever one rank saw, all ranks do at the same step."""
-        training_stop, save, evaluate, log = self.callbacks.take_requests()
+        finish, save, evaluate, log = self.callbacks.take_requests()
         stop = int(self.session.stop_requested() is not None)
-        flags = torch.tensor([0, stop, training_stop, save, evaluate, log], dtype=torch.int32, device=self.world.device)
+        flags = torch.tensor([0, stop, finish, save, evaluate, log], dtype=torch.int32, device=self.world.device)
         if finite is not None:
             flags[0] = ~finite
-        return Asked(*map(bool, self.world.max(flags).tolist()))
+        non_finite, stop, finish, save, evaluate, log = map(bool, self.world.max(flags).tolist())
+        self.stopping |= stop
+        self.finishing |= finish
+        return Asked(non_finite, save, evaluate, log)
 
     def _act_on(self, asked: Asked) -> None:
         if asked.log:
@@ -225,8 +236,8 @@ class Trainer:
         self.window.clear()
         self._report(logs)
 
-    def evaluate(self) -> Asked:
-        """Evaluate once per step at most, then let callbacks (early stopping) act on it at once."""
+    def evaluate(self) -> None:
+        """Evaluate once per step at most; what callbacks then ask (early stopping, a save) acts at once."""
         if self.eval_loader is not None and self.evaluated_at != self.step:
             self.evaluated_at = self.step
             metrics = evaluate(self.engine, self.eval_loader, self.world, self.session, self.step)
@@ -234,7 +245,7 @@ class Trainer:
             self._report(metrics)
             self.callbacks.fire("on_evaluate", metrics=metrics)
             self._remember_best(metrics)
-        return self._agree()
+            self._act_on(self._agree()._replace(evaluate=False))
 
     def save(self) -> None:
         """Commit a checkpoint of this step, once."""

@@ -75,7 +75,7 @@ def prepare(spec: RunSpec) -> Prepared:
     held_out = tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir) if spec.data.eval else None
     for (key, _), pairs in zip(sources, [train, held_out], strict=False):
         assert pairs is not None
-        check_fit(config, pairs, key, spec.data)
+        check_fit(config, pairs, key, spec)
     return Prepared(tokenizer, config, train, held_out)
 
 

@@ -200,8 +200,8 @@ def test_prompts_that_fill_max_length_are_dropped(tokenizer: Any, tmp_path: Path
     pairs = ours(tmp_path, LONG_ROWS, tokenizer, settings(max_length=24))
     prompts = pairs.lengths[:, 0].tolist()
 
-    assert pairs.dropped["prompt fills max_length"] > 1
-    assert set(pairs.dropped) == {"prompt fills max_length"}
+    assert pairs.dropped["prompts that fill data.max_length"] > 1
+    assert set(pairs.dropped) == {"prompts that fill data.max_length"}
     assert max(prompts) == 23
     assert 24 in [len(tokenizer(row["prompt"])["input_ids"]) for row in LONG_ROWS]
     assert (pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)).max() == 24

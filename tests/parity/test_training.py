@@ -336,9 +336,6 @@ def test_the_first_step_is_ln_2(case: Case) -> None:
     assert first["rewards/accuracies"] == 0.0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="transformers casts to fp32 in RMSNorm: precision=fp64 is 1e-8 to 2e-7 from fp64"
-)
 def test_five_steps_in_fp64(case: Case) -> None:
     assert disagreements(ours(case.spec("fp64", precision="fp64")), case.exact_trace, 1e-9) == []
 
