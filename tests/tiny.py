@@ -1,9 +1,10 @@
 """Small parts for unit tests: a tokenizer without training, a model of two layers, batches, and ranks as threads."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def data_spec(**settings: Any) -> DataSpec:
     return DataSpec(**{"train": "train.jsonl", **settings})
 
 
-def pair_rows(count: int, seed: int = 0, longest: int = 9) -> list[dict[str, Any]]:
+def pair_rows(pairs: int, seed: int = 0, longest: int = 9) -> list[dict[str, Any]]:
     """Pairs of random token ids, as `Pairs` hands them to a collator."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -66,44 +67,70 @@ def pair_rows(count: int, seed: int = 0, longest: int = 9) -> list[dict[str, Any
 
     return [
         {"pair_id": number, "prompt_ids": some(1), "chosen_ids": some(1), "rejected_ids": some(1)}
-        for number in range(1, count + 1)
+        for number in range(1, pairs + 1)
     ]
 
 
-def pair_batch(count: int, seed: int = 0, is_filler: bool = False) -> PairBatch:
+def pair_batch(pairs: int, seed: int = 0, is_filler: bool = False) -> PairBatch:
     """`pair_rows`, collated."""
-    return PreferenceCollator(PAD, data_spec())(pair_rows(count, seed), is_filler=is_filler)
+    return PreferenceCollator(PAD, data_spec())(pair_rows(pairs, seed), is_filler=is_filler)
+
+
+class LeftAlone(Exception):
+    """A rank waited for another one that had ended: in a real run it would wait until the collective times out."""
+
+
+class Meeting:
+    """Where the ranks of a ThreadWorld meet."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.changed = size, threading.Condition()
+        self.rounds: dict[int, dict[int, Any]] = {}
+        self.ended: set[int] = set()
+
+    def exchange(self, rank: int, number: int, value: Any) -> list[Any]:
+        """The values of all ranks in a round."""
+        with self.changed:
+            values = self.rounds.setdefault(number, {})
+            values[rank] = value
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: len(values) == self.size or self.ended - values.keys(), timeout=60)
+            if len(values) < self.size:
+                raise LeftAlone
+            return [values[other] for other in range(self.size)]
+
+    def end(self, rank: int) -> None:
+        """This rank comes to no further round."""
+        with self.changed:
+            self.ended.add(rank)
+            self.changed.notify_all()
 
 
 @dataclass(frozen=True)
 class ThreadWorld(World):
     """One of several ranks that are threads of this process, with the collectives of a World but `max`."""
 
-    barrier: threading.Barrier = field(kw_only=True)
-    shelf: list[Any] = field(kw_only=True)
+    meeting: Meeting = field(kw_only=True)
+    rounds: Iterator[int] = field(kw_only=True, default_factory=count)
 
     def gather(self, value: Any) -> list[Any]:
-        self.shelf[self.rank] = value
-        self.barrier.wait()
-        values = list(self.shelf)
-        self.barrier.wait()
-        return values
+        return self.meeting.exchange(self.rank, next(self.rounds), value)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values.copy_(torch.stack(self.gather(values.clone())).sum(0))
 
 
 def on_ranks(size: int, run: Callable[[World], Any]) -> list[Any]:
-    """Call `run(world)` on every rank; what each returned or raised: BrokenBarrierError where it waited in vain."""
-    barrier, shelf = threading.Barrier(size, timeout=60), [None] * size
-    results: list[Any] = [None] * size
+    """Call `run(world)` on every rank; what each returned or raised: LeftAlone where it waited in vain."""
+    meeting, results = Meeting(size), [None] * size
 
     def work(rank: int) -> None:
         try:
-            results[rank] = run(ThreadWorld(rank, size, rank, torch.device("cpu"), barrier=barrier, shelf=shelf))
+            results[rank] = run(ThreadWorld(rank, size, rank, torch.device("cpu"), meeting=meeting))
         except Exception as error:
-            results[rank] = error
-            barrier.abort()  # nobody comes to the next collective any more
+            results[rank] = error  # pyright: ignore[reportCallIssue, reportArgumentType]
+        finally:
+            meeting.end(rank)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:

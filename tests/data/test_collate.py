@@ -136,16 +136,22 @@ def test_a_users_reference_log_probs_are_taken(user_module: ModuleType) -> None:
     assert batch.ref_logps.tolist() == [-1.5, -2.5, -3.5, -4.5]
 
 
-@pytest.mark.parametrize("broken", ["no mask", "half the rows"])
+@pytest.mark.parametrize(
+    "broken", ["no mask", "half the rows", "a mask of another shape", "log-probs of one side twice"]
+)
 def test_a_wrong_shape_is_refused_with_what_came(user_module: ModuleType, broken: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
-        made = trl_shaped(rows if broken == "no mask" else rows[:1])
+        made = trl_shaped(rows[:1] if broken == "half the rows" else rows)
         if broken == "no mask":
             del made["completion_mask"]
+        if broken == "a mask of another shape":
+            made["completion_mask"] = made["completion_mask"][:, 1:]
+        if broken == "log-probs of one side twice":
+            made["ref_chosen_logps"] = made["ref_rejected_logps"] = torch.zeros(4)
         return made
 
     user_module.collate = collate  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"returned keys .*for 2 pairs.*\[2 \* pairs, tokens\]"):
+    with pytest.raises(UserError, match=r"returned .*for 2 pairs.*\[2 \* pairs, tokens\]"):
         AdaptedCollator("a_users_module:collate")(EXAMPLE, CONTEXT)
 
 

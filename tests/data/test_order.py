@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.order import Integers, Order, RunLength, deal, permutation, run_length
+from orchestrator.data.order import Integers, Order, RunLength, deal, fed_lengths, permutation, run_length
 from orchestrator.settings.spec import TrainingSpec
 
 WORLDS = [1, 2, 3, 5, 8]
@@ -84,6 +84,7 @@ def test_the_same_global_batches_at_any_world_size_and_from_any_position(world: 
 def test_a_global_batch_is_a_slice_of_the_epochs_permutation() -> None:
     order = orders(1, 50, 8)[0]
     assert order.plan(16).global_pairs.tolist() == permutation(50, 7, 0)[16:24].tolist()
+    assert order.plan(13).global_pairs.tolist() == permutation(50, 7, 0)[13:21].tolist()
     assert order.plan(58).global_pairs.tolist() == permutation(50, 7, 1)[8:16].tolist()
 
 
@@ -168,6 +169,21 @@ def test_micro_batches_hold_no_more_pairs_than_asked() -> None:
     assert max(sizes) == 3
 
 
+@pytest.mark.parametrize(
+    ("keep_last", "expected"),
+    [
+        (None, [[10, 3, 4], [2, 9, 1]]),
+        (14, [[10, 3, 4], [2, 9, 1]]),
+        (13, [[9, 4, 4], [2, 9, 1]]),  # one side loses a token of the prompt that the other keeps
+        (5, [[1, 4, 4], [0, 5, 3]]),
+        (2, [[0, 2, 2], [0, 2, 2]]),
+    ],
+)
+def test_lengths_as_they_are_fed(keep_last: int | None, expected: list[list[int]]) -> None:
+    found = fed_lengths(np.array([[10, 3, 4], [2, 9, 1]]), keep_last)
+    assert found.tolist() == expected
+
+
 def test_dealing_gives_the_dearest_pair_left_to_the_lightest_rank() -> None:
     assert deal(np.array([[5, 9, 1, 7, 3, 3]]), 2).tolist() == [[1, 0, 1, 1, 0, 0]]
     assert deal(np.array([[2, 2, 2]]), 3).tolist() == [[0, 1, 2]]
@@ -178,16 +194,17 @@ def test_a_block_of_batches_is_dealt_as_each_batch_alone() -> None:
     assert np.array_equal(deal(costs, 400), np.concatenate([deal(row[None], 400) for row in costs]))
 
 
-def test_a_million_pairs_on_512_ranks_take_memory_for_the_pairs_alone() -> None:
-    costs = np.random.default_rng(3).integers(1, 4000, (500, 2000))
+@pytest.mark.parametrize(("batches", "size"), [(500, 2000), (20_000, 50)])
+def test_a_million_pairs_on_512_ranks_take_memory_for_the_pairs_alone(batches: int, size: int) -> None:
+    costs = np.random.default_rng(3).integers(1, 4000, (batches, size))
     tracemalloc.start()
     owners = deal(costs, 512)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * costs.nbytes  # a word for the result and a few that are gone: never a table of pairs by ranks
-    assert np.bincount(owners[0], minlength=512).min() >= 1
-    for batch in range(0, 500, 100):
+    for batch in range(0, batches, batches // 5):
         loads = np.bincount(owners[batch], costs[batch], 512)
+        assert np.count_nonzero(loads) == min(size, 512)
         assert loads.max() <= loads.mean() + costs[batch].max()
 
 

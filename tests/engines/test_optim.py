@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.engines.optim import ReadOnlyOptimizer, optimizer_factory, param_groups, scheduler_factory
+from orchestrator.engines.optim import (
+    ReadOnlyOptimizer,
+    check_optim,
+    optimizer_factory,
+    param_groups,
+    scheduler_factory,
+)
 from orchestrator.settings.spec import ELEMENTWISE_OPTIMIZERS, OptimizerSpec, SchedulerSpec, UserError
 
 
@@ -80,14 +86,14 @@ def test_arguments_reach_the_optimizer_and_decay_its_groups() -> None:
 )
 def test_a_wrong_optimizer_is_refused_before_it_is_built(settings: dict[str, Any], key: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        optimizer_factory(OptimizerSpec(**settings))
+        check_optim(OptimizerSpec(**settings), SchedulerSpec())
     assert caught.value.key == key
 
 
 def test_decay_where_the_optimizer_has_none_is_refused() -> None:
     assert optimizer(name="torch.optim.Rprop")
     with pytest.raises(UserError, match=r"optimizer.weight_decay = 0.1: .*has none"):
-        optimizer_factory(OptimizerSpec(name="torch.optim.Rprop", weight_decay=0.1))  # pyright: ignore
+        check_optim(OptimizerSpec(name="torch.optim.Rprop", weight_decay=0.1), SchedulerSpec())  # pyright: ignore
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,7 @@ def test_a_schedule_of_torch() -> None:
 )
 def test_a_wrong_schedule_is_refused(name: str, kwargs: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError) as caught:
-        scheduler_factory(SchedulerSpec(name=name, kwargs=kwargs), 10)(optimizer(name="torch.optim.SGD"))
+        check_optim(OptimizerSpec(), SchedulerSpec(name=name, kwargs=kwargs))  # pyright: ignore[reportCallIssue]
     assert caught.value.key == key
 
 

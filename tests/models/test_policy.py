@@ -10,8 +10,19 @@ from support import TINY_MODEL, tiny_spec
 from tiny import pair_batch, tiny_model, tokenizer
 
 from orchestrator.models.logps import body_hidden
-from orchestrator.models.policy import build_policy, check_positions, load_config, load_tokenizer
+from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer
 from orchestrator.settings.spec import RunSpec, UserError
+
+
+class Long:
+    """Pairs of up to 17 tokens, ids up to 250."""
+
+    lengths = np.array([[10, 6, 2], [10, 2, 7], [3, 1, 1]])
+    row_numbers = np.array([4, 9, 11])
+    largest_id = 250
+
+
+LONG: Any = Long()
 
 
 def with_model(folder: Path, config: dict[str, Any] | None = None, **init: Any) -> RunSpec:
@@ -180,14 +191,26 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path, model_type: s
         policy(with_model(tmp_path, config, model_type=model_type))
 
 
-def test_a_pair_longer_than_the_model_has_positions_is_refused_by_its_row() -> None:
-    class Made:
-        lengths = np.array([[10, 6, 2], [10, 2, 7], [3, 1, 1]])
-        row_numbers = np.array([4, 9, 11])
-
-    pairs: Any = Made()
-    config = tiny_model(max_position_embeddings=17).config
-    check_positions(config, pairs, "data.train")
+def test_a_pair_longer_than_the_model_has_positions_is_refused_by_its_row(tmp_path: Path) -> None:
+    spec, config = tiny_spec(tmp_path), tiny_model(max_position_embeddings=17).config
+    check_fit(config, LONG, "data.train", spec)
     config.max_position_embeddings = 16
     with pytest.raises(UserError, match=r"data.train row 9 = '17 tokens'.*set data.max_length=16"):
-        check_positions(config, pairs, "data.train")
+        check_fit(config, LONG, "data.train", spec)
+
+
+def test_a_long_pair_fits_when_its_end_is_kept(tmp_path: Path) -> None:
+    config = tiny_model(max_position_embeddings=8).config
+    check_fit(config, LONG, "data.train", tiny_spec(tmp_path, data={"max_length": 8, "truncation": "keep_end"}))
+    with pytest.raises(UserError, match=r"set data\.max_length=8"):
+        check_fit(config, LONG, "data.train", tiny_spec(tmp_path, data={"max_length": 9, "truncation": "keep_end"}))
+
+
+@pytest.mark.parametrize(("model", "key"), [({}, "model.init.config"), ({"tokenizer": "org/other"}, "model.tokenizer")])
+def test_tokens_beyond_the_models_vocabulary_are_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
+    spec, config = tiny_spec(tmp_path, model=model), tiny_model(vocab_size=251).config
+    check_fit(config, LONG, "data.train", spec)
+    config.vocab_size = 250
+    with pytest.raises(UserError, match=r"has 250 tokens, the tokenizer gave token 250 for data\.train") as caught:
+        check_fit(config, LONG, "data.train", spec)
+    assert caught.value.key == key

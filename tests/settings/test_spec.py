@@ -110,6 +110,8 @@ def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
         ({"batch": {"micro_batchsize": 1}}, "batch.micro_batchsize", "did you mean batch.micro_batch_size?"),
         ({"optimiser": {"lr": 1}}, "optimiser", "did you mean optimizer?"),
         ({"model": {"init": {"vocabsize": 400}}}, "model.init.vocabsize", "did you mean model.init.vocab_size?"),
+        ({"callbacks": [{"path": "a:b", "kwarg": 1}]}, "callbacks.0.kwarg", "did you mean callbacks.0.kwargs?"),
+        ({"training": {"learning_rate": 1}}, "training.learning_rate", "did you mean optimizer.lr?"),
         ({"wandb": {"zzz": 1}}, "wandb.zzz", "the keys here are project, group, mode"),
     ],
 )
@@ -125,8 +127,8 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
 @pytest.mark.parametrize(
     ("blocks", "key", "words"),
     [
-        ({"model": {"init": None}}, "model", ["exactly one of model.path and model.init", "set model.path"]),
-        ({"model": {"path": "x"}}, "model", ["exactly one", "'x'"]),
+        ({"model": {"init": None}}, "model.path", ["there is no model to train", "set model.init"]),
+        ({"model": {"path": "x"}}, "model.path", ["= 'x'", "model.init is set as well", "remove one"]),
         ({"model": {"init": {"vocab_size": 259}}}, "model.init.vocab_size", ["259", "260 or more"]),
         ({"batch": {"micro_batch_size": None}}, "batch", ["exactly one of the two", "batch.micro_batch_size=1"]),
         ({"batch": {"max_tokens_per_microbatch": 9}}, "batch", ["exactly one of the two"]),
@@ -159,7 +161,10 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"run": {"seed": -1}}, "run.seed", ["-1"]),
         ({"cluster": {"num_workers": "many"}}, "cluster.num_workers", ["'many'", "integer"]),
         ({"cluster": {"resources": {"GPU": -1}}}, "cluster.resources.GPU", ["-1"]),
-        ({"run": "tiny"}, "run", ["'tiny'"]),
+        ({"run": "tiny"}, "run", ["'tiny'", "is a block of settings", "its keys are dir, name, seed"]),
+        ({"cluster": {"resources": {"CPU": 0}}}, "cluster.resources", ["asks for nothing", "for example {CPU: 1}"]),
+        ({"wandb": {"mode": False}}, "wandb.mode", ["did you mean disabled?"]),
+        ({"callbacks": "a.b:C"}, "callbacks", ["for example callbacks=[a.b:C]"]),
     ],
 )
 def test_each_rule_names_key_value_rule_and_cure(
@@ -177,7 +182,7 @@ def test_each_rule_names_key_value_rule_and_cure(
 def test_a_missing_setting_is_named_with_its_description(tmp_path: Path) -> None:
     raw = raw_settings(tmp_path)
     del raw["data"]["train"]
-    with pytest.raises(SettingsError, match=r"data.train = \(not set\): is required; see its description: JSONL"):
+    with pytest.raises(SettingsError, match=r"data.train = \(not set\): is required; it is: JSONL"):
         make_spec(raw)
 
 

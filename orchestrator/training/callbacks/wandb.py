@@ -14,6 +14,7 @@ from orchestrator.training.rundir import RunDir
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 20  # a W&B that cannot be reached delays the start by at most this, then the run is recorded offline
+FINISH_TIMEOUT_S = 120  # a network that is gone at the end; what was not sent stays in RUN_DIR/wandb for `wandb sync`
 SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
@@ -64,6 +65,7 @@ class WandbCallback(TrainerCallback):
                 silent=True,
                 console="off",
                 init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
                 host="",
                 disable_git=True,
                 disable_code=True,
