@@ -242,7 +242,7 @@ SETTINGS = [
     case("wandb-mode", "wandb.mode=ofline", "wandb.mode", "'ofline'", "auto, online, offline", "did you mean offline?"),
     case("wandb-off", "wandb.mode=off", "wandb.mode", "False", "auto, online, offline", "did you mean disabled?"),
     case("precision", "precision=bf61", "precision", "'bf61'", "must be one of auto, bf16", "did you mean bf16?"),
-    case("callback-form", "callbacks=[mine.Mine]", "callbacks", "'mine.Mine'", "module:attr", "my_package.callbacks:"),
+    case("callback-form", "callbacks=[mine.Mine]", "callbacks", "'mine.Mine'", "module:attr", "my_package.my_module:"),
     case(
         "callback-key",
         "callbacks=[{path: 'mine:Mine', kwarg: {a: 1}}]",
@@ -572,9 +572,23 @@ HERE = [
         "did you mean loss?",
         late=True,
     ),
-    case("no-model-folder", "model.path=./nope", "model.path", "nope", "is not a folder", "config.json", edits=NO_INIT),
     case(
-        "model-is-a-file", "model.path=run.yaml", "model.path", "run.yaml", "not a folder", "config.json", edits=NO_INIT
+        "no-model-folder",
+        "model.path=./nope",
+        "model.path",
+        "nope",
+        "is not a folder",
+        "existing folder, or a hub name",
+        edits=NO_INIT,
+    ),
+    case(
+        "model-is-a-file",
+        "model.path=run.yaml",
+        "model.path",
+        "run.yaml",
+        "not a folder",
+        "existing folder",
+        edits=NO_INIT,
     ),
     case("empty-model-folder", "", "model.path", "/empty", "cannot be loaded", "give a folder", model="empty"),
     case(

@@ -85,6 +85,8 @@ def run_length(pairs: int, global_batch_size: int, training: TrainingSpec) -> Ru
     epochs = training.epochs or 1.0
     whole = int(epochs)
     rest = round((epochs - whole) * pairs)
+    if whole + rest == 0:
+        rest = 1  # a run of nothing would be a surprise
     return RunLength(epochs, whole * per_epoch + -(-rest // global_batch_size), whole * pairs + rest)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -140,9 +140,10 @@ def count_rows(key: str, source: str) -> int | None:
 
 def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
     """Every text of the training rows, as often as asked, and a hash of them: what a tokenizer is trained on."""
-    rows, identity = _open_source("data.train", data.train, "train")
+    identity = _open_source("data.train", data.train, "train")[1]
 
     def texts() -> Iterator[str]:
+        rows, _ = _open_source("data.train", data.train, "train")
         for _, row in rows:
             try:
                 checked = _checked(row)
@@ -179,7 +180,7 @@ def _json_rows(key: str, source: str) -> Iterator[tuple[int, Any]]:
     """Rows of JSON lines (blank lines do not count), or of one JSON array."""
     with open(source, encoding="utf-8-sig") as file:
         try:
-            if source.endswith(".json") and file.read(1) == "[":
+            if source.endswith(".json") and _first_letter(file) == "[":
                 file.seek(0)
                 yield from enumerate(json.load(file), 1)
                 return
@@ -198,6 +199,12 @@ def _json_rows(key: str, source: str) -> Iterator[tuple[int, Any]]:
             raise UserError(key, source, f"is not JSON ({error})", "mend it, or write one object per line") from None
         except UnicodeDecodeError as error:
             raise UserError(key, source, f"is not UTF-8 text ({error.reason})", "convert the file to UTF-8") from None
+
+
+def _first_letter(file: IO[str]) -> str:
+    while (letter := file.read(1)).isspace():
+        pass
+    return letter
 
 
 def _with_datasets(key: str, source: str, split: Split) -> Any:

@@ -17,6 +17,10 @@ ReadRange = Callable[[str, str, int, int], torch.Tensor]
 """(name, key, start, stop) -> the flat range of that tensor, 1-D, on the CPU; raises where it is not fully covered."""
 
 
+SCALAR = "scalar:"
+"""Prefix of a key whose value is one number for the whole parameter (Adam's step, NAdam's mu_product), not a range."""
+
+
 class Owned(NamedTuple):
     """A flat range of one named parameter that this rank alone answers for in a checkpoint."""
 
@@ -24,7 +28,7 @@ class Owned(NamedTuple):
     shape: tuple[int, ...]  # of the whole parameter
     start: int
     stop: int
-    tensors: dict[str, torch.Tensor]  # "param" and optimizer state of that range, 1-D; scalars of the state as [1]
+    tensors: dict[str, torch.Tensor]  # "param" and the optimizer state of that range, 1-D; under SCALAR names, [1]
 
 
 class Updated(NamedTuple):

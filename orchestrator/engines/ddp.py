@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep, StepOutput
-from orchestrator.engines.base import OptimizerFactory, Owned, ReadRange, SchedulerFactory, Updated
+from orchestrator.engines.base import SCALAR, OptimizerFactory, Owned, ReadRange, SchedulerFactory, Updated
 from orchestrator.engines.optim import param_groups
 from orchestrator.settings.spec import Precision
 from orchestrator.world import World
@@ -52,8 +52,12 @@ class DdpEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: PairBatch, counts: Counts) -> StepOutput:
-        with self._autocast():
-            return self.step(batch, counts)
+        self.step.eval()  # dropout would make it noisy, and draw random numbers that training should have drawn
+        try:
+            with self._autocast():
+                return self.step(batch, counts)
+        finally:
+            self.step.train()
 
     def finite(self) -> torch.Tensor:
         self.scaler.unscale_(self.optimizer)
@@ -98,7 +102,7 @@ class DdpEngine:
                 continue
             tensors = {"param": p.detach().flatten()}
             for key, value in local.state.get(p, {}).items():
-                tensors[key] = value.detach().flatten()
+                tensors[key if value.ndim else SCALAR + key] = value.detach().flatten()
             yield Owned(name, tuple(p.shape), 0, p.numel(), tensors)
 
     @torch.no_grad()
@@ -109,12 +113,13 @@ class DdpEngine:
             p.copy_(read(name, "param", 0, p.numel()).view_as(p))
             if p not in groups:
                 continue
-            # Adam keeps `step` on the host unless it is fused or capturable
+            # torch keeps scalars of the state on the host unless the optimizer is fused or capturable
             on_device = groups[p].get("fused") or groups[p].get("capturable")
             local.state[p] = {}
             for key in keys(name) - {"param"}:
-                if key == "step":
-                    local.state[p][key] = read(name, key, 0, 1)[0].to(p.device if on_device else "cpu")
+                if key.startswith(SCALAR):
+                    value = read(name, key, 0, 1)[0].to(p.device if on_device else "cpu")
+                    local.state[p][key.removeprefix(SCALAR)] = value
                 else:
                     local.state[p][key] = read(name, key, 0, p.numel()).view_as(p).to(p.device)
 

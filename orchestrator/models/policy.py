@@ -124,7 +124,9 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
             except (ValueError, RuntimeError, TypeError) as error:  # sizes that do not fit each other
                 reason = " ".join(str(error).split())[:160]
                 given = spec.model.init.config if spec.model.init else None
-                raise UserError("model.init.config", given, f"torch says: {reason}", "mend its sizes") from None
+                raise UserError(
+                    "model.init.config", given, f"no model can be made of it: {reason}", "mend its sizes"
+                ) from None
         _keep_fp64(model)
     if spec.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -216,7 +218,7 @@ def _check_head(model: "PreTrainedModel") -> None:
 
 def _check_folder(key: str, path: str) -> None:
     if looks_local(path) and not os.path.isdir(path):
-        raise UserError(key, path, "is not a folder", "give a folder with config.json and weights, or a hub name")
+        raise UserError(key, path, "is not a folder", "give an existing folder, or a hub name")
 
 
 def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:

@@ -62,8 +62,17 @@ def make_spec(raw: dict[str, Any]) -> RunSpec:
 def save_spec(spec: RunSpec, path: Path) -> None:
     """Write all settings, defaults included, so that the file says what ran."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(spec.model_dump(mode="json"))))
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(_escaped(spec.model_dump(mode="json")))))
     os.replace(partial, path)
+
+
+def _escaped(value: Any) -> Any:
+    """Text that OmegaConf would take for an interpolation, so that it is read back as text."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def looks_local(source: str) -> bool:

@@ -456,7 +456,7 @@ def _resources(spec: RunSpec) -> None:
 def _user_code(key: str, value: str) -> None:
     module, colon, attribute = value.partition(":")
     if not (colon and module and attribute):
-        raise UserError(key, value, "is not of the form module:attr", "for example my_package.callbacks:MyCallback")
+        raise UserError(key, value, "is not of the form module:attr", "for example my_package.my_module:my_name")
 
 
 def explain(error: ValidationError) -> list[UserError]:
@@ -471,7 +471,7 @@ def _explain_one(details: Any) -> UserError:
     field = block.model_fields.get(name) if block else None
     if kind == "extra_forbidden" and block:
         return UserError(key, value, "is not a setting", _cure_of_unknown(block, location))
-    if inner := _block_at(location):
+    if kind == "model_type" and (inner := _block_at(location)):
         return UserError(key, value, "is a block of settings", "its keys are " + ", ".join(inner.model_fields))
     described = f"it is: {field.description}" if field and field.description else "see orchestrator/settings/spec.py"
     if kind == "missing":

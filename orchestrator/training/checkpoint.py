@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from orchestrator.engines.base import Owned
+from orchestrator.engines.base import SCALAR, Owned
 from orchestrator.training.rundir import write_atomically
 from orchestrator.world import World
 
@@ -37,32 +37,43 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
+class SaveFailed(OSError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
 def save(checkpoints: Path, step: int, owned: Iterable[Owned], meta: dict[str, Any], world: World) -> Path:
     """Write a checkpoint, every rank its part; it is committed when this returns on all ranks.
 
-    A crash at any moment leaves either no manifest, and so no checkpoint, or a whole one. An error on one rank is
-    raised on all of them, so that none waits.
+    A crash at any moment leaves either no manifest, and so no checkpoint, or a whole one.
+
+    Raises:
+        SaveFailed: on every rank, whichever of them failed, so that none waits for it.
     """
     final, partial = step_folder(checkpoints, step), checkpoints / f".step_{step:08d}.partial"
-    if world.is_main:
+
+    def begin() -> None:
         for leftover in (final, partial):  # of a save that a crash cut short, or of a corrupt one
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-    world.gather(None)  # the folder exists
-    try:
-        written: Any = _write_rank(partial, world.rank, owned)
-    except OSError as error:
-        written = error
-    parts = world.gather(written)
-    failure: Any = next((part for part in parts if isinstance(part, OSError)), None)
-    if failure is None and world.is_main:
+
+    def agreed(part: Callable[[], Any]) -> list[Any]:
         try:
-            _commit(partial, final, parts, meta, step, world.size)
-        except OSError as error:
-            failure = error
-    failure = world.gather(failure)[0]
-    if failure is not None:
-        raise failure
+            done, error = part(), None
+        except Exception as failure:  # a full disk is an OSError here and a SafetensorError there
+            done, error = None, f"rank {world.rank}: {type(failure).__name__}: {failure}"
+        every = world.gather((done, error))
+        errors = [error for _, error in every if error]
+        if errors:
+            if world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full of it
+            raise SaveFailed(
+                f"the checkpoint of step {step} could not be written ({errors[0]}); free space in {checkpoints}"
+            )
+        return [done for done, _ in every]
+
+    agreed(lambda: begin() if world.is_main else None)
+    parts = agreed(lambda: _write_rank(partial, world.rank, owned))
+    agreed(lambda: _commit(partial, final, parts, meta, step, world.size) if world.is_main else None)
     return final
 
 
@@ -91,10 +102,13 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     wrong = []
     for name, expected in files[share[0] :: share[1]]:
         path = folder / name
-        if not path.is_file():
+        try:
+            if _sha256(path) != expected:
+                wrong.append(f"{path}: its content is not what was written")
+        except FileNotFoundError:
             wrong.append(f"{path}: is missing")
-        elif _sha256(path) != expected:
-            wrong.append(f"{path}: its content is not what was written")
+        except OSError as error:
+            wrong.append(f"{path}: cannot be read ({error.strerror})")
     return wrong
 
 
@@ -133,14 +147,14 @@ class Reader:
             CorruptCheckpoint: a part of the range is nowhere.
         """
         pieces, at = [], start
-        for begin, end, file, tensor in sorted(self._ranges[name, key]):
+        for begin, end, file, tensor in sorted(self._ranges.get((name, key), [])):
             if begin <= at < end and at < stop:
                 upto = min(end, stop)
                 pieces.append(self._file(file).get_slice(tensor)[at - begin : upto - begin])
                 at = upto
         if at < stop:
             raise CorruptCheckpoint(f"{self.folder}: elements {at} to {stop} of {key} of {name} are not in it")
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.zeros(0)])
 
     def parameter(self, name: str) -> torch.Tensor:
         """One whole parameter in its shape."""
@@ -157,7 +171,8 @@ class Reader:
         if world.device.type == "cuda" and "cuda" in tensors:
             torch.cuda.set_rng_state(tensors["cuda"], world.device)
         state = tensors["numpy"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", state[:-1], int(state[-1])))  # pyright: ignore[reportArgumentType]
+        has_gauss, cached = tensors["numpy_gauss"].tolist()  # randn makes two numbers and keeps one
+        np.random.set_state(("MT19937", state[:-1], int(state[-1]), int(has_gauss), cached))
         version, words, gauss = json.loads(tensors["python"].numpy().tobytes())
         random.setstate((version, tuple(words), gauss))
 
@@ -188,8 +203,7 @@ def _write_rank(folder: Path, rank: int, owned: Iterable[Owned]) -> dict[str, An
         for key, value in part.tensors.items():
             label = str(len(tensors))
             tensors[label] = value.cpu().contiguous()
-            is_range = value.numel() == part.stop - part.start and key != "step"
-            begin, end = (part.start, part.stop) if is_range else (0, value.numel())
+            begin, end = (0, 1) if key.startswith(SCALAR) else (part.start, part.stop)
             ranges.append((file, label, part.name, key, begin, end))
     save_file(tensors, folder / file)
     save_file(_rng_state(), folder / rng)
@@ -197,13 +211,14 @@ def _write_rank(folder: Path, rank: int, owned: Iterable[Owned]) -> dict[str, An
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    name, words, position, *_ = np.random.get_state()
+    name, words, position, *gauss = np.random.get_state()
     assert name == "MT19937", "numpy's global generator has always been this one"
     assert not isinstance(words, str)
     python = json.dumps(random.getstate()).encode()
     state = {
         "torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(np.append(words.astype(np.int64), position)),
+        "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
         "python": torch.frombuffer(bytearray(python), dtype=torch.uint8),
     }
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.training.checkpoint import Reader, newest_valid
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
+TRAINED_BY = "Trained with preference pairs by dpo-orchestrator."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,7 +40,7 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
             )
     if out.is_file():
         raise UserError("OUT", str(out), "is a file", "choose a new folder")
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
+    if out.exists() and any(out.iterdir()) and not _is_export(out):
         raise UserError("OUT", str(out), "is a folder with other things in it", "choose a new folder")
     reader = Reader(checkpoint)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run_dir.tokenizer), dtype=DTYPES[dtype])
@@ -58,11 +60,18 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
     return out
 
 
+def _is_export(folder: Path) -> bool:
+    """Whether a folder is ours to replace: a user's own model has a config.json as well."""
+    card = folder / "README.md"
+    return card.is_file() and TRAINED_BY in card.read_text()
+
+
 def _last_metrics(run_dir: RunDir) -> dict[str, Any]:
     last: dict[str, Any] = {}
     if run_dir.metrics.is_file():
         for line in run_dir.metrics.read_text().splitlines():
-            last |= json.loads(line)
+            with suppress(ValueError):  # half a line of a run that was killed
+                last |= json.loads(line)
     return last
 
 
@@ -94,7 +103,7 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
     measured = {name: f"{metrics[name]:.4f}" for name in wanted if name in metrics}
     return (
         f"---\nlibrary_name: transformers\n{hub_base}tags:\n- dpo\n- dpo-orchestrator\n---\n\n# {spec.run.name}\n\n"
-        "Trained with preference pairs by dpo-orchestrator.\n\n| | |\n|---|---|\n"
+        f"{TRAINED_BY}\n\n| | |\n|---|---|\n"
         + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
         + "\n## Last measured\n\n| metric | value |\n|---|---|\n"
         + "".join(f"| {key} | {value} |\n" for key, value in measured.items())

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -53,8 +54,9 @@ class LocalSession:
         beat = {"step": step, "phase": phase, "time": time.time(), "pid": os.getpid(), "host": os.uname().nodename}
         path = self.run_dir.logs / f"heartbeat_{self.rank:05d}.json"
         partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(beat))  # no fsync: it says what happens now, and need not survive a crash
-        os.replace(partial, path)
+        with suppress(OSError):  # a full disk is for the checkpoint to report
+            partial.write_text(json.dumps(beat))  # no fsync: it says what happens now, and need not survive a crash
+            os.replace(partial, path)
 
     def committed(self, step: int, path: Path) -> None:
         return None

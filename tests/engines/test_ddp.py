@@ -240,7 +240,7 @@ def test_every_parameter_is_owned_once_whole_under_its_name() -> None:
         assert (part.shape, part.start, part.stop) == (tuple(tensor.shape), 0, tensor.numel())
         assert torch.equal(part.tensors["param"].view(part.shape), tensor)
         is_frozen = name == "model.embed_tokens.weight"
-        assert set(part.tensors) == ({"param"} if is_frozen else {"param", "exp_avg", "exp_avg_sq", "step"})
+        assert set(part.tensors) == ({"param"} if is_frozen else {"param", "exp_avg", "exp_avg_sq", "scalar:step"})
 
 
 def test_a_frozen_parameter_is_restored_too(tmp_path: Path) -> None:
