@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 from orchestrator.data.collate import AdaptedCollator, CollateContext, Counts, PairBatch, PreferenceCollator
@@ -29,8 +29,8 @@ class Loader:
     def __init__(self, pairs: Pairs, order: Order, collator: PreferenceCollator | AdaptedCollator) -> None:
         self.pairs, self.order, self.collator = pairs, order, collator
 
-    def steps(self, pairs_seen: int, step: int) -> Iterator[StepBatches]:
-        """Every step from a position on, without end. `step`: optimizer steps taken before."""
+    def steps(self, pairs_seen: int, step: int) -> Generator[StepBatches]:
+        """Every step from a position on, without end; close it. `step`: optimizer steps taken before."""
         made = self._steps(pairs_seen, step)
         return made if isinstance(self.collator, AdaptedCollator) else _prefetched(made)
 
@@ -39,7 +39,7 @@ class Loader:
         context = self._context(step, self.order.pairs, int(self.order.costs.sum()))
         return self.order.whole(), lambda micro: self._collate(micro, context)
 
-    def _steps(self, pairs_seen: int, step: int) -> Iterator[StepBatches]:
+    def _steps(self, pairs_seen: int, step: int) -> Generator[StepBatches]:
         while True:
             step += 1
             plan = self.order.plan(pairs_seen)
@@ -64,7 +64,7 @@ class Loader:
         return CollateContext(self.order.rank, self.order.world_size, step, pairs, tokens)
 
 
-def _prefetched(steps: Iterator[StepBatches]) -> Iterator[StepBatches]:
+def _prefetched(steps: Iterator[StepBatches]) -> Generator[StepBatches]:
     """The same steps, made in a thread a little ahead of their use; the thread ends with the iterator."""
     ready: queue.Queue[StepBatches | BaseException] = queue.Queue(PREFETCHED_STEPS)
     stop = threading.Event()
@@ -86,7 +86,8 @@ def _prefetched(steps: Iterator[StepBatches]) -> Iterator[StepBatches]:
         except BaseException as error:  # handed to the consumer, who raises it
             put(error)
 
-    threading.Thread(target=produce, name="loader", daemon=True).start()
+    thread = threading.Thread(target=produce, name="loader", daemon=True)
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -95,3 +96,4 @@ def _prefetched(steps: Iterator[StepBatches]) -> Iterator[StepBatches]:
             yield item
     finally:
         stop.set()
+        thread.join()  # a thread that is inside torch when the interpreter ends aborts the process

@@ -90,5 +90,5 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
             forward(signal.SIGKILL, None)
         time.sleep(POLL_S)
-    codes = [process.returncode for process in processes]
-    return next((code for code in codes if code not in (0, 3) and code > 0), next((code for code in codes if code), 0))
+    codes = [code if code >= 0 else 1 for code in (process.returncode for process in processes)]  # below 0: a signal
+    return next((code for code in codes if code not in (0, 3)), max(codes))

@@ -2,6 +2,8 @@
 
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,13 +113,19 @@ class Trainer:
 
     def fit(self) -> Ended:
         """Train from the present position to the end, or until someone asks to stop. The same on every rank."""
-        callbacks = self.callbacks
         self._update_state()
-        callbacks.fire("on_train_begin")
+        self.callbacks.fire("on_train_begin")
         if self.step == 0:
             self.evaluate()
+        with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
+            self._train(steps)
+        return self._end()
+
+    def _train(self, steps: Iterator[StepBatches]) -> None:
+        """Take steps until the last one, or until someone asks to stop."""
+        callbacks = self.callbacks
         epoch, skipped = -1, 0
-        for made in self.loader.steps(self.pairs_seen, self.step):
+        for made in steps:
             if self.is_over or self.stopping or self.finishing:
                 break
             if made.epoch != epoch:
@@ -145,7 +153,6 @@ class Trainer:
                 self._after_update(sums)
             if self.pairs_seen % len(self.loader.pairs) == 0:
                 callbacks.fire("on_epoch_end")
-        return self._end()
 
     def _after_update(self, sums: torch.Tensor) -> None:
         """Count the step that was taken, and do what the schedule says for it: log, then evaluate, then save."""
