@@ -247,12 +247,16 @@ class Trainer:
         """Evaluate once per step at most; what callbacks then ask (early stopping, a save) acts at once."""
         if self.eval_loader is not None and self.evaluated_at != self.step:
             self.evaluated_at = self.step
-            metrics = evaluate(self.engine, self.eval_loader, self.world, self.session, self.step)
+            metrics = evaluate(self.engine, self.eval_loader, self.world, self.step, self._before_evaluated_batch)
             self._check_best(metrics)
             self._report(metrics)
             self.callbacks.fire("on_evaluate", metrics=metrics)
             self._remember_best(metrics)
             self._act_on(self._agree()._replace(evaluate=False))
+
+    def _before_evaluated_batch(self) -> None:
+        self.session.heartbeat(self.step, "evaluate")
+        self.callbacks.fire("on_prediction_step")
 
     def save(self) -> None:
         """Commit a checkpoint of this step, once."""

@@ -1,6 +1,5 @@
 """Evaluation is exact: every pair once, however it is dealt to ranks and micro-batches."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,22 +28,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     return tokenized_pairs(data, "train", tokenizer(), folder)
 
 
-class Quiet:
-    """A session that counts its heartbeats."""
-
-    def __init__(self) -> None:
-        self.beats: list[tuple[int, str]] = []
-
-    def heartbeat(self, step: int, phase: str) -> None:
-        self.beats.append((step, phase))
-
-    def committed(self, step: int, path: Path) -> None: ...
-
-    def stop_requested(self) -> str | None: ...
-
-    def deadline(self) -> float | None: ...
-
-
 def loader(pairs: Pairs, world: World, micro_batch_size: int) -> Loader:
     order = Order(pairs.lengths, 4, world.rank, world.size, 7, micro_batch_size)
     return Loader(pairs, order, PreferenceCollator(PAD, data_spec()))
@@ -61,7 +44,7 @@ def engine() -> DdpEngine:
 
 
 def evaluated(engine: DdpEngine, pairs: Pairs, world: World, micro_batch_size: int) -> dict[str, float]:
-    return evaluate(engine, loader(pairs, world, micro_batch_size), world, Quiet(), 3)
+    return evaluate(engine, loader(pairs, world, micro_batch_size), world, 3)
 
 
 def without_time(metrics: dict[str, float]) -> dict[str, float]:
@@ -93,7 +76,7 @@ def test_ranks_change_nothing(engine: DdpEngine, pairs: Pairs, whole: dict[str, 
         assert without_time(found) == pytest.approx(without_time(whole), rel=1e-10)
 
 
-def test_every_micro_batch_has_its_heartbeat(engine: DdpEngine, pairs: Pairs) -> None:
-    session = Quiet()
-    evaluate(engine, loader(pairs, ALONE, 4), ALONE, session, 3)
-    assert session.beats == [(3, "evaluate")] * 3
+def test_each_micro_batch_is_announced(engine: DdpEngine, pairs: Pairs) -> None:
+    announced: list[None] = []
+    evaluate(engine, loader(pairs, ALONE, 4), ALONE, 3, lambda: announced.append(None))
+    assert len(announced) == 3

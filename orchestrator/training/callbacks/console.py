@@ -43,6 +43,12 @@ class ConsoleCallback(TrainerCallback):
             self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
             self.progress.start()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._show_phase("train")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._show_phase("evaluate")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress:
             self.progress.update(self.task, completed=state.global_step)
@@ -72,6 +78,10 @@ class ConsoleCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress:
             self.progress.stop()
+
+    def _show_phase(self, phase: str) -> None:
+        if self.progress:
+            self.progress.update(self.task, description=phase)
 
     def _say(self, line: str) -> None:
         if self.progress:
