@@ -6,7 +6,7 @@ python="${PYTHON:-python3}"
   echo "error: $("$python" --version) is too old: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2
   exit 2
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -x .venv/bin/pip ] || "$python" -m venv .venv
 # shellcheck source=/dev/null
 source .venv/bin/activate
 install="${INSTALL:-.}"
@@ -14,7 +14,7 @@ stamp=".venv/installed-$(echo "$install" "$(cat constraints.txt pyproject.toml)"
 if [ ! -e "$stamp" ]; then
   echo "installing into .venv (about 2 GB, a few minutes)"
   # torch first: with it in place, no other package draws in a build of its own choice
-  pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-  pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$install"
+  python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+  python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$install"
   touch "$stamp"
 fi

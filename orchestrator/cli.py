@@ -58,7 +58,7 @@ def debug(args: argparse.Namespace) -> int:
     if args.nproc > 1 and "RANK" not in os.environ:
         command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings]
         code = here.debug_ranks(spec, args.nproc, command)
-        result = here.finished_already(here.RunDir(spec.run_dir)) if code == DONE else None
+        result = here.last_result(here.RunDir(spec.run_dir)) if code in (DONE, STOPPED) else None
         return _say_how_it_ended(spec, result) if result else code
     result = here.debug(spec)
     if os.environ.get("WORLD_SIZE", "1") != "1":  # a rank: whoever started it says how it ended

@@ -19,20 +19,23 @@ class World:
     device: torch.device
 
     @classmethod
-    def join(cls, timeout_s: int) -> "World":
+    def join(cls, timeout_s: int, use_gpu: bool | None = None) -> "World":
         """Take the ranks from an initialised process group, else from torchrun's environment, else be alone.
 
         timeout_s: seconds after which a collective that a peer never enters raises here.
+        use_gpu: where it is not said, GPUs are used if this machine has one for each of its ranks.
         """
-        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if use_gpu is None:
+            use_gpu = local_size <= torch.cuda.device_count()
+        device = torch.device("cpu")
+        if use_gpu:
+            device = torch.device(
+                "cuda", local_rank % torch.cuda.device_count()
+            )  # Ray may show each worker only its own
             torch.cuda.set_device(device)
-        else:
-            device = torch.device("cpu")
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
         if not dist.is_initialized():
             return cls(0, 1, local_rank, device)
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)

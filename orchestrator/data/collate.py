@@ -37,7 +37,7 @@ class PairBatch(NamedTuple):
     ref_logps: torch.Tensor | None  # [2B] the reference's log-probs where they are known already
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on another device; copies do not block."""
+        """The same batch on another device; copies from pinned memory do not block."""
         return PairBatch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # pyright: ignore
 
     @property
@@ -54,7 +54,7 @@ class CollateContext:
 
     rank: int
     world_size: int
-    step: int  # the optimizer step being made, from 1; at evaluation the steps taken so far
+    step: int  # the step being made, from 1 (one more after each that fp16 skipped); at evaluation the steps taken
     global_pairs: int  # pairs of the global batch (at evaluation: of the data set)
     global_tokens: int  # tokens of both sequences of those pairs, as tokenised and truncated by data.max_length
 

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from orchestrator.data.order import Integers
-from orchestrator.settings.load import looks_local
+from orchestrator.settings.load import DATA_SUFFIXES, looks_local
 from orchestrator.settings.spec import DataSpec, UserError
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ class Pairs:
     def __init__(self, folder: Path) -> None:
         self.identity = folder.name  # hash of rows, tokenizer and truncation
         meta = json.loads((folder / "meta.json").read_text())
-        self.source: str = meta["source"]
         self.dropped: dict[str, int] = meta["dropped"]
         self.largest_id: int = meta["largest_id"]
         self.row_numbers: Integers = np.load(folder / "rows.npy")
@@ -168,12 +167,14 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _open_source(key: str, source: str, split: Split) -> tuple[Iterable[tuple[int, Any]], str]:
     """(row number, row) of a source, and a hash of its content."""
-    if source.endswith((".jsonl", ".json")):
+    identity = None
+    if source.endswith(DATA_SUFFIXES):
         with open(source, "rb") as file:
             identity = hashlib.file_digest(file, "sha256").hexdigest()
-        return _json_rows(key, source), identity
+    if source.endswith((".jsonl", ".json")):
+        return _json_rows(key, source), str(identity)
     rows = _with_datasets(key, source, split)
-    return enumerate(rows, 1), rows._fingerprint
+    return enumerate(rows, 1), identity or rows._fingerprint  # of a single file `datasets` would hash its date too
 
 
 def _json_rows(key: str, source: str) -> Iterator[tuple[int, Any]]:

@@ -13,9 +13,7 @@ from orchestrator.data.collate import PairBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = (
-    2**26
-)  # logits alive at once (256 MB in fp32); a chunk beyond the first is recomputed in the backward pass
+CHUNK_LOGITS = 2**26  # logits alive at once (256 MB in fp32); what needs more chunks is recomputed in the backward pass
 
 
 class TokenTerms(NamedTuple):

@@ -6,14 +6,18 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 from orchestrator.settings.spec import RunSpec
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import RunResult, finished_already, prepare, run
+from orchestrator.training.worker import RunResult, finished_already, last_result, prepare, run
 from orchestrator.world import World
 
+__all__ = ["RunDir", "debug", "debug_ranks", "last_result"]
+
 POLL_S = 0.1
+OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"  # tells a rank that the process that started it holds the run directory
 GRACE_S = 10.0  # seconds that other ranks get to end after one has failed
 
 
@@ -40,11 +44,17 @@ def debug(spec: RunSpec) -> RunResult:
 def _as_rank(spec: RunSpec, run_dir: RunDir) -> RunResult:
     world = World.join(spec.cluster.collective_timeout_s)
     try:
-        if world.is_main:
-            run_dir.check(spec)
-            run_dir.begin(spec)
-        world.gather(None)  # the directory exists
-        return run(spec, world, LocalSession(run_dir, world.rank))
+        with ExitStack() as held:
+            done = None
+            if world.is_main:
+                if OWNED not in os.environ:
+                    held.enter_context(run_dir.owned())
+                run_dir.check(spec)
+                done = finished_already(run_dir)
+                if done is None:
+                    run_dir.begin(spec)
+            done = world.gather(done)[0]  # the directory exists
+            return done or run(spec, world, LocalSession(run_dir, world.rank))
     finally:
         world.leave()
 
@@ -63,7 +73,8 @@ def debug_ranks(spec: RunSpec, ranks: int, command: list[str]) -> int:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), OWNED: "1"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
         shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         processes = [
@@ -91,4 +102,6 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
             forward(signal.SIGKILL, None)
         time.sleep(POLL_S)
     codes = [code if code >= 0 else 1 for code in (process.returncode for process in processes)]  # below 0: a signal
+    if 2 in codes:  # a refusal is the reason; its peers died of it
+        return 2
     return next((code for code in codes if code not in (0, 3)), max(codes))

@@ -1,9 +1,12 @@
 """RunSpec -> Ray Train: start or join a cluster, run the worker on every rank, resume it when workers die."""
 
+import atexit
+import functools
 import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -93,11 +96,12 @@ def _fit(spec: RunSpec, run_dir: RunDir) -> Exception | None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    _check_cluster_size(spec)  # before each attempt: a node may have gone
     resources = _resources(spec)
     use_gpu = resources.get("GPU", 0) > 0
     trainer = TorchTrainer(
         worker_loop,
-        train_loop_config={"spec": spec.model_dump(mode="json"), "cwd": os.getcwd()},
+        train_loop_config={"spec": spec.model_dump(mode="json"), "cwd": os.getcwd(), "use_gpu": use_gpu},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=spec.cluster.num_workers,
@@ -134,7 +138,7 @@ def worker_loop(config: dict[str, Any]) -> None:
         sys.path.insert(0, config["cwd"])  # the user's callbacks and collators
     spec = make_spec(config["spec"])
     run_dir = RunDir(spec.run_dir)
-    world = World.join(spec.cluster.collective_timeout_s)
+    world = World.join(spec.cluster.collective_timeout_s, config["use_gpu"])
     with open(rank_log(run_dir, world.rank), "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         logging.basicConfig(stream=log, level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         try:
@@ -222,26 +226,32 @@ def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
 
 @contextmanager
 def _cluster(spec: RunSpec) -> Iterator[None]:
-    """A cluster that is large enough: the one at RAY_ADDRESS, or one of our own on this machine, closed afterwards."""
-    joined = os.environ.get("RAY_ADDRESS")
-    with tempfile.TemporaryDirectory(prefix="orchestrator-") as private:
-        if not joined:
-            os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
-            if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
-                token = Path(private) / "token"  # the folder is 0700; Ray's own default is readable by the world
-                token.touch(mode=0o600)
-                token.write_text(secrets.token_hex(32))
-                os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
+    """The cluster at RAY_ADDRESS, or one of our own on this machine; left or closed afterwards."""
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    options: Any = {} if joined else {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
+    if not joined:
+        os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
+        if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that its default will change
+    import ray
 
-        options: Any = {} if joined else {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-        try:
-            _check_cluster_size(spec)
-            yield
-        finally:
-            ray.shutdown()
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@functools.cache  # Ray reads it once in a process
+def _token_file() -> Path:
+    """A token that only this user can read, until this process ends; Ray's own default is readable by the world."""
+    folder = Path(tempfile.mkdtemp(prefix="orchestrator-"))  # 0700
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return token
 
 
 def _check_cluster_size(spec: RunSpec) -> None:
@@ -252,7 +262,8 @@ def _check_cluster_size(spec: RunSpec) -> None:
     deadline = time.monotonic() + (CLUSTER_WAIT_S if os.environ.get("RAY_ADDRESS") else 0)
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fits = sum(int(min(node.get(name, 0) // amount for name, amount in wanted.items() if amount)) for node in nodes)
+        per_node = [int(min(node.get(name, 0) // n for name, n in wanted.items() if n)) for node in nodes]
+        fits = _placeable(per_node, spec.cluster.placement)
         if fits >= spec.cluster.num_workers:
             return
         if time.monotonic() > deadline:
@@ -260,7 +271,16 @@ def _check_cluster_size(spec: RunSpec) -> None:
         time.sleep(0.5)
     asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
     there = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in wanted) for node in nodes)
-    raise _too_small(spec, f"{asked} each, and the cluster's nodes have {there}", fits)
+    raise _too_small(spec, f"{asked} each, placed {spec.cluster.placement}, and the cluster's nodes have {there}", fits)
+
+
+def _placeable(per_node: list[int], placement: str) -> int:
+    """How many workers a cluster holds under Ray's placement strategies, given how many each node would hold."""
+    if placement == "STRICT_PACK":
+        return max(per_node, default=0)
+    if placement == "STRICT_SPREAD":
+        return sum(1 for fits in per_node if fits)
+    return sum(per_node)
 
 
 @contextmanager

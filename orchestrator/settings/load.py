@@ -13,7 +13,7 @@ from yaml import YAMLError
 from orchestrator.settings.spec import RunSpec, UserError, explain
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-# Settings that hold a path; the last four may be hub names instead, the first two are always folders of ours.
+# Settings that hold a path: always folders of ours, and what may be a hub name instead.
 FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path")
 PATH_KEYS = ("model.path", "model.tokenizer", "reference.path", "data.train", "data.eval")
 

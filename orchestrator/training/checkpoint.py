@@ -26,6 +26,7 @@ from orchestrator.world import World
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+RngState = dict[str, torch.Tensor]
 
 
 class CorruptCheckpoint(Exception):
@@ -41,9 +42,17 @@ class SaveFailed(OSError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
-def save(checkpoints: Path, step: int, owned: Iterable[Owned], meta: dict[str, Any], world: World) -> Path:
+def save(
+    checkpoints: Path,
+    step: int,
+    owned: Iterable[Owned],
+    meta: dict[str, Any],
+    world: World,
+    rng: RngState | None = None,
+) -> Path:
     """Write a checkpoint, every rank its part; it is committed when this returns on all ranks.
 
+    rng: this rank's random state to keep; the present one when not given.
     A crash at any moment leaves either no manifest, and so no checkpoint, or a whole one.
 
     Raises:
@@ -72,16 +81,31 @@ def save(checkpoints: Path, step: int, owned: Iterable[Owned], meta: dict[str, A
         return [done for done, _ in every]
 
     agreed(lambda: begin() if world.is_main else None)
-    parts = agreed(lambda: _write_rank(partial, world.rank, owned))
+    parts = agreed(lambda: _write_rank(partial, world.rank, owned, rng or rng_state()))
     agreed(lambda: _commit(partial, final, parts, meta, step, world.size) if world.is_main else None)
     return final
 
 
 def retain(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints; rank zero alone. The manifest goes first."""
-    for folder in committed(checkpoints)[keep:]:
-        (folder / MANIFEST).unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete all but the newest `keep` committed checkpoints, and what crashes have left; rank zero alone.
+
+    The manifest goes first, so that a deletion cut short leaves no half checkpoint.
+    """
+    kept = committed(checkpoints)[:keep]
+    for folder in checkpoints.glob("step_*"):
+        if folder not in kept:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(checkpoints: Path, valid: Path | None) -> None:
+    """Let the committed checkpoints newer than `valid` (all, if None) count no more; rank zero alone.
+
+    They are corrupt. Left in place they would still be the newest, and `retain` would delete new ones for them.
+    """
+    for folder in committed(checkpoints):
+        if valid is None or folder.name > valid.name:
+            (folder / MANIFEST).rename(folder / "manifest.corrupt.json")
 
 
 def committed(checkpoints: Path) -> list[Path]:
@@ -97,6 +121,8 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = sorted(manifest["files"].items())
+        if manifest["format"] != FORMAT:
+            return [f"{folder / MANIFEST}: has format {manifest['format']}, this version reads {FORMAT}"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder / MANIFEST}: cannot be read ({type(error).__name__})"]
     wrong = []
@@ -192,7 +218,7 @@ def seed_everything(seed: int) -> None:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def _write_rank(folder: Path, rank: int, owned: Iterable[Owned]) -> dict[str, Any]:
+def _write_rank(folder: Path, rank: int, owned: Iterable[Owned], rng_now: RngState) -> dict[str, Any]:
     """Write one rank's tensors and random state; returns their index entries and hashes."""
     file, rng = f"rank_{rank:05d}.safetensors", f"rng_{rank:05d}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
@@ -206,11 +232,12 @@ def _write_rank(folder: Path, rank: int, owned: Iterable[Owned]) -> dict[str, An
             begin, end = (0, 1) if key.startswith(SCALAR) else (part.start, part.stop)
             ranges.append((file, label, part.name, key, begin, end))
     save_file(tensors, folder / file)
-    save_file(_rng_state(), folder / rng)
+    save_file(rng_now, folder / rng)
     return {"shapes": shapes, "ranges": ranges, "files": {name: _synced_sha256(folder / name) for name in (file, rng)}}
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
+def rng_state() -> RngState:
+    """The random state of this process: torch (CPU and GPU), numpy, Python."""
     name, words, position, *gauss = np.random.get_state()
     assert name == "MT19937", "numpy's global generator has always been this one"
     assert not isinstance(words, str)

@@ -50,10 +50,10 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in run_dir.tokenizer.iterdir():
+    model.save_pretrained(partial)
+    for file in run_dir.tokenizer.iterdir():  # after it: save_pretrained writes a generation config of defaults
         if file.name != "config.json":
             shutil.copy(file, partial)
-    model.save_pretrained(partial)
     (partial / "README.md").write_text(_card(load_spec(run_dir.config), reader.meta, _last_metrics(run_dir)))
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)

@@ -5,8 +5,6 @@ import torch
 from orchestrator.dpo.step import METRICS
 from orchestrator.world import World
 
-LOSS, TOKENS = METRICS.index("loss"), METRICS.index("num_tokens")
-
 
 class MetricSums:
     """Accumulates StepOutput.metric_sums without ever waiting for the device."""

@@ -71,6 +71,7 @@ class Trainer:
         self.window = MetricSums(self.world)  # since the last log
         self.last: Updated | None = None
         self.evaluated_at = self.saved_at = -1
+        self.rng: checkpoint.RngState | None = None  # before the step under way; what it has drawn will be drawn again
         self.stopping = False  # asked from outside: save, and be resumed later
         self.finishing = False  # asked by a callback: this is the end of training
 
@@ -94,6 +95,7 @@ class Trainer:
         self.engine.set_state(meta["engine"])
         self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
         self.evaluated_at, self.saved_at = meta["evaluated_at"], self.step
+        self.finishing = meta["finishing"]  # a callback had ended training when the process died
         self.window.restore(meta["window"])
         if self.world.is_main:
             self.callbacks.restore(meta["callbacks"])
@@ -125,9 +127,9 @@ class Trainer:
         """Take steps until the last one, or until someone asks to stop."""
         callbacks = self.callbacks
         epoch, skipped = -1, 0
-        for made in steps:
-            if self.is_over or self.stopping or self.finishing:
-                break
+        while not (self.is_over or self.stopping or self.finishing):
+            self.rng = checkpoint.rng_state()
+            made = next(steps)
             if made.epoch != epoch:
                 epoch = made.epoch
                 callbacks.fire("on_epoch_begin")
@@ -144,7 +146,7 @@ class Trainer:
 
             callbacks.fire("on_pre_optimizer_step")
             self.last = self.engine.optimizer_step(apply=not asked.non_finite)
-            self.pairs_seen = made.pairs_seen
+            self.pairs_seen, self.rng = made.pairs_seen, None
             if asked.non_finite:
                 skipped += 1
                 self._check_skipped(skipped)
@@ -223,9 +225,10 @@ class Trainer:
         """fp16 lowers its loss scale and goes on; a non-finite gradient in any other precision is the end."""
         if self.precision == "fp16" and in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
+        fp32 = " or precision=fp32" if self.precision in ("bf16", "fp16") else ""
         raise TrainingError(
             f"step {self.step + 1} (rank {self.world.rank}): the gradient is not finite after pair {self.pairs_seen}; "
-            f"lower optimizer.lr or training.max_grad_norm, or resume from the last checkpoint with precision=fp32"
+            f"choose another run.name with a lower optimizer.lr{fp32}"
         )
 
     # --- what is done between steps ------------------------------------------------------------------------------
@@ -269,12 +272,13 @@ class Trainer:
             "pairs_seen": self.pairs_seen,
             "tokens_seen": self.tokens_seen,
             "evaluated_at": self.evaluated_at,
+            "finishing": self.finishing,
             "window": window,
             "callbacks": self.callbacks.exported(),
             "data": self.loader.pairs.identity,
             "spec": self.spec.model_dump(mode="json"),
         }
-        path = checkpoint.save(self.run_dir.checkpoints, self.step, self.engine.owned(), meta, self.world)
+        path = checkpoint.save(self.run_dir.checkpoints, self.step, self.engine.owned(), meta, self.world, self.rng)
         self.saved_at = self.step
         self.session.committed(self.step, path)
         if self.world.is_main:

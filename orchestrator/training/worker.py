@@ -20,7 +20,7 @@ from orchestrator.models.policy import build_policy, check_fit, load_config, loa
 from orchestrator.models.reference import build_reference, check_reference
 from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training import checkpoint
-from orchestrator.training.callbacks import Callbacks, build_callbacks, training_args, user_callbacks
+from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
 from orchestrator.training.export import export
 from orchestrator.training.health import Session
 from orchestrator.training.rundir import RunDir
@@ -63,7 +63,7 @@ def prepare(spec: RunSpec) -> Prepared:
     sources = [("data.train", spec.data.train)] + ([("data.eval", spec.data.eval)] if spec.data.eval else [])
     for key, source in sources:
         check_source(key, source)
-    user_callbacks(spec)
+    check_callbacks(spec)
     if spec.data.collator:
         AdaptedCollator(spec.data.collator)
     check_optim(spec.optimizer, spec.scheduler)
@@ -118,6 +118,8 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     found, complaints = checkpoint.newest_valid(run_dir.checkpoints, world)
     for line in complaints if world.is_main else []:
         logger.warning("%s; an older checkpoint is used", line)
+    if complaints and world.is_main:
+        checkpoint.set_aside(run_dir.checkpoints, found)
     if found is not None:
         trainer.resume(checkpoint.Reader(found))
     elif world.is_main:
@@ -207,7 +209,15 @@ def _quiet() -> None:
 
 def finished_already(run_dir: RunDir) -> RunResult | None:
     """The result of a run that is complete, so that the same command again does nothing."""
-    if not (run_dir.result.is_file() and run_dir.model.is_dir()):
+    result = last_result(run_dir)
+    if result is None or result.status != "finished":
         return None
-    result = RunResult(**json.loads(run_dir.result.read_text()))
-    return result if result.status == "finished" and Path(result.checkpoint).is_dir() else None
+    return result if run_dir.model.is_dir() and Path(result.checkpoint).is_dir() else None
+
+
+def last_result(run_dir: RunDir) -> RunResult | None:
+    """How the last attempt ended, if it came to an end."""
+    if not run_dir.result.is_file():
+        return None
+    result = json.loads(run_dir.result.read_text())
+    return RunResult(**result) if result["status"] in ("finished", "stopped") else None

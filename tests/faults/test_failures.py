@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from support import losses, orchestrator, rows, write_jsonl, write_settings
+from support import TINY_MODEL, losses, orchestrator, rows, write_jsonl, write_settings
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
@@ -54,3 +54,50 @@ def test_other_rows_under_the_same_name_are_refused(tmp_path: Path) -> None:
     again = orchestrator("debug", settings)
     assert again.returncode == 2
     assert "not those that this run was started with" in again.stderr
+
+
+DRAWS = """
+from transformers import TrainerCallback
+
+class StopsOnce(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            open(args.output_dir + "/STOP", "w").close()
+
+class Ends(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+        return True  # not a TrainerControl: of no account
+"""
+
+
+def test_a_stopped_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
+    """A stop is agreed when the next step has drawn its dropout already; the resumed run must draw it again."""
+    (tmp_path / "my_callbacks.py").write_text(DRAWS)
+    config = {**TINY_MODEL, "attention_dropout": 0.2}
+    model = {"init": {"model_type": "qwen2", "vocab_size": 300, "config": config}, "disable_dropout": False}
+    settings = write_settings(tmp_path, model=model)
+    whole = orchestrator("debug", settings, "run.name=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    words = ["debug", settings, "run.name=stopped"]
+    first = orchestrator(*words, "callbacks=[my_callbacks:StopsOnce]", cwd=tmp_path)
+    assert first.returncode == 3, first.stderr
+    again = orchestrator(*words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    run_dirs = [tmp_path / "runs" / name for name in ("whole", "stopped")]
+    assert losses(run_dirs[0]) == losses(run_dirs[1])
+    models = [(run_dir / "model" / "model.safetensors").read_bytes() for run_dir in run_dirs]
+    assert models[0] == models[1]
+
+
+def test_the_end_that_a_callback_asked_for_survives_a_failed_export(tmp_path: Path) -> None:
+    (tmp_path / "my_callbacks.py").write_text(DRAWS)
+    settings = write_settings(tmp_path, callbacks=["my_callbacks:Ends"])
+    run_dir = tmp_path / "runs" / "tiny"
+    run_dir.mkdir(parents=True)
+    (run_dir / "model").write_text("in the way")
+    assert orchestrator("debug", settings, cwd=tmp_path).returncode != 0
+    (run_dir / "model").unlink()
+    again = orchestrator("debug", settings, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "finished after step 2 (a callback asked)" in again.stdout

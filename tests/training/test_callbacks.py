@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer_callback import ExportableState
 
 from orchestrator.settings.spec import UserError
-from orchestrator.training.callbacks import REQUESTS, Callbacks, build_callbacks, training_args, user_callbacks
+from orchestrator.training.callbacks import REQUESTS, Callbacks, build_callbacks, check_callbacks, training_args
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback, without_secrets
@@ -217,7 +217,7 @@ def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> 
 def test_a_wrong_callback_is_refused(tmp_path: Path, user_module: ModuleType, entry: Any, key: str, words: str) -> None:
     user_module.Counting, user_module.Other = Counting, dict  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=words) as caught:
-        user_callbacks(tiny_spec(tmp_path, callbacks=[entry]))
+        check_callbacks(tiny_spec(tmp_path, callbacks=[entry]))
     assert caught.value.key == key
 
 

@@ -26,6 +26,7 @@ from orchestrator.training.checkpoint import (
     retain,
     save,
     seed_everything,
+    set_aside,
     verify,
 )
 from orchestrator.world import World
@@ -339,3 +340,20 @@ def test_another_world_size_draws_anew_from_seed_step_and_rank(tmp_path: Path) -
         found.append(tuple(draws()))
     assert found[0] == found[-1]
     assert len(set(found)) == 4
+
+
+def test_a_corrupt_newest_checkpoint_does_not_make_new_ones_go(tmp_path: Path) -> None:
+    older, newer = saved(tmp_path, 2), saved(tmp_path, 20)
+    (newer / "meta.json").write_text("{}")
+    assert newest_valid(tmp_path, ALONE)[0] == older
+    set_aside(tmp_path, older)
+    made = saved(tmp_path, 5)
+    retain(tmp_path, 1)
+    assert committed(tmp_path) == [made]
+    assert not newer.exists()  # swept with the leftovers of crashes
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    manifest = saved(tmp_path, 2) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    assert "format 99" in verify(tmp_path / "step_00000002")[0]

@@ -1,6 +1,5 @@
 """Evaluation is exact: every pair once, however it is dealt to ranks and micro-batches."""
 
-
 import pytest
 import torch
 from support import rows, write_jsonl

@@ -10,8 +10,10 @@ import pytest
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 
 
-def begin(path: Path, step: int = 0) -> tuple[JsonlCallback, SimpleNamespace]:
-    callback, state = JsonlCallback(path), SimpleNamespace(global_step=step)
+def begin(path: Path, step: int = 0, resumed: bool | None = None) -> tuple[JsonlCallback, SimpleNamespace]:
+    resumed = step > 0 if resumed is None else resumed
+    history = [{"step": step}] if resumed else []  # a resumed run has its history from the checkpoint
+    callback, state = JsonlCallback(path), SimpleNamespace(global_step=step, log_history=history)
     callback.on_train_begin(None, state, None)
     return callback, state
 
@@ -81,6 +83,13 @@ def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:
     three_steps(path := tmp_path / "metrics.jsonl")
     begin(path, 0)
     assert lines(path) == []
+
+
+def test_a_run_resumed_at_step_0_keeps_its_first_evaluation(tmp_path: Path) -> None:
+    callback, state = begin(path := tmp_path / "metrics.jsonl")
+    log(callback, state, 0, eval_loss=0.7)
+    begin(path, 0, resumed=True)
+    assert lines(path) == [{"step": 0, "eval_loss": 0.7}]
 
 
 def test_a_line_that_becomes_shorter_leaves_no_rest(tmp_path: Path) -> None:

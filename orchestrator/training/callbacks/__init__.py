@@ -1,5 +1,7 @@
 """transformers.TrainerCallbacks, fired on rank zero only; what they ask for is collected here and agreed elsewhere."""
 
+import inspect
+import json
 import logging
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -130,12 +132,17 @@ class Callbacks:
             try:
                 returned = getattr(callback, event)(self.args, self.state, self.control, **self.objects, **extra)
             except Exception:
-                if getattr(callback, "essential", False):
-                    raise
-                self.callbacks.remove(callback)
-                logger.exception("%s raised in %s and is dropped; training goes on", type(callback).__name__, event)
+                self._drop(callback, event)
                 continue
-            self.control = returned if returned is not None else self.control
+            if isinstance(returned, TrainerControl):
+                self.control = returned
+
+    def _drop(self, callback: TrainerCallback, event: str) -> None:
+        """To be called where an exception is handled: it goes on only if the callback is essential."""
+        if getattr(callback, "essential", False):
+            raise
+        self.callbacks.remove(callback)
+        logger.exception("%s raised in %s and is dropped; training goes on", type(callback).__name__, event)
 
     def take_requests(self) -> list[int]:
         """What was asked since the last call, as flags in the order of REQUESTS."""
@@ -150,11 +157,13 @@ class Callbacks:
 
     def exported(self) -> dict[str, Any]:
         """States of the callbacks that keep one (transformers' ExportableState), and what TrainerState remembers."""
-        states = [
-            (type(callback).__qualname__, callback.state())
-            for callback in self.callbacks
-            if isinstance(callback, ExportableState)
-        ]
+        states: list[tuple[str, dict[str, Any]]] = []
+        for callback in list(self.callbacks):
+            if isinstance(callback, ExportableState):
+                try:
+                    states.append((type(callback).__qualname__, json.loads(json.dumps(callback.state()))))
+                except Exception:
+                    self._drop(callback, "state")
         return {
             "callbacks": states,
             "best_metric": self.state.best_metric,
@@ -184,31 +193,38 @@ def build_callbacks(spec: RunSpec, run_dir: RunDir) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [ConsoleCallback(), JsonlCallback(run_dir.metrics)]
     if spec.wandb.mode != "disabled":
         callbacks.append(WandbCallback(spec, run_dir))
-    return callbacks + user_callbacks(spec)
-
-
-def user_callbacks(spec: RunSpec) -> list[TrainerCallback]:
-    """The callbacks that the settings name, built."""
-    callbacks: list[TrainerCallback] = []
     for entry in spec.callbacks:
-        path = entry.path
-        kind = user_attribute("callbacks", path)
         try:
-            callback = kind(**entry.kwargs) if callable(kind) else kind
-        except TypeError as error:
+            made = user_attribute("callbacks", entry.path)
+            callbacks.append(made if isinstance(made, TrainerCallback) else made(**entry.kwargs))
+        except Exception as error:
+            reason = f"cannot be built ({type(error).__name__}: {error})"
+            raise UserError("callbacks", entry.path, reason, "mend its constructor, or its kwargs") from None
+    return callbacks
+
+
+def check_callbacks(spec: RunSpec) -> None:
+    """Refuse a user's callback that cannot be imported or called as the settings say, without building it.
+
+    Building is for rank zero alone: a constructor may open a file.
+    """
+    for entry in spec.callbacks:
+        kind = user_attribute("callbacks", entry.path)
+        if isinstance(kind, TrainerCallback):
+            continue
+        if not (inspect.isclass(kind) and issubclass(kind, TrainerCallback)):
             raise UserError(
-                "callbacks", path, f"cannot be built ({error})", "give its arguments as {path, kwargs}"
-            ) from None
-        if not isinstance(callback, TrainerCallback):
-            raise UserError("callbacks", path, "is not a transformers.TrainerCallback", "derive the class from it")
-        if type(callback).__name__ == "EarlyStoppingCallback" and not (
-            spec.evaluation.metric_for_best and spec.data.eval
-        ):
+                "callbacks", entry.path, "is not a transformers.TrainerCallback", "derive the class from it"
+            )
+        try:
+            inspect.signature(kind).bind(**entry.kwargs)
+        except TypeError as error:
+            reason, cure = f"cannot be built ({error})", "give its arguments as {path, kwargs}"
+            raise UserError("callbacks", entry.path, reason, cure) from None
+        if kind.__name__ == "EarlyStoppingCallback" and not (spec.evaluation.metric_for_best and spec.data.eval):
             raise UserError(
                 "evaluation.metric_for_best",
                 spec.evaluation.metric_for_best,
                 "EarlyStoppingCallback needs it, and data.eval",
                 "for example evaluation.metric_for_best=loss",
             )
-        callbacks.append(callback)
-    return callbacks

@@ -23,8 +23,8 @@ class JsonlCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        # before the first checkpoint even a line of step 0 is of an attempt that starts over
-        kept = [line for line in lines if state.global_step and _step_of(line) <= state.global_step]
+        # without a history nothing is resumed: even a line of step 0 is of an attempt that starts over
+        kept = [line for line in lines if state.log_history and _step_of(line) <= state.global_step]
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
         self._line = json.loads(kept[-1]) if kept else {}
         self._starts_at = self.path.stat().st_size - len(kept[-1].encode()) - 1 if kept else 0
