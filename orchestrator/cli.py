@@ -54,14 +54,17 @@ def debug(args: argparse.Namespace) -> int:
     """Train here, without Ray."""
     spec = _spec(args)
     from orchestrator.run import debug as here
+    from orchestrator.training.rundir import RunDir
+    from orchestrator.training.worker import last_result
+    from orchestrator.world import is_one_of_many
 
-    if args.nproc > 1 and "RANK" not in os.environ:
+    if args.nproc > 1 and not is_one_of_many():
         command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings]
         code = here.debug_ranks(spec, args.nproc, command)
-        result = here.last_result(here.RunDir(spec.run_dir)) if code in (DONE, STOPPED) else None
+        result = last_result(RunDir(spec.run_dir)) if code in (DONE, STOPPED) else None
         return _say_how_it_ended(spec, result) if result else code
     result = here.debug(spec)
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # a rank: whoever started it says how it ended
+    if is_one_of_many():  # whoever started this rank says how it ended
         return STOPPED if result.status == "stopped" else DONE
     return _say_how_it_ended(spec, result)
 

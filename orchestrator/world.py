@@ -9,6 +9,11 @@ import torch
 import torch.distributed as dist
 
 
+def is_one_of_many() -> bool:
+    """Whether torchrun, or `debug --nproc`, started this process as one rank of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its peers. At size 1 every collective is the identity and no process group is needed."""
@@ -34,7 +39,7 @@ class World:
                 "cuda", local_rank % torch.cuda.device_count()
             )  # Ray may show each worker only its own
             torch.cuda.set_device(device)
-        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not dist.is_initialized() and is_one_of_many():
             dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
         if not dist.is_initialized():
             return cls(0, 1, local_rank, device)

@@ -11,10 +11,8 @@ from contextlib import ExitStack
 from orchestrator.settings.spec import RunSpec
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import RunResult, finished_already, last_result, prepare, run
-from orchestrator.world import World
-
-__all__ = ["RunDir", "debug", "debug_ranks", "last_result"]
+from orchestrator.training.worker import RunResult, finished_already, prepare, run
+from orchestrator.world import World, is_one_of_many
 
 POLL_S = 0.1
 OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"  # tells a rank that the process that started it holds the run directory
@@ -29,7 +27,7 @@ def debug(spec: RunSpec) -> RunResult:
         TrainingError: training cannot go on.
     """
     run_dir = RunDir(spec.run_dir)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_one_of_many():
         return _as_rank(spec, run_dir)
     with run_dir.owned():
         run_dir.check(spec)
