@@ -806,7 +806,7 @@ def test_a_cluster_that_is_too_small_is_refused(tmp_path: Path) -> None:
     write(tmp_path, Given())
     words = ("train", "run.yaml", "cluster.resources.GPU=64")
     code, _, stderr = in_a_process("gpus", tmp_path, *words, limit=RAY_LIMIT_S)
-    rule = "workers need 64 GPU each, and the cluster's nodes have"
+    rule = "workers need 64 GPU each, placed PACK, and the cluster's nodes have"
     assert_refused(code, stderr, Said("cluster.num_workers", "1", rule, "lower cluster.resources"))
 
 
