@@ -91,7 +91,10 @@ def verify(args: argparse.Namespace) -> int:
     run_dir = RunDir.existing(args.run_dir)
     folders, bad = committed(run_dir.checkpoints), 0
     for folder in folders:
-        wrong = check(folder)
+        try:
+            wrong = check(folder)
+        except (UserError, OSError) as error:  # of this one; the others are still looked at
+            wrong = [str(error)]
         bad += bool(wrong)
         print(f"{folder.name}: {'; '.join(wrong) or 'whole'}")
     if not folders:

@@ -143,6 +143,11 @@ def test_verify_looks_at_every_checkpoint(run_dir: RunDir, capsys: Output) -> No
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step_00000002: whole"
     assert "meta.json: its content is not what was written" in lines[1]
+    (run_dir.checkpoints / "step_00000002" / "manifest.json").write_text('{"format": 99}')
+    assert cli.main(["verify", str(run_dir.path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "manifest.json format = 99: this version reads format 1" in lines[0]
+    assert "meta.json: its content is not what was written" in lines[1]
 
 
 def test_verify_without_a_checkpoint_or_a_run(run_dir: RunDir, tmp_path: Path, capsys: Output) -> None:

@@ -21,11 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from orchestrator.engines.base import SCALAR, Owned
+from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import write_atomically
 from orchestrator.world import World
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CORRUPT, UNREADABLE = "manifest.corrupt.json", "manifest.unreadable.json"  # names of manifests that count no more
 RngState = dict[str, torch.Tensor]
 
 
@@ -36,6 +38,10 @@ class CorruptCheckpoint(Exception):
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimizer steps lies."""
     return checkpoints / f"step_{step:08d}"
+
+
+class ReadFailed(OSError):
+    """A checkpoint could not be read this time, which says nothing about its content."""
 
 
 class SaveFailed(OSError):
@@ -93,40 +99,59 @@ def retain(checkpoints: Path, keep: int) -> None:
     """
     kept = committed(checkpoints)[:keep]
     for folder in checkpoints.glob("step_*"):
-        if folder not in kept:
+        if folder not in kept and not (folder / UNREADABLE).exists():
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside(checkpoints: Path, valid: Path | None) -> None:
-    """Let the committed checkpoints newer than `valid` (all, if None) count no more; rank zero alone.
+def set_aside(checkpoints: Path, valid: Path) -> None:
+    """Let the committed checkpoints newer than `valid`, which `newest_valid` found, count no more; rank zero alone.
 
-    They are corrupt. Left in place they would still be the newest, and `retain` would delete new ones for them.
+    Left in place they would still be the newest, and `retain` would delete new ones for them. It deletes corrupt ones,
+    but not files against which only a broken manifest speaks.
     """
     for folder in committed(checkpoints):
-        if valid is None or folder.name > valid.name:
-            (folder / MANIFEST).rename(folder / "manifest.corrupt.json")
+        if folder.name > valid.name:
+            (folder / MANIFEST).rename(folder / (UNREADABLE if _listed(folder) is None else CORRUPT))
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """Folders with a manifest, newest first; their content is not looked at."""
-    return sorted((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), reverse=True)
+    """Folders with a manifest, newest first; its content is not looked at.
+
+    Raises:
+        ReadFailed: whether there are any cannot be seen now; a glob would pass over them in silence.
+    """
+    try:
+        folders = [path for path in checkpoints.iterdir() if path.name.startswith("step_") and _is_there(path)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unread(checkpoints, error) from None
+    return sorted(folders, reverse=True)
+
+
+def _is_there(folder: Path) -> bool:
+    try:
+        (folder / MANIFEST).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a checkpoint: one line per file, empty when it is whole.
 
     share: (rank, size) looks at every size-th file, for ranks that check together.
+
+    Raises:
+        UserError: it has another format.
+        ReadFailed: a file is there and cannot be read now.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = sorted(manifest["files"].items())
-        if manifest["format"] != FORMAT:
-            return [f"{folder / MANIFEST}: has format {manifest['format']}, this version reads {FORMAT}"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{folder / MANIFEST}: cannot be read ({type(error).__name__})"]
+    files = _listed(folder)
+    if files is None:
+        return [f"{folder / MANIFEST}: is not a manifest"]
     wrong = []
-    for name, expected in files[share[0] :: share[1]]:
+    for name, expected in sorted(files.items())[share[0] :: share[1]]:
         path = folder / name
         try:
             if _sha256(path) != expected:
@@ -134,19 +159,59 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
         except FileNotFoundError:
             wrong.append(f"{path}: is missing")
         except OSError as error:
-            wrong.append(f"{path}: cannot be read ({error.strerror})")
+            raise _unread(path, error) from None
     return wrong
 
 
+def _listed(folder: Path) -> dict[str, str] | None:
+    """The files of a checkpoint and their sha256; None where its manifest is not one. Raises as `verify` does."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    except OSError as error:
+        raise _unread(path, error) from None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        return None
+    if manifest["format"] != FORMAT:
+        cure = "take the version of this program that wrote it, or choose another run.name"
+        raise UserError(f"{path} format", manifest["format"], f"this version reads format {FORMAT}", cure)
+    return manifest["files"] if isinstance(manifest.get("files"), dict) else None
+
+
+def _unread(path: Path, error: OSError) -> ReadFailed:
+    reason = error.strerror or type(error).__name__
+    return ReadFailed(f"{path} cannot be read now ({reason}); nothing was changed, try again when it can be")
+
+
 def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, checked by all ranks together, and what is wrong with newer ones."""
+    """The newest checkpoint that is whole, checked by all ranks together, and what is wrong with newer ones.
+
+    Raises:
+        UserError: a newer one has another format: to go on from an older one would lose what it holds.
+        ReadFailed: a newer one cannot be read now.
+    """
     complaints: list[str] = []
-    for folder in world.gather(committed(checkpoints) if world.is_main else None)[0]:
-        wrong = [line for lines in world.gather(verify(folder, (world.rank, world.size))) for line in lines]
+    for folder in _joined(world, lambda: committed(checkpoints) if world.is_main else []):
+        wrong = _joined(world, verify, folder, (world.rank, world.size))
         if not wrong:
             return folder, complaints
-        complaints += wrong
+        complaints += dict.fromkeys(wrong)  # every rank reads the manifest
     return None, complaints
+
+
+def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[Any]:
+    """The lists of all ranks, one after the other; what one rank raises all raise, so that none waits for it."""
+    try:
+        mine, error = part(*args), None
+    except (UserError, OSError) as failure:
+        mine, error = [], failure
+    every = world.gather((mine, error))
+    for _, error in every:
+        if error is not None:
+            raise error
+    return [item for items, _ in every for item in items]
 
 
 class Reader:

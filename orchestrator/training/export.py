@@ -25,7 +25,9 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
     is renamed into place when it is complete.
 
     Raises:
-        UserError: the run has no whole checkpoint, or `out` exists and is not an earlier export.
+        UserError: the run has no whole checkpoint, or one of another format, or `out` exists and is not an earlier
+            export.
+        ReadFailed: the newest checkpoint cannot be read now.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

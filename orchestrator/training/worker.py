@@ -83,7 +83,8 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     """Train one run on this rank, resuming where RUN_DIR has a whole checkpoint.
 
     Raises:
-        UserError: the settings or the data are wrong.
+        UserError: the settings or the data are wrong; the newest checkpoint has another format.
+        ReadFailed: the newest checkpoint cannot be read now.
         TrainingError: training cannot go on.
     """
     _quiet()
@@ -118,7 +119,7 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     found, complaints = checkpoint.newest_valid(run_dir.checkpoints, world)
     for line in complaints if world.is_main else []:
         logger.warning("%s; an older checkpoint is used", line)
-    if complaints and world.is_main:
+    if found is not None and complaints and world.is_main:
         checkpoint.set_aside(run_dir.checkpoints, found)
     if found is not None:
         trainer.resume(checkpoint.Reader(found))

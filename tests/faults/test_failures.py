@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from support import TINY_MODEL, losses, orchestrator, rows, write_jsonl, write_settings
 
 
@@ -44,6 +45,51 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert "resumed after step 6" in again.stdout
     assert losses(run_dir) == expected
     assert json.loads((run_dir / "result.json").read_text())["status"] == "finished"
+
+
+@pytest.fixture
+def ended_run(tmp_path: Path) -> tuple[Path, Path]:
+    """Settings, and the directory of their run with checkpoints of steps 2 and 4, as if it had died before its end."""
+    settings = write_settings(tmp_path, checkpoint={"every_steps": 2, "keep": 2})
+    ended = orchestrator("debug", settings)
+    assert ended.returncode == 0, ended.stderr
+    run_dir = tmp_path / "runs" / "tiny"
+    (run_dir / "result.json").unlink()
+    return settings, run_dir
+
+
+def kept(run_dir: Path) -> dict[Path, bytes]:
+    """Every file below the checkpoints that can be read, with its content."""
+    return {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
+
+
+def test_a_newer_format_is_refused_at_resume(ended_run: tuple[Path, Path]) -> None:
+    settings, run_dir = ended_run
+    manifest = run_dir / "checkpoints" / "step_00000004" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    before = kept(run_dir)
+    again = orchestrator("debug", settings)
+    assert again.returncode == 2, again.stderr
+    assert len(again.stderr.splitlines()) == 1
+    assert again.stderr.startswith(f"error: {manifest} format = 2: this version reads format 1; take the version")
+    assert kept(run_dir) == before
+
+
+def test_a_file_that_cannot_be_read_ends_the_attempt_alone(ended_run: tuple[Path, Path]) -> None:
+    settings, run_dir = ended_run
+    path = run_dir / "checkpoints" / "step_00000004" / "meta.json"
+    path.rename(run_dir / "meta.json")
+    path.symlink_to(path)  # opening it fails, for root as well
+    before = kept(run_dir)
+    failed = orchestrator("debug", settings)
+    assert failed.returncode == 1, failed.stderr
+    assert failed.stderr.startswith(f"error: {path} cannot be read now (Too many levels of symbolic links); ")
+    assert len(failed.stderr.splitlines()) == 1
+    assert kept(run_dir) == before
+    (run_dir / "meta.json").rename(path)
+    again = orchestrator("debug", settings)
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step 4" in again.stdout
 
 
 def test_other_rows_under_the_same_name_are_refused(tmp_path: Path) -> None:

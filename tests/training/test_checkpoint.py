@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 from tiny import ALONE, on_ranks
 
 from orchestrator.engines.base import Owned
+from orchestrator.settings.spec import UserError
 from orchestrator.training import checkpoint as module
 from orchestrator.training.checkpoint import (
     MANIFEST,
     CorruptCheckpoint,
     Reader,
+    ReadFailed,
     SaveFailed,
     committed,
     newest_valid,
@@ -165,6 +167,17 @@ BREAKS = {
     "a manifest of something else": lambda folder: (folder / MANIFEST).write_text("[1]"),
     "a manifest without files": lambda folder: (folder / MANIFEST).write_text('{"files": null}'),
 }
+
+
+def unreadable(path: Path) -> None:
+    """Opening it fails with ELOOP, for root as well; its content is kept."""
+    path.rename(path.with_suffix(".kept"))
+    path.symlink_to(path)
+
+
+def readable(path: Path) -> None:
+    """What `unreadable` did is over."""
+    path.with_suffix(".kept").rename(path)
 
 
 @pytest.mark.parametrize("broken", BREAKS)
@@ -353,7 +366,55 @@ def test_a_corrupt_newest_checkpoint_does_not_make_new_ones_go(tmp_path: Path) -
     assert not newer.exists()  # swept with the leftovers of crashes
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
-    manifest = saved(tmp_path, 2) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
-    assert "format 99" in verify(tmp_path / "step_00000002")[0]
+@pytest.mark.parametrize("broken", [name for name in BREAKS if "manifest" in name])
+def test_an_unreadable_manifest_is_no_proof_against_the_files(tmp_path: Path, broken: str) -> None:
+    older, newer = saved(tmp_path, 2), saved(tmp_path, 20)
+    BREAKS[broken](newer)
+    assert newest_valid(tmp_path, ALONE)[0] == older
+    set_aside(tmp_path, older)
+    made = saved(tmp_path, 5)
+    retain(tmp_path, 1)
+    assert committed(tmp_path) == [made]  # it does not count, so that new ones stay
+    assert (newer / "rank_00000.safetensors").exists()
+    assert saved(tmp_path, 20) == newer
+    retain(tmp_path, 1)
+    assert committed(tmp_path) == [newer]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("files", [{"a": "b"}, None, []])
+def test_another_format_is_refused_and_never_passed_over(tmp_path: Path, ranks: int, files: Any) -> None:
+    saved(tmp_path, 2)
+    manifest = saved(tmp_path, 3) / MANIFEST
+    manifest.write_text(json.dumps({"format": 99, "files": files}))
+    for refusal in on_ranks(ranks, lambda world: newest_valid(tmp_path, world)):
+        assert isinstance(refusal, UserError)
+        assert str(refusal) == (
+            f"{manifest} format = 99: this version reads format 1; "
+            "take the version of this program that wrote it, or choose another run.name"
+        )
+    assert len(committed(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "meta.json", MANIFEST])
+def test_a_file_that_cannot_be_read_this_time_is_not_corrupt(tmp_path: Path, ranks: int, name: str) -> None:
+    saved(tmp_path, 2)
+    newer = saved(tmp_path, 3)
+    unreadable(newer / name)
+    for failure in on_ranks(ranks, lambda world: newest_valid(tmp_path, world)):
+        assert isinstance(failure, ReadFailed)
+        assert str(failure).startswith(f"{newer / name} cannot be read now (Too many levels of symbolic links); ")
+        assert "\n" not in str(failure)
+    readable(newer / name)
+    assert newest_valid(tmp_path, ALONE) == (newer, [])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, ranks: int) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    saved(checkpoints, 2)
+    unreadable(checkpoints)
+    assert all(
+        isinstance(found, ReadFailed) for found in on_ranks(ranks, lambda world: newest_valid(checkpoints, world))
+    )
