@@ -18,7 +18,7 @@ from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, optimizer_factory, scheduler_factory
 from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer
 from orchestrator.models.reference import build_reference, check_reference
-from orchestrator.settings.spec import Precision, RunSpec
+from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
 from orchestrator.training.export import export
@@ -83,7 +83,7 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     """Train one run on this rank, resuming where RUN_DIR has a whole checkpoint.
 
     Raises:
-        UserError: the settings or the data are wrong; the newest checkpoint has another format.
+        UserError: the settings or the data are wrong, or RUN_DIR has checkpoints of which none can be used.
         ReadFailed: the newest checkpoint cannot be read now.
         TrainingError: training cannot go on.
     """
@@ -117,6 +117,13 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
 
     checkpoint.seed_everything(spec.run.seed + world.rank)
     found, complaints = checkpoint.newest_valid(run_dir.checkpoints, world)
+    if complaints and found is None:
+        raise UserError(
+            "run.dir",
+            str(run_dir.path),
+            f"has checkpoints, but none is whole ({complaints[0]})",
+            f"restore their files, or choose another run.name, or remove {run_dir.checkpoints} to start over",
+        )
     for line in complaints if world.is_main else []:
         logger.warning("%s; an older checkpoint is used", line)
     if found is not None and complaints and world.is_main:

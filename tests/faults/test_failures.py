@@ -1,6 +1,7 @@
 """What cannot be survived ends in one line and an exit code, never in a hang or a silent wrong result."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,26 @@ def ended_run(tmp_path: Path) -> tuple[Path, Path]:
 def kept(run_dir: Path) -> dict[Path, bytes]:
     """Every file below the checkpoints that can be read, with its content."""
     return {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
+
+
+def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(ended_run: tuple[Path, Path]) -> None:
+    settings, run_dir = ended_run
+    for step, name in ((2, "index.json"), (4, "meta.json")):
+        (run_dir / "checkpoints" / f"step_{step:08d}" / name).write_text("")
+    before, logged = kept(run_dir), losses(run_dir)
+    for _ in range(2):  # the refusal changes nothing, so the same command is refused again
+        again = orchestrator("debug", settings)
+        assert again.returncode == 2, again.stderr
+        complaint = f"{run_dir}/checkpoints/step_00000004/meta.json: its content is not what was written"
+        assert again.stderr.splitlines() == [
+            f"error: run.dir = '{run_dir}': has checkpoints, but none is whole ({complaint}); restore their files, "
+            f"or choose another run.name, or remove {run_dir}/checkpoints to start over"
+        ]
+        assert (kept(run_dir), losses(run_dir)) == (before, logged)
+    shutil.rmtree(run_dir / "checkpoints")
+    over = orchestrator("debug", settings)
+    assert over.returncode == 0, over.stderr
+    assert losses(run_dir) == logged
 
 
 def test_a_newer_format_is_refused_at_resume(ended_run: tuple[Path, Path]) -> None:
