@@ -1,7 +1,6 @@
 """Settings -> the trainable causal LM and its tokenizer, loaded or made on the spot."""
 
 import difflib
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -260,7 +259,6 @@ def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
         wrapped.chat_template = CHAT_TEMPLATE
         wrapped.save_pretrained(unfinished)
         config.save_pretrained(unfinished)  # AutoTokenizer picks the class by it: here as from an exported model
-        (unfinished / "made_from.json").write_text(json.dumps({"data": spec.data.train, "vocab_size": init.vocab_size}))
 
     build_once(folder, build)
     return folder
