@@ -22,7 +22,7 @@ from typing import Any
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
-from orchestrator.training.checkpoint import committed
+from orchestrator.training.checkpoint import ReadFailed, SaveFailed, committed
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
@@ -150,6 +150,9 @@ def worker_loop(config: dict[str, Any]) -> None:
             raise
         except TrainingError as error:
             run_dir.write_result({"status": "failed", "reason": str(error)})
+            raise
+        except (ReadFailed, SaveFailed) as error:
+            logger.error("%s", error)
             raise
         except BaseException:
             traceback.print_exc()  # into this rank's log; the driver only says that a worker died
