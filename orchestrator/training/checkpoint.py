@@ -204,13 +204,13 @@ def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str
 def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[Any]:
     """The lists of all ranks, one after the other; what one rank raises all raise, so that none waits for it."""
     try:
-        mine, error = part(*args), None
-    except (UserError, OSError) as failure:
-        mine, error = [], failure
-    every = world.gather((mine, error))
-    for _, error in every:
-        if error is not None:
-            raise error
+        mine, failure = part(*args), None
+    except (UserError, ReadFailed) as error:
+        mine, failure = [], (type(error), error.args)  # held here itself, its traceback would never let go of run()
+    every = world.gather((mine, failure))
+    for _, failure in every:
+        if failure is not None:
+            raise failure[0](*failure[1])
     return [item for items, _ in every for item in items]
 
 

@@ -1,10 +1,12 @@
 """A checkpoint exists when its manifest does: written whole, checked, read by ranges, and never trusted when broken."""
 
+import gc
 import json
 import random
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +420,31 @@ def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, ranks: int) -
     assert all(
         isinstance(found, ReadFailed) for found in on_ranks(ranks, lambda world: newest_valid(checkpoints, world))
     )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("broken", [unreadable, lambda path: path.write_text('{"format": 99}')])
+def test_a_refusal_keeps_no_frame_alive(tmp_path: Path, ranks: int, broken: Callable[[Path], Any]) -> None:
+    """A process group that lives until the interpreter ends, held by a frame of a traceback, aborts the process."""
+    broken(saved(tmp_path, 2) / MANIFEST)
+
+    class Engine:
+        pass
+
+    def is_held(world: World) -> bool:
+        seen = []
+
+        def run() -> None:
+            engine = Engine()
+            seen.append(weakref.ref(engine))
+            newest_valid(tmp_path, world)
+
+        with suppress(UserError, ReadFailed):
+            run()
+        return seen[0]() is not None
+
+    gc.disable()
+    try:
+        assert on_ranks(ranks, is_held) == [False] * ranks
+    finally:
+        gc.enable()
