@@ -13,7 +13,7 @@ from tiny import ALONE
 from orchestrator import cli
 from orchestrator.run import debug as here
 from orchestrator.settings.spec import UserError
-from orchestrator.training.checkpoint import save
+from orchestrator.training.checkpoint import FORMAT, save
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
 from orchestrator.training.worker import RunResult
@@ -146,7 +146,7 @@ def test_verify_looks_at_every_checkpoint(run_dir: RunDir, capsys: Output) -> No
     (run_dir.checkpoints / "step_00000002" / "manifest.json").write_text('{"format": 99}')
     assert cli.main(["verify", str(run_dir.path)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert "manifest.json format = 99: this version reads format 1" in lines[0]
+    assert f"manifest.json format = 99: this version reads format {FORMAT}" in lines[0]
     assert "meta.json: its content is not what was written" in lines[1]
 
 

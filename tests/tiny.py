@@ -7,12 +7,15 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
+import pytest
 import torch
 from support import TINY_MODEL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
-from orchestrator.data.collate import PairBatch, PreferenceCollator
+from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
+from orchestrator.models.attention import use_packed_attention
+from orchestrator.models.fused import fuse
 from orchestrator.settings.spec import DataSpec
 from orchestrator.world import World
 
@@ -44,12 +47,21 @@ def ids(text: str) -> list[int]:
     return tokenizer()(text)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
-    """A Qwen2 of two layers with random weights of some size, so that its log-probs are not all alike."""
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, packed: bool = False, **config: Any
+) -> PreTrainedModel:
+    """A Qwen2 of two layers with random weights of some size, so that its log-probs are not all alike.
+
+    packed: it takes packed batches too.
+    """
     wanted = {**TINY_MODEL, "vocab_size": 300, "initializer_range": 0.2, **config}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(Qwen2Config(**wanted), dtype=dtype).train()
+        made = AutoModelForCausalLM.from_config(Qwen2Config(**wanted), dtype=dtype).train()
+    fuse(made)
+    if packed:
+        use_packed_attention(made, "cpu")
+    return made
 
 
 def data_spec(**settings: Any) -> DataSpec:
@@ -71,9 +83,17 @@ def pair_rows(pairs: int, seed: int = 0, longest: int = 9) -> list[dict[str, Any
     ]
 
 
-def pair_batch(pairs: int, seed: int = 0, is_filler: bool = False) -> PairBatch:
+def collator(packed: bool, **data: Any) -> PackedCollator | PreferenceCollator:
+    """Ours, of either layout."""
+    return PackedCollator(data_spec(**data)) if packed else PreferenceCollator(PAD, data_spec(**data))
+
+
+def pair_batch(pairs: int, seed: int = 0, is_filler: bool = False, packed: bool = False) -> PairBatch:
     """`pair_rows`, collated."""
-    return PreferenceCollator(PAD, data_spec())(pair_rows(pairs, seed), is_filler=is_filler)
+    return collator(packed)(pair_rows(pairs, seed), is_filler=is_filler)
+
+
+both_layouts = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 
 
 class LeftAlone(Exception):

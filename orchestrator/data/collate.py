@@ -1,6 +1,7 @@
-"""Rows of token ids -> one PairBatch, by our collator or by a user's.
+"""Rows of token ids -> one PairBatch, packed or padded, by our collators or by a user's.
 
-Legend: B pairs, 2B sequences (all chosen, then all rejected), T tokens of the longest, C completion tokens.
+Legend: B pairs, 2B sequences (all chosen, then all rejected), R rows, T tokens of a row, C completion tokens that are
+scored, N positions that score them.
 """
 
 import inspect
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from orchestrator.data.order import Integers
 from orchestrator.settings.spec import DataSpec, UserError
 
 Row = dict[str, Any]
@@ -24,28 +27,65 @@ class Counts(NamedTuple):
     tokens: int  # of both sequences of every pair, padding left out
 
 
+class PairSpan(NamedTuple):
+    """Where one pair lies in a packed row: shared | rest of the chosen | rest of the rejected sequence."""
+
+    start: int
+    fork: int  # end of what both sequences begin with: the prompt, and what their completions have in common
+    rejected: int  # where the rest of the rejected sequence begins; start..rejected is the whole chosen sequence
+    stop: int
+    scored: int  # the first position that predicts a completion token; stop if none does
+
+
+class Segments(NamedTuple):
+    """How the tokens of a packed row see each other: within its pair, each sees its own sequence up to itself.
+
+    For kernels over sequences of any length, a pair is two runs of queries, start..rejected and rejected..stop, over
+    the keys start..rejected and start..fork + rejected..stop; each run is aligned with the end of its keys.
+    """
+
+    spans: tuple[PairSpan, ...]  # [B], on the host
+    scoring: torch.Tensor  # [N] the positions that predict a completion token, ascending
+    query_bounds: torch.Tensor  # [2B + 1] int32
+    key_bounds: torch.Tensor  # [2B + 1] int32
+    key_index: torch.Tensor  # [keys of all runs] positions in the row
+    longest: tuple[int, int]  # queries and keys of the longest run, on the host
+
+
 class PairBatch(NamedTuple):
-    """One micro-batch. Everything that indexes tokens is made on the host: finding it on a GPU would stall it."""
+    """One micro-batch. Everything that indexes tokens is made on the host: finding it on a GPU would stall it.
+
+    Packed: one row, with position_ids and segments. Padded: 2B rows, with attention_mask. The scored completion tokens
+    stand pair by pair: chosen and rejected of the first pair, chosen and rejected of the second, ...
+    """
 
     pair_ids: torch.Tensor  # [B] row numbers of the source
     pair_weights: torch.Tensor  # [B] 1, or 0 in a filler
-    input_ids: torch.Tensor  # [2B, T]
-    attention_mask: torch.Tensor  # [2B, T] 0 on padding
-    completion_index: torch.Tensor  # [C] into the flat [2B * T] hidden states: the position BEFORE each token
+    input_ids: torch.Tensor  # [R, T]
+    position_ids: torch.Tensor | None  # [1, T]
+    attention_mask: torch.Tensor | None  # [2B, T] 0 on padding
+    segments: Segments | None
+    sequence_tokens: torch.Tensor  # [2B] tokens of prompt and completion
+    completion_tokens: torch.Tensor  # [2B] tokens of the completion, the unscored first one of an empty prompt too
+    completion_index: torch.Tensor  # [C] into the flat [R * T] hidden states: the position BEFORE each token
     completion_labels: torch.Tensor  # [C] the token to predict there
-    completion_sequence: torch.Tensor  # [C] which of the 2B sequences it belongs to
+    scored: tuple[int, ...]  # [2B] scored tokens of each sequence, on the host, in the order of the tokens
     ref_logps: torch.Tensor | None  # [2B] the reference's log-probs where they are known already
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on another device; copies from pinned memory do not block."""
-        return PairBatch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # pyright: ignore
+        """The same batch on another device."""
+        return self._make(_moved(value, device) for value in self)
 
     @property
     def counts(self) -> Counts:
         """Pairs and tokens of this micro-batch alone, fillers left out; on the host."""
-        return Counts(
-            int(self.pair_weights.sum()), int((self.attention_mask.sum(1) * self.pair_weights.repeat(2)).sum())
-        )
+        return Counts(int(self.pair_weights.sum()), int((self.sequence_tokens * self.pair_weights.repeat(2)).sum()))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    return Segments(*(_moved(part, device) for part in value)) if isinstance(value, Segments) else value
 
 
 @dataclass(frozen=True)
@@ -59,39 +99,135 @@ class CollateContext:
     global_tokens: int  # tokens of both sequences of those pairs, as tokenised and truncated by data.max_length
 
 
+class _Sequence(NamedTuple):
+    """One prompt and completion as it is fed."""
+
+    ids: Integers
+    completion: int  # where the completion begins
+
+    def before(self) -> Integers:
+        """The position before each completion token; a completion token at position 0 has none and is not scored."""
+        return np.arange(max(self.completion, 1) - 1, len(self.ids) - 1)
+
+
+def _sequences(row: Row, keep_last: int | None) -> tuple[_Sequence, _Sequence]:
+    """Chosen and rejected; keep_last (keep_end) cuts each from its start. keep_start was done at tokenising."""
+    made: list[_Sequence] = []
+    for side in ("chosen_ids", "rejected_ids"):
+        ids = np.array(row["prompt_ids"] + row[side], np.int64)
+        cut = max(0, len(ids) - keep_last) if keep_last else 0
+        made.append(_Sequence(ids[cut:], max(0, len(row["prompt_ids"]) - cut)))
+    return made[0], made[1]
+
+
+class PackedCollator:
+    """All pairs in one row, what a pair's two sequences begin with laid down once, nothing padded.
+
+    Two pairs, prompt 1 2 3 with chosen 4 5 and rejected 6, prompt 7 8 with chosen 9 and rejected 10 11:
+
+        input_ids     1 2 3 4 5 6   7 8 9 10 11       completion_index   2 3   2   7   7  9
+        position_ids  0 1 2 3 4 3   0 1 2  2  3       completion_labels  4 5   6   9  10 11
+        spans         (0, 3, 5, 6, 2) (6, 8, 9, 11, 7)        scored       2   1   1   2
+    """
+
+    def __init__(self, data: DataSpec) -> None:
+        self.keep_last = data.keep_last
+
+    def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
+        """B rows -> a batch; a filler's pairs weigh nothing."""
+        pairs = [_sequences(row, self.keep_last) for row in rows]
+        ids: list[Integers] = []
+        positions: list[Integers] = []
+        index: list[Integers] = []
+        spans: list[PairSpan] = []
+        start = 0
+        for chosen, rejected in pairs:
+            shared = _common_prefix(chosen.ids, rejected.ids)
+            fork, branch = start + shared, start + len(chosen.ids)
+            stop = branch + len(rejected.ids) - shared
+            ids += [chosen.ids, rejected.ids[shared:]]
+            positions += [np.arange(len(chosen.ids)), np.arange(shared, len(rejected.ids))]
+            before = rejected.before()
+            index += [start + chosen.before(), np.where(before < shared, start, branch - shared) + before]
+            scored = min((int(part[0]) for part in index[-2:] if len(part)), default=stop)
+            spans.append(PairSpan(start, fork, branch, stop, scored))
+            start = stop
+        completion_index = np.concatenate(index)
+        return PairBatch(
+            **_of_pairs(rows, is_filler),
+            input_ids=torch.from_numpy(np.concatenate(ids))[None],
+            position_ids=torch.from_numpy(np.concatenate(positions))[None],
+            attention_mask=None,
+            segments=_segments(spans, completion_index),
+            sequence_tokens=torch.tensor([len(pair[side].ids) for side in (0, 1) for pair in pairs]),
+            completion_tokens=torch.tensor(
+                [len(pair[side].ids) - pair[side].completion for side in (0, 1) for pair in pairs]
+            ),
+            completion_index=torch.from_numpy(completion_index),
+            completion_labels=torch.from_numpy(
+                np.concatenate([sequence.ids[sequence.before() + 1] for pair in pairs for sequence in pair])
+            ),
+            scored=tuple(map(len, index)),
+            ref_logps=None,
+        )
+
+
+def _common_prefix(left: Integers, right: Integers) -> int:
+    shorter = min(len(left), len(right))
+    differs = left[:shorter] != right[:shorter]
+    return int(differs.argmax()) if differs.any() else shorter
+
+
+def _of_pairs(rows: list[Row], is_filler: bool) -> dict[str, torch.Tensor]:
+    return {
+        "pair_ids": torch.tensor([row["pair_id"] for row in rows]),
+        "pair_weights": torch.full((len(rows),), 0.0 if is_filler else 1.0, dtype=torch.float64),
+    }
+
+
+def _segments(spans: list[PairSpan], completion_index: Integers) -> Segments:
+    queries = [length for s in spans for length in (s.rejected - s.start, s.stop - s.rejected)]
+    keys = [length for s in spans for length in (s.rejected - s.start, s.fork - s.start + s.stop - s.rejected)]
+    key_index = [
+        np.arange(*run) for s in spans for run in ((s.start, s.rejected), (s.start, s.fork), (s.rejected, s.stop))
+    ]
+    return Segments(
+        tuple(spans),
+        torch.from_numpy(np.unique(completion_index)),
+        torch.tensor(np.cumsum([0, *queries]), dtype=torch.int32),
+        torch.tensor(np.cumsum([0, *keys]), dtype=torch.int32),
+        torch.from_numpy(np.concatenate(key_index)),
+        (max(queries), max(keys)),
+    )
+
+
 class PreferenceCollator:
     """Right-padded sequences, all chosen first, as TRL's DataCollatorForPreference lays them out.
 
     Two pairs, prompt 1 2 3 with chosen 4 5 and rejected 6, prompt 7 8 with chosen 9 and rejected 10 11:
 
-        input_ids  1 2 3 4 5      completion_index     2 3 6 12 16 17      completion_sequence  0 0 1 2 3 3
-                   7 8 9 0 0      completion_labels    4 5 9  6 10 11
+        input_ids  1 2 3 4 5      completion_index     2 3  12   6  16 17      scored  2 1 1 2
+                   7 8 9 0 0      completion_labels    4 5   6   9  10 11
                    1 2 3 6 0
                    7 8 10 11 0
     """
 
     def __init__(self, pad_token_id: int, data: DataSpec) -> None:
         self.pad_token_id = pad_token_id
-        self.keep_last = data.keep_last  # keep_start was applied when the rows were tokenised
+        self.keep_last = data.keep_last
 
     def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch; a filler's pairs weigh nothing."""
-        sequences: list[list[int]] = []
-        starts: list[int] = []  # of the completion within its sequence
-        for side in ("chosen_ids", "rejected_ids"):
-            for row in rows:
-                sequence = row["prompt_ids"] + row[side]
-                cut = max(0, len(sequence) - self.keep_last) if self.keep_last else 0
-                sequences.append(sequence[cut:])
-                starts.append(max(0, len(row["prompt_ids"]) - cut))
-        width = max(map(len, sequences))
+        pairs = [_sequences(row, self.keep_last) for row in rows]
+        sequences = [pair[side] for side in (0, 1) for pair in pairs]
+        width = max(len(sequence.ids) for sequence in sequences)
         input_ids = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         completion_mask = torch.zeros_like(input_ids)
-        for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-            input_ids[i, : len(sequence)] = torch.tensor(sequence)
-            attention_mask[i, : len(sequence)] = 1
-            completion_mask[i, start : len(sequence)] = 1
+        for i, (ids, completion) in enumerate(sequences):
+            input_ids[i, : len(ids)] = torch.from_numpy(ids)
+            attention_mask[i, : len(ids)] = 1
+            completion_mask[i, completion : len(ids)] = 1
         return batch_from_masks(rows, input_ids, attention_mask, completion_mask, is_filler)
 
 
@@ -104,15 +240,23 @@ def batch_from_masks(
     ref_logps: torch.Tensor | None = None,
 ) -> PairBatch:
     """A PairBatch from TRL-shaped [2B, T] tensors. A completion token at position 0 has none before it: not scored."""
-    sequence, before = completion_mask[:, 1:].nonzero(as_tuple=True)
+    pairs, width = len(rows), input_ids.shape[1]
+    # rows in the order chosen, rejected of the first pair, chosen, rejected of the second, ...
+    pair_by_pair = torch.arange(2 * pairs).view(2, pairs).t().flatten()
+    scored = completion_mask[pair_by_pair, 1:] != 0
+    place, before = scored.nonzero(as_tuple=True)
+    sequence = pair_by_pair[place]
     return PairBatch(
-        pair_ids=torch.tensor([row["pair_id"] for row in rows]),
-        pair_weights=torch.full((len(rows),), 0.0 if is_filler else 1.0, dtype=torch.float64),
+        **_of_pairs(rows, is_filler),
         input_ids=input_ids,
+        position_ids=None,
         attention_mask=attention_mask,
-        completion_index=sequence * input_ids.shape[1] + before,
+        segments=None,
+        sequence_tokens=attention_mask.sum(1),
+        completion_tokens=completion_mask.sum(1),
+        completion_index=sequence * width + before,
         completion_labels=input_ids[sequence, before + 1],
-        completion_sequence=sequence,
+        scored=tuple(scored.sum(1).tolist()),
         ref_logps=ref_logps,
     )
 

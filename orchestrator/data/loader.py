@@ -1,13 +1,26 @@
-"""Order, pairs and collator -> the micro-batches of one rank, a step at a time, prefetched."""
+"""Order, pairs, collator and reference cache -> the micro-batches of one rank, a step at a time, prefetched."""
 
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
-from orchestrator.data.collate import AdaptedCollator, CollateContext, Counts, PairBatch, PreferenceCollator
-from orchestrator.data.order import MicroBatch, Order, StepPlan
+import torch
+
+from orchestrator.data.collate import (
+    AdaptedCollator,
+    CollateContext,
+    Counts,
+    PackedCollator,
+    PairBatch,
+    PreferenceCollator,
+)
+from orchestrator.data.order import Integers, MicroBatch, Order, StepPlan
 from orchestrator.data.pairs import Pairs
+from orchestrator.data.refcache import RefCache
+
+Collator = PackedCollator | PreferenceCollator | AdaptedCollator
 
 PREFETCHED_STEPS = 2
 
@@ -18,26 +31,46 @@ class StepBatches(NamedTuple):
     epoch: int
     pairs_seen: int  # after this step
     micro_batches: list[PairBatch]
+    indices: list[Integers]  # of the pairs of each, in the data set
     counts: Counts  # of the global batch; of this rank alone where `are_local`
     are_local: bool  # a user's collator may change the counts: they still have to be summed over ranks
 
 
 class Loader:
-    """Makes steps from any position in the data. Our own collator runs ahead in a thread; a user's runs in line,
+    """Makes steps from any position in the data. Our own collators run ahead in a thread; a user's runs in line,
     because it may draw random numbers, which must come in the same order after a resume."""
 
-    def __init__(self, pairs: Pairs, order: Order, collator: PreferenceCollator | AdaptedCollator) -> None:
+    def __init__(self, pairs: Pairs, order: Order, collator: Collator) -> None:
         self.pairs, self.order, self.collator = pairs, order, collator
+        self.cache: RefCache | None = None  # of the reference's log-probs
+        self._epoch: int | None = None
 
     def steps(self, pairs_seen: int, step: int) -> Generator[StepBatches]:
         """Every step from a position on, without end; close it. `step`: optimizer steps taken before."""
         made = self._steps(pairs_seen, step)
-        return made if isinstance(self.collator, AdaptedCollator) else _prefetched(made)
+        with closing(made if isinstance(self.collator, AdaptedCollator) else _prefetched(made)) as steps:
+            for batches in steps:
+                yield self._with_known_reference(batches)
 
     def whole(self, step: int) -> tuple[list[MicroBatch], Callable[[MicroBatch], PairBatch]]:
         """Every pair once: this rank's micro-batches, and what makes a batch of one."""
-        context = self._context(step, self.order.pairs, int(self.order.costs.sum()))
-        return self.order.whole(), lambda micro: self._collate(micro, context)
+        context = self._context(step, self.order.pairs, int(self.order.tokens.sum()))
+        if self.cache is not None:
+            self.cache.read()
+
+        def make(micro: MicroBatch) -> PairBatch:
+            batch = self._collate(micro, context)
+            return batch if self.cache is None else batch._replace(ref_logps=self.cache.known(micro.pairs))
+
+        return self.order.whole(), make
+
+    def remember(self, batch: PairBatch, ref_logps: torch.Tensor) -> None:
+        """Keep what the reference said of a batch (still on the host) that came without; waits for the device.
+
+        Not of a filler: its pair is in another rank's batch too, with another last bit.
+        """
+        if self.cache is not None and batch.ref_logps is None and batch.pair_weights.any():
+            self.cache.add(batch.pair_ids, ref_logps)
 
     def _steps(self, pairs_seen: int, step: int) -> Generator[StepBatches]:
         while True:
@@ -46,13 +79,27 @@ class Loader:
             yield self._make(plan, step)
             pairs_seen += len(plan.global_pairs)
 
+    def _with_known_reference(self, made: StepBatches) -> StepBatches:
+        """Looked up when the step is due, not when it is made: the steps between may have just answered it."""
+        if self.cache is None:
+            return made
+        if made.epoch != self._epoch:  # a pair of this epoch may have been another rank's in the last one
+            self._epoch = made.epoch
+            self.cache.read()
+        batches = [
+            batch._replace(ref_logps=self.cache.known(indices))
+            for batch, indices in zip(made.micro_batches, made.indices, strict=True)
+        ]
+        return made._replace(micro_batches=batches)
+
     def _make(self, plan: StepPlan, step: int) -> StepBatches:
-        counts = Counts(len(plan.global_pairs), int(self.order.costs[plan.global_pairs].sum()))
+        counts = Counts(len(plan.global_pairs), int(self.order.tokens[plan.global_pairs].sum()))
         context = self._context(step, *counts)
         batches = [self._collate(micro, context) for micro in plan.micro_batches]
         if are_local := isinstance(self.collator, AdaptedCollator):
             counts = Counts(*map(sum, zip(*(batch.counts for batch in batches), strict=True)))
-        return StepBatches(plan.epoch, plan.pairs_seen + len(plan.global_pairs), batches, counts, are_local)
+        indices = [micro.pairs for micro in plan.micro_batches]
+        return StepBatches(plan.epoch, plan.pairs_seen + len(plan.global_pairs), batches, indices, counts, are_local)
 
     def _collate(self, micro: MicroBatch, context: CollateContext) -> PairBatch:
         rows = [self.pairs[int(index)] for index in micro.pairs]

@@ -15,8 +15,10 @@ from orchestrator.settings.spec import TrainingSpec
 
 Integers = NDArray[np.int64]
 
+MANY = 1024  # pairs a rank from which on a simpler deal is even enough (data sets to evaluate, not batches)
 
-def _scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+
+def scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele et al. 2014): a bijection of 64-bit integers that looks random."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -26,9 +28,9 @@ def _scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def permutation(pairs: int, seed: int, epoch: int) -> Integers:
     """[N] the order of an epoch. Our own integers, so that no library's new release reorders a running job."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
-        key = _scrambled(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-        key = _scrambled(key ^ np.uint64(epoch))
-        hashes = _scrambled(np.arange(pairs, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key)
+        key = scrambled(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        key = scrambled(key ^ np.uint64(epoch))
+        hashes = scrambled(np.arange(pairs, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key)
     return np.argsort(hashes, kind="stable")
 
 
@@ -66,6 +68,37 @@ def fed_lengths(lengths: Integers, keep_last: int | None) -> Integers:
     lost = (lengths[:, :1] + lengths[:, 1:] - sequences).max(axis=1)
     prompt = np.maximum(lengths[:, 0] - lost, 0)
     return np.column_stack([prompt, sequences - prompt[:, None]])
+
+
+def deal_many(costs: Integers, ranks: int) -> Integers:
+    """Deal very many pairs, dear to cheap, to the ranks there and back again: nearly as even as `deal`, and at once.
+
+    costs: [N]. Returns [N], the rank of each.
+    """
+    lane = np.arange(len(costs)) % (2 * ranks)
+    owners = np.empty(len(costs), np.int64)
+    owners[np.argsort(-costs, kind="stable")] = np.minimum(lane, 2 * ranks - 1 - lane)
+    return owners
+
+
+class PairCost(NamedTuple):
+    """What a pair's tokens cost, in any one unit (models/policy.py counts multiplications)."""
+
+    token: int = 1  # through the body, without attention
+    scored: int = 0  # through the head
+    seen: int = 0  # a token that sees another one in attention
+
+    def of(self, lengths: Integers, packed: bool) -> Integers:
+        """lengths: [N, 3] tokens of prompt, chosen and rejected. Returns [N]."""
+        prompt, completions = lengths[:, 0], lengths[:, 1:]
+        tokens = prompt + completions.sum(axis=1)
+        seen = ((prompt[:, None] + completions) ** 2).sum(axis=1) // 2
+        if packed:  # the prompt is computed once
+            return self.token * tokens + self.scored * completions.sum(axis=1) + self.seen * (seen - prompt**2 // 2)
+        return self.token * (tokens + prompt) + self.scored * completions.sum(axis=1) + self.seen * seen
+
+
+TOKENS = PairCost()
 
 
 class RunLength(NamedTuple):
@@ -117,22 +150,21 @@ class Order:
     rank: int
     world_size: int
     seed: int
-    micro_batch_size: int | None = None  # pairs; exactly one of this and the next
-    max_tokens_per_microbatch: int | None = None  # tokens, padding counted
-    costs: Integers = field(init=False, repr=False)  # [N] tokens of both sequences
+    max_pairs: int | None = None  # of a micro-batch; at least one of this and the next
+    max_tokens: int | None = None  # of a micro-batch, padding counted; a longer single pair still gets its own
+    packed: bool = True  # pairs as prompt | chosen | rejected in one row, else as two padded rows
+    cost: PairCost = TOKENS  # what is balanced over the ranks
+    tokens: Integers = field(init=False, repr=False)  # [N] of both sequences
+    costs: Integers = field(init=False, repr=False)  # [N]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "costs", 2 * self.lengths[:, 0] + self.lengths[:, 1] + self.lengths[:, 2])
+        object.__setattr__(self, "tokens", 2 * self.lengths[:, 0] + self.lengths[:, 1] + self.lengths[:, 2])
+        object.__setattr__(self, "costs", self.cost.of(self.lengths, self.packed))
 
     @property
     def pairs(self) -> int:
         """N, the pairs of an epoch."""
         return len(self.lengths)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches of an epoch; the last may be smaller."""
-        return -(-self.pairs // self.global_batch_size)
 
     def plan(self, pairs_seen: int) -> StepPlan:
         """The step that begins after `pairs_seen` pairs, counted from the start of training over all epochs."""
@@ -147,7 +179,8 @@ class Order:
     def micro_batches(self, batch: Integers) -> list[MicroBatch]:
         """This rank's share of a set of pairs [G]; every rank gets equally many micro-batches, fillers included."""
         costs = self.costs[batch]
-        owners = deal(costs[None], self.world_size)[0]
+        many = len(batch) > MANY * self.world_size
+        owners = deal_many(costs, self.world_size) if many else deal(costs[None], self.world_size)[0]
         dear_to_cheap = np.argsort(-costs, kind="stable")  # pairs alike in length share a micro-batch: less padding
         per_rank = [
             [batch[positions] for positions in self._cut(dear_to_cheap[owners[dear_to_cheap] == rank], batch)]
@@ -160,18 +193,16 @@ class Order:
 
     def _cut(self, positions: Integers, batch: Integers) -> Iterator[Integers]:
         """Cut one rank's pairs, dear to cheap, into micro-batches."""
-        if self.micro_batch_size is not None:
-            for start in range(0, len(positions), self.micro_batch_size):
-                yield positions[start : start + self.micro_batch_size]
-            return
-        budget = self.max_tokens_per_microbatch or 0
-        longest = self.lengths[batch, 0] + self.lengths[batch, 1:].max(axis=1)  # of a pair's two sequences
-        start, width = 0, 0
+        lengths = self.lengths[batch]
+        packed, longest = lengths.sum(axis=1), lengths[:, 0] + lengths[:, 1:].max(axis=1)
+        start, tokens, width = 0, 0, 0
         for end, position in enumerate(positions):
-            width = max(width, int(longest[position]))
-            if end > start and 2 * (end - start + 1) * width > budget:
+            tokens, width = tokens + int(packed[position]), max(width, int(longest[position]))
+            pairs = end + 1 - start
+            fed = tokens if self.packed else 2 * pairs * width
+            if pairs > 1 and (pairs > (self.max_pairs or pairs) or fed > (self.max_tokens or fed)):
                 yield positions[start:end]
-                start, width = end, int(longest[position])
+                start, tokens, width = end, int(packed[position]), int(longest[position])
         if start < len(positions):
             yield positions[start:]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator.data.order import Integers
 from orchestrator.settings.load import DATA_SUFFIXES, looks_local
@@ -27,7 +28,7 @@ from orchestrator.settings.spec import DataSpec, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # of the cache; raise it when the meaning of a cached number changes
+FORMAT = 2  # of the cache; raise it when the meaning of a cached number changes
 CHUNK = 512  # rows handed to a tokenising process at a time
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
@@ -57,7 +58,7 @@ class Pairs:
     """The usable pairs of a data set, memory-mapped: nothing is read until it is asked for.
 
     `row_numbers` [N] are the rows of the source, counted from 1; `lengths` [N, 3] the tokens of prompt, chosen and
-    rejected; `dropped` counts the rows left out by reason.
+    rejected; `hashes` [N, 2] are 128 bits over the token ids of each; `dropped` counts the rows left out by reason.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,16 +68,21 @@ class Pairs:
         self.largest_id: int = meta["largest_id"]
         self.row_numbers: Integers = np.load(folder / "rows.npy")
         self.lengths: Integers = np.load(folder / "lengths.npy")
+        self.hashes: NDArray[np.uint64] = np.load(folder / "hashes.npy", mmap_mode="r")
         self._starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def tokens(self, index: int) -> NDArray[np.int32]:
+        """Token ids of prompt, chosen and rejected of one pair, one after the other."""
+        return self._tokens[self._starts[index] : self._starts[index + 1]]
+
     def __getitem__(self, index: int) -> Row:
         """One pair as a collator takes it: pair_id (its row number) and lists of token ids under TRL's names."""
-        start, (prompt, chosen, _) = self._starts[index], self.lengths[index]
-        tokens = self._tokens[start : self._starts[index + 1]].tolist()
+        prompt, chosen, _ = self.lengths[index]
+        tokens = self.tokens(index).tolist()
         return {
             "pair_id": int(self.row_numbers[index]),
             "prompt_ids": tokens[:prompt],
@@ -392,6 +398,7 @@ def _build(
     numbers: list[int] = []
     lengths: list[tuple[int, int, int]] = []
     tokens: list[np.ndarray] = []
+    hashes: list[bytes] = []
     dropped: Counter[str] = Counter()
     for number, result in _tokenized(rows, _Worker(tokenizer, data)):
         if isinstance(result, BadRow):
@@ -408,6 +415,7 @@ def _build(
         numbers.append(number)
         lengths.append((len(result.prompt_ids), len(result.chosen_ids), len(result.rejected_ids)))
         tokens.append(np.array(result.prompt_ids + result.chosen_ids + result.rejected_ids, np.int32))
+        hashes.append(content_hash(lengths[-1], tokens[-1]))
     if not numbers:
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it has no rows"
         too_long = "prompts that fill data.max_length" in dropped
@@ -417,9 +425,16 @@ def _build(
         )
     np.save(folder / "tokens.npy", np.concatenate(tokens))
     np.save(folder / "lengths.npy", np.array(lengths, np.int64))
+    np.save(folder / "hashes.npy", np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2))
     np.save(folder / "rows.npy", np.array(numbers, np.int64))
     meta = {"source": source, "dropped": dict(dropped), "largest_id": max(int(ids.max()) for ids in tokens)}
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def content_hash(lengths: Iterable[int], tokens: NDArray[np.int32]) -> bytes:
+    """128 bits over the token ids of a pair and the lengths [3] of its prompt, chosen and rejected."""
+    whole = np.array([*lengths], "<i4").tobytes() + tokens.astype("<i4").tobytes()
+    return hashlib.blake2b(whole, digest_size=16).digest()
 
 
 def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[tuple[int, TokenizedPair | BadRow]]:

@@ -10,13 +10,14 @@ from torch import nn
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.losses import LOSSES, PairTerms, rewards
-from orchestrator.models.logps import TokenTerms, body_hidden, sequence_sums, token_terms
+from orchestrator.models.logps import TokenTerms, body_hidden, loss_in_head, sequence_sums
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import DpoSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOKEN_METRICS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
 # Metrics with TRL's names, in the order of metric_sums. Each is a sum and the count that it is divided by.
 METRICS = (
     "loss",
@@ -26,10 +27,7 @@ METRICS = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
-    "logits/chosen",
-    "logits/rejected",
-    "entropy",
-    "mean_token_accuracy",
+    *TOKEN_METRICS,
     "num_tokens",
 )
 
@@ -46,32 +44,38 @@ class StepOutput(NamedTuple):
 class PairStep(nn.Module):
     """One DPO forward over a micro-batch. Its only parameters are the policy's."""
 
-    def __init__(self, policy: "PreTrainedModel", reference: Reference, dpo: DpoSpec) -> None:
+    def __init__(
+        self, policy: "PreTrainedModel", reference: Reference, dpo: DpoSpec, token_metrics: bool = True
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.reference = reference  # no nn.Module: neither wrapped, trained nor saved with the policy
-        self.dpo = dpo
+        self.dpo, self.token_metrics = dpo, token_metrics
 
     def forward(self, batch: PairBatch, counts: Counts) -> StepOutput:
         """Loss and metrics of [B] pairs; `counts` are the global batch's, so that no one has to divide again."""
         hidden = body_hidden(self.policy, batch)
         ref_logps = batch.ref_logps if batch.ref_logps is not None else self.reference(batch)
-        tokens = token_terms(self.policy, hidden, batch)
-        logps = sequence_sums(tokens.logps, batch)
-        terms = PairTerms.split(logps, ref_logps)
-        losses = LOSSES[self.dpo.loss_type](terms, self.dpo)
-        sums = self._metric_sums(batch, tokens, terms, losses)
-        return StepOutput(losses @ batch.pair_weights / counts.pairs, sums, logps.detach(), ref_logps)
+        known = PairTerms.split(torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens)
+
+        def pair_losses(pairs: slice, logps: torch.Tensor) -> torch.Tensor:
+            terms = known.of(pairs)._replace(chosen_logps=logps[:, 0], rejected_logps=logps[:, 1])
+            return self._losses(terms) * batch.pair_weights[pairs] / counts.pairs
+
+        scored = loss_in_head(self.policy, hidden, batch, pair_losses, self.token_metrics)
+        terms = PairTerms.split(scored.logps, ref_logps, batch.completion_tokens)
+        return StepOutput(scored.loss, self._metric_sums(batch, scored.tokens, terms), scored.logps, ref_logps)
+
+    def _losses(self, terms: PairTerms) -> torch.Tensor:
+        return LOSSES[self.dpo.loss_type](terms, self.dpo)
 
     @torch.no_grad()
-    def _metric_sums(
-        self, batch: PairBatch, tokens: TokenTerms, terms: PairTerms, losses: torch.Tensor
-    ) -> torch.Tensor:
+    def _metric_sums(self, batch: PairBatch, tokens: TokenTerms | None, terms: PairTerms) -> torch.Tensor:
         weights = batch.pair_weights
         chosen, rejected = rewards(terms, self.dpo)
         per_pair = torch.stack(
             [
-                losses,
+                self._losses(terms),
                 chosen,
                 rejected,
                 (chosen > rejected).double(),
@@ -82,25 +86,15 @@ class PairStep(nn.Module):
         )
         pair_sums = torch.stack([per_pair @ weights, weights.sum().expand(len(per_pair))], dim=1)
 
-        both = weights.repeat(2)
-        lengths = sequence_sums(torch.ones_like(tokens.entropy), batch) * both  # [2B] scored tokens
-        logits, entropy, top1 = (
-            sequence_sums(values, batch) * both for values in (tokens.mean_logit, tokens.entropy, tokens.is_top1)
+        fed = (batch.sequence_tokens * weights.repeat(2)).sum().view(1)
+        token_sums = self._token_sums(batch, tokens) if tokens is not None else fed.new_zeros(len(TOKEN_METRICS), 2)
+        return torch.cat([pair_sums, token_sums, torch.stack([fed, torch.ones_like(fed)], dim=1)])
+
+    def _token_sums(self, batch: PairBatch, tokens: TokenTerms) -> torch.Tensor:
+        """[len(TOKEN_METRICS), 2]."""
+        values = torch.stack([torch.ones_like(tokens.entropy), *tokens])
+        lengths, entropy, logits, top1 = (
+            (sequence_sums(values, batch) * batch.pair_weights.repeat(2)).unflatten(-1, (2, -1)).sum(-1)
         )
-        (n_chosen, n_rejected), fed = lengths.view(2, -1).sum(1), batch.attention_mask.sum(1).double() @ both
-        logits_chosen, logits_rejected = logits.view(2, -1).sum(1)
-        token_sums = torch.stack(
-            [
-                logits_chosen,
-                n_chosen,
-                logits_rejected,
-                n_rejected,
-                entropy.sum(),
-                n_chosen + n_rejected,
-                top1.chunk(2)[0].sum(),
-                n_chosen,
-                fed,
-                torch.ones_like(fed),
-            ]
-        )
-        return torch.cat([pair_sums, token_sums.view(-1, 2)])
+        sums = torch.stack([*logits, entropy.sum(), top1[0]])
+        return torch.stack([sums, torch.stack([*lengths, lengths.sum(), lengths[0]])], dim=1)

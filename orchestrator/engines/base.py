@@ -54,6 +54,10 @@ class Engine(Protocol):
         """Forward without gradient."""
         ...
 
+    def reference_logps(self, batch: PairBatch) -> torch.Tensor:
+        """What the reference says of a batch, [2B] in fp64, without running the policy."""
+        ...
+
     def finite(self) -> torch.Tensor:
         """Whether this rank's summed gradient is finite: a bool on the device. Once per step, before the update."""
         ...

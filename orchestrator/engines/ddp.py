@@ -21,11 +21,18 @@ from orchestrator.world import World
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """The context in which a forward pass computes in that precision over fp32 weights."""
+    dtype = AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
 class DdpEngine:
     """Engine of base.py. Weights are whole on every rank, in fp32 (fp64); bf16 and fp16 are autocast over them."""
 
     def __init__(self, world: World, precision: Precision, max_grad_norm: float | None, weight_decay: float) -> None:
-        self.world, self.precision = world, precision
+        self.world = world
+        self.precision: Precision = precision
         self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
 
@@ -58,6 +65,11 @@ class DdpEngine:
                 return self.step(batch, counts)
         finally:
             self.step.train()
+
+    @torch.no_grad()
+    def reference_logps(self, batch: PairBatch) -> torch.Tensor:
+        with self._autocast():
+            return self.step.reference(batch)
 
     def finite(self) -> torch.Tensor:
         self.scaler.unscale_(self.optimizer)
@@ -132,8 +144,7 @@ class DdpEngine:
         return nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = AUTOCAST.get(self.precision)
-        return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
+        return autocast(self.world.device, self.precision)
 
 
 def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]

@@ -1,83 +1,374 @@
-"""Hidden states at completion positions -> log-prob of each sequence: chunked head, fp64 sums.
+"""Hidden states at completion positions -> log-prob of each sequence: chunked head, fp64 sums, the loss formed in it.
 
-Legend: R rows of the batch, T tokens, H hidden size, C completion tokens, 2B sequences, V vocabulary.
+Legend: B pairs, 2B sequences, R rows of the batch, T tokens of a row, H hidden size, C completion tokens, V vocabulary.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from orchestrator.data.collate import PairBatch
+from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
+from orchestrator.models.attention import packed_arguments
+from orchestrator.settings.spec import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 2**26  # logits alive at once (256 MB in fp32); what needs more chunks is recomputed in the backward pass
+CHUNK_LOGITS = 2**26  # logits alive at once (256 MB in fp32); what needs more chunks is computed twice
+PairLosses = Callable[[slice, torch.Tensor], torch.Tensor]
+"""(which pairs, their log-probs [b, 2] in fp64, chosen first) -> [b] their share of the loss of the global batch."""
 
 
 class TokenTerms(NamedTuple):
-    """What the head says of each completion token, all [C]; all but `logps` without gradient."""
+    """What the head says of each completion token, all [C] and without gradient."""
 
-    logps: torch.Tensor
     entropy: torch.Tensor  # nats
     mean_logit: torch.Tensor  # over the vocabulary
-    is_top1: torch.Tensor  # 1.0 where the label is the most probable token
+    is_top1: torch.Tensor  # 1.0 where no token is more probable than the label
 
 
 def body_hidden(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
     """The last hidden states of the model without its head: [R, T, H]."""
-    body = model.base_model
-    return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
-
-
-def output_head(model: "PreTrainedModel") -> torch.nn.Module:
-    """The module that turns hidden states into logits."""
-    head = model.get_output_embeddings()
-    assert head is not None  # every causal LM has one
-    return head
-
-
-def token_terms(model: "PreTrainedModel", hidden: torch.Tensor, batch: PairBatch) -> TokenTerms:
-    """The head on completion positions only. hidden: [R, T, H]; all results [C].
-
-    Logits of at most CHUNK_LOGITS elements exist at a time, in forward and in backward.
-    """
-    head = output_head(model)
-    selected = hidden.flatten(0, 1)[batch.completion_index]
-    labels = batch.completion_labels
-    size = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
-    if len(labels) <= size or not torch.is_grad_enabled():
-        parts = [_terms(head(h), y) for h, y in zip(selected.split(size), labels.split(size), strict=True)]
+    if batch.segments is None:
+        options: dict[str, Any] = {"attention_mask": batch.attention_mask}
     else:
-        parts = [_recomputed(head, h, y) for h, y in zip(selected.split(size), labels.split(size), strict=True)]
-    return TokenTerms(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        options = packed_arguments(batch.segments, batch.input_ids) | {"position_ids": batch.position_ids}
+    return model.base_model(input_ids=batch.input_ids, use_cache=False, **options).last_hidden_state
 
 
 def sequence_sums(values: torch.Tensor, batch: PairBatch) -> torch.Tensor:
-    """[C] -> [2B] in fp64: a serial fp32 sum over a long completion costs 1e-4 in the loss."""
-    sums = torch.zeros(2 * len(batch.pair_ids), dtype=torch.float64, device=values.device)
-    return sums.index_add_(0, batch.completion_sequence, values.double())
+    """[..., C] -> [..., 2B], all chosen first, in fp64: a serial fp32 sum over a completion costs 1e-4 in the loss."""
+    return _pair_sums(values, batch.scored).transpose(-1, -2).flatten(-2)
 
 
-def _terms(logits: torch.Tensor, labels: torch.Tensor) -> TokenTerms:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+def _pair_sums(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
+    """[..., C] -> [..., B, 2] sums in fp64; each in one order whatever the device, unlike an index_add."""
+    parts = [part.sum(-1, dtype=torch.float64) for part in values.split(list(scored), dim=-1)]
+    return torch.stack(parts, dim=-1).unflatten(-1, (-1, 2))
+
+
+@torch.no_grad()
+def packed_error(model: "PreTrainedModel") -> float:
+    """How far packed hidden states are from padded ones on one small pair, relative to the largest of them.
+
+    Rounding where packing is exact; a release of transformers that drops our layout on its way shows here, as infinity
+    where it cannot even run without.
+    """
+    row = {"pair_id": 0, "prompt_ids": [3, 1, 2, 0], "chosen_ids": [1, 4, 2], "rejected_ids": [5, 3, 4, 1]}
+    data = DataSpec(train="")  # pyright: ignore[reportCallIssue]
+    training = model.training
+    model.eval()  # dropout is no difference of layouts
+    packed, padded = (c([row]).to(model.device) for c in (PackedCollator(data), PreferenceCollator(0, data)))
+    expected = _selected(body_hidden(model, padded), padded)
+    try:
+        found = _selected(body_hidden(model, packed), packed)
+    except (RuntimeError, TypeError, ValueError):
+        return math.inf
+    finally:
+        model.train(training)
+    return ((found - expected).abs().amax() / expected.abs().amax()).item()
+
+
+# --- the head of a model -----------------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """What stands between hidden states and logits: logits = cap * tanh(scale * module(hidden) / cap)."""
+
+    module: torch.nn.Module
+    vocabulary: int
+    scale: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel") -> "Head":
+        """The head of a causal LM; policy.py checks at start that these are the model's own logits."""
+        module = model.get_output_embeddings()
+        assert module is not None  # every causal LM has one
+        text = model.config.get_text_config()
+        scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
+        return cls(
+            module,
+            text.vocab_size,
+            scale / (getattr(text, "logits_scaling", None) or 1.0),  # Granite
+            getattr(text, "final_logit_softcapping", None),  # Gemma 2
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are one product of matrices, whose gradient can be written down."""
+        plain = type(self.module) is torch.nn.Linear and self.module.bias is None and self.cap is None
+        return plain and type(self.module.weight) is torch.nn.Parameter  # pyright: ignore[reportUnknownMemberType]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, H] -> logits [n, V], at least in fp32."""
+        logits = self.module(hidden)
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class Scored(NamedTuple):
+    """What the head makes of a batch."""
+
+    loss: torch.Tensor  # scalar fp64, with gradient
+    logps: torch.Tensor  # [2B] fp64, all chosen first, without
+    tokens: TokenTerms | None
+
+
+def loss_in_head(
+    model: "PreTrainedModel", hidden: torch.Tensor, batch: PairBatch, pair_losses: PairLosses, with_metrics: bool
+) -> Scored:
+    """The loss of a batch, for losses that look at one pair at a time. hidden: [R, T, H].
+
+    Logits of at most CHUNK_LOGITS elements exist at a time, in forward and in backward.
+    """
+    head, selected = Head.of(model), _selected(hidden, batch)
+    if head.is_plain:
+        weight: Any = head.module.weight
+        if head.scale != 1.0:
+            selected = selected * head.scale
+        if not torch.is_grad_enabled():  # or the Function would be told to make gradients that nobody takes
+            selected, weight = selected.detach(), weight.detach()
+        loss, logps, *tokens = _LossInHead.apply(selected, weight, batch, pair_losses, with_metrics)  # pyright: ignore
+        return Scored(loss, logps, TokenTerms(*tokens) if with_metrics else None)
+    token_logps, tokens = _token_terms(head, selected, batch.completion_labels, with_metrics)
+    sums = _pair_sums(token_logps, batch.scored)
+    return Scored(pair_losses(slice(None), sums).sum(), sums.detach().t().flatten(), tokens)
+
+
+@torch.no_grad()
+def sequence_logps(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
+    """Log-probs [2B] in fp64 of a whole model, without gradient; to the last bit those that its loss would see."""
+
+    def no_loss(_: slice, logps: torch.Tensor) -> torch.Tensor:
+        return logps.new_zeros(len(logps))
+
+    return loss_in_head(model, body_hidden(model, batch), batch, no_loss, with_metrics=False).logps
+
+
+def _selected(hidden: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+    """The hidden state before each completion token: [C, H]."""
+    return hidden.flatten(0, 1)[batch.completion_index]
+
+
+def _rows_at_once(vocabulary: int) -> int:
+    return max(1, CHUNK_LOGITS // vocabulary)
+
+
+# --- loss in head ------------------------------------------------------------------------------------------------
+
+
+class _LossInHead(torch.autograd.Function):
+    """The loss and, while its logits are at hand, its gradient: of the hidden states and of the head's weight.
+
+    The reference is known and a pair's loss needs that pair alone. So the logits z of a few pairs are made; their
+    log-probs give the pairs' losses, and with them the coefficient c = dloss/dlogp of every token; the softmax p
+    overwrites z, and with e the one-hot labels
+
+        dloss/dhidden = c (e - p) W        dloss/dW = (c (e - p))' hidden
+
+    Three products of matrices, where making the logits again in the backward pass takes four.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        batch: PairBatch,
+        pair_losses: PairLosses,
+        with_metrics: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """-> loss [], log-probs [2B], entropy, mean logit, is top 1 [C] (empty without metrics)."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            work = _HeadWork(hidden.to(dtype), weight.to(dtype), batch.completion_labels, with_metrics)
+            made_like = torch.empty_like if len(hidden) else torch.zeros_like  # every element is written
+            work.d_hidden, work.d_weight = (
+                made_like(x, dtype=work.precise) if needed else None
+                for x, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False)
+            )
+            losses = [torch.zeros((), dtype=torch.float64, device=hidden.device)]
+            sums = [hidden.new_zeros(0, 2, dtype=torch.float64)]
+            for pairs, tokens in _groups(batch.scored, _rows_at_once(len(weight))):
+                made, found = work.group(tokens, batch.scored[2 * pairs.start : 2 * pairs.stop], pairs, pair_losses)
+                losses.append(made)
+                sums.append(found)
+        ctx.found = [(work.d_hidden, hidden.dtype), (work.d_weight, weight.dtype)]
+        outputs = (torch.cat(sums).t().flatten(), *work.metrics)
+        ctx.mark_non_differentiable(*outputs)
+        return (torch.stack(losses).sum(), *outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        factor: torch.Tensor = gradients[0]  # 1, or the loss scale of fp16
+        is_one = factor.device.type == "cpu" and factor.item() == 1  # on a GPU looking would wait for it
+        given: list[torch.Tensor | None] = []
+        for made, dtype in ctx.found:
+            if made is not None and not is_one:
+                made.mul_(factor.to(made.dtype))
+            given.append(None if made is None else made.to(dtype))
+        del ctx.found  # given away: autograd may keep it as the gradient, and a second backward pass fails
+        return (*given, None, None, None)
+
+
+def _groups(scored: tuple[int, ...], rows_at_once: int) -> Iterator[tuple[slice, slice]]:
+    """(pairs, their tokens): as many whole pairs at a time as rows_at_once holds; one that has more tokens, alone."""
+    first = begin = end = 0
+    for pair in range(len(scored) // 2):
+        tokens = scored[2 * pair] + scored[2 * pair + 1]
+        if pair > first and end + tokens - begin > rows_at_once:
+            yield slice(first, pair), slice(begin, end)
+            first, begin = pair, end
+        end += tokens
+    yield slice(first, len(scored) // 2), slice(begin, end)
+
+
+class _Softmax(NamedTuple):
+    """The softmax of some logits z, as exps / total."""
+
+    exps: torch.Tensor  # [n, V] exp(z - top), in the place of the logits
+    total: torch.Tensor  # [n, 1]
+    top: torch.Tensor  # [n, 1] the largest logit
+    at_label: torch.Tensor  # [n, 1] the label's logit
+
+    @property
+    def logps(self) -> torch.Tensor:
+        """[n, 1] of the labels."""
+        return self.at_label - self.top - self.total.log()
+
+
+class _HeadWork:
+    """What _LossInHead.forward works with: hidden [C, H] and weight [V, H] in the dtype of its products."""
+
+    d_hidden: torch.Tensor | None
+    d_weight: torch.Tensor | None
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_metrics: bool) -> None:
+        self.hidden, self.weight, self.labels, self.with_metrics = hidden, weight, labels[:, None], with_metrics
+        self.precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.metrics = hidden.new_zeros((3, len(hidden) if with_metrics else 0), dtype=self.precise)
+
+    def group(
+        self, tokens: slice, scored: tuple[int, ...], pairs: slice, pair_losses: PairLosses
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and log-probs [b, 2] of a few pairs; fills in their gradients."""
+        rows = _rows_at_once(len(self.weight))
+        chunks = [slice(start, min(start + rows, tokens.stop)) for start in range(tokens.start, tokens.stop, rows)]
+        softmax = None
+        logps: list[torch.Tensor] = [self.hidden.new_zeros(0, 1, dtype=self.precise)]
+        for chunk in chunks:
+            softmax = None  # the logits of the chunk before, which go before the next are made
+            softmax = self._softmax(chunk, is_first=True)
+            logps.append(softmax.logps)
+        found = _pair_sums(torch.cat(logps)[:, 0], scored)
+        if self.d_hidden is None and self.d_weight is None:
+            return pair_losses(pairs, found).sum(), found
+        with torch.enable_grad():
+            leaf = found.detach().requires_grad_()
+            loss = pair_losses(pairs, leaf).sum()
+        [per_sequence] = torch.autograd.grad(loss, leaf)
+        parts = zip(per_sequence.flatten().to(self.precise).unbind(), scored, strict=True)
+        coefficients = torch.cat([one.expand(length) for one, length in parts])  # lengths on a GPU would be waited for
+        for chunk in chunks:
+            if softmax is None or len(chunks) > 1:
+                softmax = None
+                softmax = self._softmax(chunk, is_first=False)
+            self._gradients(chunk, softmax, coefficients[chunk.start - tokens.start : chunk.stop - tokens.start, None])
+        return loss.detach(), found
+
+    def _softmax(self, chunk: slice, is_first: bool) -> _Softmax:
+        logits = (self.hidden[chunk] @ self.weight.t()).to(self.precise)
+        top = logits.amax(-1, keepdim=True)
+        at_label = logits.gather(1, self.labels[chunk])
+        if self.with_metrics and is_first:
+            self.metrics[1, chunk] = logits.mean(-1)
+            self.metrics[2, chunk] = (at_label == top)[:, 0].to(self.precise)
+        exps = logits.sub_(top).exp_()
+        total = exps.sum(-1, keepdim=True)
+        if self.with_metrics and is_first and not self._entropy_by_product:
+            self.metrics[0, chunk] = (total.log() - torch.special.xlogy(exps, exps).sum(-1, keepdim=True) / total)[:, 0]
+        return _Softmax(exps, total, top, at_label)
+
+    @property
+    def _entropy_by_product(self) -> bool:
+        """exps W, which the gradient needs anyway, gives the sum of exps * z: exact enough unless it is 16 bits."""
+        return self.d_hidden is not None and self.weight.dtype == self.precise
+
+    def _gradients(self, chunk: slice, softmax: _Softmax, coefficients: torch.Tensor) -> None:
+        """coefficients: [n, 1] dloss/dlogp."""
+        exps, total, top, at_label = softmax
+        hidden = self.hidden[chunk]
+        exps.scatter_add_(1, self.labels[chunk], -total)  # total * (p - e)
+        if exactly := exps.dtype == self.weight.dtype:
+            factors = -coefficients / total
+        else:
+            exps = torch.div(exps, total, out=torch.empty_like(exps, dtype=self.weight.dtype))
+            factors = -coefficients
+        if self.d_hidden is not None:
+            product = exps @ self.weight
+            self.d_hidden[chunk] = product * factors
+            if self.with_metrics and self._entropy_by_product:
+                mean = torch.linalg.vecdot(product, hidden)[:, None] / total + at_label  # of z under p
+                self.metrics[0, chunk] = (top + total.log() - mean)[:, 0]
+        if self.d_weight is None:
+            return
+        has_some = chunk.start > 0  # what stands there is the sum over earlier chunks
+        if exactly:
+            self.d_weight.addmm_(exps.t(), hidden * factors, beta=float(has_some))
+        else:
+            largest = factors.abs().amax().clamp_min(1e-30)  # fp16 would lose small coefficients
+            made = (exps.t() @ (hidden * (factors / largest)).to(exps.dtype)).to(self.precise)
+            if has_some:
+                self.d_weight.addcmul_(made, largest)
+            else:
+                torch.mul(made, largest, out=self.d_weight)
+
+
+# --- any head, any loss ------------------------------------------------------------------------------------------
+
+
+def _token_terms(
+    head: Head, selected: torch.Tensor, labels: torch.Tensor, with_metrics: bool
+) -> tuple[torch.Tensor, TokenTerms | None]:
+    """Log-probs [C] of the labels by autograd, and the metrics. selected: [C, H]."""
+    rows = _rows_at_once(head.vocabulary)
+    pieces = list(zip(selected.split(rows), labels.split(rows), strict=True))
+    run = _terms if len(pieces) == 1 or not torch.is_grad_enabled() else _recomputed
+    parts = [run(head, h, y, with_metrics) for h, y in pieces]
+    logps = torch.cat([part for part, _ in parts])
+    tokens = [token for _, token in parts if token is not None]
+    return logps, TokenTerms(*map(torch.cat, zip(*tokens, strict=True))) if tokens else None  # pyright: ignore
+
+
+def _terms(
+    head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool
+) -> tuple[torch.Tensor, TokenTerms | None]:
+    logits = head(hidden)
     normaliser = logits.logsumexp(-1)
-    logps = logits.gather(-1, labels[:, None])[:, 0] - normaliser
+    at_label = logits.gather(-1, labels[:, None])[:, 0]
+    if not with_metrics:
+        return at_label - normaliser, None
     with torch.no_grad():
         entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-        return TokenTerms(logps, entropy, logits.mean(-1), (logits.argmax(-1) == labels).to(logits.dtype))
+        tokens = TokenTerms(entropy, logits.mean(-1), (at_label == logits.amax(-1)).to(logits.dtype))
+    return at_label - normaliser, tokens
 
 
-def _recomputed(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> TokenTerms:
+def _recomputed(
+    head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool
+) -> tuple[torch.Tensor, TokenTerms | None]:
     """`_terms` whose logits are freed and made again in the backward pass."""
-    first: list[TokenTerms] = []
+    first: list[TokenTerms | None] = []
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
-        terms = _terms(head(hidden), labels)
-        first.append(terms)
-        return terms.logps
+        logps, tokens = _terms(head, hidden, labels, with_metrics and not first)
+        first.append(tokens)
+        return logps
 
     logps = checkpoint(run, hidden, use_reentrant=False)
-    terms = first.pop()
-    return TokenTerms(logps, terms.entropy, terms.mean_logit, terms.is_top1)  # pyright: ignore[reportArgumentType]
+    return logps, first[0]  # pyright: ignore[reportReturnType]

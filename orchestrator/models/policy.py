@@ -2,15 +2,15 @@
 
 import difflib
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.data.order import fed_lengths
+from orchestrator.data.order import PairCost, fed_lengths
 from orchestrator.data.pairs import Pairs, build_once, check_source, training_texts
-from orchestrator.models.logps import output_head
+from orchestrator.models.fused import fuse
+from orchestrator.models.logps import Head
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import InitSpec, RunSpec, UserError
 
@@ -126,7 +126,7 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
                 raise UserError(
                     "model.init.config", given, f"no model can be made of it: {reason}", "mend its sizes"
                 ) from None
-        _keep_fp64(model)
+        fuse(model)
     if spec.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers gives the embeddings' output a gradient for reentrant checkpointing; ours does not need it
@@ -145,8 +145,21 @@ def load_model(key: str, path: str, disable_dropout: bool, dtype: torch.dtype) -
     except Exception as error:
         raise _cannot_load(key, path, "model", error) from None
     _check_head(model)
-    _keep_fp64(model)
+    fuse(model)
     return model
+
+
+def pair_cost(model: "PreTrainedModel") -> PairCost:
+    """What a token costs in this model, in multiplications."""
+    text = model.config.get_text_config()
+    body = [m for m in model.base_model.modules() if not isinstance(m, torch.nn.Embedding)]
+    matrices = {p for module in body for p in module.parameters(recurse=False) if p.ndim >= 2}
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return PairCost(
+        token=sum(p.numel() for p in matrices),
+        scored=text.vocab_size * text.hidden_size,
+        seen=2 * text.num_hidden_layers * text.num_attention_heads * size,
+    )
 
 
 def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
@@ -184,34 +197,22 @@ def _no_dropout(config: Any, disable: bool) -> None:
                 setattr(config.get_text_config(), name, 0.0)
 
 
-def _keep_fp64(model: "PreTrainedModel") -> None:
-    """transformers' RMSNorm computes in fp32 whatever its input; in fp64 that would leave 1e-8 in the loss."""
-    if model.dtype != torch.float64:
-        return
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = partial(_rms_norm, module)
-
-
-def _rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return norm.weight * hidden * (hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-
-
 @torch.no_grad()
 def _check_head(model: "PreTrainedModel") -> None:
-    """The step runs body and head apart: refuse a model that scales or caps its logits in between."""
+    """The step runs body and head apart: refuse a model that does something in between which Head does not know."""
     training = model.training
     model.eval()
     ids = torch.tensor([[0, 1]])
     whole = model(input_ids=ids, use_cache=False).logits
-    apart = output_head(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    apart = Head.of(model)(hidden)
     model.train(training)
-    if not torch.allclose(whole, apart, rtol=1e-4, atol=1e-4):
+    if not torch.allclose(whole.to(apart.dtype), apart, rtol=1e-4, atol=1e-4):
         raise UserError(
             "model",
             type(model).__name__,
-            "scales or caps its logits after the head, which is not supported yet",
-            "take a Llama, Qwen, Mistral or GPT-2 style model",
+            "does something to its logits after the head that is not supported",
+            "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model",
         )
 
 

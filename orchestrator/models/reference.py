@@ -4,14 +4,17 @@ Legend: 2B sequences, R rows, T tokens, H hidden size.
 """
 
 import copy
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from orchestrator.data.collate import PairBatch
-from orchestrator.models.logps import body_hidden, sequence_sums, token_terms
+from orchestrator.models.logps import sequence_logps
 from orchestrator.models.policy import config_at, load_model
 from orchestrator.settings.spec import ModelSpec, ReferenceSpec, UserError
+from orchestrator.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +28,23 @@ class Reference:
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model.requires_grad_(False).eval()
 
-    @torch.no_grad()
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probs [2B], fp64. `captured` [R, T, H] is what entered capture_layer in the policy; unused here."""
-        return sequence_sums(token_terms(self.model, body_hidden(self.model, batch), batch).logps, batch)
+        return sequence_logps(self.model, batch)
+
+
+def reference_identity(model: "PreTrainedModel", world: World) -> dict[str, Any]:
+    """What its log-probs depend on: its config and the sha256 of its weights, each hashed by one rank. Collective."""
+    tensors = sorted(model.state_dict().items())
+    mine = [
+        hashlib.sha256(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()).hexdigest()
+        for _, tensor in tensors[world.rank :: world.size]
+    ]
+    digests = world.gather(mine)
+    whole = [(name, digests[i % world.size][i // world.size]) for i, (name, _) in enumerate(tensors)]
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    config = json.loads(json.dumps(config, sort_keys=True, default=str))
+    return {"weights": hashlib.sha256(json.dumps(whole).encode()).hexdigest(), "config": config}
 
 
 def check_reference(spec: ReferenceSpec, policy_config: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class UserError(Exception):
@@ -28,9 +28,11 @@ class UserError(Exception):
         return " ".join(f"{self.key} = {value}: {self.rule}; {self.cure}".split())
 
 
-LossType = Literal["sigmoid"]
+LossType = Literal["sigmoid", "ipo"]
 EngineKind = Literal["ddp"]
 ReferenceKind = Literal["copy"]
+CacheMode = Literal["off", "lazy", "full"]
+AttentionName = Literal["auto", "cpu", "varlen", "sdpa", "padded"]
 Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 SchedulerName = Literal["linear", "cosine", "constant"]
 Positive = Annotated[int, Field(ge=1)]
@@ -95,6 +97,10 @@ class ModelSpec(Block):
     """Token to pad with, from the tokenizer's vocabulary; needed only when the tokenizer has none."""
     disable_dropout: bool = True
     """Set every dropout of policy and reference to 0, as TRL does."""
+    attention: AttentionName = Field("auto", json_schema_extra=FREE)
+    """How a pair is laid out and attended to. Packed, the prompt computed once, nothing padded: cpu, varlen (GPUs
+    from Ampere on), sdpa (anywhere, slower); auto takes the one for the device. padded: two padded rows per pair, as
+    TRL does; auto takes it, and says why, for a model whose packed log-probs would not be exact."""
 
 
 class DataSpec(Block):
@@ -128,7 +134,7 @@ class DpoSpec(Block):
     """The loss. Names and defaults are TRL's."""
 
     loss_type: LossType = "sigmoid"
-    """Loss over a pair's log-ratios: sigmoid is DPO (Rafailov et al. 2023, equation 7)."""
+    """Loss over a pair's log-ratios: sigmoid is DPO (Rafailov et al. 2023, eq. 7), ipo is IPO (Azar et al. 2023)."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference: reward = beta * log(policy / reference). Dimensionless."""
 
@@ -139,9 +145,10 @@ class BatchSpec(Block):
     global_batch_size: Positive = 32
     """Pairs per optimizer step, over all ranks."""
     micro_batch_size: Positive | None = Field(None, json_schema_extra=FREE)
-    """Pairs per forward pass on one rank. Exactly one of this and max_tokens_per_microbatch."""
+    """Pairs per forward pass on one rank, fewer where a CPU is faster so. Exactly one of this and the next."""
     max_tokens_per_microbatch: Positive | None = Field(None, json_schema_extra=FREE)
-    """Tokens per forward pass on one rank, padding counted; a longer single pair still gets its pass."""
+    """Tokens per forward pass on one rank as they are laid out: packed, prompt and both completions; padded, with the
+    padding. A longer single pair still gets its pass."""
 
 
 class OptimizerSpec(Block):
@@ -181,6 +188,8 @@ class TrainingSpec(Block):
     """Clip the gradient to this L2 norm; no clipping when null."""
     logging_steps: Positive = Field(10, json_schema_extra=FREE)
     """Optimizer steps between two logged lines."""
+    token_metrics: bool = Field(True, json_schema_extra=FREE)
+    """Also report what the head says of each token: entropy, logits/chosen, logits/rejected, mean_token_accuracy."""
 
 
 class EngineSpec(Block):
@@ -197,6 +206,15 @@ class ReferenceSpec(Block):
     """copy: a frozen copy of the policy's start, or of another model."""
     path: str | None = None
     """Folder or hub name of the reference; the policy's start when not set."""
+    cache: CacheMode = Field("lazy", json_schema_extra=FREE)
+    """Log-probs of the reference kept on disk, by content, and shared by every run that asks the same reference about
+    the same tokens. lazy: as training meets a pair, so that the second epoch costs nothing; full: all of them before
+    the first step; off: the reference runs every time, as it does with data.collator."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, value: Any) -> Any:
+        return "off" if value is False else value  # how YAML reads a bare off
 
 
 class CallbackSpec(Block):
@@ -286,7 +304,7 @@ class RunSpec(Block):
     """Type of the arithmetic over fp32 weights: auto is bf16 where the GPU has it, else fp32; fp64 is for tests."""
     engine: EngineSpec = EngineSpec()  # pyright: ignore[reportCallIssue]
     """Who owns gradients and optimizer state."""
-    reference: ReferenceSpec = ReferenceSpec()
+    reference: ReferenceSpec = ReferenceSpec()  # pyright: ignore[reportCallIssue]
     """The frozen model the policy is measured against."""
     callbacks: list[CallbackSpec] = Field([], json_schema_extra=FREE)
     """User callbacks (transformers.TrainerCallback), each as module:attr or {path, kwargs}."""
@@ -325,6 +343,7 @@ class RunSpec(Block):
             _known_optimizer,
             _known_scheduler,
             _evaluation,
+            _reference_cache,
             _resources,
         ):
             rule(self)
@@ -440,6 +459,16 @@ def _evaluation(spec: RunSpec) -> None:
             raise UserError(
                 f"evaluation.{key}", value, "needs evaluation pairs", "set data.eval to a file of preference pairs"
             )
+
+
+def _reference_cache(spec: RunSpec) -> None:
+    if spec.reference.cache == "full" and spec.data.collator:
+        raise UserError(
+            "reference.cache",
+            spec.reference.cache,
+            "what data.collator will feed is not known beforehand",
+            "remove it, or let the collator return ref_chosen_logps and ref_rejected_logps",
+        )
 
 
 def _resources(spec: RunSpec) -> None:

@@ -1,4 +1,4 @@
-"""The same step without gradient, over every evaluation pair once, sharded over the ranks."""
+"""The same step without gradient, over every evaluation pair once, sharded; and the reference alone, for its cache."""
 
 import time
 from collections.abc import Callable
@@ -22,9 +22,36 @@ def evaluate(
     sums = MetricSums(world)
     for micro in micro_batches:
         each()
-        sums.add(engine.evaluate(make(micro).to(world.device), Counts(len(loader.pairs), 1)).metric_sums)
+        batch = make(micro)
+        output = engine.evaluate(batch.to(world.device), Counts(len(loader.pairs), 1))
+        sums.add(output.metric_sums)
+        loader.remember(batch, output.ref_logps)
     metrics = means(sums.totals())
     del metrics["num_tokens"]  # counts training only
     seconds = time.monotonic() - began
     timing = {"runtime": seconds, "samples_per_second": len(loader.pairs) / seconds}
     return {f"eval_{name}": value for name, value in {**metrics, **timing}.items()}
+
+
+def fill_reference_cache(
+    engine: Engine, loader: Loader, world: World, each: Callable[[], None] = lambda: None
+) -> tuple[int, float]:
+    """Ask the reference about every pair that the cache does not know, dealt over the ranks. Collective.
+
+    The micro-batches are those of the whole data set, whatever is known already: a fill that was interrupted ends with
+    the last bit of one that was not. each: called before each micro-batch.
+
+    Returns how many pairs were not known, and the seconds it took.
+    """
+    assert loader.cache is not None
+    began = time.monotonic()
+    micro_batches, make = loader.whole(step=0)
+    [unknown, *_] = world.gather(len(loader.cache.unknown()))  # before anyone writes
+    for micro in micro_batches:
+        each()
+        if not micro.is_filler and loader.cache.known(micro.pairs) is None:
+            batch = make(micro)
+            loader.remember(batch, engine.reference_logps(batch.to(world.device)))
+    world.gather(None)  # every rank has written
+    loader.cache.read()
+    return unknown, time.monotonic() - began

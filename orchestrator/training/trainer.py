@@ -5,18 +5,19 @@ import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from orchestrator.data.collate import Counts
+from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.engines.base import Engine, Updated
 from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks
-from orchestrator.training.evaluate import evaluate
+from orchestrator.training.evaluate import evaluate, fill_reference_cache
 from orchestrator.training.health import Session
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
@@ -117,6 +118,7 @@ class Trainer:
         """Train from the present position to the end, or until someone asks to stop. The same on every rank."""
         self._update_state()
         self.callbacks.fire("on_train_begin")
+        self._fill_reference_cache()
         if self.step == 0:
             self.evaluate()
         with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
@@ -192,11 +194,16 @@ class Trainer:
             local = torch.tensor(counts, dtype=torch.float64, device=self.world.device)
             counts = Counts(*map(int, self.world.sum(local).tolist()))
         sums = MetricSums(self.world)
+        asked: list[tuple[PairBatch, torch.Tensor]] = []
         last = len(made.micro_batches) - 1
         for i, batch in enumerate(made.micro_batches):
-            sums.add(self.engine.micro_step(batch.to(self.world.device), counts, last=i == last).metric_sums)
+            output = self.engine.micro_step(batch.to(self.world.device), counts, last=i == last)
+            sums.add(output.metric_sums)
+            asked.append((batch, output.ref_logps))
             if i < last:
                 self.callbacks.fire("on_substep_end")
+        for batch, ref_logps in asked:  # before the ranks meet: what one writes, all find in the next epoch
+            self.loader.remember(batch, ref_logps)
         return sums.sums
 
     # --- agreement -----------------------------------------------------------------------------------------------
@@ -257,6 +264,18 @@ class Trainer:
             self._remember_best(metrics)
             self._act_on(self._agree()._replace(evaluate=False))
 
+    def _fill_reference_cache(self) -> None:
+        """reference.cache=full: the reference says what it has to say before the first step."""
+        if self.spec.reference.cache != "full":
+            return
+        for name, loader in (("training", self.loader), ("evaluation", self.eval_loader)):
+            if loader is None or loader.cache is None:
+                continue
+            beat = partial(self.session.heartbeat, self.step, "reference cache")
+            pairs, seconds = fill_reference_cache(self.engine, loader, self.world, beat)
+            if pairs and self.world.is_main:
+                print(f"reference cache: {pairs} {name} pairs in {seconds:.1f} s", flush=True)
+
     def _before_evaluated_batch(self) -> None:
         self.session.heartbeat(self.step, "evaluate")
         self.callbacks.fire("on_prediction_step")
@@ -266,7 +285,7 @@ class Trainer:
         if self.saved_at == self.step:
             return
         self.session.heartbeat(self.step, "save")
-        window = self.window.totals()
+        window = self.window.per_rank()
         meta = {
             "engine": self.engine.state(),
             "pairs_seen": self.pairs_seen,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.data.collate import AdaptedCollator, Counts, PreferenceCollator
+from orchestrator.data.collate import AdaptedCollator, Counts, PackedCollator, PreferenceCollator
 from orchestrator.data.loader import Loader
-from orchestrator.data.order import Order, fed_lengths, run_length
+from orchestrator.data.order import Order, PairCost, fed_lengths, run_length
 from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs
+from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
-from orchestrator.engines.ddp import DdpEngine
+from orchestrator.engines.ddp import DdpEngine, autocast
 from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, optimizer_factory, scheduler_factory
-from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer
-from orchestrator.models.reference import build_reference, check_reference
-from orchestrator.settings.spec import Precision, RunSpec, UserError
+from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
+from orchestrator.models.logps import packed_error
+from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer, pair_cost
+from orchestrator.models.reference import Reference, build_reference, check_reference, reference_identity
+from orchestrator.settings.spec import AttentionName, Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
 from orchestrator.training.export import export
@@ -29,6 +33,9 @@ from orchestrator.world import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows pay per operation, longer ones fall out of its caches
+PACKED_TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # of what packed_error measures
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +102,17 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
 
     policy = build_policy(spec, prepared.tokenizer, dtype).to(world.device)  # pyright: ignore[reportArgumentType]
     reference = build_reference(spec.reference, spec.model, policy)
-    step = PairStep(policy, reference, spec.dpo)
+    attention, why_padded = _attention(spec, prepared, policy, reference, world, precision)
+    step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics)
 
-    loader, eval_loader = _loaders(spec, prepared, world)
+    collator = _collator(spec, prepared, attention)
+    loader, eval_loader = _loaders(spec, prepared, world, attention, pair_cost(policy), collator)
+    if spec.reference.cache != "off" and not spec.data.collator:
+        _open_caches(spec, loader, eval_loader, reference, world, {"precision": precision, "attention": attention})
     length = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
     engine = DdpEngine(world, precision, spec.training.max_grad_norm, spec.optimizer.weight_decay)
     engine.wrap(step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, length.steps))
-    _settle(engine, loader, _collator(spec, prepared), world)
+    _settle(engine, loader, collator, world)
 
     args = training_args(spec, run_dir, length.steps, length.epochs, world, precision)
     objects = {
@@ -132,12 +143,53 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
         trainer.resume(checkpoint.Reader(found))
     elif world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
-        _say(spec, prepared, world, precision, length.steps)
+        _say(spec, prepared, world, precision, length.steps, attention, why_padded)
     return _concluded(trainer.fit(), run_dir, world)
 
 
-def _loaders(spec: RunSpec, prepared: Prepared, world: World) -> tuple[Loader, Loader | None]:
-    collator = AdaptedCollator(spec.data.collator) if spec.data.collator else _collator(spec, prepared)
+def _attention(
+    spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, world: World, precision: Precision
+) -> tuple[AttentionName, str | None]:
+    """Give both models the attention of the run; its name, and why it is padded where that was not asked for."""
+    if spec.data.collator or spec.model.attention == "padded":
+        return "padded", None
+    kernel = choose_kernel(spec.model.attention, world.device, precision)
+    lengths = [
+        pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1) for pairs in (prepared.train, prepared.eval) if pairs
+    ]
+    longest = min(max(int(each.max()) for each in lengths), spec.data.keep_last or sys.maxsize)
+    for model in (policy, reference.model):
+        if reason := not_exact(model.config, longest):
+            return "padded", reason
+    found: list[float] = []
+    for name in dict.fromkeys((kernel, "sdpa")):
+        for model in (policy, reference.model):
+            use_packed_attention(model, name)
+        with autocast(world.device, precision):
+            mine = [packed_error(model) for model in (policy, reference.model)]
+        # one layout for all ranks: it decides the number of micro-steps. A NaN is not within any tolerance
+        found = [error for errors in world.gather(mine) for error in errors]
+        if all(error <= PACKED_TOLERANCE[precision] for error in found):
+            return name, None
+    return "padded", f"packed and padded differ by {', '.join(f'{error:.1e}' for error in found)} here"
+
+
+def _collator(spec: RunSpec, prepared: Prepared, attention: AttentionName) -> PackedCollator | PreferenceCollator:
+    pad = prepared.tokenizer.pad_token_id
+    assert isinstance(pad, int)  # load_tokenizer refuses a tokenizer without one
+    return PreferenceCollator(pad, spec.data) if attention == "padded" else PackedCollator(spec.data)
+
+
+def _loaders(
+    spec: RunSpec,
+    prepared: Prepared,
+    world: World,
+    attention: AttentionName,
+    cost: PairCost,
+    collator: PackedCollator | PreferenceCollator,
+) -> tuple[Loader, Loader | None]:
+    packed = attention != "padded"
+    limits = [spec.batch.max_tokens_per_microbatch] + [CPU_ROW] * (packed and world.device.type == "cpu")
 
     def loader(pairs: Pairs) -> Loader:
         order = Order(
@@ -147,20 +199,44 @@ def _loaders(spec: RunSpec, prepared: Prepared, world: World) -> tuple[Loader, L
             world.size,
             spec.run.seed,
             spec.batch.micro_batch_size,
-            spec.batch.max_tokens_per_microbatch,
+            min((limit for limit in limits if limit), default=None),
+            packed,
+            cost,
         )
-        return Loader(pairs, order, collator)
+        return Loader(pairs, order, AdaptedCollator(spec.data.collator) if spec.data.collator else collator)
 
     return loader(prepared.train), loader(prepared.eval) if prepared.eval is not None else None
 
 
-def _collator(spec: RunSpec, prepared: Prepared) -> PreferenceCollator:
-    pad = prepared.tokenizer.pad_token_id
-    assert isinstance(pad, int)  # load_tokenizer refuses a tokenizer without one
-    return PreferenceCollator(pad, spec.data)
+def _open_caches(
+    spec: RunSpec,
+    loader: Loader,
+    eval_loader: Loader | None,
+    reference: Reference,
+    world: World,
+    arithmetic: dict[str, str],
+) -> None:
+    """Give the loaders what is on disk of this reference's log-probs, computed with that arithmetic.
+
+    Raises:
+        UserError: reference.cache is full and there is nowhere to keep them; lazy goes on without.
+    """
+    identity = {"reference": reference_identity(reference.model, world), "device": world.device.type, **arithmetic}
+    try:
+        folder = cache_folder(spec.cache_dir, identity)
+    except OSError as error:
+        where = f"{spec.cache_dir}/reference_logps cannot be written ({error.strerror})"
+        if spec.reference.cache == "full":
+            cure = "set data.cache_dir to a folder that can, or reference.cache=off"
+            raise UserError("reference.cache", "full", where, cure) from None
+        logger.warning("%s: the reference runs every time", where)
+        return
+    loader.cache = RefCache(folder, loader.pairs, "train", spec.data.keep_last)
+    if eval_loader is not None:
+        eval_loader.cache = RefCache(folder, eval_loader.pairs, "eval", spec.data.keep_last)
 
 
-def _settle(engine: DdpEngine, loader: Loader, collator: PreferenceCollator, world: World) -> None:
+def _settle(engine: DdpEngine, loader: Loader, collator: PackedCollator | PreferenceCollator, world: World) -> None:
     """One weightless micro-step, after which DDP has regrouped its gradient buckets.
 
     With three or more ranks the grouping decides the order of summation: it must be the same at the first step of a
@@ -196,7 +272,15 @@ def _concluded(ended: Ended, run_dir: RunDir, world: World) -> RunResult:
     return result
 
 
-def _say(spec: RunSpec, prepared: Prepared, world: World, precision: str, max_steps: int) -> None:
+def _say(
+    spec: RunSpec,
+    prepared: Prepared,
+    world: World,
+    precision: str,
+    max_steps: int,
+    attention: AttentionName,
+    why_padded: str | None,
+) -> None:
     """What is about to happen, in a few lines."""
     for name, pairs in (("training", prepared.train), ("evaluation", prepared.eval)):
         if pairs is not None:
@@ -204,6 +288,8 @@ def _say(spec: RunSpec, prepared: Prepared, world: World, precision: str, max_st
             print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
     where = f"{world.size} ranks on {world.device.type} in {precision}"
     print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
+    if why_padded is not None:
+        print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
 
 
 def _quiet() -> None:

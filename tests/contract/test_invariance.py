@@ -16,6 +16,7 @@ SETTINGS: dict[str, Any] = {
     "scheduler": {"name": "cosine", "warmup_steps": 3},
     "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
 }
+TOKEN_BUDGET = ["batch.micro_batch_size=null", "batch.max_tokens_per_microbatch=150"]
 CUTS = {
     "1x4": (1, ["batch.micro_batch_size=2"]),
     "1x1": (1, ["batch.micro_batch_size=8"]),
@@ -23,8 +24,13 @@ CUTS = {
     "4x1": (4, ["batch.micro_batch_size=2"]),
     "3 ranks": (3, ["batch.micro_batch_size=1"]),
     "more ranks than pairs": (3, ["batch.global_batch_size=2", "batch.micro_batch_size=1", "training.max_steps=9"]),
-    "token budget": (2, ["batch.micro_batch_size=null", "batch.max_tokens_per_microbatch=150"]),
+    "token budget": (2, TOKEN_BUDGET),
     "checkpointing": (2, ["training.gradient_checkpointing=true"]),
+    "padded": (2, ["model.attention=padded"]),
+    "padded token budget": (1, [*TOKEN_BUDGET, "model.attention=padded"]),
+    "sdpa": (1, ["model.attention=sdpa"]),
+    "cache off": (2, ["reference.cache=off"]),
+    "cache full": (2, ["reference.cache=full"]),
 }
 
 
@@ -39,10 +45,11 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(settings: Path, name: str, ranks: int, overrides: list[str], extra: dict[str, str] | None = None) -> Path:
     name = name.replace(" ", "-")
-    words = ["debug", settings, "--nproc", str(ranks), f"run.name={name}", *overrides]
+    own = f"run.dir={settings.parent / name}"  # a run that finds another's reference log-probs would not make its own
+    words = ["debug", settings, "--nproc", str(ranks), own, f"run.name={name}", *overrides]
     ended = orchestrator(*words, cwd=settings.parent, env=extra)
     assert ended.returncode == 0, ended.stderr
-    return settings.parent / "runs" / name
+    return settings.parent / name / name
 
 
 def evaluations(run_dir: Path) -> list[float]:
@@ -54,7 +61,7 @@ def test_same_curve_and_weights(settings: Path, cut: str) -> None:
     ranks, overrides = CUTS[cut]
     batch = [word for word in overrides if word.startswith("batch.global")]
     twin_name = f"one-process{'-small' if batch else ''}"
-    twin = settings.parent / "runs" / twin_name
+    twin = settings.parent / twin_name / twin_name
     if not twin.exists():
         run(settings, twin_name, 1, CUTS["1x4"][1] + batch)
     made = run(settings, cut, ranks, overrides)

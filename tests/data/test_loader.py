@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from support import rows, write_jsonl
-from tiny import PAD, data_spec, tokenizer
+from tiny import PAD, both_layouts, collator, data_spec, tokenizer
 
-from orchestrator.data.collate import AdaptedCollator, CollateContext, PreferenceCollator
+from orchestrator.data.collate import AdaptedCollator, CollateContext, PackedCollator, PreferenceCollator
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.order import Order, fed_lengths
 from orchestrator.data.pairs import Pairs, tokenized_pairs
@@ -30,7 +30,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 def loader(pairs: Pairs, rank: int = 0, world: int = 1, collator: Any = None) -> Loader:
     order = Order(pairs.lengths, 8, rank, world, 7, 3)
-    return Loader(pairs, order, collator or PreferenceCollator(PAD, data_spec()))
+    return Loader(pairs, order, collator or PackedCollator(data_spec()))
 
 
 def pair_ids(made: StepBatches) -> list[int]:
@@ -84,6 +84,7 @@ def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs, mo
         batch = ours(made)
         mask = torch.zeros_like(batch.input_ids)
         mask.view(-1)[batch.completion_index + 1] = 1
+        assert batch.attention_mask is not None
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "completion_mask": mask}
 
     monkeypatch.setitem(sys.modules, "a_users_module", module := ModuleType("a_users_module"))
@@ -98,27 +99,26 @@ def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs, mo
     assert {thread for _, thread in contexts} == {threading.current_thread().name}
 
 
-def test_keep_end_counts_the_tokens_that_are_fed(tmp_path: Path) -> None:
+@both_layouts
+def test_keep_end_counts_the_tokens_that_are_fed(tmp_path: Path, packed: bool) -> None:
     data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", rows(8))), max_length=16, truncation="keep_end")
     made = tokenized_pairs(data, "train", tokenizer(), tmp_path)
-    step = next(
-        Loader(
-            made, Order(fed_lengths(made.lengths, data.keep_last), 8, 0, 1, 7, 8), PreferenceCollator(PAD, data)
-        ).steps(0, 0)
-    )
-    assert step.counts.tokens == sum(int(batch.attention_mask.sum()) for batch in step.micro_batches)
+    order = Order(fed_lengths(made.lengths, data.keep_last), 8, 0, 1, 7, 8, packed=packed)
+    step = next(Loader(made, order, collator(packed, max_length=16, truncation="keep_end")).steps(0, 0))
+    assert step.counts.tokens == sum(batch.counts.tokens for batch in step.micro_batches)
+    assert step.counts.tokens < int(made.lengths.sum() + made.lengths[:, 0].sum())
 
 
 def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
     made: list[str] = []
-    ours = PreferenceCollator(PAD, data_spec())
+    ours = PackedCollator(data_spec())
 
-    class Counting(PreferenceCollator):
+    class Counting(PackedCollator):
         def __call__(self, rows: list[Any], *, is_filler: bool = False) -> Any:
             made.append(threading.current_thread().name)
             return ours(rows, is_filler=is_filler)
 
-    steps = loader(pairs, collator=Counting(PAD, data_spec())).steps(0, 0)
+    steps = loader(pairs, collator=Counting(data_spec())).steps(0, 0)
     next(steps)
     deadline = time.monotonic() + 20
     while len(made) < 11 and time.monotonic() < deadline:
@@ -130,12 +130,12 @@ def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
 
 
 def test_an_error_while_collating_is_raised_where_the_step_is_taken(pairs: Pairs) -> None:
-    class Failing(PreferenceCollator):
+    class Failing(PackedCollator):
         def __call__(self, rows: list[Any], *, is_filler: bool = False) -> Any:
             raise ValueError("cannot collate")
 
     with pytest.raises(ValueError, match="cannot collate"):
-        next(loader(pairs, collator=Failing(PAD, data_spec())).steps(0, 0))
+        next(loader(pairs, collator=Failing(data_spec())).steps(0, 0))
 
 
 def test_the_thread_ends_with_its_use(pairs: Pairs) -> None:

@@ -6,7 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.order import Integers, Order, RunLength, deal, fed_lengths, permutation, run_length
+from orchestrator.data.order import (
+    TOKENS,
+    Integers,
+    Order,
+    PairCost,
+    RunLength,
+    deal,
+    deal_many,
+    fed_lengths,
+    permutation,
+    run_length,
+)
 from orchestrator.settings.spec import TrainingSpec
 
 WORLDS = [1, 2, 3, 5, 8]
@@ -63,9 +74,7 @@ def test_a_permutation_looks_random() -> None:
 def test_every_pair_once_per_epoch(world: int, pairs: int, batch: int) -> None:
     ranks = orders(world, pairs, batch)
     for epoch in range(2):
-        found = [
-            i for step in range(ranks[0].steps_per_epoch) for i in seen(ranks, epoch * pairs + min(step * batch, pairs))
-        ]
+        found = [i for start in range(0, pairs, batch) for i in seen(ranks, epoch * pairs + start)]
         assert sorted(found) == list(range(pairs))
 
 
@@ -90,13 +99,20 @@ def test_a_global_batch_is_a_slice_of_the_epochs_permutation() -> None:
 
 def test_the_last_batch_of_an_epoch_is_smaller() -> None:
     order = orders(1, 50, 8)[0]
-    assert order.steps_per_epoch == 7
     assert [len(order.plan(start).global_pairs) for start in (40, 48, 50)] == [8, 2, 8]
 
 
 @pytest.mark.parametrize("world", [*WORLDS, 16])
 @pytest.mark.parametrize(
-    "limit", [{"micro": 1}, {"micro": 3}, {"micro": None, "max_tokens_per_microbatch": 200}], ids=str
+    "limit",
+    [
+        {"micro": 1},
+        {"micro": 3},
+        {"micro": None, "max_tokens": 200},
+        {"micro": None, "max_tokens": 200, "packed": False},
+        {"micro": 3, "max_tokens": 100},
+    ],
+    ids=str,
 )
 def test_every_rank_runs_as_many_micro_batches_and_fillers_only_where_needed(world: int, limit: dict[str, Any]) -> None:
     ranks = orders(world, 50, 11, **limit)
@@ -132,9 +148,11 @@ def test_an_evaluation_sees_every_pair_once(world: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "batch"), [(2, 32), (8, 64), (5, 64)])
-def test_skewed_lengths_are_balanced_over_ranks(world: int, batch: int) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("cost", [TOKENS, PairCost(token=10_000, scored=30_000, seen=4)], ids=["tokens", "model"])
+def test_skewed_lengths_are_balanced_over_ranks(world: int, batch: int, packed: bool, cost: PairCost) -> None:
     skewed = np.exp(np.random.default_rng(1).normal(5, 1, (1024, 3))).astype(np.int64).clip(1, 1500)
-    ranks = orders(world, 1024, batch, lengths=skewed)
+    ranks = orders(world, 1024, batch, lengths=skewed, packed=packed, cost=cost)
     slowest = mean = 0.0
     for start in range(0, 1024, batch):
         carried = np.array(
@@ -145,22 +163,81 @@ def test_skewed_lengths_are_balanced_over_ranks(world: int, batch: int) -> None:
     assert slowest <= 1.1 * mean
 
 
-def test_the_cost_of_a_pair_is_the_tokens_of_both_sequences() -> None:
-    assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]))[0].costs.tolist() == [27]
+def test_the_tokens_of_a_pair_are_those_of_both_sequences_in_either_layout() -> None:
+    for packed in (True, False):
+        assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]), packed=packed)[0].tokens.tolist() == [27]
+
+
+@pytest.mark.parametrize(
+    ("cost", "packed", "expected"),
+    [
+        (TOKENS, True, 17),
+        (TOKENS, False, 27),  # the prompt twice
+        (PairCost(token=0, scored=1), True, 7),
+        (PairCost(token=0, scored=1), False, 7),
+        (PairCost(token=0, seen=1), True, (13**2 + 14**2) // 2 - 10**2 // 2),
+        (PairCost(token=0, seen=1), False, (13**2 + 14**2) // 2),
+        (PairCost(100, 1000, 3), True, 1700 + 7000 + 3 * 132),
+        (PairCost(100, 1000, 3), False, 2700 + 7000 + 3 * 182),
+    ],
+)
+def test_what_a_pair_costs(cost: PairCost, packed: bool, expected: int) -> None:
+    assert cost.of(np.array([[10, 3, 4]]), packed).tolist() == [expected]
+    assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]), packed=packed, cost=cost)[0].costs.tolist() == [expected]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_cost_of_attention_is_what_is_seen(packed: bool) -> None:
+    prompt, chosen, rejected = 70, 110, 40
+    tokens = prompt + chosen + rejected if packed else 2 * prompt + chosen + rejected
+    branch = prompt + chosen
+    sees = np.tri(tokens, dtype=bool)
+    if packed:
+        sees[branch:, prompt:branch] = False
+    else:
+        sees[branch:, :branch] = False
+    [found] = PairCost(token=0, seen=1).of(np.array([[prompt, chosen, rejected]]), packed)
+    assert found == pytest.approx(sees.sum(), rel=0.02)
+
+
+def test_a_long_pair_is_balanced_by_what_its_attention_costs() -> None:
+    made = np.array([[300, 100, 100]] + [[60, 20, 20]] * 10)  # 500 tokens, and ten times 100
+
+    def pairs_beside_the_long_one(cost: PairCost) -> int:
+        [share] = [
+            pairs
+            for order in orders(2, 11, 11, micro=11, lengths=made, cost=cost)
+            if 0 in (pairs := [int(i) for micro in order.plan(0).micro_batches for i in micro.pairs])
+        ]
+        return len(share) - 1
+
+    assert pairs_beside_the_long_one(TOKENS) == 3
+    assert pairs_beside_the_long_one(PairCost(token=0, seen=1)) == 0
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_the_token_budget_holds_except_for_a_pair_that_is_larger_alone(world: int) -> None:
-    budget, sizes = 150, []
-    for order in orders(world, 200, 40, micro=None, max_tokens_per_microbatch=budget):
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_token_budget_holds_except_for_a_pair_that_is_larger_alone(world: int, packed: bool) -> None:
+    budget = 80 if packed else 150
+    alone, shared = [], []
+    for order in orders(world, 200, 40, micro=None, max_tokens=budget, packed=packed):
         longest = order.lengths[:, 0] + order.lengths[:, 1:].max(axis=1)
         for start in range(0, 200, 40):
             for micro in order.plan(start).micro_batches:
                 padded = 2 * len(micro.pairs) * longest[micro.pairs].max()
-                assert padded <= budget or len(micro.pairs) == 1
-                sizes.append((len(micro.pairs), padded > budget))
-    assert max(size for size, _ in sizes) > 1  # some share a pass,
-    assert any(larger for _, larger in sizes)  # and some are too large even alone
+                fed = order.lengths[micro.pairs].sum() if packed else padded
+                (shared if len(micro.pairs) > 1 else alone).append(fed)
+    assert max(shared) <= budget  # some share a pass,
+    assert max(alone) > budget  # and some are too large even alone
+
+
+def test_both_limits_hold_together() -> None:
+    [order] = orders(1, 50, 50, micro=3, max_tokens=120)
+    sizes = [(len(m.pairs), order.lengths[m.pairs].sum()) for m in order.plan(0).micro_batches]
+    assert sum(pairs for pairs, _ in sizes) == 50
+    assert max(pairs for pairs, _ in sizes) == 3
+    assert max(tokens for pairs, tokens in sizes if pairs > 1) <= 120
+    assert {pairs for pairs, _ in sizes} == {1, 2, 3}
 
 
 def test_micro_batches_hold_no_more_pairs_than_asked() -> None:
@@ -230,3 +307,15 @@ def test_run_length(pairs: int, batch: int, training: dict[str, Any], expected: 
 
 def test_a_run_by_epochs_always_has_a_step() -> None:
     assert run_length(100, 10, TrainingSpec(epochs=0.001)).steps == 1  # pyright: ignore[reportCallIssue]
+
+
+def test_very_many_pairs_are_dealt_evenly_at_once() -> None:
+    costs = np.exp(np.random.default_rng(0).normal(6, 0.6, 20_000)).astype(np.int64)
+    loads = np.bincount(deal_many(costs, 8), weights=costs)
+    assert len(loads) == 8
+    assert loads.max() / loads.mean() < 1.002
+    made = lengths(9000)
+    ranks = [Order(made, 8, rank, 8, 7, 4) for rank in range(8)]  # more than MANY a rank: an evaluation
+    found = [i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs.tolist()]
+    assert sorted(found) == list(range(9000))
+    assert len({len(order.whole()) for order in ranks}) == 1

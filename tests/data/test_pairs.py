@@ -390,7 +390,7 @@ def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path])
         data = data_spec(train=str(path), num_proc=processes, on_bad_row="drop")
         found.append(tokenized_pairs(data, "train", tokenizer(), tmp_path / f"cache {processes}"))
     folders = [next((tmp_path / f"cache {processes}" / "pairs").glob("*/")) for processes in (1, 2)]
-    for name in ("tokens.npy", "lengths.npy", "rows.npy", "meta.json"):
+    for name in ("tokens.npy", "lengths.npy", "rows.npy", "hashes.npy", "meta.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     assert found[1].dropped == {"malformed rows": 1, "ties": 1}
     assert found[1].row_numbers.tolist() == [i for i in range(1, len(content) + 1) if i not in (701, 2301)]

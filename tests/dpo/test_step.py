@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from tiny import PAD, data_spec, pair_batch, pair_rows, tiny_model
+from tiny import both_layouts, collator, pair_batch, pair_rows, tiny_model
 
-from orchestrator.data.collate import Counts, PairBatch, PreferenceCollator
-from orchestrator.dpo.step import METRICS, PairStep, StepOutput
+from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.dpo.step import METRICS, TOKEN_METRICS, PairStep, StepOutput
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import DpoSpec
+from orchestrator.settings.spec import DpoSpec, LossType
 from orchestrator.training.metrics import means
 
 DPO = DpoSpec(beta=0.3)  # pyright: ignore[reportCallIssue]
@@ -19,12 +19,13 @@ COUNTS = Counts(PAIRS, 1)
 CUTS = [[12], [1] * 12, [2] * 6, [5, 4, 3], [1, 11]]
 
 
-def made_step(reference_seed: int = 1, dtype: torch.dtype = torch.float64) -> PairStep:
-    return PairStep(tiny_model(dtype=dtype), Reference(tiny_model(reference_seed, dtype)), DPO)
+def made_step(reference_seed: int = 1, dtype: torch.dtype = torch.float64, dpo: DpoSpec = DPO) -> PairStep:
+    """For both layouts."""
+    return PairStep(tiny_model(dtype=dtype, packed=True), Reference(tiny_model(reference_seed, dtype, True)), dpo)
 
 
-def micro_batches(cut: list[int]) -> list[PairBatch]:
-    collate, rows = PreferenceCollator(PAD, data_spec()), iter(pair_rows(PAIRS))
+def micro_batches(cut: list[int], packed: bool = True) -> list[PairBatch]:
+    collate, rows = collator(packed), iter(pair_rows(PAIRS))
     return [collate([next(rows) for _ in range(size)]) for size in cut]
 
 
@@ -57,12 +58,13 @@ def metrics(output: StepOutput) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("cut", CUTS[1:], ids=str)
-def test_loss_gradient_and_metrics_do_not_depend_on_the_cut(
-    cut: list[int], dtype: torch.dtype, tolerance: float
+@both_layouts
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_loss_gradient_and_metrics_depend_on_neither_cut_nor_layout(
+    cut: list[int], packed: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     whole_step, cut_step = made_step(dtype=dtype), made_step(dtype=dtype)
-    whole, parts = run(whole_step, micro_batches(CUTS[0])), run(cut_step, micro_batches(cut))
+    whole, parts = run(whole_step, micro_batches(CUTS[0])), run(cut_step, micro_batches(cut, packed))
     assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=tolerance)
     reference = gradients(whole_step)
     assert (gradients(cut_step) - reference).norm() <= 10 * tolerance * reference.norm()
@@ -81,8 +83,9 @@ def test_the_loss_is_the_mean_over_the_global_batch() -> None:
     assert run(step, micro_batches([12]), Counts(48, 1)).loss.item() == pytest.approx(expected.item() / 4, rel=1e-12)
 
 
-def test_the_gradient_is_that_of_the_mean_loss() -> None:
-    step = made_step()
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_the_gradient_is_that_of_the_mean_loss(loss_type: LossType) -> None:
+    step = made_step(dpo=DpoSpec(loss_type=loss_type, beta=0.3))
     [batch] = micro_batches([12])
     run(step, [batch])
     head = step.policy.lm_head.weight  # pyright: ignore
@@ -95,23 +98,25 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
             head.add_(sign * 1e-4 * direction)
             found.append(step(batch, COUNTS).loss.item())
     slope = (found[0] - found[2]) / 2e-4
-    assert (grad * direction).sum().item() == pytest.approx(slope, rel=1e-3)  # the model's norms are fp32 throughout
+    assert (grad * direction).sum().item() == pytest.approx(slope, rel=1e-5)
 
 
-def test_a_filler_contributes_exactly_nothing() -> None:
+@both_layouts
+def test_a_filler_contributes_exactly_nothing(packed: bool) -> None:
     plain, filled = made_step(), made_step()
-    expected = run(plain, micro_batches([7, 5]))
-    with_fillers = [pair_batch(2, seed=9, is_filler=True), *micro_batches([7, 5]), pair_batch(1, 8, is_filler=True)]
-    outputs = run(filled, with_fillers)
+    expected = run(plain, micro_batches([7, 5], packed))
+    fillers = [pair_batch(2, 9, is_filler=True, packed=packed), pair_batch(1, 8, is_filler=True, packed=packed)]
+    outputs = run(filled, [fillers[0], *micro_batches([7, 5], packed), fillers[1]])
     assert outputs.loss.item() == expected.loss.item()
     assert torch.equal(outputs.metric_sums[:-1], expected.metric_sums[:-1])
     assert metrics(outputs) == metrics(expected)
     assert torch.equal(gradients(filled), gradients(plain))
 
 
-def test_a_filler_alone_has_a_gradient_of_zeros() -> None:
+@both_layouts
+def test_a_filler_alone_has_a_gradient_of_zeros(packed: bool) -> None:
     step = made_step()
-    output = run(step, [pair_batch(2, is_filler=True)])
+    output = run(step, [pair_batch(2, is_filler=True, packed=packed)])
     assert output.loss.item() == 0.0
     assert torch.count_nonzero(gradients(step)) == 0
     assert len(gradients(step)) == sum(p.numel() for p in step.parameters())  # collectives need every one
@@ -119,22 +124,36 @@ def test_a_filler_alone_has_a_gradient_of_zeros() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-15), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
-def test_policy_equal_to_reference_gives_ln_2_and_zeros(dtype: torch.dtype, tolerance: float) -> None:
-    output = run(made_step(reference_seed=0, dtype=dtype), micro_batches([12]))
+@both_layouts
+@pytest.mark.parametrize("token_metrics", [True, False])
+def test_policy_equal_to_reference_gives_ln_2_and_zeros(
+    dtype: torch.dtype, tolerance: float, packed: bool, token_metrics: bool
+) -> None:
+    step = made_step(reference_seed=0, dtype=dtype)
+    step.token_metrics = token_metrics
+    output = run(step, micro_batches([12], packed))
     found = metrics(output)
+    assert torch.equal(output.logps, output.ref_logps)
     assert output.loss.item() == pytest.approx(math.log(2), abs=tolerance)
     assert found["loss"] == pytest.approx(math.log(2), abs=tolerance)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert found[name] == 0.0, name
 
 
-def test_metrics_equal_a_naive_computation() -> None:
+def test_ipo_begins_at_its_target() -> None:
+    step = made_step(reference_seed=0, dpo=DpoSpec(loss_type="ipo", beta=0.25))
+    assert run(step, micro_batches([5, 7])).loss.item() == pytest.approx(4.0, rel=1e-15)
+
+
+@both_layouts
+def test_metrics_equal_a_naive_computation(packed: bool) -> None:
     step = made_step()
-    [batch] = micro_batches([12])
-    output = run(step, [batch])
+    output = run(step, micro_batches([12], packed))
+    [batch] = micro_batches([12], packed=False)
     chosen, rejected = (0.3 * (output.logps - output.ref_logps)).chunk(2)
     logits = step.policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.detach()
-    picked, is_chosen = logits.flatten(0, 1)[batch.completion_index], batch.completion_sequence < PAIRS
+    picked = logits.flatten(0, 1)[batch.completion_index]
+    is_chosen = batch.completion_index < batch.input_ids.numel() // 2
     logp = picked.log_softmax(-1)
     top1 = (picked.argmax(-1) == batch.completion_labels).double()
     expected = {
@@ -149,7 +168,7 @@ def test_metrics_equal_a_naive_computation() -> None:
         "logits/rejected": picked[~is_chosen].mean(),
         "entropy": -(logp.exp() * logp).sum(-1).mean(),
         "mean_token_accuracy": top1[is_chosen].mean(),
-        "num_tokens": batch.attention_mask.sum(),
+        "num_tokens": batch.sequence_tokens.sum(),
     }
     assert tuple(expected) == METRICS
     assert metrics(output) == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-10)
@@ -160,6 +179,18 @@ def test_metrics_equal_a_naive_computation() -> None:
         int(is_chosen.sum()),
         1,
     ]
+
+
+def test_token_metrics_that_are_off_change_nothing_else() -> None:
+    whole_step, bare_step = made_step(), made_step()
+    bare_step.token_metrics = False
+    whole, bare = run(whole_step, micro_batches([5, 7])), run(bare_step, micro_batches([5, 7]))
+    expected = {name: value for name, value in metrics(whole).items() if name not in TOKEN_METRICS}
+    assert metrics(bare) == expected
+    assert len(expected) == len(METRICS) - len(TOKEN_METRICS)
+    assert torch.equal(bare.loss, whole.loss)
+    assert torch.equal(bare.logps, whole.logps)
+    assert torch.equal(gradients(bare_step), gradients(whole_step))
 
 
 def test_known_reference_log_probs_are_taken_instead_of_the_reference() -> None:
@@ -188,6 +219,6 @@ def test_the_reference_is_neither_trained_nor_saved_and_never_changes() -> None:
 
 
 def test_outputs_carry_no_graph_but_the_loss() -> None:
-    output = made_step()(pair_batch(2), COUNTS)
+    output = made_step()(pair_batch(2, packed=True), COUNTS)
     assert output.loss.requires_grad
     assert not any(tensor.requires_grad for tensor in output[1:])

@@ -1,12 +1,15 @@
-"""The engine at one rank: clipping, schedule, loss scale, and a state that comes back bit for bit."""
+"""The engine at one rank, on packed pairs: clipping, schedule, loss scale, and a state that comes back bit for bit."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import ALONE, pair_batch, tiny_model
+from tiny import ALONE, both_layouts
+from tiny import pair_batch as made_batch
+from tiny import tiny_model as made_model
 
 from orchestrator.data.collate import Counts
 from orchestrator.dpo.step import PairStep
@@ -19,7 +22,8 @@ from orchestrator.training.checkpoint import Reader, save
 
 COUNTS = Counts(4, 1)
 SGD = {"name": "torch.optim.SGD", "lr": 1.0}
-CONSTANT = {"name": "constant"}
+CONSTANT: dict[str, Any] = {"name": "constant"}
+pair_batch, tiny_model = partial(made_batch, packed=True), partial(made_model, packed=True)
 
 
 def engine(
@@ -125,6 +129,15 @@ def test_the_schedule_moves_with_applied_steps_only() -> None:
     assert used == [(1.0, False), (0.5, True), (0.5, True), (0.5, False), (0.25, False)]
 
 
+@both_layouts
+def test_the_reference_alone_says_what_it_says_in_a_step(packed: bool) -> None:
+    made, batch = engine(SGD), pair_batch(4, packed=packed)
+    found = made.reference_logps(batch)
+    assert not found.requires_grad
+    assert torch.equal(found, made.micro_step(batch, COUNTS, last=True).ref_logps)
+    assert torch.equal(found, made.evaluate(batch, COUNTS).ref_logps)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_seen(value: float) -> None:
     made = engine(SGD)
@@ -177,7 +190,7 @@ def test_the_loss_scale_is_restored(tmp_path: Path) -> None:
 def test_evaluation_has_no_gradient_and_no_dropout() -> None:
     noisy = tiny_model(attention_dropout=0.5)
     made = engine(SGD, model=noisy)
-    batch = pair_batch(4)
+    batch = pair_batch(4, packed=False)  # dropout in attention is for padded rows alone
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first, second = made.evaluate(batch, COUNTS), made.evaluate(batch, COUNTS)

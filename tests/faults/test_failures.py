@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from support import TINY_MODEL, losses, orchestrator, rows, write_jsonl, write_settings
 
+from orchestrator.training.checkpoint import FORMAT
+
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     settings = write_settings(tmp_path, optimizer={"lr": 1e30}, scheduler={"name": "constant"})
@@ -87,12 +89,14 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(ended_run:
 def test_a_newer_format_is_refused_at_resume(ended_run: tuple[Path, Path]) -> None:
     settings, run_dir = ended_run
     manifest = run_dir / "checkpoints" / "step_00000004" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
     before = kept(run_dir)
     again = orchestrator("debug", settings)
     assert again.returncode == 2, again.stderr
     assert len(again.stderr.splitlines()) == 1
-    assert again.stderr.startswith(f"error: {manifest} format = 2: this version reads format 1; take the version")
+    assert again.stderr.startswith(
+        f"error: {manifest} format = 99: this version reads format {FORMAT}; take the version"
+    )
     assert kept(run_dir) == before
 
 
@@ -168,3 +172,17 @@ def test_the_end_that_a_callback_asked_for_survives_a_failed_export(tmp_path: Pa
     again = orchestrator("debug", settings, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "finished after step 2 (a callback asked)" in again.stdout
+
+
+def test_a_reference_cache_that_cannot_be_made_costs_time_or_is_refused(tmp_path: Path) -> None:
+    settings = write_settings(tmp_path, training={"max_steps": 1})
+    (tmp_path / "runs" / ".cache").mkdir(parents=True)
+    (tmp_path / "runs" / ".cache" / "reference_logps").write_text("in the way")
+    lazy = orchestrator("debug", settings)
+    assert lazy.returncode == 0, lazy.stderr
+    assert "the reference runs every time" in lazy.stderr + lazy.stdout
+    full = orchestrator("debug", settings, "run.name=full", "reference.cache=full")
+    assert full.returncode == 2
+    [line] = full.stderr.splitlines()
+    assert line.startswith("error: reference.cache = 'full': ")
+    assert "set data.cache_dir to a folder that can, or reference.cache=off" in line

@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from support import losses, metric_lines, orchestrator, write_settings
 
 STEPS, EVERY = 120, 20
-LONG = {
+LONG: dict[str, Any] = {
     "training": {"max_steps": STEPS, "logging_steps": 3},  # a window of the log is open at most checkpoints
     "checkpoint": {"every_steps": EVERY, "keep": 3},
     "evaluation": {"every_steps": 50},
@@ -123,7 +124,7 @@ def test_killed_debug_run_resumes_bitwise(settings: Path, ranks: int) -> None:
     assert_same_run(run_dir, settings.parent / "runs" / f"whole{ranks}")
 
 
-def test_sigterm_in_debug_saves_and_resumes(settings: Path) -> None:
+def test_sigterm_in_debug_saves_and_resumes(settings: Path, undisturbed: Path) -> None:
     run_dir = settings.parent / "runs" / "terminated"
     with started("debug", settings, "--nproc", "2", "run.name=terminated") as process:
         wait_for_step(run_dir, EVERY + 5, process)
@@ -132,7 +133,7 @@ def test_sigterm_in_debug_saves_and_resumes(settings: Path) -> None:
     assert process.returncode == 3
     again = orchestrator("debug", settings, "--nproc", "2", "run.name=terminated")
     assert again.returncode == 0, again.stderr
-    assert_same_run(run_dir, settings.parent / "runs" / "undisturbed")
+    assert_same_run(run_dir, undisturbed)
 
 
 def test_resume_at_another_world_size_sees_the_same_batches(settings: Path, undisturbed: Path) -> None:

@@ -1,124 +1,217 @@
-"""Log-probs equal a naive computation, in value and gradient, however the head is cut into chunks."""
+"""Loss, log-probs and gradient of the head equal a naive computation, in both layouts and however it is cut."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
-from tiny import PAD, data_spec, pair_batch, pair_rows, tiny_model
+from support import TINY_MODEL
+from tiny import PAD, both_layouts, collator, data_spec, pair_batch, pair_rows, tiny_model
+from torch import nn
+from torch.nn.functional import softplus
 
 from orchestrator.data.collate import PairBatch, PreferenceCollator
 from orchestrator.models import logps as module
-from orchestrator.models.logps import TokenTerms, body_hidden, sequence_sums, token_terms
+from orchestrator.models.logps import (
+    Head,
+    Scored,
+    TokenTerms,
+    body_hidden,
+    loss_in_head,
+    sequence_logps,
+    sequence_sums,
+)
 
 VOCABULARY = 300
+FP64 = torch.float64
 
 
-def terms(model: Any, batch: PairBatch) -> TokenTerms:
-    return token_terms(model, body_hidden(model, batch), batch)
+class OtherHead(nn.Linear):
+    """Computes the same, but is not known to: its gradient is autograd's."""
 
 
-def naive(model: Any, batch: PairBatch) -> TokenTerms:
-    """The same from the whole model's logits, one sequence and one token at a time."""
-    found: list[list[torch.Tensor]] = []
-    width = batch.input_ids.shape[1]
-    for flat, label in zip(batch.completion_index.tolist(), batch.completion_labels.tolist(), strict=True):
-        sequence, position = divmod(flat, width)
-        length = int(batch.attention_mask[sequence].sum())
-        logits = model(input_ids=batch.input_ids[sequence : sequence + 1, :length]).logits[0, position]
-        logp = logits.log_softmax(-1)
-        entropy = -(logp.exp() * logp).sum()
-        found.append([logp[label], entropy, logits.mean(), (logits.argmax() == label).double()])
-    return TokenTerms(*(torch.stack(column) for column in zip(*found, strict=True)))
+both_heads = pytest.mark.parametrize("plain", [True, False], ids=["plain head", "any head"])
 
 
-def test_token_terms_equal_a_naive_computation() -> None:
-    model, batch = tiny_model(dtype=torch.float64), pair_batch(5)
-    for name, ours, expected in zip(TokenTerms._fields, terms(model, batch), naive(model, batch), strict=True):
-        assert torch.allclose(ours, expected, rtol=0, atol=1e-12), name
+def made_model(plain: bool = True, dtype: torch.dtype = FP64, **config: Any) -> Any:
+    """A model for both layouts."""
+    model: Any = tiny_model(dtype=dtype, packed=True, **config)
+    if not plain:
+        model.lm_head.__class__ = OtherHead
+    assert Head.of(model).is_plain is plain
+    return model
 
 
-def test_the_most_probable_token_is_found() -> None:
-    model, batch = tiny_model(dtype=torch.float64), pair_batch(3)
-    first = terms(model, batch)
-    hidden = body_hidden(model, batch)
-    best = model.lm_head(hidden.flatten(0, 1)[batch.completion_index]).argmax(-1)  # pyright: ignore
-    assert first.is_top1.mean() < 0.5
-    assert terms(model, batch._replace(completion_labels=best)).is_top1.tolist() == [1.0] * len(best)
+def pair_losses(pairs: slice, logps: torch.Tensor) -> torch.Tensor:
+    """Of both log-probs, not linear, and another one for every pair."""
+    weights = torch.linspace(0.2, 1.3, 100, dtype=FP64)[pairs][: len(logps)]
+    return weights * softplus(1.1 * logps[:, 1] - 0.9 * logps[:, 0] + 3)
 
 
-def test_only_log_probs_carry_a_gradient() -> None:
-    found = terms(tiny_model(), pair_batch(3))
-    assert [tensor.requires_grad for tensor in found] == [True, False, False, False]
+def scored(model: Any, batch: PairBatch, with_metrics: bool = True) -> Scored:
+    return loss_in_head(model, body_hidden(model, batch), batch, pair_losses, with_metrics)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7])
-@pytest.mark.parametrize("tied", [True, False])
-def test_chunks_change_neither_value_nor_gradient(monkeypatch: pytest.MonkeyPatch, rows: int, tied: bool) -> None:
-    model, batch = tiny_model(dtype=torch.float64, tie_word_embeddings=tied), pair_batch(5)
-    scale = torch.linspace(-1, 2, len(batch.completion_labels), dtype=torch.float64)
-    results = []
-    for logits in (2**26, rows * VOCABULARY):
-        monkeypatch.setattr(module, "CHUNK_LOGITS", logits)
-        model.zero_grad()
-        found = terms(model, batch)
-        (found.logps @ scale).backward()
-        results.append((found, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
-    (whole, whole_grads), (chunked, chunked_grads) = results
-    for name, left, right in zip(TokenTerms._fields, whole, chunked, strict=True):
-        assert torch.allclose(left, right, rtol=0, atol=1e-13), name
-    assert whole_grads.keys() == chunked_grads.keys() == dict(model.named_parameters()).keys()
-    for name, grad in whole_grads.items():
-        assert torch.allclose(grad, chunked_grads[name], rtol=1e-10, atol=1e-12), name
+def naive(model: Any, rows: list[dict[str, Any]]) -> Scored:
+    """The same from the whole model's logits, one sequence at a time."""
+    found: list[TokenTerms] = []
+    sums: list[torch.Tensor] = []
+    for row in rows:
+        for side in ("chosen_ids", "rejected_ids"):
+            begin = len(row["prompt_ids"])
+            ids = torch.tensor(row["prompt_ids"] + row[side])
+            logits = model(input_ids=ids[None]).logits[0, begin - 1 : -1]
+            log_probs = logits.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            found.append(TokenTerms(entropy, logits.mean(-1), (logits.argmax(-1) == ids[begin:]).double()))
+            sums.append(log_probs.gather(1, ids[begin:, None]).sum(dtype=FP64))
+    by_pair = torch.stack(sums).view(-1, 2)
+    loss = pair_losses(slice(0, len(rows)), by_pair).sum()
+    tokens = TokenTerms(*(torch.cat(column).detach() for column in zip(*found, strict=True)))
+    return Scored(loss, by_pair.detach().t().flatten(), tokens)
 
 
-@pytest.mark.parametrize("with_gradient", [True, False])
-def test_no_more_logits_than_allowed_are_alive(monkeypatch: pytest.MonkeyPatch, with_gradient: bool) -> None:
-    model, batch = tiny_model(), pair_batch(5)
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * VOCABULARY + 1)
-    sizes: list[int] = []
-    model.lm_head.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel()))  # pyright: ignore
-    with torch.set_grad_enabled(with_gradient):
-        found = terms(model, batch)
-    forward = sum(sizes)
-    if with_gradient:
-        found.logps.sum().backward()
-        assert sum(sizes) == 2 * forward  # made again in the backward pass, so not kept for it
-    assert max(sizes) <= 4 * VOCABULARY
-    assert forward == len(batch.completion_labels) * VOCABULARY  # the head never sees prompts or padding
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_padding_does_not_matter() -> None:
-    model, rows = tiny_model(dtype=torch.float64), pair_rows(4)
-    collate = PreferenceCollator(PAD, data_spec())
-    together = sequence_sums(terms(model, batch := collate(rows)).logps, batch).view(2, 4)
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=tolerance, atol=tolerance * largest), name
+
+
+def assert_same_terms(found: Scored, expected: Scored, tolerance: float = 1e-12) -> None:
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
+    assert torch.allclose(found.logps, expected.logps, rtol=tolerance)
+    assert found.tokens is not None
+    assert expected.tokens is not None
+    for name, ours, theirs in zip(TokenTerms._fields, found.tokens, expected.tokens, strict=True):
+        assert torch.allclose(ours.double(), theirs.double(), rtol=0, atol=tolerance), name
+
+
+@both_layouts
+@both_heads
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_loss_terms_and_gradient_equal_a_naive_computation(packed: bool, plain: bool, tied: bool) -> None:
+    model = made_model(plain, tie_word_embeddings=tied)
+    found, expected = scored(model, pair_batch(5, packed=packed)), naive(model, pair_rows(5))
+    assert_same_terms(found, expected)
+    grads = gradients(model, expected.loss)
+    assert grads.keys() == dict(model.named_parameters()).keys()
+    assert_close(gradients(model, found.loss), grads)
+
+
+@both_heads
+def test_the_most_probable_token_is_found(plain: bool) -> None:
+    model, batch = made_model(plain), pair_batch(3)
+    found = scored(model, batch).tokens
+    assert found is not None
+    assert found.is_top1.mean() < 0.5
+    best = model.lm_head(body_hidden(model, batch).flatten(0, 1)[batch.completion_index]).argmax(-1)
+    found = scored(model, batch._replace(completion_labels=best)).tokens
+    assert found is not None
+    assert found.is_top1.tolist() == [1.0] * len(best)
+
+
+@both_heads
+def test_only_the_loss_carries_a_gradient(plain: bool) -> None:
+    loss, logps, tokens = scored(made_model(plain), pair_batch(3))
+    assert loss.requires_grad
+    assert tokens is not None
+    assert not any(tensor.requires_grad for tensor in (logps, *tokens))
+
+
+@both_layouts
+@both_heads
+@pytest.mark.parametrize("rows", [1, 3, 7, 11])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_chunks_change_neither_value_nor_gradient(
+    monkeypatch: pytest.MonkeyPatch, packed: bool, plain: bool, rows: int, tied: bool
+) -> None:
+    model, batch = made_model(plain, tie_word_embeddings=tied), pair_batch(5, packed=packed)
+    whole = scored(model, batch)
+    whole_grads = gradients(model, whole.loss)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", rows * VOCABULARY)
+    chunked = scored(model, batch)
+    assert_same_terms(chunked, whole, 1e-13)
+    assert_close(gradients(model, chunked.loss), whole_grads)
+
+
+@both_layouts
+def test_company_and_padding_do_not_matter(packed: bool) -> None:
+    model, rows = made_model(), pair_rows(4)
+    together = sequence_logps(model, collator(packed)(rows)).view(2, 4)
     for index, row in enumerate(rows):
-        alone = sequence_sums(terms(model, one := collate([row])).logps, one)
+        alone = sequence_logps(model, collator(packed)([row]))
         assert torch.allclose(together[:, index], alone, rtol=0, atol=1e-12)
 
 
-def test_a_batch_without_completion_tokens_gives_nothing() -> None:
-    row = {"pair_id": 1, "prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]}
-    batch = PreferenceCollator(PAD, data_spec())([row])
-    found = terms(tiny_model(), batch)
-    assert [len(column) for column in found] == [0, 0, 0, 0]
-    assert sequence_sums(found.logps, batch).tolist() == [0.0, 0.0]
+@both_layouts
+@both_heads
+def test_a_batch_without_scored_tokens_gives_nothing(packed: bool, plain: bool) -> None:
+    model = made_model(plain)
+    batch = collator(packed)([{"pair_id": 1, "prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]}])
+    found = scored(model, batch)
+    assert found.tokens is not None
+    assert [len(column) for column in found.tokens] == [0, 0, 0]
+    assert found.logps.tolist() == [0.0, 0.0]
+    assert all(not grad.any() for grad in gradients(model, found.loss).values())
 
 
-def test_sums_are_fp64() -> None:
+@both_layouts
+def test_log_probs_alone_are_to_the_last_bit_those_of_the_loss(packed: bool) -> None:
+    model, batch = made_model(dtype=torch.float32), pair_batch(6, packed=packed)
+    found = sequence_logps(model, batch)
+    assert found.dtype == FP64
+    assert not found.requires_grad
+    assert torch.equal(found, scored(model, batch).logps)
+
+
+def test_sums_are_fp64_and_stand_chosen_first() -> None:
     batch = pair_batch(2)
     values = torch.rand(len(batch.completion_labels), generator=torch.Generator().manual_seed(0)) * 1e4 + 0.1
     sums = sequence_sums(values, batch)
-    assert sums.dtype == torch.float64
-    for sequence in range(4):
-        exact = math.fsum(values[batch.completion_sequence == sequence].tolist())
-        assert sums[sequence].item() == pytest.approx(exact, rel=1e-15)
+    assert sums.dtype == FP64
+    parts = [math.fsum(part.tolist()) for part in values.split(list(batch.scored))]
+    assert sums.tolist() == pytest.approx([parts[0], parts[2], parts[1], parts[3]], rel=1e-15)
+    assert torch.equal(sequence_sums(torch.stack([values, 2 * values]), batch), torch.stack([sums, 2 * sums]))
 
 
-def test_half_precision_logits_are_normalised_in_fp32() -> None:
-    logits = (torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 5).bfloat16()
-    labels = torch.arange(50)
-    found = module._terms(logits, labels)
-    expected = logits.double().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    assert found.logps.dtype == torch.float32
-    assert torch.allclose(found.logps.double(), expected, rtol=0, atol=1e-5)
+@both_heads
+def test_half_precision_logits_are_normalised_in_fp32(plain: bool) -> None:
+    """In pairs of one token a side, so that a log-prob is a token's."""
+    model: Any = made_model(plain, dtype=torch.bfloat16)
+    rows = [
+        {**row, "chosen_ids": row["chosen_ids"][:1], "rejected_ids": row["rejected_ids"][:1]} for row in pair_rows(25)
+    ]
+    batch = PreferenceCollator(PAD, data_spec())(rows)
+    hidden = torch.randn(*batch.input_ids.shape, 32, generator=torch.Generator().manual_seed(0)).mul(4).bfloat16()
+    found = loss_in_head(model, hidden, batch, pair_losses, with_metrics=True)
+    logits = hidden.flatten(0, 1)[batch.completion_index] @ model.lm_head.weight.t()
+    expected = logits.double().log_softmax(-1).gather(-1, batch.completion_labels[:, None]).view(-1, 2).t().flatten()
+    assert logits.dtype == torch.bfloat16
+    assert expected.min() < -5
+    assert torch.allclose(found.logps, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.5}),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_done(model_type: str, config: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {**TINY_MODEL, "vocab_size": VOCABULARY, "pad_token_id": PAD, "initializer_range": 0.2, **config}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=torch.float32)
+    found, expected = scored(model, pair_batch(4)), naive(model, pair_rows(4))
+    assert_same_terms(found, expected, 1e-5)
+    assert_close(gradients(model, found.loss), gradients(model, expected.loss), 1e-4)

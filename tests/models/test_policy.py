@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from support import TINY_MODEL, tiny_spec
-from tiny import pair_batch, tiny_model, tokenizer
+from tiny import both_layouts, pair_batch, tiny_model, tokenizer
 
-from orchestrator.models.logps import body_hidden
-from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer
+from orchestrator.data.order import PairCost
+from orchestrator.models.attention import use_packed_attention
+from orchestrator.models.logps import Head, body_hidden
+from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer, pair_cost
 from orchestrator.settings.spec import RunSpec, UserError
 
 
@@ -169,12 +171,15 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, disable: bool, is_loade
     assert torch.equal(made(input_ids=ids).logits, made(input_ids=ids).logits) is disable
 
 
-def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
-    grads = []
+@both_layouts
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, packed: bool) -> None:
+    grads, batch = [], pair_batch(2, packed=packed)
     for is_on in (False, True):
         made = policy(tiny_spec(tmp_path, training={"gradient_checkpointing": is_on}))
         assert made.is_gradient_checkpointing is is_on
-        body_hidden(made, pair_batch(2)).square().sum().backward()
+        if packed:
+            use_packed_attention(made, "cpu")
+        body_hidden(made, batch).flatten(0, 1)[batch.completion_index].square().sum().backward()
         grads.append([p.grad for p in made.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -182,13 +187,47 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "config"),
     [
-        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.01}),
+        ("qwen2", {}),
+        ("cohere", {"logit_scale": 0.25}),
         ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.01}),
     ],
 )
-def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path, model_type: str, config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="scales or caps its logits"):
-        policy(with_model(tmp_path, config, model_type=model_type))
+def test_a_head_that_scales_or_caps_its_logits_is_honoured(
+    tmp_path: Path, model_type: str, config: dict[str, Any]
+) -> None:
+    made = policy(with_model(tmp_path, {**config, "initializer_range": 0.2}, model_type=model_type)).eval()
+    ids = torch.arange(20)[None]
+    logits = made(input_ids=ids).logits
+    assert torch.allclose(Head.of(made)(made.base_model(input_ids=ids).last_hidden_state), logits, atol=1e-6)
+    plain = made.lm_head(made.base_model(input_ids=ids).last_hidden_state)
+    assert torch.allclose(plain, logits, atol=1e-6) is (model_type == "qwen2")
+
+
+def test_a_model_that_does_something_else_to_its_logits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    policy(with_model(tmp_path)).save_pretrained(tmp_path / "model")
+    original = Qwen2ForCausalLM.forward
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        made = original(self, *args, **options)
+        made.logits = 1.01 * made.logits  # pyright: ignore[reportOperatorIssue]
+        return made
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", forward)
+    for spec in (with_model(tmp_path), tiny_spec(tmp_path, model={"init": None, "path": str(tmp_path / "model")})):
+        with pytest.raises(UserError, match="does something to its logits after the head"):
+            policy(spec)
+
+
+def test_the_cost_of_a_pair_counts_the_multiplications_of_the_model() -> None:
+    model = tiny_model()  # hidden 32, feed-forward 64, 4 heads of 8 with 2 for keys and values
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    assert pair_cost(model) == PairCost(token=2 * layer, scored=300 * 32, seen=2 * 2 * 32)
+    assert pair_cost(tiny_model(tie_word_embeddings=False)) == pair_cost(model)
 
 
 def test_a_pair_longer_than_the_model_has_positions_is_refused_by_its_row(tmp_path: Path) -> None:

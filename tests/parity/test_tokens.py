@@ -147,8 +147,9 @@ def ours(folder: Path, rows: list[Row], tokenizer: Any, data: DataSpec) -> Pairs
 
 def mask_of(batch: PairBatch) -> torch.Tensor:
     """[2B, T - 1], 1 where the next token is scored, rebuilt from the indices; checks that those agree."""
-    width = batch.input_ids.shape[1]
-    assert torch.equal(batch.completion_index // width, batch.completion_sequence)
+    halves = torch.arange(2 * len(batch.pair_ids)).view(2, -1).t().flatten()  # chosen and rejected pair by pair
+    sequence = halves.repeat_interleave(torch.tensor(batch.scored))
+    assert torch.equal(batch.completion_index // batch.input_ids.shape[1], sequence)
     assert torch.equal(batch.input_ids.flatten()[batch.completion_index + 1], batch.completion_labels)
     mask = torch.zeros(batch.input_ids.numel(), dtype=torch.long)
     mask[batch.completion_index] = 1
@@ -191,6 +192,7 @@ def test_ids_and_masks_are_trls(
     for some in (slice(None), slice(0, 1), slice(1, 3)):  # the width of a batch depends on what is in it
         batch, expected = collator(mine[some]), trainer.data_collator(theirs[some])
         assert torch.equal(batch.input_ids, expected["input_ids"])
+        assert batch.attention_mask is not None
         assert torch.equal(batch.attention_mask, expected["attention_mask"])
         assert torch.equal(mask_of(batch), expected["completion_mask"][:, 1:])
 

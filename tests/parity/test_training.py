@@ -17,9 +17,10 @@ from support import TINY_MODEL, metric_lines, tiny_spec, write_jsonl
 from support import rows as made_rows
 from torch import nn
 
-from orchestrator.data.collate import Counts, PreferenceCollator
+from orchestrator.data.collate import Counts, PackedCollator
 from orchestrator.dpo.step import PairStep
 from orchestrator.models import logps
+from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.policy import build_policy, load_tokenizer
 from orchestrator.models.reference import build_reference
 from orchestrator.settings.spec import RunSpec
@@ -94,7 +95,7 @@ class Case:
     def spec(self, name: str, **blocks: Any) -> RunSpec:
         """Settings of a run of ours on the same pairs; keyword arguments are merged block by block."""
         ours: dict[str, dict[str, Any]] = {
-            "run": {"name": name},
+            "run": {"dir": str(self.folder / name), "name": name},  # a cache of its own
             "model": {"init": None, "path": str(self.model)},
             "data": {"train": str(self.folder / "pairs.jsonl"), "eval": None, "max_length": MAX_LENGTH},
             "dpo": {"beta": BETA},
@@ -327,6 +328,15 @@ def test_five_steps_in_fp32(case: Case, micro_batch_size: int) -> None:
     assert disagreements(trace, case.trl_trace, TOLERANCE, slack=case.exact_trace) == []
 
 
+@only_qwen2
+@pytest.mark.parametrize("attention", ["padded", "sdpa"])
+def test_five_steps_with_another_attention(case: Case, attention: str) -> None:
+    trace = ours(case.spec(attention, model={"attention": attention}))
+
+    assert disagreements(trace, case.exact_trace, TOLERANCE) == []
+    assert disagreements(trace, case.trl_trace, TOLERANCE, slack=case.exact_trace) == []
+
+
 def test_the_first_step_is_ln_2(case: Case) -> None:
     """The policy is its own reference, bit for bit, so rewards are no rounding error but zero, and a tie is no win."""
     first = ours(case.spec("first"))[0]
@@ -344,10 +354,11 @@ def first_gradient(case: Case, spec: RunSpec) -> dict[str, torch.Tensor]:
     """The gradient of a run's first step before clipping, in one micro-batch."""
     prepared = worker.prepare(spec)
     policy = build_policy(spec, prepared.tokenizer, torch.float32)
-    step = PairStep(policy, build_reference(spec.reference, spec.model, policy), spec.dpo)
-    pad = prepared.tokenizer.pad_token_id
-    assert isinstance(pad, int)
-    batch = PreferenceCollator(pad, spec.data)([prepared.train[index] for index in range(PAIRS)])
+    reference = build_reference(spec.reference, spec.model, policy)
+    for model in (policy, reference.model):
+        use_packed_attention(model, "cpu")
+    step = PairStep(policy, reference, spec.dpo)
+    batch = PackedCollator(spec.data)([prepared.train[index] for index in range(PAIRS)])
     step(batch, Counts(PAIRS, 0)).loss.backward()
     return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
@@ -369,8 +380,9 @@ def test_gradient_checkpointing(case: Case) -> None:
         trace = ours(spec)
 
     assert disagreements(trace, case.exact_trace, TOLERANCE) == []
-    # two passes that check the head; in each step the policy, its layers again for the backward pass, the reference
-    assert len(calls) == TINY_MODEL["num_hidden_layers"] * (2 + 3 * STEPS)
+    # two passes that check the head, two of each model that check the packed row; in each step the policy and its
+    # layers again for the backward pass; the reference once, as every step has the same pairs
+    assert len(calls) == TINY_MODEL["num_hidden_layers"] * (2 + 4 + 2 * STEPS + 1)
 
 
 @only_qwen2

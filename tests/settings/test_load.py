@@ -49,6 +49,7 @@ def test_a_float_without_a_dot_is_a_float(tmp_path: Path, text: str) -> None:
         ("wandb.group=a=b", "wandb.group", "a=b"),
         ("training.gradient_checkpointing=true", "training.gradient_checkpointing", True),
         ("run.name='007'", "run.name", "007"),
+        ("reference.cache=off", "reference.cache", "off"),  # which YAML reads as false
     ],
 )
 def test_overrides_are_yaml(tmp_path: Path, override: str, key: str, value: Any) -> None:
@@ -113,6 +114,7 @@ def test_what_names_a_local_file(source: str, expected: bool) -> None:
         {"callbacks": ["a.b:C", {"path": "a.b:D", "kwargs": {"x": [1, {"y": None}], "text": "1e-5"}}]},
         {"run": {"name": "007"}, "wandb": {"group": "null"}},
         {"cluster": {"resources": {"CPU": 0.5, "GPU": 1}}},
+        {"reference": {"cache": "off"}},
         {"data": {"max_length": None, "on_bad_row": "drop"}, "training": {"max_steps": None, "epochs": 1.5}},
     ],
 )

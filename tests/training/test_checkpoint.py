@@ -20,6 +20,7 @@ from orchestrator.engines.base import Owned
 from orchestrator.settings.spec import UserError
 from orchestrator.training import checkpoint as module
 from orchestrator.training.checkpoint import (
+    FORMAT,
     MANIFEST,
     CorruptCheckpoint,
     Reader,
@@ -392,7 +393,7 @@ def test_another_format_is_refused_and_never_passed_over(tmp_path: Path, ranks: 
     for refusal in on_ranks(ranks, lambda world: newest_valid(tmp_path, world)):
         assert isinstance(refusal, UserError)
         assert str(refusal) == (
-            f"{manifest} format = 99: this version reads format 1; "
+            f"{manifest} format = 99: this version reads format {FORMAT}; "
             "take the version of this program that wrote it, or choose another run.name"
         )
     assert len(committed(tmp_path)) == 2

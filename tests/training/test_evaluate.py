@@ -3,9 +3,8 @@
 import pytest
 import torch
 from support import rows, write_jsonl
-from tiny import ALONE, PAD, data_spec, on_ranks, tiny_model, tokenizer
+from tiny import ALONE, both_layouts, collator, data_spec, on_ranks, tiny_model, tokenizer
 
-from orchestrator.data.collate import PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order
 from orchestrator.data.pairs import Pairs, tokenized_pairs
@@ -27,23 +26,29 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     return tokenized_pairs(data, "train", tokenizer(), folder)
 
 
-def loader(pairs: Pairs, world: World, micro_batch_size: int) -> Loader:
-    order = Order(pairs.lengths, 4, world.rank, world.size, 7, micro_batch_size)
-    return Loader(pairs, order, PreferenceCollator(PAD, data_spec()))
+def loader(pairs: Pairs, world: World, micro_batch_size: int, packed: bool = True) -> Loader:
+    order = Order(pairs.lengths, 4, world.rank, world.size, 7, micro_batch_size, packed=packed)
+    return Loader(pairs, order, collator(packed))
 
 
-@pytest.fixture(scope="module")
-def engine() -> DdpEngine:
+def made_engine() -> DdpEngine:
     made = DdpEngine(ALONE, "fp64", None, 0.0)
-    policy, judge = tiny_model(0, torch.float64), tiny_model(1, torch.float64)
+    policy, judge = tiny_model(0, torch.float64, True), tiny_model(1, torch.float64, True)
     step = PairStep(policy, Reference(judge), DpoSpec())  # pyright: ignore[reportCallIssue]
     optimizer, schedule = OptimizerSpec(), SchedulerSpec()  # pyright: ignore[reportCallIssue]
     made.wrap(step, optimizer_factory(optimizer), scheduler_factory(schedule, 1))
     return made
 
 
-def evaluated(engine: DdpEngine, pairs: Pairs, world: World, micro_batch_size: int) -> dict[str, float]:
-    return evaluate(engine, loader(pairs, world, micro_batch_size), world, 3)
+@pytest.fixture(scope="module")
+def engine() -> DdpEngine:
+    return made_engine()
+
+
+def evaluated(
+    engine: DdpEngine, pairs: Pairs, world: World, micro_batch_size: int, packed: bool = True
+) -> dict[str, float]:
+    return evaluate(engine, loader(pairs, world, micro_batch_size, packed), world, 3)
 
 
 def without_time(metrics: dict[str, float]) -> dict[str, float]:
@@ -62,16 +67,18 @@ def test_metrics_have_their_names(whole: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
-def test_micro_batches_change_nothing(
-    engine: DdpEngine, pairs: Pairs, whole: dict[str, float], micro_batch_size: int
+@both_layouts
+def test_micro_batches_and_layout_change_nothing(
+    engine: DdpEngine, pairs: Pairs, whole: dict[str, float], micro_batch_size: int, packed: bool
 ) -> None:
-    found = evaluated(engine, pairs, ALONE, micro_batch_size)
+    found = evaluated(engine, pairs, ALONE, micro_batch_size, packed)
     assert without_time(found) == pytest.approx(without_time(whole), rel=1e-10)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 16])
-def test_ranks_change_nothing(engine: DdpEngine, pairs: Pairs, whole: dict[str, float], ranks: int) -> None:
-    for found in on_ranks(ranks, lambda world: evaluated(engine, pairs, world, 2)):
+def test_ranks_change_nothing(pairs: Pairs, whole: dict[str, float], ranks: int) -> None:
+    engines = [made_engine() for _ in range(ranks)]  # a model runs one forward at a time
+    for found in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
         assert without_time(found) == pytest.approx(without_time(whole), rel=1e-10)
 
 

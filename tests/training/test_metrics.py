@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import ALONE, on_ranks
 
-from orchestrator.dpo.step import METRICS
+from orchestrator.dpo.step import METRICS, TOKEN_METRICS
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.world import World
 
@@ -37,18 +37,34 @@ def test_means_divide_by_counts_and_tokens_stay_a_sum() -> None:
     assert METRICS[0] == "loss"
 
 
-def test_nothing_counted_is_zero() -> None:
-    assert set(means([[0.0, 0.0] for _ in METRICS]).values()) == {0.0}
+def test_nothing_counted_is_zero_and_what_was_switched_off_is_left_out() -> None:
+    found = means([[0.0, 0.0] for _ in METRICS])
+    assert set(found) == set(METRICS) - set(TOKEN_METRICS)
+    assert set(found.values()) == {0.0}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_restored_window_is_counted_once(ranks: int) -> None:
+@pytest.mark.parametrize("ranks_before", [1, 2, 3])
+def test_a_restored_window_is_counted_once(ranks: int, ranks_before: int) -> None:
     def work(world: World) -> Any:
         window = MetricSums(world)
         window.add(sums(9.0))
-        window.restore(sums(1.0).tolist())
+        window.restore([sums(1.0).tolist()] * ranks_before)
         window.add(sums(1.0))
         return window.totals()
 
-    expected = [[(1.0 + ranks) * (i + 1), 2.0 + 2.0 * ranks] for i in range(len(METRICS))]
+    expected = [[(ranks_before + ranks) * (i + 1.0), 2.0 * (ranks_before + ranks)] for i in range(len(METRICS))]
     assert on_ranks(ranks, work) == [expected] * ranks
+
+
+def test_at_the_same_number_of_ranks_each_goes_on_with_its_own_sums() -> None:
+    """Their order of summation is then that of an undisturbed run."""
+
+    def work(world: World) -> Any:
+        window = MetricSums(world)
+        window.add(sums(float(world.rank + 1)))
+        restored = MetricSums(world)
+        restored.restore(window.per_rank())
+        return torch.equal(restored.sums, window.sums)
+
+    assert on_ranks(3, work) == [True] * 3

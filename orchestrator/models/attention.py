@@ -1,0 +1,339 @@
+"""Attention over packed pairs, behind transformers' attention interface: the prompt once, no mask tensor.
+
+Legend: T tokens of the packed row, h query heads, g key heads, D their size, N positions that score a token.
+
+A pair lies in the row as shared | rest of the chosen | rest of the rejected sequence. The layout travels as a forward
+keyword down to every attention layer, so that gradient checkpointing, which calls the layer again in another thread,
+hands the same layout over again.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from orchestrator.data.collate import PairSpan, Segments
+from orchestrator.settings.spec import AttentionName, Precision, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LAYOUT = "pair_segments"
+"""The forward keyword under which Segments travel."""
+
+# Architectures whose packed log-probs tests/models/test_attention.py compares with the padded ones.
+CHECKED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
+
+CAUSAL_BLOCK = 256  # queries of a causal block in the backward pass on a CPU
+
+# In the last layer nobody reads the hidden state of a token that scores nothing (most of the prompt): only its key and
+# value are needed. These modules of the layer, by architecture, act on each token alone and skip such tokens there.
+ATTENTION = {**dict.fromkeys(CHECKED, "self_attn"), "gpt2": "attn"}
+SKIPPING = {
+    **dict.fromkeys(CHECKED, ("self_attn.q_proj", "self_attn.o_proj", "mlp")),
+    "gpt2": ("attn.c_proj", "mlp"),  # its query, key and value are one product
+}
+
+
+class Run(NamedTuple):
+    """Queries start..stop, each of which sees the keys shared_start..shared_stop, and those of its run up to itself."""
+
+    start: int
+    stop: int
+    shared_start: int
+    shared_stop: int
+
+
+def runs(spans: tuple[PairSpan, ...], scoring_only: bool) -> Iterator[Run]:
+    """The two runs of each pair; with scoring_only without the queries before the first that scores a token."""
+    for start, fork, rejected, stop, scored in spans:
+        first = min(scored, rejected) if scoring_only else start
+        yield Run(first, rejected, start, first)
+        yield Run(rejected, stop, start, fork)
+
+
+# --- the kernels -------------------------------------------------------------------------------------------------
+# Each takes query [1, h, T, D], key and value [1, g, T, D] and returns [1, T, h, D].
+
+
+class _FlashOnCpu(torch.autograd.Function):
+    """torch's flash kernel for CPUs, run by run: the part over shared keys and the part over the run's own keys are
+    merged by their log-sum-exp, and the backward pass calls the kernel's own with the merged result.
+
+    Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4: the partial results of disjoint keys merge exactly.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: list[Run], scale: float | None
+    ) -> torch.Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        keys, values = (_for_each_query_head(x, query.shape[1]) for x in (key, value))
+        _, heads, tokens, size = query.shape
+        all_asked = sum(part.stop - part.start for part in parts) == tokens
+        output = (query.new_empty if all_asked else query.new_zeros)(1, tokens, heads, size)
+        normalisers: list[torch.Tensor] = []
+        for start, stop, shared_start, shared_stop in parts:
+            if start == stop:
+                continue
+            queries = query[:, :, start:stop]
+            made, normaliser = flash(queries, keys[:, :, start:stop], values[:, :, start:stop], 0.0, True, scale=scale)
+            if shared_start < shared_stop:
+                shared = slice(shared_start, shared_stop)
+                other, other_normaliser = flash(queries, keys[:, :, shared], values[:, :, shared], 0.0, scale=scale)
+                both = torch.logaddexp(normaliser, other_normaliser)
+                made = made * (normaliser - both).exp().unsqueeze(-1)
+                made = made.addcmul_(other, (other_normaliser - both).exp().unsqueeze(-1).to(made.dtype))
+                normaliser = both
+            output[:, start:stop] = made.transpose(1, 2)
+            normalisers.append(normaliser)
+        ctx.save_for_backward(query, key, value, output, *normalisers)
+        ctx.parts, ctx.scale, ctx.all_asked = parts, scale, all_asked
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, key, value, output, *normalisers = ctx.saved_tensors
+        gradient, output = gradients[0].transpose(1, 2), output.transpose(1, 2)
+        keys, values = (_for_each_query_head(x, query.shape[1]) for x in (key, value))
+        made = torch.empty_like if ctx.all_asked else torch.zeros_like
+        totals = d_query, d_keys, d_values = made(query), made(keys), made(values)
+        remaining = iter(normalisers)
+        for part in ctx.parts:
+            if part.start == part.stop:
+                continue
+            normaliser = next(remaining)
+            for own, seen, causal in _blocks(part):
+                found = flash_backward(
+                    gradient[:, :, own],
+                    query[:, :, own],
+                    keys[:, :, seen],
+                    values[:, :, seen],
+                    output[:, :, own],
+                    normaliser[:, :, own.start - part.start : own.stop - part.start],
+                    0.0,
+                    causal,
+                    scale=ctx.scale,
+                )
+                for total, where, part_of_it in zip(totals, (own, seen, seen), found, strict=True):
+                    if causal:  # every token is in one causal block, which comes before the others that touch it
+                        total[:, :, where] = part_of_it
+                    else:
+                        total[:, :, where] += part_of_it
+        groups = query.shape[1] // key.shape[1]
+        d_key, d_value = (
+            x.unflatten(1, (key.shape[1], groups)).sum(2) if groups > 1 else x for x in (d_keys, d_values)
+        )
+        return d_query, d_key, d_value, None, None
+
+
+def _blocks(run: Run) -> list[tuple[slice, slice, bool]]:
+    """(queries, keys, causal) that make up a run: causal blocks on the diagonal, what lies below them, shared keys.
+
+    Cut because the kernel's backward pass computes all of a causal block up to 512 keys wide, the masked half as well.
+    """
+    diagonal: list[tuple[slice, slice, bool]] = []
+    below: list[tuple[slice, slice, bool]] = []
+    waiting = [(run.start, run.stop)]
+    while waiting:
+        start, stop = waiting.pop()
+        if stop - start <= CAUSAL_BLOCK:
+            diagonal.append((slice(start, stop), slice(start, stop), True))
+            continue
+        middle = (start + stop) // 2
+        waiting += [(start, middle), (middle, stop)]
+        below.append((slice(middle, stop), slice(start, middle), False))
+    shared = slice(run.shared_start, run.shared_stop)
+    return (
+        diagonal + below + ([(slice(run.start, run.stop), shared, False)] if run.shared_start < run.shared_stop else [])
+    )
+
+
+def _flash_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    scoring_only: bool,
+) -> torch.Tensor:
+    parts = list(runs(segments.spans, scoring_only))
+    return _FlashOnCpu.apply(query, key, value, parts, scale)  # pyright: ignore[reportReturnType]
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    scoring_only: bool,
+) -> torch.Tensor:
+    """One call over all runs of all pairs; window (-1, 0) is causal and aligned with the end of each run's keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    del scoring_only  # dropping the few prompt queries would cost another gather
+    keys, values = (x[0].transpose(0, 1)[segments.key_index] for x in (key, value))
+    made = varlen_attn(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        segments.query_bounds,
+        segments.key_bounds,
+        *segments.longest,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(made, torch.Tensor)
+    return made[None]
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    scoring_only: bool,
+) -> torch.Tensor:
+    """Public functions of torch alone, run by run; on a CPU a run's own small mask is built for it."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    keys, values = (_for_each_query_head(x, query.shape[1]) for x in (key, value))
+    _, heads, tokens, size = query.shape
+    output = query.new_zeros(1, heads, tokens, size)
+    for start, stop, shared_start, shared_stop in runs(segments.spans, scoring_only):
+        if start == stop:
+            continue
+        seen = [slice(shared_start, shared_stop), slice(start, stop)]
+        k, v = (torch.cat([x[:, :, part] for part in seen], 2) for x in (keys, values))
+        bias = causal_lower_right(stop - start, k.shape[2])
+        output[:, :, start:stop] = scaled_dot_product_attention(query[:, :, start:stop], k, v, bias, scale=scale)  # pyright: ignore[reportArgumentType]
+    return output.transpose(1, 2)
+
+
+def _for_each_query_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.repeat_interleave(heads // x.shape[1], 1) if heads != x.shape[1] else x
+
+
+KERNELS: dict[AttentionName, Callable[..., torch.Tensor]] = {"cpu": _flash_on_cpu, "varlen": _varlen, "sdpa": _sdpa}
+
+
+# --- behind transformers' interface ------------------------------------------------------------------------------
+
+
+def choose_kernel(asked: AttentionName, device: torch.device, precision: Precision) -> AttentionName:
+    """The kernel for packed rows.
+
+    Raises:
+        UserError: the one asked for does not run here.
+    """
+    flash_types = precision in ("bf16", "fp16")
+    best: AttentionName = "cpu" if device.type == "cpu" else "sdpa"
+    if device.type == "cuda" and flash_types and torch.cuda.get_device_capability(device)[0] >= 8:
+        best = "varlen"
+    if asked == "auto":
+        return best
+    if asked in ("cpu", "varlen") and asked != best:
+        needs = "a CPU" if asked == "cpu" else "a GPU from Ampere on and precision bf16 or fp16"
+        raise UserError("model.attention", asked, f"needs {needs}", f"take {best}, or leave it at auto")
+    return asked
+
+
+def not_exact(config: Any, longest: int) -> str | None:
+    """Why a packed row would not give this model's own log-probs; None where it does."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if text.model_type not in CHECKED:
+        return f"{text.model_type} is not among the architectures checked for it ({', '.join(CHECKED)})"
+    if window is not None and longest > window:
+        return f"its attention slides over {window} tokens and the longest sequence has {longest}"
+    rope = getattr(text, "rope_parameters", None) or {}
+    trained = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", longest)
+    if rope.get("rope_type") in ("dynamic", "longrope") and longest > trained:
+        return f"its rotary embedding depends on the longest sequence of a batch, beyond {trained} tokens"
+    if getattr(text, "use_bidirectional_attention", None):
+        return "its attention looks ahead"
+    if any(value for name, value in vars(text).items() if name in ("attention_dropout", "attn_pdrop")):
+        return "it has dropout in its attention (model.disable_dropout=true removes it)"
+    return None
+
+
+def use_packed_attention(model: "PreTrainedModel", kernel: AttentionName) -> None:
+    """Give the model our attention for batches with segments; for any other use (generate) it keeps torch's own."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        segments = options.pop(LAYOUT, None)
+        if segments is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have left query and key in fp32
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        return KERNELS[kernel](query, key, value, segments, scaling, hasattr(module, "skips_unscored")), None
+
+    name = f"packed_pairs_{kernel}"  # with "flash" in it transformers would look for that package
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+    _skip_unscored(model)
+
+
+def packed_arguments(segments: Segments, input_ids: torch.Tensor) -> dict[str, Any]:
+    """Keyword arguments of a model's forward for a packed row; a mask of four dimensions is taken as ready-made, so
+    that transformers builds none."""
+    return {LAYOUT: segments, "attention_mask": input_ids.new_empty(1, 1, 0, 0)}
+
+
+def _skip_unscored(model: "PreTrainedModel") -> None:
+    """Let tokens whose hidden state nobody reads pass the last layer as they are."""
+    layers = next(module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
+    kind = model.config.get_text_config().model_type
+    attention = layers[-1].get_submodule(ATTENTION[kind])
+    if hasattr(attention, "skips_unscored"):
+        return  # a second kernel for the same model; hooks twice would skip twice
+    skipping = _Skipping()
+    attention.skips_unscored = True  # pyright: ignore[reportArgumentType]
+    attention.register_forward_pre_hook(skipping.begin, with_kwargs=True)
+    for name in SKIPPING[kind]:
+        layers[-1].get_submodule(name).register_forward_pre_hook(skipping.pick)
+        layers[-1].get_submodule(name).register_forward_hook(skipping.put_back)
+
+
+class _Skipping:
+    """Hooks of one layer. Its attention gets the layout as a keyword, in a recomputation too, and is the first to."""
+
+    def __init__(self) -> None:
+        self.scoring: torch.Tensor | None = None  # [N] of the forward under way
+        self.tokens = 0
+
+    def begin(self, _: nn.Module, __: Any, options: dict[str, Any]) -> None:
+        segments = options.get(LAYOUT)
+        self.scoring = None if segments is None else segments.scoring
+
+    def pick(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """[1, T, features] -> [1, N, features]."""
+        if self.scoring is None:
+            return inputs
+        self.tokens = inputs[0].shape[1]
+        return (inputs[0][:, self.scoring],)
+
+    def put_back(self, _: nn.Module, __: Any, made: torch.Tensor) -> torch.Tensor:
+        """[1, N, features] -> [1, T, features], zeros elsewhere: finite, and nobody reads them."""
+        if self.scoring is None:
+            return made
+        return made.new_zeros(1, self.tokens, made.shape[-1]).index_copy(1, self.scoring, made)
