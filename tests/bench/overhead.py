@@ -1,0 +1,152 @@
+"""What the whole program costs over a bare loop around the same step, start-up and the end left out.
+
+    python tests/bench/overhead.py
+    python tests/bench/overhead.py --data pairs.jsonl --steps 40 --json overhead.json
+
+Program: Trainer.fit with the console and JSONL callbacks, metrics, agreement of ranks, reference cache, prefetching
+loader, W&B off. Bare: collate, micro-steps, clip, optimizer step, schedule, nothing else, over the same global batches
+with the same engine, the reference known to both. They take turns within one process, `rounds` times, on CPU seconds.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from orchestrator.data.collate import Counts
+from orchestrator.settings.load import make_spec
+from orchestrator.training import worker
+from orchestrator.training.health import LocalSession
+from orchestrator.training.rundir import RunDir
+from orchestrator.training.trainer import Ended, Trainer
+from orchestrator.world import World
+
+MODEL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 704,
+    "max_position_embeddings": 4096,
+}
+
+
+class Clock(TrainerCallback):
+    """CPU seconds from the first step to the end of the last one of a turn."""
+
+    began = took = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        Clock.began = Clock.began or time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        Clock.took = time.process_time() - Clock.began
+
+
+class Alternating(Trainer):
+    """Takes its own steps and a bare loop's in turns, as long as there are any."""
+
+    turns: list[tuple[float, float]] = []
+    steps_per_turn = 0
+
+    def fit(self) -> Ended:
+        """Never saved nor resumed: this run is a measurement."""
+        self.callbacks.fire("on_train_begin")
+        self._fill_reference_cache()
+        last = self.max_steps
+        bare_loop(self, 2)  # warm both
+        while self.step < last:
+            bare = bare_loop(self, self.steps_per_turn)
+            Clock.began = 0.0
+            self.max_steps = self.step + self.steps_per_turn
+            steps = self.loader.steps(self.pairs_seen, self.step)
+            self._train(steps)
+            steps.close()
+            Alternating.turns.append((bare, Clock.took))
+        raise SystemExit(0)
+
+
+def bare_loop(trainer: Trainer, steps: int) -> float:
+    """CPU seconds of so many steps from the trainer's position on; the position stays."""
+    engine, loader, seen = trainer.engine, trainer.loader, trainer.pairs_seen
+    assert loader.cache is not None
+    began = time.process_time()
+    for _ in range(steps):
+        plan = loader.order.plan(seen)
+        seen += len(plan.global_pairs)
+        counts = Counts(len(plan.global_pairs), 1)
+        for number, micro in enumerate(plan.micro_batches):
+            batch = loader.collator([loader.pairs[int(index)] for index in micro.pairs])  # pyright: ignore
+            batch = batch._replace(ref_logps=loader.cache.known(micro.pairs))
+            engine.micro_step(batch, counts, last=number == len(plan.micro_batches) - 1)
+        engine.finite().item()
+        engine.optimizer_step(apply=True)
+    return time.process_time() - began
+
+
+def main() -> None:
+    """One run whose trainer measures both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a file of preference pairs; pairs of about 500 tokens are made up if not given")
+    parser.add_argument("--steps", type=int, default=10, help="of one turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
+    parser.add_argument("--json", help="write what was found here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(args.data) if args.data else _made_up(Path(folder))
+        spec = make_spec(
+            {
+                "run": {"dir": folder, "name": "overhead"},
+                "model": {"init": {"model_type": "qwen2", "vocab_size": 4096, "config": MODEL}},
+                "data": {"train": str(data)},
+                "batch": {"global_batch_size": args.batch, "micro_batch_size": args.batch},
+                "training": {"max_steps": args.steps * args.rounds},
+                "reference": {"cache": "full"},
+                "callbacks": [f"{__name__}:Clock"],
+                "precision": "fp32",
+                "wandb": {"mode": "disabled"},
+            }
+        )
+        Alternating.steps_per_turn = args.steps
+        worker.Trainer = Alternating
+        with contextlib.suppress(SystemExit):  # how Alternating ends
+            worker.run(spec, World(0, 1, 0, torch.device("cpu")), LocalSession(RunDir(spec.run_dir), 0))
+    ratios = [program / bare - 1 for bare, program in Alternating.turns]
+    each = [bare / args.steps for bare, _ in Alternating.turns]
+    print(
+        f"a bare step {statistics.median(each):.3f} CPU s; the program adds {statistics.median(ratios):+.2%} "
+        f"({min(ratios):+.2%}..{max(ratios):+.2%} over {len(ratios)} turns of {args.steps} steps)"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps({"arguments": vars(args), "turns": Alternating.turns}, indent=1) + "\n")
+
+
+def _made_up(folder: Path) -> Path:
+    import random
+
+    draw = random.Random(0)
+    path = folder / "pairs.jsonl"
+
+    def words(count: int) -> str:
+        return " ".join("".join(draw.choices("abcdefghij", k=4)) for _ in range(count))
+
+    with path.open("w") as file:
+        for _ in range(200):
+            file.write(json.dumps({"prompt": words(60), "chosen": words(50), "rejected": words(50)}) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    main()
