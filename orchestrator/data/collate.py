@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from orchestrator.data.order import Integers
+from orchestrator.data.pairs import common_prefix
 from orchestrator.settings.spec import DataSpec, UserError
 
 Row = dict[str, Any]
@@ -105,9 +106,15 @@ class _Sequence(NamedTuple):
     ids: Integers
     completion: int  # where the completion begins
 
+    @property
+    def labels(self) -> Integers:
+        """The completion tokens that are scored; one at position 0 has none before it."""
+        return self.ids[max(self.completion, 1) :]
+
+    @property
     def before(self) -> Integers:
-        """The position before each completion token; a completion token at position 0 has none and is not scored."""
-        return np.arange(max(self.completion, 1) - 1, len(self.ids) - 1)
+        """The position before each label."""
+        return np.arange(len(self.ids) - len(self.labels) - 1, len(self.ids) - 1)
 
 
 def _sequences(row: Row, keep_last: int | None) -> tuple[_Sequence, _Sequence]:
@@ -142,13 +149,13 @@ class PackedCollator:
         spans: list[PairSpan] = []
         start = 0
         for chosen, rejected in pairs:
-            shared = _common_prefix(chosen.ids, rejected.ids)
+            shared = common_prefix(chosen.ids, rejected.ids)
             fork, branch = start + shared, start + len(chosen.ids)
             stop = branch + len(rejected.ids) - shared
             ids += [chosen.ids, rejected.ids[shared:]]
             positions += [np.arange(len(chosen.ids)), np.arange(shared, len(rejected.ids))]
-            before = rejected.before()
-            index += [start + chosen.before(), np.where(before < shared, start, branch - shared) + before]
+            before = rejected.before
+            index += [start + chosen.before, np.where(before < shared, start, branch - shared) + before]
             scored = min((int(part[0]) for part in index[-2:] if len(part)), default=stop)
             spans.append(PairSpan(start, fork, branch, stop, scored))
             start = stop
@@ -165,17 +172,11 @@ class PackedCollator:
             ),
             completion_index=torch.from_numpy(completion_index),
             completion_labels=torch.from_numpy(
-                np.concatenate([sequence.ids[sequence.before() + 1] for pair in pairs for sequence in pair])
+                np.concatenate([sequence.labels for pair in pairs for sequence in pair])
             ),
             scored=tuple(map(len, index)),
             ref_logps=None,
         )
-
-
-def _common_prefix(left: Integers, right: Integers) -> int:
-    shorter = min(len(left), len(right))
-    differs = left[:shorter] != right[:shorter]
-    return int(differs.argmax()) if differs.any() else shorter
 
 
 def _of_pairs(rows: list[Row], is_filler: bool) -> dict[str, torch.Tensor]:

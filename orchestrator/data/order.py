@@ -70,6 +70,11 @@ def fed_lengths(lengths: Integers, keep_last: int | None) -> Integers:
     return np.column_stack([prompt, sequences - prompt[:, None]])
 
 
+def longest_sequences(lengths: Integers) -> Integers:
+    """[N, 3] tokens of prompt, chosen and rejected -> [N] those of the longer of a pair's two sequences."""
+    return lengths[:, 0] + lengths[:, 1:].max(axis=1)
+
+
 def deal_many(costs: Integers, ranks: int) -> Integers:
     """Deal very many pairs, dear to cheap, to the ranks there and back again: nearly as even as `deal`, and at once.
 
@@ -194,7 +199,7 @@ class Order:
     def _cut(self, positions: Integers, batch: Integers) -> Iterator[Integers]:
         """Cut one rank's pairs, dear to cheap, into micro-batches."""
         lengths = self.lengths[batch]
-        packed, longest = lengths.sum(axis=1), lengths[:, 0] + lengths[:, 1:].max(axis=1)
+        packed, longest = lengths.sum(axis=1), longest_sequences(lengths)
         start, tokens, width = 0, 0, 0
         for end, position in enumerate(positions):
             tokens, width = tokens + int(packed[position]), max(width, int(longest[position]))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from orchestrator.data.order import Integers
 from orchestrator.settings.load import DATA_SUFFIXES, looks_local
@@ -309,7 +309,7 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
         prompt, chosen, rejected = (
             tokenizer(text=text)["input_ids"] for text in (row["prompt"], *(row["prompt"] + end for end in ends))
         )
-    start = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     pair = TokenizedPair(prompt[:start], chosen[start:], rejected[start:])
     if data.truncation == "keep_start" and data.max_length is not None:
         if start >= data.max_length:
@@ -355,11 +355,12 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Row], **options: 
         raise BadRow("malformed rows", f"the chat template refuses it: {' '.join(str(error).split())}") from None
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+def common_prefix(left: ArrayLike, right: ArrayLike) -> int:
+    """How many token ids two sequences begin with in common."""
+    left, right = np.asarray(left), np.asarray(right)
+    shorter = min(len(left), len(right))
+    differs = left[:shorter] != right[:shorter]
+    return int(differs.argmax()) if differs.any() else shorter
 
 
 # --- building the cache ------------------------------------------------------------------------------------------

@@ -186,12 +186,8 @@ class _LossInHead(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
-            work = _HeadWork(hidden.to(dtype), weight.to(dtype), batch.completion_labels, with_metrics)
-            made_like = torch.empty_like if len(hidden) else torch.zeros_like  # every element is written
-            work.d_hidden, work.d_weight = (
-                made_like(x, dtype=work.precise) if needed else None
-                for x, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False)
-            )
+            needed = ctx.needs_input_grad[:2]
+            work = _HeadWork(hidden.to(dtype), weight.to(dtype), batch.completion_labels, with_metrics, *needed)
             losses = [torch.zeros((), dtype=torch.float64, device=hidden.device)]
             sums = [hidden.new_zeros(0, 2, dtype=torch.float64)]
             for pairs, tokens in _groups(batch.scored, _rows_at_once(len(weight))):
@@ -245,12 +241,20 @@ class _Softmax(NamedTuple):
 class _HeadWork:
     """What _LossInHead.forward works with: hidden [C, H] and weight [V, H] in the dtype of its products."""
 
-    d_hidden: torch.Tensor | None
-    d_weight: torch.Tensor | None
-
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_metrics: bool) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        with_metrics: bool,
+        for_hidden: bool,
+        for_weight: bool,
+    ) -> None:
         self.hidden, self.weight, self.labels, self.with_metrics = hidden, weight, labels[:, None], with_metrics
         self.precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        made_like = torch.empty_like if len(hidden) else torch.zeros_like  # every element will be written
+        self.d_hidden = made_like(hidden, dtype=self.precise) if for_hidden else None
+        self.d_weight = made_like(weight, dtype=self.precise) if for_weight else None
         self.metrics = hidden.new_zeros((3, len(hidden) if with_metrics else 0), dtype=self.precise)
 
     def group(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.data.order import PairCost, fed_lengths
+from orchestrator.data.order import PairCost, fed_lengths, longest_sequences
 from orchestrator.data.pairs import Pairs, build_once, check_source, training_texts
 from orchestrator.models.fused import fuse
 from orchestrator.models.logps import Head
@@ -178,8 +178,7 @@ def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
             "leave vocab_size out of it" if made else "take the model's own tokenizer",
         )
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    lengths = fed_lengths(pairs.lengths, spec.data.keep_last)
-    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    longest = longest_sequences(fed_lengths(pairs.lengths, spec.data.keep_last))
     worst = int(longest.argmax())
     if limit is not None and longest[worst] > limit:
         raise UserError(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from orchestrator.data.collate import AdaptedCollator, Counts, PackedCollator, PreferenceCollator
 from orchestrator.data.loader import Loader
-from orchestrator.data.order import Order, PairCost, fed_lengths, run_length
+from orchestrator.data.order import Order, PairCost, fed_lengths, longest_sequences, run_length
 from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
@@ -106,7 +105,7 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics)
 
     collator = _collator(spec, prepared, attention)
-    loader, eval_loader = _loaders(spec, prepared, world, attention, pair_cost(policy), collator)
+    loader, eval_loader = _loaders(spec, prepared, world, pair_cost(policy), collator)
     if spec.reference.cache != "off" and not spec.data.collator:
         _open_caches(spec, loader, eval_loader, reference, world, {"precision": precision, "attention": attention})
     length = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
@@ -143,7 +142,7 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
         trainer.resume(checkpoint.Reader(found))
     elif world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
-        _say(spec, prepared, world, precision, length.steps, attention, why_padded)
+        _say(spec, prepared, world, precision, length.steps, why_padded)
     return _concluded(trainer.fit(), run_dir, world)
 
 
@@ -154,10 +153,8 @@ def _attention(
     if spec.data.collator or spec.model.attention == "padded":
         return "padded", None
     kernel = choose_kernel(spec.model.attention, world.device, precision)
-    lengths = [
-        pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1) for pairs in (prepared.train, prepared.eval) if pairs
-    ]
-    longest = min(max(int(each.max()) for each in lengths), spec.data.keep_last or sys.maxsize)
+    fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, prepared.eval) if pairs]
+    longest = max(int(longest_sequences(lengths).max()) for lengths in fed)
     for model in (policy, reference.model):
         if reason := not_exact(model.config, longest):
             return "padded", reason
@@ -184,11 +181,10 @@ def _loaders(
     spec: RunSpec,
     prepared: Prepared,
     world: World,
-    attention: AttentionName,
     cost: PairCost,
     collator: PackedCollator | PreferenceCollator,
 ) -> tuple[Loader, Loader | None]:
-    packed = attention != "padded"
+    packed = isinstance(collator, PackedCollator)
     limits = [spec.batch.max_tokens_per_microbatch] + [CPU_ROW] * (packed and world.device.type == "cpu")
 
     def loader(pairs: Pairs) -> Loader:
@@ -278,7 +274,6 @@ def _say(
     world: World,
     precision: str,
     max_steps: int,
-    attention: AttentionName,
     why_padded: str | None,
 ) -> None:
     """What is about to happen, in a few lines."""
