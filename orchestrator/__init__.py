@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["RunSpec", "UserError", "load_spec", "train"]
+__all__ = ["RunSpec", "UserError", "create_reference_model", "load_spec", "train"]
 
 if TYPE_CHECKING:
+    from orchestrator.models.reference import create_reference_model
     from orchestrator.run.driver import train
     from orchestrator.settings.load import load_spec
     from orchestrator.settings.spec import RunSpec, UserError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "RunSpec": "orchestrator.settings.spec",
     "UserError": "orchestrator.settings.spec",
+    "create_reference_model": "orchestrator.models.reference",
     "load_spec": "orchestrator.settings.load",
     "train": "orchestrator.run.driver",
 }

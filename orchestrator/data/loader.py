@@ -52,6 +52,11 @@ class Loader:
             for batches in steps:
                 yield self._with_known_reference(batches)
 
+    def first(self) -> list[PairBatch]:
+        """This rank's micro-batches of the first step, without fillers and without what is known of the reference."""
+        batches = self._make(self.order.plan(0), step=1).micro_batches
+        return [batch for batch in batches if batch.pair_weights.any()]
+
     def whole(self, step: int) -> tuple[list[MicroBatch], Callable[[MicroBatch], PairBatch]]:
         """Every pair once: this rank's micro-batches, and what makes a batch of one."""
         context = self._context(step, self.order.pairs, int(self.order.tokens.sum()))

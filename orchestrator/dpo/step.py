@@ -10,6 +10,7 @@ from torch import nn
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.losses import LOSSES, PairTerms, rewards
+from orchestrator.models.layers import captured_at
 from orchestrator.models.logps import TokenTerms, body_hidden, loss_in_head, sequence_sums
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import DpoSpec
@@ -54,8 +55,11 @@ class PairStep(nn.Module):
 
     def forward(self, batch: PairBatch, counts: Counts) -> StepOutput:
         """Loss and metrics of [B] pairs; `counts` are the global batch's, so that no one has to divide again."""
-        hidden = body_hidden(self.policy, batch)
-        ref_logps = batch.ref_logps if batch.ref_logps is not None else self.reference(batch)
+        ref_logps = batch.ref_logps
+        with captured_at(self.policy, self.reference.capture_layer if ref_logps is None else None) as captured:
+            hidden = body_hidden(self.policy, batch)
+        if ref_logps is None:
+            ref_logps = self.reference(batch, *captured)
         known = PairTerms.split(torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens)
 
         def pair_losses(pairs: slice, logps: torch.Tensor) -> torch.Tensor:
@@ -65,6 +69,14 @@ class PairStep(nn.Module):
         scored = loss_in_head(self.policy, hidden, batch, pair_losses, self.token_metrics)
         terms = PairTerms.split(scored.logps, ref_logps, batch.completion_tokens)
         return StepOutput(scored.loss, self._metric_sums(batch, scored.tokens, terms), scored.logps, ref_logps)
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps, by name: the policy's parameters, of a LoRA policy those of its adapters (the base
+        can be had again, and is known by its hash); and of a reference that moves its own weights."""
+        policy: dict[str, torch.Tensor] = dict(self.policy.named_parameters())
+        if adapters := {name: p for name, p in policy.items() if ".lora_" in name}:
+            policy = adapters
+        return policy | {f"reference.{name}": value for name, value in self.reference.moving().items()}
 
     def _losses(self, terms: PairTerms) -> torch.Tensor:
         return LOSSES[self.dpo.loss_type](terms, self.dpo)

@@ -58,6 +58,10 @@ class Engine(Protocol):
         """What the reference says of a batch, [2B] in fp64, without running the policy."""
         ...
 
+    def sync_reference(self, alpha: float) -> None:
+        """reference = alpha * policy + (1 - alpha) * reference, on every rank alike."""
+        ...
+
     def finite(self) -> torch.Tensor:
         """Whether this rank's summed gradient is finite: a bool on the device. Once per step, before the update."""
         ...

@@ -38,7 +38,7 @@ class DdpEngine:
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
         self.step = step
-        self.names = dict(step.policy.named_parameters())
+        self.saved = step.saved()
         self.trainable = [p for p in step.parameters() if p.requires_grad]
         groups = param_groups(step, self.weight_decay)
         self.module: PairStep | DistributedDataParallel = step
@@ -70,6 +70,9 @@ class DdpEngine:
     def reference_logps(self, batch: PairBatch) -> torch.Tensor:
         with self._autocast():
             return self.step.reference(batch)
+
+    def sync_reference(self, alpha: float) -> None:
+        self.step.reference.sync(self.step.policy, alpha)
 
     def finite(self) -> torch.Tensor:
         self.scaler.unscale_(self.optimizer)
@@ -108,7 +111,7 @@ class DdpEngine:
     def owned(self) -> Iterator[Owned]:
         local = self._local_optimizer()
         mine = {p for group in local.param_groups for p in group["params"]}
-        for index, (name, p) in enumerate(self.names.items()):
+        for index, (name, p) in enumerate(self.saved.items()):
             # trainable parameters where their optimizer state is, frozen ones dealt round
             if not (p in mine if p.requires_grad else index % self.world.size == self.world.rank):
                 continue
@@ -121,7 +124,7 @@ class DdpEngine:
     def put(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
         local = self._local_optimizer()
         groups = {p: group for group in local.param_groups for p in group["params"]}
-        for name, p in self.names.items():
+        for name, p in self.saved.items():
             p.copy_(read(name, "param", 0, p.numel()).view_as(p))
             if p not in groups:
                 continue

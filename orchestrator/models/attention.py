@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from orchestrator.data.collate import PairSpan, Segments
+from orchestrator.models.layers import decoder_layers
 from orchestrator.settings.spec import AttentionName, Precision, UserError
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def packed_arguments(segments: Segments, input_ids: torch.Tensor) -> dict[str, A
 
 def _skip_unscored(model: "PreTrainedModel") -> None:
     """Let tokens whose hidden state nobody reads pass the last layer as they are."""
-    layers = next(module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
+    layers = decoder_layers(model)
     kind = model.config.get_text_config().model_type
     attention = layers[-1].get_submodule(ATTENTION[kind])
     if hasattr(attention, "skips_unscored"):

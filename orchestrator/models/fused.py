@@ -21,15 +21,18 @@ MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 def fuse(model: "PreTrainedModel") -> None:
     """Replace the forward of the norms and MLPs known here; weights, names and hooks stay as they are.
 
-    A model with weights of 16 bits keeps its own, whose order of rounding other programs reproduce.
+    A model with weights of 16 bits keeps its own, whose order of rounding other programs reproduce; one that was cast
+    to them is given its own again.
     """
     from transformers.activations import ACT2FN
 
-    if model.dtype not in (torch.float32, torch.float64):
-        return
+    precise = model.dtype in (torch.float32, torch.float64)
     for module in model.modules():
         kind = type(module).__name__
-        if kind in NORMS:
+        if not precise:
+            if getattr(module.__dict__.get("forward"), "func", None) in (_norm, _mlp):
+                del module.forward
+        elif kind in NORMS:
             module.forward = partial(_norm, module, kind == "GemmaRMSNorm")
         elif kind in MLPS and isinstance(module.act_fn, nn.SiLU | type(ACT2FN["silu"])):
             module.forward = partial(_mlp, module)

@@ -5,6 +5,7 @@ Legend: B pairs, 2B sequences, R rows of the batch, T tokens of a row, H hidden 
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,11 +33,14 @@ class TokenTerms(NamedTuple):
 
 def body_hidden(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
     """The last hidden states of the model without its head: [R, T, H]."""
+    return model.base_model(input_ids=batch.input_ids, use_cache=False, **layout_of(batch)).last_hidden_state
+
+
+def layout_of(batch: PairBatch) -> dict[str, Any]:
+    """Keyword arguments that tell a model's body how the tokens of the batch see each other."""
     if batch.segments is None:
-        options: dict[str, Any] = {"attention_mask": batch.attention_mask}
-    else:
-        options = packed_arguments(batch.segments, batch.input_ids) | {"position_ids": batch.position_ids}
-    return model.base_model(input_ids=batch.input_ids, use_cache=False, **options).last_hidden_state
+        return {"attention_mask": batch.attention_mask}
+    return packed_arguments(batch.segments, batch.input_ids) | {"position_ids": batch.position_ids}
 
 
 def sequence_sums(values: torch.Tensor, batch: PairBatch) -> torch.Tensor:
@@ -51,17 +55,15 @@ def _pair_sums(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def packed_error(model: "PreTrainedModel") -> float:
+def packed_error(model: "PreTrainedModel", device: torch.device) -> float:
     """How far packed hidden states are from padded ones on one small pair, relative to the largest of them.
 
     Rounding where packing is exact; a release of transformers that drops our layout on its way shows here, as infinity
     where it cannot even run without.
     """
-    row = {"pair_id": 0, "prompt_ids": [3, 1, 2, 0], "chosen_ids": [1, 4, 2], "rejected_ids": [5, 3, 4, 1]}
-    data = DataSpec(train="")  # pyright: ignore[reportCallIssue]
     training = model.training
     model.eval()  # dropout is no difference of layouts
-    packed, padded = (c([row]).to(model.device) for c in (PackedCollator(data), PreferenceCollator(0, data)))
+    packed, padded = small_batches(device)
     expected = _selected(body_hidden(model, padded), padded)
     try:
         found = _selected(body_hidden(model, packed), packed)
@@ -70,6 +72,13 @@ def packed_error(model: "PreTrainedModel") -> float:
     finally:
         model.train(training)
     return ((found - expected).abs().amax() / expected.abs().amax()).item()
+
+
+def small_batches(device: torch.device) -> tuple[PairBatch, PairBatch]:
+    """One pair of a few tokens, packed and padded, to ask a model what it does."""
+    row = {"pair_id": 0, "prompt_ids": [3, 1, 2, 0], "chosen_ids": [1, 4, 2], "rejected_ids": [5, 3, 4, 1]}
+    data = DataSpec(train="")  # pyright: ignore[reportCallIssue]
+    return PackedCollator(data)([row]).to(device), PreferenceCollator(0, data)([row]).to(device)
 
 
 # --- the head of a model -----------------------------------------------------------------------------------------
@@ -103,6 +112,17 @@ class Head(NamedTuple):
         plain = type(self.module) is torch.nn.Linear and self.module.bias is None and self.cap is None
         return plain and type(self.module.weight) is torch.nn.Parameter  # pyright: ignore[reportUnknownMemberType]
 
+    @contextmanager
+    def weight_at_hand(self) -> Iterator[Any]:
+        """The weight [V, H] of a plain head, on its device also where accelerate keeps it elsewhere between uses."""
+        if not hasattr(self.module, "_hf_hook"):
+            yield self.module.weight
+            return
+        from accelerate.utils import align_module_device
+
+        with align_module_device(self.module):
+            yield self.module.weight
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, H] -> logits [n, V], at least in fp32."""
         logits = self.module(hidden)
@@ -127,12 +147,12 @@ def loss_in_head(
     """
     head, selected = Head.of(model), _selected(hidden, batch)
     if head.is_plain:
-        weight: Any = head.module.weight
         if head.scale != 1.0:
             selected = selected * head.scale
-        if not torch.is_grad_enabled():  # or the Function would be told to make gradients that nobody takes
-            selected, weight = selected.detach(), weight.detach()
-        loss, logps, *tokens = _LossInHead.apply(selected, weight, batch, pair_losses, with_metrics)  # pyright: ignore
+        with head.weight_at_hand() as weight:
+            if not torch.is_grad_enabled():  # or the Function would be told to make gradients that nobody takes
+                selected, weight = selected.detach(), weight.detach()
+            loss, logps, *tokens = _LossInHead.apply(selected, weight, batch, pair_losses, with_metrics)  # pyright: ignore
         return Scored(loss, logps, TokenTerms(*tokens) if with_metrics else None)
     token_logps, tokens = _token_terms(head, selected, batch.completion_labels, with_metrics)
     sums = _pair_sums(token_logps, batch.scored)
@@ -140,13 +160,17 @@ def loss_in_head(
 
 
 @torch.no_grad()
-def sequence_logps(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
-    """Log-probs [2B] in fp64 of a whole model, without gradient; to the last bit those that its loss would see."""
+def sequence_logps(model: "PreTrainedModel", batch: PairBatch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probs [2B] in fp64 of a whole model, without gradient; to the last bit those that its loss would see.
+
+    hidden: [R, T, H] its last hidden states, where they are known.
+    """
 
     def no_loss(_: slice, logps: torch.Tensor) -> torch.Tensor:
         return logps.new_zeros(len(logps))
 
-    return loss_in_head(model, body_hidden(model, batch), batch, no_loss, with_metrics=False).logps
+    hidden = body_hidden(model, batch) if hidden is None else hidden
+    return loss_in_head(model, hidden, batch, no_loss, with_metrics=False).logps
 
 
 def _selected(hidden: torch.Tensor, batch: PairBatch) -> torch.Tensor:

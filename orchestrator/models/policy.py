@@ -3,16 +3,19 @@
 import difflib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from orchestrator.data.order import PairCost, fed_lengths, longest_sequences
 from orchestrator.data.pairs import Pairs, build_once, check_source, training_texts
+from orchestrator.models.adapters import add_adapter
 from orchestrator.models.fused import fuse
+from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.logps import Head
+from orchestrator.models.quantized import quantized
 from orchestrator.settings.load import looks_local
-from orchestrator.settings.spec import InitSpec, RunSpec, UserError
+from orchestrator.settings.spec import Dtype, InitSpec, LoraSpec, Quantized, RunSpec, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +24,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -127,11 +131,34 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
                     "model.init.config", given, f"no model can be made of it: {reason}", "mend its sizes"
                 ) from None
         fuse(model)
+    if spec.model.lora is not None:
+        model = _with_adapter(model, spec.model.lora, spec, dtype)
+    elif spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers":  # which does so itself
+        freeze_lowest(model, spec.model.num_frozen_layers, keep_head=spec.model.tied_head == "untie")
     if spec.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers gives the embeddings' output a gradient for reentrant checkpointing; ours does not need it
         model.disable_input_require_grads()
     return model.train()
+
+
+def _with_adapter(model: "PreTrainedModel", lora: LoraSpec, spec: RunSpec, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model as a frozen base, held as the settings say, with an adapter that trains."""
+    if lora.base in get_args(Quantized):
+        model = quantized(model, lora.base, "model.lora.base")  # pyright: ignore[reportArgumentType]
+    elif lora.base is not None:
+        model = cast_to(model, lora.base)  # pyright: ignore[reportArgumentType]
+    add_adapter(model, lora, spec.run.seed, dtype, spec.model.disable_dropout)
+    return model
+
+
+def cast_to(model: "PreTrainedModel", dtype: Dtype) -> "PreTrainedModel":
+    """The same model, changed in place, with weights of another type; not its buffers: rotary frequencies in 16 bits
+    would turn late positions elsewhere, which is why from_pretrained leaves them, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    fuse(model)
+    return model
 
 
 def load_model(key: str, path: str, disable_dropout: bool, dtype: torch.dtype) -> "PreTrainedModel":
@@ -160,6 +187,18 @@ def pair_cost(model: "PreTrainedModel") -> PairCost:
         scored=text.vocab_size * text.hidden_size,
         seen=2 * text.num_hidden_layers * text.num_attention_heads * size,
     )
+
+
+def check_frozen(config: Any, spec: RunSpec) -> None:
+    """Refuse to freeze every layer, or more than there are.
+
+    Raises:
+        UserError: the model has no layer left above the frozen ones.
+    """
+    layers, frozen = config.get_text_config().num_hidden_layers, spec.frozen_layers
+    if frozen is not None and frozen >= layers:
+        key = "model.num_frozen_layers" if spec.model.num_frozen_layers else "reference.num_shared_layers"
+        raise UserError(key, frozen, f"the model has {layers} layers", f"set it to {layers - 1} or less")
 
 
 def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:

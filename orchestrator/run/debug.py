@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 
+from orchestrator.models.reference import RefModel
 from orchestrator.settings.spec import RunSpec
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
@@ -19,8 +20,10 @@ OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"  # tells a rank that the process that st
 GRACE_S = 10.0  # seconds that other ranks get to end after one has failed
 
 
-def debug(spec: RunSpec) -> RunResult:
+def debug(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
     """Run the worker here; under torchrun (RANK, WORLD_SIZE) as one rank of that world.
+
+    ref_model: policy -> reference, instead of what the settings say.
 
     Raises:
         UserError: the settings or the data are wrong.
@@ -28,7 +31,7 @@ def debug(spec: RunSpec) -> RunResult:
     """
     run_dir = RunDir(spec.run_dir)
     if is_one_of_many():
-        return _as_rank(spec, run_dir)
+        return _as_rank(spec, run_dir, ref_model)
     with run_dir.owned():
         run_dir.check(spec)
         if (done := finished_already(run_dir)) is not None:
@@ -36,10 +39,10 @@ def debug(spec: RunSpec) -> RunResult:
         prepare(spec)
         run_dir.begin(spec)
         world = World.join(spec.cluster.collective_timeout_s)
-        return run(spec, world, LocalSession(run_dir, world.rank))
+        return run(spec, world, LocalSession(run_dir, world.rank), ref_model)
 
 
-def _as_rank(spec: RunSpec, run_dir: RunDir) -> RunResult:
+def _as_rank(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None) -> RunResult:
     world = World.join(spec.cluster.collective_timeout_s)
     try:
         with ExitStack() as held:
@@ -52,7 +55,7 @@ def _as_rank(spec: RunSpec, run_dir: RunDir) -> RunResult:
                 if done is None:
                     run_dir.begin(spec)
             done = world.gather(done)[0]  # the directory exists
-            return done or run(spec, world, LocalSession(run_dir, world.rank))
+            return done or run(spec, world, LocalSession(run_dir, world.rank), ref_model)
     finally:
         world.leave()
 

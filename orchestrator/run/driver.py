@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import pickle
 import secrets
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from orchestrator.models.reference import RefModel
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
@@ -38,9 +40,10 @@ class RunDied(Exception):
     """The workers died more often than cluster.max_failures allows, without a new checkpoint in between."""
 
 
-def train(spec: RunSpec) -> RunResult:
+def train(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
     """Run to the end on Ray, resuming from the last checkpoint whenever workers die.
 
+    ref_model: policy -> reference, instead of what the settings say; it is sent to every worker and called there.
     Ctrl-C (or RUN_DIR/STOP) saves and stops; a second Ctrl-C aborts. The same call again resumes.
 
     Raises:
@@ -57,7 +60,7 @@ def train(spec: RunSpec) -> RunResult:
         prepare(spec)  # a bad run is refused here, before Ray starts
         run_dir.begin(spec)
         with _cluster(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
-            return _supervised(spec, run_dir, lambda: _fit(spec, run_dir))
+            return _supervised(spec, run_dir, lambda: _fit(spec, run_dir, ref_model))
 
 
 def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | None]) -> RunResult:
@@ -91,8 +94,9 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | No
         time.sleep(supervisor.backoff_s)
 
 
-def _fit(spec: RunSpec, run_dir: RunDir) -> Exception | None:
+def _fit(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None) -> Exception | None:
     """One attempt of Ray Train; returns what it raised."""
+    from ray import cloudpickle
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -101,7 +105,13 @@ def _fit(spec: RunSpec, run_dir: RunDir) -> Exception | None:
     use_gpu = resources.get("GPU", 0) > 0
     trainer = TorchTrainer(
         worker_loop,
-        train_loop_config={"spec": spec.model_dump(mode="json"), "cwd": os.getcwd(), "use_gpu": use_gpu},
+        train_loop_config={
+            "spec": spec.model_dump(mode="json"),
+            "cwd": os.getcwd(),
+            "use_gpu": use_gpu,
+            # as bytes, to be read only when its module can be imported
+            "ref_model": cloudpickle.dumps(ref_model),  # pyright: ignore[reportPrivateImportUsage]
+        },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=spec.cluster.num_workers,
@@ -144,7 +154,7 @@ def worker_loop(config: dict[str, Any]) -> None:
         try:
             # Ray is not told of checkpoints: it would take only those inside its own folder, waits up to 2 s for each
             # report, and its record of them can be lost in a crash. Manifests say which exist, to it and to us.
-            run(spec, world, LocalSession(run_dir, world.rank))
+            run(spec, world, LocalSession(run_dir, world.rank), pickle.loads(config["ref_model"]))
         except UserError as error:
             run_dir.write_result({"status": "refused", "error": [error.key, error.value, error.rule, error.cure]})
             raise

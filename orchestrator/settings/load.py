@@ -15,7 +15,14 @@ from orchestrator.settings.spec import RunSpec, UserError, explain
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 # Settings that hold a path: always folders of ours, and what may be a hub name instead.
 FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path")
-PATH_KEYS = ("model.path", "model.tokenizer", "reference.path", "data.train", "data.eval")
+PATH_KEYS = (
+    "model.path",
+    "model.tokenizer",
+    "model.lora.adapter_path",
+    "reference.path",
+    "data.train",
+    "data.eval",
+)
 
 
 class SettingsError(UserError):

@@ -6,7 +6,7 @@ Importing this module loads neither torch nor ray, so that a bad run is refused 
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -30,7 +30,9 @@ class UserError(Exception):
 
 LossType = Literal["sigmoid", "ipo"]
 EngineKind = Literal["ddp"]
-ReferenceKind = Literal["copy"]
+ReferenceKind = Literal["copy", "shared_layers", "int8", "nf4", "adapter_off", "precomputed"]
+Quantized = Literal["int8", "nf4"]
+Dtype = Literal["fp32", "bf16", "fp16"]
 CacheMode = Literal["off", "lazy", "full"]
 AttentionName = Literal["auto", "cpu", "varlen", "sdpa", "padded"]
 Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
@@ -84,8 +86,25 @@ class InitSpec(Block):
     """Tokens in the byte-level BPE tokenizer, which is trained on data.train. At least 260."""
 
 
+class LoraSpec(Block):
+    """Train an adapter of low rank beside a frozen base. Hu et al. 2021, arXiv 2106.09685."""
+
+    r: Positive | None = None
+    """Rank of the two factors; 16 when not set."""
+    alpha: float | None = Field(None, gt=0)
+    """Numerator of the adapter's weight, alpha / r; twice r when not set."""
+    target_modules: list[str] | None = None
+    """Names of the linear layers that get one (q_proj, v_proj, ...); every one but the head when not set."""
+    adapter_path: str | None = None
+    """Folder or hub name of an adapter to go on from, whose rank, alpha and layers are taken; the reference is then
+    the model with this adapter as it was at the start."""
+    base: Literal[Dtype, Quantized] | None = None
+    """How the frozen base is held: fp32, bf16, fp16, or by bitsandbytes int8, nf4 (QLoRA: Dettmers et al. 2023, arXiv
+    2305.14314); as any policy, in fp32, when not set."""
+
+
 class ModelSpec(Block):
-    """The policy: where its weights and tokenizer come from."""
+    """The policy: where its weights and tokenizer come from, and which of them train."""
 
     path: str | None = None
     """Folder or hub name of a causal LM of transformers."""
@@ -101,6 +120,13 @@ class ModelSpec(Block):
     """How a pair is laid out and attended to. Packed, the prompt computed once, nothing padded: cpu, varlen (GPUs
     from Ampere on), sdpa (anywhere, slower); auto takes the one for the device. padded: two padded rows per pair, as
     TRL does; auto takes it, and says why, for a model whose packed log-probs would not be exact."""
+    num_frozen_layers: Positive | None = None
+    """Lowest layers that do not train, and with them the embeddings."""
+    tied_head: Literal["untie", "freeze"] = "untie"
+    """What becomes of an output head that is one with the embeddings when these are frozen (num_frozen_layers,
+    reference.num_shared_layers): untie gives it weights of its own, which train; freeze leaves it as it is."""
+    lora: LoraSpec | None = None
+    """Train an adapter instead of the weights; needs the extra `peft`."""
 
 
 class DataSpec(Block):
@@ -200,16 +226,39 @@ class EngineSpec(Block):
 
 
 class ReferenceSpec(Block):
-    """The frozen model that the policy is measured against."""
+    """The frozen model that the policy is measured against, held by each rank for itself."""
 
     kind: ReferenceKind = "copy"
-    """copy: a frozen copy of the policy's start, or of another model."""
+    """copy: a frozen copy of the policy's start, or of another model. shared_layers: the policy's lowest layers are
+    frozen, and stored and computed once for both. int8, nf4: a copy quantised by bitsandbytes, whose error is measured
+    at the start. adapter_off: the policy without its LoRA adapter, or with the one it started from. precomputed: every
+    log-prob is made before the first step, by the policy as it starts or by the model at path, and no reference stays
+    in memory."""
     path: str | None = None
     """Folder or hub name of the reference; the policy's start when not set."""
+    num_shared_layers: Positive | None = None
+    """Layers of kind shared_layers, counted from the embeddings, which are shared as well."""
+    dtype: Dtype | None = None
+    """Type of a copy's weights; the policy's when not set."""
+    offload: bool = Field(False, json_schema_extra=FREE)
+    """Keep a copy's weights in the host's memory, and bring each layer to the device when it runs (accelerate)."""
+    max_reward_error: float | None = Field(None, gt=0)
+    """Refuse a reference of int8, nf4 or a dtype of its own that changes a pair's reward margin by more than this at
+    the start. Dimensionless, as rewards are: beta times nats."""
     cache: CacheMode = Field("lazy", json_schema_extra=FREE)
     """Log-probs of the reference kept on disk, by content, and shared by every run that asks the same reference about
     the same tokens. lazy: as training meets a pair, so that the second epoch costs nothing; full: all of them before
-    the first step; off: the reference runs every time, as it does with data.collator."""
+    the first step; off: the reference runs every time, as it does with data.collator and with sync_every."""
+    sync_every: Positive | None = None
+    """Optimizer steps after which the reference moves towards the policy (TR-DPO: Gorbatovski et al. 2024, arXiv
+    2404.09656); never when not set."""
+    sync_alpha: float = Field(0.6, gt=0, le=1)
+    """How far: reference = sync_alpha * policy + (1 - sync_alpha) * reference."""
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether it computes otherwise than the model that it stands for."""
+        return self.kind in get_args(Quantized) or self.dtype is not None
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -328,6 +377,19 @@ class RunSpec(Block):
         return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.run.dir) / ".cache"
 
     @property
+    def frozen_layers(self) -> int | None:
+        """Lowest layers of the policy that do not train."""
+        return self.model.num_frozen_layers or self.reference.num_shared_layers
+
+    @property
+    def reference_cache(self) -> CacheMode:
+        """What is done about the reference's log-probs: nothing that it says is known if it moves, or before a user's
+        collator has run."""
+        if self.reference.sync_every or self.data.collator:
+            return "off"
+        return "full" if self.reference.kind == "precomputed" else self.reference.cache
+
+    @property
     def greater_is_better(self) -> bool:
         """Direction of evaluation.metric_for_best, by the rule of transformers when it is not set."""
         if self.evaluation.greater_is_better is not None:
@@ -343,6 +405,9 @@ class RunSpec(Block):
             _known_optimizer,
             _known_scheduler,
             _evaluation,
+            _model_parts,
+            _reference_parts,
+            _reference_sync,
             _reference_cache,
             _resources,
         ):
@@ -461,11 +526,188 @@ def _evaluation(spec: RunSpec) -> None:
             )
 
 
+class _Clash(NamedTuple):
+    """Settings that contradict each other where `found`."""
+
+    found: bool
+    key: str
+    value: object
+    rule: str
+    cure: str
+
+
+def _refuse(clashes: list[_Clash]) -> None:
+    for clash in clashes:
+        if clash.found:
+            raise UserError(*clash[1:])
+
+
+def _model_parts(spec: RunSpec) -> None:
+    model, lora = spec.model, spec.model.lora or LoraSpec()  # pyright: ignore[reportCallIssue]
+    own = {name: getattr(lora, name) for name in ("r", "alpha", "target_modules") if getattr(lora, name) is not None}
+    _refuse(
+        [
+            _Clash(
+                bool(model.lora and model.num_frozen_layers),
+                "model.num_frozen_layers",
+                model.num_frozen_layers,
+                "model.lora freezes every layer of the base already",
+                "remove one of the two",
+            ),
+            _Clash(
+                bool(lora.adapter_path and own),
+                "model.lora",
+                own,
+                "the adapter at model.lora.adapter_path has these already",
+                "remove them, or model.lora.adapter_path",
+            ),
+            _Clash(
+                spec.precision == "fp64" and lora.base is not None,
+                "model.lora.base",
+                lora.base,
+                "precision fp64 would compute with what these bits have left",
+                "remove it, or set precision=fp32",
+            ),
+        ]
+    )
+
+
+def _reference_parts(spec: RunSpec) -> None:
+    reference, model, kind = spec.reference, spec.model, spec.reference.kind
+    shared, quantised, copied = kind == "shared_layers", kind in get_args(Quantized), kind == "copy"
+    own_start = reference.path is None
+    base = model.lora.base if model.lora else None
+    _refuse(
+        [
+            _Clash(
+                shared and reference.num_shared_layers is None,
+                "reference.num_shared_layers",
+                None,
+                "kind shared_layers needs the number of lowest layers that both models share",
+                "set it, for example to half of the model's layers",
+            ),
+            _Clash(
+                not shared and reference.num_shared_layers is not None,
+                "reference.num_shared_layers",
+                reference.num_shared_layers,
+                f"does not act on kind {kind}",
+                "set reference.kind=shared_layers; model.num_frozen_layers freezes without sharing",
+            ),
+            _Clash(
+                shared and not own_start,
+                "reference.path",
+                reference.path,
+                "the layers that kind shared_layers shares are the policy's own, which another model does not have",
+                "remove it, or set reference.kind=copy",
+            ),
+            _Clash(
+                shared and model.lora is not None,
+                "reference.kind",
+                kind,
+                "with model.lora every layer of the base can be shared",
+                "set reference.kind=adapter_off",
+            ),
+            _Clash(
+                shared and model.num_frozen_layers not in (None, reference.num_shared_layers),
+                "model.num_frozen_layers",
+                model.num_frozen_layers,
+                f"the shared layers are the frozen ones, and reference.num_shared_layers is "
+                f"{reference.num_shared_layers}",
+                "remove it",
+            ),
+            _Clash(
+                kind in ("shared_layers", "adapter_off") and not model.disable_dropout,
+                "model.disable_dropout",
+                model.disable_dropout,
+                f"with kind {kind} the policy's dropout would reach the reference",
+                "set it to true, or reference.kind=copy",
+            ),
+            _Clash(
+                kind == "adapter_off" and model.lora is None,
+                "reference.kind",
+                kind,
+                "there is no adapter to switch off",
+                "set model.lora, or reference.kind=copy",
+            ),
+            _Clash(
+                kind == "adapter_off" and not own_start,
+                "reference.path",
+                reference.path,
+                "kind adapter_off judges by the policy's own base, not by another model",
+                "remove it, or set reference.kind=copy",
+            ),
+            _Clash(
+                (copied or quantised) and own_start and base in get_args(Quantized),
+                "reference.kind",
+                kind,
+                f"a base in {base} has no second set of weights to copy: its own are frozen",
+                "set reference.kind=adapter_off",
+            ),
+            _Clash(
+                quantised and spec.precision == "fp64",
+                "precision",
+                spec.precision,
+                f"a reference in {kind} computes in 16 or 32 bits",
+                "set precision=fp32, or reference.kind=copy",
+            ),
+            _Clash(
+                reference.dtype is not None and not (copied or (kind == "precomputed" and not own_start)),
+                "reference.dtype",
+                reference.dtype,
+                "the policy itself makes the log-probs, in its own type"
+                if kind == "precomputed"
+                else f"the weights of kind {kind} have a type already",
+                "remove it, or set reference.kind=copy",
+            ),
+            _Clash(
+                reference.offload and not copied,
+                "reference.offload",
+                reference.offload,
+                f"kind {kind} has no copy of the weights in the device's memory",
+                "remove it, or set reference.kind=copy",
+            ),
+            _Clash(
+                reference.max_reward_error is not None and not reference.is_approximate,
+                "reference.max_reward_error",
+                reference.max_reward_error,
+                f"kind {kind} computes as the model it stands for, so no error is measured",
+                "remove it",
+            ),
+        ]
+    )
+
+
+def _reference_sync(spec: RunSpec) -> None:
+    reference, why = spec.reference, ""
+    if reference.sync_every is None:
+        return
+    if spec.model.lora is not None:
+        why = "mixing the factors of two adapters is not mixing their weights"
+    elif reference.kind in get_args(Quantized):
+        why = f"weights in {reference.kind} cannot move by small steps"
+    elif reference.kind == "precomputed":
+        why = "log-probs that are made once are those of one reference"
+    elif reference.cache == "full":
+        why = "what reference.cache=full knows of the reference is wrong once it has moved"
+    if why:
+        cure = "remove it, or train without model.lora" if spec.model.lora else "remove it, or set reference.kind=copy"
+        if reference.kind in ("copy", "shared_layers") and not spec.model.lora:
+            cure = "set reference.cache=off"
+        raise UserError("reference.sync_every", reference.sync_every, why, cure)
+
+
 def _reference_cache(spec: RunSpec) -> None:
-    if spec.reference.cache == "full" and spec.data.collator:
+    reference = spec.reference
+    key, value = "reference.cache", reference.cache
+    if reference.kind == "precomputed":
+        key, value = "reference.kind", reference.kind
+    if reference.kind == "precomputed" and reference.cache == "off":
+        cure = "remove reference.cache, or set reference.kind=copy"
+        raise UserError("reference.cache", reference.cache, "kind precomputed keeps its log-probs there", cure)
+    if spec.data.collator and (reference.kind == "precomputed" or reference.cache == "full"):
         raise UserError(
-            "reference.cache",
-            spec.reference.cache,
+            key,
+            value,
             "what data.collator will feed is not known beforehand",
             "remove it, or let the collator return ref_chosen_logps and ref_rejected_logps",
         )

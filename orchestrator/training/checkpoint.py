@@ -25,7 +25,7 @@ from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import write_atomically
 from orchestrator.world import World
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 CORRUPT, UNREADABLE = "manifest.corrupt.json", "manifest.unreadable.json"  # names of manifests that count no more
 RngState = dict[str, torch.Tensor]

@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-from orchestrator.data.collate import Counts
+import torch
+
+from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.data.loader import Loader
 from orchestrator.engines.base import Engine
 from orchestrator.training.metrics import MetricSums, means
@@ -55,3 +58,28 @@ def fill_reference_cache(
     world.gather(None)  # every rank has written
     loader.cache.read()
     return unknown, time.monotonic() - began
+
+
+MEASURED = 4  # micro-batches of the first step on each rank, on which a reference is looked at before training
+
+
+class LogpError(NamedTuple):
+    """How far an approximate reference is from what it stands for."""
+
+    pairs: int  # looked at, over all ranks
+    largest: float  # of a sequence's log-prob, in nats
+    mean: float  # over sequences, in nats
+    margin: float  # largest of a pair's log-ratio (chosen minus rejected), in nats
+
+
+def reference_error(
+    engine: Engine, loader: Loader, exact: Callable[[PairBatch], torch.Tensor], world: World
+) -> LogpError:
+    """Compare the reference with `exact` (batch -> [2B]) on the first pairs of training. Collective."""
+    mine: list[list[float]] = []
+    for batch in loader.first()[:MEASURED]:
+        on_device = batch.to(world.device)
+        mine += (engine.reference_logps(on_device) - exact(on_device)).view(2, -1).t().tolist()
+    errors = torch.tensor([pair for pairs in world.gather(mine) for pair in pairs], dtype=torch.float64)
+    sequences, margins = errors.abs(), (errors[:, 0] - errors[:, 1]).abs()
+    return LogpError(len(errors), sequences.max().item(), sequences.mean().item(), margins.max().item())

@@ -8,21 +8,24 @@ from typing import Any
 
 import torch
 
+from orchestrator.models.adapters import without_adapter
+from orchestrator.models.policy import DTYPES, build_policy, cast_to
+from orchestrator.models.reference import PolicyStart, identity_of
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.spec import Dtype, RunSpec, UserError
 from orchestrator.training.checkpoint import Reader, newest_valid
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
 TRAINED_BY = "Trained with preference pairs by dpo-orchestrator."
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | None = None) -> Path:
+def export(run_dir: RunDir, out: Path, dtype: Dtype = "fp32", checkpoint: Path | None = None) -> Path:
     """Write the newest whole checkpoint (or the one given) as safetensors with tokenizer, generation config and card.
 
-    The weights come from the checkpoint alone, so any engine's run exports in the same way, on any machine. The folder
-    is renamed into place when it is complete.
+    The weights come from the checkpoint alone, so any engine's run exports in the same way, on any machine; a LoRA run
+    needs its base (model.path) as well, into which its adapter is merged. The folder is renamed into place when it is
+    complete.
 
     Raises:
         UserError: the run has no whole checkpoint, or one of another format, or `out` exists and is not an earlier
@@ -31,6 +34,7 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    model: Any
     if checkpoint is None:
         checkpoint, complaints = newest_valid(run_dir.checkpoints, World(0, 1, 0, torch.device("cpu")))
         if checkpoint is None:
@@ -44,11 +48,12 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
         raise UserError("OUT", str(out), "is a file", "choose a new folder")
     if out.exists() and any(out.iterdir()) and not _is_export(out):
         raise UserError("OUT", str(out), "is a folder with other things in it", "choose a new folder")
-    reader = Reader(checkpoint)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run_dir.tokenizer), dtype=DTYPES[dtype])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.parameter(name))
+    reader, spec = Reader(checkpoint), load_spec(run_dir.config)
+    if spec.model.lora is not None:
+        model = cast_to(_merged(run_dir, spec, reader), dtype)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run_dir.tokenizer), dtype=DTYPES[dtype])
+        _fill(model, reader, "")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -56,10 +61,39 @@ def export(run_dir: RunDir, out: Path, dtype: str = "fp32", checkpoint: Path | N
     for file in run_dir.tokenizer.iterdir():  # after it: save_pretrained writes a generation config of defaults
         if file.name != "config.json":
             shutil.copy(file, partial)
-    (partial / "README.md").write_text(_card(load_spec(run_dir.config), reader.meta, _last_metrics(run_dir)))
+    (partial / "README.md").write_text(_card(spec, reader.meta, _last_metrics(run_dir)))
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, reader: Reader, part: str) -> None:
+    """Fill the parameters whose name holds `part` from the checkpoint."""
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.copy_(reader.parameter(name))
+
+
+def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader) -> Any:
+    """The base made as for training, quantised and all, with the trained adapter merged into it, in fp32.
+
+    Raises:
+        UserError: the base is not the one that the adapter was trained on.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run_dir.tokenizer)
+    model: Any = build_policy(spec, tokenizer, torch.float32)
+    _fill(model, reader, ".lora_")
+    trained_on = reader.meta["identity"].get("base", reader.meta["identity"]["reference"])["weights"]
+    found = identity_of(PolicyStart(model).tensors(), model.config, World(0, 1, 0, torch.device("cpu")))["weights"]
+    if found != trained_on:
+        rule = "its weights are not those that the adapter was trained on"
+        raise UserError("model.path", spec.model.path, rule, "put them back")
+    if spec.model.lora is not None and spec.model.lora.base in DTYPES:
+        model = cast_to(model, "fp32")  # to add in fp32
+    return without_adapter(model, merged=True)
 
 
 def _is_export(folder: Path) -> bool:
@@ -84,7 +118,7 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
     rows = {
         "Base": base,
         "Method": f"DPO ({spec.dpo.loss_type}, beta {spec.dpo.beta})",
-        "Reference": spec.reference.path or "frozen copy of the base",
+        "Reference": f"{spec.reference.path or 'the base as it was'} ({spec.reference.kind})",
         "Preference pairs": Path(spec.data.train).name if spec.data.train.startswith("/") else spec.data.train,
         "Pairs seen": meta["pairs_seen"],
         "Optimizer steps": meta["step"],

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,16 +12,20 @@ import torch
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.data.loader import Loader, StepBatches
+from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine, Updated
 from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks
-from orchestrator.training.evaluate import evaluate, fill_reference_cache
+from orchestrator.training.evaluate import MEASURED, evaluate
 from orchestrator.training.health import Session
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
+# How far log-probs may be apart that should be the same, relative to their size: rounding, also that of log-probs kept
+# from another cut of the micro-batches.
+SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 MAX_SKIPPED_IN_A_ROW = 25  # fp16 steps: the loss scale has then fallen by 2**25 and the gradient still overflows
 
 
@@ -64,6 +67,8 @@ class Trainer:
     max_steps: int
     total_pairs: int | None  # over all epochs; the data end here even if fp16 skipped steps
     precision: Precision
+    identity: dict[str, Any]  # of the models and the tokenizer: a resumed run must find the same
+    start_error: float | None  # nats that a policy which starts as its reference may differ from it; None: it does not
 
     def __post_init__(self) -> None:
         self.step = 0  # optimizer steps taken
@@ -82,9 +87,16 @@ class Trainer:
         """Go on from a checkpoint of any engine and world size.
 
         Raises:
-            UserError: the checkpoint's position counts other pairs than these.
+            UserError: the checkpoint was made with another reference, base or tokenizer, or with other pairs.
         """
         meta = reader.meta
+        if changes := list(_differences(meta["identity"], self.identity)):
+            raise UserError(
+                "reference",
+                self.spec.reference.kind,
+                f"this run was started with other models: {', '.join(changes)}",
+                "put them back to resume it, or choose another run.name",
+            )
         if meta["data"] != self.loader.pairs.identity:
             raise UserError(
                 "data.train",
@@ -118,7 +130,6 @@ class Trainer:
         """Train from the present position to the end, or until someone asks to stop. The same on every rank."""
         self._update_state()
         self.callbacks.fire("on_train_begin")
-        self._fill_reference_cache()
         if self.step == 0:
             self.evaluate()
         with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
@@ -162,6 +173,8 @@ class Trainer:
         """Count the step that was taken, and do what the schedule says for it: log, then evaluate, then save."""
         self.callbacks.fire("on_optimizer_step")
         self.step += 1
+        if self.spec.reference.sync_every and self.step % self.spec.reference.sync_every == 0:
+            self.engine.sync_reference(self.spec.reference.sync_alpha)
         self.window.add(sums)
         self._update_state()
         self.session.heartbeat(self.step, "train")
@@ -194,17 +207,32 @@ class Trainer:
             local = torch.tensor(counts, dtype=torch.float64, device=self.world.device)
             counts = Counts(*map(int, self.world.sum(local).tolist()))
         sums = MetricSums(self.world)
-        asked: list[tuple[PairBatch, torch.Tensor]] = []
+        outputs: list[tuple[PairBatch, StepOutput]] = []
         last = len(made.micro_batches) - 1
         for i, batch in enumerate(made.micro_batches):
             output = self.engine.micro_step(batch.to(self.world.device), counts, last=i == last)
             sums.add(output.metric_sums)
-            asked.append((batch, output.ref_logps))
+            outputs.append((batch, output))
             if i < last:
                 self.callbacks.fire("on_substep_end")
-        for batch, ref_logps in asked:  # before the ranks meet: what one writes, all find in the next epoch
-            self.loader.remember(batch, ref_logps)
+        for batch, output in outputs:  # before the ranks meet: what one writes, all find in the next epoch
+            self.loader.remember(batch, output.ref_logps)
+        if self.step == 0 and self.start_error is not None:
+            self._check_start([output for batch, output in outputs if batch.pair_weights.any()], self.start_error)
         return sums.sums
+
+    def _check_start(self, outputs: list[StepOutput], allowed: float) -> None:
+        """Before the first update the policy is its reference: every reward is 0, and the sigmoid loss ln 2."""
+        apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
+        for _, _, logps, ref_logps in outputs[:MEASURED]:
+            apart.append((logps - ref_logps).abs() - SAME_LOGPS[self.precision] * ref_logps.abs().clamp(min=1))
+        worst = self.world.max(torch.cat(apart).amax().view(1)).item()
+        if worst > allowed:  # a NaN is not, and is found in the gradient
+            raise TrainingError(
+                f"step 1 (rank {self.world.rank}): the policy starts as its reference, yet log-probs of the two differ "
+                f"by {worst:.2g} nats more than rounding ({allowed:.2g} are allowed); set reference.cache=off if "
+                f"{self.spec.cache_dir / 'reference_logps'} was edited, else reference.kind=copy, and report it"
+            )
 
     # --- agreement -----------------------------------------------------------------------------------------------
 
@@ -264,18 +292,6 @@ class Trainer:
             self._remember_best(metrics)
             self._act_on(self._agree()._replace(evaluate=False))
 
-    def _fill_reference_cache(self) -> None:
-        """reference.cache=full: the reference says what it has to say before the first step."""
-        if self.spec.reference.cache != "full":
-            return
-        for name, loader in (("training", self.loader), ("evaluation", self.eval_loader)):
-            if loader is None or loader.cache is None:
-                continue
-            beat = partial(self.session.heartbeat, self.step, "reference cache")
-            pairs, seconds = fill_reference_cache(self.engine, loader, self.world, beat)
-            if pairs and self.world.is_main:
-                print(f"reference cache: {pairs} {name} pairs in {seconds:.1f} s", flush=True)
-
     def _before_evaluated_batch(self) -> None:
         self.session.heartbeat(self.step, "evaluate")
         self.callbacks.fire("on_prediction_step")
@@ -295,6 +311,7 @@ class Trainer:
             "window": window,
             "callbacks": self.callbacks.exported(),
             "data": self.loader.pairs.identity,
+            "identity": self.identity,
             "spec": self.spec.model_dump(mode="json"),
         }
         path = checkpoint.save(self.run_dir.checkpoints, self.step, self.engine.owned(), meta, self.world, self.rng)
@@ -327,3 +344,13 @@ class Trainer:
 
 def _eval_name(metric: str) -> str:
     return metric if metric.startswith("eval_") else f"eval_{metric}"
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """Where two nested dicts of plain values differ, hashes shortened."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        old, new = (str(value)[:12] for value in (before, now))
+        yield f"{key} (was {old}, now {new})"

@@ -1,29 +1,42 @@
 """run(): the one function that every rank runs; it builds the parts in reading order, then trains."""
 
+import hashlib
 import json
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.data.collate import AdaptedCollator, Counts, PackedCollator, PreferenceCollator
+from orchestrator.data.collate import AdaptedCollator, Counts, PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order, PairCost, fed_lengths, longest_sequences, run_length
-from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs
+from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokenizer_identity
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.ddp import DdpEngine, autocast
 from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, optimizer_factory, scheduler_factory
+from orchestrator.models.adapters import adapter_layers
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.logps import packed_error
-from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer, pair_cost
-from orchestrator.models.reference import Reference, build_reference, check_reference, reference_identity
+from orchestrator.models.policy import build_policy, check_fit, check_frozen, load_config, load_tokenizer, pair_cost
+from orchestrator.models.quantized import is_quantized
+from orchestrator.models.reference import (
+    Absent,
+    PolicyStart,
+    Reference,
+    RefModel,
+    build_reference,
+    check_reference,
+    identity_of,
+)
 from orchestrator.settings.spec import AttentionName, Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
+from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import export
 from orchestrator.training.health import Session
 from orchestrator.training.rundir import RunDir
@@ -76,7 +89,8 @@ def prepare(spec: RunSpec) -> Prepared:
     _quiet()
     tokenizer = load_tokenizer(spec)
     config = load_config(spec, tokenizer)
-    check_reference(spec.reference, config)
+    check_frozen(config, spec)
+    check_reference(spec, config, tokenizer)
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
     held_out = tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir) if spec.data.eval else None
     for (key, _), pairs in zip(sources, [train, held_out], strict=False):
@@ -85,8 +99,10 @@ def prepare(spec: RunSpec) -> Prepared:
     return Prepared(tokenizer, config, train, held_out)
 
 
-def run(spec: RunSpec, world: World, session: Session) -> RunResult:
+def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | None = None) -> RunResult:
     """Train one run on this rank, resuming where RUN_DIR has a whole checkpoint.
+
+    ref_model: policy -> reference, from a Python user; the settings say what it is otherwise.
 
     Raises:
         UserError: the settings or the data are wrong, or RUN_DIR has checkpoints of which none can be used.
@@ -96,22 +112,35 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     _quiet()
     run_dir = RunDir(spec.run_dir)
     prepared = prepare(spec)
+    found = _newest_checkpoint(run_dir, world)
     precision = _precision(spec.precision, world.device)
     dtype = torch.float64 if precision == "fp64" else torch.float32
 
     policy = build_policy(spec, prepared.tokenizer, dtype).to(world.device)  # pyright: ignore[reportArgumentType]
-    reference = build_reference(spec.reference, spec.model, policy)
+    reference = build_reference(spec, policy, dtype, ref_model)
     attention, why_padded = _attention(spec, prepared, policy, reference, world, precision)
     step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics)
+    identity = _identity(prepared, policy, reference, world)
 
     collator = _collator(spec, prepared, attention)
     loader, eval_loader = _loaders(spec, prepared, world, pair_cost(policy), collator)
-    if spec.reference.cache != "off" and not spec.data.collator:
-        _open_caches(spec, loader, eval_loader, reference, world, {"precision": precision, "attention": attention})
+    if spec.reference_cache != "off":
+        arithmetic = {"precision": precision, "attention": attention, "device": world.device.type}
+        _open_caches(spec, loader, eval_loader, {"reference": identity["reference"], **arithmetic})
     length = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
     engine = DdpEngine(world, precision, spec.training.max_grad_norm, spec.optimizer.weight_decay)
     engine.wrap(step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, length.steps))
     _settle(engine, loader, collator, world)
+    if found is None and world.is_main:
+        _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
+        _say(spec, prepared, world, precision, length.steps, why_padded)
+        _say_models(spec, prepared, policy, reference)
+
+    start_error = _start_error(spec, engine, loader, reference, world, precision) if found is None else None
+    if spec.reference_cache == "full":
+        _fill_caches(engine, loader, eval_loader, world, session)
+    if spec.reference.kind == "precomputed":
+        reference = step.reference = Absent()
 
     args = training_args(spec, run_dir, length.steps, length.epochs, world, precision)
     objects = {
@@ -122,10 +151,28 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
     }
     callbacks = Callbacks(build_callbacks(spec, run_dir) if world.is_main else [], args, objects)
     trainer = Trainer(
-        spec, world, session, run_dir, engine, loader, eval_loader, callbacks, length.steps, length.pairs, precision
+        spec,
+        world,
+        session,
+        run_dir,
+        engine,
+        loader,
+        eval_loader,
+        callbacks,
+        length.steps,
+        length.pairs,
+        precision,
+        identity,
+        start_error,
     )
-
     checkpoint.seed_everything(spec.run.seed + world.rank)
+    if found is not None:
+        trainer.resume(checkpoint.Reader(found))
+    return _concluded(trainer.fit(), run_dir, world)
+
+
+def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
+    """The checkpoint to go on from; newer ones that are not whole are set aside."""
     found, complaints = checkpoint.newest_valid(run_dir.checkpoints, world)
     if complaints and found is None:
         raise UserError(
@@ -134,16 +181,11 @@ def run(spec: RunSpec, world: World, session: Session) -> RunResult:
             f"has checkpoints, but none is whole ({complaints[0]})",
             f"restore their files, or choose another run.name, or remove {run_dir.checkpoints} to start over",
         )
-    for line in complaints if world.is_main else []:
-        logger.warning("%s; an older checkpoint is used", line)
     if found is not None and complaints and world.is_main:
+        for line in complaints:
+            logger.warning("%s; an older checkpoint is used", line)
         checkpoint.set_aside(run_dir.checkpoints, found)
-    if found is not None:
-        trainer.resume(checkpoint.Reader(found))
-    elif world.is_main:
-        _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
-        _say(spec, prepared, world, precision, length.steps, why_padded)
-    return _concluded(trainer.fit(), run_dir, world)
+    return found
 
 
 def _attention(
@@ -155,20 +197,36 @@ def _attention(
     kernel = choose_kernel(spec.model.attention, world.device, precision)
     fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, prepared.eval) if pairs]
     longest = max(int(longest_sequences(lengths).max()) for lengths in fed)
-    for model in (policy, reference.model):
+    models = list(dict.fromkeys((policy, reference.model)))  # one, where the policy judges itself
+    for model in models:
         if reason := not_exact(model.config, longest):
             return "padded", reason
     found: list[float] = []
     for name in dict.fromkeys((kernel, "sdpa")):
-        for model in (policy, reference.model):
+        for model in models:
             use_packed_attention(model, name)
         with autocast(world.device, precision):
-            mine = [packed_error(model) for model in (policy, reference.model)]
+            mine = [packed_error(model, world.device) / _packed_tolerance(model, precision) for model in models]
         # one layout for all ranks: it decides the number of micro-steps. A NaN is not within any tolerance
         found = [error for errors in world.gather(mine) for error in errors]
-        if all(error <= PACKED_TOLERANCE[precision] for error in found):
+        if all(error <= 1 for error in found):
             return name, None
-    return "padded", f"packed and padded differ by {', '.join(f'{error:.1e}' for error in found)} here"
+    return "padded", f"packed and padded differ here, {max(found):.1e} times as much as rounding explains"
+
+
+def _packed_tolerance(model: Any, precision: Precision) -> float:
+    coarse = is_quantized(model) or model.dtype in (torch.bfloat16, torch.float16)
+    return PACKED_TOLERANCE["bf16" if coarse else precision]
+
+
+def _identity(prepared: Prepared, policy: Any, reference: Reference, world: World) -> dict[str, Any]:
+    """What makes the numbers of a run besides its settings and rows; a checkpoint is resumed by the same alone."""
+    made: dict[str, Any] = {"reference": identity_of(reference.tensors(), reference.model.config, world)}
+    if adapter_layers(policy) and not isinstance(reference, PolicyStart):  # which is the base itself
+        made["base"] = identity_of(PolicyStart(policy).tensors(), policy.config, world)
+    template = str(prepared.tokenizer.chat_template).encode()
+    made["tokenizer"] = tokenizer_identity(prepared.tokenizer)
+    return made | {"chat_template": hashlib.sha256(template).hexdigest()}
 
 
 def _collator(spec: RunSpec, prepared: Prepared, attention: AttentionName) -> PackedCollator | PreferenceCollator:
@@ -204,25 +262,20 @@ def _loaders(
     return loader(prepared.train), loader(prepared.eval) if prepared.eval is not None else None
 
 
-def _open_caches(
-    spec: RunSpec,
-    loader: Loader,
-    eval_loader: Loader | None,
-    reference: Reference,
-    world: World,
-    arithmetic: dict[str, str],
-) -> None:
-    """Give the loaders what is on disk of this reference's log-probs, computed with that arithmetic.
+def _open_caches(spec: RunSpec, loader: Loader, eval_loader: Loader | None, identity: dict[str, Any]) -> None:
+    """Give the loaders what is on disk of the log-probs of a reference with that identity.
 
     Raises:
-        UserError: reference.cache is full and there is nowhere to keep them; lazy goes on without.
+        UserError: they are all wanted beforehand and there is nowhere to keep them; lazy goes on without.
     """
-    identity = {"reference": reference_identity(reference.model, world), "device": world.device.type, **arithmetic}
     try:
         folder = cache_folder(spec.cache_dir, identity)
     except OSError as error:
         where = f"{spec.cache_dir}/reference_logps cannot be written ({error.strerror})"
-        if spec.reference.cache == "full":
+        if spec.reference.kind == "precomputed":
+            cure = "set data.cache_dir to a folder that can, or reference.kind=copy"
+            raise UserError("reference.kind", spec.reference.kind, where, cure) from None
+        if spec.reference_cache == "full":
             cure = "set data.cache_dir to a folder that can, or reference.cache=off"
             raise UserError("reference.cache", "full", where, cure) from None
         logger.warning("%s: the reference runs every time", where)
@@ -242,6 +295,59 @@ def _settle(engine: DdpEngine, loader: Loader, collator: PackedCollator | Prefer
         shortest = loader.pairs[int(loader.order.costs.argmin())]
         engine.micro_step(collator([shortest], is_filler=True).to(world.device), Counts(1, 1), last=True)
         engine.discard()
+
+
+def _start_error(
+    spec: RunSpec, engine: DdpEngine, loader: Loader, reference: Reference, world: World, precision: Precision
+) -> float | None:
+    """How far, in nats, a policy that starts as its reference may be from it at first; None where it does not.
+
+    An approximate reference is measured, and what was measured is said.
+
+    Raises:
+        UserError: it is further off than reference.max_reward_error.
+    """
+    dropout = not spec.model.disable_dropout
+    if not spec.reference.is_approximate:
+        return 0.0 if reference.is_start and not dropout else None
+
+    def exact(batch: PairBatch) -> torch.Tensor:
+        if reference.exact is None:
+            return engine.evaluate(batch, Counts(1, 1)).logps  # of the policy, which it stands for
+        with autocast(world.device, precision):
+            return reference.exact(batch)
+
+    held = spec.reference.dtype or spec.reference.kind
+    error = reference_error(engine, loader, exact, world)
+    margin = spec.dpo.beta * error.margin
+    reference.exact = None  # gone from memory
+    if world.is_main:
+        print(
+            f"reference in {held}: log-probs of {error.pairs} pairs differ from {precision} by at most "
+            f"{error.largest:.2g} nats, {error.mean:.2g} on average; reward margins by at most {margin:.2g}",
+            flush=True,
+        )
+    limit = spec.reference.max_reward_error
+    if limit is not None and not margin <= limit:
+        raise UserError(
+            "reference.max_reward_error",
+            limit,
+            f"the reference in {held} changes reward margins by up to {margin:.2g}",
+            "raise it, or hold the reference in more bits",
+        )
+    # twice: int8 treats the outliers of a whole micro-batch alike, so the error varies with what else is in it
+    return 2 * error.largest if reference.is_start and not dropout else None
+
+
+def _fill_caches(engine: DdpEngine, loader: Loader, eval_loader: Loader | None, world: World, session: Session) -> None:
+    """The reference says what it has to say before the first step."""
+    for name, each in (("training", loader), ("evaluation", eval_loader)):
+        if each is None or each.cache is None:
+            continue
+        beat = partial(session.heartbeat, 0, "reference cache")
+        pairs, seconds = fill_reference_cache(engine, each, world, beat)
+        if pairs and world.is_main:
+            print(f"reference cache: {pairs} {name} pairs in {seconds:.1f} s", flush=True)
 
 
 def _precision(asked: Precision, device: torch.device) -> Precision:
@@ -287,9 +393,24 @@ def _say(
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
 
 
+def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference) -> None:
+    """What trains, and what the reference costs."""
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    own = reference.own_bytes(policy) / 2**20
+    where = "of the host's memory" if spec.reference.offload else "of memory"
+    print(f"{trained:,} parameters train; reference: {spec.reference.kind}, ", end="")
+    print(
+        "gone before the first step" if spec.reference.kind == "precomputed" else f"{own:.3g} MB {where} on each rank"
+    )
+    if getattr(prepared.config, "tie_word_embeddings", False) and not policy.config.tie_word_embeddings:
+        print("the output head was one with the embeddings, which are frozen: it trains on with weights of its own")
+
+
 def _quiet() -> None:
     """Libraries' progress bars and advice would bury our lines."""
     import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer and pass
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -62,7 +62,6 @@ class Alternating(Trainer):
     def fit(self) -> Ended:
         """Never saved nor resumed: this run is a measurement."""
         self.callbacks.fire("on_train_begin")
-        self._fill_reference_cache()
         last = self.max_steps
         bare_loop(self, 2)  # warm both
         while self.step < last:

@@ -18,7 +18,7 @@ from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.order import Order
 from orchestrator.data.pairs import Pairs, content_hash, tokenized_pairs
 from orchestrator.data.refcache import RECORD, RefCache, cache_folder
-from orchestrator.models.reference import reference_identity
+from orchestrator.models.reference import identity_of
 
 COUNT = 11
 ALL = np.arange(COUNT)
@@ -234,7 +234,7 @@ def test_the_format_is_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.
 
 
 def identity(model: Any, ranks: int = 1) -> dict[str, Any]:
-    found = on_ranks(ranks, lambda world: reference_identity(model, world))
+    found = on_ranks(ranks, lambda world: identity_of(model.state_dict(), model.config, world))
     assert all(each == found[0] for each in found)
     return found[0]
 

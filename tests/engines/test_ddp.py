@@ -53,11 +53,11 @@ def train(made: DdpEngine, steps: int = 1, seed: int = 0) -> list[Updated]:
 
 
 def weights(made: DdpEngine) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in made.names.values()])
+    return torch.cat([p.detach().flatten().clone() for p in made.saved.values()])
 
 
 def gradient(made: DdpEngine) -> torch.Tensor:
-    return torch.cat([p.grad.flatten().clone() for p in made.names.values() if p.grad is not None])
+    return torch.cat([p.grad.flatten().clone() for p in made.saved.values() if p.grad is not None])
 
 
 def restored(made: DdpEngine, other: DdpEngine, folder: Path) -> DdpEngine:
@@ -78,7 +78,7 @@ def test_the_engine_does_not_divide_the_gradient() -> None:
     before, applied = weights(made), gradient(made)
     assert bool(made.finite())
     updated = made.optimizer_step(apply=True)
-    decay = torch.cat([torch.full((p.numel(),), 0.01 if p.ndim > 1 else 0.0) for p in made.names.values()])
+    decay = torch.cat([torch.full((p.numel(),), 0.01 if p.ndim > 1 else 0.0) for p in made.saved.values()])
     assert torch.allclose(weights(made), before - applied - decay * before, atol=1e-7)
     assert updated.grad_norm.item() == pytest.approx(applied.norm().item(), rel=1e-6)
     assert (updated.lr, updated.skipped) == (1.0, False)
@@ -105,7 +105,7 @@ def test_the_gradient_is_gone_after_the_step(apply: bool) -> None:
     made.micro_step(pair_batch(4), COUNTS, last=True)
     made.finite()
     made.optimizer_step(apply=apply)
-    assert all(p.grad is None for p in made.names.values())
+    assert all(p.grad is None for p in made.saved.values())
     assert torch.equal(weights(made), before) is not apply
 
 
@@ -142,7 +142,7 @@ def test_the_reference_alone_says_what_it_says_in_a_step(packed: bool) -> None:
 def test_a_gradient_that_is_not_finite_is_seen(value: float) -> None:
     made = engine(SGD)
     made.micro_step(pair_batch(4), COUNTS, last=True)
-    grad = made.names["model.layers.1.mlp.up_proj.weight"].grad
+    grad = made.saved["model.layers.1.mlp.up_proj.weight"].grad
     assert grad is not None
     grad[3, 5] = value
     assert not bool(made.finite())
@@ -208,7 +208,7 @@ def test_weights_and_optimizer_state_come_back_bit_for_bit(name: str, tmp_path: 
     train(made, 2)
     other = restored(made, engine(optimizer, {"name": "linear"}, seed=3), tmp_path)
     assert torch.equal(weights(other), weights(made))
-    for mine, theirs in zip(made.names.values(), other.names.values(), strict=True):
+    for mine, theirs in zip(made.saved.values(), other.saved.values(), strict=True):
         saved, found = made.optimizer.state[mine], other.optimizer.state[theirs]
         assert saved.keys() == found.keys()
         for key, value in saved.items():
@@ -266,7 +266,7 @@ def test_a_frozen_parameter_is_restored_too(tmp_path: Path) -> None:
     train(made)
     other = restored(made, frozen(3), tmp_path)
     assert torch.equal(weights(other), weights(made))
-    assert not other.names["model.embed_tokens.weight"].requires_grad
+    assert not other.saved["model.embed_tokens.weight"].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -501,7 +501,7 @@ def test_packed_error_is_rounding(kind: str, kernel: AttentionName) -> None:
     for dtype, most in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
         model = twin(made(kind, dtype, 0))
         use_packed_attention(model, kernel)
-        assert packed_error(model) < most
+        assert packed_error(model, CPU) < most
 
 
 @pytest.mark.parametrize("kind", CHECKED)
@@ -516,7 +516,7 @@ def test_packed_error_shows_attention_that_ignores_the_layout(kind: str, monkeyp
     monkeypatch.setitem(attention.KERNELS, "cpu", one_sequence)
     model = twin(made(kind, torch.float32, 0))
     use_packed_attention(model, "cpu")
-    assert packed_error(model) > max(PACKED_TOLERANCE.values())
+    assert packed_error(model, CPU) > max(PACKED_TOLERANCE.values())
 
 
 def test_packed_error_shows_a_layout_that_is_dropped_on_its_way() -> None:
@@ -527,4 +527,4 @@ def test_packed_error_shows_a_layout_that_is_dropped_on_its_way() -> None:
         layer.register_forward_pre_hook(
             lambda _, inputs, options: (inputs, {k: v for k, v in options.items() if k != LAYOUT}), with_kwargs=True
         )
-    assert packed_error(model) > max(PACKED_TOLERANCE.values())
+    assert packed_error(model, CPU) > max(PACKED_TOLERANCE.values())

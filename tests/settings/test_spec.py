@@ -24,6 +24,7 @@ MAY_CHANGE_ON_RESUME = {
     "training.token_metrics",
     "engine.kind",
     "reference.cache",
+    "reference.offload",
     "callbacks",
     "evaluation.every_steps",
     "checkpoint.every_steps",

@@ -1,0 +1,151 @@
+"""LoRA in a transformers model by peft: adding or loading an adapter, judging without it, merging it.
+
+The adapter stands inside the model, whose type and names stay as they are: q_proj.base_layer.weight,
+q_proj.lora_A.policy.weight. peft is an extra; it is imported in functions only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from orchestrator.models.quantized import full_weight
+from orchestrator.settings.load import looks_local
+from orchestrator.settings.spec import LoraSpec, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+POLICY, REFERENCE = "policy", "reference"  # names of the adapter that trains, and of the frozen copy of its start
+RANK = 16
+
+
+def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torch.dtype, disable_dropout: bool) -> None:
+    """Freeze the model and give it an adapter of `dtype` that trains: a new one, which changes nothing yet, or the one
+    at adapter_path, of which a frozen copy is kept beside it (LLaMA-Factory 8974: the reference was the bare base).
+
+    Raises:
+        UserError: peft is not there, or it refuses, or the adapter cannot be loaded.
+    """
+    _import_peft()
+    from peft import LoraConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if spec.adapter_path is not None:
+            _load(model, spec.adapter_path)
+        else:
+            rank = spec.r or RANK
+            targets: Any = spec.target_modules or "all-linear"
+            config = LoraConfig(r=rank, lora_alpha=spec.alpha or 2 * rank, target_modules=targets)  # pyright: ignore
+            try:
+                model.add_adapter(config, POLICY)
+            except ValueError as error:
+                reason = " ".join(str(error).split())[:160]
+                cure = "name linear layers of this model, for example [q_proj, v_proj]"
+                raise UserError(
+                    "model.lora.target_modules", spec.target_modules, f"peft says: {reason}", cure
+                ) from None
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype)  # peft gives it the base's
+        parameter.requires_grad_(is_of(POLICY, name))
+    for layer in adapter_layers(model).values():
+        for dropout in layer.lora_dropout.values():
+            if disable_dropout and isinstance(dropout, nn.Dropout):
+                dropout.p = 0.0
+
+
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers of a model that have an adapter, by name; empty without peft."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def is_of(adapter: str, parameter: str) -> bool:
+    """Whether a parameter of that name belongs to that adapter."""
+    return ".lora_" in parameter and f".{adapter}." in f"{parameter}."
+
+
+def base_name(parameter: str) -> str:
+    """The name that a parameter of the base has in a model without adapters."""
+    return parameter.replace(".base_layer.", ".")
+
+
+@contextmanager
+def adapter_off(layers: list[Any]) -> Iterator[None]:
+    """Let these layers compute as at the start: without adapter, or by the frozen copy of one that was loaded.
+
+    peft's own switches also switch requires_grad, of parameters whose gradient is still to come.
+    """
+    has_start = any(REFERENCE in layer.lora_A for layer in layers)
+    for layer in layers:
+        if has_start:
+            layer._active_adapter = [REFERENCE]
+        else:
+            layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = [POLICY], False
+
+
+@torch.no_grad()
+def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel":
+    """The same model, changed in place, with plain layers again; merged: the adapter's product is added to them.
+
+    A layer in 8 or 4 bits that is merged becomes one of fp32.
+    """
+    for name, layer in adapter_layers(model).items():
+        plain = layer.get_base_layer()
+        if merged:
+            delta, weight = layer.get_delta_weight(POLICY), full_weight(plain)
+            if weight is not plain.weight.data:
+                bias = plain.bias
+                plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+                if bias is not None:
+                    plain.bias = nn.Parameter(bias.detach().to(weight.dtype))
+            plain.weight = nn.Parameter((weight + delta).to(weight.dtype), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+    model._hf_peft_config_loaded = False
+    return model
+
+
+def _load(model: "PreTrainedModel", path: str) -> None:
+    """Put the adapter at a path into the model twice, to train and to judge by."""
+    from peft import LoraConfig, PeftConfig
+
+    key = "model.lora.adapter_path"
+    try:
+        config = PeftConfig.from_pretrained(path)
+        config.inference_mode = False
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"it is {type(config).__name__}, not LoRA")
+        if config.modules_to_save or config.trainable_token_indices:
+            raise ValueError("it holds whole modules besides its factors")
+        found = model.load_adapter(path, adapter_name=POLICY, is_trainable=True)
+        if found.unexpected_keys or any(is_of(POLICY, name) for name in found.missing_keys):
+            raise ValueError("its layers are not those of this model")
+    except Exception as error:  # peft, transformers and the hub raise many types; all mean that it cannot be loaded
+        reason = " ".join(str(error).split())[:200]
+        cure = "give a folder with adapter_config.json that was made for this base"
+        if not looks_local(path):
+            cure = f"give a hub name that can be reached, or a folder (./{path})"
+        raise UserError(key, path, f"cannot be loaded ({type(error).__name__}: {reason})", cure) from None
+    model.add_adapter(config, REFERENCE)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            if is_of(REFERENCE, name):
+                parameter.copy_(weights[name.replace(f".{REFERENCE}.", f".{POLICY}.")])
+    model.set_adapter(POLICY)
+
+
+def _import_peft() -> None:
+    try:
+        import peft  # noqa: F401 - to see whether it is there
+    except ImportError as error:
+        raise UserError("model.lora", "set", f"needs peft ({error})", "pip install 'dpo-orchestrator[peft]'") from None

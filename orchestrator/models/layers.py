@@ -1,0 +1,117 @@
+"""The stack of layers of a model: which they are, freezing the lowest, and running the upper ones alone.
+
+Legend: R rows, T tokens, H hidden size.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers that a token's hidden state passes one after the other."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
+def lowest(model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = None) -> list[nn.Module]:
+    """The embeddings, of tokens and of positions, and the first `count` layers."""
+    layers = decoder_layers(model) if layers is None else layers
+    above = {module for layer in layers for module in layer.modules()}
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in above] + list(layers[:count])
+
+
+def freeze_lowest(
+    model: "PreTrainedModel", count: int, keep_head: bool = True, layers: nn.ModuleList | None = None
+) -> bool:
+    """Let the embeddings and the first `count` layers train no more.
+
+    keep_head: an output head that is one with the embeddings is given weights of its own, which go on training.
+    Returns whether there was such a head.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = isinstance(head, nn.Linear) and head.weight is embeddings.weight
+    if tied and keep_head:
+        assert isinstance(head, nn.Linear)
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False  # or the next one to load or save the model would tie them again
+    for module in lowest(model, count, layers):
+        module.requires_grad_(False)
+    return tied
+
+
+@contextmanager
+def captured_at(model: nn.Module, layer: int | None) -> Iterator[list[torch.Tensor]]:
+    """A list to which forward passes of the model meanwhile add the hidden states [R, T, H] that enter a layer, without
+    gradient; gradient checkpointing's recomputation adds nothing. None captures nothing."""
+    found: list[torch.Tensor] = []
+    if layer is None:
+        yield found
+        return
+
+    def keep(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append((args[0] if args else options["hidden_states"]).detach())
+
+    handle = decoder_layers(model)[layer].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+class _Passed(nn.Module):
+    """In the place of a layer whose work is done already."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not registered: its parameters are not this stack's
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)  # what a model asks of its layers, such as attention_type
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class UpperLayers:
+    """The layers of a model from `first` on with all that comes after them, run on captured hidden states.
+
+    The model's own forward runs, with its masks, position embeddings and norms, over a stack in which the lower layers
+    do nothing.
+    """
+
+    def __init__(self, model: "PreTrainedModel", first: int) -> None:
+        layers = decoder_layers(model)
+        self.entered = layers[first]
+        self.body = _with_layers(model.base_model, layers, nn.ModuleList([_Passed(x) for x in layers[:first]]))
+
+    def __call__(self, captured: torch.Tensor, **options: Any) -> torch.Tensor:
+        """captured: [R, T, H] what entered layer `first`; options: of the body's forward -> [R, T, H]."""
+
+        def enter(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...]:
+            # what the body made of its input by now may have position embeddings added
+            return (captured, *args[1:]) if args else (), given if args else {**given, "hidden_states": captured}
+
+        handle = self.entered.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            return self.body(inputs_embeds=captured, use_cache=False, **options).last_hidden_state
+        finally:
+            handle.remove()
+
+
+def _with_layers(module: nn.Module, layers: nn.ModuleList, lower: nn.ModuleList) -> nn.Module:
+    """A module that is the same, parameters and all, but for the lowest of its layers."""
+    if module is layers:
+        return nn.ModuleList([*lower, *layers[len(lower) :]])
+    if not any(child is layers for child in module.modules()):
+        return module
+    other = copy.copy(module)
+    other._modules = {name: child and _with_layers(child, layers, lower) for name, child in module._modules.items()}
+    return other

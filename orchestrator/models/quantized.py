@@ -1,0 +1,92 @@
+"""Linear layers -> 8 or 4 bits by bitsandbytes, once, in memory, on any device."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from orchestrator.settings.spec import Quantized, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OUTLIER = 6.0  # an activation larger than this keeps 16 bits: Dettmers et al. 2022, arXiv 2208.07339
+
+
+def quantized(model: "PreTrainedModel", kind: Quantized, key: str) -> "PreTrainedModel":
+    """A frozen copy of the model on the same device whose linear layers but the head are quantised, as transformers'
+    load_in_8bit and load_in_4bit (nf4) do it; the rest keeps its type.
+
+    Raises:
+        UserError: bitsandbytes is not there; `key` is the setting that asked for it.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    _import(key, kind)
+    head = model.get_output_embeddings()
+    made: dict[int, Any] = {}  # deepcopy takes what is there for copied already: no full copy ever exists
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            made[id(module)] = _linear(module, kind)
+    other = copy.deepcopy(model, made).requires_grad_(False)
+    setattr(other, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # peft looks for it
+    return other
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model, ours or one that transformers loaded, has layers in 8 or 4 bits."""
+    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+
+
+def full_weight(linear: Any) -> torch.Tensor:
+    """The weight [out, in] of a layer that may be quantised, in fp32 if it is."""
+    weight = linear.weight
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, state).float()
+    if weight.dtype == torch.int8:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = weight.SCB if weight.SCB is not None else linear.state.SCB  # moves there with the first forward
+        return int8_vectorwise_dequant(weight.data, scales)
+    return weight.data
+
+
+def _linear(linear: Any, kind: Quantized) -> nn.Module:
+    """One layer quantised, on the device of the layer given."""
+    from bitsandbytes import nn as bnb_
+
+    bnb: Any = bnb_  # its types are not exported
+    weight: torch.Tensor = linear.weight.detach()
+    weight = weight if isinstance(linear, nn.Linear) else weight.t().contiguous()  # GPT-2's Conv1D is [in, out]
+    options: Any = {"bias": linear.bias is not None, "device": "meta"}
+    made: Any
+    if kind == "int8":
+        made = bnb.Linear8bitLt(weight.shape[1], weight.shape[0], has_fp16_weights=False, **options)
+        made.state.threshold, made.state.use_pool = OUTLIER, True
+        made.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    else:
+        made = bnb.LinearNF4(weight.shape[1], weight.shape[0], compress_statistics=False, **options)
+        made.weight = bnb.Params4bit(
+            weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=False, module=made
+        )
+        made.support_avx512bf16_for_cpu = False  # it repacks the weight when it first judges, and training then fails
+    made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+    made = made.to(weight.device)
+    # on a CPU an int8 layer computes otherwise in training: policy and reference, train and eval, must agree
+    made.training = False
+    made.train = _stays
+    return made
+
+
+def _stays(mode: bool = True) -> None:
+    del mode
+
+
+def _import(key: str, kind: Quantized) -> None:
+    try:
+        import bitsandbytes  # noqa: F401 - to see whether it is there
+    except ImportError as error:
+        raise UserError(key, kind, f"needs bitsandbytes ({error})", "pip install bitsandbytes") from None
