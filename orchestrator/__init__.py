@@ -1,6 +1,10 @@
 """Preference training for language models: one YAML, in a debugger, on Ray and on Slurm."""
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+# It says a line for each layer and pass, and one when transformers imports it, which is before any function of ours runs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["RunSpec", "UserError", "create_reference_model", "load_spec", "train"]

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 
 POLICY, REFERENCE = "policy", "reference"  # names of the adapter that trains, and of the frozen copy of its start
 RANK = 16
+# Settings of an adapter by which it is more than the product of two factors, which is all that is merged and judged by.
+MORE_THAN_FACTORS = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_dora",
+    "lora_bias",
+)
 
 
 def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torch.dtype, disable_dropout: bool) -> None:
@@ -124,8 +134,10 @@ def _load(model: "PreTrainedModel", path: str) -> None:
         config.inference_mode = False
         if not isinstance(config, LoraConfig):
             raise ValueError(f"it is {type(config).__name__}, not LoRA")
-        if config.modules_to_save or config.trainable_token_indices:
-            raise ValueError("it holds whole modules besides its factors")
+        more = [name for name in MORE_THAN_FACTORS if getattr(config, name, None)]
+        if more or config.bias != "none":
+            more = more or ["bias"]
+            raise ValueError(f"it has more than two factors a layer: {', '.join(more)}")
         found = model.load_adapter(path, adapter_name=POLICY, is_trainable=True)
         if found.unexpected_keys or any(is_of(POLICY, name) for name in found.missing_keys):
             raise ValueError("its layers are not those of this model")

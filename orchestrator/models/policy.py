@@ -145,7 +145,7 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
 def _with_adapter(model: "PreTrainedModel", lora: LoraSpec, spec: RunSpec, dtype: torch.dtype) -> "PreTrainedModel":
     """The model as a frozen base, held as the settings say, with an adapter that trains."""
     if lora.base in get_args(Quantized):
-        model = quantized(model, lora.base, "model.lora.base")  # pyright: ignore[reportArgumentType]
+        model = quantized(model, lora.base, "model.lora.base", model.device)  # pyright: ignore[reportArgumentType]
     elif lora.base is not None:
         model = cast_to(model, lora.base)  # pyright: ignore[reportArgumentType]
     add_adapter(model, lora, spec.run.seed, dtype, spec.model.disable_dropout)
@@ -261,7 +261,9 @@ def _check_folder(key: str, path: str) -> None:
 
 def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    if os.path.isdir(path):
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        cure = "it is an adapter: set model.path to its base and model.lora.adapter_path to this"
+    elif os.path.isdir(path):
         cure = "give a folder with config.json, tokenizer and weights"
     else:
         cure = f"give a hub name that can be reached, or a folder (./{path})"

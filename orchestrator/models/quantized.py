@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 OUTLIER = 6.0  # an activation larger than this keeps 16 bits: Dettmers et al. 2022, arXiv 2208.07339
 
 
-def quantized(model: "PreTrainedModel", kind: Quantized, key: str) -> "PreTrainedModel":
-    """A frozen copy of the model on the same device whose linear layers but the head are quantised, as transformers'
+def quantized(model: "PreTrainedModel", kind: Quantized, key: str, device: torch.device) -> "PreTrainedModel":
+    """A frozen copy of the model on a device whose linear layers but the head are quantised, as transformers'
     load_in_8bit and load_in_4bit (nf4) do it; the rest keeps its type.
 
     Raises:
@@ -28,8 +28,8 @@ def quantized(model: "PreTrainedModel", kind: Quantized, key: str) -> "PreTraine
     made: dict[int, Any] = {}  # deepcopy takes what is there for copied already: no full copy ever exists
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            made[id(module)] = _linear(module, kind)
-    other = copy.deepcopy(model, made).requires_grad_(False)
+            made[id(module)] = _linear(module, kind, device)
+    other: Any = copy.deepcopy(model, made).requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
     setattr(other, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # peft looks for it
     return other
 
@@ -54,8 +54,8 @@ def full_weight(linear: Any) -> torch.Tensor:
     return weight.data
 
 
-def _linear(linear: Any, kind: Quantized) -> nn.Module:
-    """One layer quantised, on the device of the layer given."""
+def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
+    """One layer quantised, on a device."""
     from bitsandbytes import nn as bnb_
 
     bnb: Any = bnb_  # its types are not exported
@@ -74,7 +74,7 @@ def _linear(linear: Any, kind: Quantized) -> nn.Module:
         )
         made.support_avx512bf16_for_cpu = False  # it repacks the weight when it first judges, and training then fails
     made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-    made = made.to(weight.device)
+    made = made.to(device)
     # on a CPU an int8 layer computes otherwise in training: policy and reference, train and eval, must agree
     made.training = False
     made.train = _stays

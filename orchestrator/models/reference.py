@@ -72,13 +72,15 @@ class Reference:
         for name, own in self.moving().items():
             own.mul_(1 - alpha).add_(theirs[name].to(own.device), alpha=alpha)
 
-    def offload(self) -> None:
+    def offload(self, device: torch.device) -> None:
         """Keep the weights in the host's memory; each layer's come to the device for as long as it runs."""
         from accelerate import cpu_offload
 
         on_host = {id(p): p.detach().cpu() for p in self.weights.values()}  # tied ones once
         self.weights = {name: on_host[id(p)] for name, p in self.weights.items()}
-        cpu_offload(self.model, self.model.device, state_dict=self.weights)
+        for buffer in self.model.buffers():  # small, and not offloaded
+            buffer.data = buffer.data.to(device)
+        cpu_offload(self.model, device, state_dict=self.weights)
 
 
 class SharedLayers(Reference):
@@ -247,7 +249,7 @@ def build_reference(
     if wanted.sync_every is not None:
         _let_move(made, policy)
     if wanted.offload:
-        made.offload()
+        made.offload(policy.device)
     return made
 
 
@@ -299,28 +301,40 @@ def _sharing(
 
 def _copy(spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype) -> Reference:
     """A copy of the policy's start or of the model at reference.path, of its own type or quantised."""
-    wanted, lora = spec.reference, spec.model.lora
-    has_start = lora is not None and lora.adapter_path is not None
-    is_quantised = wanted.kind in get_args(Quantized)
-    full: Any
+    wanted, device = spec.reference, policy.device
+    full: Any = policy  # what the reference is, or approximates
     if wanted.path is not None:
-        full = load_model("reference.path", wanted.path, spec.model.disable_dropout, dtype).to(policy.device)  # pyright: ignore
-    elif is_quantised and lora is None:
-        full = policy  # nothing of it is changed
+        full = load_model("reference.path", wanted.path, spec.model.disable_dropout, dtype)
+    elif spec.model.lora is not None or wanted.kind not in get_args(Quantized):
+        full = _start_of(spec, policy)
+    if wanted.kind in get_args(Quantized):
+        model = quantized(full, wanted.kind, "reference.kind", device)  # pyright: ignore[reportArgumentType]
     else:
-        full = copy.deepcopy(policy)
-        if lora is not None and not (has_start and not is_quantised):
-            full = without_adapter(full, merged=has_start)
-    model = full
-    if is_quantised:
-        model = quantized(full, wanted.kind, "reference.kind")  # pyright: ignore[reportArgumentType]
-    elif wanted.dtype is not None:
-        model = cast_to(copy.deepcopy(full) if wanted.path else full, wanted.dtype)
+        model = full
+        if wanted.dtype is not None:
+            model = cast_to(copy.deepcopy(full) if wanted.path else full, wanted.dtype)
+        if not wanted.offload:
+            model = model.to(device)  # pyright: ignore[reportArgumentType]
     made = Reference(model)
     made.is_start = wanted.path is None
     if wanted.path is not None and wanted.is_approximate:
         made.exact = Reference(full)
+        made.exact.offload(device)  # there may be no room for it: that is why it is approximated
     return made
+
+
+def _start_of(spec: RunSpec, policy: "PreTrainedModel") -> Any:
+    """A copy of the policy as it starts: of a new adapter nothing is left, one that was loaded stays as it is, or is
+    merged where layers are to be quantised."""
+    device, lora = policy.device, spec.model.lora
+    if spec.reference.offload:
+        policy.to("cpu")  # pyright: ignore[reportArgumentType] - two may not fit the device
+    start = copy.deepcopy(policy)
+    policy.to(device)  # pyright: ignore[reportArgumentType]
+    goes_on, is_quantised = lora is not None and lora.adapter_path is not None, spec.reference.kind != "copy"
+    if lora is None or (goes_on and not is_quantised):
+        return start
+    return without_adapter(start, merged=goes_on)
 
 
 def _let_move(reference: Reference, policy: "PreTrainedModel") -> None:
@@ -380,6 +394,17 @@ def _check_upper(reference: SharedLayers, policy: "PreTrainedModel") -> None:
 # --- a Python user's own -----------------------------------------------------------------------------------------
 
 
+def check_function(ref_model: RefModel | None) -> None:
+    """Refuse a model where a function that makes one is wanted.
+
+    Raises:
+        UserError: it would have to travel to every rank.
+    """
+    if isinstance(ref_model, nn.Module) or not (ref_model is None or callable(ref_model)):
+        rule = "is no function, and a model would have to travel to every rank"
+        raise UserError("ref_model", type(ref_model).__name__, rule, "give a function that makes it: policy -> model")
+
+
 def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel) -> Reference:
     """What the function returns; where its lowest layers are stored where the policy's are, they are also run once.
 
@@ -388,6 +413,7 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel) 
     """
     key, name = "ref_model", getattr(ref_model, "__name__", type(ref_model).__name__)
     wanted = spec.reference
+    check_function(ref_model)
     if wanted.kind != "copy" or wanted.path is not None or wanted.dtype is not None:
         rule = "the settings say what the reference is, too"
         raise UserError(key, name, rule, "remove reference.kind, reference.path and reference.dtype")

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestrator.models.reference import RefModel
+from orchestrator.models.reference import RefModel, check_function
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
@@ -51,6 +51,7 @@ def train(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
         TrainingError: training cannot go on.
         RunDied: the workers died too often.
     """
+    check_function(ref_model)
     run_dir = RunDir(spec.run_dir)
     with run_dir.owned():
         run_dir.check(spec)

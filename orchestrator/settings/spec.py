@@ -783,6 +783,14 @@ TRL_NAMES = {
     "beta": "dpo.beta",
     "loss_type": "dpo.loss_type",
     "seed": "run.seed",
+    "peft_config": "model.lora",
+    "lora_r": "model.lora.r",
+    "lora_alpha": "model.lora.alpha",
+    "precompute_ref_log_probs": "reference.kind=precomputed",
+    "sync_ref_model": "reference.sync_every",
+    "ref_model_sync_steps": "reference.sync_every",
+    "ref_model_mixup_alpha": "reference.sync_alpha",
+    "ref_model": "reference.path",
 }
 
 

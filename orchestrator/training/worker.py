@@ -79,6 +79,7 @@ def prepare(spec: RunSpec) -> Prepared:
     Raises:
         UserError: whatever is wrong with the data, the tokenizer, the model's config or the user's code.
     """
+    _quiet()
     sources = [("data.train", spec.data.train)] + ([("data.eval", spec.data.eval)] if spec.data.eval else [])
     for key, source in sources:
         check_source(key, source)
@@ -86,7 +87,6 @@ def prepare(spec: RunSpec) -> Prepared:
     if spec.data.collator:
         AdaptedCollator(spec.data.collator)
     check_optim(spec.optimizer, spec.scheduler)
-    _quiet()
     tokenizer = load_tokenizer(spec)
     config = load_config(spec, tokenizer)
     check_frozen(config, spec)
@@ -409,8 +409,6 @@ def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Refer
 def _quiet() -> None:
     """Libraries' progress bars and advice would bury our lines."""
     import transformers
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer and pass
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
