@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-# It says a line for each layer and pass, and one when transformers imports it, which is before any function of ours runs.
+# A line for each layer and pass, and one when transformers imports it, which is before any function of ours runs.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

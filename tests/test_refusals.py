@@ -629,6 +629,61 @@ HERE = [
         model="good",
     ),
     case(
+        "reference-tokenizer",
+        "reference.path={models}/other-tokens",
+        "reference.path",
+        "other-tokens",
+        "its tokenizer gives",
+        "the policy's tokenizer",
+        model="good",
+    ),
+    case(
+        "no-adapter",
+        "model.lora.adapter_path={models}/good",
+        "model.lora.adapter_path",
+        "good",
+        "Can't find 'adapter_config.json'",
+        "made for this base",
+        model="good",
+    ),
+    case(
+        "adapter-as-model",
+        "",
+        "model.path",
+        "/adapter",
+        "cannot be loaded",
+        "set model.path to its base and model.lora.adapter_path to this",
+        model="adapter",
+    ),
+    case(
+        "all-layers-frozen",
+        "model.num_frozen_layers=2",
+        "model.num_frozen_layers",
+        "2",
+        "the model has 2 layers",
+        "set it to 1 or less",
+        model="good",
+    ),
+    case(
+        "all-layers-shared",
+        "reference.kind=shared_layers|reference.num_shared_layers=3",
+        "reference.num_shared_layers",
+        "3",
+        "the model has 2 layers",
+        "set it to 1 or less",
+        model="good",
+    ),
+    case(
+        "no-such-module",
+        "model.lora.target_modules=[q_prj]",
+        "model.lora.target_modules",
+        "q_prj",
+        "peft says",
+        "linear layers of this model",
+        model="good",
+        late=True,
+    ),
+    case(
         "tokenizer-vocabulary",
         "model.tokenizer={models}/large",
         "model.tokenizer",
@@ -653,6 +708,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save_pretrained(root / name)
     for name in ("no-pad", "no-end", "no-template", "no-weights"):
         shutil.copytree(root / "good", root / name)
+    shutil.copytree(root / "good", root / "other-tokens")
+    vocabulary = root / "other-tokens" / "tokenizer.json"
+    content = json.loads(vocabulary.read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    vocabulary.write_text(json.dumps(content))
+    shutil.copytree(root / "good", root / "adapter")  # what peft saves: the tokenizer and an adapter
+    (root / "adapter" / "config.json").unlink()
+    (root / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"})
+    )
     for name, key in (("no-pad", "pad_token"), ("no-end", "eos_token")):
         config = root / name / "tokenizer_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), key: None}))

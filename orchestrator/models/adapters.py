@@ -39,7 +39,7 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
     Raises:
         UserError: peft is not there, or it refuses, or the adapter cannot be loaded.
     """
-    _import_peft()
+    check_adapter(spec)
     from peft import LoraConfig
 
     with torch.random.fork_rng():
@@ -124,29 +124,55 @@ def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel"
     return model
 
 
-def _load(model: "PreTrainedModel", path: str) -> None:
-    """Put the adapter at a path into the model twice, to train and to judge by."""
+def check_adapter(spec: LoraSpec) -> None:
+    """Refuse what can be seen before any weight is loaded.
+
+    Raises:
+        UserError: peft is not there, or what is at adapter_path is no adapter of two factors a layer.
+    """
+    try:
+        import peft  # noqa: F401 - to see whether it is there
+    except ImportError as error:
+        cure = "pip install 'dpo-orchestrator[peft]'"
+        raise UserError("model.lora", spec.model_dump(exclude_none=True), f"needs peft ({error})", cure) from None
+    if spec.adapter_path is not None:
+        _config_at(spec.adapter_path)
+
+
+def _config_at(path: str) -> Any:
     from peft import LoraConfig, PeftConfig
 
-    key = "model.lora.adapter_path"
     try:
         config = PeftConfig.from_pretrained(path)
-        config.inference_mode = False
         if not isinstance(config, LoraConfig):
             raise ValueError(f"it is {type(config).__name__}, not LoRA")
         more = [name for name in MORE_THAN_FACTORS if getattr(config, name, None)]
         if more or config.bias != "none":
-            more = more or ["bias"]
-            raise ValueError(f"it has more than two factors a layer: {', '.join(more)}")
+            raise ValueError(f"it has more than two factors a layer: {', '.join(more or ['bias'])}")
+    except Exception as error:  # peft and the hub raise many types; all mean that it cannot be loaded
+        raise _cannot_load(path, error) from None
+    config.inference_mode = False
+    return config
+
+
+def _cannot_load(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    cure = "give a folder with adapter_config.json that was made for this base"
+    if not looks_local(path):
+        cure = f"give a hub name that can be reached, or a folder (./{path})"
+    rule = f"cannot be loaded ({type(error).__name__}: {reason})"
+    return UserError("model.lora.adapter_path", path, rule, cure)
+
+
+def _load(model: "PreTrainedModel", path: str) -> None:
+    """Put the adapter at a path into the model twice, to train and to judge by."""
+    config = _config_at(path)
+    try:
         found = model.load_adapter(path, adapter_name=POLICY, is_trainable=True)
         if found.unexpected_keys or any(is_of(POLICY, name) for name in found.missing_keys):
             raise ValueError("its layers are not those of this model")
-    except Exception as error:  # peft, transformers and the hub raise many types; all mean that it cannot be loaded
-        reason = " ".join(str(error).split())[:200]
-        cure = "give a folder with adapter_config.json that was made for this base"
-        if not looks_local(path):
-            cure = f"give a hub name that can be reached, or a folder (./{path})"
-        raise UserError(key, path, f"cannot be loaded ({type(error).__name__}: {reason})", cure) from None
+    except Exception as error:
+        raise _cannot_load(path, error) from None
     model.add_adapter(config, REFERENCE)
     weights = dict(model.named_parameters())
     with torch.no_grad():
@@ -154,10 +180,3 @@ def _load(model: "PreTrainedModel", path: str) -> None:
             if is_of(REFERENCE, name):
                 parameter.copy_(weights[name.replace(f".{REFERENCE}.", f".{POLICY}.")])
     model.set_adapter(POLICY)
-
-
-def _import_peft() -> None:
-    try:
-        import peft  # noqa: F401 - to see whether it is there
-    except ImportError as error:
-        raise UserError("model.lora", "set", f"needs peft ({error})", "pip install 'dpo-orchestrator[peft]'") from None

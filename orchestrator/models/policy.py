@@ -145,7 +145,7 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
 def _with_adapter(model: "PreTrainedModel", lora: LoraSpec, spec: RunSpec, dtype: torch.dtype) -> "PreTrainedModel":
     """The model as a frozen base, held as the settings say, with an adapter that trains."""
     if lora.base in get_args(Quantized):
-        model = quantized(model, lora.base, "model.lora.base", model.device)  # pyright: ignore[reportArgumentType]
+        model = quantized(model, lora.base, model.device)  # pyright: ignore[reportArgumentType]
     elif lora.base is not None:
         model = cast_to(model, lora.base)  # pyright: ignore[reportArgumentType]
     add_adapter(model, lora, spec.run.seed, dtype, spec.model.disable_dropout)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orchestrator.settings.spec import Quantized, UserError
+from orchestrator.settings.spec import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,16 +14,11 @@ if TYPE_CHECKING:
 OUTLIER = 6.0  # an activation larger than this keeps 16 bits: Dettmers et al. 2022, arXiv 2208.07339
 
 
-def quantized(model: "PreTrainedModel", kind: Quantized, key: str, device: torch.device) -> "PreTrainedModel":
+def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -> "PreTrainedModel":
     """A frozen copy of the model on a device whose linear layers but the head are quantised, as transformers'
-    load_in_8bit and load_in_4bit (nf4) do it; the rest keeps its type.
-
-    Raises:
-        UserError: bitsandbytes is not there; `key` is the setting that asked for it.
-    """
+    load_in_8bit and load_in_4bit (nf4) do it; the rest keeps its type."""
     from transformers.pytorch_utils import Conv1D
 
-    _import(key, kind)
     head = model.get_output_embeddings()
     made: dict[int, Any] = {}  # deepcopy takes what is there for copied already: no full copy ever exists
     for module in model.modules():
@@ -83,10 +78,3 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
 
 def _stays(mode: bool = True) -> None:
     del mode
-
-
-def _import(key: str, kind: Quantized) -> None:
-    try:
-        import bitsandbytes  # noqa: F401 - to see whether it is there
-    except ImportError as error:
-        raise UserError(key, kind, f"needs bitsandbytes ({error})", "pip install bitsandbytes") from None

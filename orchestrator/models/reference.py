@@ -308,7 +308,7 @@ def _copy(spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype) -> Refer
     elif spec.model.lora is not None or wanted.kind not in get_args(Quantized):
         full = _start_of(spec, policy)
     if wanted.kind in get_args(Quantized):
-        model = quantized(full, wanted.kind, "reference.kind", device)  # pyright: ignore[reportArgumentType]
+        model = quantized(full, wanted.kind, device)  # pyright: ignore[reportArgumentType]
     else:
         model = full
         if wanted.dtype is not None:

@@ -19,7 +19,7 @@ from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.ddp import DdpEngine, autocast
 from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, optimizer_factory, scheduler_factory
-from orchestrator.models.adapters import adapter_layers
+from orchestrator.models.adapters import adapter_layers, check_adapter
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.logps import packed_error
 from orchestrator.models.policy import build_policy, check_fit, check_frozen, load_config, load_tokenizer, pair_cost
@@ -90,6 +90,8 @@ def prepare(spec: RunSpec) -> Prepared:
     tokenizer = load_tokenizer(spec)
     config = load_config(spec, tokenizer)
     check_frozen(config, spec)
+    if spec.model.lora is not None:
+        check_adapter(spec.model.lora)
     check_reference(spec, config, tokenizer)
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
     held_out = tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir) if spec.data.eval else None
