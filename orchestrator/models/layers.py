@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from orchestrator.settings.spec import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers that a token's hidden state passes one after the other."""
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
+    """The layers that a token's hidden state passes one after the other.
+
+    Raises:
+        UserError: the model has no list of as many layers as its config says.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():  # parents come first: the experts of a layer are lists, too
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    cure = "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
+    raise UserError("model", type(model).__name__, f"its {count} layers are not found in it", cure)
 
 
 def lowest(model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = None) -> list[nn.Module]:
@@ -48,7 +59,7 @@ def freeze_lowest(
 
 
 @contextmanager
-def captured_at(model: nn.Module, layer: int | None) -> Iterator[list[torch.Tensor]]:
+def captured_at(model: "PreTrainedModel", layer: int | None) -> Iterator[list[torch.Tensor]]:
     """A list to which forward passes of the model meanwhile add the hidden states [R, T, H] that enter a layer, without
     gradient; gradient checkpointing's recomputation adds nothing. None captures nothing."""
     found: list[torch.Tensor] = []

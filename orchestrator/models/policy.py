@@ -136,7 +136,7 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
     elif spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers":  # which does so itself
         freeze_lowest(model, spec.model.num_frozen_layers, keep_head=spec.model.tied_head == "untie")
     if spec.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         # transformers gives the embeddings' output a gradient for reentrant checkpointing; ours does not need it
         model.disable_input_require_grads()
     return model.train()

@@ -18,7 +18,7 @@ from orchestrator.models.adapters import POLICY, adapter_layers, adapter_off, ba
 from orchestrator.models.layers import UpperLayers, captured_at, decoder_layers, freeze_lowest, lowest
 from orchestrator.models.logps import body_hidden, layout_of, sequence_logps, small_batches
 from orchestrator.models.policy import cast_to, config_at, load_model
-from orchestrator.models.quantized import quantized
+from orchestrator.models.quantized import is_quantized, quantized
 from orchestrator.settings.spec import Quantized, RunSpec, UserError
 from orchestrator.world import World
 
@@ -60,10 +60,13 @@ class Reference:
         return {name: self.weights.get(name, value) for name, value in state.items()}  # pyright: ignore
 
     def moving(self) -> dict[str, torch.Tensor]:
-        """Weights that `sync` changes, and that a checkpoint must keep, by name; those of the policy left out."""
+        """Weights that `sync` changes, and that a checkpoint must keep, by name: tied ones once, the policy's not."""
         if not self.moves:
             return {}
-        return {name: self.weights[name] for name, _ in self.model.named_parameters()}
+        first: dict[int, str] = {}
+        for name, weight in self.weights.items():
+            first.setdefault(id(weight), name)
+        return {name: self.weights[name] for name in first.values()}
 
     @torch.no_grad()
     def sync(self, policy: "PreTrainedModel", alpha: float) -> None:
@@ -418,6 +421,8 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel) 
         rule = "the settings say what the reference is, too"
         raise UserError(key, name, rule, "remove reference.kind, reference.path and reference.dtype")
     model: Any = ref_model(policy)
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # of peft's wrapper, with the adapter inside
     if not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")):
         cure = "for example ref_model=lambda policy: AutoModelForCausalLM.from_pretrained(...)"
         raise UserError(key, name, f"returned a {type(model).__name__}", f"return a causal LM, {cure}")
@@ -431,6 +436,15 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel) 
         rule = f"returned a model that holds the policy's {both[0]}, which trains"
         raise UserError(key, name, rule, "return a copy, for example by create_reference_model(policy, 6)")
     count = _layers_in_common(policy, model)
+    if count is not None and not spec.model.disable_dropout:
+        rule = "the policy's dropout would reach the reference through the layers that ref_model shares"
+        raise UserError("model.disable_dropout", False, rule, "set it to true, or share none")
+    held = "shares layers with the policy" if count is not None else "is in 8 or 4 bits"
+    if wanted.offload and (count is not None or is_quantized(model)):
+        raise UserError("reference.offload", True, f"what ref_model returned {held}", "remove it")
+    if wanted.sync_every and is_quantized(model):
+        rule = "what ref_model returned is in 8 or 4 bits, which cannot move by small steps"
+        raise UserError("reference.sync_every", wanted.sync_every, rule, "remove it")
     if count is not None:
         made = SharedLayers(_with_the_policys(model, policy, count), policy, count)
         _check_upper(made, policy)

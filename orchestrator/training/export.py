@@ -84,7 +84,7 @@ def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run_dir.tokenizer)
-    model: Any = build_policy(spec, tokenizer, torch.float32)
+    model: Any = build_policy(spec, tokenizer, torch.float64 if spec.precision == "fp64" else torch.float32)
     _fill(model, reader, ".lora_")
     trained_on = reader.meta["identity"].get("base", reader.meta["identity"]["reference"])["weights"]
     found = identity_of(PolicyStart(model).tensors(), model.config, World(0, 1, 0, torch.device("cpu")))["weights"]

@@ -218,13 +218,15 @@ class Trainer:
         for batch, output in outputs:  # before the ranks meet: what one writes, all find in the next epoch
             self.loader.remember(batch, output.ref_logps)
         if self.step == 0 and self.start_error is not None:
-            self._check_start([output for batch, output in outputs if batch.pair_weights.any()], self.start_error)
+            self._check_start(outputs, self.start_error)
         return sums.sums
 
-    def _check_start(self, outputs: list[StepOutput], allowed: float) -> None:
+    def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], allowed: float) -> None:
         """Before the first update the policy is its reference: every reward is 0, and the sigmoid loss ln 2."""
+        by_collator = self.spec.data.collator is not None  # log-probs that come with a batch are then a user's own
+        judged = [o for b, o in outputs if b.pair_weights.any() and not (by_collator and b.ref_logps is not None)]
         apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
-        for _, _, logps, ref_logps in outputs[:MEASURED]:
+        for _, _, logps, ref_logps in judged[:MEASURED]:
             apart.append((logps - ref_logps).abs() - SAME_LOGPS[self.precision] * ref_logps.abs().clamp(min=1))
         worst = self.world.max(torch.cat(apart).amax().view(1)).item()
         if worst > allowed:  # a NaN is not, and is found in the gradient

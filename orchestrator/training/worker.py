@@ -136,7 +136,7 @@ def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | Non
     if found is None and world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
         _say(spec, prepared, world, precision, length.steps, why_padded)
-        _say_models(spec, prepared, policy, reference)
+        _say_models(spec, prepared, policy, reference, "ref_model" if ref_model else spec.reference.kind)
 
     start_error = _start_error(spec, engine, loader, reference, world, precision) if found is None else None
     if spec.reference_cache == "full":
@@ -226,6 +226,9 @@ def _identity(prepared: Prepared, policy: Any, reference: Reference, world: Worl
     made: dict[str, Any] = {"reference": identity_of(reference.tensors(), reference.model.config, world)}
     if adapter_layers(policy) and not isinstance(reference, PolicyStart):  # which is the base itself
         made["base"] = identity_of(PolicyStart(policy).tensors(), policy.config, world)
+    # a function of a Python user may have frozen some: without it the same command would train them
+    trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
+    made["trainable"] = {"count": len(trainable), "names": hashlib.sha256("\n".join(trainable).encode()).hexdigest()}
     template = str(prepared.tokenizer.chat_template).encode()
     made["tokenizer"] = tokenizer_identity(prepared.tokenizer)
     return made | {"chat_template": hashlib.sha256(template).hexdigest()}
@@ -395,12 +398,12 @@ def _say(
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
 
 
-def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference) -> None:
+def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str) -> None:
     """What trains, and what the reference costs."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     own = reference.own_bytes(policy) / 2**20
     where = "of the host's memory" if spec.reference.offload else "of memory"
-    print(f"{trained:,} parameters train; reference: {spec.reference.kind}, ", end="")
+    print(f"{trained:,} parameters train; reference: {kind}, ", end="")
     print(
         "gone before the first step" if spec.reference.kind == "precomputed" else f"{own:.3g} MB {where} on each rank"
     )

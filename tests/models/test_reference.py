@@ -427,6 +427,33 @@ def test_a_model_whose_linear_layers_are_transposed_is_quantised(tmp_path: Path)
         assert 0 < error < 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+@pytest.mark.parametrize(
+    ("model", "reference", "most"),
+    [
+        ({}, {}, 1e-3),
+        ({}, {"offload": True}, 1e-3),
+        ({}, {"kind": "shared_layers", "num_shared_layers": 2}, 1e-3),
+        ({"lora": {"r": 4}}, {"kind": "adapter_off"}, 1e-3),
+        ({"lora": {"r": 4, "base": "nf4"}}, {"kind": "adapter_off"}, 2.0),
+        ({}, {"kind": "int8"}, 1.0),
+        ({}, {"kind": "nf4"}, 2.0),
+    ],
+)
+def test_on_a_gpu_it_says_what_it_says_on_a_cpu(
+    spec_of: Callable[..., RunSpec], model: dict[str, Any], reference: dict[str, Any], most: float
+) -> None:
+    expected = built(spec_of())[1](pair_batch(4, packed=True))
+    spec, gpu = spec_of(model, **reference), torch.device("cuda")
+    policy = build_policy(spec, tokenizer(), torch.float32).to(gpu)  # pyright: ignore[reportArgumentType]
+    judge = build_reference(spec, policy, torch.float32)
+    for each in {policy, judge.model}:
+        use_packed_attention(each, "sdpa")
+    found = step_logps(policy, judge, pair_batch(4, packed=True).to(gpu))
+    assert (found.cpu() - expected).abs().max() < most
+
+
 # --- a Python user's own function --------------------------------------------------------------------------------
 
 
@@ -490,6 +517,48 @@ def test_what_a_function_returns_is_checked(spec_of: Callable[..., RunSpec]) -> 
     assert "returned a model that holds the policy's model.embed_tokens.weight, which trains" in refused(lambda p: p)
     assert "vocabulary of 310 tokens, the policy has 300" in refused(lambda _: tiny_model(vocab_size=310))
     assert "the settings say what the reference is, too" in refused(copy.deepcopy, kind="int8")
+
+
+def load_in_8bit(policy: PreTrainedModel) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        policy.config._name_or_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "model", "reference", "line"),
+    [
+        (ours, {"disable_dropout": False}, {}, "model.disable_dropout = False: the policy's dropout would reach"),
+        (ours, {}, {"offload": True}, "reference.offload = True: what ref_model returned shares layers"),
+        (load_in_8bit, {}, {"offload": True}, "reference.offload = True: what ref_model returned is in 8 or 4 bits"),
+        (load_in_8bit, {}, {"sync_every": 2}, "reference.sync_every = 2: what ref_model returned is in 8 or 4 bits"),
+    ],
+)
+def test_a_functions_reference_has_the_rules_of_its_kind(
+    spec_of: Callable[..., RunSpec],
+    function: Callable[[PreTrainedModel], PreTrainedModel],
+    model: dict[str, Any],
+    reference: dict[str, Any],
+    line: str,
+) -> None:
+    with pytest.raises(UserError) as caught:
+        built(spec_of(model, **reference), ref_model=function)
+    assert str(caught.value).startswith(line)
+
+
+def test_a_function_can_return_a_base_with_an_adapter(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def tuned(policy: PreTrainedModel) -> Any:
+        del policy
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+    policy, reference = built(spec_of(), ref_model=tuned)
+    batch = pair_batch(4, packed=True)
+    found = step_logps(policy, reference, batch)
+    assert not torch.allclose(found, sequence_logps(policy, batch))
+    assert not any(p.requires_grad for p in reference.model.parameters())
 
 
 def test_create_reference_model_refuses_what_it_cannot_share() -> None:

@@ -14,7 +14,13 @@ def need_trl() -> None:
 
 
 def trl_trainer(
-    folder: Path, model: Any, tokenizer: Any, rows: list[dict[str, Any]], ref_model: Any = None, **settings: Any
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    ref_model: Any = None,
+    peft_config: Any = None,
+    **settings: Any,
 ) -> Any:
     """A DPOTrainer on the CPU in fp32 that logs every step and saves nothing. `folder` is for what it writes.
 
@@ -40,5 +46,10 @@ def trl_trainer(
         }
     )
     return DPOTrainer(
-        model=model, ref_model=ref_model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        model=model,
+        ref_model=ref_model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
     )

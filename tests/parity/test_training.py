@@ -354,7 +354,7 @@ def first_gradient(case: Case, spec: RunSpec) -> dict[str, torch.Tensor]:
     """The gradient of a run's first step before clipping, in one micro-batch."""
     prepared = worker.prepare(spec)
     policy = build_policy(spec, prepared.tokenizer, torch.float32)
-    reference = build_reference(spec.reference, spec.model, policy)
+    reference = build_reference(spec, policy, torch.float32)
     for model in (policy, reference.model):
         use_packed_attention(model, "cpu")
     step = PairStep(policy, reference, spec.dpo)
