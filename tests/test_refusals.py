@@ -684,6 +684,16 @@ HERE = [
         late=True,
     ),
     case(
+        "adapter-on-embeddings",
+        "model.lora.target_modules=[embed_tokens]",
+        "model.lora.target_modules",
+        "embed_tokens",
+        "embeddings or head, is not supported",
+        "linear layers below the head",
+        model="good",
+        late=True,
+    ),
+    case(
         "tokenizer-vocabulary",
         "model.tokenizer={models}/large",
         "model.tokenizer",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,19 @@ def tiny_model(
     if packed:
         use_packed_attention(made, "cpu")
     return made
+
+
+def save_adapter(base: Path, out: Path) -> None:
+    """A LoRA adapter with random weights for the model in a folder, as peft writes it."""
+    from peft import LoraConfig
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    draw = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(p, std=0.05, generator=draw)
+    model.save_pretrained(out)
 
 
 def data_spec(**settings: Any) -> DataSpec:

@@ -4,6 +4,7 @@ The adapter stands inside the model, whose type and names stay as they are: q_pr
 q_proj.lora_A.policy.weight. peft is an extra; it is imported in functions only.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
     check_adapter(spec)
     from peft import LoraConfig
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, that there is an adapter already
         torch.manual_seed(seed)
         if spec.adapter_path is not None:
             _load(model, spec.adapter_path)
@@ -58,6 +60,11 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
                 raise UserError(
                     "model.lora.target_modules", spec.target_modules, f"peft says: {reason}", cure
                 ) from None
+    for name, layer in adapter_layers(model).items():
+        if isinstance(layer.get_base_layer(), nn.Embedding) or layer is model.get_output_embeddings():
+            key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
+            rule = f"an adapter on {name}, embeddings or head, is not supported"
+            raise UserError(key, spec.adapter_path or spec.target_modules, rule, "name linear layers below the head")
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)  # peft gives it the base's
@@ -74,8 +81,14 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def is_of(adapter: str, parameter: str) -> bool:
-    """Whether a parameter of that name belongs to that adapter."""
-    return ".lora_" in parameter and f".{adapter}." in f"{parameter}."
+    """Whether a parameter (or scaling) of that name belongs to that adapter."""
+    return (".lora_" in parameter or ".scaling." in parameter) and f".{adapter}." in f"{parameter}."
+
+
+def scalings(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the product of an adapter's factors is multiplied by, which no weight tells, by layer and adapter."""
+    layers = adapter_layers(model).items()
+    return {f"{name}.scaling.{a}": torch.tensor(value) for name, layer in layers for a, value in layer.scaling.items()}
 
 
 def base_name(parameter: str) -> str:
@@ -166,17 +179,15 @@ def _cannot_load(path: str, error: Exception) -> UserError:
 
 def _load(model: "PreTrainedModel", path: str) -> None:
     """Put the adapter at a path into the model twice, to train and to judge by."""
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
     config = _config_at(path)
     try:
-        found = model.load_adapter(path, adapter_name=POLICY, is_trainable=True)
-        if found.unexpected_keys or any(is_of(POLICY, name) for name in found.missing_keys):
-            raise ValueError("its layers are not those of this model")
-    except Exception as error:
+        saved = {k.removeprefix("base_model.model."): v for k, v in load_peft_weights(path, device="cpu").items()}
+        for name in (REFERENCE, POLICY):  # the last one is active
+            model.add_adapter(config, name)
+            found = set_peft_model_state_dict(model, saved, adapter_name=name)
+            if found.unexpected_keys or any(is_of(name, key) for key in found.missing_keys):
+                raise ValueError("its layers are not those of this model")
+    except Exception as error:  # peft, torch and the hub raise many types
         raise _cannot_load(path, error) from None
-    model.add_adapter(config, REFERENCE)
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            if is_of(REFERENCE, name):
-                parameter.copy_(weights[name.replace(f".{REFERENCE}.", f".{POLICY}.")])
-    model.set_adapter(POLICY)

@@ -31,7 +31,12 @@ def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model, ours or one that transformers loaded, has layers in 8 or 4 bits."""
-    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+    return is_int8(model) or bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether it has layers in 8 bits, which round their input as well."""
+    return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
 def full_weight(linear: Any) -> torch.Tensor:
@@ -62,6 +67,7 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
         made = bnb.Linear8bitLt(weight.shape[1], weight.shape[0], has_fp16_weights=False, **options)
         made.state.threshold, made.state.use_pool = OUTLIER, True
         made.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        made.register_forward_pre_hook(_own_input)
     else:
         made = bnb.LinearNF4(weight.shape[1], weight.shape[0], compress_statistics=False, **options)
         made.weight = bnb.Params4bit(
@@ -74,6 +80,12 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
     made.training = False
     made.train = _stays
     return made
+
+
+def _own_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """On a CPU bitsandbytes takes outliers out of an fp16 input for a while, which autograd holds to be a change."""
+    there, *rest = inputs
+    return (there.clone() if there.dtype == torch.float16 and there.device.type == "cpu" else there, *rest)
 
 
 def _stays(mode: bool = True) -> None:

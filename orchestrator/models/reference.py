@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 from orchestrator.data.collate import PairBatch
-from orchestrator.models.adapters import POLICY, adapter_layers, adapter_off, base_name, is_of, without_adapter
+from orchestrator.models.adapters import (
+    POLICY,
+    adapter_layers,
+    adapter_off,
+    base_name,
+    is_of,
+    scalings,
+    without_adapter,
+)
 from orchestrator.models.layers import UpperLayers, captured_at, decoder_layers, freeze_lowest, lowest
 from orchestrator.models.logps import body_hidden, layout_of, sequence_logps, small_batches
 from orchestrator.models.policy import cast_to, config_at, load_model
@@ -56,8 +64,8 @@ class Reference:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that its log-probs depend on, by name."""
-        state: dict[str, torch.Tensor] = self.model.state_dict()
-        return {name: self.weights.get(name, value) for name, value in state.items()}  # pyright: ignore
+        state: dict[str, torch.Tensor] = self.model.state_dict() | scalings(self.model)
+        return {name: self.weights.get(name, value) for name, value in state.items()}
 
     def moving(self) -> dict[str, torch.Tensor]:
         """Weights that `sync` changes, and that a checkpoint must keep, by name: tied ones once, the policy's not."""
@@ -129,7 +137,8 @@ class PolicyStart(Reference):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The base and, where an adapter was loaded to go on from, that one as it was: what the judge consists of."""
-        return {base_name(name): value for name, value in self.model.state_dict().items() if not is_of(POLICY, name)}
+        state = self.model.state_dict() | scalings(self.model)
+        return {base_name(name): value for name, value in state.items() if not is_of(POLICY, name)}
 
 
 class AdapterOff(PolicyStart):
@@ -311,6 +320,8 @@ def _copy(spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype) -> Refer
     elif spec.model.lora is not None or wanted.kind not in get_args(Quantized):
         full = _start_of(spec, policy)
     if wanted.kind in get_args(Quantized):
+        if full.dtype != dtype:  # its layers answer in their input's type, and autocast mixes no two of 16 bits
+            full = cast_to(full, "fp32")
         model = quantized(full, wanted.kind, device)  # pyright: ignore[reportArgumentType]
     else:
         model = full

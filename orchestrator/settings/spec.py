@@ -99,8 +99,8 @@ class LoraSpec(Block):
     """Folder or hub name of an adapter to go on from, whose rank, alpha and layers are taken; the reference is then
     the model with this adapter as it was at the start."""
     base: Literal[Dtype, Quantized] | None = None
-    """How the frozen base is held: fp32, bf16, fp16, or by bitsandbytes int8, nf4 (QLoRA: Dettmers et al. 2023, arXiv
-    2305.14314); as any policy, in fp32, when not set."""
+    """How the frozen base is held: fp32, bf16, fp16 (in which it then computes, unless precision is of 16 bits), or by
+    bitsandbytes int8, nf4 (QLoRA: Dettmers et al. 2023, arXiv 2305.14314); as any policy, in fp32, when not set."""
 
 
 class ModelSpec(Block):

@@ -23,14 +23,18 @@ from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
-# How far log-probs may be apart that should be the same, relative to their size: rounding, also that of log-probs kept
-# from another cut of the micro-batches.
-SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 MAX_SKIPPED_IN_A_ROW = 25  # fp16 steps: the loss scale has then fallen by 2**25 and the gradient still overflows
 
 
 class TrainingError(Exception):
     """Training cannot go on; one line with rank, step and cure."""
+
+
+class Tolerance(NamedTuple):
+    """How near two log-probs are that count as the same."""
+
+    relative: float  # to their size, or to 1 where that is less
+    nats: float  # besides
 
 
 class Asked(NamedTuple):
@@ -68,7 +72,7 @@ class Trainer:
     total_pairs: int | None  # over all epochs; the data end here even if fp16 skipped steps
     precision: Precision
     identity: dict[str, Any]  # of the models and the tokenizer: a resumed run must find the same
-    start_error: float | None  # nats that a policy which starts as its reference may differ from it; None: it does not
+    near: Tolerance | None  # how near policy and reference must be before the first step; None: they may differ
 
     def __post_init__(self) -> None:
         self.step = 0  # optimizer steps taken
@@ -92,9 +96,9 @@ class Trainer:
         meta = reader.meta
         if changes := list(_differences(meta["identity"], self.identity)):
             raise UserError(
-                "reference",
-                self.spec.reference.kind,
-                f"this run was started with other models: {', '.join(changes)}",
+                "run.name",
+                self.spec.run.name,
+                f"is a run that was started with other models: {', '.join(changes)}",
                 "put them back to resume it, or choose another run.name",
             )
         if meta["data"] != self.loader.pairs.identity:
@@ -217,22 +221,22 @@ class Trainer:
                 self.callbacks.fire("on_substep_end")
         for batch, output in outputs:  # before the ranks meet: what one writes, all find in the next epoch
             self.loader.remember(batch, output.ref_logps)
-        if self.step == 0 and self.start_error is not None:
-            self._check_start(outputs, self.start_error)
+        if self.step == 0 and self.near is not None:
+            self._check_start(outputs, self.near)
         return sums.sums
 
-    def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], allowed: float) -> None:
+    def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], near: Tolerance) -> None:
         """Before the first update the policy is its reference: every reward is 0, and the sigmoid loss ln 2."""
         by_collator = self.spec.data.collator is not None  # log-probs that come with a batch are then a user's own
         judged = [o for b, o in outputs if b.pair_weights.any() and not (by_collator and b.ref_logps is not None)]
         apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
         for _, _, logps, ref_logps in judged[:MEASURED]:
-            apart.append((logps - ref_logps).abs() - SAME_LOGPS[self.precision] * ref_logps.abs().clamp(min=1))
+            apart.append((logps - ref_logps).abs() - near.relative * ref_logps.abs().clamp(min=1))
         worst = self.world.max(torch.cat(apart).amax().view(1)).item()
-        if worst > allowed:  # a NaN is not, and is found in the gradient
+        if worst > near.nats:  # a NaN is not, and is found in the gradient
             raise TrainingError(
                 f"step 1 (rank {self.world.rank}): the policy starts as its reference, yet log-probs of the two differ "
-                f"by {worst:.2g} nats more than rounding ({allowed:.2g} are allowed); set reference.cache=off if "
+                f"by {worst:.2g} nats more than rounding ({near.nats:.2g} are allowed); set reference.cache=off if "
                 f"{self.spec.cache_dir / 'reference_logps'} was edited, else reference.kind=copy, and report it"
             )
 

@@ -22,8 +22,16 @@ from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, optimizer
 from orchestrator.models.adapters import adapter_layers, check_adapter
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.logps import packed_error
-from orchestrator.models.policy import build_policy, check_fit, check_frozen, load_config, load_tokenizer, pair_cost
-from orchestrator.models.quantized import is_quantized
+from orchestrator.models.policy import (
+    DTYPES,
+    build_policy,
+    check_fit,
+    check_frozen,
+    load_config,
+    load_tokenizer,
+    pair_cost,
+)
+from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import (
     Absent,
     PolicyStart,
@@ -40,7 +48,7 @@ from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import export
 from orchestrator.training.health import Session
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.trainer import Ended, Trainer
+from orchestrator.training.trainer import Ended, Tolerance, Trainer
 from orchestrator.world import World
 
 if TYPE_CHECKING:
@@ -48,6 +56,10 @@ if TYPE_CHECKING:
 
 CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows pay per operation, longer ones fall out of its caches
 PACKED_TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # of what packed_error measures
+
+# The same of log-probs, which may also be kept from another cut of the micro-batches: int8 treats the outliers of a
+# whole micro-batch alike.
+SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.05, "fp16": 0.02, "int8": 0.1}
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +150,9 @@ def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | Non
         _say(spec, prepared, world, precision, length.steps, why_padded)
         _say_models(spec, prepared, policy, reference, "ref_model" if ref_model else spec.reference.kind)
 
-    start_error = _start_error(spec, engine, loader, reference, world, precision) if found is None else None
+    near = _start_tolerance(spec, engine, loader, policy, reference, world, precision) if found is None else None
     if spec.reference_cache == "full":
-        _fill_caches(engine, loader, eval_loader, world, session)
+        _fill_caches(spec, engine, loader, eval_loader, world, session)
     if spec.reference.kind == "precomputed":
         reference = step.reference = Absent()
 
@@ -165,7 +177,7 @@ def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | Non
         length.pairs,
         precision,
         identity,
-        start_error,
+        near,
     )
     checkpoint.seed_everything(spec.run.seed + world.rank)
     if found is not None:
@@ -199,7 +211,8 @@ def _attention(
     kernel = choose_kernel(spec.model.attention, world.device, precision)
     fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, prepared.eval) if pairs]
     longest = max(int(longest_sequences(lengths).max()) for lengths in fed)
-    models = list(dict.fromkeys((policy, reference.model)))  # one, where the policy judges itself
+    judges = [reference.model] + ([reference.exact.model] if reference.exact is not None else [])
+    models = list(dict.fromkeys((policy, *judges)))  # one, where the policy judges itself
     for model in models:
         if reason := not_exact(model.config, longest):
             return "padded", reason
@@ -219,6 +232,12 @@ def _attention(
 def _packed_tolerance(model: Any, precision: Precision) -> float:
     coarse = is_quantized(model) or model.dtype in (torch.bfloat16, torch.float16)
     return PACKED_TOLERANCE["bf16" if coarse else precision]
+
+
+def _rounding(policy: Any, precision: Precision) -> float:
+    """By how much log-probs of the policy may differ that should be the same, relative to their size."""
+    bases = [name for name, dtype in DTYPES.items() if policy.dtype == dtype] + ["int8"] * is_int8(policy)
+    return max(SAME_LOGPS[name] for name in (precision, *bases))
 
 
 def _identity(prepared: Prepared, policy: Any, reference: Reference, world: World) -> dict[str, Any]:
@@ -302,19 +321,26 @@ def _settle(engine: DdpEngine, loader: Loader, collator: PackedCollator | Prefer
         engine.discard()
 
 
-def _start_error(
-    spec: RunSpec, engine: DdpEngine, loader: Loader, reference: Reference, world: World, precision: Precision
-) -> float | None:
-    """How far, in nats, a policy that starts as its reference may be from it at first; None where it does not.
+def _start_tolerance(
+    spec: RunSpec,
+    engine: DdpEngine,
+    loader: Loader,
+    policy: Any,
+    reference: Reference,
+    world: World,
+    precision: Precision,
+) -> Tolerance | None:
+    """How near a policy that starts as its reference must be to it at first; None where it does not start so.
 
     An approximate reference is measured, and what was measured is said.
 
     Raises:
         UserError: it is further off than reference.max_reward_error.
     """
-    dropout = not spec.model.disable_dropout
+    is_same = reference.is_start and spec.model.disable_dropout
+    rounding = _rounding(policy, precision)
     if not spec.reference.is_approximate:
-        return 0.0 if reference.is_start and not dropout else None
+        return Tolerance(rounding, 0.0) if is_same else None
 
     def exact(batch: PairBatch) -> torch.Tensor:
         if reference.exact is None:
@@ -340,12 +366,18 @@ def _start_error(
             f"the reference in {held} changes reward margins by up to {margin:.2g}",
             "raise it, or hold the reference in more bits",
         )
-    # twice: int8 treats the outliers of a whole micro-batch alike, so the error varies with what else is in it
-    return 2 * error.largest if reference.is_start and not dropout else None
+    # twice: what else is in a micro-batch changes the error
+    return Tolerance(rounding, 2 * error.largest) if is_same else None
 
 
-def _fill_caches(engine: DdpEngine, loader: Loader, eval_loader: Loader | None, world: World, session: Session) -> None:
-    """The reference says what it has to say before the first step."""
+def _fill_caches(
+    spec: RunSpec, engine: DdpEngine, loader: Loader, eval_loader: Loader | None, world: World, session: Session
+) -> None:
+    """The reference says what it has to say before the first step.
+
+    Raises:
+        UserError: on every rank, where one has not found all of it on disk and there will be no reference to ask.
+    """
     for name, each in (("training", loader), ("evaluation", eval_loader)):
         if each is None or each.cache is None:
             continue
@@ -353,6 +385,10 @@ def _fill_caches(engine: DdpEngine, loader: Loader, eval_loader: Loader | None, 
         pairs, seconds = fill_reference_cache(engine, each, world, beat)
         if pairs and world.is_main:
             print(f"reference cache: {pairs} {name} pairs in {seconds:.1f} s", flush=True)
+        missing = max(world.gather(len(each.cache.unknown())))
+        if missing and spec.reference.kind == "precomputed":
+            rule = f"the log-probs of {missing} {name} pairs could not be kept in {each.cache.folder}"
+            raise UserError("reference.kind", "precomputed", rule, "make room there, or set data.cache_dir to another")
 
 
 def _precision(asked: Precision, device: torch.device) -> Precision:

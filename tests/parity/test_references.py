@@ -22,7 +22,7 @@ from orchestrator.models.policy import build_policy, load_tokenizer
 from orchestrator.models.reference import RefModel
 from orchestrator.run.debug import debug
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training import worker
 from orchestrator.training.checkpoint import Reader, step_folder
 from orchestrator.training.rundir import RunDir
@@ -337,6 +337,15 @@ def test_shared_layers_are_trls_whoever_makes_them(home: Home) -> None:
 
 
 # --- 8 bits, as a Python user writes it --------------------------------------------------------------------------
+
+
+def test_a_run_with_a_function_is_not_resumed_without_it(home: Home) -> None:
+    """Whose reference would be the same: but what the function had frozen would train."""
+    spec = home.spec("with_function")
+    stop = {"path": f"{__name__}:StopAfter", "kwargs": {"step": 2, "file": str(RunDir(spec.run_dir).stop)}}
+    assert run(home.spec("with_function", callbacks=[stop]), of_ours).status == "stopped"
+    with pytest.raises(UserError, match=r"is a run that was started with other models: trainable.count"):
+        run(spec)
 
 
 @pytest.mark.parametrize("outliers", [False, True])

@@ -163,6 +163,106 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
             "reference.cache",
             ["= 'full'", "data.collator", "ref_chosen_logps"],
         ),
+        (
+            {"data": {"collator": "my:collator"}, "reference": {"kind": "precomputed"}},
+            "reference.kind",
+            ["= 'precomputed'", "data.collator", "not known beforehand", "ref_chosen_logps"],
+        ),
+        (
+            {"model": {"lora": {}, "num_frozen_layers": 1}},
+            "model.num_frozen_layers",
+            ["= 1", "model.lora freezes every layer of the base", "remove one"],
+        ),
+        (
+            {"model": {"lora": {"adapter_path": "a/b", "r": 4, "target_modules": ["q_proj"]}}},
+            "model.lora",
+            ["= {'r': 4, 'target_modules': ['q_proj']}", "model.lora.adapter_path has these already", "remove them"],
+        ),
+        (
+            {"reference": {"kind": "shared_layers"}},
+            "reference.num_shared_layers",
+            ["(not set)", "kind shared_layers needs the number", "half of the model's layers"],
+        ),
+        (
+            {"reference": {"num_shared_layers": 1}},
+            "reference.num_shared_layers",
+            ["= 1", "does not act on kind copy", "set reference.kind=shared_layers; model.num_frozen_layers"],
+        ),
+        (
+            {"reference": {"kind": "shared_layers", "num_shared_layers": 1, "path": "a/b"}},
+            "reference.path",
+            ["= 'a/b'", "which another model does not have", "reference.kind=copy"],
+        ),
+        (
+            {"reference": {"kind": "shared_layers", "num_shared_layers": 1}, "model": {"num_frozen_layers": 2}},
+            "model.num_frozen_layers",
+            ["= 2", "reference.num_shared_layers is 1", "remove it"],
+        ),
+        (
+            {"reference": {"kind": "shared_layers", "num_shared_layers": 1}, "model": {"disable_dropout": False}},
+            "model.disable_dropout",
+            ["= False", "with kind shared_layers the policy's dropout", "set it to true"],
+        ),
+        (
+            {"reference": {"kind": "adapter_off"}, "model": {"lora": {}, "disable_dropout": False}},
+            "model.disable_dropout",
+            ["= False", "with kind adapter_off the policy's dropout", "reference.kind=copy"],
+        ),
+        (
+            {"reference": {"kind": "adapter_off", "path": "a/b"}, "model": {"lora": {}}},
+            "reference.path",
+            ["= 'a/b'", "judges by the policy's own base", "reference.kind=copy"],
+        ),
+        (
+            {"reference": {"kind": "int8", "dtype": "bf16"}},
+            "reference.dtype",
+            ["= 'bf16'", "the weights of kind int8 have a type already", "reference.kind=copy"],
+        ),
+        (
+            {"reference": {"kind": "precomputed", "dtype": "bf16"}},
+            "reference.dtype",
+            ["= 'bf16'", "the policy itself makes the log-probs, in its own type", "remove it"],
+        ),
+        (
+            {"reference": {"kind": "nf4", "offload": True}},
+            "reference.offload",
+            ["= True", "kind nf4 has no copy of the weights in the device's memory", "reference.kind=copy"],
+        ),
+        (
+            {"reference": {"max_reward_error": 0.1}},
+            "reference.max_reward_error",
+            ["= 0.1", "so no error is measured", "remove it"],
+        ),
+        (
+            {"reference": {"sync_every": 2}, "model": {"lora": {}}},
+            "reference.sync_every",
+            ["= 2", "mixing the factors of two adapters", "train without model.lora"],
+        ),
+        (
+            {"reference": {"sync_every": 2, "kind": "int8"}},
+            "reference.sync_every",
+            ["= 2", "weights in int8 cannot move by small steps", "set reference.kind=copy"],
+        ),
+        (
+            {"reference": {"sync_every": 2, "kind": "precomputed"}},
+            "reference.sync_every",
+            ["= 2", "made once are those of one reference", "set reference.kind=copy"],
+        ),
+        (
+            {"reference": {"sync_every": 2, "cache": "full"}},
+            "reference.sync_every",
+            ["= 2", "wrong once it has moved", "set reference.cache=off"],
+        ),
+        (
+            {"reference": {"sync_every": 2, "sync_alpha": 1.5}},
+            "reference.sync_alpha",
+            ["1.5", "less than or equal to 1"],
+        ),
+        (
+            {"reference": {"kind": "int4"}},
+            "reference.kind",
+            ["must be one of copy, shared_layers", "did you mean int8?"],
+        ),
         ({"reference": {"cache": "lasy"}}, "reference.cache", ["did you mean lazy?"]),
         ({"model": {"attention": "pad"}}, "model.attention", ["did you mean padded?"]),
         ({"precision": "bf61"}, "precision", ["'bf61'", "must be one of", "did you mean bf16?"]),

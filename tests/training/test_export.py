@@ -1,17 +1,21 @@
 """A checkpoint becomes a folder that from_pretrained loads, and nothing else of the user's is touched."""
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from support import tiny_spec
-from tiny import ALONE, ids, tiny_model, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from support import tiny_spec, write_settings
+from tiny import ALONE, ids, pair_rows, save_adapter, tiny_model, tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.engines.base import Owned
 from orchestrator.settings.spec import UserError
-from orchestrator.training.checkpoint import save, step_folder
+from orchestrator.training.checkpoint import Reader, save, step_folder
 from orchestrator.training.export import export
 from orchestrator.training.rundir import RunDir
 
@@ -117,3 +121,137 @@ def test_a_run_without_a_whole_checkpoint_is_refused(run_dir: RunDir) -> None:
     with pytest.raises(UserError, match=r"no whole checkpoint .*meta.json: is missing"):
         export(run_dir, run_dir.path / "out")
     assert not (run_dir.path / "out").exists()
+
+
+# --- a run that trained part of a model --------------------------------------------------------------------------
+
+LORA: dict[str, Any] = {"r": 4}
+UNTIED = {"tie_word_embeddings": False}
+
+
+@pytest.fixture
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A model with its tokenizer on disk; a parameter is for its config."""
+    out = tmp_path / "base"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "initializer_range": 0.1}
+    tiny_model(**sizes, **getattr(request, "param", {})).save_pretrained(out)
+    tokenizer().save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def adapter(base: Path) -> dict[str, Any]:
+    """Settings that go on from an adapter of the base."""
+    save_adapter(base, base.parent / "adapter")
+    return {"adapter_path": str(base.parent / "adapter")}
+
+
+tied_or_not = pytest.mark.parametrize("base", [{}, UNTIED], ids=["tied", "untied"], indirect=True)
+
+
+def trained(base: Path, reference: dict[str, Any], **model: Any) -> RunDir:
+    """A run of a few large steps, whose callback has kept what the policy in its memory says at the end."""
+    settings = write_settings(
+        base.parent,
+        model={"init": None, "path": str(base), **model},
+        reference=reference,
+        data={"eval": None},
+        optimizer={"lr": 2e-2},
+        callbacks=["forked:KeepsLogps"],
+    )
+    forked.finished(settings)
+    return RunDir(base.parent / "runs" / "tiny")
+
+
+@torch.no_grad()
+def logps(model: Any) -> torch.Tensor:
+    """What forked.KeepsLogps keeps, one sequence at a time by transformers alone."""
+    pairs, found = pair_rows(forked.KeepsLogps.PAIRS), []
+    for side in ("chosen_ids", "rejected_ids"):
+        for pair in pairs:
+            tokens = torch.tensor([pair["prompt_ids"] + pair[side]])
+            of_each = model(tokens).logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])
+            found.append(of_each[len(pair["prompt_ids"]) - 1 :].sum())
+    return torch.stack(found)
+
+
+def assert_says_what_the_policy_said(run_dir: RunDir, base: Path, tolerance: float = 1e-5) -> Any:
+    """Of the exported model, which is returned; far from the base, or it would say little."""
+    exported, loading = AutoModelForCausalLM.from_pretrained(run_dir.model, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    policy = torch.load(run_dir.path / "logps.pt")
+    said = logps(AutoModelForCausalLM.from_pretrained(base))
+    assert (said - policy).abs().max() > max(0.5, 5 * tolerance)
+    assert (logps(exported) - policy).abs().max() < tolerance
+    return exported
+
+
+@tied_or_not
+@pytest.mark.parametrize("kind", ["adapter_off", "copy"])
+def test_a_new_adapter_is_merged(base: Path, kind: str) -> None:
+    exported = assert_says_what_the_policy_said(trained(base, {"kind": kind}, lora=LORA), base)
+    assert exported.config.tie_word_embeddings == AutoConfig.from_pretrained(base).tie_word_embeddings
+
+
+@tied_or_not
+@pytest.mark.parametrize("kind", ["adapter_off", "copy"])
+def test_an_adapter_that_was_gone_on_from_is_merged_as_it_is_now(
+    base: Path, adapter: dict[str, Any], kind: str
+) -> None:
+    assert_says_what_the_policy_said(trained(base, {"kind": kind}, lora=adapter), base)
+
+
+# int8 on a CPU quantises activations too, and bf16 rounds them, which the merged model does not
+@tied_or_not
+@pytest.mark.parametrize(("held", "tolerance"), [("bf16", 0.1), ("fp16", 0.015), ("int8", 0.2), ("nf4", 1e-5)])
+def test_an_adapter_is_merged_with_a_base_of_fewer_bits(base: Path, held: str, tolerance: float) -> None:
+    run_dir = trained(base, {"kind": "adapter_off"}, lora=LORA | {"base": held})
+    exported = assert_says_what_the_policy_said(run_dir, base, tolerance)
+    assert exported.dtype == torch.float32
+
+
+def test_a_merged_model_can_be_written_in_16_bits(base: Path) -> None:
+    run_dir = trained(base, {"kind": "adapter_off"}, lora=LORA)
+    whole, half = load_file(run_dir.model / "model.safetensors"), export(run_dir, run_dir.path / "half", "bf16")
+    assert all(torch.equal(v, whole[k].bfloat16()) for k, v in load_file(half / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("tied_head", ["untie", "freeze"])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_head_that_was_untied_from_frozen_embeddings_stays_so(base: Path, tied_head: str, sharing: bool) -> None:
+    shared = {"kind": "shared_layers", "num_shared_layers": 2}
+    run_dir = trained(base, shared if sharing else {}, tied_head=tied_head, num_frozen_layers=2)
+    exported, start = assert_says_what_the_policy_said(run_dir, base), AutoModelForCausalLM.from_pretrained(base)
+    is_untied = tied_head == "untie"
+    assert exported.config.tie_word_embeddings != is_untied
+    assert torch.equal(exported.lm_head.weight, start.lm_head.weight) != is_untied
+    assert torch.equal(exported.model.embed_tokens.weight, start.model.embed_tokens.weight)
+    assert torch.equal(exported.model.layers[1].mlp.up_proj.weight, start.model.layers[1].mlp.up_proj.weight)
+    assert not torch.equal(exported.model.layers[2].mlp.up_proj.weight, start.model.layers[2].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("reference", [{"kind": "adapter_off"}, {"kind": "copy"}, {"kind": "int8"}, {"path": "{base}"}])
+def test_an_adapter_is_not_merged_into_another_base(base: Path, reference: dict[str, Any]) -> None:
+    other = base.parent / "other"
+    shutil.copytree(base, other)
+    run_dir = trained(base, {k: v.replace("{base}", str(other)) for k, v in reference.items()}, lora=LORA)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model.path = .*its weights are not those that the adapter was trained on"):
+        export(run_dir, run_dir.path / "out")
+    assert not (run_dir.path / "out").exists()
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"model.path = .*is not a folder"):
+        export(run_dir, run_dir.path / "out")
+
+
+def test_a_checkpoint_of_an_adapter_holds_nothing_of_the_base(base: Path) -> None:
+    run_dir = trained(base, {"kind": "adapter_off"}, lora=LORA)
+    reader = Reader(next(run_dir.checkpoints.glob("step_*")))
+    assert len(reader.shapes) == 2 * 7 * 3  # two factors of each linear layer
+    assert all(".lora_" in name for name in reader.shapes)
+    [tensors] = reader.folder.glob("rank_*.safetensors")
+    assert 3 * sum(math.prod(shape) for shape in reader.shapes.values()) * 4 <= tensors.stat().st_size
+    assert tensors.stat().st_size < 0.6 * (run_dir.model / "model.safetensors").stat().st_size
