@@ -53,9 +53,8 @@ class Loader:
                 yield self._with_known_reference(batches)
 
     def first(self) -> list[PairBatch]:
-        """This rank's micro-batches of the first step, without fillers and without what is known of the reference."""
-        batches = self._make(self.order.plan(0), step=1).micro_batches
-        return [batch for batch in batches if batch.pair_weights.any()]
+        """This rank's micro-batches of the first step, as many as any rank's, without what the cache knows."""
+        return self._make(self.order.plan(0), step=1).micro_batches
 
     def whole(self, step: int) -> tuple[list[MicroBatch], Callable[[MicroBatch], PairBatch]]:
         """Every pair once: this rank's micro-batches, and what makes a batch of one."""

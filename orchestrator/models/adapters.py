@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orchestrator.models.quantized import full_weight
+from orchestrator.models.quantized import unquantized
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import LoraSpec, UserError
 
@@ -117,22 +117,22 @@ def adapter_off(layers: list[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel":
-    """The same model, changed in place, with plain layers again; merged: the adapter's product is added to them.
-
-    A layer in 8 or 4 bits that is merged becomes one of fp32.
-    """
+    """The same model, changed in place, with plain layers again; merged: the adapter's product is added to them, and
+    layers in 8 or 4 bits, with an adapter or without, become ones of fp32."""
     for name, layer in adapter_layers(model).items():
         plain = layer.get_base_layer()
         if merged:
-            delta, weight = layer.get_delta_weight(POLICY), full_weight(plain)
-            if weight is not plain.weight.data:
-                bias = plain.bias
-                plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
-                if bias is not None:
-                    plain.bias = nn.Parameter(bias.detach().to(weight.dtype))
-            plain.weight = nn.Parameter((weight + delta).to(weight.dtype), requires_grad=False)
+            plain, delta = unquantized(plain), layer.get_delta_weight(POLICY)
+            plain.weight = nn.Parameter((plain.weight + delta).to(plain.weight.dtype), requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
+    for name, layer in list(model.named_modules()) if merged else ():
+        if (plain := unquantized(layer)) is not layer:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit") if merged else ():
+        if hasattr(model, flag):
+            delattr(model, flag)
     model._hf_peft_config_loaded = False
     return model
 
@@ -184,6 +184,7 @@ def _load(model: "PreTrainedModel", path: str) -> None:
     config = _config_at(path)
     try:
         saved = {k.removeprefix("base_model.model."): v for k, v in load_peft_weights(path, device="cpu").items()}
+        config.init_lora_weights = True  # what is loaded says all: others (PiSSA, OLoRA) change the base, each time
         for name in (REFERENCE, POLICY):  # the last one is active
             model.add_adapter(config, name)
             found = set_peft_model_state_dict(model, saved, adapter_name=name)

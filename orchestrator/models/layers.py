@@ -32,10 +32,15 @@ def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
 
 
 def lowest(model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = None) -> list[nn.Module]:
-    """The embeddings, of tokens and of positions, and the first `count` layers."""
+    """What a token passes before it enters layer `count`: embeddings, whatever is registered with them, and layers."""
     layers = decoder_layers(model) if layers is None else layers
-    above = {module for layer in layers for module in layer.modules()}
-    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in above] + list(layers[:count])
+    before: list[nn.Module] = []
+    for module in model.modules():
+        if module is layers:
+            break
+        if next(module.parameters(recurse=False), None) is not None:
+            before.append(module)
+    return before + list(layers[:count])
 
 
 def freeze_lowest(

@@ -46,7 +46,7 @@ def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers and the hub raise many types; all mean that it cannot be loaded
-        raise _cannot_load(key, source, "tokenizer", error) from None
+        raise cannot_load(key, source, "tokenizer", error) from None
     if model.pad_token is not None:
         if model.pad_token not in tokenizer.get_vocab():
             raise UserError(
@@ -91,7 +91,7 @@ def config_at(key: str, path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
-        raise _cannot_load(key, path, "model config", error) from None
+        raise cannot_load(key, path, "model config", error) from None
 
 
 def _plain_config(model_type: str) -> Any:
@@ -106,8 +106,11 @@ def _plain_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type)
 
 
-def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype) -> "PreTrainedModel":
-    """The policy on the CPU, with trainable weights of `dtype`; weights made on the spot depend on run.seed alone.
+def build_policy(
+    spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype, device: torch.device | None = None
+) -> "PreTrainedModel":
+    """The policy on a device (the CPU), its trainable weights of `dtype`; those made on the spot depend on run.seed
+    alone.
 
     Raises:
         UserError: it cannot be loaded, or does something between hidden states and logits that we would leave out.
@@ -123,7 +126,7 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
             torch.manual_seed(spec.run.seed)
             try:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-                _check_head(model)
+                check_head(model)
             except (ValueError, RuntimeError, TypeError) as error:  # sizes that do not fit each other
                 reason = " ".join(str(error).split())[:160]
                 given = spec.model.init.config if spec.model.init else None
@@ -132,20 +135,22 @@ def build_policy(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
                 ) from None
         fuse(model)
     if spec.model.lora is not None:
-        model = _with_adapter(model, spec.model.lora, spec, dtype)
+        model = _with_adapter(model, spec.model.lora, spec, dtype, device or model.device)
     elif spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers":  # which does so itself
         freeze_lowest(model, spec.model.num_frozen_layers, keep_head=spec.model.tied_head == "untie")
     if spec.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # transformers gives the embeddings' output a gradient for reentrant checkpointing; ours does not need it
         model.disable_input_require_grads()
-    return model.train()
+    return model.to(device or model.device).train()  # pyright: ignore[reportArgumentType]
 
 
-def _with_adapter(model: "PreTrainedModel", lora: LoraSpec, spec: RunSpec, dtype: torch.dtype) -> "PreTrainedModel":
+def _with_adapter(
+    model: "PreTrainedModel", lora: LoraSpec, spec: RunSpec, dtype: torch.dtype, device: torch.device
+) -> "PreTrainedModel":
     """The model as a frozen base, held as the settings say, with an adapter that trains."""
     if lora.base in get_args(Quantized):
-        model = quantized(model, lora.base, model.device)  # pyright: ignore[reportArgumentType]
+        model = quantized(model, lora.base, device)  # pyright: ignore[reportArgumentType]
     elif lora.base is not None:
         model = cast_to(model, lora.base)  # pyright: ignore[reportArgumentType]
     add_adapter(model, lora, spec.run.seed, dtype, spec.model.disable_dropout)
@@ -170,8 +175,8 @@ def load_model(key: str, path: str, disable_dropout: bool, dtype: torch.dtype) -
     try:
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     except Exception as error:
-        raise _cannot_load(key, path, "model", error) from None
-    _check_head(model)
+        raise cannot_load(key, path, "model", error) from None
+    check_head(model)
     fuse(model)
     return model
 
@@ -236,8 +241,12 @@ def _no_dropout(config: Any, disable: bool) -> None:
 
 
 @torch.no_grad()
-def _check_head(model: "PreTrainedModel") -> None:
-    """The step runs body and head apart: refuse a model that does something in between which Head does not know."""
+def check_head(model: "PreTrainedModel") -> None:
+    """The step runs body and head apart: refuse a model that does something in between which Head does not know.
+
+    Raises:
+        UserError: its own logits are others.
+    """
     training = model.training
     model.eval()
     ids = torch.tensor([[0, 1]])
@@ -259,10 +268,13 @@ def _check_folder(key: str, path: str) -> None:
         raise UserError(key, path, "is not a folder", "give an existing folder, or a hub name")
 
 
-def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
+def cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
+    """What to raise where a part of a model cannot be loaded, for whatever reason."""
     reason = " ".join(str(error).split())[:200]
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        cure = "it is an adapter: set model.path to its base and model.lora.adapter_path to this"
+        cure = "it is an adapter: merge it into its base first"
+        if key == "model.path":
+            cure = "it is an adapter: set model.path to its base and model.lora.adapter_path to this"
     elif os.path.isdir(path):
         cure = "give a folder with config.json, tokenizer and weights"
     else:

@@ -39,19 +39,26 @@ def is_int8(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
-def full_weight(linear: Any) -> torch.Tensor:
-    """The weight [out, in] of a layer that may be quantised, in fp32 if it is."""
-    weight = linear.weight
+@torch.no_grad()
+def unquantized(layer: Any) -> Any:
+    """A linear layer of fp32 in the place of one in 8 or 4 bits; any other module as it is."""
+    weight = getattr(layer, "weight", None)
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, state).float()
-    if weight.dtype == torch.int8:
+        full = dequantize_4bit(layer.weight.data, state).float()
+    elif isinstance(layer, nn.Linear) and layer.weight.dtype == torch.int8:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        scales = weight.SCB if weight.SCB is not None else linear.state.SCB  # moves there with the first forward
-        return int8_vectorwise_dequant(weight.data, scales)
-    return weight.data
+        held: Any = layer  # its scales move from the weight to the state with the first forward pass
+        full = int8_vectorwise_dequant(held.weight.data, held.state.SCB if held.weight.SCB is None else held.weight.SCB)
+    else:
+        return layer
+    plain = nn.Linear(full.shape[1], full.shape[0], bias=layer.bias is not None, device=full.device)
+    plain.weight = nn.Parameter(full, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    return plain
 
 
 def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:

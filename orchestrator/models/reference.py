@@ -25,7 +25,7 @@ from orchestrator.models.adapters import (
 )
 from orchestrator.models.layers import UpperLayers, captured_at, decoder_layers, freeze_lowest, lowest
 from orchestrator.models.logps import body_hidden, layout_of, sequence_logps, small_batches
-from orchestrator.models.policy import cast_to, config_at, load_model
+from orchestrator.models.policy import cannot_load, cast_to, check_head, config_at, load_model
 from orchestrator.models.quantized import is_quantized, quantized
 from orchestrator.settings.spec import Quantized, RunSpec, UserError
 from orchestrator.world import World
@@ -47,10 +47,11 @@ class Reference:
     is_start = False  # whether its weights are those that the policy starts with
     exact: "Reference | None" = None  # another model that it approximates, until the error is measured
     moves = False  # whether `sync` will be called
+    weights: dict[str, torch.Tensor] = {}  # none of its own, unless it is a model of its own
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model.requires_grad_(False).eval()
-        self.weights: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.weights = dict(model.named_parameters(remove_duplicate=False))
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probs [2B], fp64. `captured` [R, T, H] is what entered capture_layer in the policy; unused here."""
@@ -135,6 +136,10 @@ class PolicyStart(Reference):
         finally:
             self.model.train(training)
 
+    def own_bytes(self, policy: "PreTrainedModel") -> int:
+        """None: every weight is the policy's."""
+        return 0
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The base and, where an adapter was loaded to go on from, that one as it was: what the judge consists of."""
         state = self.model.state_dict() | scalings(self.model)
@@ -197,7 +202,8 @@ def check_reference(spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTok
     """Refuse another model as reference, before any weight is loaded, whose tokens are not the policy's.
 
     Raises:
-        UserError: its config cannot be loaded, its vocabulary has another size, or its tokenizer another token.
+        UserError: its config or tokenizer cannot be loaded, its vocabulary has another size, or its tokenizer another
+            token.
     """
     path = spec.reference.path
     if path is None:
@@ -226,8 +232,10 @@ def _tokenizer_at(path: str) -> Any:
         return None  # transformers would make an empty one
     try:
         return AutoTokenizer.from_pretrained(path)
-    except Exception:  # of many types
-        return None
+    except Exception as error:  # of many types
+        if os.path.isdir(path):
+            raise cannot_load("reference.path", path, "tokenizer", error) from None
+        return None  # the hub says no more than that a file is not there
 
 
 # --- building one ------------------------------------------------------------------------------------------------
@@ -282,8 +290,10 @@ def create_reference_model(
     """
     if num_shared_layers is None:
         return copy.deepcopy(model).requires_grad_(False).eval()
-    layers: Any = decoder_layers(model)
-    if pattern is not None:
+    layers: Any
+    if pattern is None:
+        layers = decoder_layers(model)
+    else:
         try:
             layers = model.get_submodule(pattern.partition("{layer}")[0].rstrip("."))
         except AttributeError as error:
@@ -341,7 +351,7 @@ def _start_of(spec: RunSpec, policy: "PreTrainedModel") -> Any:
     """A copy of the policy as it starts: of a new adapter nothing is left, one that was loaded stays as it is, or is
     merged where layers are to be quantised."""
     device, lora = policy.device, spec.model.lora
-    if spec.reference.offload:
+    if spec.reference.offload or spec.reference.is_approximate:
         policy.to("cpu")  # pyright: ignore[reportArgumentType] - two may not fit the device
     start = copy.deepcopy(policy)
     policy.to(device)  # pyright: ignore[reportArgumentType]
@@ -441,6 +451,7 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel) 
     if sizes[0] != sizes[1]:
         rule = f"returned a model with a vocabulary of {sizes[1]} tokens, the policy has {sizes[0]}"
         raise UserError(key, name, rule, "take a reference with the policy's tokenizer")
+    check_head(model)
     trained = {p.data_ptr(): n for n, p in policy.named_parameters() if p.requires_grad}
     both = [trained[p.data_ptr()] for p in model.parameters() if p.data_ptr() in trained]
     if both:
@@ -460,20 +471,24 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel) 
         made = SharedLayers(_with_the_policys(model, policy, count), policy, count)
         _check_upper(made, policy)
     else:
-        made = Reference(model if model.device == policy.device else model.to(policy.device))  # no 4 bit model moves
+        stays = wanted.offload or model.device == policy.device  # one in 4 bits cannot move at all
+        made = Reference(model if stays else model.to(policy.device))
     made.is_start = _equal(policy, made)
     return made
 
 
 def _layers_in_common(policy: "PreTrainedModel", model: "PreTrainedModel") -> int | None:
     """How many of the lowest layers are stored where the policy's are; None where not even the embeddings are."""
-    pairs = [(policy.get_input_embeddings(), model.get_input_embeddings())]
-    pairs += list(zip(decoder_layers(policy), decoder_layers(model), strict=False))
-    for number, (ours, theirs) in enumerate(pairs):
-        here, there = ([p.data_ptr() for p in module.parameters()] for module in (ours, theirs))
-        if here != there:
-            return number - 1 if number else None
-    return None  # every layer, and so nothing to judge by
+
+    def is_one(ours: nn.Module, theirs: nn.Module) -> bool:
+        return [p.data_ptr() for p in ours.parameters()] == [p.data_ptr() for p in theirs.parameters()]
+
+    if not is_one(policy.get_input_embeddings(), model.get_input_embeddings()):
+        return None
+    for number, (ours, theirs) in enumerate(zip(decoder_layers(policy), decoder_layers(model), strict=False)):
+        if not is_one(ours, theirs):
+            return number
+    return None  # every layer: nothing is left to run alone
 
 
 def _with_the_policys(model: "PreTrainedModel", policy: "PreTrainedModel", count: int) -> "PreTrainedModel":
@@ -491,4 +506,7 @@ def _equal(policy: "PreTrainedModel", reference: Reference) -> bool:
     ours, theirs = policy.state_dict(), reference.tensors()
     if ours.keys() != theirs.keys():
         return False
-    return all(ours[name].shape == value.shape and torch.equal(ours[name], value) for name, value in theirs.items())
+    return all(
+        ours[name].dtype == value.dtype and ours[name].shape == value.shape and torch.equal(ours[name], value)
+        for name, value in theirs.items()
+    )

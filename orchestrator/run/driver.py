@@ -51,7 +51,7 @@ def train(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
         TrainingError: training cannot go on.
         RunDied: the workers died too often.
     """
-    check_function(ref_model)
+    sent = _pickled(ref_model)
     run_dir = RunDir(spec.run_dir)
     with run_dir.owned():
         run_dir.check(spec)
@@ -61,7 +61,7 @@ def train(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
         prepare(spec)  # a bad run is refused here, before Ray starts
         run_dir.begin(spec)
         with _cluster(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
-            return _supervised(spec, run_dir, lambda: _fit(spec, run_dir, ref_model))
+            return _supervised(spec, run_dir, lambda: _fit(spec, run_dir, sent))
 
 
 def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | None]) -> RunResult:
@@ -95,9 +95,8 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | No
         time.sleep(supervisor.backoff_s)
 
 
-def _fit(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None) -> Exception | None:
+def _fit(spec: RunSpec, run_dir: RunDir, ref_model: bytes) -> Exception | None:
     """One attempt of Ray Train; returns what it raised."""
-    from ray import cloudpickle
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -110,8 +109,7 @@ def _fit(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None) -> Exceptio
             "spec": spec.model_dump(mode="json"),
             "cwd": os.getcwd(),
             "use_gpu": use_gpu,
-            # as bytes, to be read only when its module can be imported
-            "ref_model": cloudpickle.dumps(ref_model),  # pyright: ignore[reportPrivateImportUsage]
+            "ref_model": ref_model,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
@@ -155,7 +153,7 @@ def worker_loop(config: dict[str, Any]) -> None:
         try:
             # Ray is not told of checkpoints: it would take only those inside its own folder, waits up to 2 s for each
             # report, and its record of them can be lost in a crash. Manifests say which exist, to it and to us.
-            run(spec, world, LocalSession(run_dir, world.rank), pickle.loads(config["ref_model"]))
+            run(spec, world, LocalSession(run_dir, world.rank), _unpickled(config["ref_model"]))
         except UserError as error:
             run_dir.write_result({"status": "refused", "error": [error.key, error.value, error.rule, error.cure]})
             raise
@@ -168,6 +166,34 @@ def worker_loop(config: dict[str, Any]) -> None:
         except BaseException:
             traceback.print_exc()  # into this rank's log; the driver only says that a worker died
             raise
+
+
+def _pickled(ref_model: RefModel | None) -> bytes:
+    """The function as bytes, to be read on a worker when its module can be imported.
+
+    Raises:
+        UserError: it is no function, or cannot be sent.
+    """
+    check_function(ref_model)
+    if ref_model is None:
+        return pickle.dumps(None)
+    from ray import cloudpickle
+
+    try:
+        return cloudpickle.dumps(ref_model)  # pyright: ignore[reportPrivateImportUsage]
+    except Exception as error:  # whatever it holds on to may refuse in its own way
+        reason = " ".join(str(error).split())[:160]
+        cure = "let it hold names and paths, and make models and files when it is called"
+        raise UserError("ref_model", repr(ref_model), f"cannot be sent to the workers ({reason})", cure) from None
+
+
+def _unpickled(sent: bytes) -> RefModel | None:
+    try:
+        return pickle.loads(sent)
+    except Exception as error:
+        rule = f"cannot be read on a worker ({type(error).__name__}: {error})"
+        cure = "define it in a module of the folder where the command is given"
+        raise UserError("ref_model", "function", rule, cure) from None
 
 
 def rank_log(run_dir: RunDir, rank: int) -> Path:

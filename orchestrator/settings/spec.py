@@ -685,6 +685,8 @@ def _reference_sync(spec: RunSpec) -> None:
         why = "mixing the factors of two adapters is not mixing their weights"
     elif reference.kind in get_args(Quantized):
         why = f"weights in {reference.kind} cannot move by small steps"
+    elif reference.dtype in ("bf16", "fp16"):
+        why = f"weights in {reference.dtype} lose small steps"
     elif reference.kind == "precomputed":
         why = "log-probs that are made once are those of one reference"
     elif reference.cache == "full":
@@ -692,7 +694,7 @@ def _reference_sync(spec: RunSpec) -> None:
     if why:
         cure = "remove it, or train without model.lora" if spec.model.lora else "remove it, or set reference.kind=copy"
         if reference.kind in ("copy", "shared_layers") and not spec.model.lora:
-            cure = "set reference.cache=off"
+            cure = "remove reference.dtype" if reference.dtype in ("bf16", "fp16") else "set reference.cache=off"
         raise UserError("reference.sync_every", reference.sync_every, why, cure)
 
 

@@ -114,11 +114,12 @@ def _last_metrics(run_dir: RunDir) -> dict[str, Any]:
 def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
     base = spec.model.path or f"random {spec.model.init.model_type if spec.model.init else ''} weights"
     hub_base = f"base_model: {base}\n" if spec.model.path and not spec.model.path.startswith("/") else ""
+    start = "the base with its adapter as it was" if spec.model.lora and spec.model.lora.adapter_path else "the base"
     schedule = f"{spec.scheduler.name}, {spec.scheduler.warmup_steps} warm-up steps"
     rows = {
         "Base": base,
         "Method": f"DPO ({spec.dpo.loss_type}, beta {spec.dpo.beta})",
-        "Reference": f"{spec.reference.path or 'the base as it was'} ({spec.reference.kind})",
+        "Reference": f"{spec.reference.path or start} ({spec.reference.kind})",
         "Preference pairs": Path(spec.data.train).name if spec.data.train.startswith("/") else spec.data.train,
         "Pairs seen": meta["pairs_seen"],
         "Optimizer steps": meta["step"],

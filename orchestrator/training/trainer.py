@@ -33,8 +33,8 @@ class TrainingError(Exception):
 class Tolerance(NamedTuple):
     """How near two log-probs are that count as the same."""
 
-    relative: float  # to their size, or to 1 where that is less
-    nats: float  # besides
+    token: float  # nats, of each token at random
+    nats: float  # besides, of a sequence
 
 
 class Asked(NamedTuple):
@@ -228,16 +228,17 @@ class Trainer:
     def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], near: Tolerance) -> None:
         """Before the first update the policy is its reference: every reward is 0, and the sigmoid loss ln 2."""
         by_collator = self.spec.data.collator is not None  # log-probs that come with a batch are then a user's own
-        judged = [o for b, o in outputs if b.pair_weights.any() and not (by_collator and b.ref_logps is not None)]
+        judged = [(b, o) for b, o in outputs if b.pair_weights.any() and not (by_collator and b.ref_logps is not None)]
         apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
-        for _, _, logps, ref_logps in judged[:MEASURED]:
-            apart.append((logps - ref_logps).abs() - near.relative * ref_logps.abs().clamp(min=1))
+        for batch, output in judged[:MEASURED]:
+            rounding = near.token * batch.completion_tokens.to(self.world.device).double().sqrt()
+            apart.append((output.logps - output.ref_logps).abs() - rounding)
         worst = self.world.max(torch.cat(apart).amax().view(1)).item()
         if worst > near.nats:  # a NaN is not, and is found in the gradient
             raise TrainingError(
-                f"step 1 (rank {self.world.rank}): the policy starts as its reference, yet log-probs of the two differ "
-                f"by {worst:.2g} nats more than rounding ({near.nats:.2g} are allowed); set reference.cache=off if "
-                f"{self.spec.cache_dir / 'reference_logps'} was edited, else reference.kind=copy, and report it"
+                f"step 1: the policy starts as its reference, yet log-probs of the two differ by {worst:.2g} nats more "
+                f"than by rounding ({near.nats:.2g} are allowed); remove {self.spec.cache_dir / 'reference_logps'} in "
+                "case it was edited, and report it if this stays"
             )
 
     # --- agreement -----------------------------------------------------------------------------------------------

@@ -57,9 +57,9 @@ if TYPE_CHECKING:
 CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows pay per operation, longer ones fall out of its caches
 PACKED_TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # of what packed_error measures
 
-# The same of log-probs, which may also be kept from another cut of the micro-batches: int8 treats the outliers of a
-# whole micro-batch alike.
-SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.05, "fp16": 0.02, "int8": 0.1}
+# By how many nats a token's log-prob may be off, at random, where one is kept from another cut of the micro-batches
+# (a sequence's then by this times the root of its tokens); int8 treats the outliers of a whole micro-batch alike.
+SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.1, "fp16": 0.03, "int8": 0.5}
 
 logger = logging.getLogger(__name__)
 
@@ -130,11 +130,13 @@ def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | Non
     precision = _precision(spec.precision, world.device)
     dtype = torch.float64 if precision == "fp64" else torch.float32
 
-    policy = build_policy(spec, prepared.tokenizer, dtype).to(world.device)  # pyright: ignore[reportArgumentType]
+    policy = build_policy(spec, prepared.tokenizer, dtype, world.device)
     reference = build_reference(spec, policy, dtype, ref_model)
+    if found is not None:
+        reference.exact = None  # was measured when the run began
+    identity = _identity(prepared, policy, reference, world)  # before any forward: bitsandbytes then casts biases
     attention, why_padded = _attention(spec, prepared, policy, reference, world, precision)
     step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics)
-    identity = _identity(prepared, policy, reference, world)
 
     collator = _collator(spec, prepared, attention)
     loader, eval_loader = _loaders(spec, prepared, world, pair_cost(policy), collator)
@@ -142,13 +144,13 @@ def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | Non
         arithmetic = {"precision": precision, "attention": attention, "device": world.device.type}
         _open_caches(spec, loader, eval_loader, {"reference": identity["reference"], **arithmetic})
     length = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
-    engine = DdpEngine(world, precision, spec.training.max_grad_norm, spec.optimizer.weight_decay)
-    engine.wrap(step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, length.steps))
-    _settle(engine, loader, collator, world)
     if found is None and world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
         _say(spec, prepared, world, precision, length.steps, why_padded)
         _say_models(spec, prepared, policy, reference, "ref_model" if ref_model else spec.reference.kind)
+    engine = DdpEngine(world, precision, spec.training.max_grad_norm, spec.optimizer.weight_decay)
+    engine.wrap(step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, length.steps))
+    _settle(engine, loader, collator, world)
 
     near = _start_tolerance(spec, engine, loader, policy, reference, world, precision) if found is None else None
     if spec.reference_cache == "full":
@@ -235,7 +237,7 @@ def _packed_tolerance(model: Any, precision: Precision) -> float:
 
 
 def _rounding(policy: Any, precision: Precision) -> float:
-    """By how much log-probs of the policy may differ that should be the same, relative to their size."""
+    """By how many nats a token's log-prob of the policy may differ that should be the same."""
     bases = [name for name, dtype in DTYPES.items() if policy.dtype == dtype] + ["int8"] * is_int8(policy)
     return max(SAME_LOGPS[name] for name in (precision, *bases))
 

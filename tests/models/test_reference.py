@@ -233,6 +233,18 @@ def test_a_head_that_is_one_with_frozen_embeddings(spec_of: Callable[..., RunSpe
     assert reference.model.get_output_embeddings().weight is embeddings.weight  # what the head was: stored once
 
 
+def test_whatever_lies_below_the_shared_layers_is_frozen_with_them(tmp_path: Path) -> None:
+    config = {"hidden_size": 64, "n_layer": 3, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    init = {"init": {"model_type": "bloom", "vocab_size": 300, "config": config}}  # a norm follows its embeddings
+    batch = pair_batch(3)
+    shared = {"kind": "shared_layers", "num_shared_layers": 2}
+    policy, reference = built(tiny_spec(tmp_path, model=init, reference=shared), packed=False)
+    expected = step_logps(policy, reference, batch)
+    moved(policy)
+    assert torch.equal(step_logps(policy, reference, batch), expected)
+    assert not any(p.requires_grad for name, p in policy.named_parameters() if "word_embeddings_layernorm" in name)
+
+
 def test_the_twin_of_shared_layers_trains_the_same(spec_of: Callable[..., RunSpec]) -> None:
     policy, _ = built(spec_of(kind="shared_layers", num_shared_layers=2))
     twin, reference = built(spec_of(model={"num_frozen_layers": 2}))
@@ -340,6 +352,50 @@ def test_an_adapter_is_quantised_with_the_base_it_is_merged_into(
     base = built(spec_of())[1](batch)
     start = sequence_logps(policy, batch)
     assert (reference(batch) - start).abs().max() < 0.3 * (base - start).abs().max()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_was_started_from_the_base_leaves_the_base_alone(
+    spec_of: Callable[..., RunSpec], tmp_path: Path, start: Any
+) -> None:
+    """Such a start takes its factors out of the base: done again when loading, it would take them out of it twice."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
+    spec_of()
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_A" in name:
+                p.mul_(1.1)
+    made.save_pretrained(tmp_path / "adapter")
+    bare = PeftModel.from_pretrained(  # what the factors say beside the base on disk
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        tmp_path / "adapter",
+        config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]),
+    ).get_base_model()
+    policy, reference = built(
+        spec_of({"lora": {"adapter_path": str(tmp_path / "adapter")}}, kind="adapter_off"), packed=False
+    )
+    batch = pair_batch(4)
+    expected = sequence_logps(bare, batch)  # pyright: ignore[reportArgumentType]
+    for found in (sequence_logps(policy, batch), reference(batch)):
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_layers_that_are_transposed_are_merged_before_they_are_quantised(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    init = {"init": {"model_type": "gpt2", "vocab_size": 300, "config": {**GPT2, "n_embd": 64}}}
+    first, _ = built(tiny_spec(tmp_path, model=init), packed=False)
+    config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    first.add_adapter(config)
+    first.save_pretrained(tmp_path / "adapter")
+    goes_on = {**init, "lora": {"adapter_path": str(tmp_path / "adapter")}}
+    batch = pair_batch(4)
+    for kind in ("int8", "nf4"):
+        policy, reference = built(tiny_spec(tmp_path, model=goes_on, reference={"kind": kind}), packed=False)
+        assert (reference(batch) - sequence_logps(policy, batch)).abs().max() < 3
 
 
 @pytest.mark.parametrize(
@@ -474,6 +530,18 @@ def test_a_function_can_make_the_reference(spec_of: Callable[..., RunSpec], tmp_
     policy, reference = built(spec_of(), ref_model=copy.deepcopy)
     assert reference.is_start
     assert torch.equal(reference(batch), sequence_logps(policy, batch))
+
+    def in_16_bits(_: PreTrainedModel) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+
+    whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        for p in whole.parameters():
+            p.copy_(p.bfloat16())
+    whole.save_pretrained(tmp_path / "base")
+    policy, reference = built(spec_of(), ref_model=in_16_bits)  # the same numbers, with which it computes otherwise
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), reference.model.parameters(), strict=True))
+    assert not reference.is_start
 
 
 def ours(policy: PreTrainedModel) -> PreTrainedModel:

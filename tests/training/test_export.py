@@ -204,9 +204,13 @@ def test_an_adapter_that_was_gone_on_from_is_merged_as_it_is_now(
 
 # int8 on a CPU quantises activations too, and bf16 rounds them, which the merged model does not
 @tied_or_not
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]], ids=["all", "some"])
 @pytest.mark.parametrize(("held", "tolerance"), [("bf16", 0.1), ("fp16", 0.015), ("int8", 0.2), ("nf4", 1e-5)])
-def test_an_adapter_is_merged_with_a_base_of_fewer_bits(base: Path, held: str, tolerance: float) -> None:
-    run_dir = trained(base, {"kind": "adapter_off"}, lora=LORA | {"base": held})
+def test_an_adapter_is_merged_with_a_base_of_fewer_bits(
+    base: Path, held: str, tolerance: float, targets: list[str] | None
+) -> None:
+    """Layers without an adapter are held in fewer bits, too."""
+    run_dir = trained(base, {"kind": "adapter_off"}, lora=LORA | {"base": held, "target_modules": targets})
     exported = assert_says_what_the_policy_said(run_dir, base, tolerance)
     assert exported.dtype == torch.float32
 
