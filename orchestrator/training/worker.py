@@ -134,7 +134,7 @@ def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | Non
     reference = build_reference(spec, policy, dtype, ref_model)
     if found is not None:
         reference.exact = None  # was measured when the run began
-    identity = _identity(prepared, policy, reference, world)  # before any forward: bitsandbytes then casts biases
+    identity = _identity(spec, prepared, policy, reference, world)  # before any forward: bitsandbytes then casts biases
     attention, why_padded = _attention(spec, prepared, policy, reference, world, precision)
     step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics)
 
@@ -242,7 +242,7 @@ def _rounding(policy: Any, precision: Precision) -> float:
     return max(SAME_LOGPS[name] for name in (precision, *bases))
 
 
-def _identity(prepared: Prepared, policy: Any, reference: Reference, world: World) -> dict[str, Any]:
+def _identity(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, world: World) -> dict[str, Any]:
     """What makes the numbers of a run besides its settings and rows; a checkpoint is resumed by the same alone."""
     made: dict[str, Any] = {"reference": identity_of(reference.tensors(), reference.model.config, world)}
     if adapter_layers(policy) and not isinstance(reference, PolicyStart):  # which is the base itself
@@ -251,7 +251,8 @@ def _identity(prepared: Prepared, policy: Any, reference: Reference, world: Worl
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
     made["trainable"] = {"count": len(trainable), "names": hashlib.sha256("\n".join(trainable).encode()).hexdigest()}
     template = str(prepared.tokenizer.chat_template).encode()
-    made["tokenizer"] = tokenizer_identity(prepared.tokenizer)
+    if spec.model.path or spec.model.tokenizer:  # one made on the spot is made of the rows, which have a hash as well
+        made["tokenizer"] = tokenizer_identity(prepared.tokenizer)
     return made | {"chat_template": hashlib.sha256(template).hexdigest()}
 
 

@@ -62,6 +62,7 @@ class Alternating(Trainer):
     def fit(self) -> Ended:
         """Never saved nor resumed: this run is a measurement."""
         self.callbacks.fire("on_train_begin")
+        self.near = None  # the bare loop moves the policy before the first step is counted
         last = self.max_steps
         bare_loop(self, 2)  # warm both
         while self.step < last:

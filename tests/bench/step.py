@@ -18,6 +18,7 @@ Memory is measured in a process of its own for each, as the peak over what is al
 import argparse
 import ctypes
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -192,15 +193,15 @@ def models(bench: Bench) -> tuple[Any, Any]:
 # --- contenders --------------------------------------------------------------------------------------------------
 
 
-def ours(bench: Bench, policy: Any, reference: Any, cached: bool) -> Step:
-    """Our engine's micro-steps over the micro-batches that our order makes."""
+def ours(bench: Bench, policy: Any, reference: Reference, cached: bool) -> Step:
+    """Our engine's micro-steps over the micro-batches that our order makes. cached: the log-probs are made now."""
     args, spec = bench.args, bench.spec
     world = World(0, 1, 0, bench.device)
     kernel = choose_kernel("auto", bench.device, args.precision)
-    for model in (policy, reference):
+    for model in (policy, reference.model):
         use_packed_attention(model, kernel)
     engine = DdpEngine(world, "fp32" if policy.dtype == torch.bfloat16 else args.precision, 1.0, 0.0)
-    pair_step = PairStep(policy, Reference(reference), spec.dpo)
+    pair_step = PairStep(policy, reference, spec.dpo)
     engine.wrap(pair_step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, 1))
     lengths = np.array([[len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in bench.rows])
     limit = CPU_ROW if bench.device.type == "cpu" else None
@@ -226,15 +227,17 @@ def ours(bench: Bench, policy: Any, reference: Any, cached: bool) -> Step:
     return step
 
 
-def trl(bench: Bench, policy: Any, reference: Any, name: str) -> Step:
-    """DPOTrainer's own collator and compute_loss, micro-batched; no code of ours runs in it."""
+def trl(
+    bench: Bench, policy: Any, reference: Any, micro: int, precompute: bool = False, peft_config: Any = None
+) -> Step:
+    """DPOTrainer's own collator and compute_loss, `micro` pairs at a time; no code of ours runs in it."""
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    args, precompute, micro = bench.args, name == "trl-best", _trl_micro(bench, name)
+    args = bench.args
     for model in (policy, reference):
-        for module in model.modules():  # transformers' own norms and MLPs again
+        for module in model.modules() if model is not None else ():  # transformers' own norms and MLPs again
             module.__dict__.pop("forward", None)
     config = DPOConfig(
         output_dir=str(bench.spec.run_dir),
@@ -254,7 +257,14 @@ def trl(bench: Bench, policy: Any, reference: Any, name: str) -> Step:
     DPOTrainer._prepare_dataset = lambda self, dataset, *_, **__: dataset  # the pairs are token ids already
     try:
         rows = Dataset.from_list([{k: v for k, v in row.items() if k != "pair_id"} for row in bench.rows])
-        trainer = DPOTrainer(policy, reference, config, train_dataset=rows, processing_class=bench.tokenizer)
+        trainer = DPOTrainer(
+            policy,
+            reference,
+            config,
+            train_dataset=rows,
+            processing_class=bench.tokenizer,
+            peft_config=peft_config,
+        )
     finally:
         DPOTrainer._prepare_dataset = prepare
     model: Any = trainer.model
@@ -293,8 +303,8 @@ def set_checkpointing(bench: Bench, name: str, policy: Any) -> None:
 def contender(name: str, bench: Bench, policy: Any, reference: Any) -> Step:
     """The step of that name over these models."""
     if name in OURS:
-        return ours(bench, policy, reference, cached=name == "ours-cached")
-    return trl(bench, policy, reference, name)
+        return ours(bench, policy, Reference(reference), cached=name == "ours-cached")
+    return trl(bench, policy, reference, _trl_micro(bench, name), precompute=name == "trl-best")
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -314,11 +324,16 @@ def timed(step: Step, pairs: list[int], device: torch.device) -> tuple[float, fl
 
 
 def memory_of(name: str, bench: Bench) -> float:
-    """Peak MB over what the models take, of two steps over the same pairs that are timed."""
+    """`peak_of` one contender, with models of its own."""
     policy, reference = models(bench)
     step = contender(name, bench, policy, reference)
     set_checkpointing(bench, name, policy)
-    batches = _batches(bench)[:2]
+    return peak_of(step, bench)
+
+
+def peak_of(step: Step, bench: Bench) -> float:
+    """Peak MB over what the models take, of two steps over the same pairs that are timed."""
+    batches = batches_of(bench)[:2]
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -351,7 +366,8 @@ def _names(args: argparse.Namespace) -> list[str]:
     return [*OURS, *args.against.split(",")]
 
 
-def _batches(bench: Bench) -> list[list[int]]:
+def batches_of(bench: Bench) -> list[list[int]]:
+    """The pairs of each step, by their place in the rows."""
     size = bench.args.batch
     return [list(range(start, start + size)) for start in range(0, len(bench.rows) - size + 1, size)]
 
@@ -388,7 +404,7 @@ def compare(bench: Bench) -> dict[str, Any]:
         built[name] = built[names[0]] if built and bench.args.size in LARGE else models(bench)
     steps = {name: contender(name, bench, *built[name]) for name in names}
     policy = built[names[0]][0]
-    batches = _batches(bench)
+    batches = batches_of(bench)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     largest = 0.0
     for number in range(bench.args.rounds + 1):
@@ -490,7 +506,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Time all, then measure each one's memory in a process of its own."""
     args = arguments()
-    _quiet()
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         bench = prepared(args, Path(folder))
         if args.memory_of:
@@ -509,10 +525,12 @@ def main() -> None:
         Path(args.json).write_text(json.dumps({"arguments": vars(args), **found}, indent=1) + "\n")
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Libraries' progress bars and advice would bury the table."""
     import datasets
     import transformers
 
+    os.environ["TQDM_DISABLE"] = "1"  # TRL asks for it when it precomputes
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
