@@ -51,7 +51,7 @@ def train(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
         TrainingError: training cannot go on.
         RunDied: the workers died too often.
     """
-    sent = _pickled(ref_model)
+    sent = _pickled(spec, ref_model)
     run_dir = RunDir(spec.run_dir)
     with run_dir.owned():
         run_dir.check(spec)
@@ -168,7 +168,7 @@ def worker_loop(config: dict[str, Any]) -> None:
             raise
 
 
-def _pickled(ref_model: RefModel | None) -> bytes:
+def _pickled(spec: RunSpec, ref_model: RefModel | None) -> bytes:
     """The function as bytes, to be read on a worker when its module can be imported.
 
     Raises:
@@ -177,6 +177,7 @@ def _pickled(ref_model: RefModel | None) -> bytes:
     check_function(ref_model)
     if ref_model is None:
         return pickle.dumps(None)
+    _authenticate(spec)
     from ray import cloudpickle
 
     try:
@@ -269,10 +270,7 @@ def _cluster(spec: RunSpec) -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or one of our own on this machine; left or closed afterwards."""
     joined = bool(os.environ.get("RAY_ADDRESS"))
     options: Any = {} if joined else {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
-    if not joined:
-        os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
-        if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
-            os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
+    _authenticate(spec)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that its default will change
     import ray
 
@@ -281,6 +279,15 @@ def _cluster(spec: RunSpec) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _authenticate(spec: RunSpec) -> None:
+    """How a Ray of our own is entered; before ray is imported, which reads it then."""
+    if os.environ.get("RAY_ADDRESS"):
+        return  # one that is joined has its own
+    os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
+    if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
 
 
 @functools.cache  # Ray reads it once in a process
