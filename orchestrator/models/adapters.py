@@ -40,14 +40,14 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
     Raises:
         UserError: peft is not there, or it refuses, or the adapter cannot be loaded.
     """
-    check_adapter(spec)
+    loaded = check_adapter(spec)
     from peft import LoraConfig
 
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, that there is an adapter already
         torch.manual_seed(seed)
         if spec.adapter_path is not None:
-            _load(model, spec.adapter_path)
+            _load(model, spec.adapter_path, loaded)
         else:
             rank = spec.r or RANK
             targets: Any = spec.target_modules or "all-linear"
@@ -65,14 +65,13 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
             key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
             rule = f"an adapter on {name}, embeddings or head, is not supported"
             raise UserError(key, spec.adapter_path or spec.target_modules, rule, "name linear layers below the head")
+        for dropout in layer.lora_dropout.values():
+            if disable_dropout and isinstance(dropout, nn.Dropout):
+                dropout.p = 0.0
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)  # peft gives it the base's
         parameter.requires_grad_(is_of(POLICY, name))
-    for layer in adapter_layers(model).values():
-        for dropout in layer.lora_dropout.values():
-            if disable_dropout and isinstance(dropout, nn.Dropout):
-                dropout.p = 0.0
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
@@ -124,12 +123,10 @@ def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel"
         if merged:
             plain, delta = unquantized(plain), layer.get_delta_weight(POLICY)
             plain.weight = nn.Parameter((plain.weight + delta).to(plain.weight.dtype), requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
+        model.set_submodule(name, plain)
     for name, layer in list(model.named_modules()) if merged else ():
         if (plain := unquantized(layer)) is not layer:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+            model.set_submodule(name, plain)
     for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit") if merged else ():
         if hasattr(model, flag):
             delattr(model, flag)
@@ -137,8 +134,8 @@ def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel"
     return model
 
 
-def check_adapter(spec: LoraSpec) -> None:
-    """Refuse what can be seen before any weight is loaded.
+def check_adapter(spec: LoraSpec) -> Any:
+    """Refuse what can be seen before any weight is loaded; the config of the adapter at adapter_path, if there is one.
 
     Raises:
         UserError: peft is not there, or what is at adapter_path is no adapter of two factors a layer.
@@ -148,8 +145,7 @@ def check_adapter(spec: LoraSpec) -> None:
     except ImportError as error:
         cure = "pip install 'dpo-orchestrator[peft]'"
         raise UserError("model.lora", spec.model_dump(exclude_none=True), f"needs peft ({error})", cure) from None
-    if spec.adapter_path is not None:
-        _config_at(spec.adapter_path)
+    return None if spec.adapter_path is None else _config_at(spec.adapter_path)
 
 
 def _config_at(path: str) -> Any:
@@ -177,11 +173,10 @@ def _cannot_load(path: str, error: Exception) -> UserError:
     return UserError("model.lora.adapter_path", path, rule, cure)
 
 
-def _load(model: "PreTrainedModel", path: str) -> None:
+def _load(model: "PreTrainedModel", path: str, config: Any) -> None:
     """Put the adapter at a path into the model twice, to train and to judge by."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    config = _config_at(path)
     try:
         saved = {k.removeprefix("base_model.model."): v for k, v in load_peft_weights(path, device="cpu").items()}
         config.init_lora_weights = True  # what is loaded says all: others (PiSSA, OLoRA) change the base, each time

@@ -496,8 +496,7 @@ def _with_the_policys(model: "PreTrainedModel", policy: "PreTrainedModel", count
     ours = {id(m) for m in lowest(policy, count)}
     for name, module in policy.named_modules():
         if id(module) in ours:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+            model.set_submodule(name, module)
     return model
 
 
