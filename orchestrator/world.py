@@ -70,6 +70,13 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def meet(self) -> None:
+        """Make sure that there is a process group, if only of this rank: some libraries need one even so."""
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
     def leave(self) -> None:
         """Tear down a process group that `join` made (torchrun or --nproc); Ray tears down its own."""
         if dist.is_initialized():

@@ -3,7 +3,9 @@
 Legend: B pairs, 2B sequences (chosen half first), R rows, T tokens, H hidden size, C completion tokens.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,23 +45,43 @@ class StepOutput(NamedTuple):
 
 
 class PairStep(nn.Module):
-    """One DPO forward over a micro-batch. Its only parameters are the policy's."""
+    """One DPO forward over a micro-batch. Its only parameters are the policy's, unless the reference is to be sharded
+    with it."""
 
     def __init__(
-        self, policy: "PreTrainedModel", reference: Reference, dpo: DpoSpec, token_metrics: bool = True
+        self,
+        policy: "PreTrainedModel",
+        reference: Reference,
+        dpo: DpoSpec,
+        token_metrics: bool = True,
+        shard_reference: bool = False,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.reference = reference  # no nn.Module: neither wrapped, trained nor saved with the policy
+        # its weights in this module's tree, where a sharding engine finds them; names nothing in a checkpoint
+        self.judge = nn.ModuleList(reference.own_modules(policy) if shard_reference else [])
         self.dpo, self.token_metrics = dpo, token_metrics
+        # a reference in fp32 beside a policy whose weights are of 16 bits computes in the same precision
+        self.reference_arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def forward(self, batch: PairBatch, counts: Counts) -> StepOutput:
-        """Loss and metrics of [B] pairs; `counts` are the global batch's, so that no one has to divide again."""
+    def forward(
+        self, batch: PairBatch | None, counts: Counts | None, ask: Callable[[], Any] | None = None
+    ) -> StepOutput | tuple[Any]:
+        """Loss and metrics of [B] pairs; `counts` are the global batch's, so that no one has to divide again.
+
+        ask: instead of a step, this is called, and its answer returned in a tuple: a sharding engine has the weights
+        at hand nowhere but in here.
+        """
+        if ask is not None:
+            return (ask(),)  # DeepSpeed's hooks look into what a module returns
+        assert batch is not None
+        assert counts is not None
         ref_logps = batch.ref_logps
         with captured_at(self.policy, self.reference.capture_layer if ref_logps is None else None) as captured:
             hidden = body_hidden(self.policy, batch)
         if ref_logps is None:
-            ref_logps = self.reference(batch, *captured)
+            ref_logps = self.ask_reference(batch, *captured)
         known = PairTerms.split(torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens)
 
         def pair_losses(pairs: slice, logps: torch.Tensor) -> torch.Tensor:
@@ -69,6 +91,17 @@ class PairStep(nn.Module):
         scored = loss_in_head(self.policy, hidden, batch, pair_losses, self.token_metrics)
         terms = PairTerms.split(scored.logps, ref_logps, batch.completion_tokens)
         return StepOutput(scored.loss, self._metric_sums(batch, scored.tokens, terms), scored.logps, ref_logps)
+
+    def train(self, mode: bool = True) -> "PairStep":
+        """The policy alone: a reference, wherever it is held, has no dropout."""
+        super().train(mode)
+        self.judge.eval()
+        return self
+
+    def ask_reference(self, batch: PairBatch, *captured: torch.Tensor) -> torch.Tensor:
+        """The reference's log-probs [2B]; captured: what entered its capture_layer in the policy, where it ran."""
+        with self.reference_arithmetic():
+            return self.reference(batch, *captured)
 
     def saved(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps, by name: the policy's parameters, of a LoRA policy those of its adapters (the base

@@ -1,7 +1,7 @@
 """What every engine promises: the seam behind which gradients, precision and sharding hide."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -13,12 +13,17 @@ from orchestrator.dpo.step import PairStep, StepOutput
 ParamGroups = list[dict[str, Any]]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+Answer = TypeVar("Answer")
 ReadRange = Callable[[str, str, int, int], torch.Tensor]
 """(name, key, start, stop) -> the flat range of that tensor, 1-D, on the CPU; raises where it is not fully covered."""
 
 
 SCALAR = "scalar:"
 """Prefix of a key whose value is one number for the whole parameter (Adam's step, NAdam's mu_product), not a range."""
+
+
+SHAPED = "shaped:"
+"""Prefix of a key whose value has a shape of its own (Adafactor's row_var): "shaped:64,1:row_var"."""
 
 
 class Owned(NamedTuple):
@@ -42,8 +47,19 @@ class Updated(NamedTuple):
 class Engine(Protocol):
     """Only an engine divides, scales or clips a gradient. `micro_step` n times, `finite`, then `optimizer_step`."""
 
+    step: PairStep
+    optimizer: Optimizer  # the one that the factory made, whose groups the schedule moves
+    scheduler: LRScheduler
+    meets_in_forward: bool  # whether a forward pass is collective: weights are gathered in it
+
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
-        """Take the module; build optimizer and schedule over its trainable parameters."""
+        """Take the module, from the host where the engine shards weights; build optimizer and schedule over its
+        trainable parameters."""
+        ...
+
+    def inside(self, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` returns when it is called in a forward pass of the wrapped module, without gradient and with
+        dropout off: the only place where a weight may be read. Collective where the engine shards weights."""
         ...
 
     def micro_step(self, batch: PairBatch, counts: Counts, last: bool) -> StepOutput:

@@ -1,49 +1,135 @@
-"""Settings -> optimizer and learning-rate schedule, by name."""
+"""Settings, or functions of a Python user -> optimizer and learning-rate schedule, and whose state goes on where."""
 
+import difflib
 import inspect
-from functools import reduce
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from orchestrator.data.collate import user_attribute
 from orchestrator.engines.base import OptimizerFactory, ParamGroups, SchedulerFactory
-from orchestrator.settings.spec import OptimizerSpec, SchedulerSpec, UserError
+from orchestrator.settings.spec import (
+    OPTIMIZERS,
+    EngineSpec,
+    OptimizerSpec,
+    RunSpec,
+    SchedulerSpec,
+    UserError,
+    check_optimizer,
+    optimizer_kind,
+)
+
+Optimizers = tuple[OptimizerFactory | None, SchedulerFactory | None]
+"""(parameter groups -> optimizer, optimizer -> schedule) of a Python user; where one is None the settings say."""
+
+REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError)  # of arguments, by a library
+NOT_IN_KWARGS = {
+    "params",
+    "model_params",
+    "lr",
+    "weight_decay",
+    "optimizer",
+    "last_epoch",
+    "num_warmup_steps",
+    "num_training_steps",
+}  # arguments that come from elsewhere
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
     """Trainable parameters, matrices decayed, norms and biases not; no empty group (ZeRO-3 would drop it)."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    # of a weight that it has cut already ZeRO-3 leaves an empty vector, and its shape in ds_shape
+    trainable = [(p, len(getattr(p, "ds_shape", p.shape))) for p in module.parameters() if p.requires_grad]
     groups: ParamGroups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, ndim in trainable if ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p, ndim in trainable if ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def optimizer_factory(spec: OptimizerSpec) -> OptimizerFactory:
-    """parameters or groups -> the optimizer that the settings name.
+def factories(
+    spec: RunSpec, policy: nn.Module, total_steps: int, device: torch.device, optimizers: Optimizers | None = None
+) -> tuple[OptimizerFactory, SchedulerFactory]:
+    """What an engine makes its optimizer and schedule with: the user's functions where there are, else the settings.
 
     Raises:
-        UserError: torch has no such optimizer, or it refuses a keyword argument.
+        UserError: they are no functions, or the optimizer of the settings cannot update this policy on this device.
     """
-    kind = _of_torch("optimizer.name", spec.name)
+    check_functions(optimizers)
+    make, schedule = optimizers or (None, None)
+    if make is None:
+        _check_matrices(spec.optimizer.name, policy)
+    return (
+        _optimizer_of(make, spec.engine) if make else optimizer_factory(spec.optimizer, device),
+        _schedule_of(schedule, total_steps) if schedule else scheduler_factory(spec.scheduler, total_steps),
+    )
+
+
+# --- the settings ------------------------------------------------------------------------------------------------
+
+
+def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -> OptimizerFactory:
+    """Parameter groups -> the optimizer that the settings name.
+
+    device: where the parameters will be; None where that is not known yet.
+
+    Raises:
+        UserError: there is no such optimizer, it cannot run there, or it refuses a keyword argument.
+    """
+    if device is not None and device.type == "cpu" and spec.name.startswith("deepspeed."):
+        rule = "would be compiled for minutes here, where there is no GPU"
+        raise UserError("optimizer.name", spec.name, rule, "take torch.optim.AdamW")
+    kind = _named("optimizer.name", spec.name)
 
     def make(params: Any) -> Optimizer:
         groups = [dict(group) for group in params]
-        if "weight_decay" not in inspect.signature(kind).parameters:
+        if not _takes(kind, "weight_decay"):
             if spec.weight_decay:
                 raise UserError("optimizer.weight_decay", spec.weight_decay, f"{spec.name} has none", "set it to 0")
             for group in groups:
                 group.pop("weight_decay", None)
         try:
-            return kind(groups, lr=spec.lr, **spec.kwargs)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                "optimizer.kwargs", dict(spec.kwargs), f"{spec.name} says: {error}", "see that optimizer's arguments"
-            ) from None
+            made = kind(groups, lr=spec.lr, **spec.kwargs)
+        except REFUSALS as error:
+            raise _refused("optimizer.kwargs", spec, error, kind) from None
+        # the settings allow code of a user's only where each rank holds all
+        return _check_held(made, groups, "optimizer.name", paired=False) if ":" in spec.name else made
+
+    return make
+
+
+def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory:
+    """optimizer -> its schedule over `total_steps` optimizer steps actually taken.
+
+    Raises:
+        UserError: there is no such scheduler, or it refuses a keyword argument.
+    """
+    if spec.name.startswith("torch."):
+        kind = _named("scheduler.name", spec.name)
+        build: SchedulerFactory = lambda optimizer: kind(optimizer, **spec.kwargs)  # noqa: E731
+    else:
+        from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+        from transformers.trainer_utils import SchedulerType
+
+        alias = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # plain constant has no warm-up
+        name = SchedulerType(alias.get(spec.name, spec.name))
+        kind, warmup = TYPE_TO_SCHEDULER_FUNCTION[name], spec.warmup(total_steps)
+        # polynomial divides by what is left after the warm-up, although it then never gets there
+        length = max(total_steps, warmup + 1)
+        build = lambda optimizer: get_scheduler(name, optimizer, warmup, length, dict(spec.kwargs))  # noqa: E731
+
+    def make(optimizer: Optimizer) -> LRScheduler:
+        try:
+            made = build(_with_defaults(optimizer))
+        except REFUSALS as error:
+            raise _refused("scheduler.kwargs", spec, error, kind) from None
+        return _long_enough(made, "scheduler.kwargs", total_steps)
 
     return make
 
@@ -52,45 +138,200 @@ def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec) -> None:
     """Try both on one parameter, so that a wrong name or argument is refused before anything is loaded.
 
     Raises:
-        UserError: which argument, in torch's words.
+        UserError: which argument, in the library's words.
     """
-    lone = [{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}]
-    scheduler_factory(scheduler, 1)(optimizer_factory(optimizer)(lone))
+    lone = [{"params": [nn.Parameter(torch.zeros(1, 1))], "weight_decay": 0.0}]
+    if optimizer.name.startswith("deepspeed."):  # to build one is to compile it
+        kind = _named("optimizer.name", optimizer.name)
+        try:
+            inspect.signature(kind).bind(lone, lr=optimizer.lr, **optimizer.kwargs)
+        except TypeError as error:
+            raise _refused("optimizer.kwargs", optimizer, error, kind) from None
+        made: Optimizer = torch.optim.AdamW(lone, lr=optimizer.lr)
+    else:
+        made = optimizer_factory(optimizer)(lone)
+    scheduler_factory(scheduler, 1)(made)
 
 
-def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory:
-    """optimizer -> its schedule over `total_steps` optimizer steps actually taken.
+def _check_matrices(name: str, policy: nn.Module) -> None:
+    """Muon raises where it meets a vector, which under ZeroRedundancyOptimizer is on some ranks only."""
+    others = [n for n, p in policy.named_parameters() if p.requires_grad and p.ndim != 2]
+    if name == "torch.optim.Muon" and others:
+        rule = f"takes matrices alone, and {len(others)} of the parameters that train are none ({others[0]}, ...)"
+        raise UserError("optimizer.name", name, rule, "train model.lora, which is all matrices, or take AdamW")
+
+
+def _named(key: str, name: str) -> Any:
+    """The class, or function, that a dotted name or module:attr stands for."""
+    if ":" in name:
+        found = user_attribute(key, name)
+        if not callable(found):
+            raise UserError(key, name, "cannot be called", "name a class or a function")
+        return found
+    home, _, last = name.rpartition(".")
+    library = home.partition(".")[0]
+    try:
+        module = import_module(home)
+    except ImportError as error:
+        raise UserError(key, name, f"cannot be imported ({error})", f"install {library}") from None
+    if not callable(found := getattr(module, last, None)):
+        near = difflib.get_close_matches(last, [other for other in dir(module) if other[0].isupper()], n=1)
+        rule = f"{library} {import_module(library).__version__} has no such name"
+        raise UserError(key, name, rule, f"did you mean {home}.{near[0]}?" if near else "check the spelling")
+    return found
+
+
+def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(kind).parameters
+    except (TypeError, ValueError):  # code that is not Python's
+        return {}
+
+
+def _takes(kind: Any, name: str) -> bool:
+    parameters = _parameters(kind)
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _refused(key: str, spec: OptimizerSpec | SchedulerSpec, error: Exception, kind: Any) -> UserError:
+    """What a library said of its arguments, and which it takes."""
+    said = str(error).replace("`lr_scheduler_kwargs`", "scheduler.kwargs")  # as transformers would have it
+    takes = [name for name in _parameters(kind) if name not in NOT_IN_KWARGS]
+    cure = f"its arguments are {', '.join(takes)}" if takes else "see its arguments"
+    return UserError(key, dict(spec.kwargs), f"{spec.name} says: {said}", cure)
+
+
+# --- the schedule ------------------------------------------------------------------------------------------------
+
+
+def _with_defaults(optimizer: Optimizer) -> Optimizer:
+    """ZeroRedundancyOptimizer has no defaults of its own, where some schedules look for the peak or the momentum."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        for key, value in optimizer.optim.defaults.items():
+            optimizer.defaults.setdefault(key, value)
+    return optimizer
+
+
+def _long_enough(schedule: LRScheduler, key: str, total_steps: int) -> LRScheduler:
+    """OneCycleLR raises at the step after its last."""
+    steps = getattr(schedule, "total_steps", total_steps)
+    if steps < total_steps:
+        rule = f"{type(schedule).__name__} ends there, and the run has {total_steps} steps"
+        raise UserError(f"{key}.total_steps", steps, rule, f"set it to {total_steps} or more")
+    return schedule
+
+
+# --- a Python user's own -----------------------------------------------------------------------------------------
+
+
+def check_functions(optimizers: Optimizers | None) -> None:
+    """Refuse anything but two functions, either of which may be None.
 
     Raises:
-        UserError: torch has no such scheduler, or it refuses a keyword argument.
+        UserError: an optimizer would have to travel to every rank, and there know other parameters.
     """
-    if spec.name.startswith("torch."):
-        kind = _of_torch("scheduler.name", spec.name)
-
-        def make(optimizer: Optimizer) -> LRScheduler:
-            try:
-                return kind(optimizer, **spec.kwargs)
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    "scheduler.kwargs",
-                    dict(spec.kwargs),
-                    f"{spec.name} says: {error}",
-                    "see that scheduler's arguments",
-                ) from None
-
-        return make
-
-    from transformers import get_scheduler
-
-    name = "constant_with_warmup" if spec.name == "constant" else spec.name
-    return lambda optimizer: get_scheduler(name, optimizer, spec.warmup_steps, total_steps)
+    cure = "give (params -> optimizer, optimizer -> schedule), either of which may be None"
+    if optimizers is None:
+        return
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        raise UserError("optimizers", type(optimizers).__name__, "is no pair of functions", cure)
+    for made in optimizers:
+        if not (made is None or callable(made)):
+            rule = "is no function, and each rank must make its own, over its own parameters"
+            raise UserError("optimizers", type(made).__name__, rule, cure)
 
 
-def _of_torch(key: str, name: str) -> Any:
+def check_built(made: Any, groups: ParamGroups, engine: EngineSpec) -> Optimizer:
+    """What a user's function made of these groups, if the engine leaves its maths as it is and it updates all of them.
+
+    Raises:
+        UserError: it is no optimizer, or one that needs another engine, or it has other parameters.
+    """
+    if isinstance(made, Optimizer):
+        check_optimizer("optimizers", name_of(made), engine)
+    # ZeroRedundancyOptimizer pairs its groups with those of what it was given
+    return _check_held(made, groups, "optimizers", paired=engine.kind == "ddp" and engine.shard_optimizer)
+
+
+def _check_held(made: Any, groups: ParamGroups, key: str, paired: bool) -> Optimizer:
+    if not isinstance(made, Optimizer):
+        rule, cure = "is no optimizer of torch", "return a torch.optim.Optimizer over the parameters that are given"
+        raise UserError(key, type(made).__name__, rule, cure)
+    given, held = ([[id(p) for p in group["params"]] for group in each] for each in (groups, made.param_groups))
+    flat = [sorted(chain.from_iterable(each)) for each in (given, held)]
+    if flat[0] != flat[1] or (paired and given != held):
+        rule = f"holds other groups of parameters than the {len(given)} that are given"
+        cure = "hand them on as they are, for example torch.optim.SGD(params, lr=1e-3)"
+        raise UserError(key, name_of(made), rule, cure)
+    return made
+
+
+def _optimizer_of(function: OptimizerFactory, engine: EngineSpec) -> OptimizerFactory:
+    def make(params: Any) -> Optimizer:
+        groups = [dict(group) for group in params]
+        return check_built(_called(function, groups), groups, engine)
+
+    return make
+
+
+def _schedule_of(function: SchedulerFactory, total_steps: int) -> SchedulerFactory:
+    def make(optimizer: Optimizer) -> LRScheduler:
+        made = _called(function, _with_defaults(optimizer))
+        if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
+            rule = "is no schedule of torch that needs the step alone"
+            cure = "return a torch.optim.lr_scheduler.LRScheduler"
+            raise UserError("optimizers", type(made).__name__, rule, cure)
+        return _long_enough(made, "optimizers", total_steps)
+
+    return make
+
+
+def _called(function: Callable[[Any], Any], given: Any) -> Any:
     try:
-        return reduce(getattr, name.split(".")[1:], torch)
-    except AttributeError:
-        raise UserError(key, name, f"torch {torch.__version__} has no such name", "check the spelling") from None
+        return function(given)
+    except UserError:
+        raise
+    except Exception as error:  # it would fail so on every rank and in every attempt
+        name = getattr(function, "__name__", type(function).__name__)
+        raise UserError("optimizers", name, f"raised {type(error).__name__}: {error}", "mend it") from error
+
+
+# --- what goes on from a checkpoint ------------------------------------------------------------------------------
+
+
+def name_of(made: Optimizer | LRScheduler) -> str:
+    """Its name as in the settings: dotted where it is a library's known here, else module:attr."""
+    kind = type(made.optim if isinstance(made, ZeroRedundancyOptimizer) else made)
+    for home in ("torch.optim.lr_scheduler", *OPTIMIZERS):
+        if f"{kind.__module__}.".startswith(f"{home}."):
+            return f"{home}.{kind.__name__}"
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def made_by(optimizer: Optimizer, scheduler: LRScheduler, engine: EngineSpec, world_size: int) -> dict[str, Any]:
+    """What a checkpoint must say of its optimizer state, for `check_resumable`."""
+    names = {"optimizer": name_of(optimizer), "scheduler": name_of(scheduler)}
+    return {**names, "engine": engine.kind, "world_size": world_size}
+
+
+def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on from state made otherwise, each given by `made_by`; elementwise optimizers go on anywhere.
+
+    Raises:
+        UserError: another optimizer or schedule, which only a user's function can be, or another engine or world size
+            for an optimizer whose state cannot be cut anew.
+    """
+    for key in ("optimizer", "scheduler"):
+        if before[key] != now[key]:
+            cure = "give the same optimizers=(...) to resume it, or choose another run.name"
+            raise UserError(key, now[key], f"the run was started with {before[key]}", cure)
+    if optimizer_kind(now["optimizer"]) == "elementwise":
+        return
+    for key, setting in (("engine", "engine.kind"), ("world_size", "cluster.num_workers")):
+        if before[key] != now[key]:
+            rule = f"the state of {now['optimizer']} is not elementwise, and the run's was made with {before[key]}"
+            cure = f"set {setting}={before[key]} to resume it, or choose another run.name"
+            raise UserError(setting, now[key], rule, cure)
 
 
 class ReadOnlyOptimizer:

@@ -18,15 +18,15 @@ NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm", "Gemm
 MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 
 
-def fuse(model: "PreTrainedModel") -> None:
+def fuse(model: "PreTrainedModel", dtype: torch.dtype | None = None) -> None:
     """Replace the forward of the norms and MLPs known here; weights, names and hooks stay as they are.
 
     A model with weights of 16 bits keeps its own, whose order of rounding other programs reproduce; one that was cast
-    to them is given its own again.
+    to them is given its own again. dtype: of the weights it will train with, where it is not theirs yet.
     """
     from transformers.activations import ACT2FN
 
-    precise = model.dtype in (torch.float32, torch.float64)
+    precise = (dtype or model.dtype) in (torch.float32, torch.float64)
     for module in model.modules():
         kind = type(module).__name__
         if not precise:

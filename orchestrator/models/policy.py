@@ -1,7 +1,11 @@
 """Settings -> the trainable causal LM and its tokenizer, loaded or made on the spot."""
 
 import difflib
+import hashlib
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,6 +17,7 @@ from orchestrator.models.adapters import add_adapter
 from orchestrator.models.fused import fuse
 from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.logps import Head
+from orchestrator.models.mapped import load_made, load_mapped, save_made, weights_aside
 from orchestrator.models.quantized import quantized
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import Dtype, InitSpec, LoraSpec, Quantized, RunSpec, UserError
@@ -107,35 +112,35 @@ def _plain_config(model_type: str) -> Any:
 
 
 def build_policy(
-    spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype, device: torch.device | None = None
+    spec: RunSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    mapped: bool = False,
 ) -> "PreTrainedModel":
     """The policy on a device (the CPU), its trainable weights of `dtype`; those made on the spot depend on run.seed
     alone.
 
+    mapped: for an engine that shards weights, on the CPU: no process holds a copy of its own. The weights are mapped
+    files, and still of the files' type: whoever cuts them casts each to `dtype`, unless model.lora.base says another
+    type, which they then have. A base in 8 or 4 bits is made in the ordinary way.
+
     Raises:
         UserError: it cannot be loaded, or does something between hidden states and logits that we would leave out.
     """
-    from transformers import AutoModelForCausalLM
-
+    lora = spec.model.lora
+    mapped = mapped and not (lora is not None and lora.base in get_args(Quantized))
     if spec.model.path is not None:
-        model = load_model("model.path", spec.model.path, spec.model.disable_dropout, dtype)
-    else:
-        config = load_config(spec, tokenizer)
-        _no_dropout(config, spec.model.disable_dropout)
-        with torch.random.fork_rng():
-            torch.manual_seed(spec.run.seed)
-            try:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-                check_head(model)
-            except (ValueError, RuntimeError, TypeError) as error:  # sizes that do not fit each other
-                reason = " ".join(str(error).split())[:160]
-                given = spec.model.init.config if spec.model.init else None
-                raise UserError(
-                    "model.init.config", given, f"no model can be made of it: {reason}", "mend its sizes"
-                ) from None
+        model = load_model("model.path", spec.model.path, spec.model.disable_dropout, dtype, mapped)
+    elif mapped:
+        model = load_made(made_weights(spec, tokenizer, dtype), _made_config(spec, tokenizer), dtype)
+        check_head(model)
         fuse(model)
-    if spec.model.lora is not None:
-        model = _with_adapter(model, spec.model.lora, spec, dtype, device or model.device)
+    else:
+        model = _random_model(spec, _made_config(spec, tokenizer), dtype)
+        fuse(model)
+    if lora is not None:
+        model = _with_adapter(model, lora, spec, dtype, device or model.device)
     elif spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers":  # which does so itself
         freeze_lowest(model, spec.model.num_frozen_layers, keep_head=spec.model.tied_head == "untie")
     if spec.training.gradient_checkpointing:
@@ -143,6 +148,53 @@ def build_policy(
         # transformers gives the embeddings' output a gradient for reentrant checkpointing; ours does not need it
         model.disable_input_require_grads()
     return model.to(device or model.device).train()  # pyright: ignore[reportArgumentType]
+
+
+def made_weights(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype = torch.float32) -> Path:
+    """Folder of the weights of model.init for `load_made`, in the cache: made by the first process that asks, which
+    meanwhile holds one full copy; the others wait. `dtype`: of the run, in which they are drawn.
+
+    Raises:
+        UserError: no model can be made of the config, or the cache cannot be written.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    config = _made_config(spec, tokenizer)
+    depends_on = [config.to_dict(), spec.run.seed, str(dtype), torch.__version__, transformers.__version__]
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
+    folder = spec.cache_dir / "models" / f"{config.model_type}-{digest[:16]}"
+    try:
+        build_once(folder, lambda unfinished: save_made(_random_model(spec, config, dtype), unfinished))
+    except (OSError, SafetensorError) as error:
+        rule = f"the weights of model.init cannot be kept there ({error})"
+        cure = "set data.cache_dir to a folder with room for them"
+        raise UserError("data.cache_dir", str(spec.cache_dir), rule, cure) from None
+    return folder
+
+
+def _made_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
+    config = load_config(spec, tokenizer)
+    _no_dropout(config, spec.model.disable_dropout)
+    return config
+
+
+def _random_model(spec: RunSpec, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
+    """What model.init describes, with weights drawn from run.seed."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(spec.run.seed)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            check_head(model)
+        except (ValueError, RuntimeError, TypeError) as error:  # sizes that do not fit each other
+            reason = " ".join(str(error).split())[:160]
+            given = spec.model.init.config if spec.model.init else None
+            raise UserError(
+                "model.init.config", given, f"no model can be made of it: {reason}", "mend its sizes"
+            ) from None
+    return model
 
 
 def _with_adapter(
@@ -153,7 +205,8 @@ def _with_adapter(
         model = quantized(model, lora.base, device)  # pyright: ignore[reportArgumentType]
     elif lora.base is not None:
         model = cast_to(model, lora.base)  # pyright: ignore[reportArgumentType]
-    add_adapter(model, lora, spec.run.seed, dtype, spec.model.disable_dropout)
+    with weights_aside(model, dtype) if lora.base is None else nullcontext():
+        add_adapter(model, lora, spec.run.seed, dtype, spec.model.disable_dropout)
     return model
 
 
@@ -166,18 +219,21 @@ def cast_to(model: "PreTrainedModel", dtype: Dtype) -> "PreTrainedModel":
     return model
 
 
-def load_model(key: str, path: str, disable_dropout: bool, dtype: torch.dtype) -> "PreTrainedModel":
-    """A causal LM from a folder or the hub, with weights of `dtype`, on the CPU."""
+def load_model(
+    key: str, path: str, disable_dropout: bool, dtype: torch.dtype, mapped: bool = False
+) -> "PreTrainedModel":
+    """A causal LM from a folder or the hub, with weights of `dtype`, on the CPU; mapped: see `load_mapped`."""
     from transformers import AutoModelForCausalLM
 
     config = config_at(key, path)
     _no_dropout(config, disable_dropout)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        load = load_mapped if mapped else AutoModelForCausalLM.from_pretrained
+        model = load(path, config=config, dtype=dtype)
     except Exception as error:
         raise cannot_load(key, path, "model", error) from None
     check_head(model)
-    fuse(model)
+    fuse(model, dtype if mapped else None)
     return model
 
 
@@ -240,6 +296,16 @@ def _no_dropout(config: Any, disable: bool) -> None:
                 setattr(config.get_text_config(), name, 0.0)
 
 
+@contextmanager
+def _at_least_fp32(head: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile the head's output is not rounded to 16 bits: what a model does to it can be told from rounding."""
+    handle = head.register_forward_hook(lambda _, __, logits: logits.to(torch.promote_types(logits.dtype, torch.float)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def check_head(model: "PreTrainedModel") -> None:
     """The step runs body and head apart: refuse a model that does something in between which Head does not know.
@@ -247,12 +313,13 @@ def check_head(model: "PreTrainedModel") -> None:
     Raises:
         UserError: its own logits are others.
     """
-    training = model.training
+    training, head = model.training, Head.of(model)
     model.eval()
     ids = torch.tensor([[0, 1]])
-    whole = model(input_ids=ids, use_cache=False).logits
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    apart = Head.of(model)(hidden)
+    with _at_least_fp32(head.module):
+        whole = model(input_ids=ids, use_cache=False).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        apart = head(hidden)
     model.train(training)
     if not torch.allclose(whole.to(apart.dtype), apart, rtol=1e-4, atol=1e-4):
         raise UserError(

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -25,6 +25,7 @@ from orchestrator.models.adapters import (
 )
 from orchestrator.models.layers import UpperLayers, captured_at, decoder_layers, freeze_lowest, lowest
 from orchestrator.models.logps import body_hidden, layout_of, sequence_logps, small_batches
+from orchestrator.models.mapped import mapped_twin
 from orchestrator.models.policy import cannot_load, cast_to, check_head, config_at, load_model
 from orchestrator.models.quantized import is_quantized, quantized
 from orchestrator.settings.spec import Quantized, RunSpec, UserError
@@ -78,11 +79,21 @@ class Reference:
         return {name: self.weights[name] for name in first.values()}
 
     @torch.no_grad()
-    def sync(self, policy: "PreTrainedModel", alpha: float) -> None:
-        """reference = alpha * policy + (1 - alpha) * reference. TR-DPO, arXiv 2404.09656, eq. 8."""
-        theirs = dict(policy.named_parameters(remove_duplicate=False))
+    def sync(self, policys: "Mapping[str, torch.Tensor]", alpha: float) -> None:
+        """reference = alpha * policy + (1 - alpha) * reference. TR-DPO, arXiv 2404.09656, eq. 8.
+
+        policys: its weights by name, held as those of this reference are: whole, or the same shards.
+        """
         for name, own in self.moving().items():
-            own.mul_(1 - alpha).add_(theirs[name].to(own.device), alpha=alpha)
+            own.mul_(1 - alpha).add_(policys[name].to(own.device), alpha=alpha)
+
+    def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
+        """What an engine that shards weights is to shard with the policy: none of it is the policy's."""
+        return [self.model]
+
+    def were_wrapped(self) -> None:
+        """Find the weights again after an engine has put shards in their place."""
+        self.weights = dict(self.model.named_parameters(remove_duplicate=False))
 
     def offload(self, device: torch.device) -> None:
         """Keep the weights in the host's memory; each layer's come to the device for as long as it runs."""
@@ -114,6 +125,17 @@ class SharedLayers(Reference):
         with torch.no_grad():
             return sequence_logps(self.model, batch, self.upper(captured, **layout_of(batch)))
 
+    def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
+        """The upper layers, and whatever else of the model holds weights that are not the policy's."""
+        policys = {id(p) for p in policy.parameters()}
+        found: list[nn.Module] = list(decoder_layers(self.model)[self.capture_layer :])
+        inside = {module for layer in (*found, *lowest(policy, self.capture_layer or 0)) for module in layer.modules()}
+        for module in self.model.modules():
+            own = [p for p in module.parameters(recurse=False) if id(p) not in policys]
+            if own and module not in inside:
+                found.append(module)
+        return found
+
     def moving(self) -> dict[str, torch.Tensor]:
         """Weights that `sync` changes: those of the upper layers."""
         return {name: value for name, value in super().moving().items() if name in self.own}
@@ -139,6 +161,10 @@ class PolicyStart(Reference):
     def own_bytes(self, policy: "PreTrainedModel") -> int:
         """None: every weight is the policy's."""
         return 0
+
+    def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
+        """None, likewise."""
+        return []
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The base and, where an adapter was loaded to go on from, that one as it was: what the judge consists of."""
@@ -167,6 +193,10 @@ class Absent(Reference):
     def __init__(self) -> None:
         pass
 
+    def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
+        """None."""
+        return []
+
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
         """Never returns.
 
@@ -184,11 +214,17 @@ class Absent(Reference):
 # --- which it is -------------------------------------------------------------------------------------------------
 
 
-def identity_of(tensors: dict[str, torch.Tensor], config: Any, world: World) -> dict[str, Any]:
-    """What a model's log-probs depend on: its config and the sha256 of its weights, each by one rank. Collective."""
+def identity_of(
+    tensors: dict[str, torch.Tensor], config: Any, world: World, types: Mapping[str, torch.dtype] | None = None
+) -> dict[str, Any]:
+    """What a model's log-probs depend on: its config and the sha256 of its weights, each by one rank. Collective.
+
+    types: of those that an engine is still to cast (see types_when_cut), which are hashed as they will be.
+    """
     named = sorted(tensors.items())
     mine: list[str] = []
-    for _, tensor in named[world.rank :: world.size]:
+    for name, tensor in named[world.rank :: world.size]:
+        tensor = tensor.to((types or {}).get(name, tensor.dtype))
         content: Any = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
         mine.append(hashlib.sha256(content).hexdigest())
     digests = world.gather(mine)
@@ -242,22 +278,28 @@ def _tokenizer_at(path: str) -> Any:
 
 
 def build_reference(
-    spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype, ref_model: RefModel | None = None
+    spec: RunSpec,
+    policy: "PreTrainedModel",
+    dtype: torch.dtype,
+    ref_model: RefModel | None = None,
+    device: torch.device | None = None,
 ) -> Reference:
-    """The reference that the settings, or a Python user's function, ask for, on the policy's device.
+    """The reference that the settings, or a Python user's function, ask for.
 
-    policy: as it starts, before any wrapping. dtype: of the run's weights.
+    policy: as it starts, before any wrapping. dtype: of the run's weights. device: where the reference will run, if
+    not where the policy is now; one that is to be sharded stays with the policy until then.
 
     Raises:
         UserError: the other model cannot be loaded, or cannot be used in this way.
     """
     wanted = spec.reference
+    device = policy.device if device is None or wanted.sharded else device
     if ref_model is not None:
-        made = _of_function(spec, policy, ref_model)
+        made = _of_function(spec, policy, ref_model, device)
     elif wanted.kind == "shared_layers":
         assert wanted.num_shared_layers is not None  # a rule of the settings
         count, keep_head = wanted.num_shared_layers, spec.model.tied_head == "untie"
-        made = SharedLayers(_sharing(policy, count, keep_head), policy, count)
+        made = SharedLayers(_sharing(policy, count, keep_head, twin=wanted.sharded), policy, count)
         made.is_start = True
         _check_upper(made, policy)
     elif wanted.kind == "adapter_off":
@@ -265,12 +307,21 @@ def build_reference(
     elif wanted.kind == "precomputed" and wanted.path is None:
         made = PolicyStart(policy)
     else:
-        made = _copy(spec, policy, dtype)
+        made = _copy(spec, policy, dtype, device)
     if wanted.sync_every is not None:
         _let_move(made, policy)
     if wanted.offload:
-        made.offload(policy.device)
+        made.offload(device)
     return made
+
+
+def hold(reference: Reference, policy: "PreTrainedModel", device: torch.device, dtype: torch.dtype | None) -> None:
+    """Put the weights that are the reference's alone on the device, in a type (None: as they are)."""
+    for module in reference.own_modules(policy):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():  # others are the codes of a quantised layer, at their place already
+                is_buffer = not isinstance(tensor, nn.Parameter)  # rotary frequencies, exact in any type of weights
+                tensor.data = tensor.data.to(device, None if is_buffer else dtype)
 
 
 def create_reference_model(
@@ -304,12 +355,22 @@ def create_reference_model(
 
 
 def _sharing(
-    model: "PreTrainedModel", count: int, keep_head: bool, layers: nn.ModuleList | None = None
+    model: "PreTrainedModel",
+    count: int,
+    keep_head: bool,
+    layers: nn.ModuleList | None = None,
+    twin: bool = False,
 ) -> "PreTrainedModel":
-    """A frozen copy that shares embeddings and lowest layers; keep_head: see freeze_lowest."""
+    """A frozen copy that shares embeddings and lowest layers; keep_head: see freeze_lowest.
+
+    twin: the weights of its own lie in the model's memory, until an engine cuts both.
+    """
     was_tied = freeze_lowest(model, count, keep_head, layers)
     lower = lowest(model, count, layers)
-    one: dict[int, Any] = {id(x): x for m in lower for x in (m, *m.parameters())}
+    one: dict[int, Any] = {}
+    if twin:
+        one = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    one |= {id(x): x for m in lower for x in (m, *m.parameters())}
     if was_tied:
         head: Any = model.get_output_embeddings()
         one[id(head.weight)] = model.get_input_embeddings().weight  # which is what it was until now
@@ -321,12 +382,12 @@ def _sharing(
     return made.requires_grad_(False)
 
 
-def _copy(spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype) -> Reference:
+def _copy(spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype, device: torch.device) -> Reference:
     """A copy of the policy's start or of the model at reference.path, of its own type or quantised."""
-    wanted, device = spec.reference, policy.device
+    wanted = spec.reference
     full: Any = policy  # what the reference is, or approximates
     if wanted.path is not None:
-        full = load_model("reference.path", wanted.path, spec.model.disable_dropout, dtype)
+        full = load_model("reference.path", wanted.path, spec.model.disable_dropout, dtype, mapped=wanted.sharded)
     elif spec.model.lora is not None or wanted.kind not in get_args(Quantized):
         full = _start_of(spec, policy)
     if wanted.kind in get_args(Quantized):
@@ -353,7 +414,7 @@ def _start_of(spec: RunSpec, policy: "PreTrainedModel") -> Any:
     device, lora = policy.device, spec.model.lora
     if spec.reference.offload or spec.reference.is_approximate:
         policy.to("cpu")  # pyright: ignore[reportArgumentType] - two may not fit the device
-    start = copy.deepcopy(policy)
+    start = mapped_twin(policy) if spec.reference.sharded else copy.deepcopy(policy)
     policy.to(device)  # pyright: ignore[reportArgumentType]
     goes_on, is_quantised = lora is not None and lora.adapter_path is not None, spec.reference.kind != "copy"
     if lora is None or (goes_on and not is_quantised):
@@ -429,7 +490,9 @@ def check_function(ref_model: RefModel | None) -> None:
         raise UserError("ref_model", type(ref_model).__name__, rule, "give a function that makes it: policy -> model")
 
 
-def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel) -> Reference:
+def _of_function(
+    spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, device: torch.device
+) -> Reference:
     """What the function returns; where its lowest layers are stored where the policy's are, they are also run once.
 
     Raises:
@@ -471,8 +534,8 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel) 
         made = SharedLayers(_with_the_policys(model, policy, count), policy, count)
         _check_upper(made, policy)
     else:
-        stays = wanted.offload or model.device == policy.device  # one in 4 bits cannot move at all
-        made = Reference(model if stays else model.to(policy.device))
+        stays = wanted.offload or wanted.sharded or model.device == device  # one in 4 bits cannot move at all
+        made = Reference(model if stays else model.to(device))
     made.is_start = _equal(policy, made)
     return made
 

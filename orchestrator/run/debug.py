@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 
+from orchestrator.engines.optim import Optimizers, check_functions
 from orchestrator.models.reference import RefModel
 from orchestrator.settings.spec import RunSpec
 from orchestrator.training.health import LocalSession
@@ -20,18 +21,21 @@ OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"  # tells a rank that the process that st
 GRACE_S = 10.0  # seconds that other ranks get to end after one has failed
 
 
-def debug(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
+def debug(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimizers | None = None) -> RunResult:
     """Run the worker here; under torchrun (RANK, WORLD_SIZE) as one rank of that world.
 
     ref_model: policy -> reference, instead of what the settings say.
+    optimizers: (params -> optimizer, optimizer -> schedule), likewise; where one is None the settings say. params are
+    groups, dicts with "params" and "weight_decay", and torch.optim.SGD(params, lr=1e-6) takes them as they are.
 
     Raises:
         UserError: the settings or the data are wrong.
         TrainingError: training cannot go on.
     """
+    check_functions(optimizers)
     run_dir = RunDir(spec.run_dir)
     if is_one_of_many():
-        return _as_rank(spec, run_dir, ref_model)
+        return _as_rank(spec, run_dir, ref_model, optimizers)
     with run_dir.owned():
         run_dir.check(spec)
         if (done := finished_already(run_dir)) is not None:
@@ -39,10 +43,10 @@ def debug(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
         prepare(spec)
         run_dir.begin(spec)
         world = World.join(spec.cluster.collective_timeout_s)
-        return run(spec, world, LocalSession(run_dir, world.rank), ref_model)
+        return run(spec, world, LocalSession(run_dir, world.rank), ref_model, optimizers)
 
 
-def _as_rank(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None) -> RunResult:
+def _as_rank(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None, optimizers: Optimizers | None) -> RunResult:
     world = World.join(spec.cluster.collective_timeout_s)
     try:
         with ExitStack() as held:
@@ -55,7 +59,7 @@ def _as_rank(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None) -> RunR
                 if done is None:
                     run_dir.begin(spec)
             done = world.gather(done)[0]  # the directory exists
-            return done or run(spec, world, LocalSession(run_dir, world.rank), ref_model)
+            return done or run(spec, world, LocalSession(run_dir, world.rank), ref_model, optimizers)
     finally:
         world.leave()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from orchestrator.engines.optim import Optimizers, check_functions
 from orchestrator.models.reference import RefModel, check_function
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
@@ -40,10 +41,12 @@ class RunDied(Exception):
     """The workers died more often than cluster.max_failures allows, without a new checkpoint in between."""
 
 
-def train(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
+def train(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimizers | None = None) -> RunResult:
     """Run to the end on Ray, resuming from the last checkpoint whenever workers die.
 
     ref_model: policy -> reference, instead of what the settings say; it is sent to every worker and called there.
+    optimizers: (params -> optimizer, optimizer -> schedule), likewise; where one is None the settings say. params are
+    groups, dicts with "params" and "weight_decay", and torch.optim.SGD(params, lr=1e-6) takes them as they are.
     Ctrl-C (or RUN_DIR/STOP) saves and stops; a second Ctrl-C aborts. The same call again resumes.
 
     Raises:
@@ -51,7 +54,9 @@ def train(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
         TrainingError: training cannot go on.
         RunDied: the workers died too often.
     """
-    sent = _pickled(spec, ref_model)
+    check_function(ref_model)
+    check_functions(optimizers)
+    sent = _pickled(spec, {"ref_model": ref_model, "optimizers": optimizers})
     run_dir = RunDir(spec.run_dir)
     with run_dir.owned():
         run_dir.check(spec)
@@ -95,7 +100,7 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | No
         time.sleep(supervisor.backoff_s)
 
 
-def _fit(spec: RunSpec, run_dir: RunDir, ref_model: bytes) -> Exception | None:
+def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Exception | None:
     """One attempt of Ray Train; returns what it raised."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -109,7 +114,7 @@ def _fit(spec: RunSpec, run_dir: RunDir, ref_model: bytes) -> Exception | None:
             "spec": spec.model_dump(mode="json"),
             "cwd": os.getcwd(),
             "use_gpu": use_gpu,
-            "ref_model": ref_model,
+            "functions": functions,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
@@ -153,7 +158,7 @@ def worker_loop(config: dict[str, Any]) -> None:
         try:
             # Ray is not told of checkpoints: it would take only those inside its own folder, waits up to 2 s for each
             # report, and its record of them can be lost in a crash. Manifests say which exist, to it and to us.
-            run(spec, world, LocalSession(run_dir, world.rank), _unpickled(config["ref_model"]))
+            run(spec, world, LocalSession(run_dir, world.rank), **_unpickled(config["functions"]))
         except UserError as error:
             run_dir.write_result({"status": "refused", "error": [error.key, error.value, error.rule, error.cure]})
             raise
@@ -168,33 +173,39 @@ def worker_loop(config: dict[str, Any]) -> None:
             raise
 
 
-def _pickled(spec: RunSpec, ref_model: RefModel | None) -> bytes:
-    """The function as bytes, to be read on a worker when its module can be imported.
+def _pickled(spec: RunSpec, functions: dict[str, Any]) -> dict[str, bytes]:
+    """Arguments of `run` that are functions, as bytes, to be read on a worker when their modules can be imported.
 
     Raises:
-        UserError: it is no function, or cannot be sent.
+        UserError: one cannot be sent.
     """
-    check_function(ref_model)
-    if ref_model is None:
-        return pickle.dumps(None)
+    given = {name: function for name, function in functions.items() if function is not None}
+    if not given:
+        return {}
     _authenticate(spec)
     from ray import cloudpickle
 
-    try:
-        return cloudpickle.dumps(ref_model)  # pyright: ignore[reportPrivateImportUsage]
-    except Exception as error:  # whatever it holds on to may refuse in its own way
-        reason = " ".join(str(error).split())[:160]
-        cure = "let it hold names and paths, and make models and files when it is called"
-        raise UserError("ref_model", repr(ref_model), f"cannot be sent to the workers ({reason})", cure) from None
+    sent: dict[str, bytes] = {}
+    for name, function in given.items():
+        try:
+            sent[name] = cloudpickle.dumps(function)  # pyright: ignore[reportPrivateImportUsage]
+        except Exception as error:  # whatever it holds on to may refuse in its own way
+            reason = " ".join(str(error).split())[:160]
+            cure = "let it hold names and paths, and make models and files when it is called"
+            raise UserError(name, repr(function), f"cannot be sent to the workers ({reason})", cure) from None
+    return sent
 
 
-def _unpickled(sent: bytes) -> RefModel | None:
-    try:
-        return pickle.loads(sent)
-    except Exception as error:
-        rule = f"cannot be read on a worker ({type(error).__name__}: {error})"
-        cure = "define it in a module of the folder where the command is given"
-        raise UserError("ref_model", "function", rule, cure) from None
+def _unpickled(sent: dict[str, bytes]) -> dict[str, Any]:
+    functions: dict[str, Any] = {}
+    for name, function in sent.items():
+        try:
+            functions[name] = pickle.loads(function)
+        except Exception as error:
+            rule = f"cannot be read on a worker ({type(error).__name__}: {error})"
+            cure = "define it in a module of the folder where the command is given"
+            raise UserError(name, "function", rule, cure) from None
+    return functions
 
 
 def rank_log(run_dir: RunDir, rank: int) -> Path:

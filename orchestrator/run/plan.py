@@ -38,7 +38,7 @@ def planned(spec: RunSpec) -> dict[str, Any]:
             "last_batch_of_epoch": rows % batch.global_batch_size or batch.global_batch_size,
             "epochs": round(length.epochs, 4),
             "steps": length.steps,
-            "warmup_steps": spec.scheduler.warmup_steps,
+            "warmup_steps": spec.scheduler.warmup(length.steps),
         }
         for name, every in (("evaluations", spec.evaluation.every_steps), ("checkpoints", spec.checkpoint.every_steps)):
             facts[name] = _times(length.steps, every) + (name == "evaluations")  # one more before the first step

@@ -4,11 +4,16 @@ Importing this module loads neither torch nor ray, so that a bad run is refused 
 """
 
 import difflib
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator.settings.deepspeed import contradictions
 
 
 class UserError(Exception):
@@ -29,14 +34,29 @@ class UserError(Exception):
 
 
 LossType = Literal["sigmoid", "ipo"]
-EngineKind = Literal["ddp"]
+EngineKind = Literal["ddp", "deepspeed", "fsdp"]
+ZeroStage = Literal[1, 2, 3]
+EngineOffload = Literal["none", "optimizer", "parameters"]
 ReferenceKind = Literal["copy", "shared_layers", "int8", "nf4", "adapter_off", "precomputed"]
 Quantized = Literal["int8", "nf4"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 CacheMode = Literal["off", "lazy", "full"]
 AttentionName = Literal["auto", "cpu", "varlen", "sdpa", "padded"]
 Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
-SchedulerName = Literal["linear", "cosine", "constant"]
+SchedulerName = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+    "wsd",
+]  # transformers' names of schedules that need no metric, and a short one
+OptimizerKind = Literal["elementwise", "whole", "unknown"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -54,6 +74,26 @@ ELEMENTWISE_OPTIMIZERS = [
     "Rprop",
     "SGD",
 ]  # of torch.optim
+# By the module that they are named by; those beside the elementwise ones and DeepSpeed's read more of a parameter.
+OPTIMIZERS: dict[str, list[str]] = {
+    "torch.optim": [*ELEMENTWISE_OPTIMIZERS, "Muon", "Adafactor"],
+    "bitsandbytes.optim": [
+        "Adam8bit",
+        "AdamW8bit",
+        "PagedAdam8bit",
+        "PagedAdamW8bit",
+        "PagedAdamW32bit",
+        "Lion8bit",
+        "PagedLion8bit",
+        "AdEMAMix8bit",
+        "PagedAdEMAMix8bit",
+    ],
+    "deepspeed.ops.adam": ["FusedAdam", "DeepSpeedCPUAdam"],
+}
+USELESS_OPTIMIZERS = {
+    "torch.optim.LBFGS": "needs a closure, and looks across all parameters, of which a rank has some",
+    "torch.optim.SparseAdam": "takes sparse gradients only, and a language model's are dense",
+}
 FREE: dict[str, Any] = {"resume": "free"}
 """Marks a field that may change between a run and its resumption: it does not touch the numbers of the run."""
 
@@ -176,12 +216,23 @@ class BatchSpec(Block):
     """Tokens per forward pass on one rank as they are laid out: packed, prompt and both completions; padded, with the
     padding. A longer single pair still gets its pass."""
 
+    def pairs_per_rank(self, ranks: int) -> int:
+        """Pairs of a step that the busiest of so many ranks has."""
+        return -(-self.global_batch_size // ranks)
+
+    def grad_accum(self, ranks: int) -> int | None:
+        """Forward passes in a step on that rank; None where tokens say how many."""
+        return -(-self.pairs_per_rank(ranks) // self.micro_batch_size) if self.micro_batch_size else None
+
 
 class OptimizerSpec(Block):
     """The optimizer; its state is sharded over the ranks."""
 
     name: str = "torch.optim.AdamW"
-    """An elementwise optimizer of torch.optim, by its dotted name."""
+    """Dotted name. Under every engine the elementwise ones of torch.optim (AdamW, SGD, ...), whose state any engine and
+    number of ranks resume; under ddp torch.optim.Muon and Adafactor, and those of bitsandbytes.optim (AdamW8bit,
+    PagedAdamW32bit, ...); under deepspeed FusedAdam and DeepSpeedCPUAdam of deepspeed.ops.adam; under ddp with
+    engine.shard_optimizer=false your own, as module:attr."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
@@ -194,11 +245,18 @@ class SchedulerSpec(Block):
     """The learning rate over optimizer steps actually taken."""
 
     name: str = "linear"
-    """linear, cosine, constant, or a scheduler of torch by its dotted name (torch.optim.lr_scheduler.StepLR)."""
+    """linear, cosine, constant, cosine_with_min_lr, wsd (warmup_stable_decay) or another name of transformers', or a
+    scheduler of torch by its dotted name (torch.optim.lr_scheduler.StepLR)."""
     warmup_steps: NonNegative = 0
-    """Optimizer steps of linear warm-up; for linear, cosine and constant."""
+    """Optimizer steps of linear warm-up, before the schedules of transformers."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The same as a part of all steps, rounded up."""
     kwargs: dict[str, Any] = {}
-    """Keyword arguments of a torch scheduler, for example {step_size: 30, gamma: 0.1}."""
+    """Keyword arguments of the schedule: {min_lr_rate: 0.1}, {num_decay_steps: 100}, {step_size: 30, gamma: 0.1}."""
+
+    def warmup(self, total_steps: int) -> int:
+        """Optimizer steps of warm-up in a run of that many."""
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * total_steps)
 
 
 class TrainingSpec(Block):
@@ -219,10 +277,66 @@ class TrainingSpec(Block):
 
 
 class EngineSpec(Block):
-    """Who owns gradients and optimizer state."""
+    """Who owns gradients and optimizer state. Changes speed and memory and, in fp32, nothing else."""
 
     kind: EngineKind = Field("ddp", json_schema_extra=FREE)
-    """ddp: DistributedDataParallel with the optimizer state sharded over the ranks."""
+    """ddp: whole weights on every rank, the optimizer's state sharded. deepspeed: ZeRO, of engine.zero_stage. fsdp:
+    weights, gradients and state sharded by torch's fully_shard (FSDP2)."""
+    zero_stage: ZeroStage | None = Field(None, json_schema_extra=FREE)
+    """What DeepSpeed shards: 1 the optimizer's state, 2 gradients too, 3 weights too. 2 when neither this nor
+    engine.deepspeed_config says. Rajbhandari et al. 2019, arXiv 1910.02054."""
+    deepspeed_config: dict[str, Any] | None = Field(None, json_schema_extra=FREE)
+    """A DeepSpeed JSON, by its path, or what would stand in one; "auto" in it is filled from the settings, and what
+    contradicts them is refused."""
+    shard_optimizer: bool = Field(True, json_schema_extra=FREE)
+    """ddp: deal the optimizer's state over the ranks (ZeroRedundancyOptimizer), a parameter to one rank."""
+    offload: EngineOffload = Field("none", json_schema_extra=FREE)
+    """What lies in the host's memory. optimizer: its state and the weights that it updates (deepspeed); parameters:
+    all weights between their uses as well (deepspeed at stage 3; fsdp)."""
+    reshard_after_forward: bool = Field(True, json_schema_extra=FREE)
+    """fsdp: drop a layer's gathered weights after its forward pass, and gather them again for the backward one."""
+    bucket_size: Positive | None = Field(None, json_schema_extra=FREE)
+    """Elements of gradient that travel together (deepspeed, ddp); their own choice when not set."""
+    overlap_comm: bool | None = Field(None, json_schema_extra=FREE)
+    """deepspeed: reduce gradients while the backward pass goes on; its own choice when not set."""
+
+    @field_validator("deepspeed_config", mode="before")
+    @classmethod
+    def _file_is_read(cls, value: Any) -> Any:
+        return deepspeed_json(value) if isinstance(value, str) else value
+
+    @property
+    def stage(self) -> ZeroStage:
+        """The ZeRO stage that deepspeed runs."""
+        zero = (self.deepspeed_config or {}).get("zero_optimization")
+        in_file = zero.get("stage") if isinstance(zero, dict) else None
+        return self.zero_stage or next((stage for stage in get_args(ZeroStage) if stage == in_file), 2)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a rank holds only a part of each weight between forward passes."""
+        return self.kind == "fsdp" or (self.kind == "deepspeed" and self.stage == 3)
+
+
+def deepspeed_json(given: str | dict[str, Any] | None) -> dict[str, Any]:
+    """What engine.deepspeed_config stands for, or the file that it names; nothing where it is not set.
+
+    Raises:
+        UserError: there is no such file, or it is no JSON object.
+    """
+    if not isinstance(given, str):
+        return given or {}
+    path, cure = given, "give a DeepSpeed JSON, for example configs/deepspeed/zero2.json"
+    try:
+        found = json.loads(Path(path).expanduser().read_text())
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror})"
+        raise UserError("engine.deepspeed_config", path, rule, cure) from None
+    except ValueError as error:
+        raise UserError("engine.deepspeed_config", path, f"is no JSON: {error}", cure) from None
+    if not isinstance(found, dict):
+        raise UserError("engine.deepspeed_config", path, "is no JSON object", cure)
+    return found
 
 
 class ReferenceSpec(Block):
@@ -240,6 +354,9 @@ class ReferenceSpec(Block):
     """Layers of kind shared_layers, counted from the embeddings, which are shared as well."""
     dtype: Dtype | None = None
     """Type of a copy's weights; the policy's when not set."""
+    sharded: bool = Field(False, json_schema_extra=FREE)
+    """Shard the weights of a copy, or the own layers of kind shared_layers, with the policy's, where the engine shards
+    weights (deepspeed at stage 3, fsdp); otherwise each rank holds them whole."""
     offload: bool = Field(False, json_schema_extra=FREE)
     """Keep a copy's weights in the host's memory, and bring each layer to the device when it runs (accelerate)."""
     max_reward_error: float | None = Field(None, gt=0)
@@ -298,13 +415,15 @@ class CheckpointSpec(Block):
     """Optimizer steps between checkpoints; only at the end when not set."""
     keep: Positive = Field(2, json_schema_extra=FREE)
     """Newest checkpoints that stay on disk."""
+    async_save: bool = Field(False, json_schema_extra=FREE)
+    """Copy the state to the host's memory and write it in the background, while training goes on."""
 
 
 class ClusterSpec(Block):
     """What the driver asks of Ray."""
 
-    num_workers: Positive = Field(1, json_schema_extra=FREE)
-    """Ranks: one worker each."""
+    num_workers: int | list[int] = Field(1, json_schema_extra=FREE)
+    """Ranks: one worker each. [fewest, most]: as many as the cluster holds whenever the run starts or goes on."""
     resources: dict[str, Annotated[float, Field(ge=0)]] = Field({}, json_schema_extra=FREE)
     """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU where there is any, else one CPU."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", json_schema_extra=FREE)
@@ -317,6 +436,25 @@ class ClusterSpec(Block):
     """Authentication of a Ray that we start ourselves (RAY_AUTH_MODE); a Ray we join has its own."""
     collective_timeout_s: Positive = Field(600, json_schema_extra=FREE)
     """Seconds that a rank waits for the others in a collective before the run is given up and resumed."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _one_or_two_numbers(cls, value: Any) -> Any:
+        is_range = isinstance(value, list | tuple)
+        ends = [int(end) if str(end).isdecimal() else 0 for end in (value if is_range else [value] * 2)]
+        if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
+            raise PydanticCustomError("workers", "must be an integer of 1 or more, or [fewest, most]")
+        return ends if is_range else ends[0]
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers that the run takes."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class WandbSpec(Block):
@@ -405,11 +543,16 @@ class RunSpec(Block):
             _known_optimizer,
             _known_scheduler,
             _evaluation,
+            _engine_parts,
+            _engine_limits,
+            _deepspeed_file,
             _model_parts,
             _reference_parts,
+            _reference_sharded,
             _reference_sync,
             _reference_cache,
             _resources,
+            _elastic,
         ):
             rule(self)
         for entry in self.callbacks:
@@ -462,60 +605,157 @@ def _one_length(spec: RunSpec) -> None:
         )
 
 
+def optimizer_kind(name: str) -> OptimizerKind:
+    """What an optimizer, by its dotted name or module:attr, reads in order to update an element of a parameter.
+
+    elementwise: that element alone, so that its state may be cut anywhere, and resumed by any engine at any world size.
+    whole: more of the same parameter. unknown: code of a user's.
+    """
+    module, _, last = name.rpartition(".")
+    if module == "deepspeed.ops.adam" or (module == "torch.optim" and last in ELEMENTWISE_OPTIMIZERS):
+        return "elementwise"
+    return "whole" if module in OPTIMIZERS else "unknown"
+
+
+def check_optimizer(key: str, name: str, engine: EngineSpec) -> None:
+    """Refuse an optimizer whose maths that engine would change.
+
+    key: the setting, or argument, that it comes from. name: dotted, or module:attr.
+
+    Raises:
+        UserError: with the reason.
+    """
+    module, _, last = name.rpartition(".")
+    kind, adamw = optimizer_kind(name), "take torch.optim.AdamW"
+    if name in USELESS_OPTIMIZERS:
+        raise UserError(key, name, USELESS_OPTIMIZERS[name], adamw)
+    if module == "deepspeed.ops.adam" and engine.kind != "deepspeed":
+        raise UserError(key, name, "is DeepSpeed's own", f"set engine.kind=deepspeed, or {adamw}")
+    if kind == "unknown" and (engine.kind != "ddp" or engine.shard_optimizer):
+        rule = "is code of yours, whose maths may need more than the shard that a rank holds"
+        raise UserError(key, name, rule, "set engine.kind=ddp and engine.shard_optimizer=false")
+    if kind == "whole" and engine.kind != "ddp":
+        why = "works on whole matrices, and under fsdp a rank holds some rows of each"
+        if module == "bitsandbytes.optim":
+            why = f"keeps its state in blocks of 8 bits or in pages, which the shards of {engine.kind} would cut"
+        elif engine.kind == "deepspeed":
+            why = "works on matrices, and deepspeed makes one long vector of them: it would "
+            why += "raise" if last == "Muon" else "silently compute something else"
+        raise UserError(key, name, why, f"set engine.kind=ddp, or {adamw}")
+    if name == "torch.optim.Adagrad" and engine.kind == "deepspeed":
+        rule = "is made anew by deepspeed, with one group of weights, so that norms and biases would be decayed"
+        raise UserError(key, name, rule, f"set engine.kind=ddp or fsdp, or {adamw}")
+    if last == "DeepSpeedCPUAdam" and engine.offload == "none":
+        rule, cure = "updates weights that lie in the host's memory", "set engine.offload=optimizer"
+        raise UserError(key, name, rule, f"{cure}, or take deepspeed.ops.adam.FusedAdam")
+    if last == "FusedAdam" and engine.offload != "none":
+        rule = f"updates weights that lie on the GPU, and engine.offload is {engine.offload}"
+        raise UserError(key, name, rule, "take deepspeed.ops.adam.DeepSpeedCPUAdam, or torch.optim.AdamW")
+
+
+# What TRL calls them.
+TRL_OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adamw_torch": "torch.optim.AdamW",
+    "adamw_hf": "torch.optim.AdamW",
+    "adamw_torch_fused": "torch.optim.AdamW with optimizer.kwargs={fused: true}",
+    "adam": "torch.optim.Adam",
+    "sgd": "torch.optim.SGD",
+    "adagrad": "torch.optim.Adagrad",
+    "rmsprop": "torch.optim.RMSprop",
+    "adafactor": "torch.optim.Adafactor",
+    "muon": "torch.optim.Muon",
+    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
+    "adamw_bnb_8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged_adamw": "bitsandbytes.optim.PagedAdamW32bit",
+    "paged_adamw_32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "lion_8bit": "bitsandbytes.optim.Lion8bit",
+    "paged_lion_8bit": "bitsandbytes.optim.PagedLion8bit",
+    "ademamix_8bit": "bitsandbytes.optim.AdEMAMix8bit",
+    "paged_ademamix_8bit": "bitsandbytes.optim.PagedAdEMAMix8bit",
+}
+
+
 def _known_optimizer(spec: RunSpec) -> None:
-    module, _, name = spec.optimizer.name.rpartition(".")
-    if module != "torch.optim" or name not in ELEMENTWISE_OPTIMIZERS:
-        near = difflib.get_close_matches(name, ELEMENTWISE_OPTIMIZERS, n=1)
-        raise UserError(
-            "optimizer.name",
-            spec.optimizer.name,
-            "is not an elementwise optimizer of torch.optim, whose state can be sharded",
-            f"did you mean torch.optim.{near[0]}?"
-            if near
-            else "take one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS),
-        )
-    for key in ("lr", "weight_decay"):
-        if key in spec.optimizer.kwargs:
-            raise UserError(
-                f"optimizer.kwargs.{key}",
-                spec.optimizer.kwargs[key],
-                "has a setting of its own",
-                f"set optimizer.{key} instead",
-            )
+    name, kwargs = spec.optimizer.name, spec.optimizer.kwargs
+    module, _, last = name.rpartition(".")
+    if ":" in name:
+        _user_code("optimizer.name", name)
+    elif last not in OPTIMIZERS.get(module, ()) and name not in USELESS_OPTIMIZERS:
+        dotted = {end: f"{home}.{end}" for home, ends in OPTIMIZERS.items() if module in ("", home) for end in ends}
+        near = [dotted[end] for end in difflib.get_close_matches(last, dotted, n=1)]
+        meant = TRL_OPTIMIZERS.get(name) or (near[0] if near else "")
+        rule = "is neither an optimizer of torch, bitsandbytes or deepspeed whose maths is known here nor a module:attr"
+        cure = f"did you mean {meant}?" if meant else "take one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS)
+        raise UserError("optimizer.name", name, rule, cure)
+    check_optimizer("optimizer.name", name, spec.engine)
+    for key in {"lr", "weight_decay"} & kwargs.keys():
+        cure = f"set optimizer.{key} instead"
+        raise UserError(f"optimizer.kwargs.{key}", kwargs[key], "has a setting of its own", cure)
 
 
 def _known_scheduler(spec: RunSpec) -> None:
-    scheduler = spec.scheduler
-    dotted = scheduler.name.startswith("torch.optim.lr_scheduler.")
-    if scheduler.name not in get_args(SchedulerName) and not dotted:
-        near = difflib.get_close_matches(scheduler.name, get_args(SchedulerName), n=1)
-        raise UserError(
-            "scheduler.name",
-            scheduler.name,
-            "is neither linear, cosine, constant nor a torch.optim.lr_scheduler.NAME",
-            f"did you mean {near[0]}?" if near else "for example torch.optim.lr_scheduler.StepLR",
-        )
-    if scheduler.name.endswith("ReduceLROnPlateau"):
-        raise UserError(
-            "scheduler.name",
-            scheduler.name,
-            "needs a metric at every step",
-            "take linear, cosine or another torch scheduler",
-        )
-    if dotted and scheduler.warmup_steps:
-        raise UserError(
-            "scheduler.warmup_steps",
-            scheduler.warmup_steps,
-            f"does not act on {scheduler.name}",
-            "remove it, or take linear, cosine or constant",
-        )
-    if not dotted and scheduler.kwargs:
-        raise UserError(
-            "scheduler.kwargs",
-            scheduler.kwargs,
-            f"are for torch's schedulers, not for {scheduler.name}",
-            "remove scheduler.kwargs",
-        )
+    scheduler, name = spec.scheduler, spec.scheduler.name
+    dotted, last = name.startswith("torch.optim.lr_scheduler."), name.rpartition(".")[2]
+    in_python = "in Python give it as train(spec, optimizers=(None, optimizer -> schedule))"
+    near = difflib.get_close_matches(name, get_args(SchedulerName), n=1)
+    meant = near[0] if near else f"torch.optim.lr_scheduler.{last}" if last.endswith("LR") else ""
+    warmup = "warmup_steps" if scheduler.warmup_ratio is None else "warmup_ratio"
+    _refuse(
+        [
+            _Clash(
+                last in ("ReduceLROnPlateau", "reduce_lr_on_plateau", "greedy", "GreedyLR"),
+                "scheduler.name",
+                name,
+                "needs a metric at every step",
+                "take linear, cosine or another that needs the step alone",
+            ),
+            _Clash(
+                last in ("SequentialLR", "ChainedScheduler"),
+                "scheduler.name",
+                name,
+                "takes other schedulers as arguments",
+                in_python,
+            ),
+            _Clash(last in ("LambdaLR", "MultiplicativeLR"), "scheduler.name", name, "takes a function", in_python),
+            _Clash(
+                name not in get_args(SchedulerName) and not dotted,
+                "scheduler.name",
+                name,
+                "is neither a schedule of transformers nor a torch.optim.lr_scheduler.NAME",
+                f"did you mean {meant}?" if meant else "take one of " + ", ".join(get_args(SchedulerName)),
+            ),
+            _Clash(
+                bool(scheduler.warmup_steps and scheduler.warmup_ratio is not None),
+                "scheduler.warmup_ratio",
+                scheduler.warmup_ratio,
+                f"scheduler.warmup_steps ({scheduler.warmup_steps}) says it already",
+                "remove one of the two",
+            ),
+            _Clash(
+                dotted and bool(getattr(scheduler, warmup)),
+                f"scheduler.{warmup}",
+                getattr(scheduler, warmup),
+                f"does not act on {name}",
+                "remove it, or take linear, cosine or constant",
+            ),
+            _Clash(
+                name in ("linear", "constant", "constant_with_warmup") and bool(scheduler.kwargs),
+                "scheduler.kwargs",
+                scheduler.kwargs,
+                f"{name} takes none",
+                "remove scheduler.kwargs",
+            ),
+        ]
+    )
+    said = {
+        "num_warmup_steps": ("has a setting of its own", "set scheduler.warmup_steps instead"),
+        "num_training_steps": ("is the length of the run", "remove it"),
+        "last_epoch": ("is where the schedule was, which a checkpoint says", "remove it"),
+    }
+    for key in said.keys() & scheduler.kwargs.keys():
+        raise UserError(f"scheduler.kwargs.{key}", scheduler.kwargs[key], *said[key])
 
 
 def _evaluation(spec: RunSpec) -> None:
@@ -540,6 +780,89 @@ def _refuse(clashes: list[_Clash]) -> None:
     for clash in clashes:
         if clash.found:
             raise UserError(*clash[1:])
+
+
+def _engine_parts(spec: RunSpec) -> None:
+    """What one engine has and another has not."""
+    engine, kind = spec.engine, spec.engine.kind
+    no_buckets = kind == "fsdp" and engine.bucket_size is not None
+    owners = {
+        "deepspeed": ("zero_stage", "deepspeed_config", "overlap_comm"),
+        "fsdp": ("reshard_after_forward",),
+        "ddp": ("shard_optimizer",),
+    }
+    others = [(name, owner) for owner, names in owners.items() for name in names if owner != kind]
+    defaults = {name: EngineSpec.model_fields[name].default for name, _ in others}
+    _refuse(
+        [
+            _Clash(
+                getattr(engine, name) != defaults[name],
+                f"engine.{name}",
+                getattr(engine, name),
+                f"does not act on engine.kind {kind}",
+                f"set engine.kind={owner}, or remove it",
+            )
+            for name, owner in others
+        ]
+        + [
+            _Clash(
+                no_buckets,
+                "engine.bucket_size",
+                engine.bucket_size,
+                "does not act on engine.kind fsdp, where the gradient of a layer travels by itself",
+                "remove it",
+            ),
+            _Clash(
+                engine.offload == "optimizer" and kind != "deepspeed",
+                "engine.offload",
+                engine.offload,
+                "under fsdp the state lies where the weights are" if kind == "fsdp" else "ddp has no offload",
+                "set engine.offload=parameters" if kind == "fsdp" else "set engine.kind=deepspeed",
+            ),
+            _Clash(
+                engine.offload == "parameters" and not engine.shards_weights,
+                "engine.offload",
+                engine.offload,
+                f"under {_named(engine)} every rank computes with whole weights that stay on its device",
+                "set engine.zero_stage=3, or engine.offload=optimizer"
+                if kind == "deepspeed"
+                else "set engine.kind=fsdp, or engine.kind=deepspeed and engine.zero_stage=3",
+            ),
+        ]
+    )
+
+
+def _engine_limits(spec: RunSpec) -> None:
+    """What an engine cannot do without changing numbers."""
+    engine, lora = spec.engine, spec.model.lora
+    base = lora.base if lora else None
+    _refuse(
+        [
+            _Clash(
+                spec.precision == "fp64" and engine.kind == "deepspeed",
+                "precision",
+                spec.precision,
+                "deepspeed adds gradients and keeps the weights that it updates in fp32",
+                "set engine.kind=ddp or fsdp, or precision=fp32",
+            ),
+            _Clash(
+                base in get_args(Quantized) and engine.shards_weights,
+                "model.lora.base",
+                base,
+                f"the codes of a quantised layer cannot be cut into the shards of {_named(engine)}",
+                "set engine.kind=ddp, or engine.kind=deepspeed and engine.zero_stage=2, or model.lora.base=bf16",
+            ),
+        ]
+    )
+
+
+def _named(engine: EngineSpec) -> str:
+    return f"deepspeed at stage {engine.stage}" if engine.kind == "deepspeed" else engine.kind
+
+
+def _deepspeed_file(spec: RunSpec) -> None:
+    for found in contradictions(spec):
+        raise UserError(f"engine.deepspeed_config.{found.path}", found.value, found.rule, found.cure)
 
 
 def _model_parts(spec: RunSpec) -> None:
@@ -677,6 +1000,23 @@ def _reference_parts(spec: RunSpec) -> None:
     )
 
 
+def _reference_sharded(spec: RunSpec) -> None:
+    reference, engine = spec.reference, spec.engine
+    why, cure = "", "remove it, or set reference.kind=copy"
+    if not reference.sharded:
+        return
+    if not engine.shards_weights:
+        why, cure = f"{_named(engine)} shards no weights", "remove it, or set engine.kind=fsdp"
+    elif reference.kind not in ("copy", "shared_layers"):
+        why = f"kind {reference.kind} has no weights that could be cut"
+    elif reference.dtype is not None:
+        why, cure = f"the shards are of the policy's type, not {reference.dtype}", "remove it, or reference.dtype"
+    elif reference.offload:
+        why, cure = "engine.offload says where shards lie", "remove it, or reference.offload"
+    if why:
+        raise UserError("reference.sharded", reference.sharded, why, cure)
+
+
 def _reference_sync(spec: RunSpec) -> None:
     reference, why = spec.reference, ""
     if reference.sync_every is None:
@@ -726,6 +1066,17 @@ def _resources(spec: RunSpec) -> None:
         )
 
 
+def _elastic(spec: RunSpec) -> None:
+    name, cluster = spec.optimizer.name, spec.cluster
+    if cluster.min_workers < cluster.max_workers and optimizer_kind(name) != "elementwise":
+        raise UserError(
+            "cluster.num_workers",
+            cluster.num_workers,
+            f"the state of {name} is not elementwise, so that only as many ranks as wrote it can go on from it",
+            f"set cluster.num_workers={cluster.max_workers}, or take torch.optim.AdamW",
+        )
+
+
 def _user_code(key: str, value: str) -> None:
     module, colon, attribute = value.partition(":")
     if not (colon and module and attribute):
@@ -772,6 +1123,13 @@ TRL_NAMES = {
     "gradient_accumulation_steps": "batch.global_batch_size (accumulation is derived)",
     "max_grad_norm": "training.max_grad_norm",
     "lr_scheduler_type": "scheduler.name",
+    "lr_scheduler_kwargs": "scheduler.kwargs",
+    "warmup_steps": "scheduler.warmup_steps",
+    "warmup_ratio": "scheduler.warmup_ratio",
+    "weight_decay": "optimizer.weight_decay",
+    "optim_args": "optimizer.kwargs",
+    "deepspeed": "engine.deepspeed_config",
+    "fsdp": "engine.kind=fsdp",
     "optim": "optimizer.name",
     "output_dir": "run.dir and run.name",
     "model_name_or_path": "model.path",
@@ -798,10 +1156,10 @@ TRL_NAMES = {
 
 def _cure_of_unknown(block: type[Block], location: tuple[int | str, ...]) -> str:
     name = str(location[-1])
-    if near := difflib.get_close_matches(name, block.model_fields, n=1, cutoff=0.6):
-        return f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
     if name in TRL_NAMES:
         return f"did you mean {TRL_NAMES[name]}?"
+    if near := difflib.get_close_matches(name, block.model_fields, n=1, cutoff=0.6):
+        return f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
     return "the keys here are " + ", ".join(block.model_fields)
 
 

@@ -23,9 +23,14 @@ def evaluate(
     began = time.monotonic()
     micro_batches, make = loader.whole(step)
     sums = MetricSums(world)
+    cached = loader.cache
+    known = cached is not None and all(cached.known(micro.pairs) is not None for micro in micro_batches)
+    ask_all = engine.meets_in_forward and not all_ranks(world, known)
     for micro in micro_batches:
         each()
         batch = make(micro)
+        if ask_all and cached is not None:
+            batch = batch._replace(ref_logps=None)
         output = engine.evaluate(batch.to(world.device), Counts(len(loader.pairs), 1))
         sums.add(output.metric_sums)
         loader.remember(batch, output.ref_logps)
@@ -52,12 +57,20 @@ def fill_reference_cache(
     [unknown, *_] = world.gather(len(loader.cache.unknown()))  # before anyone writes
     for micro in micro_batches:
         each()
-        if not micro.is_filler and loader.cache.known(micro.pairs) is None:
+        wanted = not micro.is_filler and loader.cache.known(micro.pairs) is None
+        if not all_ranks(world, not wanted) if engine.meets_in_forward else wanted:  # then all ask, if one wants to
             batch = make(micro)
-            loader.remember(batch, engine.reference_logps(batch.to(world.device)))
+            ref_logps = engine.reference_logps(batch.to(world.device))
+            if wanted:
+                loader.remember(batch, ref_logps)
     world.gather(None)  # every rank has written
     loader.cache.read()
     return unknown, time.monotonic() - began
+
+
+def all_ranks(world: World, true: bool) -> bool:
+    """Whether it is true on all of them. Collective."""
+    return not world.max(torch.tensor([not true], dtype=torch.int32, device=world.device)).item()
 
 
 MEASURED = 4  # micro-batches of the first step on each rank, on which a reference is looked at before training

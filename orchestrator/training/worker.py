@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,14 @@ from orchestrator.data.order import Order, PairCost, fed_lengths, longest_sequen
 from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokenizer_identity
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
-from orchestrator.engines.ddp import DdpEngine, autocast
-from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, optimizer_factory, scheduler_factory
+from orchestrator.engines.base import Engine
+from orchestrator.engines.build import build_engine
+from orchestrator.engines.optim import Optimizers, ReadOnlyOptimizer, check_optim, factories
+from orchestrator.engines.stepping import autocast, dtype_of
 from orchestrator.models.adapters import adapter_layers, check_adapter
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.logps import packed_error
+from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import (
     DTYPES,
     build_policy,
@@ -29,6 +33,7 @@ from orchestrator.models.policy import (
     check_frozen,
     load_config,
     load_tokenizer,
+    made_weights,
     pair_cost,
 )
 from orchestrator.models.quantized import is_int8, is_quantized
@@ -39,6 +44,7 @@ from orchestrator.models.reference import (
     RefModel,
     build_reference,
     check_reference,
+    hold,
     identity_of,
 )
 from orchestrator.settings.spec import AttentionName, Precision, RunSpec, UserError
@@ -105,6 +111,8 @@ def prepare(spec: RunSpec) -> Prepared:
     if spec.model.lora is not None:
         check_adapter(spec.model.lora)
     check_reference(spec, config, tokenizer)
+    if spec.engine.shards_weights and spec.model.init is not None:
+        made_weights(spec, tokenizer, _held(spec.precision))  # once, for all ranks to map
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
     held_out = tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir) if spec.data.eval else None
     for (key, _), pairs in zip(sources, [train, held_out], strict=False):
@@ -113,10 +121,17 @@ def prepare(spec: RunSpec) -> Prepared:
     return Prepared(tokenizer, config, train, held_out)
 
 
-def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | None = None) -> RunResult:
+def run(
+    spec: RunSpec,
+    world: World,
+    session: Session,
+    ref_model: RefModel | None = None,
+    optimizers: Optimizers | None = None,
+) -> RunResult:
     """Train one run on this rank, resuming where RUN_DIR has a whole checkpoint.
 
     ref_model: policy -> reference, from a Python user; the settings say what it is otherwise.
+    optimizers: (params -> optimizer, optimizer -> schedule), likewise; either may be None.
 
     Raises:
         UserError: the settings or the data are wrong, or RUN_DIR has checkpoints of which none can be used.
@@ -128,28 +143,31 @@ def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | Non
     prepared = prepare(spec)
     found = _newest_checkpoint(run_dir, world)
     precision = _precision(spec.precision, world.device)
-    dtype = torch.float64 if precision == "fp64" else torch.float32
+    dtype = _held(precision)
 
-    policy = build_policy(spec, prepared.tokenizer, dtype, world.device)
-    reference = build_reference(spec, policy, dtype, ref_model)
+    cuts = spec.engine.shards_weights
+    policy = build_policy(spec, prepared.tokenizer, dtype, torch.device("cpu") if cuts else world.device, mapped=cuts)
+    reference = build_reference(spec, policy, dtype, ref_model, world.device)
     if found is not None:
         reference.exact = None  # was measured when the run began
-    identity = _identity(spec, prepared, policy, reference, world)  # before any forward: bitsandbytes then casts biases
-    attention, why_padded = _attention(spec, prepared, policy, reference, world, precision)
-    step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics)
+    identity = _identity(spec, prepared, policy, reference, world, dtype)  # before any forward: bitsandbytes then casts
+    cost, length = pair_cost(policy), run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
+    if found is None and world.is_main:
+        _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
+        _say_models(spec, prepared, policy, reference, "ref_model" if ref_model else spec.reference.kind, world)
+    step = _pair_step(spec, policy, reference, world, precision, dtype)
+    engine = build_engine(spec.engine, world, precision, spec.training.max_grad_norm, spec.optimizer.weight_decay)
+    engine.frozen_held = DTYPES.get(spec.model.lora.base, dtype) if spec.model.lora else dtype  # pyright: ignore
+    engine.wrap(step, *factories(spec, policy, length.steps, world.device, optimizers))
 
+    attention, why_padded = _attention(spec, prepared, engine, world, precision)
     collator = _collator(spec, prepared, attention)
-    loader, eval_loader = _loaders(spec, prepared, world, pair_cost(policy), collator)
+    loader, eval_loader = _loaders(spec, prepared, world, cost, collator)
     if spec.reference_cache != "off":
         arithmetic = {"precision": precision, "attention": attention, "device": world.device.type}
         _open_caches(spec, loader, eval_loader, {"reference": identity["reference"], **arithmetic})
-    length = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
     if found is None and world.is_main:
-        _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
         _say(spec, prepared, world, precision, length.steps, why_padded)
-        _say_models(spec, prepared, policy, reference, "ref_model" if ref_model else spec.reference.kind)
-    engine = DdpEngine(world, precision, spec.training.max_grad_norm, spec.optimizer.weight_decay)
-    engine.wrap(step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, length.steps))
     _settle(engine, loader, collator, world)
 
     near = _start_tolerance(spec, engine, loader, policy, reference, world, precision) if found is None else None
@@ -160,7 +178,7 @@ def run(spec: RunSpec, world: World, session: Session, ref_model: RefModel | Non
 
     args = training_args(spec, run_dir, length.steps, length.epochs, world, precision)
     objects = {
-        "model": policy,
+        "model": None if cuts else policy,  # whose weights would be shards
         "processing_class": prepared.tokenizer,
         "optimizer": ReadOnlyOptimizer(engine.optimizer),
         "lr_scheduler": engine.scheduler,
@@ -204,8 +222,29 @@ def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
     return found
 
 
+def _pair_step(
+    spec: RunSpec, policy: Any, reference: Reference, world: World, precision: Precision, dtype: torch.dtype
+) -> PairStep:
+    """What the engine will wrap, with the reference in the arithmetic that the policy will have."""
+    is_16_bit = precision in ("bf16", "fp16")
+    casts = is_16_bit and spec.engine.kind != "ddp"  # the weights that compute are then of 16 bits themselves
+    wanted = spec.reference
+    stays = wanted.sync_every is not None or wanted.dtype is not None or wanted.offload
+    if wanted.sync_every is not None and wanted.sharded and casts and spec.engine.kind == "deepspeed":
+        rule, cure = f"a reference that deepspeed holds in {precision} loses small steps", "set reference.sharded=false"
+        raise UserError("reference.sync_every", wanted.sync_every, rule, cure)
+    if not wanted.sharded and not wanted.offload:
+        as_file = None if spec.model.lora and spec.model.lora.base else dtype
+        of_weights = dtype_of(precision) if casts and not stays else as_file if spec.engine.shards_weights else None
+        hold(reference, policy, world.device, None if wanted.dtype else of_weights)
+    step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics, wanted.sharded)
+    if casts and stays:
+        step.reference_arithmetic = partial(autocast, world.device, precision)
+    return step
+
+
 def _attention(
-    spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, world: World, precision: Precision
+    spec: RunSpec, prepared: Prepared, engine: Engine, world: World, precision: Precision
 ) -> tuple[AttentionName, str | None]:
     """Give both models the attention of the run; its name, and why it is padded where that was not asked for."""
     if spec.data.collator or spec.model.attention == "padded":
@@ -213,6 +252,7 @@ def _attention(
     kernel = choose_kernel(spec.model.attention, world.device, precision)
     fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, prepared.eval) if pairs]
     longest = max(int(longest_sequences(lengths).max()) for lengths in fed)
+    policy, reference = engine.step.policy, engine.step.reference
     judges = [reference.model] + ([reference.exact.model] if reference.exact is not None else [])
     models = list(dict.fromkeys((policy, *judges)))  # one, where the policy judges itself
     for model in models:
@@ -222,8 +262,10 @@ def _attention(
     for name in dict.fromkeys((kernel, "sdpa")):
         for model in models:
             use_packed_attention(model, name)
-        with autocast(world.device, precision):
-            mine = [packed_error(model, world.device) / _packed_tolerance(model, precision) for model in models]
+        mine = [
+            engine.inside(partial(packed_error, model, world.device)) / _packed_tolerance(model, precision)
+            for model in models
+        ]
         # one layout for all ranks: it decides the number of micro-steps. A NaN is not within any tolerance
         found = [error for errors in world.gather(mine) for error in errors]
         if all(error <= 1 for error in found):
@@ -242,11 +284,16 @@ def _rounding(policy: Any, precision: Precision) -> float:
     return max(SAME_LOGPS[name] for name in (precision, *bases))
 
 
-def _identity(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, world: World) -> dict[str, Any]:
+def _identity(
+    spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, world: World, dtype: torch.dtype
+) -> dict[str, Any]:
     """What makes the numbers of a run besides its settings and rows; a checkpoint is resumed by the same alone."""
-    made: dict[str, Any] = {"reference": identity_of(reference.tensors(), reference.model.config, world)}
+    types = None  # weights that are mapped from a file are of its type until they are cut
+    if spec.engine.shards_weights and not (spec.model.lora and spec.model.lora.base) and not spec.reference.dtype:
+        types = types_when_cut(policy, dtype)
+    made: dict[str, Any] = {"reference": identity_of(reference.tensors(), reference.model.config, world, types)}
     if adapter_layers(policy) and not isinstance(reference, PolicyStart):  # which is the base itself
-        made["base"] = identity_of(PolicyStart(policy).tensors(), policy.config, world)
+        made["base"] = identity_of(PolicyStart(policy).tensors(), policy.config, world, types)
     # a function of a Python user may have frozen some: without it the same command would train them
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
     made["trainable"] = {"count": len(trainable), "names": hashlib.sha256("\n".join(trainable).encode()).hexdigest()}
@@ -312,7 +359,7 @@ def _open_caches(spec: RunSpec, loader: Loader, eval_loader: Loader | None, iden
         eval_loader.cache = RefCache(folder, eval_loader.pairs, "eval", spec.data.keep_last)
 
 
-def _settle(engine: DdpEngine, loader: Loader, collator: PackedCollator | PreferenceCollator, world: World) -> None:
+def _settle(engine: Engine, loader: Loader, collator: PackedCollator | PreferenceCollator, world: World) -> None:
     """One weightless micro-step, after which DDP has regrouped its gradient buckets.
 
     With three or more ranks the grouping decides the order of summation: it must be the same at the first step of a
@@ -326,7 +373,7 @@ def _settle(engine: DdpEngine, loader: Loader, collator: PackedCollator | Prefer
 
 def _start_tolerance(
     spec: RunSpec,
-    engine: DdpEngine,
+    engine: Engine,
     loader: Loader,
     policy: Any,
     reference: Reference,
@@ -374,7 +421,7 @@ def _start_tolerance(
 
 
 def _fill_caches(
-    spec: RunSpec, engine: DdpEngine, loader: Loader, eval_loader: Loader | None, world: World, session: Session
+    spec: RunSpec, engine: Engine, loader: Loader, eval_loader: Loader | None, world: World, session: Session
 ) -> None:
     """The reference says what it has to say before the first step.
 
@@ -392,6 +439,11 @@ def _fill_caches(
         if missing and spec.reference.kind == "precomputed":
             rule = f"the log-probs of {missing} {name} pairs could not be kept in {each.cache.folder}"
             raise UserError("reference.kind", "precomputed", rule, "make room there, or set data.cache_dir to another")
+
+
+def _held(precision: Precision) -> torch.dtype:
+    """The type of weights that train."""
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 def _precision(asked: Precision, device: torch.device) -> Precision:
@@ -437,10 +489,14 @@ def _say(
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
 
 
-def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str) -> None:
+def _say_models(
+    spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World
+) -> None:
     """What trains, and what the reference costs."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     own = reference.own_bytes(policy) / 2**20
+    if spec.reference.sharded:
+        own = sum(p.nbytes for m in reference.own_modules(policy) for p in m.parameters()) / 2**20 / world.size
     where = "of the host's memory" if spec.reference.offload else "of memory"
     print(f"{trained:,} parameters train; reference: {kind}, ", end="")
     print(
@@ -454,6 +510,8 @@ def _quiet() -> None:
     """Libraries' progress bars and advice would bury our lines."""
     import transformers
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of that, and accelerate imports it in any run
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.*")

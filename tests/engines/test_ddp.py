@@ -17,7 +17,7 @@ from orchestrator.engines.base import Owned, Updated
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import ELEMENTWISE_OPTIMIZERS, DpoSpec, OptimizerSpec, Precision, SchedulerSpec
+from orchestrator.settings.spec import ELEMENTWISE_OPTIMIZERS, DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
 from orchestrator.training.checkpoint import Reader, save
 
 COUNTS = Counts(4, 1)
@@ -34,7 +34,7 @@ def engine(
     max_grad_norm: float | None = None,
     model: Any = None,
 ) -> DdpEngine:
-    made = DdpEngine(ALONE, precision, max_grad_norm, 0.01)
+    made = DdpEngine(EngineSpec(), ALONE, precision, max_grad_norm, 0.01)  # pyright: ignore[reportCallIssue]
     policy = tiny_model(seed) if model is None else model
     step = PairStep(policy, Reference(tiny_model(1)), DpoSpec(beta=2.0))  # pyright: ignore[reportCallIssue]
     spec = SchedulerSpec(**(schedule or CONSTANT))
@@ -154,17 +154,17 @@ def test_an_fp16_overflow_lowers_the_scale_and_keeps_weights_and_rate() -> None:
         {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 1, "gamma": 0.5}},
         precision="fp16",
     )
-    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    made.scale.value = 2.0**60
     before = weights(made)
     for skipped in range(1, 4):
         [updated] = train(made)
         assert updated.skipped
         assert updated.lr == 1e-3
         assert not updated.grad_norm.isfinite()
-        assert made.scaler.get_scale() == 2.0 ** (60 - skipped)
+        assert made.scale.value == 2.0 ** (60 - skipped)
     assert torch.equal(weights(made), before)
     assert not any(made.optimizer.state.values())
-    made.scaler.update(128.0)
+    made.scale.value = 128.0
     [updated] = train(made)
     assert (updated.skipped, updated.lr) == (False, 1e-3)
     assert made.scheduler.get_last_lr()[0] == 5e-4
@@ -173,18 +173,17 @@ def test_an_fp16_overflow_lowers_the_scale_and_keeps_weights_and_rate() -> None:
 
 def test_an_fp16_gradient_norm_is_that_of_the_unscaled_gradient() -> None:
     half, full = engine(SGD, precision="fp16"), engine(SGD)
-    half.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    half.scale.value = 256.0
     norms = [train(made)[0].grad_norm.item() for made in (half, full)]
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
 def test_the_loss_scale_is_restored(tmp_path: Path) -> None:
     made = engine(SGD, precision="fp16")
-    made.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=3)
+    made.scale.value = 512.0
     train(made, 2)
     other = restored(made, engine(SGD, precision="fp16"), tmp_path)
-    assert other.scaler.state_dict() == made.scaler.state_dict()
-    assert other.scaler.get_scale() == 512.0
+    assert other.scale.state() == made.scale.state() == {"value": 512.0, "good_steps": 2}
 
 
 def test_evaluation_has_no_gradient_and_no_dropout() -> None:

@@ -1,0 +1,276 @@
+"""DeepSpeed ZeRO, stages 1 to 3: it moves and cuts weights, gradients and state; scaling and clipping stay ours.
+
+Private names of DeepSpeed's are used nowhere but here, under tests/contract/test_engines.py and an exact version: by
+its public functions a state cannot be read or written per parameter with two groups, nor a gradient be dropped.
+"""
+
+import copy
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from orchestrator.dpo.step import PairStep
+from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
+from orchestrator.engines.optim import param_groups
+from orchestrator.engines.stepping import Fragment, SteppingEngine, dtype_of
+from orchestrator.settings.spec import deepspeed_json
+from orchestrator.world import World
+
+
+class DeepSpeedEngine(SteppingEngine):
+    """Engine of base.py. In bf16 and fp16 the weights that compute are of that type, and each rank keeps its part of
+    them in fp32 for the optimizer; gradients of several micro-batches are added in fp32."""
+
+    module: Any  # pyright: ignore[reportIncompatibleVariableOverride] - deepspeed's engine
+
+    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+        deepspeed = _imported(self.world)
+        self.world.meet()
+        self.step = step
+        self.stage = self.settings.stage
+        config = self._config()
+        deepspeed.init_distributed(_backend(self.world), dist_init_required=False)
+        if self.stage == 3:
+            self._cut(step, config)
+        self.optimizer = optimizer(param_groups(step, self.weight_decay))
+        self.scheduler = scheduler(self.optimizer)
+        with mock.patch.object(deepspeed, "DeepSpeedEngine", _zero_alone(deepspeed.DeepSpeedEngine)):
+            self.module, *_ = deepspeed.initialize(
+                model=step, optimizer=self.optimizer, config=config, dist_init_required=False
+            )
+        self.zero: Any = self.module.optimizer
+        step.reference.were_wrapped()
+        self.saved = step.saved()
+        if self.stage == 3:
+            self._register_heads(step)
+
+    # --- wrapping ------------------------------------------------------------------------------------------------
+
+    def _config(self) -> dict[str, Any]:
+        """What DeepSpeed is told: the user's file, and over it what the settings decide."""
+        config = _without_auto(copy.deepcopy(deepspeed_json(self.settings.deepspeed_config)))
+        for ours in ("optimizer", "scheduler", "bf16", "fp16"):  # compared with the settings by a rule of theirs
+            config.pop(ours, None)
+        zero = config.setdefault("zero_optimization", {})
+        zero["stage"] = self.stage
+        on_gpu = self.world.device.type == "cuda"
+        host = {"device": "cpu", "pin_memory": on_gpu}
+        if self.settings.offload != "none":
+            zero["offload_optimizer"] = {**host, **(zero.get("offload_optimizer") or {})}
+        if self.settings.offload == "parameters":
+            zero["offload_param"] = {**host, **(zero.get("offload_param") or {})}
+        if self.settings.bucket_size is not None:
+            zero["reduce_bucket_size"] = self.settings.bucket_size
+        if self.settings.overlap_comm is not None or not on_gpu:
+            zero["overlap_comm"] = bool(self.settings.overlap_comm) and on_gpu  # on a CPU there are no streams
+        if not on_gpu:  # buckets are allocated whole, whatever the model's size
+            zero.setdefault("reduce_bucket_size", min(10**7, 5 * 10**8))
+            zero.setdefault("allgather_bucket_size", 10**7)
+        config |= {
+            # we say ourselves which micro-step is the last, and divide by the global count: these divide by 1
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "train_batch_size": self.world.size,
+            "gradient_clipping": 0.0,  # without it 1.0 would clip
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # which would be compiled for minutes, and is not the one asked for
+            "steps_per_print": 10**12,
+        }
+        if self.precision == "bf16":
+            config["bf16"] = {"enabled": True}
+        if self.precision == "fp16":
+            config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # the scale is ours
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        return config
+
+    def _cut(self, step: PairStep, config: dict[str, Any]) -> None:
+        """Cut the weights one at a time, so that no rank holds more than one of them whole."""
+        from deepspeed import zero
+
+        kept = dtype_of(self.precision)
+        context = zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=kept)
+        for p in step.parameters():
+            to = kept if kept != torch.float32 else (self.held if p.requires_grad else self.frozen_held)
+            p.data = p.data.to(to)
+            context._convert_to_zero_parameters([p])
+        for buffer in step.buffers():  # which DeepSpeed leaves where they are when weights are cut already
+            buffer.data = buffer.data.to(self.world.device)
+
+    def _register_heads(self, step: PairStep) -> None:
+        """Have the weights of the heads gathered for the whole of the step, which reads them outside their modules."""
+        from deepspeed import zero
+
+        for model in (step.policy, getattr(step.reference, "model", None)):
+            head: Any = model.get_output_embeddings() if model is not None else None
+            for p in head.parameters() if head is not None else ():
+                if hasattr(p, "ds_id"):
+                    zero.register_external_parameter(step, p)
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def _before_micro_step(self, last: bool) -> None:
+        self.module.set_gradient_accumulation_boundary(last)
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.module.backward(loss * self.world.size)  # it will be averaged over ranks
+
+    def _gradients(self) -> list[torch.Tensor]:
+        if self._masters()[0].grad is not None:  # offloaded, each is where its weights are
+            return [master.grad for master in self._masters() if master.grad is not None]
+        parts = self.zero.averaged_gradients.values()
+        return [gradient for part in parts if part is not None for gradient in part if gradient is not None]
+
+    def _update(self) -> None:
+        self.zero.step()
+        self.zero.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        zero = self.zero
+        zero.zero_grad(set_to_none=True)
+        if self.stage == 3:
+            zero._pre_step()
+            zero._partition_all_parameters()
+            zero._overflow_clean_up(1.0)
+            return
+        zero.micro_step_id = -1
+        zero._release_preflattened_grad_buffers()
+        if zero.cpu_offload:
+            zero._offload_accumulated_param_ids = set()
+            zero.reset_cpu_buffers()
+        for group in zero.averaged_gradients:
+            zero.averaged_gradients[group] = None
+        for group in zero.all_grad_tensors:
+            zero.all_grad_tensors[group] = None
+
+    def release(self) -> None:
+        if self.stage == 3:
+            self.module.empty_partition_cache()  # else the model stays gathered until the next backward pass
+
+    # --- who holds what ------------------------------------------------------------------------------------------
+
+    def _masters(self) -> list[torch.Tensor]:
+        """Flat weights that the optimizer updates on this rank, by group."""
+        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+
+    def _fragments(self) -> Iterator[Fragment]:
+        find = self._cut_fragment if self.stage == 3 else self._flat_fragment
+        groups = {p: group for group, params in enumerate(self._groups()) for p in params}
+        for index, (name, p) in enumerate(self.saved.items()):
+            if p in groups or hasattr(p, "ds_id"):
+                if (found := find(name, p, groups.get(p))) is not None:
+                    yield found
+            else:  # whole on every rank
+                deals = index % self.world.size == self.world.rank
+                yield Fragment(name, tuple(p.shape), 0, p.numel(), p.detach().view(-1), None, 0, deals)
+
+    def _groups(self) -> list[list[torch.Tensor]]:
+        return self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
+
+    def _flat_fragment(self, name: str, p: Any, group: int | None) -> Fragment | None:
+        """Stages 1 and 2: all weights of a group in one row, cut evenly."""
+        if p._hp_mapping is None or group is None:
+            return None
+        lp, hp = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+        master = self._masters()[group]
+        weight = master.detach()[hp.start : hp.start + hp.numel]
+        return Fragment(name, tuple(p.shape), lp.start, lp.start + lp.numel, weight, master, hp.start, True)
+
+    def _cut_fragment(self, name: str, p: Any, group: int | None) -> Fragment | None:
+        """Stage 3: each weight cut evenly, the last part padded."""
+        each = p.ds_tensor.numel()
+        start, stop = (min(at * each, p.ds_numel) for at in (self.world.rank, self.world.rank + 1))
+        if start == stop:
+            return None
+        if group is None:
+            weight, master, offset = p.ds_tensor.data.view(-1), None, 0
+        else:
+            _, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+            master = self._masters()[group]
+            weight = master.detach()[offset:]
+        return Fragment(name, tuple(p.ds_shape), start, stop, weight[: stop - start], master, offset, True)
+
+    def _weights_were_put(self) -> None:
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.module.empty_partition_cache()
+        for group in range(len(self._masters())):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._gather_small()
+
+    def _gather_small(self) -> None:
+        """Weights too small to be cut for each use are kept gathered: from their new parts."""
+        if small := self.zero.persistent_parameters:
+            small[0].partition(small, has_been_updated=False)
+            small[0].all_gather(small)
+
+    @torch.no_grad()
+    def sync_reference(self, alpha: float) -> None:
+        policys: dict[str, Any] = dict(self.step.policy.named_parameters(remove_duplicate=False))
+        reference = self.step.reference
+        if self.stage < 3:
+            return reference.sync(policys, alpha)
+        if not len(self.step.judge):
+            return reference.sync(_Gathered(policys), alpha)
+        for name, own in reference.moving().items():
+            part: Any = own
+            part.ds_tensor.data.mul_(1 - alpha).add_(policys[name].ds_tensor.data, alpha=alpha)
+        self.module.empty_partition_cache()
+        return self._gather_small()
+
+
+class _Gathered(dict[str, Any]):
+    """Weights that are cut, by name, each gathered when it is asked for. Collective."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from deepspeed import zero
+
+        p = super().__getitem__(name)
+        with zero.GatheredParameters([p]):
+            return p.detach().clone()
+
+
+def _backend(world: World) -> str:
+    return "nccl" if world.device.type == "cuda" else "gloo"
+
+
+def _imported(world: World) -> Any:
+    """The library, told which device there is, and kept from compiling on a CPU."""
+    # it takes the device by this number, which need not be ours where Ray shows a worker its own GPU alone
+    os.environ["LOCAL_RANK"] = str(world.device.index or 0)
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.comm.torch  # which `deepspeed.comm.torch` does not name afterwards
+
+    if world.device.type == "cpu":
+        # an operator for ranks of one machine, which takes minutes to compile at the first start
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")  # names it still calls
+    return deepspeed
+
+
+def _zero_alone(engine: Any) -> Any:
+    """DeepSpeed's engine with one kind of optimizer wrapper: for bf16 at stage 1 it would take another one, with other
+    names and rules, which differs in nothing that we use."""
+
+    class ZeroAlone(engine):
+        def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
+            return "zero_optimization"
+
+    return ZeroAlone
+
+
+def _without_auto(value: Any) -> Any:
+    """A user's file without the keys that it leaves to us or to DeepSpeed."""
+    if isinstance(value, dict):
+        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
+    return value

@@ -1,0 +1,119 @@
+"""torch's fully_shard (FSDP2): weights, gradients and optimizer state of every layer cut by rows over the ranks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from orchestrator.dpo.step import PairStep
+from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
+from orchestrator.engines.optim import param_groups
+from orchestrator.engines.stepping import Fragment, SteppingEngine, dtype_of
+from orchestrator.models.layers import decoder_layers
+
+
+class FsdpEngine(SteppingEngine):
+    """Engine of base.py. A rank holds its rows of each weight in fp32 (fp64); a layer's are gathered when it runs, in
+    bf16 or fp16 where that is the precision, and gradients are summed in fp32."""
+
+    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+        self.world.meet()
+        for layer in _layers(step):
+            self._shard(layer, self.settings.reshard_after_forward)
+        self._shard(step, reshard=False)  # embeddings and head, which a forward pass needs at both its ends
+        for module in step.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                fsdp: Any = module
+                fsdp.set_gradient_divide_factor(1.0)  # the loss was divided by the global count already
+                fsdp.set_force_sum_reduction_for_comms(True)  # gloo knows no other, and NCCL no division by 1
+        self.step = self.module = step
+        step.reference.were_wrapped()
+        self.saved = step.saved()
+        self.trainable = [p for p in step.parameters() if p.requires_grad]
+        self.optimizer = optimizer(param_groups(step, self.weight_decay))
+        self.scheduler = scheduler(self.optimizer)
+
+    def _shard(self, module: nn.Module, reshard: bool) -> None:
+        """Cut what the module holds that no module inside it has cut already. Weights that come from a file are of the
+        file's type, and are whole here one layer at a time."""
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            FSDPModule,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
+
+        inside = [m for m in module.modules() if m is not module and isinstance(m, FSDPModule)]
+        cut = {p for m in inside for p in m.parameters()}
+        for p in module.parameters():
+            if p not in cut and p.is_floating_point():
+                p.data = p.data.to(self.held if p.requires_grad else self.frozen_held)
+        is_16_bit = self.precision in ("bf16", "fp16")
+        fully_shard(
+            module,
+            mesh=init_device_mesh(self.world.device.type, (self.world.size,)),
+            reshard_after_forward=reshard,
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=dtype_of(self.precision) if is_16_bit else None,
+                reduce_dtype=self.held if is_16_bit else None,
+                cast_forward_inputs=False,  # a batch has sums in fp64
+            ),
+            offload_policy=CPUOffloadPolicy() if self.settings.offload == "parameters" else OffloadPolicy(),
+        )
+
+    def release(self) -> None:
+        for module in (self.step, *_layers(self.step)):
+            module.reshard()  # pyright: ignore[reportCallIssue]
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        found: list[Any] = [p.grad for p in self.trainable if p.grad is not None]
+        return [grad.to_local() for grad in found]
+
+    def _update(self) -> None:
+        self.optimizer.step()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _fragments(self) -> Iterator[Fragment]:
+        size, rank = self.world.size, self.world.rank
+        for index, (name, p) in enumerate(self.saved.items()):
+            local: Any = p.detach()
+            if not hasattr(local, "to_local"):  # of a reference that every rank holds whole
+                yield Fragment(name, tuple(p.shape), 0, p.numel(), local.view(-1), None, 0, index % size == rank)
+                continue
+            rows, each = p.shape[0], -(-p.shape[0] // size)  # as torch.chunk cuts them
+            width = p.numel() // rows
+            start, stop = (min(at * each, rows) * width for at in (rank, rank + 1))
+            if stop > start:
+                holder = p if p.requires_grad else None
+                yield Fragment(name, tuple(p.shape), start, stop, local.to_local().view(-1), holder, 0, True)
+
+    @torch.no_grad()
+    def sync_reference(self, alpha: float) -> None:
+        policys: dict[str, Any] = dict(self.step.policy.named_parameters(remove_duplicate=False))
+        shards = len(self.step.judge) > 0
+        self.step.reference.sync(policys if shards else _Whole(policys), alpha)
+
+
+class _Whole(dict[str, Any]):
+    """Sharded weights by name, each gathered when it is asked for. Collective."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name).full_tensor()
+
+
+def _layers(step: PairStep) -> list[nn.Module]:
+    """What is cut on its own: each layer of the policy, and of a reference that is sharded with it."""
+    found: list[nn.Module] = list(decoder_layers(step.policy))
+    if len(step.judge):
+        in_judge = set(step.judge.modules())
+        judges = decoder_layers(step.reference.model)
+        found += [layer for layer in judges if layer in in_judge and layer not in found]
+    return found

@@ -1,0 +1,256 @@
+"""What engines have in common: how a micro-step is scaled, a gradient judged, clipped and applied, and a state kept."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.dpo.step import PairStep, StepOutput
+from orchestrator.engines.base import (
+    SCALAR,
+    SHAPED,
+    Answer,
+    OptimizerFactory,
+    Owned,
+    ReadRange,
+    SchedulerFactory,
+    Updated,
+)
+from orchestrator.engines.scale import LossScale
+from orchestrator.settings.spec import EngineSpec, Precision
+from orchestrator.world import World
+
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The type of a precision's arithmetic."""
+    return DTYPES.get(precision, torch.float32)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """The context in which a forward pass computes in that precision over fp32 weights."""
+    is_16_bit = precision in ("bf16", "fp16")
+    return torch.autocast(device.type, dtype_of(precision)) if is_16_bit else nullcontext()
+
+
+class Fragment(NamedTuple):
+    """What this rank holds of one named parameter: a flat range, and where the optimizer's state of it is."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int
+    stop: int
+    weight: torch.Tensor  # 1-D, live: the numbers that the optimizer updates
+    holder: torch.Tensor | None  # under which the optimizer keeps the state; None where it has none here
+    offset: int  # of the range in the holder
+    is_mine: bool  # whether this rank is the one that answers for it in a checkpoint
+
+
+class SteppingEngine:
+    """Engine of base.py, but for how the module is wrapped, where gradients lie and who holds what."""
+
+    step: PairStep
+    module: nn.Module  # whose forward is called: the step, wrapped
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    shards_gradients = True  # whether the norms of all ranks' gradients are parts of the whole
+
+    def __init__(
+        self,
+        settings: EngineSpec,
+        world: World,
+        precision: Precision,
+        max_grad_norm: float | None,
+        weight_decay: float,
+        frozen_dtype: torch.dtype | None = None,
+    ) -> None:
+        """frozen_dtype: of weights that do not train, where an engine takes them from a file; as those that do if not
+        given."""
+        self.world, self.settings = world, settings
+        self.precision: Precision = precision
+        self.held = torch.float64 if precision == "fp64" else torch.float32  # the type of weights that train
+        self.frozen_held = frozen_dtype or self.held
+        self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
+        self.scale = LossScale(precision == "fp16")
+        self.meets_in_forward = settings.shards_weights
+
+    # --- what an engine has of its own ---------------------------------------------------------------------------
+
+    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Give up weights that a forward pass without a backward one has left gathered."""
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of a loss; it is summed over ranks when `last`, or before."""
+        raise NotImplementedError
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """What this rank holds of the summed gradient, to be changed in place."""
+        raise NotImplementedError
+
+    def _update(self) -> None:
+        """Let the optimizer take its step."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        raise NotImplementedError
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """Everything that this rank holds. No collectives."""
+        raise NotImplementedError
+
+    def _weights_were_put(self) -> None:
+        """Let the forward pass see what was written into the weights of `_fragments`."""
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        """In which a forward pass runs."""
+        return nullcontext()
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def micro_step(self, batch: PairBatch, counts: Counts, last: bool) -> StepOutput:
+        self._before_micro_step(last)
+        with self._arithmetic():
+            output: StepOutput = self.module(batch, counts)
+        self._backward(self.scale.scaled(output.loss), last)
+        return output._replace(loss=output.loss.detach())
+
+    def _before_micro_step(self, last: bool) -> None:
+        """Say whether gradients will be summed over ranks."""
+
+    def finite(self) -> torch.Tensor:
+        gradients = self._gradients()
+        if self.scale.enabled and gradients:  # unscaled here, once
+            torch._foreach_mul_(gradients, 1 / self.scale.value)  # pyright: ignore - exact: a power of two
+        self.grad_norm = self._norm(gradients)
+        return self.grad_norm.isfinite()
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The L2 norm of the whole gradient."""
+        if not self.shards_gradients:
+            return nn.utils.get_total_norm(gradients)
+        device = self.world.device
+        squares = torch.zeros(1, dtype=torch.float64, device=device)
+        if gradients:
+            norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+            squares += torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
+        return self.world.sum(squares)[0].sqrt().to(self.held)
+
+    def optimizer_step(self, apply: bool) -> Updated:
+        lr = float(self.scheduler.get_last_lr()[0])
+        if apply:
+            if self.max_grad_norm is not None:  # torch's rule, so that a clipped step is that of clip_grad_norm_
+                factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+                if gradients := self._gradients():
+                    torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # pyright: ignore[reportPrivateImportUsage]
+            self._update()
+            self.scheduler.step()
+        self.scale.update(applied=apply)
+        self.discard()
+        return Updated(self.grad_norm, lr, not apply)
+
+    # --- without gradient ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batch: PairBatch, counts: Counts) -> StepOutput:
+        return self._asked(batch, counts)
+
+    def inside(self, ask: Callable[[], Answer]) -> Answer:
+        with torch.no_grad():
+            return self._asked(None, None, ask)[0]
+
+    def _asked(self, *args: Any) -> Any:
+        self.step.eval()  # dropout would make it noisy, and draw random numbers that training should have drawn
+        try:
+            with self._arithmetic():
+                return self.module(*args)
+        finally:
+            self.step.train()
+            self.release()
+
+    def reference_logps(self, batch: PairBatch) -> torch.Tensor:
+        return self.inside(lambda: self.step.ask_reference(batch))
+
+    @torch.no_grad()
+    def sync_reference(self, alpha: float) -> None:
+        self.step.reference.sync(dict(self.step.policy.named_parameters(remove_duplicate=False)), alpha)
+
+    # --- what is kept --------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "scheduler": self.scheduler.state_dict(),
+            "scale": self.scale.state(),
+            # load_state_dict of a scheduler leaves the groups alone, and their lr is where the schedule lives
+            "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scale.set_state(state["scale"])
+        for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
+            group.update(saved)
+
+    def owned(self) -> Iterator[Owned]:
+        for name, shape, start, stop, weight, holder, offset, is_mine in self._fragments():
+            if not is_mine:
+                continue
+            tensors = {"param": weight}
+            state = self._keeper().state.get(holder, {}) if holder is not None else {}
+            for key, value in state.items():
+                if not isinstance(value, torch.Tensor):  # DeepSpeed's own optimizers count steps in Python
+                    tensors[SCALAR + key] = torch.tensor([float(value)])
+                elif not value.ndim:
+                    tensors[SCALAR + key] = (
+                        value.detach().flatten().clone()
+                    )  # one for many weights where they are flattened
+                elif value.shape != holder.shape:  # pyright: ignore[reportOptionalMemberAccess]
+                    tensors[f"{SHAPED}{','.join(map(str, value.shape))}:{key}"] = value.detach().flatten().clone()
+                else:
+                    tensors[key] = _flat(value)[offset : offset + stop - start]
+            yield Owned(name, shape, start, stop, tensors)
+
+    @torch.no_grad()
+    def put(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
+        keeper = self._keeper()
+        groups = {p: group for group in keeper.param_groups for p in group["params"]}
+        keeper.state.clear()
+        for name, _, start, stop, weight, holder, offset, _ in self._fragments():
+            weight.copy_(read(name, "param", start, stop))
+            if holder is None:
+                continue
+            # torch keeps scalars of the state on the host unless the optimizer is fused or capturable
+            group = groups.get(holder, {})
+            scalars_on = holder.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+            for key in sorted(keys(name) - {"param"}):
+                if key.startswith(SCALAR):
+                    keeper.state[holder][key.removeprefix(SCALAR)] = read(name, key, 0, 1)[0].to(scalars_on)
+                elif key.startswith(SHAPED):
+                    sizes, own = key.removeprefix(SHAPED).split(":")
+                    shape = [int(size) for size in sizes.split(",")]
+                    whole = read(name, key, 0, torch.Size(shape).numel()).view(shape)
+                    keeper.state[holder][own] = whole.to(holder.device)
+                else:
+                    part = read(name, key, start, stop)
+                    if key not in keeper.state[holder]:  # in 8 bits, of some optimizers
+                        keeper.state[holder][key] = torch.zeros_like(holder, dtype=part.dtype, requires_grad=False)
+                    _flat(keeper.state[holder][key])[offset : offset + stop - start].copy_(part)
+        self._weights_were_put()
+
+    def _keeper(self) -> Optimizer:
+        """The optimizer that holds this rank's state."""
+        return self.optimizer
+
+
+def _flat(value: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor, 1-D and live."""
+    local: Any = value.detach()
+    return (local.to_local() if hasattr(local, "to_local") else local).view(-1)

@@ -1,0 +1,148 @@
+"""Every engine on 1, 2 and 3 real ranks is one process of plain torch; from what one has kept any other goes on."""
+
+import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import engine_runs
+import pytest
+import torch
+from engine_runs import BIG, CASES, ENGINES, SAVED, STEPS, UPTO, Case, Made
+from ranks import on_gloo
+
+SIZES = [1, 2, 3]
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+every_size = pytest.mark.parametrize("size", SIZES)
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+class Group:
+    """What one engine on so many ranks has done: all in one set of processes, as starting them takes longest."""
+
+    def __init__(self, engine: str, size: int, folder: Path, canonical: Path) -> None:
+        self.checkpoint = folder / f"step_{SAVED:08d}"
+        results = on_gloo(size, engine_runs.group, engine, folder, canonical)
+        self.runs: dict[str, Made] = results[0]["runs"]
+        self.gone_on, self.resumed, self.from_canonical = (
+            results[0][key] for key in ("gone on", "resumed", "from canonical")
+        )
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Group]:
+    folder = tmp_path_factory.mktemp("engines")
+    on_gloo(1, engine_runs.canonical, folder / "canonical")
+
+    @cache
+    def group(engine: str, size: int) -> Group:
+        return Group(engine, size, folder / f"{engine}-{size}", folder / "canonical" / f"step_{SAVED:08d}")
+
+    return group
+
+
+@cache
+def oracle(case: str, steps: int = STEPS) -> Made:
+    return engine_runs.oracle(CASES[case], steps)
+
+
+def assert_alike(made: Made, expected: Made, steps: slice = slice(None)) -> None:
+    assert made.losses == pytest.approx(expected.losses[steps], rel=1e-5)
+    assert made.norms == pytest.approx(expected.norms[steps], rel=1e-4)
+    assert made.rates == pytest.approx(expected.rates[steps], rel=1e-12)
+
+
+# --- the curve ---------------------------------------------------------------------------------------------------
+
+
+@every_engine
+@every_size
+@every_case
+def test_the_curve_and_the_weights_are_those_of_plain_torch(groups: Any, engine: str, size: int, case: str) -> None:
+    made, expected = groups(engine, size).runs[case], oracle(case)
+    assert_alike(made, expected)
+    assert made.weights.keys() == expected.weights.keys()
+    for name, value in expected.weights.items():
+        assert (made.weights[name] - value).abs().max() < 1e-5, name
+
+
+def test_the_oracle_learns_and_clips() -> None:
+    """Else it would say little that a run is as its."""
+    made, start = oracle("plain"), engine_runs.pair_step(Case()).policy.state_dict()
+    assert len(set(made.rates)) > 10
+    assert min(made.norms) > 0.5  # every gradient is clipped at 0.05
+    assert all((value - start[name]).abs().max() > 1e-3 for name, value in made.weights.items())
+    frozen = oracle("frozen")
+    assert torch.equal(frozen.weights["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+@every_engine
+@every_size
+def test_a_checkpoint_is_what_plain_torch_holds(groups: Any, engine: str, size: int) -> None:
+    weights, state = engine_runs.content(groups(engine, size).checkpoint)
+    expected = oracle("plain", SAVED)
+    assert weights.keys() == expected.weights.keys()
+    for name, value in expected.weights.items():
+        assert (weights[name] - value).abs().max() < 1e-5, name
+    assert state.keys() == expected.state.keys()
+    for name, kept in expected.state.items():
+        assert state[name].keys() == kept.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert state[name]["step"].item() == kept["step"].item() == SAVED
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = kept[key].flatten()
+            assert (state[name][key] - value).abs().max() < 1e-5 * value.abs().max(), (name, key)
+
+
+@every_engine
+@every_size
+def test_it_goes_on_from_a_checkpoint_of_another_along_the_same_curve(groups: Any, engine: str, size: int) -> None:
+    assert_alike(groups(engine, size).from_canonical, oracle("plain"), slice(SAVED, UPTO))
+
+
+@every_engine
+@every_size
+def test_it_goes_on_from_its_own_bit_for_bit(groups: Any, engine: str, size: int) -> None:
+    """Weights and state of every rank were compared there."""
+    group = groups(engine, size)
+    assert group.resumed == group.gone_on
+
+
+ALL = [(engine, size) for engine in ENGINES for size in SIZES]
+PAIRS = random.Random(5).sample([(a, b) for a in ALL for b in ALL if a[0] != b[0] and a[1] != b[1]], 6)
+
+
+@pytest.mark.parametrize(("writer", "reader"), PAIRS, ids=lambda end: f"{end[0]}x{end[1]}")
+def test_what_one_has_written_another_goes_on_from(groups: Any, writer: Any, reader: Any) -> None:
+    wrote = groups(*writer)
+    [made, *_] = on_gloo(reader[1], engine_runs.gone_on, Case(engine=reader[0]), wrote.checkpoint)
+    assert_alike(made, wrote.gone_on)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held() -> dict[int, list[dict[str, tuple[int, int]]]]:
+    """By world size, for each rank: bytes of optimizer state and of weights between steps, by engine."""
+    return {size: on_gloo(size, engine_runs.bytes_held) for size in (1, 2, 4)}
+
+
+@every_engine
+@pytest.mark.parametrize("size", [2, 4])
+def test_optimizer_state_is_sharded(held: Any, engine: str, size: int) -> None:
+    policy = engine_runs.pair_step(BIG).policy
+    [whole] = [rank[engine] for rank in held[1]]
+    assert whole[0] == pytest.approx(2 * 4 * sum(p.numel() for p in policy.parameters()), rel=1e-3)
+    largest = 2 * 4 * max(p.numel() for p in policy.parameters())
+    padding = 1024  # bytes: parts are aligned
+    for rank in held[size]:
+        state, weights = rank[engine]
+        assert state <= whole[0] / size + (largest if engine == "ddp" else padding)
+        if engine in ("zero3", "fsdp"):
+            assert weights <= whole[1] / size + padding
+        else:
+            assert weights == whole[1]

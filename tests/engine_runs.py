@@ -1,0 +1,240 @@
+"""Tiny runs of an engine on real ranks, and the same in one process with nothing but torch: the oracle."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tiny import collator, pair_rows, tiny_model
+from torch import nn
+
+from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.dpo.step import PairStep
+from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, Updated
+from orchestrator.engines.build import build_engine
+from orchestrator.engines.optim import optimizer_factory, scheduler_factory
+from orchestrator.models.layers import freeze_lowest
+from orchestrator.models.reference import Reference
+from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
+from orchestrator.training.checkpoint import Reader, save
+from orchestrator.world import World
+
+CUT_ALL = str(Path(__file__).parent / "cut_all.json")  # else weights as small as these would not be cut at stage 3
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    "zero1": {"kind": "deepspeed", "zero_stage": 1},
+    "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    "zero3": {"kind": "deepspeed", "zero_stage": 3, "deepspeed_config": CUT_ALL},
+    "fsdp": {"kind": "fsdp"},
+}
+MICRO = 2  # pairs of a micro-batch at most
+ADAMW: dict[str, Any] = {"name": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.1}
+COSINE: dict[str, Any] = {"name": "cosine", "warmup_steps": 3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: what is trained, on how many pairs a step, and how."""
+
+    engine: str = "ddp"
+    pairs: int = 7  # of a global batch: neither 2 nor 3 ranks nor micro-batches of 2 divide it
+    model: dict[str, Any] = field(default_factory=dict)  # config of the model, whose head is tied to its embeddings
+    frozen: int = 0  # lowest layers, and the embeddings
+    optimizer: dict[str, Any] = field(default_factory=lambda: ADAMW)
+    scheduler: dict[str, Any] = field(default_factory=lambda: COSINE)
+    total_steps: int = 20
+    max_grad_norm: float | None = 0.05  # every gradient is clipped
+    precision: Precision = "fp32"
+    settings: dict[str, Any] = field(default_factory=dict)  # more of the engine's
+
+    @property
+    def factories(self) -> tuple[OptimizerFactory, SchedulerFactory]:
+        schedule = scheduler_factory(SchedulerSpec(**self.scheduler), self.total_steps)
+        return optimizer_factory(OptimizerSpec(**self.optimizer)), schedule
+
+
+class Made(NamedTuple):
+    """What a run has shown."""
+
+    losses: list[float]  # of the global batch, before each step
+    norms: list[float]
+    rates: list[float]
+    weights: dict[str, torch.Tensor]  # at the end, whole; on rank zero alone
+    state: dict[str, dict[str, torch.Tensor]] = {}  # of the optimizer, by parameter, whole; on rank zero alone
+
+
+def pair_step(case: Case, seed: int = 0) -> PairStep:
+    policy = tiny_model(seed, packed=True, **case.model)
+    if case.frozen:
+        freeze_lowest(policy, case.frozen)
+    dpo = DpoSpec(beta=0.5)  # pyright: ignore[reportCallIssue]
+    return PairStep(policy, Reference(tiny_model(1, packed=True, **case.model)), dpo)
+
+
+def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) -> Any:
+    """The engine with a model of that seed: another one than the run's for an engine that is to resume it."""
+    spec = EngineSpec(**{**ENGINES[case.engine], **case.settings})
+    made = build_engine(spec, world, case.precision, case.max_grad_norm, case.optimizer.get("weight_decay", 0.0))
+    made.wrap(pair_step(case, seed), *(factories or case.factories))
+    # as worker.py does: with three ranks or more DDP groups its gradients anew after the first, and sums otherwise
+    made.micro_step(collator(packed=True)(pair_rows(1), is_filler=True), Counts(1, 1), last=True)
+    made.discard()
+    return made
+
+
+def micro_batches(case: Case, step: int, world: World) -> list[PairBatch]:
+    """This rank's pairs in micro-batches, with fillers up to as many as the first rank has."""
+    rows = pair_rows(case.pairs, seed=1000 + step)
+    own, most = rows[world.rank :: world.size], rows[:: world.size]
+    made = [collator(packed=True)(own[at : at + MICRO]) for at in range(0, len(own), MICRO)]
+    missing = -(-len(most) // MICRO) - len(made)
+    return made + [collator(packed=True)(rows[:1], is_filler=True)] * missing
+
+
+def take_step(engine: Engine, case: Case, step: int, world: World) -> tuple[float, Updated]:
+    batches = micro_batches(case, step, world)
+    loss = torch.zeros(1, dtype=torch.float64)
+    for number, batch in enumerate(batches):
+        loss += engine.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1).loss
+    non_finite = world.max((~engine.finite()).int().view(1)).item()
+    return world.sum(loss).item(), engine.optimizer_step(apply=not non_finite)
+
+
+def train(engine: Engine, case: Case, world: World, steps: range) -> Made:
+    """Without weights."""
+    taken = [take_step(engine, case, step, world) for step in steps]
+    return Made([t[0] for t in taken], [float(t[1].grad_norm) for t in taken], [t[1].lr for t in taken], {})
+
+
+def kept(engine: Engine, world: World, folder: Path, step: int) -> Path:
+    """A checkpoint."""
+    return save(folder, step, engine.owned(), {"engine": engine.state()}, world)
+
+
+def put_back(engine: Engine, checkpoint: Path) -> None:
+    reader = Reader(checkpoint)
+    engine.put(reader.read, reader.keys)
+    engine.set_state(reader.meta["engine"])
+
+
+def content(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """Weights and optimizer state of a checkpoint, whole."""
+    reader = Reader(checkpoint)
+    weights = {name: reader.parameter(name).clone() for name in reader.shapes}
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in weights.items():
+        for key in reader.keys(name) - {"param"}:
+            whole = reader.read(name, key, 0, 1 if key.startswith("scalar:") else value.numel())
+            state.setdefault(name, {})[key.removeprefix("scalar:")] = whole.clone()
+    return weights, state
+
+
+def run(world: World, case: Case, folder: Path, steps: int, factories: Any = None) -> Made:
+    """A whole run; its weights go through a checkpoint, as there is no other way to have them whole."""
+    engine = engine_of(case, world, factories=factories)
+    made = train(engine, case, world, range(steps))
+    checkpoint = kept(engine, world, folder, steps)
+    weights, state = content(checkpoint) if world.is_main else ({}, {})
+    return made._replace(weights=weights, state=state)
+
+
+# --- the oracle --------------------------------------------------------------------------------------------------
+
+
+def oracle(case: Case, steps: int, optimizer: Any = None, schedule: Any = None) -> Made:
+    """One process, whole batches, torch's optimizer, clip_grad_norm_ and the schedule: nothing of an engine.
+
+    optimizer, schedule: a user's functions; those of the case if not given.
+    """
+    step = pair_step(case)
+    named = {n: p for n, p in step.policy.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": case.optimizer.get("weight_decay", 0.0)},
+        {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    if optimizer is None:
+        kind = getattr(torch.optim, case.optimizer["name"].rpartition(".")[2])
+        made = kind(groups, lr=case.optimizer["lr"], **case.optimizer.get("kwargs", {}))
+    else:
+        made = optimizer(groups)
+    scheduler = (schedule or case.factories[1])(made)
+    losses, norms, rates = [], [], []
+    for number in range(steps):
+        batch = collator(packed=True)(pair_rows(case.pairs, seed=1000 + number))
+        loss = step(batch, Counts(case.pairs, 1)).loss
+        made.zero_grad()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(named.values(), case.max_grad_norm or float("inf"))))
+        rates.append(scheduler.get_last_lr()[0])
+        made.step()
+        scheduler.step()
+        losses.append(loss.item())
+    weights = {n: p.detach().clone() for n, p in step.policy.named_parameters()}
+    return Made(losses, norms, rates, weights, {n: made.state[p] for n, p in named.items() if made.state[p]})
+
+
+# --- on every rank, for tests/contract/test_engines.py -----------------------------------------------------------
+
+STEPS, SAVED, UPTO = 20, 5, 9
+CASES = {  # tied embeddings, accumulation, clipping, a schedule and uneven micro-batches in each
+    "plain": Case(),
+    "frozen": Case(frozen=1),
+    "fewer pairs than ranks": Case(pairs=2),
+}
+
+
+def group(world: World, engine: str, folder: Path, canonical: Path) -> dict[str, Any]:
+    runs = {
+        name: run(world, replace(case, engine=engine), folder / name.replace(" ", "_"), STEPS)
+        for name, case in CASES.items()
+    }
+    case = Case(engine=engine)
+    first = engine_of(case, world)
+    train(first, case, world, range(SAVED))
+    checkpoint = kept(first, world, folder, SAVED)
+    gone_on = train(first, case, world, range(SAVED, UPTO))
+    resumed = _resumed(world, case, checkpoint)
+    after = [list(engine.owned()) for engine in (first, resumed[0])]
+    assert [part[:4] for part in after[0]] == [part[:4] for part in after[1]]
+    for mine, theirs in zip(*after, strict=True):
+        assert mine.tensors.keys() == theirs.tensors.keys()
+        for key, value in mine.tensors.items():
+            assert torch.equal(value, theirs.tensors[key]), (mine.name, key)
+    _, from_canonical = _resumed(world, case, canonical)
+    return {"runs": runs, "gone on": gone_on, "resumed": resumed[1], "from canonical": from_canonical}
+
+
+def _resumed(world: World, case: Case, checkpoint: Path) -> tuple[Any, Made]:
+    """An engine that started with other weights, and the steps it takes after the checkpoint."""
+    engine = engine_of(case, world, seed=3)
+    put_back(engine, checkpoint)
+    return engine, train(engine, case, world, range(SAVED, UPTO))
+
+
+def canonical(world: World, folder: Path) -> None:
+    engine = engine_of(Case(), world)
+    train(engine, Case(), world, range(SAVED))
+    kept(engine, world, folder, SAVED)
+
+
+def gone_on(world: World, case: Case, checkpoint: Path) -> Made:
+    return _resumed(world, case, checkpoint)[1]
+
+
+BIG = Case(pairs=4, model={"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128})
+
+
+def bytes_held(world: World) -> dict[str, tuple[int, int]]:
+    found = {}
+    for name in ENGINES:
+        case = replace(BIG, engine=name)
+        engine = engine_of(case, world)
+        train(engine, case, world, range(1))
+        state = [t for kept in engine._keeper().state.values() for t in kept.values() if t.ndim]
+        weights = [getattr(p, "ds_tensor", p) for p in engine.step.policy.parameters()]
+        found[name] = tuple(sum(_local(t).nbytes for t in tensors) for tensors in (state, weights))
+    return found
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
