@@ -1,15 +1,19 @@
 """Tiny runs of an engine on real ranks, and the same in one process with nothing but torch: the oracle."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from support import tiny_spec
 from tiny import collator, pair_rows, tiny_model
 from torch import nn
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep
+from orchestrator.engines import optim
 from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, Updated
 from orchestrator.engines.build import build_engine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
@@ -141,7 +145,7 @@ def run(world: World, case: Case, folder: Path, steps: int, factories: Any = Non
 # --- the oracle --------------------------------------------------------------------------------------------------
 
 
-def oracle(case: Case, steps: int, optimizer: Any = None, schedule: Any = None) -> Made:
+def oracle(case: Case, steps: Iterable[int], optimizer: Any = None, schedule: Any = None) -> Made:
     """One process, whole batches, torch's optimizer, clip_grad_norm_ and the schedule: nothing of an engine.
 
     optimizer, schedule: a user's functions; those of the case if not given.
@@ -159,7 +163,7 @@ def oracle(case: Case, steps: int, optimizer: Any = None, schedule: Any = None) 
         made = optimizer(groups)
     scheduler = (schedule or case.factories[1])(made)
     losses, norms, rates = [], [], []
-    for number in range(steps):
+    for number in steps:
         batch = collator(packed=True)(pair_rows(case.pairs, seed=1000 + number))
         loss = step(batch, Counts(case.pairs, 1)).loss
         made.zero_grad()
@@ -193,18 +197,18 @@ def group(world: World, engine: str, folder: Path, canonical: Path) -> dict[str,
     train(first, case, world, range(SAVED))
     checkpoint = kept(first, world, folder, SAVED)
     gone_on = train(first, case, world, range(SAVED, UPTO))
-    resumed = _resumed(world, case, checkpoint)
-    after = [list(engine.owned()) for engine in (first, resumed[0])]
+    again, after_it = resumed(world, case, checkpoint)
+    after = [list(engine.owned()) for engine in (first, again)]
     assert [part[:4] for part in after[0]] == [part[:4] for part in after[1]]
     for mine, theirs in zip(*after, strict=True):
         assert mine.tensors.keys() == theirs.tensors.keys()
         for key, value in mine.tensors.items():
             assert torch.equal(value, theirs.tensors[key]), (mine.name, key)
-    _, from_canonical = _resumed(world, case, canonical)
-    return {"runs": runs, "gone on": gone_on, "resumed": resumed[1], "from canonical": from_canonical}
+    _, from_canonical = resumed(world, case, canonical)
+    return {"runs": runs, "gone on": gone_on, "resumed": after_it, "from canonical": from_canonical}
 
 
-def _resumed(world: World, case: Case, checkpoint: Path) -> tuple[Any, Made]:
+def resumed(world: World, case: Case, checkpoint: Path) -> tuple[Any, Made]:
     """An engine that started with other weights, and the steps it takes after the checkpoint."""
     engine = engine_of(case, world, seed=3)
     put_back(engine, checkpoint)
@@ -218,16 +222,17 @@ def canonical(world: World, folder: Path) -> None:
 
 
 def gone_on(world: World, case: Case, checkpoint: Path) -> Made:
-    return _resumed(world, case, checkpoint)[1]
+    return resumed(world, case, checkpoint)[1]
 
 
 BIG = Case(pairs=4, model={"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128})
 
 
-def bytes_held(world: World) -> dict[str, tuple[int, int]]:
+def bytes_held(world: World, of: Case = BIG) -> dict[str, tuple[int, int]]:
+    """Bytes of optimizer state and of weights on this rank between steps, by engine."""
     found = {}
     for name in ENGINES:
-        case = replace(BIG, engine=name)
+        case = replace(of, engine=name)
         engine = engine_of(case, world)
         train(engine, case, world, range(1))
         state = [t for kept in engine._keeper().state.values() for t in kept.values() if t.ndim]
@@ -238,3 +243,60 @@ def bytes_held(world: World) -> dict[str, tuple[int, int]]:
 
 def _local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+OVERFLOWING = 2.0**40  # a loss scale at which fp16 gradients overflow for some steps
+
+
+def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
+    """By precision, a run and which of its steps were skipped; in fp16 the first ones are made to overflow."""
+    found = {}
+    for precision, steps in (("bf16", 8), ("fp16", 40)):
+        case = Case(engine=engine, precision=precision, total_steps=40)
+        made = engine_of(case, world)
+        if precision == "fp16":
+            made.scale.value = OVERFLOWING
+        taken = [take_step(made, case, step, world) for step in range(steps)]
+        losses, updated = [loss for loss, _ in taken], [u for _, u in taken]
+        found[precision] = Made(losses, [], [u.lr for u in updated], {}), [u.skipped for u in updated]
+    return found
+
+
+def offloaded(world: World, engine: str, offload: str, folder: Path) -> tuple[Made, Made]:
+    """Steps after a checkpoint of an engine that keeps state in the host's memory, undisturbed and resumed."""
+    case = Case(engine=engine, settings={"offload": offload})
+    first = engine_of(case, world)
+    begun = train(first, case, world, range(SAVED))
+    checkpoint = kept(first, world, folder, SAVED)
+    gone_on = train(first, case, world, range(SAVED, UPTO))
+    assert resumed(world, case, checkpoint)[1] == gone_on
+    return begun, gone_on
+
+
+SEED_STEPS = 33  # StepLR(30, 0.1) moves at 30
+SGD = Case(pairs=2, optimizer={"name": "torch.optim.SGD", "lr": 1e-2}, scheduler={"name": "constant"})
+ADAMW_STEP_LR = Case(
+    pairs=2,
+    optimizer={"name": "torch.optim.AdamW", "lr": 1e-3},
+    scheduler={"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 30, "gamma": 0.1}},
+)
+SEEDS: dict[str, tuple[Case, Any, Any]] = {  # settings, and the same as a Python user's functions
+    "SGD": (SGD, partial(torch.optim.SGD, lr=1e-2), None),
+    "AdamW and StepLR": (
+        ADAMW_STEP_LR,
+        partial(torch.optim.AdamW, lr=1e-3),
+        partial(torch.optim.lr_scheduler.StepLR, step_size=30, gamma=0.1),
+    ),
+}
+
+
+def seeds(world: World, engine: str, folder: Path) -> dict[str, Made]:
+    """The seed's optimizer examples by settings and by functions."""
+    found = {}
+    for name, (case, optimizer, schedule) in SEEDS.items():
+        case = replace(case, engine=engine, total_steps=SEED_STEPS)
+        spec = tiny_spec(folder, optimizer=case.optimizer, scheduler=case.scheduler, engine=ENGINES[engine])
+        for by, functions in (("YAML", None), ("Python", (optimizer, schedule))):
+            made = optim.factories(spec, tiny_model(), SEED_STEPS, world.device, functions)
+            found[f"{name} by {by}"] = run(world, case, folder / f"{name} {by}", SEED_STEPS, made)
+    return found

@@ -2,16 +2,19 @@
 seconds of importing for each; and hooks that watch a run or make it fail."""
 
 import errno
+import gc
 import hashlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +27,7 @@ from orchestrator.data import refcache
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.models.logps import sequence_logps
 from orchestrator.models.reference import Absent
+from orchestrator.training import checkpoint
 from orchestrator.training.trainer import Trainer
 
 Hook = Callable[[], None]
@@ -31,43 +35,79 @@ Hook = Callable[[], None]
 
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = ["orchestrator.cli", "orchestrator.run.debug", "transformers.models.qwen2.modeling_qwen2"]
-FORKS.set_forkserver_preload([*IMPORTED, "accelerate", "bitsandbytes", "peft", "pytest"])
+# deepspeed: transformers imports all of it, where it is installed, to save a model
+FORKS.set_forkserver_preload([*IMPORTED, "accelerate", "bitsandbytes", "deepspeed", "peft", "pytest"])
 GRACE_S = 5.0  # seconds that other ranks get to end after one has failed
 TIMEOUT_S = 120.0
+# Below the ports that a system deals out, and a range for each process of the tests: between the moment in which a port
+# is found free and the one in which rank zero listens there, nothing that other tests start can take it.
+FIRST_PORT, PORTS = 20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")), 1000
+NEXT_PORT = cycle(random.Random(os.getpid()).sample(range(FIRST_PORT, FIRST_PORT + PORTS), PORTS))
 
 
 class Ended(NamedTuple):
     """How each rank ended, and what all of them said."""
 
     codes: list[int]
-    log: str
+    stdout: str
+    stderr: str
+
+    @property
+    def log(self) -> str:
+        """All that was said."""
+        return self.stdout + self.stderr
 
 
-def run(settings: Path, *words: str, ranks: int = 1, hook: Hook | None = None) -> Ended:
+def run(
+    settings: Path,
+    *words: str,
+    ranks: int = 1,
+    hook: Hook | None = None,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> Ended:
     """`orchestrator debug SETTINGS WORDS...` on so many ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = settings.parent / f"{time.monotonic_ns()}.log"
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    logs = [settings.parent / f"{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    call = ["debug", str(settings), *words]
     processes = [
         FORKS.Process(
             target=_rank,
-            args=(log, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, ["debug", str(settings), *words], hook),
+            args=(logs, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd or Path.cwd(), call, hook),
         )
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    return Ended(_codes(processes), log.read_text())
+    return Ended(_codes(processes), *(log.read_text() for log in logs))
 
 
-def finished(settings: Path, *words: str, ranks: int = 1, hook: Hook | None = None) -> str:
+def finished(
+    settings: Path,
+    *words: str,
+    ranks: int = 1,
+    hook: Hook | None = None,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> str:
     """The same for a run that must come to its end; returns what it said."""
-    ended = run(settings, *words, ranks=ranks, hook=hook)
+    ended = run(settings, *words, ranks=ranks, hook=hook, cwd=cwd, env=env)
     assert ended.codes == [0] * ranks, ended.log
     return ended.log
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    for port in NEXT_PORT:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended run leaves there is no matter
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError  # a cycle has no end
 
 
 def _codes(processes: list[Any]) -> list[int]:
@@ -83,11 +123,12 @@ def _codes(processes: list[Any]) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def _rank(log: Path, env: dict[str, str], words: list[str], hook: Hook | None) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _rank(logs: list[Path], env: dict[str, str], cwd: Path, words: list[str], hook: Hook | None) -> None:
+    gc.freeze()  # what is imported stays; looking for garbage in it would copy its memory page by page
+    for descriptor, log in enumerate(logs, start=1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(env)
+    os.chdir(cwd)
     if hook is not None:
         hook()
     code = cli.main(words)
@@ -112,6 +153,36 @@ class StopsAt(TrainerCallback):
 def stops_at(step: int) -> str:
     """The word that adds StopsAt to a run."""
     return f"callbacks=[{{path: 'forked:StopsAt', kwargs: {{step: {step}}}}}]"
+
+
+class NotesSaves(TrainerCallback):
+    """Writes RUN_DIR/saves.jsonl: of which step it was told, before which one it had begun, in which thread, and what
+    is wrong with the checkpoint. Lets a save in the background end while a step is under way; asks for one when there
+    is an evaluation."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begun = state.global_step + 1
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = checkpoint.step_folder(Path(args.output_dir, "checkpoints"), state.global_step)
+        line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "begun": self.begun,
+            "in_main": threading.current_thread() is threading.main_thread(),
+            "wrong": checkpoint.verify(folder),
+        }
+        with open(Path(args.output_dir, "saves.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class KeepsLogps(TrainerCallback):
@@ -181,3 +252,64 @@ def disk_full_after(writes: int) -> None:
         return open(path, mode)
 
     refcache.__dict__["open"] = full
+
+
+def dies_saving(stage: str, rank: int, step: int) -> None:
+    """SIGKILL at a stage of the save of a step, on one rank."""
+    if int(os.environ["RANK"]) != rank:
+        return
+
+    def is_file(start: str) -> Callable[..., bool]:
+        def is_it(*args: Any) -> bool:
+            path = next(arg for arg in args if isinstance(arg, Path))
+            return path.name.startswith(start) and f"step_{step:08d}" in path.parent.name
+
+        return is_it
+
+    stages: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
+        "begun": (checkpoint._Draft, "write", lambda draft, *_: draft.step == step, "before"),
+        "half written": (checkpoint, "save_file", is_file("rank_"), "in the middle"),
+        "written": (checkpoint, "_synced_sha256", is_file("rank_"), "before"),
+        "recorded": (checkpoint, "write_atomically", is_file("rank_"), "after"),  # in the background alone
+        "complete": (checkpoint, "_synced_sha256", is_file("meta.json"), "after"),
+        "renamed": (checkpoint, "write_atomically", is_file("manifest.json"), "before"),
+        "committed": (checkpoint, "retain", lambda folder, _: checkpoint.step_folder(folder, step).exists(), "before"),
+    }
+    home, name, is_due, when = stages[stage]
+    call = getattr(home, name)
+
+    def dying(*args: Any) -> Any:
+        due = is_due(*args)
+        if due and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = call(*args)
+        if due and when == "in the middle":
+            os.truncate(args[1], os.path.getsize(args[1]) // 2)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    setattr(home, name, dying)
+
+
+def disk_full_saving(rank: int, step: int) -> None:
+    """No space is left for a rank's part of the checkpoint of a step."""
+    write = checkpoint._Draft.write
+
+    def full(draft: Any, *args: Any) -> Any:
+        if (draft.world.rank, draft.step) == (rank, step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(draft, *args)
+
+    checkpoint._Draft.write = full
+
+
+def slow_saves(seconds: float) -> None:
+    """Every rank takes its time to write its part of a checkpoint."""
+    write = checkpoint._Draft.write
+
+    def slow(draft: Any, *args: Any) -> Any:
+        time.sleep(seconds)
+        return write(draft, *args)
+
+    checkpoint._Draft.write = slow

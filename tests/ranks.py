@@ -1,15 +1,15 @@
 """A function on real gloo ranks, which are forks of a process with everything imported."""
 
+import gc
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from forked import FORKS
+from forked import FORKS, free_port
 
 from orchestrator.world import World
 
@@ -23,10 +23,7 @@ def on_gloo(size: int, run: Callable[..., Any], *args: Any) -> list[Any]:
     Raises:
         AssertionError: a rank raised or died; with its traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     env |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "DS_ACCELERATOR": "cpu"}
     pipes = [FORKS.Pipe(duplex=False) for _ in range(size)]
     ranks = [
@@ -58,6 +55,7 @@ def on_gloo(size: int, run: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _rank(pipe: Any, env: dict[str, str], run: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # as in forked.py
     os.environ.update(env)
     torch.set_num_threads(1)
     try:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import forked
 from offline_wandb import read_run
 from support import losses, metric_lines, orchestrator, write_settings
 
@@ -117,8 +118,8 @@ def test_what_a_callback_asks_happens_on_all_ranks(tmp_path: Path) -> None:
         checkpoint={"keep": 5},
         callbacks=["my_callbacks:Raises", "my_callbacks:Asks"],
     )
-    ended = orchestrator("debug", settings, "--nproc", "2", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    ended = forked.run(settings, ranks=2, cwd=tmp_path)
+    assert ended.codes == [0, 0], ended.log
     assert ended.stderr.count("RuntimeError: a bug") == 1  # reported once, then dropped
     run_dir = tmp_path / "runs" / "tiny"
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())

@@ -22,6 +22,8 @@ SCALAR = "scalar:"
 """Prefix of a key whose value is one number for the whole parameter (Adam's step, NAdam's mu_product), not a range."""
 
 
+NUMBER = "number:"
+"""Prefix of a key whose value is a whole number of Python's (the step of DeepSpeed's own optimizers)."""
 SHAPED = "shaped:"
 """Prefix of a key whose value has a shape of its own (Adafactor's row_var): "shaped:64,1:row_var"."""
 

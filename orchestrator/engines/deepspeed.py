@@ -63,6 +63,7 @@ class DeepSpeedEngine(SteppingEngine):
         on_gpu = self.world.device.type == "cuda"
         host = {"device": "cpu", "pin_memory": on_gpu}
         if self.settings.offload != "none":
+            zero.setdefault("sub_group_size", 10**8)  # elements updated at a time: torch's Adam makes copies of each
             zero["offload_optimizer"] = {**host, **(zero.get("offload_optimizer") or {})}
         if self.settings.offload == "parameters":
             zero["offload_param"] = {**host, **(zero.get("offload_param") or {})}

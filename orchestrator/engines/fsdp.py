@@ -51,6 +51,7 @@ class FsdpEngine(SteppingEngine):
         for p in module.parameters():
             if p not in cut and p.is_floating_point():
                 p.data = p.data.to(self.held if p.requires_grad else self.frozen_held)
+        on_gpu = self.world.device.type == "cuda"  # whose driver pins memory
         is_16_bit = self.precision in ("bf16", "fp16")
         fully_shard(
             module,
@@ -61,7 +62,7 @@ class FsdpEngine(SteppingEngine):
                 reduce_dtype=self.held if is_16_bit else None,
                 cast_forward_inputs=False,  # a batch has sums in fp64
             ),
-            offload_policy=CPUOffloadPolicy() if self.settings.offload == "parameters" else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy(on_gpu) if self.settings.offload == "parameters" else OffloadPolicy(),
         )
 
     def release(self) -> None:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep, StepOutput
 from orchestrator.engines.base import (
+    NUMBER,
     SCALAR,
     SHAPED,
     Answer,
@@ -206,8 +207,8 @@ class SteppingEngine:
             tensors = {"param": weight}
             state = self._keeper().state.get(holder, {}) if holder is not None else {}
             for key, value in state.items():
-                if not isinstance(value, torch.Tensor):  # DeepSpeed's own optimizers count steps in Python
-                    tensors[SCALAR + key] = torch.tensor([float(value)])
+                if not isinstance(value, torch.Tensor):
+                    tensors[NUMBER + key] = torch.tensor([value])
                 elif not value.ndim:
                     tensors[SCALAR + key] = (
                         value.detach().flatten().clone()
@@ -233,6 +234,8 @@ class SteppingEngine:
             for key in sorted(keys(name) - {"param"}):
                 if key.startswith(SCALAR):
                     keeper.state[holder][key.removeprefix(SCALAR)] = read(name, key, 0, 1)[0].to(scalars_on)
+                elif key.startswith(NUMBER):
+                    keeper.state[holder][key.removeprefix(NUMBER)] = read(name, key, 0, 1).item()
                 elif key.startswith(SHAPED):
                     sizes, own = key.removeprefix(SHAPED).split(":")
                     shape = [int(size) for size in sizes.split(",")]

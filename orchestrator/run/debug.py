@@ -43,7 +43,10 @@ def debug(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimize
         prepare(spec)
         run_dir.begin(spec)
         world = World.join(spec.cluster.collective_timeout_s)
-        return run(spec, world, LocalSession(run_dir, world.rank), ref_model, optimizers)
+        try:
+            return run(spec, world, LocalSession(run_dir, world.rank), ref_model, optimizers)
+        finally:
+            world.leave()  # an engine may have met alone
 
 
 def _as_rank(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None, optimizers: Optimizers | None) -> RunResult:

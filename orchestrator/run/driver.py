@@ -34,7 +34,10 @@ from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 0.2
 CLUSTER_WAIT_S = 10.0  # seconds in which a cluster that is joined may still grow to the size asked for
+GROWTH_WAIT_S = 30.0  # seconds in which further nodes may join before an elastic run makes use of the first
+FREE_PLACEMENTS = ("PACK", "SPREAD")  # where one more worker may be anywhere
 
 
 class RunDied(Exception):
@@ -79,6 +82,10 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | No
         result: dict[str, Any] = {"status": "died"}
         if run_dir.result.is_file():
             result = json.loads(run_dir.result.read_text())
+        if _is_for_growth(run_dir):
+            run_dir.stop.unlink()
+            if result["status"] == "stopped":
+                continue
         newest = committed(run_dir.checkpoints)
         newest_step = int(newest[0].name.removeprefix("step_")) if newest else -1
         action = supervisor.after(Attempt(outcomes.get(result["status"], "died"), newest_step))
@@ -105,7 +112,7 @@ def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Excepti
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    _check_cluster_size(spec)  # before each attempt: a node may have gone
+    workers = _workers(spec)  # before each attempt: a node may have gone
     resources = _resources(spec)
     use_gpu = resources.get("GPU", 0) > 0
     trainer = TorchTrainer(
@@ -118,7 +125,7 @@ def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Excepti
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.cluster.collective_timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=spec.cluster.num_workers,
+            num_workers=workers,
             use_gpu=use_gpu,
             resources_per_worker=resources,
             placement_strategy=spec.cluster.placement,
@@ -127,7 +134,10 @@ def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Excepti
         run_config=RunConfig(
             storage_path=spec.cluster.storage_path or str(run_dir.logs / "ray"),
             name=f"{spec.run.name}-{time.time_ns()}",
-            failure_config=FailureConfig(max_failures=0),
+            # where fewer would do, workers for which there is no room after all are not waited for
+            failure_config=FailureConfig(
+                max_failures=0, controller_failure_limit=0 if workers > spec.cluster.min_workers else -1
+            ),
         ),
     )
     failure: list[Exception] = []
@@ -140,9 +150,12 @@ def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Excepti
 
     # in a thread, so that Ray installs no SIGINT handler of its own: ours saves first
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    heartbeat(run_dir, 0).unlink(missing_ok=True)
     thread.start()
+    if workers < spec.cluster.max_workers and _joined():
+        _seek_growth(spec, run_dir, workers, thread)
     while thread.is_alive():
-        thread.join(0.2)
+        thread.join(POLL_S)
     return failure[0] if failure else None
 
 
@@ -208,6 +221,11 @@ def _unpickled(sent: dict[str, bytes]) -> dict[str, Any]:
     return functions
 
 
+def heartbeat(run_dir: RunDir, rank: int) -> Path:
+    """What a rank writes while it takes steps."""
+    return run_dir.logs / f"heartbeat_{rank:05d}.json"
+
+
 def rank_log(run_dir: RunDir, rank: int) -> Path:
     """What one rank prints under Ray, over all attempts."""
     return run_dir.logs / f"rank_{rank:05d}.log"
@@ -251,12 +269,17 @@ def _resources(spec: RunSpec) -> dict[str, float]:
     return {"GPU": 1, "CPU": 1} if ray.cluster_resources().get("GPU", 0) else {"CPU": 1}
 
 
+def _joined() -> bool:
+    """Whether the cluster is there already, and others may use it too."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def _check_local_size(spec: RunSpec) -> None:
     """Refuse before Ray starts what this machine alone cannot hold."""
-    if os.environ.get("RAY_ADDRESS"):
+    if _joined():
         return
     cores, each = _cores(), spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0)
-    if spec.cluster.num_workers * each > cores:
+    if spec.cluster.min_workers * each > cores:
         raise _too_small(spec, f"{each:g} CPU each, and this machine has {cores} CPUs", int(cores // each))
 
 
@@ -279,8 +302,7 @@ def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
 @contextmanager
 def _cluster(spec: RunSpec) -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or one of our own on this machine; left or closed afterwards."""
-    joined = bool(os.environ.get("RAY_ADDRESS"))
-    options: Any = {} if joined else {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
+    options: Any = {} if _joined() else {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
     _authenticate(spec)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that its default will change
     import ray
@@ -294,7 +316,7 @@ def _cluster(spec: RunSpec) -> Iterator[None]:
 
 def _authenticate(spec: RunSpec) -> None:
     """How a Ray of our own is entered; before ray is imported, which reads it then."""
-    if os.environ.get("RAY_ADDRESS"):
+    if _joined():
         return  # one that is joined has its own
     os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
     if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
@@ -312,18 +334,88 @@ def _token_file() -> Path:
     return token
 
 
-def _check_cluster_size(spec: RunSpec) -> None:
-    """Refuse a cluster that cannot hold the workers: Ray would wait for it for ever."""
+def _workers(spec: RunSpec) -> int:
+    """How many workers to start: of an elastic run as many as there is room for now.
+
+    Raises:
+        UserError: the cluster cannot hold the fewest: Ray would wait for it for ever.
+    """
+    cluster, capacity = spec.cluster, _capacity(spec)
+    count = min(capacity, cluster.max_workers)
+    if cluster.min_workers == cluster.max_workers:
+        return count
+    if _joined() and cluster.placement in FREE_PLACEMENTS:  # of the others Ray cannot be asked one by one
+        with _places(spec, cluster.max_workers) as granted:
+            deadline = time.monotonic() + CLUSTER_WAIT_S
+            while granted() < cluster.max_workers and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            count = max(granted(), cluster.min_workers)  # the fewest are waited for
+    print(f"{count} workers (cluster.num_workers is {cluster.num_workers})", flush=True)
+    return count
+
+
+@contextmanager
+def _places(spec: RunSpec, count: int) -> Iterator[Callable[[], int]]:
+    """Ask Ray for room for so many more workers; yields a function that tells how many it has granted.
+
+    What it grants is free on a node that is alive; the resources of nodes say nothing of either.
+    """
+    from ray.util import placement_group, placement_group_table, remove_placement_group
+
+    groups = [placement_group([_resources(spec)]) for _ in range(count)]
+    try:
+        yield lambda: sum(placement_group_table(group)["state"] == "CREATED" for group in groups)
+    finally:
+        for group in groups:
+            remove_placement_group(group)
+
+
+def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threading.Thread) -> None:
+    """Wait until there is room for more workers, or training ends; then have the run saved, to go on with them.
+
+    Ray's own elasticity would kill the workers, saved or not, and would count what other programs hold as room.
+    """
+    if spec.cluster.placement not in FREE_PLACEMENTS:
+        return
+    while training.is_alive() and not heartbeat(run_dir, 0).exists():  # its own workers have their places first
+        training.join(POLL_S)
+    with _places(spec, spec.cluster.max_workers - workers) as granted:
+        found, since = 0, time.monotonic()
+        while training.is_alive():
+            training.join(5 * POLL_S)
+            if (now := granted()) != found:
+                found, since = now, time.monotonic()
+            elif found and time.monotonic() - since > GROWTH_WAIT_S and not run_dir.stop.exists():
+                print(f"there is room for {workers + found} workers: saving, to go on with them", flush=True)
+                _ask_for_growth(run_dir)
+
+
+def _ask_for_growth(run_dir: RunDir) -> None:
+    run_dir.stop.write_text("to go on with more workers")
+    os.utime(run_dir.stop, (0, 0))
+
+
+def _is_for_growth(run_dir: RunDir) -> bool:
+    """Whether the request to stop is ours; whoever else asks, by a touch too, makes it his own."""
+    return run_dir.stop.exists() and run_dir.stop.stat().st_mtime == 0
+
+
+def _capacity(spec: RunSpec) -> int:
+    """How many workers the nodes of the cluster can hold, whoever uses them now.
+
+    Raises:
+        UserError: fewer than the run must have.
+    """
     import ray
 
     wanted = _resources(spec)
-    deadline = time.monotonic() + (CLUSTER_WAIT_S if os.environ.get("RAY_ADDRESS") else 0)
+    deadline = time.monotonic() + (CLUSTER_WAIT_S if _joined() else 0)
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         per_node = [int(min(node.get(name, 0) // n for name, n in wanted.items() if n)) for node in nodes]
         fits = _placeable(per_node, spec.cluster.placement)
-        if fits >= spec.cluster.num_workers:
-            return
+        if fits >= spec.cluster.min_workers:
+            return fits
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
@@ -349,7 +441,7 @@ def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if run_dir.stop.exists():
+        if run_dir.stop.exists() and not _is_for_growth(run_dir):
             raise KeyboardInterrupt
         run_dir.stop.write_text(f"received {signal.Signals(number).name}")
         print("stopping: the run is saved at the next step; once more to abort", file=sys.stderr, flush=True)

@@ -17,6 +17,10 @@ def planned(spec: RunSpec) -> dict[str, Any]:
     if spec.data.eval:
         check_source("data.eval", spec.data.eval)
     batch, ranks = spec.batch, spec.cluster.num_workers
+    each = ranks if isinstance(ranks, list) else [ranks]  # the fewest and the most
+    by_ranks: dict[str, list[Any]] = {"pairs_per_rank": [batch.pairs_per_rank(count) for count in each]}
+    if batch.micro_batch_size:
+        by_ranks["grad_accum"] = [batch.grad_accum(count) for count in each]
     rows = count_rows("data.train", spec.data.train)
     facts: dict[str, Any] = {
         "run_dir": str(spec.run_dir),
@@ -24,13 +28,11 @@ def planned(spec: RunSpec) -> dict[str, Any]:
         "eval_rows": count_rows("data.eval", spec.data.eval) if spec.data.eval else 0,
         "ranks": ranks,
         "global_batch_size": batch.global_batch_size,
-        "pairs_per_rank": -(-batch.global_batch_size // ranks),
     }
-    if batch.micro_batch_size:
-        facts["micro_batch_size"] = batch.micro_batch_size
-        facts["grad_accum"] = -(-facts["pairs_per_rank"] // batch.micro_batch_size)
-    else:
-        facts["max_tokens_per_microbatch"] = batch.max_tokens_per_microbatch
+    for name in ("micro_batch_size", "max_tokens_per_microbatch"):
+        if (size := getattr(batch, name)) is not None:
+            facts[name] = size
+    facts |= {name: values if isinstance(ranks, list) else values[0] for name, values in by_ranks.items()}
     if rows:
         length = run_length(rows, batch.global_batch_size, spec.training)
         facts |= {

@@ -2,16 +2,20 @@
 
 A folder step_00000NNN holds one safetensors file per rank with flat ranges of named tensors, `index.json` with the
 shapes and where each range lies, `meta.json` with everything that is the same on all ranks, the random state of each
-rank, and `manifest.json` with the sha256 of every other file, renamed into place last.
+rank, and `manifest.json` with the sha256 of every other file, renamed into place last. While it is written the folder
+is called .step_00000NNN.TOKEN.partial, and counts for nothing.
 """
 
 import hashlib
 import json
 import os
 import random
+import secrets
 import shutil
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,10 @@ from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import write_atomically
 from orchestrator.world import World
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 CORRUPT, UNREADABLE = "manifest.corrupt.json", "manifest.unreadable.json"  # names of manifests that count no more
+POLL_S = 0.05  # seconds between two looks of rank zero for what the other ranks have written in the background
 RngState = dict[str, torch.Tensor]
 
 
@@ -64,32 +69,134 @@ def save(
     Raises:
         SaveFailed: on every rank, whichever of them failed, so that none waits for it.
     """
-    final, partial = step_folder(checkpoints, step), checkpoints / f".step_{step:08d}.partial"
+    draft = _Draft(checkpoints, step, meta, world)
+    parts = draft.agreed(lambda: draft.write(owned, rng or rng_state()))
+    draft.agreed(lambda: draft.commit(parts) if world.is_main else None)
+    return draft.final
 
-    def begin() -> None:
-        for leftover in (final, partial):  # of a save that a crash cut short, or of a corrupt one
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
 
-    def agreed(part: Callable[[], Any]) -> list[Any]:
+class Saver:
+    """The saves of one run, of which no two overlap; `save` and `wait` are collective.
+
+    In the background a thread of each rank writes its files and then a record of them beside, and rank zero's thread
+    waits for all records, commits and retains. The threads enter no collective: those of training are under way.
+    """
+
+    def __init__(self, checkpoints: Path, world: World, keep: int, timeout_s: float) -> None:
+        """keep: newest checkpoints that stay. timeout_s: that of the run's collectives."""
+        self.checkpoints, self.world, self.keep, self.timeout_s = checkpoints, world, keep, timeout_s
+        self._draft: _Draft | None = None  # what is being written in the background
+        self._thread = threading.Thread()
+        self._given_up = threading.Event()
+        self._error: str | None = None  # why this rank's thread ended, as text: an exception would hold its frames
+        self._news: Path | None = None
+
+    def save(
+        self,
+        step: int,
+        owned: Iterable[Owned],
+        meta: dict[str, Any],
+        rng: RngState | None = None,
+        in_background: bool = False,
+    ) -> None:
+        """Write a checkpoint, as the function `save` does, when the one before is committed.
+
+        in_background: return when all of it is copied to the host's memory; `wait` for the rest.
+
+        Raises:
+            SaveFailed: on every rank, for this save or the one before.
+        """
+        self.wait()
+        if not in_background:
+            self._news = save(self.checkpoints, step, owned, meta, self.world, rng)
+            if self.world.is_main:
+                retain(self.checkpoints, self.keep)
+            return
+        draft = _Draft(self.checkpoints, step, meta, self.world)
+        copies: list[Owned] = []
+        draft.agreed(lambda: copies.extend(map(_copied, owned)))
+        self._draft, self._error = draft, None
+        self._given_up.clear()
+        self._thread = threading.Thread(target=self._run, args=(draft, copies, rng or rng_state()), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save in the background, where there is one, is committed.
+
+        Raises:
+            SaveFailed: on every rank, whichever of them failed.
+        """
+        if (draft := self._draft) is None:
+            return
+        if not self.world.is_main:
+            self._thread.join()
+        errors = self.world.gather(None if self.world.is_main else self._error)
+        if self.world.is_main:  # the others have written their parts by now, or never will
+            if any(errors):
+                self._given_up.set()
+            self._thread.join(self.timeout_s / 2)  # the others wait in the next gather
+            self.close()
+        self._draft = None
+        draft.check(errors + self.world.gather(self._error))
+        if not self.world.is_main:
+            self._news = draft.final
+
+    def news(self) -> Path | None:
+        """The checkpoint that was committed since this was last asked: rank zero knows when it is, others in `wait`."""
+        if (news := self._news) is not None:  # a swap could lose what the thread sets meanwhile
+            self._news = None
+        return news
+
+    def close(self) -> None:
+        """Leave no thread behind: one inside torch when the interpreter ends would abort the process.
+
+        This rank's part is still written, but no other rank is waited for.
+        """
+        self._given_up.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self, draft: "_Draft", copies: list[Owned], rng: RngState) -> None:
         try:
-            done, error = part(), None
-        except Exception as failure:  # a full disk is an OSError here and a SafetensorError there
-            done, error = None, f"rank {world.rank}: {type(failure).__name__}: {failure}"
-        every = world.gather((done, error))
-        errors = [error for _, error in every if error]
-        if errors:
-            if world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full of it
-            raise SaveFailed(
-                f"the checkpoint of step {step} could not be written ({errors[0]}); free space in {checkpoints}"
-            )
-        return [done for done, _ in every]
+            self._write(draft, copies, rng)
+            if self.world.is_main:
+                self._commit(draft)
+        except Exception as failure:
+            self._error = draft.told(failure)
+            if self.world.is_main:
+                draft.remove()
 
-    agreed(lambda: begin() if world.is_main else None)
-    parts = agreed(lambda: _write_rank(partial, world.rank, owned, rng or rng_state()))
-    agreed(lambda: _commit(partial, final, parts, meta, step, world.size) if world.is_main else None)
-    return final
+    def _write(self, draft: "_Draft", copies: list[Owned], rng: RngState) -> None:
+        """Write this rank's files, then its record: of them, or of why there are none."""
+        try:
+            draft.record(draft.write(copies, rng))
+        except Exception as failure:
+            if not self.world.is_main and not draft.partial.exists():
+                return  # rank zero has given up, and says why
+            draft.remove_part()  # makes room for the record on a full disk
+            with suppress(OSError):  # without it rank zero learns of the failure in `wait`
+                draft.record({"error": draft.told(failure)})
+            raise
+        finally:
+            copies.clear()  # their memory is free while rank zero waits
+
+    def _commit(self, draft: "_Draft") -> None:
+        parts = [self._recorded(draft, rank) for rank in range(self.world.size)]
+        draft.commit(parts)
+        self._news = draft.final
+        retain(self.checkpoints, self.keep)
+
+    def _recorded(self, draft: "_Draft", rank: int) -> dict[str, Any]:
+        """What a rank has recorded, when it has; the record is gone then, as it is no part of the checkpoint."""
+        path = draft.record_of(rank)
+        while not path.exists():
+            if self._given_up.wait(POLL_S) and not path.exists():
+                raise TimeoutError(f"rank {rank} has not written its part")
+        record = json.loads(path.read_text())
+        path.unlink()
+        if "error" in record:
+            raise OSError(record["error"])
+        return record
 
 
 def retain(checkpoints: Path, keep: int) -> None:
@@ -225,11 +332,14 @@ class Reader:
         self._ranges: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for file, tensor, name, key, start, stop in index["ranges"]:
             self._ranges[name, key].append((start, stop, file, tensor))
+        self._keys: dict[str, set[str]] = defaultdict(set)
+        for name, key in self._ranges:
+            self._keys[name].add(key)
         self._files: dict[str, Any] = {}
 
     def keys(self, name: str) -> set[str]:
         """The keys ("param", "exp_avg", ...) that are kept of a parameter."""
-        return {key for other, key in self._ranges if other == name}
+        return set(self._keys.get(name, ()))
 
     def read(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
         """The flat range [start, stop) of a tensor, 1-D on the CPU.
@@ -283,22 +393,109 @@ def seed_everything(seed: int) -> None:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def _write_rank(folder: Path, rank: int, owned: Iterable[Owned], rng_now: RngState) -> dict[str, Any]:
-    """Write one rank's tensors and random state; returns their index entries and hashes."""
-    file, rng = f"rank_{rank:05d}.safetensors", f"rng_{rank:05d}.safetensors"
-    tensors: dict[str, torch.Tensor] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    ranges: list[tuple[str, str, str, str, int, int]] = []
-    for part in owned:
-        shapes[part.name] = part.shape
-        for key, value in part.tensors.items():
-            label = str(len(tensors))
-            tensors[label] = value.cpu().contiguous()
-            begin, end = (0, 1) if key.startswith(SCALAR) else (part.start, part.stop)
-            ranges.append((file, label, part.name, key, begin, end))
-    save_file(tensors, folder / file)
-    save_file(rng_now, folder / rng)
-    return {"shapes": shapes, "ranges": ranges, "files": {name: _synced_sha256(folder / name) for name in (file, rng)}}
+class _Draft:
+    """A checkpoint under way, in a folder of its own; to make one is collective. Only ranks that agree go on."""
+
+    def __init__(self, checkpoints: Path, step: int, meta: dict[str, Any], world: World) -> None:
+        self.checkpoints, self.step, self.world = checkpoints, step, world
+        self.final = step_folder(checkpoints, step)
+        # a name that no other attempt has: what a rank of a dead attempt still writes lands nowhere
+        self.partial = checkpoints / f".{self.final.name}.{secrets.token_hex(4)}.partial"
+        self.meta = ""  # on rank zero: text, as what it is made of will have changed when it is written
+        names = self.agreed(lambda: self._begin(meta) if world.is_main else "")
+        self.partial = checkpoints / names[0]
+
+    def _begin(self, meta: dict[str, Any]) -> str:
+        self.meta = json.dumps(_encoded({**meta, "step": self.step, "world_size": self.world.size}))
+        for leftover in (self.final, *self.checkpoints.glob(".step_*.partial")):  # of crashes, or a corrupt checkpoint
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self.partial.name
+
+    def agreed(self, part: Callable[[], Any]) -> list[Any]:
+        """What `part` returned on each rank; SaveFailed on all ranks where it raised on one."""
+        try:
+            done, error = part(), None
+        except Exception as failure:  # a full disk is an OSError here and a SafetensorError there
+            done, error = None, self.told(failure)
+        every = self.world.gather((done, error))
+        self.check([error for _, error in every])
+        return [done for done, _ in every]
+
+    def told(self, failure: Exception) -> str:
+        return f"rank {self.world.rank}: {type(failure).__name__}: {failure}"
+
+    def check(self, errors: list[str | None]) -> None:
+        """Give up where there is an error; the same on all ranks."""
+        if found := [error for error in errors if error]:
+            if self.world.is_main:
+                self.remove()  # a full disk should not stay full of it
+            reason = f"the checkpoint of step {self.step} could not be written ({found[0]})"
+            raise SaveFailed(f"{reason}; free space in {self.checkpoints}")
+
+    def remove(self) -> None:
+        gone = self.partial.with_suffix(".gone.partial")
+        with suppress(OSError):  # it is gone already
+            os.rename(self.partial, gone)  # at once: no other rank may miss a file where the folder still is
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def write(self, owned: Iterable[Owned], rng: RngState) -> dict[str, Any]:
+        """Write this rank's tensors and random state; returns their index entries and hashes."""
+        file, rng_file = _rank_files(self.world.rank)
+        tensors: dict[str, torch.Tensor] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        ranges: list[tuple[str, str, str, str, int, int]] = []
+        for part in owned:
+            shapes[part.name] = part.shape
+            for key, value in part.tensors.items():
+                label = str(len(tensors))
+                tensors[label] = value.cpu().contiguous()  # no copy of what lies on the host already
+                is_whole = key.startswith(SCALAR) or value.numel() != part.stop - part.start  # has a shape of its own
+                begin, end = (0, value.numel()) if is_whole else (part.start, part.stop)
+                ranges.append((file, label, part.name, key, begin, end))
+        save_file(tensors, self.partial / file)
+        save_file(rng, self.partial / rng_file)
+        files = {name: _synced_sha256(self.partial / name) for name in (file, rng_file)}
+        return {"shapes": shapes, "ranges": ranges, "files": files}
+
+    def remove_part(self) -> None:
+        for name in _rank_files(self.world.rank):
+            (self.partial / name).unlink(missing_ok=True)
+
+    def record_of(self, rank: int) -> Path:
+        return self.partial / f"rank_{rank:05d}.json"
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Let rank zero know, through the file system, what this rank has done."""
+        write_atomically(self.record_of(self.world.rank), json.dumps(record))
+
+    def commit(self, parts: list[dict[str, Any]]) -> None:
+        """Let it count, as every part is written; rank zero alone."""
+        shapes = {name: shape for part in parts for name, shape in part["shapes"].items()}
+        ranges = [entry for part in parts for entry in part["ranges"]]
+        files = {name: digest for part in parts for name, digest in part["files"].items()}
+        index = json.dumps({"shapes": shapes, "ranges": ranges})
+        for name, document in (("index.json", index), ("meta.json", self.meta)):
+            (self.partial / name).write_text(document)
+            files[name] = _synced_sha256(self.partial / name)
+        os.rename(self.partial, self.final)
+        _sync_folder(self.checkpoints)
+        manifest = json.dumps({"format": FORMAT, "step": self.step, "files": files}, indent=1)
+        write_atomically(self.final / MANIFEST, manifest)
+        _sync_folder(self.final)
+
+
+def _copied(part: Owned) -> Owned:
+    """With tensors of its own in the host's memory."""
+
+    def copied(value: torch.Tensor) -> torch.Tensor:
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    return part._replace(tensors={key: copied(value) for key, value in part.tensors.items()})
+
+
+def _rank_files(rank: int) -> tuple[str, str]:
+    return f"rank_{rank:05d}.safetensors", f"rng_{rank:05d}.safetensors"
 
 
 def rng_state() -> RngState:
@@ -316,25 +513,6 @@ def rng_state() -> RngState:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _commit(
-    partial: Path, final: Path, parts: list[dict[str, Any]], meta: dict[str, Any], step: int, world_size: int
-) -> None:
-    shapes = {name: shape for part in parts for name, shape in part["shapes"].items()}
-    ranges = [entry for part in parts for entry in part["ranges"]]
-    files = {name: digest for part in parts for name, digest in part["files"].items()}
-    documents = {
-        "index.json": {"shapes": shapes, "ranges": ranges},
-        "meta.json": _encoded({**meta, "step": step, "world_size": world_size}),
-    }
-    for name, document in documents.items():
-        (partial / name).write_text(json.dumps(document))
-        files[name] = _synced_sha256(partial / name)
-    os.rename(partial, final)
-    _sync_folder(final.parent)
-    write_atomically(final / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-    _sync_folder(final)
 
 
 def _sha256(path: Path) -> str:

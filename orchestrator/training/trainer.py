@@ -14,10 +14,11 @@ from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine, Updated
+from orchestrator.engines.optim import check_resumable, made_by
 from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks
-from orchestrator.training.evaluate import MEASURED, evaluate
+from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate
 from orchestrator.training.health import Session
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
@@ -81,6 +82,9 @@ class Trainer:
         self.window = MetricSums(self.world)  # since the last log
         self.last: Updated | None = None
         self.evaluated_at = self.saved_at = -1
+        self.saved_epoch = 0.0
+        keep, timeout_s = self.spec.checkpoint.keep, self.spec.cluster.collective_timeout_s
+        self.saver = checkpoint.Saver(self.run_dir.checkpoints, self.world, keep, timeout_s)
         self.rng: checkpoint.RngState | None = None  # before the step under way; what it has drawn will be drawn again
         self.stopping = False  # asked from outside: save, and be resumed later
         self.finishing = False  # asked by a callback: this is the end of training
@@ -91,7 +95,8 @@ class Trainer:
         """Go on from a checkpoint of any engine and world size.
 
         Raises:
-            UserError: the checkpoint was made with another reference, base or tokenizer, or with other pairs.
+            UserError: the checkpoint was made with another reference, base or tokenizer, or with other pairs, or by an
+                optimizer whose state can go on nowhere but where it was made.
         """
         meta = reader.meta
         if changes := list(_differences(meta["identity"], self.identity)):
@@ -108,6 +113,7 @@ class Trainer:
                 "its rows, or the tokenizer, are not those that this run was started with",
                 "put them back to resume it, or choose another run.name",
             )
+        check_resumable(meta["made_by"], self.made_by)
         self.engine.put(reader.read, reader.keys)
         self.engine.set_state(meta["engine"])
         self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
@@ -118,6 +124,11 @@ class Trainer:
             self.callbacks.restore(meta["callbacks"])
         self._update_state()
         reader.restore_rng(self.world, self.spec.run.seed)
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """Whose state a checkpoint holds."""
+        return made_by(self.engine.optimizer, self.engine.scheduler, self.spec.engine, self.world.size)
 
     @property
     def is_over(self) -> bool:
@@ -134,17 +145,19 @@ class Trainer:
         """Train from the present position to the end, or until someone asks to stop. The same on every rank."""
         self._update_state()
         self.callbacks.fire("on_train_begin")
-        if self.step == 0:
-            self.evaluate()
-        with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
-            self._train(steps)
-        return self._end()
+        with closing(self.saver):
+            if self.step == 0:
+                self.evaluate()
+            with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
+                self._train(steps)
+            return self._end()
 
     def _train(self, steps: Iterator[StepBatches]) -> None:
         """Take steps until the last one, or until someone asks to stop."""
         callbacks = self.callbacks
         epoch, skipped = -1, 0
         while not (self.is_over or self.stopping or self.finishing):
+            self._tell_saved()
             self.rng = checkpoint.rng_state()
             made = next(steps)
             if made.epoch != epoch:
@@ -197,7 +210,8 @@ class Trainer:
         if not stopped:
             self.log()  # what is left in the window when a callback ends the run
             self.evaluate()
-        self.save()
+        self._finish_save()
+        self.save(last=True)
         self.callbacks.fire("on_train_end")
         folder = checkpoint.step_folder(self.run_dir.checkpoints, self.step)
         if stopped:
@@ -210,6 +224,8 @@ class Trainer:
         if made.are_local:
             local = torch.tensor(counts, dtype=torch.float64, device=self.world.device)
             counts = Counts(*map(int, self.world.sum(local).tolist()))
+        if self.engine.meets_in_forward:
+            made = self._asked_together(made)
         sums = MetricSums(self.world)
         outputs: list[tuple[PairBatch, StepOutput]] = []
         last = len(made.micro_batches) - 1
@@ -224,6 +240,13 @@ class Trainer:
         if self.step == 0 and self.near is not None:
             self._check_start(outputs, self.near)
         return sums.sums
+
+    def _asked_together(self, made: StepBatches) -> StepBatches:
+        """Where one rank asks the reference, all do: layers that it shares with the policy are gathered by all."""
+        known = all(batch.ref_logps is not None for batch in made.micro_batches)
+        if all_ranks(self.world, known) or self.loader.cache is None:
+            return made
+        return made._replace(micro_batches=[batch._replace(ref_logps=None) for batch in made.micro_batches])
 
     def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], near: Tolerance) -> None:
         """Before the first update the policy is its reference: every reward is 0, and the sigmoid loss ln 2."""
@@ -303,14 +326,24 @@ class Trainer:
         self.session.heartbeat(self.step, "evaluate")
         self.callbacks.fire("on_prediction_step")
 
-    def save(self) -> None:
-        """Commit a checkpoint of this step, once."""
+    def save(self, last: bool = False) -> None:
+        """Commit a checkpoint of this step, once; with checkpoint.async_save only begin it, unless it is the last.
+
+        What is begun is committed when the next save begins, or training ends. `session.committed` and on_save follow
+        the commit, on this thread: at once, or with checkpoint.async_save on rank zero before the next step that finds
+        it done, and on the others when the next save begins or training ends.
+
+        Raises:
+            SaveFailed: on every rank, for this save or the one before.
+        """
         if self.saved_at == self.step:
             return
         self.session.heartbeat(self.step, "save")
+        self._finish_save()
         window = self.window.per_rank()
         meta = {
             "engine": self.engine.state(),
+            "made_by": self.made_by,
             "pairs_seen": self.pairs_seen,
             "tokens_seen": self.tokens_seen,
             "evaluated_at": self.evaluated_at,
@@ -321,12 +354,26 @@ class Trainer:
             "identity": self.identity,
             "spec": self.spec.model_dump(mode="json"),
         }
-        path = checkpoint.save(self.run_dir.checkpoints, self.step, self.engine.owned(), meta, self.world, self.rng)
-        self.saved_at = self.step
-        self.session.committed(self.step, path)
-        if self.world.is_main:
-            checkpoint.retain(self.run_dir.checkpoints, self.spec.checkpoint.keep)
+        in_background = self.spec.checkpoint.async_save and not last
+        self.saver.save(self.step, self.engine.owned(), meta, self.rng, in_background)
+        self.saved_at, self.saved_epoch = self.step, self.callbacks.state.epoch
+        self._tell_saved()
+
+    def _finish_save(self) -> None:
+        """Wait for the save in the background, if there is one."""
+        self.saver.wait()
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        """Tell of a save that is known here to be committed. Callbacks see the step and the epoch that it holds."""
+        if (path := self.saver.news()) is None:
+            return
+        self.session.committed(self.saved_at, path)
+        state = self.callbacks.state
+        present = state.global_step, state.epoch
+        state.global_step, state.epoch = self.saved_at, self.saved_epoch
         self.callbacks.fire("on_save")
+        state.global_step, state.epoch = present
 
     def _report(self, logs: dict[str, Any]) -> None:
         logs = {**logs, "epoch": self.pairs_seen / len(self.loader.pairs)}

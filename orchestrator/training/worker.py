@@ -483,7 +483,8 @@ def _say(
         if pairs is not None:
             dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
             print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
-    where = f"{world.size} ranks on {world.device.type} in {precision}"
+    engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
+    where = f"{world.size} ranks on {world.device.type} in {precision}{engine}"
     print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
     if why_padded is not None:
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)

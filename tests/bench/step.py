@@ -40,8 +40,9 @@ from orchestrator.data.collate import Counts, PackedCollator
 from orchestrator.data.order import Order
 from orchestrator.data.pairs import tokenized_pairs
 from orchestrator.dpo.step import PairStep
-from orchestrator.engines.ddp import DdpEngine, autocast
+from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
+from orchestrator.engines.stepping import autocast
 from orchestrator.models.attention import choose_kernel, use_packed_attention
 from orchestrator.models.policy import build_policy, load_tokenizer, pair_cost
 from orchestrator.models.reference import Reference
@@ -200,7 +201,8 @@ def ours(bench: Bench, policy: Any, reference: Reference, cached: bool) -> Step:
     kernel = choose_kernel("auto", bench.device, args.precision)
     for model in (policy, reference.model):
         use_packed_attention(model, kernel)
-    engine = DdpEngine(world, "fp32" if policy.dtype == torch.bfloat16 else args.precision, 1.0, 0.0)
+    precision = "fp32" if policy.dtype == torch.bfloat16 else args.precision
+    engine = DdpEngine(spec.engine, world, precision, 1.0, 0.0)
     pair_step = PairStep(policy, reference, spec.dpo)
     engine.wrap(pair_step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, 1))
     lengths = np.array([[len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in bench.rows])

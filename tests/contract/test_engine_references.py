@@ -1,4 +1,4 @@
-"""Every place for a reference, beside every engine, on two real ranks: the curve is DDP's, also resumed in the middle."""
+"""Every place for a reference beside every engine, on two real ranks: the curve is DDP's, resumed in the middle."""
 
 import json
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Gro
 
 @cache
 def oracle(case: str, steps: int = STEPS) -> Made:
-    return engine_runs.oracle(CASES[case], steps)
+    return engine_runs.oracle(CASES[case], range(steps))
 
 
 def assert_alike(made: Made, expected: Made, steps: slice = slice(None)) -> None:
@@ -146,3 +147,62 @@ def test_optimizer_state_is_sharded(held: Any, engine: str, size: int) -> None:
             assert weights <= whole[1] / size + padding
         else:
             assert weights == whole[1]
+
+
+# --- precision, offloading, a user's own -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_16_bits() -> Any:
+    return cache(lambda engine: on_gloo(2, engine_runs.in_16_bits, engine)[0])
+
+
+@every_engine
+def test_bf16_is_near_fp32(in_16_bits: Any, engine: str) -> None:
+    made, skipped = in_16_bits(engine)["bf16"]
+    expected = engine_runs.oracle(Case(total_steps=40), range(len(made.losses)))
+    assert made.losses == pytest.approx(expected.losses, rel=0.05)
+    assert made.losses != pytest.approx(expected.losses, rel=1e-5)
+    assert made.rates == pytest.approx(expected.rates, rel=1e-12)
+    assert not any(skipped)
+
+
+@every_engine
+def test_a_skipped_fp16_step_counts_nowhere(in_16_bits: Any, engine: str) -> None:
+    """The rate is a function of the steps that were taken, as with torch's GradScaler."""
+    made, skipped = in_16_bits(engine)["fp16"]
+    assert 5 < sum(skipped) < 35
+    first = skipped.index(False)
+    assert first > 3
+    rates = engine_runs.oracle(Case(total_steps=40), range(len(skipped))).rates
+    taken = [step for step, other in enumerate(skipped) if not other]
+    counted = [sum(before < step for before in taken) for step in range(len(skipped))]
+    assert made.rates == pytest.approx([rates[count] for count in counted], rel=1e-12)
+    expected = engine_runs.oracle(Case(total_steps=40), taken).losses  # as if the others had not been
+    assert [made.losses[step] for step in taken] == pytest.approx(expected, rel=0.1)
+
+
+OFFLOADS = [("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters")]
+
+
+@pytest.mark.parametrize(("engine", "offload"), [*OFFLOADS, ("fsdp", "parameters")])
+def test_offloading_changes_no_number(engine: str, offload: str, tmp_path: Path) -> None:
+    [(begun, gone_on), *_] = on_gloo(2, engine_runs.offloaded, engine, offload, tmp_path)
+    assert_alike(begun, oracle("plain"), slice(SAVED))
+    assert_alike(gone_on, oracle("plain"), slice(SAVED, UPTO))
+
+
+@every_engine
+def test_the_seeds_optimizers_by_settings_and_by_functions(engine: str, tmp_path: Path) -> None:
+    [made, *_] = on_gloo(2, engine_runs.seeds, engine, tmp_path)
+    assert len(made) == 4
+    for name, run in made.items():
+        case, optimizer, schedule = engine_runs.SEEDS[name.partition(" by ")[0]]
+        case = replace(case, total_steps=engine_runs.SEED_STEPS)
+        own = (None, None) if name.endswith("YAML") else (optimizer, schedule)
+        expected = engine_runs.oracle(case, range(engine_runs.SEED_STEPS), *own)
+        assert_alike(run, expected)
+        for parameter, value in expected.weights.items():
+            assert (run.weights[parameter] - value).abs().max() < 1e-5, (name, parameter)
+        if "StepLR" in name:
+            assert run.rates == pytest.approx([1e-3] * 30 + [1e-4] * 3)

@@ -198,7 +198,13 @@ def test_what_cannot_be_is_refused_with_its_reason_and_what_to_use_instead(
     assert refusal.cure in caught.value.cure
 
 
-@pytest.mark.parametrize("combination", [c for c in MATRIX if not refusal_of(c)], ids="-".join)
+def sharing(combination: Combination) -> Any:
+    """A parameter; combinations that may have a twin in common share a worker."""
+    group = f"matrix, {combination.precision}, {combination.lora}"
+    return pytest.param(combination, id="-".join(combination), marks=pytest.mark.xdist_group(group))
+
+
+@pytest.mark.parametrize("combination", [sharing(c) for c in MATRIX if not refusal_of(c)])
 def test_what_can_be_trains_like_its_twin(trained: Callable[..., Run], combination: Combination) -> None:
     run, twin, near = trained(combination), trained(*twin_of(combination)), tolerance(combination)
     assert len(run.losses) == 3

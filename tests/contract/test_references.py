@@ -52,7 +52,14 @@ KINDS = {
     "adapter off, old adapter": Kind(ADAPTER_OFF, OLD_ADAPTER, twin="copy, old adapter"),
     "precomputed": Kind({"kind": "precomputed"}, twin="copy"),
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def params(kind: str, *more: Any) -> Any:
+    """Parameters of a test; those of twins share a worker, as they share runs."""
+    return pytest.param(kind, *more, marks=pytest.mark.xdist_group(f"references, {KINDS[kind].twin or kind}"))
+
+
+every_kind = pytest.mark.parametrize("kind", [params(kind) for kind in KINDS])
 any_ranks = pytest.mark.parametrize("ranks", [1, 2])
 
 
@@ -114,7 +121,8 @@ def curve(run: Run) -> dict[tuple[int, str], float]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks"), [(name, ranks) for name, kind in KINDS.items() for ranks in (1, 2) if kind.twin or ranks > 1]
+    ("kind", "ranks"),
+    [params(name, ranks) for name, kind in KINDS.items() for ranks in (1, 2) if kind.twin or ranks > 1],
 )
 def test_the_curve_is_that_of_a_copy_on_one_rank(runs: Runs, kind: str, ranks: int) -> None:
     twin = runs(KINDS[kind].twin or kind, 1)
@@ -122,7 +130,7 @@ def test_the_curve_is_that_of_a_copy_on_one_rank(runs: Runs, kind: str, ranks: i
     assert curve(runs(kind, ranks)) == pytest.approx(curve(twin), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if name != "copy" and kind.twin is None])
+@pytest.mark.parametrize("kind", [params(name) for name, kind in KINDS.items() if name != "copy" and not kind.twin])
 def test_the_curves_of_twins_are_far_from_one_another(runs: Runs, kind: str) -> None:
     """Else it would say little that a curve is its twin's."""
     plain = curve(runs("copy", 1))
@@ -130,13 +138,13 @@ def test_the_curves_of_twins_are_far_from_one_another(runs: Runs, kind: str) -> 
 
 
 @any_ranks
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("int8", "nf4")])
+@pytest.mark.parametrize("kind", [params(kind) for kind in KINDS if kind not in ("int8", "nf4")])
 def test_a_run_begins_at_ln_2(runs: Runs, kind: str, ranks: int) -> None:
     assert losses(runs(kind, ranks).folder)[1] == pytest.approx(math.log(2), abs=1e-9)
 
 
 @any_ranks
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [params("int8"), params("nf4")])
 def test_a_quantised_one_begins_within_its_measured_error(runs: Runs, kind: str, ranks: int) -> None:
     run = runs(kind, ranks)
     found = re.search(r"reward margins by at most (\S+)", run.log)

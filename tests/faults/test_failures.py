@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import forked
 import pytest
 from support import TINY_MODEL, losses, orchestrator, rows, write_jsonl, write_settings
 
@@ -12,7 +13,7 @@ from orchestrator.training.checkpoint import FORMAT
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     settings = write_settings(tmp_path, optimizer={"lr": 1e30}, scheduler={"name": "constant"})
-    ended = orchestrator("debug", settings, "--nproc", "2", timeout=60)
+    ended = orchestrator("debug", settings, "--nproc", "2")
     assert ended.returncode == 1
     assert "the gradient is not finite" in ended.stderr
     assert "step 2 (rank 0)" in ended.stderr
@@ -22,28 +23,28 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 def test_fp16_skips_the_overflow_and_goes_on(tmp_path: Path) -> None:
     """The first loss scale of 65536 may or may not overflow; whatever it does, lr follows the steps that were taken."""
     settings = write_settings(tmp_path, precision="fp16", scheduler={"name": "linear", "warmup_steps": 2})
-    ended = orchestrator("debug", settings)
-    assert ended.returncode == 0, ended.stderr
+    ended = forked.run(settings)
+    assert ended.codes == [0], ended.stderr
     assert sorted(losses(tmp_path / "runs" / "tiny")) == [1, 2, 3, 4]
 
 
 def test_bf16_runs_and_begins_at_ln_2(tmp_path: Path) -> None:
-    ended = orchestrator("debug", write_settings(tmp_path, precision="bf16"))
-    assert ended.returncode == 0, ended.stderr
+    ended = forked.run(write_settings(tmp_path, precision="bf16"))
+    assert ended.codes == [0], ended.stderr
     assert abs(losses(tmp_path / "runs" / "tiny")[1] - 0.6931471805599453) < 1e-6
 
 
 def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path) -> None:
     settings = write_settings(tmp_path, training={"max_steps": 8, "logging_steps": 1}, checkpoint={"every_steps": 2})
-    whole = orchestrator("debug", settings, "run.name=whole")
-    assert whole.returncode == 0, whole.stderr
+    whole = forked.run(settings, "run.name=whole")
+    assert whole.codes == [0], whole.stderr
     run_dir = tmp_path / "runs" / "whole"
     expected = losses(run_dir)
     (run_dir / "result.json").unlink()  # as if the run had died before its end
     shard = run_dir / "checkpoints" / "step_00000008" / "rank_00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    again = orchestrator("debug", settings, "run.name=whole")
-    assert again.returncode == 0, again.stderr
+    again = forked.run(settings, "run.name=whole")
+    assert again.codes == [0], again.stderr
     assert "an older checkpoint is used" in again.stderr
     assert "resumed after step 6" in again.stdout
     assert losses(run_dir) == expected
@@ -54,8 +55,8 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def ended_run(tmp_path: Path) -> tuple[Path, Path]:
     """Settings, and the directory of their run with checkpoints of steps 2 and 4, as if it had died before its end."""
     settings = write_settings(tmp_path, checkpoint={"every_steps": 2, "keep": 2})
-    ended = orchestrator("debug", settings)
-    assert ended.returncode == 0, ended.stderr
+    ended = forked.run(settings)
+    assert ended.codes == [0], ended.stderr
     run_dir = tmp_path / "runs" / "tiny"
     (run_dir / "result.json").unlink()
     return settings, run_dir
@@ -72,8 +73,8 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(ended_run:
         (run_dir / "checkpoints" / f"step_{step:08d}" / name).write_text("")
     before, logged = kept(run_dir), losses(run_dir)
     for _ in range(2):  # the refusal changes nothing, so the same command is refused again
-        again = orchestrator("debug", settings)
-        assert again.returncode == 2, again.stderr
+        again = forked.run(settings)
+        assert again.codes == [2], again.stderr
         complaint = f"{run_dir}/checkpoints/step_00000004/meta.json: its content is not what was written"
         assert again.stderr.splitlines() == [
             f"error: run.dir = '{run_dir}': has checkpoints, but none is whole ({complaint}); restore their files, "
@@ -81,8 +82,8 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(ended_run:
         ]
         assert (kept(run_dir), losses(run_dir)) == (before, logged)
     shutil.rmtree(run_dir / "checkpoints")
-    over = orchestrator("debug", settings)
-    assert over.returncode == 0, over.stderr
+    over = forked.run(settings)
+    assert over.codes == [0], over.stderr
     assert losses(run_dir) == logged
 
 
@@ -91,8 +92,8 @@ def test_a_newer_format_is_refused_at_resume(ended_run: tuple[Path, Path]) -> No
     manifest = run_dir / "checkpoints" / "step_00000004" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
     before = kept(run_dir)
-    again = orchestrator("debug", settings)
-    assert again.returncode == 2, again.stderr
+    again = forked.run(settings)
+    assert again.codes == [2], again.stderr
     assert len(again.stderr.splitlines()) == 1
     assert again.stderr.startswith(
         f"error: {manifest} format = 99: this version reads format {FORMAT}; take the version"
@@ -106,24 +107,24 @@ def test_a_file_that_cannot_be_read_ends_the_attempt_alone(ended_run: tuple[Path
     path.rename(run_dir / "meta.json")
     path.symlink_to(path)  # opening it fails, for root as well
     before = kept(run_dir)
-    failed = orchestrator("debug", settings)
-    assert failed.returncode == 1, failed.stderr
+    failed = forked.run(settings)
+    assert failed.codes == [1], failed.stderr
     assert failed.stderr.startswith(f"error: {path} cannot be read now (Too many levels of symbolic links); ")
     assert len(failed.stderr.splitlines()) == 1
     assert kept(run_dir) == before
     (run_dir / "meta.json").rename(path)
-    again = orchestrator("debug", settings)
-    assert again.returncode == 0, again.stderr
+    again = forked.run(settings)
+    assert again.codes == [0], again.stderr
     assert "resumed after step 4" in again.stdout
 
 
 def test_other_rows_under_the_same_name_are_refused(tmp_path: Path) -> None:
     settings = write_settings(tmp_path)
-    assert orchestrator("debug", settings).returncode == 0
+    forked.finished(settings)
     (tmp_path / "runs" / "tiny" / "result.json").unlink()
     write_jsonl(tmp_path / "train.jsonl", [*rows(31), rows(1, seed=5)[0]])
-    again = orchestrator("debug", settings)
-    assert again.returncode == 2
+    again = forked.run(settings)
+    assert again.codes == [2], again.stderr
     assert "not those that this run was started with" in again.stderr
 
 
@@ -148,13 +149,13 @@ def test_a_stopped_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
     config = {**TINY_MODEL, "attention_dropout": 0.2}
     model = {"init": {"model_type": "qwen2", "vocab_size": 300, "config": config}, "disable_dropout": False}
     settings = write_settings(tmp_path, model=model)
-    whole = orchestrator("debug", settings, "run.name=whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    words = ["debug", settings, "run.name=stopped"]
-    first = orchestrator(*words, "callbacks=[my_callbacks:StopsOnce]", cwd=tmp_path)
-    assert first.returncode == 3, first.stderr
-    again = orchestrator(*words, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    whole = forked.run(settings, "run.name=whole", cwd=tmp_path)
+    assert whole.codes == [0], whole.stderr
+    words = (settings, "run.name=stopped")
+    first = forked.run(*words, "callbacks=[my_callbacks:StopsOnce]", cwd=tmp_path)
+    assert first.codes == [3], first.stderr
+    again = forked.run(*words, cwd=tmp_path)
+    assert again.codes == [0], again.stderr
     run_dirs = [tmp_path / "runs" / name for name in ("whole", "stopped")]
     assert losses(run_dirs[0]) == losses(run_dirs[1])
     models = [(run_dir / "model" / "model.safetensors").read_bytes() for run_dir in run_dirs]
@@ -167,10 +168,10 @@ def test_the_end_that_a_callback_asked_for_survives_a_failed_export(tmp_path: Pa
     run_dir = tmp_path / "runs" / "tiny"
     run_dir.mkdir(parents=True)
     (run_dir / "model").write_text("in the way")
-    assert orchestrator("debug", settings, cwd=tmp_path).returncode != 0
+    assert forked.run(settings, cwd=tmp_path).codes == [2]
     (run_dir / "model").unlink()
-    again = orchestrator("debug", settings, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    again = forked.run(settings, cwd=tmp_path)
+    assert again.codes == [0], again.stderr
     assert "finished after step 2 (a callback asked)" in again.stdout
 
 
@@ -178,11 +179,11 @@ def test_a_reference_cache_that_cannot_be_made_costs_time_or_is_refused(tmp_path
     settings = write_settings(tmp_path, training={"max_steps": 1})
     (tmp_path / "runs" / ".cache").mkdir(parents=True)
     (tmp_path / "runs" / ".cache" / "reference_logps").write_text("in the way")
-    lazy = orchestrator("debug", settings)
-    assert lazy.returncode == 0, lazy.stderr
+    lazy = forked.run(settings)
+    assert lazy.codes == [0], lazy.stderr
     assert "the reference runs every time" in lazy.stderr + lazy.stdout
-    full = orchestrator("debug", settings, "run.name=full", "reference.cache=full")
-    assert full.returncode == 2
+    full = forked.run(settings, "run.name=full", "reference.cache=full")
+    assert full.codes == [2], full.stderr
     [line] = full.stderr.splitlines()
     assert line.startswith("error: reference.cache = 'full': ")
     assert "set data.cache_dir to a folder that can, or reference.cache=off" in line

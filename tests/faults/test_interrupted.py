@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from safetensors.torch import load_file
 from support import losses, metric_lines, orchestrator, write_settings
@@ -73,8 +74,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings: Path) -> Path:
-    ended = orchestrator("debug", settings, "--nproc", "2", "run.name=undisturbed")
-    assert ended.returncode == 0, ended.stderr
+    forked.finished(settings, "run.name=undisturbed", ranks=2)
     return settings.parent / "runs" / "undisturbed"
 
 
@@ -111,16 +111,13 @@ def test_ctrl_c_saves_and_the_same_command_resumes(settings: Path, undisturbed: 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_killed_debug_run_resumes_bitwise(settings: Path, ranks: int) -> None:
     """Three ranks: the order in which gloo sums depends on DDP's buckets, which must be settled before a resume too."""
-    words = ["debug", settings, "--nproc", str(ranks)]
-    whole = orchestrator(*words, f"run.name=whole{ranks}")
-    assert whole.returncode == 0, whole.stderr
+    forked.finished(settings, f"run.name=whole{ranks}", ranks=ranks)
     run_dir = settings.parent / "runs" / f"dead{ranks}"
-    with started(*words, f"run.name=dead{ranks}") as process:
+    with started("debug", settings, "--nproc", str(ranks), f"run.name=dead{ranks}") as process:
         wait_for_step(run_dir, EVERY + 10, process)
         os.killpg(process.pid, signal.SIGKILL)
     assert not (run_dir / "model").exists()
-    again = orchestrator(*words, f"run.name=dead{ranks}")
-    assert again.returncode == 0, again.stderr
+    forked.finished(settings, f"run.name=dead{ranks}", ranks=ranks)
     assert_same_run(run_dir, settings.parent / "runs" / f"whole{ranks}")
 
 
@@ -143,7 +140,6 @@ def test_resume_at_another_world_size_sees_the_same_batches(settings: Path, undi
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 3
-    again = orchestrator("debug", settings, "--nproc", "3", "run.name=resized")
-    assert again.returncode == 0, again.stderr
+    forked.finished(settings, "run.name=resized", ranks=3)
     expected = losses(undisturbed)
     assert losses(run_dir) == pytest.approx(expected, abs=1e-5)

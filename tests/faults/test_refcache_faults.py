@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forked
 import pytest
 from safetensors.torch import load_file
 from support import ROOT, losses, metric_lines, write_settings
@@ -22,7 +23,7 @@ LARGER = ("model.init.config.hidden_size=256", "model.init.config.intermediate_s
 # A process that has imported everything once, watches Reference.__call__ and forks each rank of each run that it is
 # asked for, with torchrun's environment: real processes that really die, without seconds of importing for each.
 RUNNER = """
-import json, os, signal, socket, sys
+import gc, json, os, signal, sys
 import torch
 from orchestrator import cli
 from orchestrator.models import policy, reference
@@ -44,13 +45,14 @@ def watched(self, batch, captured=None):
 
 reference.Reference.__call__ = watched
 
-def rank_of_run(request, rank, port):
+def rank_of_run(request, rank):
+    gc.freeze()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     os.environ.update(request["env"])
     if request["ranks"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"]),
-            "LOCAL_WORLD_SIZE": str(request["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            "LOCAL_WORLD_SIZE": str(request["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
     try:
         code = cli.main(["debug", *request["words"]])
     except BaseException as error:
@@ -61,14 +63,11 @@ def rank_of_run(request, rank, port):
 
 for line in sys.stdin:
     request = json.loads(line)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = []
     for rank in range(request["ranks"]):
         ranks.append(os.fork())
         if not ranks[-1]:
-            rank_of_run(request, rank, port)
+            rank_of_run(request, rank)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]), flush=True)
 """
 
@@ -115,6 +114,7 @@ class Runner:
             "words": [str(self.settings), f"run.dir={run_dir}", f"run.name={name}", *words],
             "env": {"ASKED": str(asked), **env},
             "log": str(log),
+            "port": forked.free_port(),
         }
         to, back = self.process.stdin, self.process.stdout
         assert to is not None

@@ -647,7 +647,7 @@ def test_sync_mixes_what_is_the_references_own(spec_of: Callable[..., RunSpec], 
     policy, reference = built(spec_of(sync_every=1, sync_alpha=0.25, **sharing))
     before = {name: value.clone() for name, value in reference.model.state_dict().items()}
     moved(policy)
-    reference.sync(policy, 0.25)
+    reference.sync(dict(policy.named_parameters(remove_duplicate=False)), 0.25)
     ours = policy.state_dict()
     for name, value in reference.model.state_dict().items():
         assert torch.allclose(value, 0.75 * before[name] + 0.25 * ours[name], atol=1e-7), name

@@ -1,11 +1,145 @@
 """What the driver decides without starting Ray; whole runs on Ray are in tests/quickstart and tests/faults."""
 
-import pytest
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from orchestrator.run.driver import _placeable
+import pytest
+from support import tiny_spec
+
+from orchestrator.run import driver
+from orchestrator.run.driver import _pickled, _placeable, _unpickled
+from orchestrator.settings.spec import UserError
+from orchestrator.training.rundir import RunDir
 
 
 @pytest.mark.parametrize(("placement", "fits"), [("PACK", 5), ("SPREAD", 5), ("STRICT_PACK", 3), ("STRICT_SPREAD", 2)])
 def test_placement_decides_how_many_workers_fit(placement: str, fits: int) -> None:
     assert _placeable([3, 0, 2], placement) == fits
     assert _placeable([], placement) == 0
+
+
+def test_functions_travel_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")  # so that no token is made
+    spec, lr = tiny_spec(tmp_path), 0.25
+    sent = _pickled(spec, {"ref_model": None, "optimizers": (lambda params: (params, lr), None)})
+    assert set(sent) == {"optimizers"}
+    make, schedule = _unpickled(sent)["optimizers"]
+    assert (make("params"), schedule) == (("params", 0.25), None)
+    lock = threading.Lock()
+    with pytest.raises(
+        UserError, match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); let it hold names"
+    ):
+        _pickled(spec, {"ref_model": None, "optimizers": (None, lambda made: lock)})
+    with pytest.raises(UserError, match="ref_model = 'function': cannot be read on a worker"):
+        _unpickled({"ref_model": b"cnowhere\nmine\n."})
+
+
+# --- elastic runs ------------------------------------------------------------------------------------------------
+
+
+def elastic(folder: Path, *ends: int, placement: str = "PACK") -> Any:
+    return tiny_spec(folder, cluster={"num_workers": list(ends) if len(ends) > 1 else ends[0], "placement": placement})
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Say for how many more workers Ray has room."""
+
+    def say(places: int) -> None:
+        @contextmanager
+        def granting(spec: Any, count: int) -> Iterator[Callable[[], int]]:
+            yield lambda: min(count, places)
+
+        monkeypatch.setattr(driver, "_places", granting)
+
+    monkeypatch.setattr(driver, "CLUSTER_WAIT_S", 0.0)
+    monkeypatch.setattr(driver, "GROWTH_WAIT_S", 0.0)
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
+    return say
+
+
+@pytest.mark.parametrize(
+    ("ends", "placement", "capacity", "places", "workers"),
+    [
+        ((2,), "PACK", 4, 0, 2),  # what is asked for is waited for
+        ((1, 4), "PACK", 8, 8, 4),
+        ((1, 4), "PACK", 3, 3, 3),
+        ((1, 4), "SPREAD", 8, 2, 2),  # others hold the rest
+        ((2, 4), "PACK", 8, 1, 2),
+        ((1, 4), "STRICT_PACK", 3, 9, 3),
+    ],
+)
+def test_an_attempt_takes_the_workers_that_there_is_room_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: Callable[[int], None],
+    ends: tuple[int, ...],
+    placement: str,
+    capacity: int,
+    places: int,
+    workers: int,
+) -> None:
+    room(places)
+    monkeypatch.setattr(driver, "_capacity", lambda spec: capacity)
+    assert driver._workers(elastic(tmp_path, *ends, placement=placement)) == workers
+
+
+def test_on_this_machine_the_fewest_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_cores", lambda: 2)
+    driver._check_local_size(elastic(tmp_path, 1, 4))
+    with pytest.raises(UserError, match=r"num_workers = \[3, 4\]: workers need 1 CPU each, .* 2 CPUs; set .*=2"):
+        driver._check_local_size(elastic(tmp_path, 3, 4))
+    monkeypatch.setattr(driver, "_capacity", lambda spec: 2)  # and nobody else has any of it
+    assert driver._workers(elastic(tmp_path, 1, 4)) == 2
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    made.logs.mkdir(parents=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("placement", "places", "grows"), [("PACK", 1, True), ("PACK", 0, False), ("STRICT_SPREAD", 1, False)]
+)
+def test_a_run_is_saved_when_it_can_have_more_workers(
+    tmp_path: Path, run_dir: RunDir, room: Callable[[int], None], placement: str, places: int, grows: bool
+) -> None:
+    room(places)
+
+    def trains() -> None:
+        driver.heartbeat(run_dir, 0).touch()
+        deadline = time.monotonic() + (30 if grows else 3 * driver.POLL_S)
+        while not run_dir.stop.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    training = threading.Thread(target=trains)
+    training.start()
+    driver._seek_growth(elastic(tmp_path, 1, 2, placement=placement), run_dir, 1, training)
+    training.join()
+    assert driver._is_for_growth(run_dir) is grows
+    run_dir.stop.touch()  # somebody wants it to stop
+    assert not driver._is_for_growth(run_dir)
+
+
+@pytest.mark.parametrize("asked", ["growth", "growth, then a user", "a user"])
+def test_only_a_user_ends_a_run_by_a_stop(tmp_path: Path, run_dir: RunDir, asked: str) -> None:
+    attempts: list[str] = []
+
+    def fit() -> None:
+        assert not run_dir.stop.exists()
+        attempts.append("finished" if attempts else "stopped")
+        if attempts == ["stopped"]:
+            if "growth" in asked:
+                driver._ask_for_growth(run_dir)
+            if "user" in asked:
+                run_dir.stop.touch()
+        run_dir.write_result({"status": attempts[-1], "reason": "", "step": 1, "checkpoint": "", "model": None})
+
+    ended = driver._supervised(elastic(tmp_path, 1, 2), run_dir, fit)
+    assert [ended.status, *attempts] == (["finished", "stopped", "finished"] if asked == "growth" else ["stopped"] * 2)

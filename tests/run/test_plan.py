@@ -16,6 +16,10 @@ from orchestrator.settings.spec import UserError
         ({}, {"train_rows": 32, "eval_rows": 8, "steps": 4, "epochs": 1.0, "steps_per_epoch": 4, "grad_accum": 4}),
         ({"cluster": {"num_workers": 3}}, {"ranks": 3, "pairs_per_rank": 3, "grad_accum": 2}),
         (
+            {"cluster": {"num_workers": [1, 3]}},
+            {"ranks": [1, 3], "pairs_per_rank": [8, 3], "micro_batch_size": 2, "grad_accum": [4, 2]},
+        ),
+        (
             {"batch": {"global_batch_size": 10}, "training": {"max_steps": None, "epochs": 1.5}},
             {"steps_per_epoch": 4, "last_batch_of_epoch": 2, "steps": 6, "epochs": 1.5},
         ),

@@ -114,6 +114,7 @@ def test_what_names_a_local_file(source: str, expected: bool) -> None:
         {"callbacks": ["a.b:C", {"path": "a.b:D", "kwargs": {"x": [1, {"y": None}], "text": "1e-5"}}]},
         {"run": {"name": "007"}, "wandb": {"group": "null"}},
         {"cluster": {"resources": {"CPU": 0.5, "GPU": 1}}},
+        {"cluster": {"num_workers": [1, 4]}},
         {"reference": {"cache": "off"}},
         {"data": {"max_length": None, "on_bad_row": "drop"}, "training": {"max_steps": None, "epochs": 1.5}},
     ],

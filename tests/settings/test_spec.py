@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from support import TINY_MODEL, raw_settings, tiny_spec
 
 from orchestrator.settings.load import SettingsError, make_spec
-from orchestrator.settings.spec import Block, RunSpec, UserError, changed_on_resume
+from orchestrator.settings.spec import Block, RunSpec, UserError, changed_on_resume, optimizer_kind
 
 MAY_CHANGE_ON_RESUME = {
     "run.dir",
@@ -23,12 +23,21 @@ MAY_CHANGE_ON_RESUME = {
     "training.logging_steps",
     "training.token_metrics",
     "engine.kind",
+    "engine.zero_stage",
+    "engine.deepspeed_config",
+    "engine.shard_optimizer",
+    "engine.offload",
+    "engine.reshard_after_forward",
+    "engine.bucket_size",
+    "engine.overlap_comm",
     "reference.cache",
+    "reference.sharded",
     "reference.offload",
     "callbacks",
     "evaluation.every_steps",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.async_save",
     "cluster.num_workers",
     "cluster.resources",
     "cluster.placement",
@@ -116,6 +125,11 @@ def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
         ({"model": {"init": {"vocabsize": 400}}}, "model.init.vocabsize", "did you mean model.init.vocab_size?"),
         ({"callbacks": [{"path": "a:b", "kwarg": 1}]}, "callbacks.0.kwarg", "did you mean callbacks.0.kwargs?"),
         ({"training": {"learning_rate": 1}}, "training.learning_rate", "did you mean optimizer.lr?"),
+        ({"training": {"weight_decay": 1}}, "training.weight_decay", "did you mean optimizer.weight_decay?"),
+        ({"training": {"warmup_ratio": 0.1}}, "training.warmup_ratio", "did you mean scheduler.warmup_ratio?"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs", "did you mean scheduler.kwargs?"),
+        ({"deepspeed": "ds.json"}, "deepspeed", "did you mean engine.deepspeed_config?"),
+        ({"fsdp": "full_shard"}, "fsdp", "did you mean engine.kind=fsdp?"),
         ({"wandb": {"zzz": 1}}, "wandb.zzz", "the keys here are project, group, mode"),
     ],
 )
@@ -140,19 +154,55 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"training": {"epochs": 2}}, "training", ["only one of the two", "remove"]),
         ({"training": {"epochs": 0, "max_steps": None}}, "training.epochs", ["greater than 0"]),
         ({"optimizer": {"name": "torch.optim.AdamV"}}, "optimizer.name", ["did you mean torch.optim.Adam"]),
-        ({"optimizer": {"name": "torch.optim.Muon"}}, "optimizer.name", ["elementwise", "torch.optim"]),
         ({"optimizer": {"name": "Adam"}}, "optimizer.name", ["did you mean torch.optim.Adam?"]),
+        ({"optimizer": {"name": "adamw_torch"}}, "optimizer.name", ["did you mean torch.optim.AdamW?"]),
+        (
+            {"optimizer": {"name": "paged_adamw_8bit"}},
+            "optimizer.name",
+            ["did you mean bitsandbytes.optim.PagedAdamW8bit?"],
+        ),
+        (
+            {"optimizer": {"name": "bitsandbytes.optim.AdamW"}},
+            "optimizer.name",
+            ["did you mean bitsandbytes.optim.AdamW8bit?"],
+        ),
+        ({"optimizer": {"name": "torch.optim.Prodigy"}}, "optimizer.name", ["take one of torch.optim.Adadelta, Adag"]),
+        ({"optimizer": {"name": "prodigyopt:"}}, "optimizer.name", ["module:attr"]),
+        ({"optimizer": {"name": "torch.optim.LBFGS"}}, "optimizer.name", ["needs a closure", "take torch.optim.AdamW"]),
+        ({"optimizer": {"name": "torch.optim.SparseAdam"}}, "optimizer.name", ["sparse gradients only"]),
         ({"optimizer": {"kwargs": {"lr": 1}}}, "optimizer.kwargs.lr", ["set optimizer.lr instead"]),
         ({"optimizer": {"kwargs": {"weight_decay": 1}}}, "optimizer.kwargs.weight_decay", ["optimizer.weight_decay"]),
         ({"optimizer": {"lr": 0}}, "optimizer.lr", ["= 0", "greater than 0", "Peak learning rate"]),
         ({"scheduler": {"name": "liner"}}, "scheduler.name", ["did you mean linear?"]),
+        ({"scheduler": {"name": "StepLR"}}, "scheduler.name", ["did you mean torch.optim.lr_scheduler.StepLR?"]),
+        ({"scheduler": {"name": "sine"}}, "scheduler.name", ["= 'sine'", "neither a schedule of", "did you mean"]),
         ({"scheduler": {"name": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "scheduler.name", ["needs a metric"]),
+        ({"scheduler": {"name": "reduce_lr_on_plateau"}}, "scheduler.name", ["needs a metric", "take linear"]),
+        ({"scheduler": {"name": "greedy"}}, "scheduler.name", ["needs a metric", "take linear"]),
+        (
+            {"scheduler": {"name": "torch.optim.lr_scheduler.SequentialLR"}},
+            "scheduler.name",
+            ["takes other schedulers as arguments", "in Python", "optimizers=(None,"],
+        ),
+        ({"scheduler": {"name": "torch.optim.lr_scheduler.LambdaLR"}}, "scheduler.name", ["a function", "in Python"]),
+        ({"scheduler": {"warmup_steps": 3, "warmup_ratio": 0.1}}, "scheduler.warmup_ratio", ["= 0.1", "remove one"]),
+        ({"scheduler": {"warmup_ratio": 1.5}}, "scheduler.warmup_ratio", ["less than 1", "a part of all steps"]),
+        (
+            {"scheduler": {"name": "cosine", "kwargs": {"num_warmup_steps": 3}}},
+            "scheduler.kwargs.num_warmup_steps",
+            ["= 3", "set scheduler.warmup_steps instead"],
+        ),
         (
             {"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "warmup_steps": 3}},
             "scheduler.warmup_steps",
             ["= 3", "does not act on"],
         ),
-        ({"scheduler": {"kwargs": {"gamma": 1}}}, "scheduler.kwargs", ["remove scheduler.kwargs"]),
+        (
+            {"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "warmup_ratio": 0.1}},
+            "scheduler.warmup_ratio",
+            ["= 0.1", "does not act on"],
+        ),
+        ({"scheduler": {"kwargs": {"gamma": 1}}}, "scheduler.kwargs", ["linear takes none", "remove scheduler.kwargs"]),
         ({"data": {"eval": None}, "evaluation": {"every_steps": 3}}, "evaluation.every_steps", ["set data.eval"]),
         ({"data": {"eval": None}, "evaluation": {"metric_for_best": "x"}}, "evaluation.metric_for_best", ["data.eval"]),
         ({"callbacks": ["my_module"]}, "callbacks", ["module:attr", "my_module"]),
@@ -270,7 +320,120 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "Letters, digits, dot"]),
         ({"run": {"name": None}}, "run.name", ["(not set)"]),
         ({"run": {"seed": -1}}, "run.seed", ["-1"]),
-        ({"cluster": {"num_workers": "many"}}, "cluster.num_workers", ["'many'", "integer"]),
+        ({"cluster": {"num_workers": "many"}}, "cluster.num_workers", ["'many'", "integer of 1 or more, or [fewest,"]),
+        ({"cluster": {"num_workers": 0}}, "cluster.num_workers", ["= 0", "1 or more", "cluster.num_workers=1"]),
+        ({"cluster": {"num_workers": True}}, "cluster.num_workers", ["= True", "integer"]),
+        ({"cluster": {"num_workers": [2, 1]}}, "cluster.num_workers", ["= [2, 1]", "[fewest, most]"]),
+        ({"cluster": {"num_workers": [2]}}, "cluster.num_workers", ["= [2]", "[fewest, most]"]),
+        (
+            {"cluster": {"num_workers": [1, 2]}, "optimizer": {"name": "torch.optim.Adafactor"}},
+            "cluster.num_workers",
+            ["= [1, 2]", "only as many ranks as wrote it", "set cluster.num_workers=2"],
+        ),
+        ({"engine": {"kind": "zero"}}, "engine.kind", ["= 'zero'", "must be one of ddp, deepspeed, fsdp"]),
+        (
+            {"engine": {"zero_stage": 3}},
+            "engine.zero_stage",
+            ["= 3", "does not act on engine.kind ddp", "set engine.kind=deepspeed, or remove it"],
+        ),
+        (
+            {"engine": {"kind": "fsdp", "deepspeed_config": {"zero_optimization": {"stage": 2}}}},
+            "engine.deepspeed_config",
+            ["= {'zero_optimization'", "does not act on engine.kind fsdp", "engine.kind=deepspeed"],
+        ),
+        (
+            {"engine": {"deepspeed_config": 3}},
+            "engine.deepspeed_config",
+            ["= 3", "valid dictionary", "A DeepSpeed JSON"],
+        ),
+        ({"engine": {"overlap_comm": False}}, "engine.overlap_comm", ["= False", "set engine.kind=deepspeed"]),
+        (
+            {"engine": {"kind": "deepspeed", "reshard_after_forward": False}},
+            "engine.reshard_after_forward",
+            ["= False", "does not act on engine.kind deepspeed", "set engine.kind=fsdp"],
+        ),
+        (
+            {"engine": {"kind": "fsdp", "shard_optimizer": False}},
+            "engine.shard_optimizer",
+            ["= False", "does not act on engine.kind fsdp", "set engine.kind=ddp"],
+        ),
+        (
+            {"engine": {"kind": "fsdp", "bucket_size": 9}},
+            "engine.bucket_size",
+            ["= 9", "gradient of a layer travels by itself", "remove it"],
+        ),
+        (
+            {"engine": {"offload": "optimizer"}},
+            "engine.offload",
+            ["= 'optimizer'", "ddp has no offload", "set engine.kind=deepspeed"],
+        ),
+        (
+            {"engine": {"kind": "fsdp", "offload": "optimizer"}},
+            "engine.offload",
+            ["= 'optimizer'", "where the weights are", "set engine.offload=parameters"],
+        ),
+        (
+            {"engine": {"kind": "deepspeed", "offload": "parameters"}},
+            "engine.offload",
+            [
+                "= 'parameters'",
+                "under deepspeed at stage 2 every rank",
+                "set engine.zero_stage=3, or engine.offload=op",
+            ],
+        ),
+        (
+            {"engine": {"offload": "parameters"}},
+            "engine.offload",
+            ["= 'parameters'", "under ddp every rank", "set engine.kind=fsdp, or"],
+        ),
+        (
+            {"engine": {"kind": "deepspeed"}, "precision": "fp64"},
+            "precision",
+            ["= 'fp64'", "in fp32", "set engine.kind=ddp or fsdp, or precision=fp32"],
+        ),
+        (
+            {"engine": {"kind": "fsdp"}, "model": {"lora": {"base": "nf4"}}, "reference": {"kind": "adapter_off"}},
+            "model.lora.base",
+            ["= 'nf4'", "cannot be cut into the shards of fsdp", "engine.zero_stage=2, or model.lora.base=bf16"],
+        ),
+        (
+            {"reference": {"sharded": True}},
+            "reference.sharded",
+            ["= True", "ddp shards no weights", "set engine.kind=fsdp"],
+        ),
+        (
+            {"reference": {"sharded": True}, "engine": {"kind": "deepspeed"}},
+            "reference.sharded",
+            ["deepspeed at stage 2 shards no weights"],
+        ),
+        (
+            {"reference": {"sharded": True, "kind": "int8"}, "engine": {"kind": "fsdp"}},
+            "reference.sharded",
+            ["kind int8 has no weights that could be cut", "set reference.kind=copy"],
+        ),
+        (
+            {"reference": {"sharded": True, "dtype": "bf16"}, "engine": {"kind": "fsdp"}},
+            "reference.sharded",
+            ["of the policy's type, not bf16", "remove it, or reference.dtype"],
+        ),
+        (
+            {"reference": {"sharded": True, "offload": True}, "engine": {"kind": "fsdp"}},
+            "reference.sharded",
+            ["engine.offload says where shards lie", "remove it, or reference.offload"],
+        ),
+        (
+            {"engine": {"kind": "deepspeed"}, "optimizer": {"name": "deepspeed.ops.adam.DeepSpeedCPUAdam"}},
+            "optimizer.name",
+            ["lie in the host's memory", "set engine.offload=optimizer, or take deepspeed.ops.adam.FusedAdam"],
+        ),
+        (
+            {
+                "engine": {"kind": "deepspeed", "offload": "optimizer"},
+                "optimizer": {"name": "deepspeed.ops.adam.FusedAdam"},
+            },
+            "optimizer.name",
+            ["lie on the GPU", "engine.offload is optimizer", "take deepspeed.ops.adam.DeepSpeedCPUAdam"],
+        ),
         ({"cluster": {"resources": {"GPU": -1}}}, "cluster.resources.GPU", ["-1"]),
         ({"run": "tiny"}, "run", ["'tiny'", "is a block of settings", "its keys are dir, name, seed"]),
         ({"cluster": {"resources": {"CPU": 0}}}, "cluster.resources", ["asks for nothing", "for example {CPU: 1}"]),
@@ -288,6 +451,63 @@ def test_each_rule_names_key_value_rule_and_cure(
     assert error.cure
     for word in words:
         assert word in str(error)
+
+
+MUON, ADAFACTOR, EIGHT_BIT = "torch.optim.Muon", "torch.optim.Adafactor", "bitsandbytes.optim.PagedAdamW8bit"
+FUSED, MINE, ADAMW = "deepspeed.ops.adam.FusedAdam", "prodigyopt:Prodigy", "torch.optim.AdamW"
+ADAGRAD = "torch.optim.Adagrad"
+
+
+@pytest.mark.parametrize(
+    ("name", "refusals"),
+    [
+        (ADAMW, {}),
+        (MUON, {"deepspeed": "one long vector of them: it would raise", "fsdp": "some rows of each"}),
+        (ADAFACTOR, {"deepspeed": "silently compute something else", "fsdp": "some rows of each"}),
+        (EIGHT_BIT, {"deepspeed": "shards of deepspeed would cut", "fsdp": "shards of fsdp would cut"}),
+        (ADAGRAD, {"deepspeed": "made anew by deepspeed, with one group of weights"}),
+        (FUSED, dict.fromkeys(("ddp", "ddp whole", "fsdp"), "set engine.kind=deepspeed")),
+        (MINE, dict.fromkeys(("ddp", "deepspeed", "fsdp"), "engine.kind=ddp and engine.shard_optimizer=false")),
+    ],
+)
+def test_each_optimizer_runs_where_its_maths_survives(name: str, refusals: dict[str, str], tmp_path: Path) -> None:
+    for engine in ("ddp", "ddp whole", "deepspeed", "fsdp"):
+        blocks = {
+            "optimizer": {"name": name},
+            "engine": {"kind": engine.partition(" ")[0], "shard_optimizer": engine != "ddp whole"},
+        }
+        if engine in refusals:
+            error = refusal(tmp_path, **blocks)
+            assert error.key == "optimizer.name"
+            assert refusals[engine] in str(error)
+        else:
+            assert tiny_spec(tmp_path, **blocks).optimizer.name == name
+
+
+def test_what_an_optimizer_reads() -> None:
+    kinds = {name: optimizer_kind(name) for name in (ADAMW, FUSED, MUON, ADAFACTOR, EIGHT_BIT, MINE)}
+    assert list(kinds.values()) == ["elementwise", "elementwise", "whole", "whole", "whole", "unknown"]
+
+
+def test_which_zero_stage_runs(tmp_path: Path) -> None:
+    def stage(**engine: Any) -> int:
+        return tiny_spec(tmp_path, engine={"kind": "deepspeed", **engine}).engine.stage
+
+    assert [stage(), stage(zero_stage=1), stage(deepspeed_config={})] == [2, 1, 2]
+    assert stage(deepspeed_config={"zero_optimization": {"stage": 3}}) == 3
+    assert stage(deepspeed_config={"zero_optimization": {"stage": "auto"}}, zero_stage=3) == 3
+
+
+@pytest.mark.parametrize(("given", "fewest", "most"), [(3, 3, 3), ([1, 4], 1, 4), ([2, 2], 2, 2), ("2", 2, 2)])
+def test_workers_are_a_number_or_a_range(tmp_path: Path, given: Any, fewest: int, most: int) -> None:
+    cluster = tiny_spec(tmp_path, cluster={"num_workers": given}).cluster
+    assert (cluster.min_workers, cluster.max_workers) == (fewest, most)
+
+
+def test_a_warm_up_can_be_a_part_of_all_steps(tmp_path: Path) -> None:
+    scheduler = tiny_spec(tmp_path, scheduler={"warmup_ratio": 0.1}).scheduler
+    assert [scheduler.warmup(steps) for steps in (1, 10, 11, 200)] == [1, 1, 2, 20]  # as transformers rounds
+    assert tiny_spec(tmp_path, scheduler={"warmup_steps": 5}).scheduler.warmup(200) == 5
 
 
 def test_a_missing_setting_is_named_with_its_description(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from orchestrator.dpo.step import METRICS, PairStep
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import DpoSpec, OptimizerSpec, SchedulerSpec
+from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, SchedulerSpec
 from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World
 
@@ -32,7 +32,7 @@ def loader(pairs: Pairs, world: World, micro_batch_size: int, packed: bool = Tru
 
 
 def made_engine() -> DdpEngine:
-    made = DdpEngine(ALONE, "fp64", None, 0.0)
+    made = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)  # pyright: ignore[reportCallIssue]
     policy, judge = tiny_model(0, torch.float64, True), tiny_model(1, torch.float64, True)
     step = PairStep(policy, Reference(judge), DpoSpec())  # pyright: ignore[reportCallIssue]
     optimizer, schedule = OptimizerSpec(), SchedulerSpec()  # pyright: ignore[reportCallIssue]

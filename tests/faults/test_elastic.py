@@ -1,0 +1,126 @@
+"""An elastic run takes the workers that there is room for, when it starts, goes on or runs; its numbers stay."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from support import losses, metric_lines, write_settings
+
+STEPS, STOPS, GROWS = 8, 3, 5  # two epochs of 32 pairs; after which steps the run goes on with other workers
+
+CALLBACKS = """
+import time
+from pathlib import Path
+from transformers import TrainerCallback
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3:
+            Path(args.output_dir, "STOP").touch()
+
+class Waits(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        while state.global_step == 5 and not Path(args.output_dir, "STOP").exists():
+            time.sleep(0.05)
+"""
+# A Ray of two CPUs that others use as well: each line that comes takes a CPU, or frees it again.
+SHARED_RAY = """
+import sys, ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+print(ray.get_runtime_context().gcs_address, flush=True)
+taken = None
+for _ in sys.stdin:
+    if taken is None:
+        taken = ray.util.placement_group([{"CPU": 1}])
+        assert taken.wait(60)
+    else:
+        ray.util.remove_placement_group(taken)
+    print("done", flush=True)
+"""
+TRAIN = """
+import sys
+from orchestrator import cli
+from orchestrator.run import driver
+driver.GROWTH_WAIT_S = 0
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@contextmanager
+def started(code: str, *words: str | Path, cwd: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
+    """Python code in a process that is killed in the end, if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", **env},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def told(ray: Any) -> None:
+    """Have the shared Ray take its CPU, or free it."""
+    ray.stdin.write("\n")
+    ray.stdin.flush()
+    assert ray.stdout.readline() == "done\n"
+
+
+@pytest.mark.ray
+def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(CALLBACKS)
+    settings = write_settings(
+        tmp_path,
+        data={"eval": None},
+        training={"max_steps": STEPS, "logging_steps": 1},
+        cluster={"num_workers": [1, 2]},
+        optimizer={"lr": 3e-3},
+    )
+    forked.finished(settings, "run.name=undisturbed", ranks=2)
+    run_dir, words = tmp_path / "runs" / "elastic", ["train", settings, "run.name=elastic"]
+    with started(SHARED_RAY, cwd=tmp_path) as ray:
+        assert ray.stdout is not None
+        there = {"cwd": tmp_path, "RAY_ADDRESS": ray.stdout.readline().strip()}
+        with started(TRAIN, *words, "callbacks=[mine:Stops]", **there) as process:
+            out, errors = process.communicate(timeout=120)
+        assert process.returncode == 3, errors
+        assert "2 workers (cluster.num_workers is [1, 2])" in out
+        assert max(losses(run_dir)) == STOPS
+
+        told(ray)
+        with started(TRAIN, *words, "callbacks=[mine:Waits]", **there) as process:
+            deadline = time.monotonic() + 120
+            while max(losses(run_dir)) < STOPS + 1:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            told(ray)
+            out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        ray.communicate(timeout=60)
+    assert [line for line in out.splitlines() if "workers" in line or "resumed" in line] == [
+        "1 workers (cluster.num_workers is [1, 2])",
+        f"resumed after step {STOPS}",
+        "there is room for 2 workers: saving, to go on with them",
+        "2 workers (cluster.num_workers is [1, 2])",
+        f"resumed after step {GROWS}",
+    ]
+    assert errors == ""  # nothing has died
+
+    undisturbed = losses(tmp_path / "runs" / "undisturbed")
+    assert [line["step"] for line in metric_lines(run_dir)] == [*range(1, STEPS + 1)]  # each once, and so each pair
+    assert losses(run_dir) == pytest.approx(undisturbed, abs=1e-5)
+    assert undisturbed[STEPS] < undisturbed[1] - 0.05  # so that a step lost, or taken twice, would be seen
