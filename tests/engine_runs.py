@@ -273,6 +273,17 @@ def offloaded(world: World, engine: str, offload: str, folder: Path) -> tuple[Ma
     return begun, gone_on
 
 
+def twice(world: World, engine: str) -> list[list[float]]:
+    """The losses of two runs of one process, as a debugger or a notebook makes them."""
+    found = []
+    for _ in range(2):
+        made = engine_of(Case(engine=engine), world)
+        found.append(train(made, Case(engine=engine), world, range(2)).losses)
+        made.close()
+        world.leave()
+    return found
+
+
 SEED_STEPS = 33  # StepLR(30, 0.1) moves at 30
 SGD = Case(pairs=2, optimizer={"name": "torch.optim.SGD", "lr": 1e-2}, scheduler={"name": "constant"})
 ADAMW_STEP_LR = Case(

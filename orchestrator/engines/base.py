@@ -92,6 +92,10 @@ class Engine(Protocol):
         """Drop the gradient as if its micro-steps had not been."""
         ...
 
+    def close(self) -> None:
+        """The end: nothing holds the weights any more that the caller does not."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """Schedule, loss scale and the optimizer's hyperparameters; the same on every rank and for every world size."""
         ...

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -19,8 +18,8 @@ from torch import nn
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
-from orchestrator.engines.stepping import Fragment, SteppingEngine, dtype_of
-from orchestrator.settings.spec import deepspeed_json
+from orchestrator.engines.stepping import DTYPES, Fragment, SteppingEngine, dtype_of
+from orchestrator.settings.spec import UserError
 from orchestrator.world import World
 
 
@@ -31,20 +30,24 @@ class DeepSpeedEngine(SteppingEngine):
     module: Any  # pyright: ignore[reportIncompatibleVariableOverride] - deepspeed's engine
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
-        deepspeed = _imported(self.world)
         self.world.meet()
+        deepspeed = _imported(self.world)
         self.step = step
         self.stage = self.settings.stage
-        config = self._config()
-        deepspeed.init_distributed(_backend(self.world), dist_init_required=False)
+        config = self._config(sum(p.numel() for p in step.parameters() if p.requires_grad))
+        checked = _checked(config)
         if self.stage == 3:
             self._cut(step, config)
         self.optimizer = optimizer(param_groups(step, self.weight_decay))
         self.scheduler = scheduler(self.optimizer)
-        with mock.patch.object(deepspeed, "DeepSpeedEngine", _zero_alone(deepspeed.DeepSpeedEngine)):
-            self.module, *_ = deepspeed.initialize(
-                model=step, optimizer=self.optimizer, config=config, dist_init_required=False
-            )
+        self.module = _zero_alone(deepspeed.DeepSpeedEngine)(  # what deepspeed.initialize does for a model like ours
+            args=None,
+            model=step,
+            optimizer=self.optimizer,
+            dist_init_required=False,
+            config=config,
+            config_class=checked,
+        )
         self.zero: Any = self.module.optimizer
         step.reference.were_wrapped()
         self.saved = step.saved()
@@ -53,9 +56,13 @@ class DeepSpeedEngine(SteppingEngine):
 
     # --- wrapping ------------------------------------------------------------------------------------------------
 
-    def _config(self) -> dict[str, Any]:
-        """What DeepSpeed is told: the user's file, and over it what the settings decide."""
-        config = _without_auto(copy.deepcopy(deepspeed_json(self.settings.deepspeed_config)))
+    def close(self) -> None:
+        self.module.destroy()  # its hooks hold it, and it the weights
+        _forget_groups()
+
+    def _config(self, trained: int) -> dict[str, Any]:
+        """What DeepSpeed is told: the user's file, and over it what the settings decide. trained: elements that are."""
+        config = _without_auto(copy.deepcopy(self.settings.deepspeed_config or {}))
         for ours in ("optimizer", "scheduler", "bf16", "fp16"):  # compared with the settings by a rule of theirs
             config.pop(ours, None)
         zero = config.setdefault("zero_optimization", {})
@@ -71,9 +78,9 @@ class DeepSpeedEngine(SteppingEngine):
             zero["reduce_bucket_size"] = self.settings.bucket_size
         if self.settings.overlap_comm is not None or not on_gpu:
             zero["overlap_comm"] = bool(self.settings.overlap_comm) and on_gpu  # on a CPU there are no streams
-        if not on_gpu:  # buckets are allocated whole, whatever the model's size
-            zero.setdefault("reduce_bucket_size", min(10**7, 5 * 10**8))
-            zero.setdefault("allgather_bucket_size", 10**7)
+        # a bucket is allocated whole, however little there is to reduce
+        zero.setdefault("reduce_bucket_size", max(1, min(5 * 10**8 if on_gpu else 10**7, trained)))
+        zero.setdefault("memory_efficient_linear", False)  # it would take the place of torch's in the whole process
         config |= {
             # we say ourselves which micro-step is the last, and divide by the global count: these divide by 1
             "train_micro_batch_size_per_gpu": 1,
@@ -88,7 +95,12 @@ class DeepSpeedEngine(SteppingEngine):
             config["bf16"] = {"enabled": True}
         if self.precision == "fp16":
             config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # the scale is ours
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # its own choice is the type of the weights, in which small gradients are lost when they are added
+        types = config["data_types"] = config.get("data_types") or {}
+        if not types.get("grad_accum_dtype") or self.precision != "bf16":
+            types["grad_accum_dtype"] = "fp32"
+        if self.precision in DTYPES:
+            config.setdefault("communication_data_type", "fp32")
         return config
 
     def _cut(self, step: PairStep, config: dict[str, Any]) -> None:
@@ -123,6 +135,8 @@ class DeepSpeedEngine(SteppingEngine):
         self.module.backward(loss * self.world.size)  # it will be averaged over ranks
 
     def _gradients(self) -> list[torch.Tensor]:
+        if self.stage < 3 and self.zero.cpu_offload:
+            self.zero._wait_for_offload_copies()  # into pinned memory, which we would read too early
         if self._masters()[0].grad is not None:  # offloaded, each is where its weights are
             return [master.grad for master in self._masters() if master.grad is not None]
         parts = self.zero.averaged_gradients.values()
@@ -130,6 +144,8 @@ class DeepSpeedEngine(SteppingEngine):
 
     def _update(self) -> None:
         self.zero.step()
+        if self.zero.overflow:  # the same on all ranks
+            raise RuntimeError("DeepSpeed has dropped a gradient that is finite: its norm overflows fp32")
         self.zero.zero_grad(set_to_none=True)
 
     def discard(self) -> None:
@@ -238,12 +254,8 @@ class _Gathered(dict[str, Any]):
             return p.detach().clone()
 
 
-def _backend(world: World) -> str:
-    return "nccl" if world.device.type == "cuda" else "gloo"
-
-
 def _imported(world: World) -> Any:
-    """The library, told which device there is, and kept from compiling on a CPU."""
+    """The library, told which device and which ranks there are, and kept from compiling on a CPU."""
     # it takes the device by this number, which need not be ours where Ray shows a worker its own GPU alone
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)
     if world.device.type == "cpu":
@@ -254,9 +266,35 @@ def _imported(world: World) -> Any:
     if world.device.type == "cpu":
         # an operator for ranks of one machine, which takes minutes to compile at the first start
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    # the group of all ranks itself, where it would make another one with a time-out of its own
+    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.group.WORLD  # pyright: ignore[reportPrivateImportUsage]
+    deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")  # names it still calls
     return deepspeed
+
+
+def _forget_groups() -> None:
+    """Let go of groups of ranks, which end with this run: another one in this process makes its own."""
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+
+
+def _checked(config: dict[str, Any]) -> Any:
+    """The config as DeepSpeed reads it.
+
+    Raises:
+        UserError: it does not, for a value that is the user's.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        return DeepSpeedConfig(config)
+    except Exception as error:  # pydantic's, and DeepSpeed's own of several types
+        reason = " ".join(str(error).split())[:160]
+        cure = "mend that value in the file"
+        raise UserError("engine.deepspeed_config", config, f"DeepSpeed refuses it: {reason}", cure) from None
 
 
 def _zero_alone(engine: Any) -> Any:

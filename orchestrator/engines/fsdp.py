@@ -20,6 +20,8 @@ class FsdpEngine(SteppingEngine):
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
         self.world.meet()
+        self.mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        step.reference.weights = {}  # or whole ones would live until the last is cut
         for layer in _layers(step):
             self._shard(layer, self.settings.reshard_after_forward)
         self._shard(step, reshard=False)  # embeddings and head, which a forward pass needs at both its ends
@@ -55,7 +57,7 @@ class FsdpEngine(SteppingEngine):
         is_16_bit = self.precision in ("bf16", "fp16")
         fully_shard(
             module,
-            mesh=init_device_mesh(self.world.device.type, (self.world.size,)),
+            mesh=self.mesh,
             reshard_after_forward=reshard,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=dtype_of(self.precision) if is_16_bit else None,
@@ -100,14 +102,18 @@ class FsdpEngine(SteppingEngine):
     def sync_reference(self, alpha: float) -> None:
         policys: dict[str, Any] = dict(self.step.policy.named_parameters(remove_duplicate=False))
         shards = len(self.step.judge) > 0
-        self.step.reference.sync(policys if shards else _Whole(policys), alpha)
+        self.step.reference.sync(policys if shards else _Whole(policys, self.world.device), alpha)
 
 
 class _Whole(dict[str, Any]):
     """Sharded weights by name, each gathered when it is asked for. Collective."""
 
+    def __init__(self, weights: dict[str, Any], device: torch.device) -> None:
+        super().__init__(weights)
+        self.device = device  # of the ranks' group, where shards may lie on the host
+
     def __getitem__(self, name: str) -> torch.Tensor:
-        return super().__getitem__(name).full_tensor()
+        return super().__getitem__(name).to(self.device).full_tensor()
 
 
 def _layers(step: PairStep) -> list[nn.Module]:

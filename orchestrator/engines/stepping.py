@@ -89,6 +89,9 @@ class SteppingEngine:
     def release(self) -> None:
         """Give up weights that a forward pass without a backward one has left gathered."""
 
+    def close(self) -> None:
+        """As in base.py."""
+
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradient of a loss; it is summed over ranks when `last`, or before."""
         raise NotImplementedError
@@ -210,9 +213,8 @@ class SteppingEngine:
                 if not isinstance(value, torch.Tensor):
                     tensors[NUMBER + key] = torch.tensor([value])
                 elif not value.ndim:
-                    tensors[SCALAR + key] = (
-                        value.detach().flatten().clone()
-                    )  # one for many weights where they are flattened
+                    # a copy, as it is one for many weights where these are flattened
+                    tensors[SCALAR + key] = value.detach().flatten().clone()
                 elif value.shape != holder.shape:  # pyright: ignore[reportOptionalMemberAccess]
                     tensors[f"{SHAPED}{','.join(map(str, value.shape))}:{key}"] = value.detach().flatten().clone()
                 else:
@@ -229,7 +231,7 @@ class SteppingEngine:
             if holder is None:
                 continue
             # torch keeps scalars of the state on the host unless the optimizer is fused or capturable
-            group = groups.get(holder, {})
+            group = groups.get(holder, keeper.defaults)  # ZeRO-3 names them only while it steps
             scalars_on = holder.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
             for key in sorted(keys(name) - {"param"}):
                 if key.startswith(SCALAR):

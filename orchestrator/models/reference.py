@@ -131,7 +131,8 @@ class SharedLayers(Reference):
         found: list[nn.Module] = list(decoder_layers(self.model)[self.capture_layer :])
         inside = {module for layer in (*found, *lowest(policy, self.capture_layer or 0)) for module in layer.modules()}
         for module in self.model.modules():
-            own = [p for p in module.parameters(recurse=False) if id(p) not in policys]
+            held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            own = [tensor for tensor in held if id(tensor) not in policys]
             if own and module not in inside:
                 found.append(module)
         return found
@@ -490,9 +491,7 @@ def check_function(ref_model: RefModel | None) -> None:
         raise UserError("ref_model", type(ref_model).__name__, rule, "give a function that makes it: policy -> model")
 
 
-def _of_function(
-    spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, device: torch.device
-) -> Reference:
+def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, device: torch.device) -> Reference:
     """What the function returns; where its lowest layers are stored where the policy's are, they are also run once.
 
     Raises:

@@ -350,7 +350,7 @@ def _workers(spec: RunSpec) -> int:
             while granted() < cluster.max_workers and time.monotonic() < deadline:
                 time.sleep(POLL_S)
             count = max(granted(), cluster.min_workers)  # the fewest are waited for
-    print(f"{count} workers (cluster.num_workers is {cluster.num_workers})", flush=True)
+    print(f"workers: {count} (cluster.num_workers = {cluster.num_workers})", flush=True)
     return count
 
 
@@ -386,7 +386,7 @@ def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threadi
             if (now := granted()) != found:
                 found, since = now, time.monotonic()
             elif found and time.monotonic() - since > GROWTH_WAIT_S and not run_dir.stop.exists():
-                print(f"there is room for {workers + found} workers: saving, to go on with them", flush=True)
+                print(f"workers: room for {workers + found}; saving, to go on with them", flush=True)
                 _ask_for_growth(run_dir)
 
 

@@ -41,7 +41,9 @@ FEATURES = {
     "compile": _Feature("compiles other hooks into the model"),
     "data_efficiency": _Feature(_BATCHES),
     "data_types.buffer_dtype": _Feature("buffers keep the type that they have"),
-    "data_types.grad_accum_dtype": _Feature("gradients are added in fp32", may_be=("fp32",)),
+    "data_types.grad_accum_dtype": _Feature(
+        "gradients are added in fp32, or bf16 to save memory", may_be=("fp32", "bf16")
+    ),
     "data_types.keep_in_fp32_modules": _Feature("precision says what computes in 16 bits"),
     "data_types.param_dtype": _Feature("precision says it", "set precision, and remove it from the file"),
     "dataloader_drop_last": _Feature("every pair is used once in an epoch"),
@@ -155,6 +157,11 @@ def _at(file: dict[str, Any], path: str) -> Any:
     return None if value == AUTO else value
 
 
+def _block(file: dict[str, Any], path: str) -> dict[str, Any]:
+    value = _at(file, path)
+    return value if isinstance(value, dict) else {}
+
+
 def _is_off(value: Any) -> bool:
     if isinstance(value, dict):
         return value.get("enabled", True) in (False, AUTO) or all(map(_is_off, value.values()))
@@ -169,7 +176,7 @@ def _features(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
         value = _at(file, path)
         if value is not None and not (value in feature.may_be if feature.may_be else _is_off(value)):
             yield Contradiction(path, value, feature.why, feature.cure)
-    for name, value in (_at(file, "zero_optimization") or {}).items():
+    for name, value in _block(file, "zero_optimization").items():
         if name not in ZERO_KEYS and value != AUTO:
             near = difflib.get_close_matches(name, ZERO_KEYS, n=1)
             cure = f"did you mean {near[0]}?" if near else REMOVE
@@ -273,7 +280,7 @@ def _loss_scale(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction
 
 def _optimizer(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     ours, kind = spec.optimizer, _at(file, "optimizer.type")
-    params: dict[str, Any] = dict(_at(file, "optimizer.params") or {})
+    params: dict[str, Any] = dict(_block(file, "optimizer.params"))
     params.pop("torch_adam", None)  # which implementation runs: optimizer.name says it
     decays_weights = params.pop("adam_w_mode", True) is not False  # DeepSpeed's Adam is AdamW unless it is told
     last = ours.name.replace(":", ".").rpartition(".")[2]
@@ -296,7 +303,7 @@ def _optimizer(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]
 
 def _schedule(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     kind, name = _at(file, "scheduler.type"), spec.scheduler.name
-    for param, value in (_at(file, "scheduler.params") or {}).items():
+    for param, value in _block(file, "scheduler.params").items():
         if value not in (AUTO, None):
             cure = 'set "auto" in the file, and scheduler.warmup_steps, scheduler.kwargs or optimizer.lr'
             yield Contradiction(f"scheduler.params.{param}", value, "the settings have the schedule", cure)

@@ -423,7 +423,8 @@ class ClusterSpec(Block):
     """What the driver asks of Ray."""
 
     num_workers: int | list[int] = Field(1, json_schema_extra=FREE)
-    """Ranks: one worker each. [fewest, most]: as many as the cluster holds whenever the run starts or goes on."""
+    """Ranks: one worker each. [fewest, most]: as many as there is room for when the run starts or goes on; where room
+    comes (in a cluster that is joined, placed PACK or SPREAD), the run is saved and goes on with more."""
     resources: dict[str, Annotated[float, Field(ge=0)]] = Field({}, json_schema_extra=FREE)
     """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU where there is any, else one CPU."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", json_schema_extra=FREE)

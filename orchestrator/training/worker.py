@@ -1,14 +1,16 @@
 """run(): the one function that every rank runs; it builds the parts in reading order, then trains."""
 
+import gc
 import hashlib
 import json
 import logging
 import os
 import warnings
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -47,7 +49,7 @@ from orchestrator.models.reference import (
     hold,
     identity_of,
 )
-from orchestrator.settings.spec import AttentionName, Precision, RunSpec, UserError
+from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
@@ -140,13 +142,29 @@ def run(
     """
     _quiet()
     run_dir = RunDir(spec.run_dir)
+    ended = _trained(spec, world, session, run_dir, ref_model, optimizers)
+    gc.collect()  # before the export makes the model once more, whole
+    return _concluded(ended, run_dir, world)
+
+
+def _trained(
+    spec: RunSpec,
+    world: World,
+    session: Session,
+    run_dir: RunDir,
+    ref_model: RefModel | None,
+    optimizers: Optimizers | None,
+) -> Ended:
+    """Build the parts and train; they are gone from memory when this returns."""
     prepared = prepare(spec)
     found = _newest_checkpoint(run_dir, world)
     precision = _precision(spec.precision, world.device)
     dtype = _held(precision)
 
     cuts = spec.engine.shards_weights
-    policy = build_policy(spec, prepared.tokenizer, dtype, torch.device("cpu") if cuts else world.device, mapped=cuts)
+    # DeepSpeed casts and moves weights itself: on the device there may be no room for them in fp32
+    built_on = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
+    policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=cuts)
     reference = build_reference(spec, policy, dtype, ref_model, world.device)
     if found is not None:
         reference.exact = None  # was measured when the run began
@@ -156,8 +174,10 @@ def run(
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
         _say_models(spec, prepared, policy, reference, "ref_model" if ref_model else spec.reference.kind, world)
     step = _pair_step(spec, policy, reference, world, precision, dtype)
-    engine = build_engine(spec.engine, world, precision, spec.training.max_grad_norm, spec.optimizer.weight_decay)
-    engine.frozen_held = DTYPES.get(spec.model.lora.base, dtype) if spec.model.lora else dtype  # pyright: ignore
+    base = spec.model.lora.base if spec.model.lora else None
+    frozen = dtype if base is None or base in get_args(Quantized) else DTYPES[base]  # pyright: ignore
+    limit, decay = spec.training.max_grad_norm, spec.optimizer.weight_decay
+    engine = build_engine(spec.engine, world, precision, limit, decay, frozen)
     engine.wrap(step, *factories(spec, policy, length.steps, world.device, optimizers))
 
     attention, why_padded = _attention(spec, prepared, engine, world, precision)
@@ -202,7 +222,8 @@ def run(
     checkpoint.seed_everything(spec.run.seed + world.rank)
     if found is not None:
         trainer.resume(checkpoint.Reader(found))
-    return _concluded(trainer.fit(), run_dir, world)
+    with closing(engine):
+        return trainer.fit()
 
 
 def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
@@ -490,9 +511,7 @@ def _say(
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
 
 
-def _say_models(
-    spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World
-) -> None:
+def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World) -> None:
     """What trains, and what the reference costs."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     own = reference.own_bytes(policy) / 2**20

@@ -206,3 +206,9 @@ def test_the_seeds_optimizers_by_settings_and_by_functions(engine: str, tmp_path
             assert (run.weights[parameter] - value).abs().max() < 1e-5, (name, parameter)
         if "StepLR" in name:
             assert run.rates == pytest.approx([1e-3] * 30 + [1e-4] * 3)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+def test_two_runs_in_one_process(engine: str) -> None:
+    [(first, second)] = on_gloo(1, engine_runs.twice, engine)
+    assert first == second

@@ -323,8 +323,8 @@ def test_muon_takes_matrices_alone(tmp_path: Path) -> None:
 
 
 def test_deepspeeds_own_are_not_compiled_on_a_cpu(tmp_path: Path) -> None:
-    engine = {"kind": "deepspeed"}
-    for name in OPTIMIZERS["deepspeed.ops.adam"]:
+    for name, offload in zip(OPTIMIZERS["deepspeed.ops.adam"], ("none", "optimizer"), strict=True):
+        engine = {"kind": "deepspeed", "offload": offload}
         spec = tiny_spec(tmp_path, engine=engine, optimizer={"name": f"deepspeed.ops.adam.{name}"})
         check_optim(spec.optimizer, spec.scheduler)
         with pytest.raises(

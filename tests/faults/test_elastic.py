@@ -55,7 +55,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @contextmanager
 def started(code: str, *words: str | Path, cwd: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
-    """Python code in a process that is killed in the end, if it still runs."""
+    """Python code in a process that is ended after all, if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
         stdin=subprocess.PIPE,
@@ -68,8 +68,12 @@ def started(code: str, *words: str | Path, cwd: Path, **env: str) -> Iterator[su
     try:
         yield process
     finally:
-        process.kill()
-        process.communicate()
+        if process.poll() is None:
+            process.terminate()  # by which Ray ends what it has started
+            try:
+                process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def told(ray: Any) -> None:
@@ -97,7 +101,7 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         with started(TRAIN, *words, "callbacks=[mine:Stops]", **there) as process:
             out, errors = process.communicate(timeout=120)
         assert process.returncode == 3, errors
-        assert "2 workers (cluster.num_workers is [1, 2])" in out
+        assert "workers: 2 (cluster.num_workers = [1, 2])" in out
         assert max(losses(run_dir)) == STOPS
 
         told(ray)
@@ -111,11 +115,11 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
             out, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         ray.communicate(timeout=60)
-    assert [line for line in out.splitlines() if "workers" in line or "resumed" in line] == [
-        "1 workers (cluster.num_workers is [1, 2])",
+    assert [line for line in out.splitlines() if "workers:" in line or "resumed" in line] == [
+        "workers: 1 (cluster.num_workers = [1, 2])",
         f"resumed after step {STOPS}",
-        "there is room for 2 workers: saving, to go on with them",
-        "2 workers (cluster.num_workers is [1, 2])",
+        "workers: room for 2; saving, to go on with them",
+        "workers: 2 (cluster.num_workers = [1, 2])",
         f"resumed after step {GROWS}",
     ]
     assert errors == ""  # nothing has died

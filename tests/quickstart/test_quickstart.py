@@ -62,7 +62,7 @@ def test_the_model_loads_and_prefers_the_chosen(finished: tuple[Path, str]) -> N
 def test_the_same_command_again_does_nothing(finished: tuple[Path, str]) -> None:
     run_dir, out = finished
     words = [ROOT / "configs/quickstart.yaml", ROOT / "configs/place/ray-local.yaml", f"run.dir={run_dir.parent}"]
-    again = orchestrator("train", *words, cwd=ROOT, timeout=30)
+    again = orchestrator("train", *words, cwd=ROOT, timeout=120)
     assert again.returncode == 0
     assert again.stdout.splitlines()[-6:] == out.splitlines()[-6:]
 
