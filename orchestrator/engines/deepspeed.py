@@ -25,7 +25,7 @@ from orchestrator.world import World
 
 class DeepSpeedEngine(SteppingEngine):
     """Engine of base.py. In bf16 and fp16 the weights that compute are of that type, and each rank keeps its part of
-    them in fp32 for the optimizer; gradients of several micro-batches are added in fp32."""
+    them in fp32 for the optimizer; gradients are added in fp32, over micro-batches and over ranks."""
 
     module: Any  # pyright: ignore[reportIncompatibleVariableOverride] - deepspeed's engine
 
@@ -56,10 +56,6 @@ class DeepSpeedEngine(SteppingEngine):
 
     # --- wrapping ------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        self.module.destroy()  # its hooks hold it, and it the weights
-        _forget_groups()
-
     def _config(self, trained: int) -> dict[str, Any]:
         """What DeepSpeed is told: the user's file, and over it what the settings decide. trained: elements that are."""
         config = _without_auto(copy.deepcopy(self.settings.deepspeed_config or {}))
@@ -80,7 +76,6 @@ class DeepSpeedEngine(SteppingEngine):
             zero["overlap_comm"] = bool(self.settings.overlap_comm) and on_gpu  # on a CPU there are no streams
         # a bucket is allocated whole, however little there is to reduce
         zero.setdefault("reduce_bucket_size", max(1, min(5 * 10**8 if on_gpu else 10**7, trained)))
-        zero.setdefault("memory_efficient_linear", False)  # it would take the place of torch's in the whole process
         config |= {
             # we say ourselves which micro-step is the last, and divide by the global count: these divide by 1
             "train_micro_batch_size_per_gpu": 1,
@@ -165,6 +160,10 @@ class DeepSpeedEngine(SteppingEngine):
             zero.averaged_gradients[group] = None
         for group in zero.all_grad_tensors:
             zero.all_grad_tensors[group] = None
+
+    def close(self) -> None:
+        self.module.destroy()  # its hooks hold it, and it the weights
+        _forget()
 
     def release(self) -> None:
         if self.stage == 3:
@@ -274,11 +273,15 @@ def _imported(world: World) -> Any:
     return deepspeed
 
 
-def _forget_groups() -> None:
-    """Let go of groups of ranks, which end with this run: another one in this process makes its own."""
+def _forget() -> None:
+    """Undo for the next run in this process: groups of ranks, which end with this one, and the linear layer that stage
+    3 puts in the place of torch's, which would keep gathered weights until the backward pass."""
+    from deepspeed.runtime.zero import partition_parameters
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
+    if (linear := getattr(partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)) is not None:
+        nn.functional.linear = linear
 
 
 def _checked(config: dict[str, Any]) -> Any:

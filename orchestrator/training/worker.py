@@ -185,6 +185,8 @@ def _trained(
     loader, eval_loader = _loaders(spec, prepared, world, cost, collator)
     if spec.reference_cache != "off":
         arithmetic = {"precision": precision, "attention": attention, "device": world.device.type}
+        if _casts(spec, precision):
+            arithmetic["weights"] = precision
         _open_caches(spec, loader, eval_loader, {"reference": identity["reference"], **arithmetic})
     if found is None and world.is_main:
         _say(spec, prepared, world, precision, length.steps, why_padded)
@@ -247,9 +249,7 @@ def _pair_step(
     spec: RunSpec, policy: Any, reference: Reference, world: World, precision: Precision, dtype: torch.dtype
 ) -> PairStep:
     """What the engine will wrap, with the reference in the arithmetic that the policy will have."""
-    is_16_bit = precision in ("bf16", "fp16")
-    casts = is_16_bit and spec.engine.kind != "ddp"  # the weights that compute are then of 16 bits themselves
-    wanted = spec.reference
+    wanted, casts = spec.reference, _casts(spec, precision)
     stays = wanted.sync_every is not None or wanted.dtype is not None or wanted.offload
     if wanted.sync_every is not None and wanted.sharded and casts and spec.engine.kind == "deepspeed":
         rule, cure = f"a reference that deepspeed holds in {precision} loses small steps", "set reference.sharded=false"
@@ -262,6 +262,11 @@ def _pair_step(
     if casts and stays:
         step.reference_arithmetic = partial(autocast, world.device, precision)
     return step
+
+
+def _casts(spec: RunSpec, precision: Precision) -> bool:
+    """Whether the weights that compute are of 16 bits themselves, and not only the arithmetic over them."""
+    return precision in ("bf16", "fp16") and spec.engine.kind != "ddp"
 
 
 def _attention(

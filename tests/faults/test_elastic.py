@@ -84,7 +84,9 @@ def told(ray: Any) -> None:
 
 
 @pytest.mark.ray
-def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("grows", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path, grows: bool) -> None:
     (tmp_path / "mine.py").write_text(CALLBACKS)
     settings = write_settings(
         tmp_path,
@@ -94,37 +96,46 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         optimizer={"lr": 3e-3},
     )
     forked.finished(settings, "run.name=undisturbed", ranks=2)
-    run_dir, words = tmp_path / "runs" / "elastic", ["train", settings, "run.name=elastic"]
+    # by another engine, whose shards go on at another number of ranks
+    zero = ["engine.kind=deepspeed", "engine.zero_stage=3"]
+    run_dir, words = tmp_path / "runs" / "elastic", ["train", settings, "run.name=elastic", *zero]
     with started(SHARED_RAY, cwd=tmp_path) as ray:
         assert ray.stdout is not None
         there = {"cwd": tmp_path, "RAY_ADDRESS": ray.stdout.readline().strip()}
         with started(TRAIN, *words, "callbacks=[mine:Stops]", **there) as process:
-            out, errors = process.communicate(timeout=120)
+            out, errors = process.communicate(timeout=240)
         assert process.returncode == 3, errors
         assert "workers: 2 (cluster.num_workers = [1, 2])" in out
         assert max(losses(run_dir)) == STOPS
 
         told(ray)
-        with started(TRAIN, *words, "callbacks=[mine:Waits]", **there) as process:
-            deadline = time.monotonic() + 120
-            while max(losses(run_dir)) < STOPS + 1:
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            told(ray)
-            out, errors = process.communicate(timeout=120)
+        with started(TRAIN, *words, *(["callbacks=[mine:Waits]"] if grows else []), **there) as process:
+            if grows:
+                waits_for_step(STOPS + 1, run_dir, process)
+                told(ray)
+            out, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         ray.communicate(timeout=60)
-    assert [line for line in out.splitlines() if "workers:" in line or "resumed" in line] == [
-        "workers: 1 (cluster.num_workers = [1, 2])",
-        f"resumed after step {STOPS}",
+    shrunk = ["workers: 1 (cluster.num_workers = [1, 2])", f"resumed after step {STOPS}"]
+    grown = [
         "workers: room for 2; saving, to go on with them",
         "workers: 2 (cluster.num_workers = [1, 2])",
         f"resumed after step {GROWS}",
     ]
+    said = [line for line in out.splitlines() if "workers:" in line or "resumed" in line]
+    assert said == shrunk + (grown if grows else [])
     assert errors == ""  # nothing has died
 
     undisturbed = losses(tmp_path / "runs" / "undisturbed")
     assert [line["step"] for line in metric_lines(run_dir)] == [*range(1, STEPS + 1)]  # each once, and so each pair
     assert losses(run_dir) == pytest.approx(undisturbed, abs=1e-5)
     assert undisturbed[STEPS] < undisturbed[1] - 0.05  # so that a step lost, or taken twice, would be seen
+
+
+def waits_for_step(step: int, run_dir: Path, process: subprocess.Popen[str]) -> None:
+    """Until the run, which this process drives, has taken it."""
+    deadline = time.monotonic() + 240
+    while max(losses(run_dir)) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
