@@ -12,6 +12,7 @@ import pytest
 import torch
 from engine_runs import BIG, CASES, ENGINES, SAVED, STEPS, UPTO, Case, Made
 from ranks import on_gloo
+from support import ROOT
 
 SIZES = [1, 2, 3]
 every_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -206,6 +207,15 @@ def test_the_seeds_optimizers_by_settings_and_by_functions(engine: str, tmp_path
             assert (run.weights[parameter] - value).abs().max() < 1e-5, (name, parameter)
         if "StepLR" in name:
             assert run.rates == pytest.approx([1e-3] * 30 + [1e-4] * 3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_file_for_deepspeed_is_taken(stage: int, tmp_path: Path) -> None:
+    """Those that are shipped, in which "auto" stands as users of transformers write it."""
+    preset = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
+    case = Case(engine=f"zero{stage}", settings={"deepspeed_config": str(preset)})
+    [made, *_] = on_gloo(2, engine_runs.run, case, tmp_path, UPTO)
+    assert_alike(made, oracle("plain"), slice(UPTO))
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])

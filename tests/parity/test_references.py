@@ -385,22 +385,39 @@ def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outli
 # --- the same on Ray ---------------------------------------------------------------------------------------------
 
 USERS_MODULE = """
+import torch
 from orchestrator import create_reference_model
 
 def lower_half_shared(policy):
     return create_reference_model(policy, 2)
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.02)
+
+def halved(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
 """
 USERS_PROGRAM = """
-import orchestrator, my_reference
-orchestrator.train(orchestrator.load_spec("run.yaml"), ref_model=my_reference.lower_half_shared)
+import orchestrator, my_parts
+orchestrator.train(
+    orchestrator.load_spec("run.yaml"),
+    ref_model=my_parts.lower_half_shared,
+    optimizers=(my_parts.sgd, my_parts.halved),
+)
 """
+IN_SETTINGS = {
+    "reference": {"kind": "shared_layers", "num_shared_layers": SHARED},
+    "optimizer": {"name": "torch.optim.SGD", "lr": 0.02},
+    "scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 2, "gamma": 0.5}},
+}
 
 
 @pytest.mark.ray
-def test_a_function_of_the_users_own_module_reaches_the_workers(home: Home, tmp_path: Path) -> None:
-    (tmp_path / "my_reference.py").write_text(USERS_MODULE)
-    assert importlib.util.find_spec("my_reference") is None  # nowhere but in the folder that the user works in
-    raw = home.raw("ray", cluster={"num_workers": 2})
+def test_functions_of_the_users_own_module_reach_the_workers(home: Home, tmp_path: Path) -> None:
+    """Under an engine that shards what they are given."""
+    (tmp_path / "my_parts.py").write_text(USERS_MODULE)
+    assert importlib.util.find_spec("my_parts") is None  # nowhere but in the folder that the user works in
+    raw = home.raw("ray", cluster={"num_workers": 2}, engine={"kind": "fsdp"})
     (tmp_path / "run.yaml").write_text(json.dumps(raw))
     ended = subprocess.run(
         [sys.executable, "-c", USERS_PROGRAM],
@@ -413,7 +430,7 @@ def test_a_function_of_the_users_own_module_reaches_the_workers(home: Home, tmp_
     )
     assert ended.returncode == 0, ended.stderr
 
-    settings = home.spec("in_settings", reference={"kind": "shared_layers", "num_shared_layers": SHARED})
+    settings = home.spec("in_settings", **IN_SETTINGS)
     ours(settings)
     on_ray = losses(make_spec(raw).run_dir)
     assert len(on_ray) == STEPS
