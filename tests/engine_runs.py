@@ -15,7 +15,7 @@ from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines import optim
 from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, Updated
-from orchestrator.engines.build import build_engine
+from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.reference import Reference
@@ -78,7 +78,7 @@ def pair_step(case: Case, seed: int = 0) -> PairStep:
 def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) -> Any:
     """The engine with a model of that seed: another one than the run's for an engine that is to resume it."""
     spec = EngineSpec(**{**ENGINES[case.engine], **case.settings})
-    made = build_engine(spec, world, case.precision, case.max_grad_norm, case.optimizer.get("weight_decay", 0.0))
+    made = engine_class(spec)(spec, world, case.precision, case.max_grad_norm, case.optimizer.get("weight_decay", 0.0))
     made.wrap(pair_step(case, seed), *(factories or case.factories))
     # as worker.py does: with three ranks or more DDP groups its gradients anew after the first, and sums otherwise
     made.micro_step(collator(packed=True)(pair_rows(1), is_filler=True), Counts(1, 1), last=True)

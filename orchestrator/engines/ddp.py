@@ -45,14 +45,8 @@ class DdpEngine(SteppingEngine):
         if isinstance(self.module, DistributedDataParallel):
             self.module.require_backward_grad_sync = last  # what no_sync() sets
 
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        loss.backward()
-
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.trainable if p.grad is not None]
-
-    def _update(self) -> None:
-        self.optimizer.step()
 
     def discard(self) -> None:
         # gradients are views of DDP's buckets: dropped, they would be made anew beside the buckets while accumulating

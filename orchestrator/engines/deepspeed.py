@@ -18,7 +18,7 @@ from torch import nn
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
-from orchestrator.engines.stepping import DTYPES, Fragment, SteppingEngine, dtype_of
+from orchestrator.engines.stepping import Fragment, SteppingEngine, dtype_of, is_16_bit
 from orchestrator.settings.spec import UserError
 from orchestrator.world import World
 
@@ -94,7 +94,7 @@ class DeepSpeedEngine(SteppingEngine):
         types = config["data_types"] = config.get("data_types") or {}
         if not types.get("grad_accum_dtype") or self.precision != "bf16":
             types["grad_accum_dtype"] = "fp32"
-        if self.precision in DTYPES:
+        if is_16_bit(self.precision):
             config.setdefault("communication_data_type", "fp32")
         return config
 
@@ -126,7 +126,7 @@ class DeepSpeedEngine(SteppingEngine):
     def _before_micro_step(self, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
 
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+    def _backward(self, loss: torch.Tensor) -> None:
         self.module.backward(loss * self.world.size)  # it will be averaged over ranks
 
     def _gradients(self) -> list[torch.Tensor]:

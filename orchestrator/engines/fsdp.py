@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
-from orchestrator.engines.stepping import Fragment, SteppingEngine, dtype_of
+from orchestrator.engines.stepping import Fragment, SteppingEngine, dtype_of, is_16_bit
 from orchestrator.models.layers import decoder_layers
 
 
@@ -54,14 +54,14 @@ class FsdpEngine(SteppingEngine):
             if p not in cut and p.is_floating_point():
                 p.data = p.data.to(self.held if p.requires_grad else self.frozen_held)
         on_gpu = self.world.device.type == "cuda"  # whose driver pins memory
-        is_16_bit = self.precision in ("bf16", "fp16")
+        in_16_bits = is_16_bit(self.precision)
         fully_shard(
             module,
             mesh=self.mesh,
             reshard_after_forward=reshard,
             mp_policy=MixedPrecisionPolicy(
-                param_dtype=dtype_of(self.precision) if is_16_bit else None,
-                reduce_dtype=self.held if is_16_bit else None,
+                param_dtype=dtype_of(self.precision) if in_16_bits else None,
+                reduce_dtype=self.held if in_16_bits else None,
                 cast_forward_inputs=False,  # a batch has sums in fp64
             ),
             offload_policy=CPUOffloadPolicy(on_gpu) if self.settings.offload == "parameters" else OffloadPolicy(),
@@ -71,15 +71,9 @@ class FsdpEngine(SteppingEngine):
         for module in (self.step, *_layers(self.step)):
             module.reshard()  # pyright: ignore[reportCallIssue]
 
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        loss.backward()
-
     def _gradients(self) -> list[torch.Tensor]:
         found: list[Any] = [p.grad for p in self.trainable if p.grad is not None]
         return [grad.to_local() for grad in found]
-
-    def _update(self) -> None:
-        self.optimizer.step()
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -34,10 +34,19 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return DTYPES.get(precision, torch.float32)
 
 
+def is_16_bit(precision: Precision) -> bool:
+    """Whether it computes in 16 bits."""
+    return precision in ("bf16", "fp16")
+
+
+def dtype_held(precision: Precision) -> torch.dtype:
+    """The type of weights that train: an optimizer's small steps would be lost in 16 bits."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """The context in which a forward pass computes in that precision over fp32 weights."""
-    is_16_bit = precision in ("bf16", "fp16")
-    return torch.autocast(device.type, dtype_of(precision)) if is_16_bit else nullcontext()
+    return torch.autocast(device.type, dtype_of(precision)) if is_16_bit(precision) else nullcontext()
 
 
 class Fragment(NamedTuple):
@@ -75,7 +84,7 @@ class SteppingEngine:
         given."""
         self.world, self.settings = world, settings
         self.precision: Precision = precision
-        self.held = torch.float64 if precision == "fp64" else torch.float32  # the type of weights that train
+        self.held = dtype_held(precision)
         self.frozen_held = frozen_dtype or self.held
         self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
         self.scale = LossScale(precision == "fp16")
@@ -92,9 +101,9 @@ class SteppingEngine:
     def close(self) -> None:
         """As in base.py."""
 
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradient of a loss; it is summed over ranks when `last`, or before."""
-        raise NotImplementedError
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a loss."""
+        loss.backward()
 
     def _gradients(self) -> list[torch.Tensor]:
         """What this rank holds of the summed gradient, to be changed in place."""
@@ -102,7 +111,7 @@ class SteppingEngine:
 
     def _update(self) -> None:
         """Let the optimizer take its step."""
-        raise NotImplementedError
+        self.optimizer.step()
 
     def discard(self) -> None:
         raise NotImplementedError
@@ -124,7 +133,7 @@ class SteppingEngine:
         self._before_micro_step(last)
         with self._arithmetic():
             output: StepOutput = self.module(batch, counts)
-        self._backward(self.scale.scaled(output.loss), last)
+        self._backward(self.scale.scaled(output.loss))
         return output._replace(loss=output.loss.detach())
 
     def _before_micro_step(self, last: bool) -> None:

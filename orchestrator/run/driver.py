@@ -150,7 +150,7 @@ def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Excepti
 
     # in a thread, so that Ray installs no SIGINT handler of its own: ours saves first
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    heartbeat(run_dir, 0).unlink(missing_ok=True)
+    run_dir.heartbeat(0).unlink(missing_ok=True)
     thread.start()
     if workers < spec.cluster.max_workers and _joined():
         _seek_growth(spec, run_dir, workers, thread)
@@ -219,11 +219,6 @@ def _unpickled(sent: dict[str, bytes]) -> dict[str, Any]:
             cure = "define it in a module of the folder where the command is given"
             raise UserError(name, "function", rule, cure) from None
     return functions
-
-
-def heartbeat(run_dir: RunDir, rank: int) -> Path:
-    """What a rank writes while it takes steps."""
-    return run_dir.logs / f"heartbeat_{rank:05d}.json"
 
 
 def rank_log(run_dir: RunDir, rank: int) -> Path:
@@ -377,7 +372,7 @@ def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threadi
     """
     if spec.cluster.placement not in FREE_PLACEMENTS:
         return
-    while training.is_alive() and not heartbeat(run_dir, 0).exists():  # its own workers have their places first
+    while training.is_alive() and not run_dir.heartbeat(0).exists():  # its own workers have their places first
         training.join(POLL_S)
     with _places(spec, spec.cluster.max_workers - workers) as granted:
         found, since = 0, time.monotonic()

@@ -52,7 +52,7 @@ class LocalSession:
             return
         self._last_beat = now
         beat = {"step": step, "phase": phase, "time": time.time(), "pid": os.getpid(), "host": os.uname().nodename}
-        path = self.run_dir.logs / f"heartbeat_{self.rank:05d}.json"
+        path = self.run_dir.heartbeat(self.rank)
         partial = path.with_suffix(".tmp")
         with suppress(OSError):  # a full disk is for the checkpoint to report
             partial.write_text(json.dumps(beat))  # no fsync: it says what happens now, and need not survive a crash

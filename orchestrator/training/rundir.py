@@ -27,6 +27,10 @@ class RunDir:
         self.stop = path / "STOP"  # whoever makes this file asks the run to save and stop
         self.result = path / "result.json"
 
+    def heartbeat(self, rank: int) -> Path:
+        """What a rank writes while it takes steps."""
+        return self.logs / f"heartbeat_{rank:05d}.json"
+
     @classmethod
     def existing(cls, path: str) -> "RunDir":
         """The directory of a run that has started.

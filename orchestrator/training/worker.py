@@ -21,9 +21,9 @@ from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokeni
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import Engine
-from orchestrator.engines.build import build_engine
+from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import Optimizers, ReadOnlyOptimizer, check_optim, factories
-from orchestrator.engines.stepping import autocast, dtype_of
+from orchestrator.engines.stepping import autocast, dtype_held, dtype_of, is_16_bit
 from orchestrator.models.adapters import adapter_layers, check_adapter
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.logps import packed_error
@@ -114,7 +114,7 @@ def prepare(spec: RunSpec) -> Prepared:
         check_adapter(spec.model.lora)
     check_reference(spec, config, tokenizer)
     if spec.engine.shards_weights and spec.model.init is not None:
-        made_weights(spec, tokenizer, _held(spec.precision))  # once, for all ranks to map
+        made_weights(spec, tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
     held_out = tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir) if spec.data.eval else None
     for (key, _), pairs in zip(sources, [train, held_out], strict=False):
@@ -159,7 +159,7 @@ def _trained(
     prepared = prepare(spec)
     found = _newest_checkpoint(run_dir, world)
     precision = _precision(spec.precision, world.device)
-    dtype = _held(precision)
+    dtype = dtype_held(precision)
 
     cuts = spec.engine.shards_weights
     # DeepSpeed casts and moves weights itself: on the device there may be no room for them in fp32
@@ -168,16 +168,14 @@ def _trained(
     reference = build_reference(spec, policy, dtype, ref_model, world.device)
     if found is not None:
         reference.exact = None  # was measured when the run began
-    identity = _identity(spec, prepared, policy, reference, world, dtype)  # before any forward: bitsandbytes then casts
+    # before any forward pass, in which bitsandbytes casts biases
+    identity = _identity(spec, prepared, policy, reference, world, dtype)
     cost, length = pair_cost(policy), run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
     if found is None and world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
         _say_models(spec, prepared, policy, reference, "ref_model" if ref_model else spec.reference.kind, world)
     step = _pair_step(spec, policy, reference, world, precision, dtype)
-    base = spec.model.lora.base if spec.model.lora else None
-    frozen = dtype if base is None or base in get_args(Quantized) else DTYPES[base]  # pyright: ignore
-    limit, decay = spec.training.max_grad_norm, spec.optimizer.weight_decay
-    engine = build_engine(spec.engine, world, precision, limit, decay, frozen)
+    engine = _engine(spec, world, precision, dtype)
     engine.wrap(step, *factories(spec, policy, length.steps, world.device, optimizers))
 
     attention, why_padded = _attention(spec, prepared, engine, world, precision)
@@ -264,9 +262,17 @@ def _pair_step(
     return step
 
 
+def _engine(spec: RunSpec, world: World, precision: Precision, dtype: torch.dtype) -> Engine:
+    """The engine that the settings name, before it wraps anything."""
+    base = spec.model.lora.base if spec.model.lora else None
+    frozen = dtype if base is None or base in get_args(Quantized) else DTYPES[base]  # pyright: ignore
+    limit, decay = spec.training.max_grad_norm, spec.optimizer.weight_decay
+    return engine_class(spec.engine)(spec.engine, world, precision, limit, decay, frozen)
+
+
 def _casts(spec: RunSpec, precision: Precision) -> bool:
     """Whether the weights that compute are of 16 bits themselves, and not only the arithmetic over them."""
-    return precision in ("bf16", "fp16") and spec.engine.kind != "ddp"
+    return is_16_bit(precision) and spec.engine.kind != "ddp"
 
 
 def _attention(
@@ -465,11 +471,6 @@ def _fill_caches(
         if missing and spec.reference.kind == "precomputed":
             rule = f"the log-probs of {missing} {name} pairs could not be kept in {each.cache.folder}"
             raise UserError("reference.kind", "precomputed", rule, "make room there, or set data.cache_dir to another")
-
-
-def _held(precision: Precision) -> torch.dtype:
-    """The type of weights that train."""
-    return torch.float64 if precision == "fp64" else torch.float32
 
 
 def _precision(asked: Precision, device: torch.device) -> Precision:

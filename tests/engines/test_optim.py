@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from orchestrator.dpo.step import PairStep
-from orchestrator.engines.build import build_engine
+from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import (
     ReadOnlyOptimizer,
     check_built,
@@ -236,7 +236,8 @@ def test_the_names_of_schedules_are_those_of_transformers_and_torch() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["name"].rpartition(".")[2])
 def test_every_schedule_under_an_engine_is_plain_torch(schedule: dict[str, Any], tmp_path: Path) -> None:
     def built(seed: int) -> Any:
-        engine = build_engine(EngineSpec(), ALONE, "fp32", None, 0.1)  # pyright: ignore[reportCallIssue]
+        dealt = EngineSpec()  # pyright: ignore[reportCallIssue]
+        engine = engine_class(dealt)(dealt, ALONE, "fp32", None, 0.1)
         step = PairStep(tiny_model(seed), Reference(tiny_model(1)), DpoSpec())  # pyright: ignore[reportCallIssue]
         adamw = OptimizerSpec(lr=PEAK)  # pyright: ignore[reportCallIssue]
         engine.wrap(step, optimizer_factory(adamw), scheduler_factory(SchedulerSpec(**schedule), STEPS))

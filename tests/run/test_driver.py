@@ -113,7 +113,7 @@ def test_a_run_is_saved_when_it_can_have_more_workers(
     room(places)
 
     def trains() -> None:
-        driver.heartbeat(run_dir, 0).touch()
+        run_dir.heartbeat(0).touch()
         deadline = time.monotonic() + (30 if grows else 3 * driver.POLL_S)
         while not run_dir.stop.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
