@@ -12,6 +12,7 @@ from typing import Protocol
 
 from orchestrator.training.rundir import RunDir
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: what Slurm sends before a job's time is up
 HEARTBEAT_S = 1.0  # seconds between two writes of the heartbeat file at most
 
 
@@ -36,14 +37,14 @@ class Session(Protocol):
 
 
 class LocalSession:
-    """A process of its own: SIGINT and SIGTERM ask for a stop, as does the file RUN_DIR/STOP. A second signal kills."""
+    """A process of its own: STOP_SIGNALS ask for a stop, as does the file RUN_DIR/STOP. A second signal kills."""
 
     def __init__(self, run_dir: RunDir, rank: int) -> None:
         self.run_dir, self.rank = run_dir, rank
         self._signal: str | None = None
         self._last_beat = 0.0
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
 
     def heartbeat(self, step: int, phase: str) -> None:
