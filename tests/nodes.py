@@ -1,4 +1,4 @@
-"""Nodes of a cluster on one host: namespaces with an address, a hostname, processes, /dev/shm and /tmp/ray of their own,
+"""Nodes of a cluster on one host: namespaces with address, hostname, processes, /dev/shm and /tmp/ray of their own,
 and a real Ray over them.
 
 Needs root and iproute2. Nothing of it shows on the host, and the kernel ends every process in it with the `with` block,

@@ -26,7 +26,7 @@ from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.checkpoint import ReadFailed, SaveFailed, committed
-from orchestrator.training.health import LocalSession
+from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
 from orchestrator.training.worker import RunResult, finished_already, prepare, run
@@ -430,18 +430,20 @@ def _placeable(per_node: list[int], placement: str) -> int:
 
 @contextmanager
 def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the workers to save and stop, through the STOP file; a second one aborts."""
+    """STOP_SIGNALS ask the workers to save and stop, through the STOP file; INT or TERM a second time aborts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if run_dir.stop.exists() and not _is_for_growth(run_dir):
+        if number in received and number != signal.SIGUSR1:  # Slurm may send USR1, and TERM while that is obeyed
             raise KeyboardInterrupt
+        received.append(number)
         run_dir.stop.write_text(f"received {signal.Signals(number).name}")
         print("stopping: the run is saved at the next step; once more to abort", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -37,11 +37,11 @@ class Session(Protocol):
 
 
 class LocalSession:
-    """A process of its own: STOP_SIGNALS ask for a stop, as does the file RUN_DIR/STOP. A second signal kills."""
+    """A process of its own: STOP_SIGNALS ask for a stop, as does the file RUN_DIR/STOP. INT or TERM again kills."""
 
     def __init__(self, run_dir: RunDir, rank: int) -> None:
         self.run_dir, self.rank = run_dir, rank
-        self._signal: str | None = None
+        self._received: list[int] = []
         self._last_beat = 0.0
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
@@ -63,15 +63,15 @@ class LocalSession:
         return None
 
     def stop_requested(self) -> str | None:
-        if self._signal is None and self.rank == 0 and self.run_dir.stop.exists():
-            return "RUN_DIR/STOP exists"
-        return self._signal
+        if self._received:
+            return f"received {signal.Signals(self._received[0]).name}"
+        return "RUN_DIR/STOP exists" if self.rank == 0 and self.run_dir.stop.exists() else None
 
     def deadline(self) -> float | None:
         return None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
+        if number in self._received and number != signal.SIGUSR1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._signal = f"received {signal.Signals(number).name}"
+        self._received.append(number)
