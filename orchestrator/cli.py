@@ -4,10 +4,12 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import RunSpec, UserError
@@ -51,22 +53,70 @@ def train(args: argparse.Namespace) -> int:
 
 
 def debug(args: argparse.Namespace) -> int:
-    """Train here, without Ray."""
+    """Train here, without Ray; or look at a step."""
+    _check_flags(args)
+    if args.replay_step is not None:
+        return _replay(args)
     spec = _spec(args)
     from orchestrator.run import debug as here
     from orchestrator.training.rundir import RunDir
     from orchestrator.training.worker import last_result
     from orchestrator.world import is_one_of_many
 
+    leaves_nothing = args.overfit or args.dry_run
     if args.nproc > 1 and not is_one_of_many():
-        command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings]
-        code = here.debug_ranks(spec, args.nproc, command)
-        result = last_result(RunDir(spec.run_dir)) if code in (DONE, STOPPED) else None
+        command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings, *_flags(args)]
+        code = here.debug_ranks(spec, args.nproc, command, args.profile, keeps_run=not leaves_nothing)
+        result = last_result(RunDir(spec.run_dir)) if code in (DONE, STOPPED) and not leaves_nothing else None
         return _say_how_it_ended(spec, result) if result else code
-    result = here.debug(spec)
+    if leaves_nothing:
+        from orchestrator.run import trial
+
+        (trial.overfit if args.overfit else trial.dry_run)(spec, post_mortem=args.pdb)
+        return DONE
+    result = here.debug(spec, post_mortem=args.pdb, profile=args.profile)
     if is_one_of_many():  # whoever started this rank says how it ended
         return STOPPED if result.status == "stopped" else DONE
     return _say_how_it_ended(spec, result)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of `debug` that contradict each other."""
+    given = {"--profile": args.profile is not None}
+    if args.overfit:
+        _refuse_beside("--overfit", True, "keeps nothing", given)
+    given["--overfit"] = args.overfit
+    if args.dry_run:
+        _refuse_beside("--dry-run", True, "takes no step", given)
+    given |= {"--dry-run": args.dry_run, "--nproc": args.nproc > 1}
+    if args.replay_step is not None:
+        _refuse_beside("--replay-step", args.replay_step, "looks at one step, in one process", given)
+
+
+def _refuse_beside(flag: str, value: object, what: str, others: dict[str, bool]) -> None:
+    for other, is_given in others.items():
+        if is_given:
+            raise UserError(flag, value, f"{what}, where {other} has no meaning", f"remove {other} or {flag}")
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    """The flags of `debug` that each rank gets."""
+    flags = [flag for flag in ("--pdb", "--overfit", "--dry-run") if getattr(args, flag[2:].replace("-", "_"))]
+    if args.profile is not None:
+        flags.append("--profile=" + ":".join(map(str, args.profile)))
+    return flags
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from orchestrator.run.replay import lines, replay
+    from orchestrator.training.rundir import RunDir
+
+    folders = [word for word in args.settings if "=" not in word]
+    if len(folders) != 1:
+        raise UserError("RUN_DIR", " ".join(folders) or None, "one run is replayed", "give the folder run.dir/run.name")
+    overrides = [word for word in args.settings if "=" in word]
+    print("\n".join(lines(replay(RunDir.existing(folders[0]), args.replay_step, overrides, args.pdb))))
+    return DONE
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -77,9 +127,46 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts))
     else:
-        width = max(map(len, facts))
-        print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+        _print_facts(facts)
     return DONE
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Check the run here and hand it to a cluster."""
+    spec = _spec(args)
+    from orchestrator.run import submit as to
+    from orchestrator.run.plan import planned
+
+    if args.to == "ray" and (elsewhere := to.not_on_this_machine(spec)):
+        print(f"{elsewhere} is not on this machine: its rows are looked at where the run starts")
+    else:
+        _print_facts(planned(spec))
+    if args.to == "slurm":
+        return to.to_slurm(spec)
+    return to.to_ray(spec, args.address, args.wait)
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Ask a run, wherever it runs, to save and stop."""
+    from orchestrator.training.rundir import RunDir
+
+    run_dir = RunDir.existing(args.run_dir)
+    if (owner := run_dir.owner()) is None:
+        print(f"{run_dir.path} is not running")
+        return DONE
+    run_dir.stop.write_text("orchestrator stop")
+    print(f"asked {owner}: it saves after the step under way and ends with exit code {STOPPED}")
+    return DONE
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Look at every node that would train."""
+    spec = _spec(args) if args.settings else None
+    from orchestrator.run import driver, preflight
+
+    checks = driver.doctor(spec)
+    print(preflight.table(checks))
+    return WRONG if preflight.refusal(checks) else DONE
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -125,6 +212,11 @@ def _spec(args: argparse.Namespace) -> RunSpec:
     return load_spec(files, overrides)
 
 
+def _print_facts(facts: dict[str, Any]) -> None:
+    width = max(map(len, facts))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+
+
 def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
     run_dir = spec.run_dir
     if result.status == "stopped":
@@ -143,9 +235,14 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The words of the command line; settings may stand before and after options, which argparse alone refuses."""
+    """The words of the command line; settings may stand before and after options, which argparse alone refuses, and
+    after a bare --profile, which it would take for its range."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for at, (word, following) in enumerate(pairwise([*words, ""])):
+        if word == "--profile" and not re.fullmatch(r"\d+(:\d+)?", following):
+            words[at] = "--profile="
+    args, rest = parser.parse_known_args(words)
     if rest and (not hasattr(args, "settings") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -157,6 +254,30 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
     return int(text)
+
+
+def _step(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step; they are counted from 1")
+    return int(text)
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    ends = [int(end) if end.isdecimal() else 0 for end in text.split(":") if text]
+    if len(ends) > 2 or 0 in ends or ends != sorted(ends):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of steps, which are counted from 1; for example 3:5")
+    return tuple(ends)
+
+
+def _add_debug_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--pdb", action="store_true", help="a debugger where an exception is raised")
+    sub.add_argument("--overfit", action="store_true", help="learn the first global batch by heart; keep nothing")
+    sub.add_argument("--dry-run", action="store_true", help="build all, one forward and backward pass; keep nothing")
+    trace = "write a trace of these steps (the third to the fifth) into RUN_DIR/profile"
+    sub.add_argument("--profile", type=_steps, nargs="?", metavar="FIRST:LAST", help=trace)
+    sub.add_argument(
+        "--replay-step", type=_step, metavar="N", help="of the run in RUN_DIR, given as FILE: every pair of step N"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,13 +295,25 @@ def _parser() -> argparse.ArgumentParser:
         add(train, "train on Ray: a local one, or the cluster at RAY_ADDRESS"),
         add(debug, "the same worker in this process, without Ray; breakpoints work"),
         add(plan, "validate the settings and print the batch arithmetic"),
+        add(submit, "check the run here, then hand it to a Ray cluster's job server or to Slurm"),
     ]
     for sub in takes_settings:
         sub.add_argument(
             "settings", nargs="+", metavar="FILE|key=value", help="YAML files, merged left to right, then overrides"
         )
     takes_settings[1].add_argument("--nproc", type=_count, default=1, metavar="N", help="ranks, one process each")
+    _add_debug_flags(takes_settings[1])
     takes_settings[2].add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    submits = takes_settings[3]
+    submits.add_argument("--to", choices=("ray", "slurm"), required=True, help="what takes the run")
+    submits.add_argument("--address", metavar="URL", help="Ray's job server, http://HEAD:8265; RAY_API_SERVER_ADDRESS")
+    submits.add_argument(
+        "--no-wait", dest="wait", action="store_false", help="of Ray: do not follow the log to the run's exit code"
+    )
+    doctors = add(doctor, "look at every node of the cluster at RAY_ADDRESS, or at this machine, as before a run")
+    doctors.add_argument("settings", nargs="*", metavar="FILE|key=value", help="of the run; without: what needs none")
+    stops = add(stop, "ask a run to save and stop; the command that started it resumes it")
+    stops.add_argument("run_dir", metavar="RUN_DIR")
     checks = add(verify, "check every file of every checkpoint against its manifest")
     checks.add_argument("run_dir", metavar="RUN_DIR")
     exports = add(export, "write the newest whole checkpoint as a Hugging Face model folder")

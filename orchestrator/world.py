@@ -1,17 +1,49 @@
 """Rank, size and device of this process, and the few collectives; the only reader of RANK and WORLD_SIZE."""
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+A_WEEK = timedelta(days=7)  # as good as no time-out; one without an end overflows
 
 
 def is_one_of_many() -> bool:
     """Whether torchrun, or `debug --nproc`, started this process as one rank of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def interface_towards(address: str) -> str:
+    """The network interface by which this machine reaches an IP address.
+
+    Raises:
+        OSError: there is no route to it.
+    """
+    family, kind, _, _, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(where)  # of a datagram socket: looks the route up and sends nothing
+        own = probe.getsockname()[0]
+    of_interface = psutil.net_if_addrs().items()
+    return next(name for name, addresses in of_interface if own in (each.address for each in addresses))
+
+
+def use_interface(name: str | None, head: str) -> None:
+    """Let process groups that are made later meet over one interface; by the name of this host they may find loopback.
+
+    name: None: what GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say, else the one that leads to the address `head`.
+    """
+    chosen = name or interface_towards(head)
+    for variable, value in (("GLOO_SOCKET_IFNAME", chosen), ("NCCL_SOCKET_IFNAME", f"={chosen}")):  # =: not a prefix
+        if name or variable not in os.environ:
+            os.environ[variable] = value
 
 
 @dataclass(frozen=True)
@@ -69,6 +101,28 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def first_alone(self, what: str) -> Iterator[bool]:
+        """Whether this rank is the first to come here; a later one waits until the first has left. No collective:
+        the ranks that do not come may be stuck in one."""
+        if self.size == 1:
+            yield True
+            return
+        store = distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+        left = f"{what} left"
+        try:
+            is_first = store.add(what, 1) == 1
+            if not is_first:
+                store.wait([left], A_WEEK)
+        except RuntimeError:  # the rank that keeps the store is gone
+            is_first = False
+        try:
+            yield is_first
+        finally:
+            if is_first:
+                with suppress(RuntimeError):
+                    store.set(left, "")
 
     def meet(self) -> None:
         """Make sure that there is a process group, if only of this rank: some libraries need one even so."""

@@ -215,8 +215,8 @@ def watch() -> None:
         note(trainer)
         return fit(trainer)
 
-    def watched_update(trainer: Any, sums: torch.Tensor) -> None:
-        after_update(trainer, sums)
+    def watched_update(trainer: Any, outputs: Any) -> None:
+        after_update(trainer, outputs)
         note(trainer)
 
     Trainer.fit, Trainer._after_update = watched_fit, watched_update

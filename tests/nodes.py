@@ -109,10 +109,12 @@ class Nodes:
         self._hold(name, words, NODE, depth=2)
 
     def down(self, name: str) -> None:
-        """A node loses its power: every process on it is gone, unasked."""
+        """A node loses its power: every process on it is gone, and nobody is told."""
         holder = self._holders.pop(name, None)
         if holder is None:
             return
+        if name != "ctl" and name in self._first:  # first: dying processes would still close their connections
+            subprocess.run([*self._network("ctl"), "ip", "link", "delete", self._link(name)], check=True)
         holder.kill()
         first = self._first.pop(name, None)
         if first is not None:
@@ -134,6 +136,13 @@ class Nodes:
     def _enter(self, name: str) -> list[str]:
         target = str(self._first[name])
         return ["nsenter", "--target", target, "--net", "--pid", "--mount", "--uts", "--ipc", "--"]
+
+    def _network(self, name: str) -> list[str]:
+        """Into the network of a node alone: process ids stay the host's."""
+        return ["nsenter", "--target", str(self._first[name]), "--net", "--"]
+
+    def _link(self, name: str) -> str:
+        return f"v{self.address[name].rpartition('.')[2]}"
 
     def _hold(self, name: str, words: list[str], script: str, depth: int) -> None:
         """Start process 1 of a namespace and wait until it is set up.
@@ -158,13 +167,10 @@ class Nodes:
             wait_until(
                 lambda: os.readlink(f"/proc/{first}/ns/net") != os.readlink(f"/proc/{self._first['ctl']}/ns/net")
             )
-            link, controller = f"v{self.address[name].rpartition('.')[2]}", str(self._first["ctl"])
-            # of the controller only the network: the pid of the node is the host's
-            inside = ["nsenter", "--target", controller, "--net", "--", "ip", "link"]
-            subprocess.run(
-                [*inside, "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(first)], check=True
-            )
-            subprocess.run([*inside, "set", link, "master", "br0", "up"], check=True)
+            link = self._link(name)
+            pair = ["add", link, "type", "veth", "peer", "name", "eth0", "netns", str(first)]
+            subprocess.run([*self._network("ctl"), "ip", "link", *pair], check=True)
+            subprocess.run([*self._network("ctl"), "ip", "link", "set", link, "master", "br0", "up"], check=True)
         assert holder.stdout is not None
         said = holder.stdout.readline()
         assert said == "ready\n", (name, (self.folder / f"{name}.log").read_text())

@@ -1,6 +1,7 @@
 """A real Slurm over `nodes.Nodes`: Debian's munged, slurmctld and a slurmd on each node, in two seconds.
 
-Two partitions: batch (the default), whose jobs are requeued when one of high wants their nodes.
+The nodes claim more CPUs than there are, and GPUs that are not there: both are only counted. Two partitions: batch (the
+default), whose jobs are requeued when one of high wants their nodes.
 """
 
 import os
@@ -13,11 +14,12 @@ from pathlib import Path
 
 from nodes import Nodes, wait_until, why_not
 
-TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ps")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
 CGROUPS = Path("/sys/fs/cgroup/freezer")
 
 # cred_expire: seconds that a requeued job waits before it may start again (120 by default)
+# config_overrides: what this file says of a node counts, not what is there
 SLURM_CONF = """
 ClusterName=tests
 SlurmctldHost=ctl({controller})
@@ -43,11 +45,13 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
+SlurmdParameters=config_overrides
+GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
 KillWait=5
 SlurmdTimeout=20
-DefMemPerCPU=1000
+DefMemPerCPU=100
 MailProg=/bin/true
 """
 PARTITIONS = """
@@ -67,48 +71,65 @@ def why_no_slurm() -> str | None:
     """Why there can be no Slurm here, or None."""
     missing = [name for name in TOOLS if shutil.which(name) is None]
     if missing:
-        return f"{', '.join(missing)} is missing: apt-get install slurm-wlm"
+        return f"{', '.join(missing)} is missing: apt-get install slurm-wlm procps"
     return why_not() or (
         None if CGROUPS.is_dir() else f"{CGROUPS} is missing: cgroup v1 keeps track of a job's processes"
     )
 
 
 class Slurm:
-    """Slurm over nodes of two CPUs each; commands of it are given on the controller, as on a login node."""
+    """Slurm over nodes of so many CPUs and GPUs each; its commands are given on the controller, as on a login node."""
 
-    def __init__(self, nodes: Nodes, cpus: int = 2) -> None:
-        self.nodes, self.cpus = nodes, cpus
+    def __init__(self, nodes: Nodes, cpus: int = 64, gpus: int = 8) -> None:
+        self.nodes, self.cpus, self.gpus = nodes, cpus, gpus
         self.folder = nodes.folder / "slurm"
         self.conf = self.folder / "slurm.conf"
+        self.cgroups = CGROUPS / f"{nodes.folder.name}-{os.getpid()}"
 
     def __enter__(self) -> "Slurm":
         nodes = self.nodes
         (self.folder / "state").mkdir(parents=True, exist_ok=True)
         lines = [SLURM_CONF.format(controller=nodes.address["ctl"], folder=self.folder)]
-        lines += [f"NodeName={n} NodeAddr={nodes.address[n]} CPUs={self.cpus} RealMemory=8000" for n in nodes.names]
+        each = f"CPUs={self.cpus} RealMemory=8000 Gres=gpu:{self.gpus}"
+        lines += [f"NodeName={name} NodeAddr={nodes.address[name]} {each}" for name in nodes.names]
         lines += [PARTITIONS.format(nodes=",".join(nodes.names))]
         self.conf.write_text("\n".join(lines))
         (self.folder / "cgroup.conf").write_text(CGROUP_CONF)
-        # munged refuses to run as root, and its socket must be where every client looks; nodes come to see it anew
-        for name in ("ctl", *nodes.names):
-            self._do(name, "bash", "-c", "mkdir -p /run/munge && mount -t tmpfs -o mode=755 tmpfs /run/munge")
-            self._do(name, "chown", "munge:munge", "/run/munge")
-            self._do(name, "setpriv", "--reuid", "munge", "--regid", "munge", "--init-groups", "munged")
+        for number in range(self.gpus):
+            (self.folder / f"gpu{number}").touch()  # stands for a device
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{self.gpus - 1}]\n")
+        self.cgroups.mkdir()
+        self._munge("ctl")
         self._do("ctl", "slurmctld")
         for name in nodes.names:
-            self.start(name)
+            self._slurmd(name)
+        for name in nodes.names:
+            self._wait_for(name)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.nodes.close()
-        for name in self.nodes.names:  # Slurm leaves it behind, empty
+        for folder, _, _ in os.walk(self.cgroups, topdown=False):  # Slurm leaves them behind
             with suppress(OSError):
-                (CGROUPS / f"slurm_{name}").rmdir()
+                os.rmdir(folder)
 
-    def start(self, name: str) -> None:
-        """Start slurmd on a node and wait until the node is idle."""
-        self._do(name, "slurmd", "-N", name)
-        wait_until(lambda: self.state_of_node(name) == "idle", 60)
+    def power_cut(self, name: str) -> None:
+        """A node is gone, and Slurm hears of it at once, as from a cluster's health check."""
+        self.nodes.down(name)
+        self._do("ctl", "scontrol", "update", f"nodename={name}", "state=down", "reason=power")
+
+    def power_on(self, name: str) -> None:
+        """It is back."""
+        self.nodes.up(name)
+        self._slurmd(name, "-b")
+        self._wait_for(name)
+
+    def processes(self, name: str) -> list[str]:
+        """Command lines on a node besides those that are there without a job."""
+        lines = self.nodes.run(name, "ps", "-A", "-o", "pid=,args=").stdout.splitlines()
+        commands = [command.split(maxsplit=1) for command in lines]
+        daemons = ("munged", "slurmd ", "ps -A")
+        return [args for pid, args in commands if pid != "1" and not args.startswith(daemons)]
 
     def state_of_node(self, name: str) -> str:
         """As sinfo says it."""
@@ -141,6 +162,21 @@ class Slurm:
             assert time.monotonic() < deadline, job
             time.sleep(0.2)
         return job
+
+    def _munge(self, name: str) -> None:
+        # munged refuses to run as root, and its socket must be where every client looks; a node comes to see it anew
+        self._do(name, "bash", "-c", "mkdir -p /run/munge && mount -t tmpfs -o mode=755 tmpfs /run/munge")
+        self._do(name, "chown", "munge:munge", "/run/munge")
+        self._do(name, "setpriv", "--reuid", "munge", "--regid", "munge", "--init-groups", "munged")
+
+    def _slurmd(self, name: str, *flags: str) -> None:
+        self._munge(name)
+        # two such clusters have nodes and jobs of the same names
+        self._do(name, "mount", "--bind", str(self.cgroups), str(CGROUPS))
+        self._do(name, "slurmd", *flags, "-N", name)
+
+    def _wait_for(self, name: str) -> None:
+        wait_until(lambda: self.state_of_node(name) == "idle", 60)
 
     def _do(self, name: str, *command: str) -> None:
         done = self.nodes.run(name, *command, env={**os.environ, "SLURM_CONF": str(self.conf)})

@@ -38,8 +38,8 @@ def run_dir(tmp_path: Path) -> RunDir:
     return made
 
 
-def ending_with(outcome: Any) -> Callable[[Any], RunResult]:
-    def run(_: Any) -> RunResult:
+def ending_with(outcome: Any) -> Callable[..., RunResult]:
+    def run(_: Any, **flags: Any) -> RunResult:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome

@@ -4,6 +4,7 @@ It takes no World and calls no collective: the first process to hold the lock bu
 the finished files, so that no rank waits where a time-out can kill the run.
 """
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -74,6 +75,14 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def only(self, indices: Integers) -> "Pairs":
+        """The pairs at some indices, in memory and in the order of their rows."""
+        few, kept = copy.copy(self), np.sort(indices)
+        few.dropped, few.row_numbers, few.lengths = {}, self.row_numbers[kept], self.lengths[kept]
+        few.hashes, few._tokens = self.hashes[kept], np.concatenate([self.tokens(index) for index in kept])
+        few._starts = np.concatenate([[0], few.lengths.sum(axis=1).cumsum()])
+        return few
 
     def tokens(self, index: int) -> NDArray[np.int32]:
         """Token ids of prompt, chosen and rejected of one pair, one after the other."""

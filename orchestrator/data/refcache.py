@@ -58,6 +58,10 @@ class RefCache:
         self._own: Path | None = folder / f"{time.time_ns():020d}-{uuid.uuid4().hex}.logps"
         self.read()
 
+    def only_read(self) -> None:
+        """Write nothing from now on: what is added this process alone remembers."""
+        self._own = None
+
     def read(self) -> None:
         """Take in what every process has written so far."""
         ascending = self._keys[self._order, 0]

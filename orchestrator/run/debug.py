@@ -6,27 +6,47 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 
+from transformers import TrainerCallback
+
+from orchestrator.data.order import run_length
 from orchestrator.engines.optim import Optimizers, check_functions
 from orchestrator.models.reference import RefModel
-from orchestrator.settings.spec import RunSpec
+from orchestrator.run.prompt import debugger
+from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.training.callbacks.profiler import ProfilerCallback
+from orchestrator.training.checkpoint import committed
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import RunResult, finished_already, prepare, run
-from orchestrator.world import World, is_one_of_many
+from orchestrator.world import A_WEEK, World
 
 POLL_S = 0.1
 OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"  # tells a rank that the process that started it holds the run directory
 GRACE_S = 10.0  # seconds that other ranks get to end after one has failed
 
+Steps = tuple[int, ...]
+"""The first and the last step of a few, counted from 1; empty: the third to the fifth that this process takes."""
 
-def debug(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimizers | None = None) -> RunResult:
+
+def debug(
+    spec: RunSpec,
+    ref_model: RefModel | None = None,
+    optimizers: Optimizers | None = None,
+    post_mortem: bool = False,
+    profile: Steps | None = None,
+) -> RunResult:
     """Run the worker here; under torchrun (RANK, WORLD_SIZE) as one rank of that world.
 
     ref_model: policy -> reference, instead of what the settings say.
     optimizers: (params -> optimizer, optimizer -> schedule), likewise; where one is None the settings say. params are
     groups, dicts with "params" and "weight_decay", and torch.optim.SGD(params, lr=1e-6) takes them as they are.
+    post_mortem: an exception opens a debugger before it is raised; of callbacks, too, which are not dropped then.
+    profile: steps whose trace each rank writes into RUN_DIR/profile.
 
     Raises:
         UserError: the settings or the data are wrong.
@@ -34,50 +54,95 @@ def debug(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimize
     """
     check_functions(optimizers)
     run_dir = RunDir(spec.run_dir)
-    if is_one_of_many():
-        return _as_rank(spec, run_dir, ref_model, optimizers)
-    with run_dir.owned():
-        run_dir.check(spec)
-        if (done := finished_already(run_dir)) is not None:
+    with joined(spec, post_mortem) as world, ExitStack() as held:
+        if world.is_main and OWNED not in os.environ:
+            held.enter_context(run_dir.owned())
+        held.enter_context(debugger(world, post_mortem))
+        done = None
+        if world.is_main:
+            run_dir.check(spec)
+            done = _finished_already(run_dir, profile)
+        done = world.gather(done)[0]
+        if done is not None:
             return done
-        prepare(spec)
-        run_dir.begin(spec)
-        world = World.join(spec.cluster.collective_timeout_s)
-        try:
-            return run(spec, world, LocalSession(run_dir, world.rank), ref_model, optimizers)
-        finally:
-            world.leave()  # an engine may have met alone
+        steps = None if profile is None else _chosen(spec, run_dir, profile)
+        if world.size == 1:  # of several ranks, none may wait in a collective while another tokenises
+            prepare(spec)
+        if world.is_main:
+            run_dir.begin(spec)
+        world.gather(None)  # the directory exists
+        trace = run_dir.path / "profile" / f"rank_{world.rank:05d}.json"
+        observed_by = partial(_observed, trace, steps, post_mortem)
+        return run(spec, world, LocalSession(run_dir, world.rank), ref_model, optimizers, observed_by)
 
 
-def _as_rank(spec: RunSpec, run_dir: RunDir, ref_model: RefModel | None, optimizers: Optimizers | None) -> RunResult:
-    world = World.join(spec.cluster.collective_timeout_s)
+@contextmanager
+def joined(spec: RunSpec, post_mortem: bool) -> Iterator[World]:
+    """This process in its world, which it leaves at the end; while someone debugs, no rank waits in vain."""
+    world = World.join(int(A_WEEK.total_seconds()) if post_mortem else spec.cluster.collective_timeout_s)
     try:
-        with ExitStack() as held:
-            done = None
-            if world.is_main:
-                if OWNED not in os.environ:
-                    held.enter_context(run_dir.owned())
-                run_dir.check(spec)
-                done = finished_already(run_dir)
-                if done is None:
-                    run_dir.begin(spec)
-            done = world.gather(done)[0]  # the directory exists
-            return done or run(spec, world, LocalSession(run_dir, world.rank), ref_model, optimizers)
+        yield world
     finally:
-        world.leave()
+        world.leave()  # an engine may have met alone
 
 
-def debug_ranks(spec: RunSpec, ranks: int, command: list[str]) -> int:
+def _observed(
+    trace: Path, steps: tuple[int, int] | None, post_mortem: bool, callbacks: list[TrainerCallback]
+) -> list[TrainerCallback]:
+    """The callbacks of a rank as a debugger wants them."""
+    if post_mortem:
+        for callback in callbacks:
+            callback.essential = True  # pyright: ignore[reportAttributeAccessIssue] - what it raises is not dropped
+    return callbacks if steps is None else [*callbacks, ProfilerCallback(trace, *steps)]
+
+
+def _finished_already(run_dir: RunDir, profile: Steps | None) -> RunResult | None:
+    done = finished_already(run_dir)
+    if done is not None and profile is not None:
+        rule = f"the run has finished after step {done.step}, so that none is left to look at"
+        raise UserError("--profile", _written(profile), rule, "choose another run.name")
+    return done
+
+
+def _chosen(spec: RunSpec, run_dir: RunDir, profile: Steps) -> tuple[int, int]:
+    """The first and the last step to profile.
+
+    Raises:
+        UserError: the run has no such steps any more.
+    """
+    last = run_length(len(prepare(spec).train), spec.batch.global_batch_size, spec.training).steps
+    saved = committed(run_dir.checkpoints)
+    taken = int(saved[0].name.removeprefix("step_")) if saved else 0
+    if not profile:  # the first two warm up
+        return min(taken + 3, last), min(taken + 5, last)
+    if not taken < profile[0] <= profile[-1] <= last:
+        rule = f"the steps ahead of this run are {taken + 1} to {last}"
+        raise UserError("--profile", _written(profile), rule, f"for example --profile={taken + 1}:{last}")
+    return profile[0], profile[-1]
+
+
+def _written(profile: Steps) -> str | bool:
+    return ":".join(map(str, profile)) or True
+
+
+def debug_ranks(
+    spec: RunSpec, ranks: int, command: list[str], profile: Steps | None = None, keeps_run: bool = True
+) -> int:
     """Start `command` once for each rank of a world on this machine; returns the first exit code that is not 0.
 
     What can be refused is refused here, once, before any rank starts. When one rank fails the others are ended.
+    keeps_run: the ranks write into the run's directory, which is held meanwhile.
     """
     run_dir = RunDir(spec.run_dir)
-    with run_dir.owned():
-        run_dir.check(spec)
-        if finished_already(run_dir) is not None:
-            return 0
+    with ExitStack() as held:
+        if keeps_run:
+            held.enter_context(run_dir.owned())
+            run_dir.check(spec)
+            if _finished_already(run_dir, profile) is not None:
+                return 0
         prepare(spec)
+        if profile is not None:
+            _chosen(spec, run_dir, profile)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -100,6 +165,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
 
     # Ctrl-C in a terminal reaches the ranks by itself; TERM, and INT sent to this process alone, is passed on
     signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGUSR1, forward)
     signal.signal(signal.SIGINT, forward if not sys.stdin.isatty() else signal.SIG_IGN)
     failed_at: float | None = None
     while any(process.poll() is None for process in processes):

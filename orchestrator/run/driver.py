@@ -9,12 +9,13 @@ import pickle
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,8 @@ from typing import Any
 
 from orchestrator.engines.optim import Optimizers, check_functions
 from orchestrator.models.reference import RefModel, check_function
+from orchestrator.run import preflight
+from orchestrator.run.probe import CONNECT_S, Probe, one_line
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
@@ -30,7 +33,7 @@ from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
 from orchestrator.training.worker import RunResult, finished_already, prepare, run
-from orchestrator.world import World
+from orchestrator.world import World, use_interface
 
 logger = logging.getLogger(__name__)
 
@@ -60,25 +63,38 @@ def train(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimize
     check_function(ref_model)
     check_functions(optimizers)
     sent = _pickled(spec, {"ref_model": ref_model, "optimizers": optimizers})
-    run_dir = RunDir(spec.run_dir)
+    if spec.cluster.preflight:
+        preflight.check_answers(spec)
+    run_dir, looked_at = RunDir(spec.run_dir), set[str]()
     with run_dir.owned():
         run_dir.check(spec)
         if (done := finished_already(run_dir)) is not None:
             return done
         _check_local_size(spec)
+        if spec.cluster.preflight:
+            _refuse(preflight.look_here(spec) + preflight.space_checks(spec, optimizers is not None))
         prepare(spec)  # a bad run is refused here, before Ray starts
         run_dir.begin(spec)
         with _cluster(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
-            return _supervised(spec, run_dir, lambda: _fit(spec, run_dir, sent))
+            return _supervised(spec, run_dir, lambda wait_s: _fit(spec, run_dir, sent, wait_s, looked_at))
 
 
-def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | None]) -> RunResult:
-    """Call fit until it ends. Ray's own FailureConfig stays 0: it would retry from a checkpoint of its choice."""
+def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception | None]) -> RunResult:
+    """Call fit until it ends. Ray's own FailureConfig stays 0: it would retry from a checkpoint of its choice.
+
+    fit: seconds to wait for nodes -> what ended it, if that was no result.
+    """
     supervisor = Supervisor(spec.cluster.max_failures)
     outcomes: Any = {"finished": "ended", "stopped": "ended", "refused": "refused", "failed": "failed"}
+    wait_s, where = CLUSTER_WAIT_S, "the start"
     while True:
         run_dir.result.unlink(missing_ok=True)
-        error = fit()
+        try:
+            error = fit(wait_s)
+        except UserError as too_small:
+            if not supervisor.deaths:
+                raise
+            raise RunDied(f"{too_small}; the same command goes on from {where}") from None
         result: dict[str, Any] = {"status": "died"}
         if run_dir.result.is_file():
             result = json.loads(run_dir.result.read_text())
@@ -104,15 +120,21 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[], Exception | No
                 f"the same command goes on from {where}"
             )
         logger.warning("a worker died (%s); resuming from %s", reason, where)
+        wait_s = spec.cluster.replacement_wait_s  # a node may have gone with it
         time.sleep(supervisor.backoff_s)
 
 
-def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Exception | None:
-    """One attempt of Ray Train; returns what it raised."""
+def _fit(
+    spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes], wait_s: float, looked_at: set[str]
+) -> Exception | None:
+    """One attempt of Ray Train, on nodes that are waited for so long and then looked at; returns what it raised."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    workers = _workers(spec)  # before each attempt: a node may have gone
+    _capacity(spec, wait_s)  # before each attempt: a node may have gone
+    _look_at_new_nodes(spec, looked_at)
+    workers = _workers(spec, wait_s)
+    _look_at_new_nodes(spec, looked_at)  # an elastic run waits for more
     resources = _resources(spec)
     use_gpu = resources.get("GPU", 0) > 0
     trainer = TorchTrainer(
@@ -123,7 +145,7 @@ def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Excepti
             "use_gpu": use_gpu,
             "functions": functions,
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.cluster.collective_timeout_s),
+        torch_config=_torch_config(spec, "nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
@@ -159,6 +181,24 @@ def _fit(spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes]) -> Excepti
     return failure[0] if failure else None
 
 
+def _torch_config(spec: RunSpec, backend: str) -> Any:
+    """Ray's process group, met over the interface that the settings name or that leads to the head of the cluster."""
+    import ray
+    from ray.train.torch import TorchConfig
+
+    name, head = spec.cluster.network_interface, ray.get_runtime_context().gcs_address.rpartition(":")[0]
+
+    class Backend(TorchConfig().backend_cls):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(use_interface, name, head)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        backend_cls = property(lambda _: Backend)  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    return Config(backend=backend, timeout_s=spec.cluster.collective_timeout_s)
+
+
 def worker_loop(config: dict[str, Any]) -> None:
     """What every Ray Train worker runs. How it ended is left in RUN_DIR/result.json, which outlives Ray."""
     if config["cwd"] not in sys.path:
@@ -169,6 +209,7 @@ def worker_loop(config: dict[str, Any]) -> None:
     with open(rank_log(run_dir, world.rank), "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         logging.basicConfig(stream=log, level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         try:
+            _say_where(world)
             # Ray is not told of checkpoints: it would take only those inside its own folder, waits up to 2 s for each
             # report, and its record of them can be lost in a crash. Manifests say which exist, to it and to us.
             run(spec, world, LocalSession(run_dir, world.rank), **_unpickled(config["functions"]))
@@ -184,6 +225,19 @@ def worker_loop(config: dict[str, Any]) -> None:
         except BaseException:
             traceback.print_exc()  # into this rank's log; the driver only says that a worker died
             raise
+
+
+def _say_where(world: World) -> None:
+    """One line: which ranks are on which node, by its address in the cluster."""
+    import ray
+
+    nodes: dict[str, list[int]] = {}
+    here = f"{ray.util.get_node_ip_address()} ({os.uname().nodename})"
+    for rank, node in enumerate(world.gather(here)):
+        nodes.setdefault(node, []).append(rank)
+    if world.is_main:
+        ranks = (f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}" for ranks in nodes.values())
+        print("ranks: " + "; ".join(f"{each} on {node}" for each, node in zip(ranks, nodes, strict=True)), flush=True)
 
 
 def _pickled(spec: RunSpec, functions: dict[str, Any]) -> dict[str, bytes]:
@@ -295,23 +349,31 @@ def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
 
 
 @contextmanager
-def _cluster(spec: RunSpec) -> Iterator[None]:
+def _cluster(spec: RunSpec | None) -> Iterator[None]:
     """The cluster at RAY_ADDRESS, or one of our own on this machine; left or closed afterwards."""
     options: Any = {} if _joined() else {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
     _authenticate(spec)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that its default will change
+    _check_head()
     import ray
 
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError) as error:
+        if not _joined():
+            raise
+        rule = f"cannot be joined ({one_line(error)})"
+        cure = "run this by the Python, the ray and the RAY_AUTH_TOKEN of that cluster, or unset RAY_ADDRESS"
+        raise UserError("RAY_ADDRESS", os.environ["RAY_ADDRESS"], rule, cure) from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _authenticate(spec: RunSpec) -> None:
+def _authenticate(spec: RunSpec | None) -> None:
     """How a Ray of our own is entered; before ray is imported, which reads it then."""
-    if _joined():
+    if _joined() or spec is None:
         return  # one that is joined has its own
     os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
     if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
@@ -329,23 +391,31 @@ def _token_file() -> Path:
     return token
 
 
-def _workers(spec: RunSpec) -> int:
+def _workers(spec: RunSpec, wait_s: float) -> int:
     """How many workers to start: of an elastic run as many as there is room for now.
+
+    In a cluster that is joined they may be waited for: nodes for wait_s seconds, what others hold for as long as they
+    hold it.
 
     Raises:
         UserError: the cluster cannot hold the fewest: Ray would wait for it for ever.
     """
-    cluster, capacity = spec.cluster, _capacity(spec)
-    count = min(capacity, cluster.max_workers)
-    if cluster.min_workers == cluster.max_workers:
-        return count
+    cluster, count = spec.cluster, min(_capacity(spec, wait_s), spec.cluster.max_workers)
     if _joined() and cluster.placement in FREE_PLACEMENTS:  # of the others Ray cannot be asked one by one
         with _places(spec, cluster.max_workers) as granted:
-            deadline = time.monotonic() + CLUSTER_WAIT_S
-            while granted() < cluster.max_workers and time.monotonic() < deadline:
+            began, told = time.monotonic(), False
+            while (count := granted()) < cluster.max_workers:
+                if time.monotonic() > began + CLUSTER_WAIT_S:
+                    if count >= cluster.min_workers:
+                        break
+                    if not told:
+                        told = True
+                        fewest = cluster.min_workers
+                        print(f"workers: {count} of {fewest} have a place; waiting for the others", flush=True)
+                    _capacity(spec, wait_s)  # a node that is gone is known to be gone only after a while
                 time.sleep(POLL_S)
-            count = max(granted(), cluster.min_workers)  # the fewest are waited for
-    print(f"workers: {count} (cluster.num_workers = {cluster.num_workers})", flush=True)
+    if cluster.min_workers < cluster.max_workers:
+        print(f"workers: {count} (cluster.num_workers = {cluster.num_workers})", flush=True)
     return count
 
 
@@ -395,28 +465,46 @@ def _is_for_growth(run_dir: RunDir) -> bool:
     return run_dir.stop.exists() and run_dir.stop.stat().st_mtime == 0
 
 
-def _capacity(spec: RunSpec) -> int:
-    """How many workers the nodes of the cluster can hold, whoever uses them now.
+def _capacity(spec: RunSpec, wait_s: float) -> int:
+    """How many workers the nodes of the cluster can hold, whoever uses them now; nodes are waited for so long.
 
     Raises:
         UserError: fewer than the run must have.
     """
-    import ray
-
     wanted = _resources(spec)
-    deadline = time.monotonic() + (CLUSTER_WAIT_S if _joined() else 0)
+    began = time.monotonic()
+    told = False
     while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        per_node = [int(min(node.get(name, 0) // n for name, n in wanted.items() if n)) for node in nodes]
+        nodes = _alive()
+        holds = [node["Resources"] for node in nodes]
+        per_node = [int(min(node.get(name, 0) // n for name, n in wanted.items() if n)) for node in holds]
         fits = _placeable(per_node, spec.cluster.placement)
         if fits >= spec.cluster.min_workers:
             return fits
-        if time.monotonic() > deadline:
+        if not _joined() or time.monotonic() > began + wait_s:
             break
+        if not told and time.monotonic() > began + CLUSTER_WAIT_S:
+            told = True
+            print(f"the cluster holds {fits} workers; waiting {wait_s:g} s for a node to join", flush=True)
         time.sleep(0.5)
     asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-    there = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in wanted) for node in nodes)
-    raise _too_small(spec, f"{asked} each, placed {spec.cluster.placement}, and the cluster's nodes have {there}", fits)
+    alike: dict[str, list[str]] = {}
+    for node, has in zip(nodes, holds, strict=True):
+        alike.setdefault(", ".join(f"{has.get(name, 0):g} {name}" for name in wanted), []).append(_named(node))
+    there = "; ".join(f"{amounts} on {preflight.listed(names)}" for amounts, names in alike.items())
+    rule = f"{asked} each, placed {spec.cluster.placement}, and the cluster's nodes have room for {fits}: {there}"
+    raise _too_small(spec, rule, fits)
+
+
+def _alive() -> list[dict[str, Any]]:
+    """The nodes of the cluster, as Ray describes them."""
+    import ray
+
+    return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
+
+
+def _named(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
 
 
 def _placeable(per_node: list[int], placement: str) -> int:
@@ -426,6 +514,107 @@ def _placeable(per_node: list[int], placement: str) -> int:
     if placement == "STRICT_SPREAD":
         return sum(1 for fits in per_node if fits)
     return sum(per_node)
+
+
+# --- every node looked at before training ------------------------------------------------------------------------
+
+
+def doctor(spec: RunSpec | None) -> list[preflight.Check]:
+    """What is found on this machine and, where RAY_ADDRESS names a cluster, on every node that could train.
+
+    Raises:
+        UserError: the cluster cannot be joined.
+    """
+    checks = preflight.space_checks(spec) if spec is not None else []
+    if not _joined():
+        return preflight.look_here(spec, spec.cluster.resources.get("GPU", 0) if spec is not None else 0) + checks
+    with _cluster(spec):
+        if spec is not None:
+            try:
+                _capacity(spec, CLUSTER_WAIT_S)
+            except UserError as small:
+                checks.append(preflight.Check(small.key, "", str(small.value), small.rule, small.cure))
+        return _look(spec, _nodes(spec)) + checks
+
+
+def _look_at_new_nodes(spec: RunSpec, looked_at: set[str]) -> None:
+    """Refuse nodes on which the run would go wrong; those that an earlier attempt has looked at are left alone.
+
+    Raises:
+        UserError: what is wrong, a line each.
+    """
+    import ray
+
+    if not spec.cluster.preflight:
+        return
+    nodes = [node for node in _nodes(spec) if node["NodeID"] not in looked_at]
+    is_first, began = not looked_at, time.monotonic()
+    looked_at |= {node["NodeID"] for node in nodes}
+    if not nodes or looked_at <= {ray.get_runtime_context().get_node_id()}:  # of this machine all is known
+        return
+    # one that goes while an attempt dies is no reason to end the run
+    _refuse(check for check in _look(spec, nodes) if is_first or check.name != preflight.SILENT)
+    print(f"nodes: {len(nodes)} looked at in {time.monotonic() - began:.1f} s", flush=True)
+
+
+def _refuse(checks: Iterable[preflight.Check]) -> None:
+    if (error := preflight.refusal(checks)) is not None:
+        raise error
+
+
+def _nodes(spec: RunSpec | None) -> list[dict[str, Any]]:
+    """The nodes that are alive and can hold a worker; without settings all that are alive."""
+    wanted = _resources(spec) if spec is not None else {}
+    return [node for node in _alive() if all(node["Resources"].get(name, 0) >= n for name, n in wanted.items())]
+
+
+def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.Check]:
+    """Have nodes, and this process, look at themselves and at each other."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    actors: list[Any] = []
+
+    def asked(node: dict[str, Any]) -> preflight.Node:
+        # without resources, as others may use all of them; such an actor sees every GPU of its node
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        probe = ray.remote(Probe)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        actor = probe.options(num_cpus=0, num_gpus=0, scheduling_strategy=there).remote()
+        actors.append(actor)
+        address = node["NodeManagerAddress"]
+        return preflight.Node(
+            _named(node),
+            address,
+            node["Resources"].get("GPU", 0) if use_gpu else 0,
+            lambda method, *given: getattr(actor, method).remote(*given).future(),
+        )
+
+    gpus, free = (resources.get("GPU", 0) for resources in (ray.cluster_resources(), ray.available_resources()))
+    use_gpu = _resources(spec).get("GPU", 0) > 0 if spec is not None else gpus > 0
+    driver = preflight.this_process(f"{preflight.DRIVER} ({os.uname().nodename})")
+    try:
+        machines = {_named(node): node for node in nodes}.values()  # of which one may be several nodes to Ray
+        return preflight.look(driver, [asked(node) for node in machines], spec, free == gpus, use_gpu)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _check_head() -> None:
+    """Refuse a RAY_ADDRESS at which nobody listens: Ray would try for minutes.
+
+    Raises:
+        UserError: nobody does.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        cure = "start the cluster's head there (ray start --head), or unset RAY_ADDRESS"
+        raise UserError("RAY_ADDRESS", address, f"no Ray answers there ({one_line(error)})", cure) from None
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from yaml import YAMLError
 from orchestrator.settings.spec import RunSpec, UserError, explain
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-# Settings that hold a path: always folders of ours, and what may be a hub name instead.
-FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path")
+# Settings that hold a path: always one of ours, and what may be a hub name instead.
+FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path", "wandb.key_file")
 PATH_KEYS = (
     "model.path",
     "model.tokenizer",

@@ -6,6 +6,7 @@ Importing this module loads neither torch nor ray, so that a bad run is refused 
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -437,6 +438,13 @@ class ClusterSpec(Block):
     """Authentication of a Ray that we start ourselves (RAY_AUTH_MODE); a Ray we join has its own."""
     collective_timeout_s: Positive = Field(600, json_schema_extra=FREE)
     """Seconds that a rank waits for the others in a collective before the run is given up and resumed."""
+    preflight: bool = Field(True, json_schema_extra=FREE)
+    """Look at every node first, as `orchestrator doctor` does, and refuse to train where something is wrong."""
+    network_interface: str | None = Field(None, json_schema_extra=FREE)
+    """Interface over which ranks meet, for example ib0; when not set, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME of each
+    node say, else the one by which it reaches the cluster's head."""
+    replacement_wait_s: NonNegative = Field(600, json_schema_extra=FREE)
+    """Seconds that a run which has lost a node waits for another, where what is left cannot hold its workers."""
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -458,6 +466,45 @@ class ClusterSpec(Block):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
+class SlurmSpec(Block):
+    """What `orchestrator submit --to slurm` asks of sbatch; nodes, GPUs and CPUs of a node follow from `cluster`."""
+
+    workers_per_node: Positive | None = Field(None, json_schema_extra=FREE)
+    """Workers on each node; follows where there is one worker, or cluster.placement is STRICT_PACK or STRICT_SPREAD."""
+    time: str | None = Field(None, json_schema_extra=FREE)
+    """Limit of a start, after which the job is requeued: D-HH:MM:SS, HH:MM:SS or MM:SS, or a number of seconds, as
+    YAML reads 24:00:00. The partition's own when not set."""
+    signal_s: Annotated[int, Field(ge=1, le=65535)] = Field(300, json_schema_extra=FREE)
+    """Seconds before that limit at which the run is asked to save; Slurm may ask up to a minute sooner."""
+    partition: str | None = Field(None, json_schema_extra=FREE)
+    """Partition; the cluster's default when not set."""
+    account: str | None = Field(None, json_schema_extra=FREE)
+    """Account that is charged; your own default when not set."""
+    qos: str | None = Field(None, json_schema_extra=FREE)
+    """Quality of service; the default when not set."""
+    args: list[str] = Field([], json_schema_extra=FREE)
+    """Further flags of sbatch, for example [--mem=0, --exclusive]; they win over ours."""
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _seconds_are_a_time(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
+        if value is not None and not re.fullmatch(r"\d+-\d+(:\d\d?){0,2}|\d+(:\d\d?){1,2}", str(value)):
+            raise PydanticCustomError("time", "must be D-HH:MM:SS, HH:MM:SS or MM:SS, or a number of seconds")
+        return value
+
+    @property
+    def time_s(self) -> int | None:
+        """The limit in seconds."""
+        if self.time is None:
+            return None
+        days, dash, rest = self.time.rpartition("-")
+        parts = [int(part) for part in rest.split(":")]
+        parts = [*parts, 0, 0][:3] if dash else [0, 0, *parts][-3:]
+        return ((int(days or 0) * 24 + parts[0]) * 60 + parts[1]) * 60 + parts[2]
+
+
 class WandbSpec(Block):
     """Weights & Biases."""
 
@@ -467,6 +514,9 @@ class WandbSpec(Block):
     """Group within the project."""
     mode: Literal["auto", "online", "offline", "disabled"] = Field("auto", json_schema_extra=FREE)
     """auto: online where a key is found, else offline files in RUN_DIR/wandb."""
+    key_file: str | None = Field(None, json_schema_extra=FREE)
+    """File that holds the API key and that others cannot read (chmod 600), where rank zero runs; when not set, W&B
+    looks for a key in WANDB_API_KEY and in ~/.netrc."""
 
 
 class RunSpec(Block):
@@ -502,6 +552,8 @@ class RunSpec(Block):
     """When to save, and how much to keep."""
     cluster: ClusterSpec = ClusterSpec()  # pyright: ignore[reportCallIssue]
     """What the driver asks of Ray."""
+    slurm: SlurmSpec = SlurmSpec()  # pyright: ignore[reportCallIssue]
+    """What `submit --to slurm` asks of sbatch."""
     wandb: WandbSpec = WandbSpec()  # pyright: ignore[reportCallIssue]
     """Weights & Biases."""
 
@@ -554,6 +606,7 @@ class RunSpec(Block):
             _reference_cache,
             _resources,
             _elastic,
+            _slurm,
         ):
             rule(self)
         for entry in self.callbacks:
@@ -1076,6 +1129,52 @@ def _elastic(spec: RunSpec) -> None:
             f"the state of {name} is not elementwise, so that only as many ranks as wrote it can go on from it",
             f"set cluster.num_workers={cluster.max_workers}, or take torch.optim.AdamW",
         )
+
+
+def _slurm(spec: RunSpec) -> None:
+    slurm, cluster = spec.slurm, spec.cluster
+    each = slurm.workers_per_node
+    no_flag = next((entry for entry in slurm.args if not entry.startswith("--")), None)
+    exported = next((entry for entry in slurm.args if entry.startswith("--export=") and entry.count("=") > 1), None)
+    _refuse(
+        [
+            _Clash(
+                slurm.time_s is not None and slurm.signal_s >= slurm.time_s,
+                "slurm.signal_s",
+                slurm.signal_s,
+                f"is not less than slurm.time ({slurm.time}), so that every start would be asked to stop at once",
+                "lower it, or raise slurm.time",
+            ),
+            _Clash(
+                cluster.placement == "STRICT_PACK" and each is not None and each < cluster.max_workers,
+                "slurm.workers_per_node",
+                each,
+                f"cluster.placement STRICT_PACK wants all {cluster.max_workers} workers on one node",
+                "remove it, or set cluster.placement=PACK",
+            ),
+            _Clash(
+                cluster.placement == "STRICT_SPREAD" and each is not None and each > 1,
+                "slurm.workers_per_node",
+                each,
+                "cluster.placement STRICT_SPREAD wants each worker on a node of its own",
+                "remove it, or set cluster.placement=PACK",
+            ),
+            _Clash(
+                no_flag is not None,
+                "slurm.args",
+                no_flag,
+                "is not a flag of the form --name or --name=value",
+                "for example slurm.args=[--mem=0]",
+            ),
+            _Clash(
+                exported is not None,
+                "slurm.args",
+                (exported or "").rpartition("=")[0] + "=...",
+                "would leave the value in the run directory, for all to read",
+                "remove it, and set the variable where you submit: the job's environment is that one",
+            ),
+        ]
+    )
 
 
 def _user_code(key: str, value: str) -> None:

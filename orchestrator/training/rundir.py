@@ -64,11 +64,10 @@ class RunDir:
             )
 
     def begin(self, spec: RunSpec) -> None:
-        """Make the directory, write the settings, and forget requests and results of earlier attempts."""
+        """Make the directory, write the settings, and forget how earlier attempts ended."""
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         save_spec(spec, self.config)
-        self.stop.unlink(missing_ok=True)
         self.result.unlink(missing_ok=True)
 
     @contextmanager
@@ -99,7 +98,19 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
+            self.stop.unlink(missing_ok=True)  # asked of an earlier attempt; what is asked from now on is of this one
             yield
+
+    def owner(self) -> str | None:
+        """Who holds the directory, on whatever machine; None if nobody does."""
+        try:
+            with open(self.path / ".owner") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            return (self.path / ".owner").read_text().strip()
+        return None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """How the run ended, for whoever started the process that ended it."""

@@ -149,14 +149,14 @@ class Trainer:
             if self.step == 0:
                 self.evaluate()
             with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
-                self._train(steps)
+                self.train(steps)
             return self._end()
 
-    def _train(self, steps: Iterator[StepBatches]) -> None:
-        """Take steps until the last one, or until someone asks to stop."""
+    def train(self, steps: Iterator[StepBatches], upto: int | None = None) -> None:
+        """Take steps until `upto` are taken (all, where it is not given), or until someone asks to stop."""
         callbacks = self.callbacks
         epoch, skipped = -1, 0
-        while not (self.is_over or self.stopping or self.finishing):
+        while not (self.is_over or self.stopping or self.finishing or self.step == upto):
             self._tell_saved()
             self.rng = checkpoint.rng_state()
             made = next(steps)
@@ -164,7 +164,7 @@ class Trainer:
                 epoch = made.epoch
                 callbacks.fire("on_epoch_begin")
             callbacks.fire("on_step_begin")
-            sums = self._micro_steps(made)
+            outputs = self.micro_steps(made)
 
             # requests raised since the last update act now, on its weights: this step's update has not happened
             asked = self._agree(self.engine.finite())
@@ -182,17 +182,18 @@ class Trainer:
                 self._check_skipped(skipped)
             else:
                 skipped = 0
-                self._after_update(sums)
+                self._after_update([output for _, output in outputs])
             if self.pairs_seen % len(self.loader.pairs) == 0:
                 callbacks.fire("on_epoch_end")
 
-    def _after_update(self, sums: torch.Tensor) -> None:
+    def _after_update(self, outputs: list[StepOutput]) -> None:
         """Count the step that was taken, and do what the schedule says for it: log, then evaluate, then save."""
         self.callbacks.fire("on_optimizer_step")
         self.step += 1
         if self.spec.reference.sync_every and self.step % self.spec.reference.sync_every == 0:
             self.engine.sync_reference(self.spec.reference.sync_alpha)
-        self.window.add(sums)
+        for output in outputs:
+            self.window.add(output.metric_sums)
         self._update_state()
         self.session.heartbeat(self.step, "train")
         self.callbacks.fire("on_step_end")
@@ -218,20 +219,19 @@ class Trainer:
             return Ended("stopped", self.session.stop_requested() or "another rank was asked to", self.step, folder)
         return Ended("finished", "every step was taken" if self.is_over else "a callback asked", self.step, folder)
 
-    def _micro_steps(self, made: StepBatches) -> torch.Tensor:
-        """Forward and backward over this rank's micro-batches; returns the step's metric sums."""
+    def micro_steps(self, made: StepBatches) -> list[tuple[PairBatch, StepOutput]]:
+        """Forward and backward over this rank's micro-batches, each of which (on the host) is returned with its
+        output; the engine has the gradient then."""
         counts = made.counts
         if made.are_local:
             local = torch.tensor(counts, dtype=torch.float64, device=self.world.device)
             counts = Counts(*map(int, self.world.sum(local).tolist()))
         if self.engine.meets_in_forward:
             made = self._asked_together(made)
-        sums = MetricSums(self.world)
         outputs: list[tuple[PairBatch, StepOutput]] = []
         last = len(made.micro_batches) - 1
         for i, batch in enumerate(made.micro_batches):
             output = self.engine.micro_step(batch.to(self.world.device), counts, last=i == last)
-            sums.add(output.metric_sums)
             outputs.append((batch, output))
             if i < last:
                 self.callbacks.fire("on_substep_end")
@@ -239,7 +239,7 @@ class Trainer:
             self.loader.remember(batch, output.ref_logps)
         if self.step == 0 and self.near is not None:
             self._check_start(outputs, self.near)
-        return sums.sums
+        return outputs
 
     def _asked_together(self, made: StepBatches) -> StepBatches:
         """Where one rank asks the reference, all do: layers that it shares with the policy are gathered by all."""

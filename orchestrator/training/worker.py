@@ -6,17 +6,19 @@ import json
 import logging
 import os
 import warnings
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from transformers import TrainerCallback
 
 from orchestrator.data.collate import AdaptedCollator, Counts, PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
-from orchestrator.data.order import Order, PairCost, fed_lengths, longest_sequences, run_length
+from orchestrator.data.order import Order, PairCost, fed_lengths, longest_sequences, permutation, run_length
 from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokenizer_identity
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
@@ -129,11 +131,13 @@ def run(
     session: Session,
     ref_model: RefModel | None = None,
     optimizers: Optimizers | None = None,
+    observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]] = list,
 ) -> RunResult:
     """Train one run on this rank, resuming where RUN_DIR has a whole checkpoint.
 
     ref_model: policy -> reference, from a Python user; the settings say what it is otherwise.
     optimizers: (params -> optimizer, optimizer -> schedule), likewise; either may be None.
+    observed_by: the callbacks of this rank (none but on rank zero) -> those to take instead, for a debugger.
 
     Raises:
         UserError: the settings or the data are wrong, or RUN_DIR has checkpoints of which none can be used.
@@ -142,7 +146,7 @@ def run(
     """
     _quiet()
     run_dir = RunDir(spec.run_dir)
-    ended = _trained(spec, world, session, run_dir, ref_model, optimizers)
+    ended = _trained(spec, world, session, run_dir, ref_model, optimizers, observed_by)
     gc.collect()  # before the export makes the model once more, whole
     return _concluded(ended, run_dir, world)
 
@@ -154,10 +158,35 @@ def _trained(
     run_dir: RunDir,
     ref_model: RefModel | None,
     optimizers: Optimizers | None,
+    observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]],
 ) -> Ended:
-    """Build the parts and train; they are gone from memory when this returns."""
+    """Go on from the newest checkpoint; what was built is gone from memory when this returns."""
     prepared = prepare(spec)
     found = _newest_checkpoint(run_dir, world)
+    callbacks = observed_by(build_callbacks(spec, run_dir) if world.is_main else [])
+    with built(spec, prepared, world, session, run_dir, found, callbacks, ref_model, optimizers) as trainer:
+        return trainer.fit()
+
+
+@contextmanager
+def built(
+    spec: RunSpec,
+    prepared: Prepared,
+    world: World,
+    session: Session,
+    run_dir: RunDir,
+    found: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    ref_model: RefModel | None = None,
+    optimizers: Optimizers | None = None,
+    first_batch_only: bool = False,
+) -> Iterator[Trainer]:
+    """The parts of a run on this rank, ready to take the next step; they end with the context. Collective.
+
+    found: the checkpoint to go on from; the start of the run when not given.
+    callbacks: of this rank.
+    first_batch_only: the pairs of the first global batch are all the data, and nothing is evaluated.
+    """
     precision = _precision(spec.precision, world.device)
     dtype = dtype_held(precision)
 
@@ -180,7 +209,7 @@ def _trained(
 
     attention, why_padded = _attention(spec, prepared, engine, world, precision)
     collator = _collator(spec, prepared, attention)
-    loader, eval_loader = _loaders(spec, prepared, world, cost, collator)
+    loader, eval_loader = _loaders(spec, prepared, world, cost, collator, first_batch_only)
     if spec.reference_cache != "off":
         arithmetic = {"precision": precision, "attention": attention, "device": world.device.type}
         if _casts(spec, precision):
@@ -203,7 +232,6 @@ def _trained(
         "optimizer": ReadOnlyOptimizer(engine.optimizer),
         "lr_scheduler": engine.scheduler,
     }
-    callbacks = Callbacks(build_callbacks(spec, run_dir) if world.is_main else [], args, objects)
     trainer = Trainer(
         spec,
         world,
@@ -212,7 +240,7 @@ def _trained(
         engine,
         loader,
         eval_loader,
-        callbacks,
+        Callbacks(list(callbacks), args, objects),
         length.steps,
         length.pairs,
         precision,
@@ -223,7 +251,7 @@ def _trained(
     if found is not None:
         trainer.resume(checkpoint.Reader(found))
     with closing(engine):
-        return trainer.fit()
+        yield trainer
 
 
 def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
@@ -347,6 +375,7 @@ def _loaders(
     world: World,
     cost: PairCost,
     collator: PackedCollator | PreferenceCollator,
+    first_batch_only: bool,
 ) -> tuple[Loader, Loader | None]:
     packed = isinstance(collator, PackedCollator)
     limits = [spec.batch.max_tokens_per_microbatch] + [CPU_ROW] * (packed and world.device.type == "cpu")
@@ -365,6 +394,9 @@ def _loaders(
         )
         return Loader(pairs, order, AdaptedCollator(spec.data.collator) if spec.data.collator else collator)
 
+    if first_batch_only:
+        first = permutation(len(prepared.train), spec.run.seed, epoch=0)[: spec.batch.global_batch_size]
+        return loader(prepared.train.only(first)), None
     return loader(prepared.train), loader(prepared.eval) if prepared.eval is not None else None
 
 

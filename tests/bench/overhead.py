@@ -70,7 +70,7 @@ class Alternating(Trainer):
             Clock.began = 0.0
             self.max_steps = self.step + self.steps_per_turn
             steps = self.loader.steps(self.pairs_seen, self.step)
-            self._train(steps)
+            self.train(steps)
             steps.close()
             Alternating.turns.append((bare, Clock.took))
         raise SystemExit(0)

@@ -38,6 +38,29 @@ def test_functions_travel_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         _unpickled({"ref_model": b"cnowhere\nmine\n."})
 
 
+def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(tmp_path: Path, run_dir: RunDir) -> None:
+    spec = tiny_spec(tmp_path, cluster={"replacement_wait_s": 77})
+    waits: list[float] = []
+
+    def fit(wait_s: float) -> Exception:
+        waits.append(wait_s)
+        if len(waits) == 2:
+            raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
+        return OSError("a node is gone")
+
+    with pytest.raises(driver.RunDied, match=r"cluster\.num_workers = 2.* the same command goes on from the start"):
+        driver._supervised(spec, run_dir, fit)
+    assert waits == [driver.CLUSTER_WAIT_S, 77]
+
+
+def test_a_cluster_that_was_never_large_enough_is_refused(tmp_path: Path, run_dir: RunDir) -> None:
+    def fit(_: float) -> Exception:
+        raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
+
+    with pytest.raises(UserError):
+        driver._supervised(tiny_spec(tmp_path), run_dir, fit)
+
+
 # --- elastic runs ------------------------------------------------------------------------------------------------
 
 
@@ -46,13 +69,15 @@ def elastic(folder: Path, *ends: int, placement: str = "PACK") -> Any:
 
 
 @pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Say for how many more workers Ray has room."""
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Say for how many more workers Ray has room: each time that it is asked, the last for good."""
 
-    def say(places: int) -> None:
+    def say(*places: int) -> None:
+        said = iter(places)
+
         @contextmanager
         def granting(spec: Any, count: int) -> Iterator[Callable[[], int]]:
-            yield lambda: min(count, places)
+            yield lambda: min(count, next(said, places[-1]))
 
         monkeypatch.setattr(driver, "_places", granting)
 
@@ -65,18 +90,18 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.mark.parametrize(
     ("ends", "placement", "capacity", "places", "workers"),
     [
-        ((2,), "PACK", 4, 0, 2),  # what is asked for is waited for
+        ((2,), "PACK", 4, 2, 2),
+        ((2,), "STRICT_PACK", 4, 0, 2),  # Ray waits
         ((1, 4), "PACK", 8, 8, 4),
         ((1, 4), "PACK", 3, 3, 3),
         ((1, 4), "SPREAD", 8, 2, 2),  # others hold the rest
-        ((2, 4), "PACK", 8, 1, 2),
         ((1, 4), "STRICT_PACK", 3, 9, 3),
     ],
 )
 def test_an_attempt_takes_the_workers_that_there_is_room_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    room: Callable[[int], None],
+    room: Callable[..., None],
     ends: tuple[int, ...],
     placement: str,
     capacity: int,
@@ -84,8 +109,41 @@ def test_an_attempt_takes_the_workers_that_there_is_room_for(
     workers: int,
 ) -> None:
     room(places)
-    monkeypatch.setattr(driver, "_capacity", lambda spec: capacity)
-    assert driver._workers(elastic(tmp_path, *ends, placement=placement)) == workers
+    monkeypatch.setattr(driver, "_capacity", lambda spec, wait_s: capacity)
+    assert driver._workers(elastic(tmp_path, *ends, placement=placement), 0.0) == workers
+
+
+@pytest.mark.parametrize(("ends", "workers"), [((2,), 2), ((2, 4), 2)])
+def test_the_fewest_are_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    ends: tuple[int, ...],
+    workers: int,
+) -> None:
+    room(0, 0, 1, 1, 2)
+    monkeypatch.setattr(driver, "_capacity", lambda spec, wait_s: 8)
+    assert driver._workers(elastic(tmp_path, *ends), 0.0) == workers
+    assert "workers: 0 of 2 have a place; waiting for the others\n" in capsys.readouterr().out
+
+
+def test_a_node_that_is_found_to_be_gone_is_not_waited_for_as_one_that_others_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: Callable[..., None]
+) -> None:
+    room(1)
+    asked: list[float] = []
+
+    def capacity(spec: Any, wait_s: float) -> int:
+        asked.append(wait_s)
+        if len(asked) == 3:
+            raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
+        return 2
+
+    monkeypatch.setattr(driver, "_capacity", capacity)
+    with pytest.raises(UserError):
+        driver._workers(elastic(tmp_path, 2), 7.0)
+    assert asked == [7.0] * 3
 
 
 def test_on_this_machine_the_fewest_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +151,8 @@ def test_on_this_machine_the_fewest_must_fit(tmp_path: Path, monkeypatch: pytest
     driver._check_local_size(elastic(tmp_path, 1, 4))
     with pytest.raises(UserError, match=r"num_workers = \[3, 4\]: workers need 1 CPU each, .* 2 CPUs; set .*=2"):
         driver._check_local_size(elastic(tmp_path, 3, 4))
-    monkeypatch.setattr(driver, "_capacity", lambda spec: 2)  # and nobody else has any of it
-    assert driver._workers(elastic(tmp_path, 1, 4)) == 2
+    monkeypatch.setattr(driver, "_capacity", lambda spec, wait_s: 2)  # and nobody else has any of it
+    assert driver._workers(elastic(tmp_path, 1, 4), 0.0) == 2
 
 
 @pytest.fixture
@@ -108,7 +166,7 @@ def run_dir(tmp_path: Path) -> RunDir:
     ("placement", "places", "grows"), [("PACK", 1, True), ("PACK", 0, False), ("STRICT_SPREAD", 1, False)]
 )
 def test_a_run_is_saved_when_it_can_have_more_workers(
-    tmp_path: Path, run_dir: RunDir, room: Callable[[int], None], placement: str, places: int, grows: bool
+    tmp_path: Path, run_dir: RunDir, room: Callable[..., None], placement: str, places: int, grows: bool
 ) -> None:
     room(places)
 
@@ -131,7 +189,7 @@ def test_a_run_is_saved_when_it_can_have_more_workers(
 def test_only_a_user_ends_a_run_by_a_stop(tmp_path: Path, run_dir: RunDir, asked: str) -> None:
     attempts: list[str] = []
 
-    def fit() -> None:
+    def fit(_: float) -> None:
         assert not run_dir.stop.exists()
         attempts.append("finished" if attempts else "stopped")
         if attempts == ["stopped"]:

@@ -45,6 +45,14 @@ MAY_CHANGE_ON_RESUME = {
     "cluster.max_failures",
     "cluster.auth",
     "cluster.collective_timeout_s",
+    "cluster.preflight",
+    "slurm.workers_per_node",
+    "slurm.time",
+    "slurm.signal_s",
+    "slurm.partition",
+    "slurm.account",
+    "slurm.qos",
+    "slurm.args",
     "wandb.project",
     "wandb.group",
     "wandb.mode",
@@ -320,6 +328,30 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "Letters, digits, dot"]),
         ({"run": {"name": None}}, "run.name", ["(not set)"]),
         ({"run": {"seed": -1}}, "run.seed", ["-1"]),
+        (
+            {"slurm": {"time": "soon"}},
+            "slurm.time",
+            ["'soon'", "D-HH:MM:SS, HH:MM:SS or MM:SS, or a number of seconds"],
+        ),
+        ({"slurm": {"time": True}}, "slurm.time", ["True", "D-HH:MM:SS"]),
+        (
+            {"slurm": {"time": 60}},
+            "slurm.signal_s",
+            ["= 300", "not less than slurm.time (0:01:00)", "raise slurm.time"],
+        ),
+        ({"slurm": {"time": "5:00"}}, "slurm.signal_s", ["not less than slurm.time (5:00)"]),
+        ({"slurm": {"args": ["-x"]}}, "slurm.args", ["= '-x'", "is not a flag", "slurm.args=[--mem=0]"]),
+        ({"slurm": {"args": ["--export=A=b"]}}, "slurm.args", ["= '--export=A=...'", "in the run directory", "submit"]),
+        (
+            {"slurm": {"workers_per_node": 1}, "cluster": {"num_workers": 2, "placement": "STRICT_PACK"}},
+            "slurm.workers_per_node",
+            ["= 1", "all 2 workers on one node", "cluster.placement=PACK"],
+        ),
+        (
+            {"slurm": {"workers_per_node": 2}, "cluster": {"num_workers": 2, "placement": "STRICT_SPREAD"}},
+            "slurm.workers_per_node",
+            ["= 2", "each worker on a node of its own", "remove it"],
+        ),
         ({"cluster": {"num_workers": "many"}}, "cluster.num_workers", ["'many'", "integer of 1 or more, or [fewest,"]),
         ({"cluster": {"num_workers": 0}}, "cluster.num_workers", ["= 0", "1 or more", "cluster.num_workers=1"]),
         ({"cluster": {"num_workers": True}}, "cluster.num_workers", ["= True", "integer"]),
@@ -544,3 +576,20 @@ def test_the_model_of_other_tests_is_a_setting_too(tmp_path: Path) -> None:
     init = tiny_spec(tmp_path).model.init
     assert init is not None
     assert init.config == TINY_MODEL
+
+
+@pytest.mark.parametrize(
+    ("given", "time", "seconds"),
+    [
+        (86400, "24:00:00", 86400),  # how YAML reads 24:00:00
+        ("24:00:00", "24:00:00", 86400),
+        ("30:00", "30:00", 1800),
+        ("1-12", "1-12", 129600),
+        ("1-12:30", "1-12:30", 131400),
+        ("2-00:00:01", "2-00:00:01", 172801),
+        (None, None, None),
+    ],
+)
+def test_a_time_of_slurm(tmp_path: Path, given: Any, time: str | None, seconds: int | None) -> None:
+    slurm = tiny_spec(tmp_path, slurm={"time": given}).slurm
+    assert (slurm.time, slurm.time_s) == (time, seconds)

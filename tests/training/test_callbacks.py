@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -219,6 +220,24 @@ def test_a_wrong_callback_is_refused(tmp_path: Path, user_module: ModuleType, en
     with pytest.raises(UserError, match=words) as caught:
         check_callbacks(tiny_spec(tmp_path, callbacks=[entry]))
     assert caught.value.key == key
+
+
+def test_the_key_of_wandb_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "another")  # and is put back after the test
+    path = tmp_path / "key"
+    spec = tiny_spec(tmp_path, wandb={"mode": "offline", "key_file": str(path)})
+    with pytest.raises(UserError, match=r"wandb\.key_file = .*: cannot be read on .* \(No such file"):
+        WandbCallback(spec, RunDir(tmp_path / "run"))
+    path.write_text("  0123456789\n")
+    path.chmod(0o640)
+    with pytest.raises(UserError, match="can be read by others; chmod 600"):
+        WandbCallback(spec, RunDir(tmp_path / "run"))
+    path.chmod(0o600)
+    WandbCallback(spec, RunDir(tmp_path / "run"))
+    assert os.environ["WANDB_API_KEY"] == "0123456789"
+    path.write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        WandbCallback(spec, RunDir(tmp_path / "run"))
 
 
 def test_no_secret_goes_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,14 +26,12 @@ def begun(folder: Path, is_trained: bool = True) -> RunDir:
     return run_dir
 
 
-def test_beginning_writes_the_settings_and_forgets_earlier_requests(tmp_path: Path) -> None:
+def test_beginning_writes_the_settings_and_forgets_how_it_ended_before(tmp_path: Path) -> None:
     run_dir = begun(tmp_path)
     assert run_dir.path == tmp_path / "runs" / "tiny"
     assert load_spec(run_dir.config) == tiny_spec(tmp_path)
-    run_dir.stop.touch()
     run_dir.write_result({"status": "stopped"})
     run_dir.begin(tiny_spec(tmp_path, training={"logging_steps": 3}))
-    assert not run_dir.stop.exists()
     assert not run_dir.result.exists()
     assert load_spec(run_dir.config).training.logging_steps == 3
 
@@ -71,6 +69,17 @@ def test_two_drivers_on_one_run_are_refused(tmp_path: Path) -> None:
             pass
     with RunDir(tmp_path / "run").owned():  # free again
         pass
+
+
+def test_a_request_to_stop_is_one_of_the_process_that_holds_the_run(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    assert run_dir.owner() is None
+    with run_dir.owned():
+        run_dir.stop.touch()
+        assert run_dir.owner() == f"process {os.getpid()} on {os.uname().nodename}"
+    assert run_dir.owner() is None
+    with run_dir.owned():
+        assert not run_dir.stop.exists()  # was asked of another; what is asked from now on, data being read, is kept
 
 
 def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:

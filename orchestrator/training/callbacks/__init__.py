@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+from bdb import BdbQuit
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,6 +132,8 @@ class Callbacks:
         for callback in list(self.callbacks):
             try:
                 returned = getattr(callback, event)(self.args, self.state, self.control, **self.objects, **extra)
+            except BdbQuit:  # who leaves the debugger inside a callback wants the run to end
+                raise
             except Exception:
                 self._drop(callback, event)
                 continue

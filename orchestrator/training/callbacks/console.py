@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.progress import (
@@ -20,9 +20,11 @@ from transformers import TrainerCallback
 class ConsoleCallback(TrainerCallback):
     """Shows where the run stands. Plain lines are flushed at once: they are read through pipes and log files."""
 
+    progress: ClassVar[Progress | None] = None  # the bar: a process has one terminal
+    gives_way: ClassVar[bool] = False
+
     def __init__(self) -> None:
         self.console = Console(file=sys.stdout)
-        self.progress: Progress | None = None
         self.task = TaskID(0)
         self._since = (time.monotonic(), 0, 0.0)  # time, step, tokens at the last log
 
@@ -30,8 +32,8 @@ class ConsoleCallback(TrainerCallback):
         self._since = (time.monotonic(), state.global_step, 0.0)
         if state.global_step:
             self._say(f"resumed after step {state.global_step}")
-        if self.console.is_terminal:
-            self.progress = Progress(
+        if self.console.is_terminal and not self.gives_way:
+            bar = ConsoleCallback.progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -40,8 +42,8 @@ class ConsoleCallback(TrainerCallback):
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
-            self.progress.start()
+            self.task = bar.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
+            bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._show_phase("train")
@@ -76,8 +78,20 @@ class ConsoleCallback(TrainerCallback):
         self._say(f"saved after step {state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.progress:
-            self.progress.stop()
+        self._take_down()
+
+    @classmethod
+    def give_way(cls) -> None:
+        """Plain lines from now on: someone types at this terminal, where a bar is drawn over the prompt, and holds
+        back what ends no line."""
+        ConsoleCallback.gives_way = True
+        cls._take_down()
+
+    @classmethod
+    def _take_down(cls) -> None:
+        if cls.progress:
+            cls.progress.stop()
+            ConsoleCallback.progress = None
 
     def _show_phase(self, phase: str) -> None:
         if self.progress:

@@ -4,11 +4,12 @@ import logging
 import os
 import re
 import secrets
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ class WandbCallback(TrainerCallback):
     def __init__(self, spec: RunSpec, run_dir: RunDir) -> None:
         self.spec, self.run_dir = spec, run_dir
         self.run: Any = None
+        if spec.wandb.key_file:
+            os.environ["WANDB_API_KEY"] = _read_key(spec.wandb.key_file)  # wandb.login would write it to ~/.netrc
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline runs would still post telemetry, and wait
@@ -104,6 +107,23 @@ def without_secrets(value: Any) -> Any:
         return value
 
     return clean(value)
+
+
+def _read_key(path: str) -> str:
+    """
+    Raises:
+        UserError: there is no key there, or others may read it.
+    """
+    try:
+        if os.stat(path).st_mode & 0o077:
+            raise UserError("wandb.key_file", path, "can be read by others", f"chmod 600 {path}")
+        key = Path(path).read_text().strip()
+    except OSError as error:
+        rule = f"cannot be read on {os.uname().nodename} ({error.strerror})"
+        raise UserError("wandb.key_file", path, rule, "give a file that rank zero can read") from None
+    if not key:
+        raise UserError("wandb.key_file", path, "is empty", "put the key of https://wandb.ai/authorize there")
+    return key
 
 
 def _panel(name: str) -> str:

@@ -1,0 +1,323 @@
+"""What a node does when it is looked at before training: facts of its own, and small errands with the other nodes.
+
+Nothing here knows Ray, and nothing waits for longer than its time-out, whatever a file system or another node does.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from orchestrator.settings.spec import UserError
+
+# Libraries of which another version may give other numbers, or does not understand what the others say.
+PACKAGES = (
+    "dpo-orchestrator",
+    "torch",
+    "ray",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "deepspeed",
+    "accelerate",
+    "bitsandbytes",
+    "numpy",
+    "peft",
+)
+MISSING = "missing"
+NOT_SEEN = "what the driver made there is not seen"
+
+READ_S = 5.0  # seconds after which a file system counts as hung
+SHARED_S = 5.0  # seconds in which one node sees what another has written; NFS may answer from memory for a while
+CONNECT_S = 3.0  # seconds in which a port answers
+IMPORT_S = 25.0  # seconds in which a heavy library is imported
+ALL_REDUCE_S = 12.0  # seconds in which nodes meet, and add up a few tensors
+BANDWIDTH_BYTES = 16 * 2**20
+MANY_FILES = 200  # of a folder that are looked at
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as nvidia-smi sees it."""
+
+    name: str
+    total: int  # bytes
+    used: int  # bytes, by whomever
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of a node that this process may use."""
+
+    to_torch: int = 0
+    reason: str = ""  # why torch sees none
+    cards: tuple[Card, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a node says of itself."""
+
+    python: str  # path of the interpreter
+    versions: dict[str, str]  # of Python and PACKAGES
+    gpus: Gpus
+    files: dict[str, int | UserError]  # setting -> bytes of what lies there, or why that cannot be read
+    ports: tuple[int, int]  # from which the kernel takes a port that nobody has named
+
+
+class Probe:
+    """A node that looks at itself and at the others: an actor under Ray, an ordinary object in the driver."""
+
+    def __init__(self) -> None:
+        self._made: list[Path] = []  # folders that were not there before
+        self._store: Any = None  # keeps the port where nodes meet open
+
+    def facts(self, paths: Mapping[str, str], expects_gpus: bool) -> Facts:
+        """paths: setting -> what must be readable."""
+        read = side_by_side({key: partial(bytes_at, key, path) for key, path in paths.items()}, READ_S)
+        files = {
+            key: found if isinstance(found, int) else _unreadable(key, paths[key], found) for key, found in read.items()
+        }
+        gpus = side_by_side({"gpus": partial(_gpus, expects_gpus)}, IMPORT_S)["gpus"]
+        if isinstance(gpus, Exception):
+            gpus = Gpus(reason=one_line(gpus))
+        first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+        return Facts(sys.executable, versions(), gpus, files, (int(first), int(last)))
+
+    def make(self, folders: Mapping[str, Path]) -> dict[str, str]:
+        """Make folders for the nodes to write in: setting -> why there is none."""
+
+        def make(folder: Path) -> None:
+            self._made += [path for path in folder.parents if not path.exists()]
+            folder.mkdir(parents=True)
+
+        return _failures({key: partial(make, folder) for key, folder in folders.items()}, READ_S)
+
+    def leave(self, folders: Mapping[str, Path], name: str) -> dict[str, str]:
+        """Write a file of that name in each folder: setting -> why it could not be written."""
+
+        def leave(folder: Path) -> None:
+            if _missing([folder]):
+                raise OSError(NOT_SEEN)
+            with open(folder / name, "wb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+
+        return _failures({key: partial(leave, folder) for key, folder in folders.items()}, SHARED_S + READ_S)
+
+    def find(self, folders: Mapping[str, Path], names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Look for the files of those names in each folder: setting -> those that are not to be seen."""
+
+        def find(key: str) -> list[str]:
+            return [path.name for path in _missing([folders[key] / name for name in names[key]])]
+
+        found = side_by_side({key: partial(find, key) for key in folders}, SHARED_S + READ_S)
+        return {key: list(names[key]) if isinstance(seen, Exception) else seen for key, seen in found.items()}
+
+    def clear(self, folders: Mapping[str, Path]) -> None:
+        """Remove the folders, and what was made for them where nothing else is in it."""
+        _failures({key: partial(shutil.rmtree, folder) for key, folder in folders.items()}, READ_S)
+        for path in sorted(self._made, reverse=True):
+            _failures({"": path.rmdir}, READ_S)  # unless somebody else has put something there
+
+    def now(self) -> float:
+        """What its clock says."""
+        return time.time()
+
+    def listen(self, address: str) -> int:
+        """Answer whoever connects to this address, for as long as the process lives; on which port."""
+        server = socket.create_server((address, 0), backlog=1024)
+
+        def answer() -> None:
+            while True:
+                server.accept()[0].close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        return server.getsockname()[1]
+
+    def connect(self, targets: Mapping[str, tuple[str, int]]) -> dict[str, str]:
+        """Connect to each: node -> why it could not be reached."""
+
+        def connect(target: tuple[str, int]) -> None:
+            socket.create_connection(target, CONNECT_S).close()
+
+        return _failures({node: partial(connect, target) for node, target in targets.items()}, CONNECT_S + 1)
+
+    def meet(self, address: str | None, size: int) -> int:
+        """Get ready for a process group of so many. With an address, be where the others meet: on which port."""
+        import torch.distributed as dist
+
+        if address is None:
+            return 0
+        timeout = timedelta(seconds=ALL_REDUCE_S)
+        self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            address, 0, size, True, timeout, wait_for_workers=False
+        )
+        return self._store.port
+
+    def all_reduce(
+        self, rank: int, size: int, meeting: tuple[str, int], towards: str, interface: str | None, use_gpu: bool
+    ) -> float:
+        """Add up BANDWIDTH_BYTES over all nodes a few times; bytes a second of the fastest.
+
+        towards: address of another node. interface: as of `use_interface`.
+        """
+        import torch
+        import torch.distributed as dist
+
+        from orchestrator.world import use_interface
+
+        use_interface(interface, towards)
+        timeout = timedelta(seconds=ALL_REDUCE_S)
+        store = self._store or dist.TCPStore(*meeting, size, False, timeout)  # pyright: ignore[reportPrivateImportUsage]
+        backend, device = ("nccl", "cuda") if use_gpu else ("gloo", "cpu")
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        values, fastest = torch.ones(BANDWIDTH_BYTES // 4, device=device), float("inf")
+        for _ in range(3):
+            began = time.monotonic()
+            dist.all_reduce(values)
+            values[0].item()  # waits for a GPU
+            fastest = min(fastest, time.monotonic() - began)
+        dist.destroy_process_group()
+        return BANDWIDTH_BYTES / fastest
+
+
+def side_by_side(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+    """What each function returned, or the exception that it raised: TimeoutError where it is not done in time.
+
+    What hangs is left behind in a thread, which does not keep the process from ending.
+    """
+    return answered({key: in_thread(ask) for key, ask in asks.items()}, seconds)
+
+
+def answered(futures: "Mapping[str, Future[Any]]", seconds: float) -> dict[str, Any]:
+    """The same of answers that are under way."""
+    wait(futures.values(), seconds)
+    late = TimeoutError(f"no answer within {seconds:.0f} s")
+    return {key: (future.exception() or future.result()) if future.done() else late for key, future in futures.items()}
+
+
+def _failures(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, str]:
+    """Why functions failed, of those that did."""
+    answers = side_by_side(asks, seconds)
+    return {key: one_line(error) for key, error in answers.items() if isinstance(error, Exception)}
+
+
+def in_thread(ask: Callable[[], Any]) -> "Future[Any]":
+    """What a function will have returned; not of an executor, whose threads the interpreter would wait for."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(ask())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def one_line(error: Exception) -> str:
+    """An exception in short."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(reason.split())[-200:]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of PACKAGES as they are installed."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = MISSING
+    return found
+
+
+def bytes_at(key: str, path: str) -> int:
+    """Bytes of a file, or of the files in a folder, after the first of each has been read.
+
+    Raises:
+        UserError: nothing is there.
+        OSError: it cannot be read.
+    """
+    from orchestrator.data.pairs import check_source
+
+    if key.startswith("data."):
+        check_source(key, path)
+    elif not os.path.isdir(path):
+        raise UserError(key, path, "is not a folder", "give an existing folder, or a hub name")
+    files = _files_in(path) if os.path.isdir(path) else [path]
+    for file in files:
+        with open(file, "rb") as opened:
+            opened.read(1)
+    return sum(map(os.path.getsize, files))
+
+
+def _files_in(folder: str) -> list[str]:
+    """Some of them, the same on every node: those of the folder itself, and of the folders in it."""
+    entries = list(os.scandir(folder))
+    entries += [inner for entry in entries if entry.is_dir() for inner in os.scandir(entry.path)]
+    return sorted(entry.path for entry in entries if entry.is_file())[:MANY_FILES]
+
+
+def _unreadable(key: str, path: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    cure = "let the user who runs Ray read it, or mend the file system that it lies on"
+    return UserError(key, path, f"cannot be read ({one_line(error)})", cure)
+
+
+def _missing(paths: Sequence[Path]) -> list[Path]:
+    """Those of the paths that are not there, even after SHARED_S seconds."""
+    deadline = time.monotonic() + SHARED_S
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return missing
+
+
+def _gpus(expected: bool) -> Gpus:
+    """expected: whether there should be some; else torch is asked only where nvidia-smi shows any."""
+    shown = cards()
+    if not (expected or shown):
+        return Gpus()
+    import torch
+
+    if torch.cuda.is_available():
+        return Gpus(torch.cuda.device_count(), "", shown)
+    try:
+        torch.cuda.init()  # raises, with the reason
+    except Exception as error:
+        return Gpus(0, one_line(error), shown)
+    return Gpus(0, "none is visible", shown)
+
+
+def cards() -> tuple[Card, ...]:
+    """By nvidia-smi, which makes no context on them, those that CUDA_VISIBLE_DEVICES lets this process use."""
+    asked = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=READ_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    may_use = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards: list[Card] = []
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        index, uuid, name, total, used = (cell.strip() for cell in line.split(","))
+        if may_use is None or any(word and (word == index or uuid.startswith(word)) for word in may_use.split(",")):
+            mib = [int(cell) if cell.isdecimal() else 0 for cell in (total, used)]  # some say [N/A]
+            cards.append(Card(name, mib[0] * 2**20, mib[1] * 2**20))
+    return tuple(cards)

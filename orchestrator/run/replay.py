@@ -1,0 +1,241 @@
+"""A step of a run once more, in one process: from the newest checkpoint before it, with every pair of its batch."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.collate import PairBatch
+from orchestrator.data.loader import StepBatches
+from orchestrator.data.order import run_length
+from orchestrator.dpo.losses import LOSSES, PairTerms, rewards
+from orchestrator.dpo.step import StepOutput
+from orchestrator.engines.optim import Optimizers
+from orchestrator.models.reference import RefModel
+from orchestrator.run.debug import joined
+from orchestrator.run.prompt import debugger
+from orchestrator.run.trial import trial
+from orchestrator.settings.load import load_spec
+from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume, optimizer_kind
+from orchestrator.training.checkpoint import Reader, committed, verify
+from orchestrator.training.rundir import RunDir
+from orchestrator.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
+from orchestrator.training.worker import last_result, prepare
+from orchestrator.world import World, is_one_of_many
+
+logger = logging.getLogger(__name__)
+
+TEXT = 110  # letters of a prompt or completion that are shown
+
+
+@dataclass(frozen=True)
+class ReplayedPair:
+    """What the step made of one pair."""
+
+    row: int  # of the source, from 1
+    loss: float
+    rewards: tuple[float, float]  # of chosen and rejected, as are the following
+    logps: tuple[float, float]
+    ref_logps: tuple[float, float]
+    prompt: str  # decoded from the tokens
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step as it was before its update."""
+
+    step: int
+    found: Path | None  # the checkpoint it was made from; None: from the start of the run
+    epoch: int  # from 0
+    pairs: list[ReplayedPair]  # those without a finite loss first, then the largest loss
+    loss: float  # mean over the global batch
+    grad_norm: float  # L2, before clipping
+    logged: dict[str, float]  # what metrics.jsonl has of this step alone
+
+
+def replay(
+    run_dir: RunDir,
+    step: int,
+    overrides: Sequence[str] = (),
+    post_mortem: bool = False,
+    ref_model: RefModel | None = None,
+    optimizers: Optimizers | None = None,
+) -> Replayed:
+    """Take the steps between the newest whole checkpoint and `step`, and look at that one's forward and backward pass.
+
+    Whatever engine and number of ranks the run has, this is one process. The run may go on meanwhile: it is only read,
+    and no callback of it is called.
+
+    overrides: key=value for settings that may change on resume.
+    post_mortem: stop at a breakpoint before the step, and where an exception is raised.
+    ref_model, optimizers: those that the run was started with in Python.
+
+    Raises:
+        UserError: the run has not come to that step, or cannot be gone on with from here.
+        TrainingError: a step between cannot be taken.
+    """
+    if is_one_of_many():
+        raise UserError("--replay-step", step, "is taken in one process", "start it without torchrun")
+    spec = _spec_of(run_dir, overrides)
+    _check_reached(run_dir, spec, step)
+    with joined(spec, post_mortem) as world, debugger(world, post_mortem):
+        prepared = prepare(spec)
+        total = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training).steps
+        if step > total:
+            raise UserError("--replay-step", step, f"the run has {total} steps", f"give 1 to {total}")
+        found = _newest_before(run_dir, step)
+        if found is not None:
+            _check_readable(Reader(found).meta, step, world)
+        _say(spec, step, found, world)
+        with trial(spec, prepared, world, found, (), ref_model, optimizers) as trainer:
+            if trainer.loader.cache is not None:
+                trainer.loader.cache.only_read()  # of the run, which may be running
+            with closing(trainer.loader.steps(trainer.pairs_seen, trainer.step)) as steps:
+                trainer.train(steps, upto=step - 1)
+                if trainer.step < step - 1:
+                    rule = f"training ended after step {trainer.step}"
+                    raise UserError("--replay-step", step, rule, "give a step that was taken")
+                made, outputs, grad_norm = _taken(trainer, steps, post_mortem)
+            pairs = [
+                pair
+                for indices, (batch, output) in zip(made.indices, outputs, strict=True)
+                for pair in _pairs(trainer, indices.tolist(), output.logps, output.ref_logps, batch.completion_tokens)
+            ]
+            pairs.sort(key=lambda pair: (math.isfinite(pair.loss), -pair.loss))
+            loss = sum(float(output.loss) for _, output in outputs)
+            return Replayed(step, found, made.epoch, pairs, loss, grad_norm, _logged(run_dir, step))
+
+
+def _say(spec: RunSpec, step: int, found: Path | None, world: World) -> None:
+    taken = _step_of(found) if found else 0
+    where = found.name if found else "the start, as no checkpoint is older"
+    redone = f"after {step - 1 - taken} redone from {where}"
+    print(f"step {step} of {spec.run.name} on {world.device.type}, {redone}", flush=True)
+
+
+def _taken(
+    trainer: Trainer, steps: Iterator[StepBatches], stops: bool
+) -> tuple[StepBatches, list[tuple[PairBatch, StepOutput]], float]:
+    """The batches of the next step, what its forward pass gave, and the gradient's norm; batches that fp16 skipped come
+    before it."""
+    for skipped in count():
+        made = next(steps)
+        if stops:
+            print("the next line is the step: `made` are its micro-batches, `trainer` is about to take it", flush=True)
+            breakpoint()
+        outputs = trainer.micro_steps(made)
+        is_finite = bool(trainer.engine.finite())
+        grad_norm = float(trainer.engine.optimizer_step(apply=False).grad_norm)
+        if is_finite or trainer.precision != "fp16" or skipped == MAX_SKIPPED_IN_A_ROW:
+            return made, outputs, grad_norm
+    raise AssertionError  # a count has no end
+
+
+def _pairs(trainer: Trainer, indices: list[int], *terms: Any) -> Iterator[ReplayedPair]:
+    """terms: log-probs, those of the reference and completion tokens of the pairs at these indices, each [2B]."""
+    dpo, tokenizer = trainer.spec.dpo, trainer.callbacks.objects["processing_class"]
+    split = PairTerms.split(*(term.cpu() for term in terms))
+    losses = LOSSES[dpo.loss_type](split, dpo).tolist()
+    by_pair = zip(indices, losses, *(term.tolist() for term in (*rewards(split, dpo), *split[:4])), strict=True)
+    for index, loss, chosen, rejected, *logps in by_pair:
+        row = trainer.loader.pairs[index]
+        texts = (tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
+        yield ReplayedPair(row["pair_id"], loss, (chosen, rejected), (*logps[:2],), (*logps[2:],), *texts)
+
+
+def lines(replayed: Replayed) -> Iterator[str]:
+    """It, for a terminal: each pair with its numbers and, shortened, its text; then the step."""
+    for pair in replayed.pairs:
+        yield f"row {pair.row}: loss {pair.loss:.6f}"
+        yield f"  prompt   {_shortened(pair.prompt)}"
+        sides = zip(("chosen", "rejected"), pair.rewards, pair.logps, pair.ref_logps, strict=True)
+        for name, reward, logps, ref_logps in sides:
+            numbers = f"reward {reward:+.6f}, log-prob {logps:.4f}, of the reference {ref_logps:.4f}"
+            yield f"  {name:<8} {numbers}\n           {_shortened(getattr(pair, name))}"
+    for name, value in (("loss", replayed.loss), ("grad_norm", replayed.grad_norm)):
+        logged = f", logged as {replayed.logged[name]:.9f}" if name in replayed.logged else ""
+        yield f"{name:<9} {value:.9f}{logged}"
+
+
+def _shortened(text: str) -> str:
+    line = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    return line if len(line) <= TEXT else f"{line[: TEXT // 2]} ... {line[-TEXT // 2 :]}"
+
+
+# --- the run that is read ----------------------------------------------------------------------------------------
+
+
+def _spec_of(run_dir: RunDir, overrides: Sequence[str]) -> RunSpec:
+    """The run's settings, with what may change on resume changed.
+
+    Raises:
+        UserError: another setting would be changed.
+    """
+    spec = load_spec(run_dir.config, overrides)
+    for key, old, new in changed_on_resume(load_spec(run_dir.config), spec):
+        raise UserError(key, new, f"is {old!r} in the run, and its step would be another one", "remove it")
+    return spec
+
+
+def _check_reached(run_dir: RunDir, spec: RunSpec, step: int) -> None:
+    """Refuse a step that the run cannot have come to; the one in which it died can be looked at."""
+    ended = last_result(run_dir)
+    if ended is not None:
+        reached = ended.step
+    else:
+        saved = [_step_of(folder) for folder in committed(run_dir.checkpoints)]
+        logged = [int(line["step"]) + spec.training.logging_steps for line in _metrics(run_dir)]
+        beats = [json.loads(path.read_text())["step"] for path in run_dir.logs.glob("heartbeat_*.json")]
+        reached = max((1, *(taken + 1 for taken in saved + beats), *logged))
+    if step > reached:
+        rule = f"the run in {run_dir.path} has come to step {reached} at most"
+        raise UserError("--replay-step", step, rule, f"give 1 to {reached}")
+
+
+def _newest_before(run_dir: RunDir, step: int) -> Path | None:
+    """The newest whole checkpoint of an earlier step."""
+    for folder in committed(run_dir.checkpoints):
+        if _step_of(folder) >= step:
+            continue
+        if not (wrong := verify(folder)):
+            return folder
+        logger.warning("%s; an older checkpoint is used", wrong[0])
+    return None
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _check_readable(meta: dict[str, Any], step: int, world: World) -> None:
+    """Refuse a checkpoint whose optimizer state only as many ranks as wrote it can read."""
+    name, ranks = meta["made_by"]["optimizer"], meta["world_size"]
+    if optimizer_kind(name) != "elementwise" and ranks != world.size:
+        rule = f"the state of {name} of {ranks} ranks cannot be read by one"
+        raise UserError("--replay-step", step, rule, "replay a run of one rank, or of torch.optim.AdamW")
+
+
+def _metrics(run_dir: RunDir) -> list[dict[str, Any]]:
+    if not run_dir.metrics.is_file():
+        return []
+    found: list[dict[str, Any]] = []
+    for line in run_dir.metrics.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # half a line, which is being written
+            continue
+    return [line for line in found if "loss" in line]
+
+
+def _logged(run_dir: RunDir, step: int) -> dict[str, float]:
+    """What was logged of this step; its loss only where no earlier step is in the mean."""
+    of = {int(line["step"]): line for line in _metrics(run_dir)}
+    names = ["grad_norm", *(["loss"] if step == 1 or step - 1 in of else [])]
+    return {name: of[step][name] for name in names if step in of}

@@ -1,0 +1,254 @@
+"""A checked run -> the job server of a Ray cluster, or sbatch."""
+
+import asyncio
+import fnmatch
+import logging
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.settings.load import FOLDER_KEYS, PATH_KEYS, save_spec
+from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.training.rundir import RunDir
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+SUBMITTED = "submitted.yaml"  # the settings of the run as they were resolved here
+# Of the working directory what no job needs, or nobody else may see; and what the settings name, and git ignores.
+LEFT_OUT = (".git", ".env", ".env.*", ".netrc", ".venv", "venv", "wandb", "__pycache__", "*.egg-info")
+LIMIT_BYTES = 500 * 2**20  # Ray takes no larger package
+
+
+# --- a Ray cluster -----------------------------------------------------------------------------------------------
+
+
+def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
+    """Hand the run to a job server, with the working directory, and print its log until it ends; its own exit code.
+
+    address: of the job server, http://HEAD:8265; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine.
+    wait: else 0 is returned as soon as the job is taken.
+
+    Raises:
+        UserError: no job server answers, or it does not let us in, or the working directory is too large.
+    """
+    logging.disable(logging.INFO)  # else Ray tells of packages and sockets
+    client = _client(address)
+    job = f"{spec.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
+        stage(spec, Path.cwd(), Path(folder))
+        save_spec(spec, Path(folder, SUBMITTED))
+        # nothing else in runtime_env: whatever stands there can be read by whoever asks for the job
+        client.submit_job(
+            entrypoint=f"orchestrator train {SUBMITTED}", submission_id=job, runtime_env={"working_dir": folder}
+        )
+    print(
+        f"job      {job}\nstop     orchestrator stop {spec.run_dir}\nfollow   ray job logs --follow {job}", flush=True
+    )
+    if not wait:
+        return 0
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on; to stop it: orchestrator stop {spec.run_dir}", flush=True)
+        return 1
+    details = client.get_job_info(job)
+    code = details.driver_exit_code
+    if code is None:  # it never started, was killed with its node, or by `ray job stop`, which waits 3 s for a save
+        print(f"error: job {job}: {' '.join((details.message or details.status).split())}", file=sys.stderr)
+        return 1
+    return code if code >= 0 else 1  # below 0: a signal
+
+
+def not_on_this_machine(spec: RunSpec) -> str | None:
+    """The first data file of which not even the folder is here: a path of the cluster, which the job will check."""
+    named = {"data.train": spec.data.train, "data.eval": spec.data.eval}
+    for key, source in named.items():
+        if source and os.path.isabs(source) and not Path(source).parent.is_dir():
+            return f"{key} = {source}"
+    return None
+
+
+def _client(address: str | None) -> "JobSubmissionClient":
+    from ray.job_submission import JobSubmissionClient
+
+    if address:
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to the address that it is given
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:  # Ray has no type of its own for a server that is not there, or that refuses us
+        reason = " ".join(str(error).split())[:200]
+        cure = (
+            "give --address http://HEAD:8265; the head wants ray[default] and ray start --dashboard-host=0.0.0.0, "
+            "and with RAY_AUTH_MODE=token its token stands in RAY_AUTH_TOKEN_PATH here"
+        )
+        raise UserError("--address", address, f"no job server lets us in ({reason})", cure) from None
+
+
+async def _follow(client: "JobSubmissionClient", job: str) -> None:
+    """Print a job's log to its end; over a lost connection too, from where it was."""
+    printed = 0
+    while True:
+        seen = 0
+        try:
+            async for text in client.tail_job_logs(job):
+                print(text[max(0, printed - seen) :], end="", flush=True)
+                seen += len(text)
+                printed = max(printed, seen)
+        except (RuntimeError, OSError):  # the job server is away; the log begins anew with a new connection
+            pass
+        if client.get_job_status(job).is_terminal():
+            return
+        await asyncio.sleep(1)
+
+
+def stage(spec: RunSpec, source: Path, target: Path) -> None:
+    """Copy what a job needs of the working directory: code, not data, models, outputs or secrets.
+
+    Links to folders are not followed.
+
+    Raises:
+        UserError: what is left is more than Ray takes.
+    """
+    left_out = set(_named_by_settings(spec)) | set(_ignored_by_git(source))
+    sizes: dict[str, int] = {}  # bytes by the first name below source
+    for folder, subfolders, files in os.walk(source):
+        here = Path(folder)
+        subfolders[:] = [name for name in subfolders if not _is_left_out(here / name, left_out)]
+        for name in files:
+            path = here / name
+            if _is_left_out(path, left_out) or not path.is_file():
+                continue
+            inside = path.relative_to(source)
+            sizes[inside.parts[0]] = sizes.get(inside.parts[0], 0) + path.stat().st_size
+            if sum(sizes.values()) > LIMIT_BYTES:
+                largest = max(sizes, key=lambda part: sizes[part])
+                rule = f"holds more than {LIMIT_BYTES >> 20} MB besides data and outputs, most of it in {largest}"
+                raise UserError("working directory", str(source), rule, f"add {largest} to .gitignore, or move it away")
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target / inside)
+
+
+def _is_left_out(path: Path, left_out: set[Path]) -> bool:
+    return path in left_out or any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_OUT)
+
+
+def _named_by_settings(spec: RunSpec) -> Iterator[Path]:
+    """Data, models and outputs: a job finds them where the settings say, not in a copy of its own."""
+    settings: dict[str, Any] = spec.model_dump(mode="json")
+    for key in FOLDER_KEYS + PATH_KEYS:
+        value: Any = settings
+        for name in key.split("."):
+            value = value and value.get(name)
+        if isinstance(value, str):
+            yield Path(value)
+
+
+def _ignored_by_git(folder: Path) -> Iterator[Path]:
+    command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return
+    for name in listed.stdout.split("\0"):  # nothing, where the folder is in no repository
+        if name:
+            yield folder / name.rstrip("/")
+
+
+# --- Slurm -------------------------------------------------------------------------------------------------------
+
+BATCH_SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+
+
+def to_slurm(spec: RunSpec) -> int:
+    """Hand the run to sbatch, with its sizes as flags; 0 as soon as the job is queued.
+
+    Raises:
+        UserError: it is not said what a worker needs, or the run has started with other settings, or sbatch refuses.
+        ConnectionError: Slurm does not answer.
+    """
+    run_dir = RunDir(spec.run_dir)
+    flags = slurm_flags(spec)
+    run_dir.check(spec)
+    if not BATCH_SCRIPT.is_file():
+        cure = "install the project from a checkout (pip install --editable)"
+        raise UserError("--to", "slurm", f"{BATCH_SCRIPT} is not there", cure)
+    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    settings = run_dir.path / SUBMITTED
+    save_spec(spec, settings)
+    command = ["sbatch", "--parsable", *flags, str(BATCH_SCRIPT), str(settings)]
+    env = dict(os.environ)
+    if sys.prefix != sys.base_prefix:
+        env["VIRTUAL_ENV"] = sys.prefix  # where the job looks for this program first
+    print(shlex.join(command))
+    job = _sbatch(spec, command, env)
+    print(f"job      {job}\nstop     orchestrator stop {spec.run_dir}")
+    print(f"follow   tail -F {run_dir.logs / f'slurm-{job}.log'}\nqueue    squeue --job {job}")
+    return 0
+
+
+def slurm_flags(spec: RunSpec) -> list[str]:
+    """Flags of sbatch for a run: its nodes, what it needs on each, and what the block `slurm` says.
+
+    Raises:
+        UserError: the settings leave open how many workers share a node, or what one needs.
+    """
+    slurm, cluster = spec.slurm, spec.cluster
+    if not cluster.resources:
+        cure = "for example cluster.resources={GPU: 1, CPU: 8}"
+        raise UserError("cluster.resources", {}, "Slurm gives a job what it asks for, and no more", cure)
+    each = _workers_per_node(spec)
+    fewest, most = (math.ceil(count / each) for count in (cluster.min_workers, cluster.max_workers))
+    gpus, cpus = (math.ceil(cluster.resources.get(name, 0) * each) for name in ("GPU", "CPU"))
+    log = str(RunDir(spec.run_dir).logs / "slurm-%j.log")
+    said = {
+        "job-name": spec.run.name,
+        "nodes": str(most) if fewest == most else f"{fewest}-{most}",
+        "gpus-per-node": str(gpus) if gpus else None,
+        "cpus-per-task": str(cpus) if cpus else None,
+        "time": slurm.time,
+        "signal": f"B:USR1@{slurm.signal_s}",
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "output": log.replace("%", "%%").replace("%%j", "%j"),
+    }
+    return [f"--{name}={value}" for name, value in said.items() if value is not None] + slurm.args
+
+
+def _workers_per_node(spec: RunSpec) -> int:
+    cluster = spec.cluster
+    if spec.slurm.workers_per_node is not None:
+        return min(spec.slurm.workers_per_node, cluster.max_workers)
+    if cluster.placement == "STRICT_SPREAD":
+        return 1
+    if cluster.placement == "STRICT_PACK" or cluster.max_workers == 1:
+        return cluster.max_workers
+    rule = f"how many of the {cluster.max_workers} workers share a node is left open by placement {cluster.placement}"
+    raise UserError("slurm.workers_per_node", None, rule, "set it to the GPUs of a node, for example 8")
+
+
+def _sbatch(spec: RunSpec, command: list[str], env: dict[str, str]) -> str:
+    """The number of the job that sbatch has made."""
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        cure = "submit where Slurm's commands are, on a login node of the cluster"
+        raise UserError("--to", "slurm", "there is no sbatch on PATH", cure) from None
+    said = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
+    if done.returncode == 0:
+        if said:  # a warning
+            print(f"sbatch: {said}", file=sys.stderr)
+        return done.stdout.strip().partition(";")[0]  # NUMBER;CLUSTER where there are several
+    if "slurm controller" in said:
+        raise ConnectionError(f"sbatch: {said}")
+    asked = spec.slurm.model_dump(exclude_defaults=True)
+    raise UserError("slurm", asked, f"sbatch refuses the job: {said}", "change this block, or cluster.resources")

@@ -1,0 +1,191 @@
+"""A trainer that leaves nothing behind: one global batch learned by heart, or only looked at."""
+
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import TrainerCallback
+
+from orchestrator.engines.optim import Optimizers
+from orchestrator.models.reference import RefModel
+from orchestrator.run.debug import joined
+from orchestrator.run.prompt import debugger
+from orchestrator.settings.spec import CheckpointSpec, EvaluationSpec, RunSpec, WandbSpec
+from orchestrator.training.callbacks.console import ConsoleCallback
+from orchestrator.training.metrics import MetricSums, means
+from orchestrator.training.rundir import RunDir
+from orchestrator.training.trainer import Trainer
+from orchestrator.training.worker import Prepared, built, prepare
+from orchestrator.world import World
+
+
+class NothingToSave:
+    """The session of a trainer that has no run to speak of: Ctrl-C simply ends it."""
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        """Nobody looks."""
+
+    def committed(self, step: int, path: Path) -> None:
+        """Never called."""
+
+    def stop_requested(self) -> str | None:
+        """No one can."""
+        return None
+
+    def deadline(self) -> float | None:
+        """None."""
+        return None
+
+
+@contextmanager
+def trial(
+    spec: RunSpec,
+    prepared: Prepared,
+    world: World,
+    found: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    ref_model: RefModel | None = None,
+    optimizers: Optimizers | None = None,
+    first_batch_only: bool = False,
+) -> Iterator[Trainer]:
+    """A trainer as `built` makes it, but in a run directory that is gone afterwards, and without what is done beside
+    steps: no evaluation, no checkpoint, no user's callback, no W&B. Nothing but steps may be asked of it."""
+    beside = {
+        "evaluation": EvaluationSpec(),  # pyright: ignore[reportCallIssue]
+        "checkpoint": CheckpointSpec(),  # pyright: ignore[reportCallIssue]
+        "callbacks": [],
+        "wandb": WandbSpec(mode="disabled"),  # pyright: ignore[reportCallIssue]
+    }
+    spec = spec.model_copy(update=beside)
+    with (
+        tempfile.TemporaryDirectory(prefix="orchestrator-") as folder,
+        built(
+            spec,
+            prepared,
+            world,
+            NothingToSave(),
+            RunDir(Path(folder)),
+            found,
+            callbacks,
+            ref_model,
+            optimizers,
+            first_batch_only,
+        ) as trainer,
+    ):
+        yield trainer
+
+
+class Learned(NamedTuple):
+    """The losses of a batch learned by heart, over the first and over the last logged steps."""
+
+    steps: int
+    pairs: int
+    first: float
+    last: float
+
+
+def overfit(
+    spec: RunSpec,
+    ref_model: RefModel | None = None,
+    optimizers: Optimizers | None = None,
+    post_mortem: bool = False,
+) -> Learned:
+    """As many steps as the settings say, all on the first global batch: whatever can learn gets its loss near 0.
+
+    It begins at the start of the run and leaves nothing behind. Arguments as those of `debug`.
+
+    Raises:
+        UserError: the settings or the data are wrong.
+        TrainingError: training cannot go on.
+    """
+    with joined(spec, post_mortem) as world, debugger(world, post_mortem):
+        shown = [ConsoleCallback()] if world.is_main else []
+        with trial(
+            _without_lazy_cache(spec), prepare(spec), world, None, shown, ref_model, optimizers, first_batch_only=True
+        ) as trainer:
+            trainer.callbacks.fire("on_train_begin")
+            with closing(trainer.loader.steps(0, 0)) as steps:
+                trainer.train(steps)
+            trainer.log()
+            trainer.callbacks.fire("on_train_end")
+            losses = [logs["loss"] for logs in world.gather(trainer.callbacks.state.log_history)[0]]
+            made = Learned(trainer.step, len(trainer.loader.pairs), losses[0], losses[-1])
+            if world.is_main:
+                after = f"after {made.steps} steps on the same {made.pairs} pairs; nothing was kept"
+                print(f"loss {made.first:.6f} at first, {made.last:.6f} {after}", flush=True)
+            return made
+
+
+class Tried(NamedTuple):
+    """One forward and backward pass over a global batch."""
+
+    pairs: int
+    metrics: dict[str, float]
+    grad_norm: float  # L2, before clipping
+    seconds: float
+    peak_bytes: int  # on the rank that took most: of the GPU's memory, or of the process on a CPU
+    where: str
+
+
+def dry_run(
+    spec: RunSpec,
+    ref_model: RefModel | None = None,
+    optimizers: Optimizers | None = None,
+    post_mortem: bool = False,
+) -> Tried:
+    """Everything built as for a run, and one forward and backward pass of its first global batch; no update.
+
+    Nothing is written but caches. Arguments as those of `debug`.
+
+    Raises:
+        UserError: the settings or the data are wrong.
+    """
+    with (
+        joined(spec, post_mortem) as world,
+        debugger(world, post_mortem),
+        trial(
+            _without_lazy_cache(spec), prepare(spec), world, None, (), ref_model, optimizers, first_batch_only=True
+        ) as trainer,
+        closing(trainer.loader.steps(0, 0)) as steps,
+    ):
+        began = time.monotonic()
+        outputs = trainer.micro_steps(next(steps))
+        trainer.engine.finite()
+        grad_norm = float(trainer.engine.optimizer_step(apply=False).grad_norm)
+        seconds = time.monotonic() - began
+        sums = MetricSums(world)
+        for _, output in outputs:
+            sums.add(output.metric_sums)
+        made = Tried(len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world))
+        if world.is_main:
+            _say(made)
+        return made
+
+
+def _say(made: Tried) -> None:
+    print(f"forward and backward pass of the first {made.pairs} pairs: {made.seconds:.2f} s")
+    print(f"loss {made.metrics['loss']:.6f}, gradient norm {made.grad_norm:.6g}")
+    print(f"peak memory {made.peak_bytes / 2**20:,.0f} MB {made.where}, before the first update makes the ", end="")
+    print("optimizer's state; nothing was kept", flush=True)
+
+
+def _without_lazy_cache(spec: RunSpec) -> RunSpec:
+    """What was known of the reference would make a step cheaper than the first epoch's are, and what is new is not to
+    be kept."""
+    if spec.reference_cache != "lazy":
+        return spec
+    return spec.model_copy(update={"reference": spec.reference.model_copy(update={"cache": "off"})})
+
+
+def _peak(world: World) -> tuple[int, str]:
+    if world.device.type == "cuda":
+        peak, where = torch.cuda.max_memory_allocated(world.device), "of the GPU's memory"
+    else:
+        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "of the process"
+    most = world.max(torch.tensor([peak], dtype=torch.int64, device=world.device))
+    return int(most.item()), where

@@ -1,0 +1,394 @@
+"""What nodes say of themselves becomes checks with cures; and what this machine says is true. Real clusters that are
+broken are in tests/faults."""
+
+import os
+import socket
+import sys
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from support import tiny_spec, write_settings
+
+from orchestrator import cli
+from orchestrator.run import driver, preflight, probe
+from orchestrator.run.preflight import (
+    Check,
+    Node,
+    bandwidth_checks,
+    clock_checks,
+    disk_needed,
+    file_checks,
+    folder_checks,
+    gpu_checks,
+    look,
+    look_here,
+    port_checks,
+    refusal,
+    silence_checks,
+    space_checks,
+    table,
+    this_process,
+    version_checks,
+)
+from orchestrator.run.probe import NOT_SEEN, Card, Facts, Gpus, Probe
+from orchestrator.settings.spec import UserError
+
+GB = 10**9
+VERSIONS = {"python": "3.11.2", **dict.fromkeys(probe.PACKAGES, "1.0"), "torch": "2.13.0+cu130"}
+FACTS = Facts("/venv/bin/python", VERSIONS, Gpus(), {}, (32768, 60999))
+
+
+def having(**versions: str) -> Facts:
+    return replace(FACTS, versions=VERSIONS | {name.replace("_", "-"): version for name, version in versions.items()})
+
+
+def wrong(checks: list[Check]) -> list[Check]:
+    return [check for check in checks if not check.ok]
+
+
+# --- facts -> checks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("odd", "cure"),
+    [
+        (
+            {"torch": "2.12.0+cu126"},
+            "run /venv/bin/python -m pip install torch==2.13.0+cu130 "
+            "--index-url https://download.pytorch.org/whl/cu130 there, and start its Ray again",
+        ),
+        (
+            {"ray": "2.61.0"},
+            "run /venv/bin/python -m pip install ray==1.0 there, and start its Ray again",
+        ),
+        ({"deepspeed": "missing"}, "run /venv/bin/python -m pip install deepspeed==1.0 there, and start its Ray again"),
+        ({"python": "3.12.1"}, "start its Ray by Python 3.11.2"),
+        ({"dpo_orchestrator": "0.0.9"}, "install the same checkout there"),
+    ],
+)
+def test_the_node_with_another_version_is_named(odd: dict[str, str], cure: str) -> None:
+    (name, version), *_ = odd.items()
+    facts = {"driver": FACTS, "n1": FACTS, "n2": having(**odd), "n3": FACTS}
+    usual = VERSIONS[name.replace("_", "-")]
+    found = [Check(name.replace("_", "-"), "n2", version, f"the others have {usual}", cure)]
+    assert wrong(version_checks(facts)) == found
+    assert wrong(version_checks({"driver": FACTS, "n2": having(**odd), "n1": FACTS})) == found
+
+
+def test_a_driver_without_gpus_may_have_another_build_of_torch() -> None:
+    facts = {"driver": having(torch="2.13.0+cpu"), "n1": FACTS, "n2": FACTS}
+    assert wrong(version_checks(facts)) == []
+    facts = {"driver": having(torch="2.12.0+cpu"), "n1": FACTS, "n2": FACTS}
+    assert [(check.name, check.node) for check in wrong(version_checks(facts))] == [("torch", "driver")]
+
+
+def test_what_is_nowhere_is_missed_by_nobody() -> None:
+    facts = {"n1": having(peft="missing"), "n2": having(peft="missing")}
+    assert wrong(version_checks(facts)) == []
+    facts["n3"] = FACTS
+    assert [check.cure for check in wrong(version_checks(facts))] == [
+        "run /venv/bin/python -m pip uninstall peft there"
+    ]
+
+
+IDLE, BUSY = Card("H100", 80 * GB, GB), Card("H100", 80 * GB, 40 * GB)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "idle", "says", "cure"),
+    [
+        (Gpus(2, "", (IDLE, IDLE)), True, "", ""),
+        (Gpus(2, "", (IDLE, BUSY)), False, "", ""),  # Ray has given it to somebody
+        (Gpus(2, "", (IDLE, BUSY)), True, "others use 40 GB of 80 GB of a GPU that Ray has", "end the processes that"),
+        (Gpus(1, "", (IDLE,)), True, "there should be 2 (the rest is hidden)", "or with --num-gpus=1"),
+        (Gpus(0, "Torch not compiled with CUDA enabled", (IDLE,)), True, "there should be 2", "torch==2.13.0 there"),
+        (Gpus(0, "The NVIDIA driver on your system is too old", (IDLE,)), True, "too old", "update the NVIDIA driver"),
+        (
+            Gpus(0, "Found no NVIDIA driver"),
+            True,
+            "there should be 2 (Found no NVIDIA driver)",
+            "mend the NVIDIA driver",
+        ),
+    ],
+)
+def test_gpus_that_torch_cannot_use(gpus: Gpus, idle: bool, says: str, cure: str) -> None:
+    facts = {"driver": FACTS, "n1": replace(FACTS, gpus=gpus)}
+    (check,) = gpu_checks(facts, {"n1": 2}, idle)
+    assert (check.name, check.node, check.ok) == ("GPUs", "n1", not says)
+    assert says in check.wrong
+    assert cure in check.cure
+
+
+def test_gpus_that_ray_does_not_know_of_are_missed_too() -> None:
+    facts = {"n1": replace(FACTS, gpus=Gpus(0, "CUDA_VISIBLE_DEVICES hides them", (IDLE,)))}
+    (check,) = gpu_checks(facts, {"n1": 0}, True)
+    assert check.wrong == "there should be 1 (CUDA_VISIBLE_DEVICES hides them)"
+
+
+def test_files_must_be_readable_and_the_same() -> None:
+    gone = UserError("data.train", "/d.jsonl", "does not exist", "give a file")
+    facts = {
+        node: replace(FACTS, files={"data.train": found})
+        for node, found in {"driver": 7, "n1": 7, "n2": gone, "n3": 9}.items()
+    }
+    assert [(c.name, c.node, c.found, c.wrong) for c in wrong(file_checks(facts, {"data.train": "/d.jsonl"}))] == [
+        ("data.train", "n2", "/d.jsonl", "does not exist"),
+        ("data.train", "n3", "/d.jsonl", "has 9 bytes there, and 7 on the others"),
+    ]
+
+
+def test_a_folder_must_be_shared_and_writable() -> None:
+    failed = {"driver": {}, "n1": {}, "n2": {"run.dir": NOT_SEEN}, "n3": {"run.dir": "Read-only file system"}}
+    checks = folder_checks({"run.dir": Path("/runs/x")}, failed, {"driver": {"run.dir": ["n1"]}, "n1": {"run.dir": []}})
+    said = {check.node: (check.wrong, check.cure) for check in checks}
+    mount = "mount the file system of /runs/x there, or set run.dir to a folder that every node shares"
+    assert said == {
+        "driver": ("what n1 writes there is not seen, so it is not shared", mount),
+        "n1": ("", ""),
+        "n2": ("what the driver writes there is not seen, so it is not shared", mount),
+        "n3": (
+            "cannot be written (Read-only file system)",
+            "free some space, let the user who runs Ray write there, or set run.dir to another folder",
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("offsets", "off"),
+    [
+        ({"driver": (0, 0), "n1": (0.1, 0.01), "n2": (-2.9, 0.01)}, {}),
+        ({"driver": (0, 0), "n1": (0.1, 0.01), "n2": (60, 0.01)}, {"n2": "+60.0 s"}),
+        ({"driver": (0, 0), "n1": (-60, 0.01)}, {"n1": "-60.0 s"}),
+        ({"driver": (0, 0), "n1": (60, 0.01), "n2": (61, 0.01)}, {"driver": "-60.0 s"}),  # the others are right
+        ({"driver": (0, 0), "n1": (0, 0), "n2": (5, 4)}, {}),  # nobody knows: the answer came late
+    ],
+)
+def test_clocks_must_agree(offsets: dict[str, tuple[float, float]], off: dict[str, str]) -> None:
+    assert {check.node: check.found for check in wrong(clock_checks(offsets))} == off
+
+
+def test_ports_that_are_blocked_name_both_ends_and_the_range() -> None:
+    checks = port_checks({"n1": {}, "n2": {"n1": "timed out", "n3": "timed out"}}, {"n1": (1, 2), "n2": (32768, 60999)})
+    assert [(check.node, check.ok) for check in checks] == [("n1", True), ("n2", False)]
+    assert checks[1].wrong == "cannot be reached from n1, n3 (timed out)"
+    assert checks[1].cure.startswith("let its firewall accept TCP to ports 32768-60999 ")
+
+
+def test_the_rest_of_what_nodes_say() -> None:
+    assert [check.found for check in bandwidth_checks({"n1": 2e9, "n2": 1.5e9})] == [
+        "1.5 GB/s, 16.8 MB over 2 nodes"
+    ] * 2
+    silent, apart = silence_checks(
+        [("facts", "n1", "no answer within 25 s"), ("all_reduce", "n2", "Connection refused")]
+    )
+    assert str(refusal([silent])).startswith(
+        "node on n1 = 'no answer within 25 s': could not be looked at (facts); see"
+    )
+    assert "set cluster.network_interface" in apart.cure
+
+
+def test_the_table_has_the_cure_beside_what_is_wrong() -> None:
+    nodes = ["driver", *(f"n{number}" for number in range(1, 6))]
+    checks = [Check("torch", node, "2.13.0") for node in nodes]
+    checks += [Check("clock", "n1", "within 3 s"), Check("clock", "n2", "+60.0 s", "is ahead", "set it")]
+    assert table(checks).splitlines() == [
+        "ok   torch  driver, n1, n2 and 3 more  2.13.0",
+        "ok   clock  n1                         within 3 s",
+        "RED  clock  n2                         +60.0 s     is ahead; set it",
+    ]
+    checks += [Check("torch", "n6", "2.12.0", "is old", "mend it"), Check("torch", "n7", "2.12.0", "is old", "mend it")]
+    assert str(refusal(checks)).splitlines() == [
+        "clock on n2 = '+60.0 s': is ahead; set it",
+        "torch on n6, n7 = '2.12.0': is old; mend it",
+    ]
+    assert refusal([Check("torch", "n1", "2.13.0")]) is None
+    assert str(refusal([Check("run.dir", "", "/x", "is full", "free it")])) == "run.dir = '/x': is full; free it"
+
+
+# --- this machine ------------------------------------------------------------------------------------------------
+
+
+def test_this_machine_is_well_and_nothing_is_left_of_the_look(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path, data={"cache_dir": str(tmp_path / "a" / "b")})
+    before = sorted(tmp_path.iterdir())
+    checks = look_here(spec) + space_checks(spec)
+    assert wrong(checks) == []
+    assert [check.found for check in checks if check.name == "GPUs"] == ["0 for torch"]
+    names = {"python", "torch", "data.train", "data.eval", "run.dir", "data.cache_dir", "space in run.dir"}
+    assert names <= {check.name for check in checks}
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "a").mkdir()
+    look_here(spec)
+    assert list((tmp_path / "a").iterdir()) == []  # what was there stays
+
+
+def test_what_is_wrong_here_is_said(tmp_path: Path) -> None:
+    hub_or_here = {"path": "/nowhere/model", "init": None}
+    spec = tiny_spec(tmp_path, run={"dir": "/proc/runs"}, data={"train": "/nowhere.jsonl"}, model=hub_or_here)
+    found = {check.name: check for check in wrong(look_here(spec))}
+    assert found.keys() == {"run.dir", "data.train", "model.path"}
+    assert found["run.dir"].wrong.startswith("cannot be written (")
+    assert str(refusal([found["data.train"]])).startswith("data.train = '/nowhere.jsonl': does not exist; give a JSONL")
+
+
+def test_a_file_system_that_hangs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (probe, preflight):
+        monkeypatch.setattr(module, "READ_S", 0.2)
+    os.mkfifo(tmp_path / "rows.jsonl")  # whoever opens it waits for a writer that never comes
+    spec = tiny_spec(tmp_path, data={"train": str(tmp_path / "rows.jsonl")})
+    with pytest.raises(
+        UserError, match=r"data\.train = .*: cannot be read \(no answer within 0 s\); mend the file system"
+    ):
+        preflight.check_answers(spec)
+    assert [check.name for check in wrong(look_here(spec))] == ["data.train"]
+
+
+def test_a_full_file_system_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path, run={"dir": "/proc/runs"})  # which has no room at all
+    with pytest.raises(UserError, match=r"run\.dir = '/proc/runs/tiny': is on a file system that is full; free some"):
+        preflight.check_answers(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "cards"),
+    [
+        ("0, GPU-a, H100, 81559, 4\n1, GPU-b, H100, 81559, 900\n", None, [4, 900]),
+        ("0, GPU-a, H100, 81559, 4\n1, GPU-b, H100, 81559, 900\n", "1", [900]),
+        ("0, GPU-a, H100, 81559, 4\n1, GPU-b, H100, 81559, 900\n", "GPU-a", [4]),
+        ("0, GPU-a, H100, 81559, 4\n", "", []),
+        ("0, GPU-a, GB10, [N/A], [N/A]\n", None, [0]),
+    ],
+)
+def test_nvidia_smi_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, visible: str | None, cards: list[int]
+) -> None:
+    (tmp_path / "said").write_text(text)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat {tmp_path}/said\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [card.used // 2**20 for card in probe.cards()] == cards
+
+
+# --- nodes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_does_not_answer_is_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "START_S", 3.0)
+    answers = this_process("n1")._replace(address="127.0.0.1")
+    hangs = Node("n2", "127.0.0.2", 0, lambda *_: Future())
+    checks = look(this_process("driver"), [answers, hangs], tiny_spec(tmp_path))
+    assert [(check.name, check.node, check.found) for check in wrong(checks)] == [
+        ("node", "n2", "no answer within 3 s")
+    ]
+    assert {check.found for check in checks if check.name == "all-reduce"} == {"not measured before the rest is mended"}
+    assert [check.node for check in checks if check.name == "ports"] == ["n1"]
+
+
+def test_nodes_reach_each_other_or_say_why_not() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        port = Probe().listen("127.0.0.1")
+        found = Probe().connect({"n1": ("127.0.0.1", port), "n2": taken.getsockname()})
+    assert found == {"n2": "Connection refused"}
+
+
+def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(
+            UserError, match=r"RAY_ADDRESS = .*: no Ray answers there \(Connection refused\); start the"
+        ):
+            driver.doctor(None)
+
+
+# --- room for checkpoints ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {},
+        {"optimizer": {"name": "torch.optim.SGD", "lr": 1e-3, "kwargs": {"momentum": 0.9}}},
+        {"reference": {"kind": "shared_layers", "num_shared_layers": 1}},
+        {"model": {"lora": {"r": 4}}, "reference": {"kind": "adapter_off"}},
+    ],
+    ids=["AdamW", "SGD with momentum", "frozen layers", "LoRA"],
+)
+def test_what_a_run_writes_is_known_beforehand(tmp_path: Path, blocks: dict[str, Any]) -> None:
+    blocks = {"data": {"eval": None}, "training": {"max_steps": 1}, **blocks}
+    settings = write_settings(tmp_path, **blocks)
+    forked.finished(settings)
+    (checkpoint,) = (tmp_path / "runs" / "tiny" / "checkpoints").glob("step_*/rank_00000.safetensors")
+    model = tmp_path / "runs" / "tiny" / "model" / "model.safetensors"
+    needed = disk_needed(tiny_spec(tmp_path, **blocks))
+    headers = 30_000  # names and places of tensors
+    assert 0 < checkpoint.stat().st_size - needed.checkpoint < headers
+    assert 0 < model.stat().st_size - needed.model < headers
+    assert needed.checkpoints == 1
+
+
+def test_an_optimizer_of_unknown_state_counts_with_its_weights(tmp_path: Path) -> None:
+    known = disk_needed(tiny_spec(tmp_path))
+    unknown = disk_needed(tiny_spec(tmp_path, optimizer={"name": "torch.optim.Adafactor"}))
+    assert known.checkpoint == 3 * unknown.checkpoint
+    assert disk_needed(tiny_spec(tmp_path), own_optimizer=True) == unknown
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "keep", "at_once"), [(None, 100, 2, 1), (10, 100, 2, 3), (10, 15, 2, 2), (10, None, 5, 6)]
+)
+def test_checkpoints_at_once(tmp_path: Path, every: int | None, steps: int | None, keep: int, at_once: int) -> None:
+    spec = tiny_spec(tmp_path, checkpoint={"every_steps": every, "keep": keep}, training={"max_steps": steps})
+    assert disk_needed(spec).checkpoints == at_once
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    enough = {"checkpoint": {"every_steps": 1, "keep": 10}, "training": {"max_steps": None}}
+    assert wrong(space_checks(tiny_spec(tmp_path, **enough))) == []
+    too_many = {"checkpoint": {"every_steps": 1, "keep": 10**12}, "training": {"max_steps": None}}
+    (check,) = wrong(space_checks(tiny_spec(tmp_path, **too_many)))
+    assert str(refusal([check])).startswith("space in run.dir = '")
+    assert "(1000000000001 of 340 KB at once, and the model, 113 KB)" in check.wrong
+    assert "lower checkpoint.keep (1000000000000), or set run.dir to another file system" in check.cure
+
+
+def test_what_is_written_already_needs_no_room(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path, checkpoint={"every_steps": 1, "keep": 10}, training={"max_steps": None})
+
+    def needed() -> str:
+        (check,) = space_checks(spec)
+        return check.found.partition(" free, ")[2]
+
+    assert needed() == "3.85 MB needed"
+    held = spec.run_dir / "checkpoints" / "step_00000001" / "rank_00000.safetensors"
+    held.parent.mkdir(parents=True)
+    held.write_bytes(bytes(10**6))
+    assert needed() == "2.85 MB needed"
+
+
+# --- the verb ----------------------------------------------------------------------------------------------------
+
+
+def test_doctor_prints_all_and_ends_with_2_where_something_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # cli.main adds to it
+    settings = str(write_settings(tmp_path))
+    assert cli.main(["doctor", settings]) == cli.DONE
+    assert all(line.startswith("ok ") for line in capsys.readouterr().out.splitlines())
+    assert cli.main(["doctor", settings, "data.train=/nowhere.jsonl"]) == cli.WRONG
+    said = capsys.readouterr().out.splitlines()
+    (red,) = [line for line in said if line.startswith("RED")]
+    assert red.split()[:4] == ["RED", "data.train", "here", "/nowhere.jsonl"]
+    assert "does not exist; give a JSONL, JSON or Parquet file" in red
+    assert sum(line.startswith("ok ") for line in said) > 10
+    assert cli.main(["doctor"]) == cli.DONE
+    assert "data.train" not in capsys.readouterr().out
