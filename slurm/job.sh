@@ -1,0 +1,87 @@
+# What a batch script does around its program: finds it, waits while signals are served, ends or requeues the job.
+# Sourced by the scripts beside it, which define ask_to_stop SIGNAL.
+# shellcheck shell=bash
+
+run_dir=            # set by plan
+declare -a received # signals so far, in order; the scripts note them before they have found this file
+STOPPED=3           # the exit code of a run that was saved and resumes
+
+trap 'on_signal USR1' USR1
+trap 'on_signal TERM' TERM
+
+say() { echo "[$(date +%T) $HOSTNAME, start $((${SLURM_RESTART_COUNT:-0} + 1))] $*"; }
+
+# Ends the job: fail KEY VALUE RULE CURE
+fail() {
+  echo "error: $1 = $2: $3; $4" >&2
+  exit 1
+}
+
+on_signal() {
+  received+=("$1")
+  say "received $1"
+  ask_to_stop "$1" || true # there may be nothing to ask yet
+}
+
+has_received() { [[ " ${received[*]} " == *" $1 "* ]]; }
+
+# The exit code of a process in the background, however often a signal interrupts: bash serves traps only here and
+# between commands, so that nothing long may run in the foreground.
+await() {
+  local seen code
+  while :; do
+    seen=${#received[@]} code=0
+    wait "$1" || code=$?
+    [ "${#received[@]}" != "$seen" ] || return "$code"
+  done
+}
+
+find_orchestrator() {
+  [ -z "${VIRTUAL_ENV:-}" ] || PATH=$VIRTUAL_ENV/bin:$PATH
+  command -v orchestrator >/dev/null ||
+    fail VIRTUAL_ENV "${VIRTUAL_ENV:-(not set)}" "node $HOSTNAME finds no orchestrator in its bin, nor on PATH" \
+      "submit with the virtual environment active, and have it where every node sees it"
+}
+
+# Refuses wrong settings before any node is used, and learns the run directory from the right ones.
+plan() {
+  local facts code=0
+  facts=$(mktemp)
+  orchestrator plan --json "$@" >"$facts" &
+  await $! || code=$?
+  [ "$code" = 0 ] || exit "$code"
+  run_dir=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["run_dir"])' <"$facts")
+  rm "$facts"
+  mkdir -p "$run_dir/logs"
+}
+
+# Ends the job with the program's exit code, or by a requeue where time was running out and the run can go on.
+conclude() {
+  local code=$1 signal
+  for signal in "${received[@]}"; do
+    # killed by the signal that it was sent, it was not listening yet: there was nothing to save
+    [ "$code" != $((128 + $(kill -l "$signal"))) ] || code=$STOPPED
+  done
+  # not after TERM: Slurm would let a cancelled job come back
+  if [ "$code" = "$STOPPED" ] && has_received USR1 && ! has_received TERM; then requeue; fi
+  say "exit code $code"
+  exit "$code"
+}
+
+# Returns where the job may not be requeued.
+requeue() {
+  local newest=none each starts=$run_dir/logs/requeues-$SLURM_JOB_ID
+  for each in "$run_dir"/checkpoints/step_*/manifest.json; do
+    [ ! -e "$each" ] || newest=$(basename "$(dirname "$each")")
+  done
+  echo "$newest" >>"$starts"
+  if [ "$(tail -n 3 "$starts" | grep -cxF "$newest")" = 3 ]; then
+    echo "error: --time = $(squeue -h -j "$SLURM_JOB_ID" -o %l): three starts in a row have made no new checkpoint" \
+      "(newest: $newest), so that the job is not requeued; lengthen it, or lower checkpoint.every_steps" >&2
+    return 0
+  fi
+  trap '' TERM # which the requeue sends
+  [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || return 0 # cancelled meanwhile
+  say "requeued, to go on from checkpoint: $newest"
+  if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
+}

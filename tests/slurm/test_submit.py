@@ -1,0 +1,133 @@
+"""`orchestrator submit --to slurm`: which flags the settings become, what Slurm makes of them, and what it refuses."""
+
+import os
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from slurmd import Slurm
+from support import ROOT, orchestrator, tiny_spec, write_settings
+
+from orchestrator.run.submit import slurm_flags
+from orchestrator.settings.load import load_spec
+from orchestrator.settings.spec import UserError
+
+SIXTEEN = {"num_workers": 16, "resources": {"GPU": 1, "CPU": 7.5}}
+
+
+def flags(folder: Path, cluster: dict[str, Any], **slurm: Any) -> dict[str, str]:
+    words = slurm_flags(tiny_spec(folder, cluster=cluster, slurm=slurm))
+    return dict(word.removeprefix("--").split("=", 1) for word in words)
+
+
+def test_flags_follow_from_the_settings(tmp_path: Path) -> None:
+    made = flags(tmp_path, SIXTEEN, workers_per_node=8, time=90000, partition="p", account="a", qos="q", signal_s=60)
+    assert made == {
+        "job-name": "tiny",
+        "nodes": "2",
+        "gpus-per-node": "8",
+        "cpus-per-task": "60",
+        "time": "25:00:00",
+        "signal": "B:USR1@60",
+        "partition": "p",
+        "account": "a",
+        "qos": "q",
+        "output": f"{tmp_path}/runs/tiny/logs/slurm-%j.log",
+    }
+
+
+@pytest.mark.parametrize(
+    ("cluster", "slurm", "nodes", "gpus"),
+    [
+        ({"num_workers": 9}, {"workers_per_node": 8}, "2", "8"),
+        ({"num_workers": [2, 9]}, {"workers_per_node": 4}, "1-3", "4"),
+        ({"num_workers": 2}, {"workers_per_node": 8}, "1", "2"),  # no more than there are
+        ({"num_workers": 4, "placement": "STRICT_SPREAD"}, {}, "4", "1"),
+        ({"num_workers": 4, "placement": "STRICT_PACK"}, {}, "1", "4"),
+        ({"num_workers": 1}, {}, "1", "1"),
+        ({"num_workers": 3, "resources": {"GPU": 0.5}}, {"workers_per_node": 3}, "1", "2"),
+    ],
+)
+def test_nodes_and_gpus(tmp_path: Path, cluster: dict[str, Any], slurm: dict[str, Any], nodes: str, gpus: str) -> None:
+    made = flags(tmp_path, {"resources": {"GPU": 1}} | cluster, **slurm)
+    assert (made["nodes"], made["gpus-per-node"]) == (nodes, gpus)
+    assert "cpus-per-task" not in made
+
+
+def test_further_flags_stand_last(tmp_path: Path) -> None:
+    words = slurm_flags(
+        tiny_spec(tmp_path, cluster={"resources": {"CPU": 1}}, slurm={"args": ["--mem=0", "--nodes=3"]})
+    )
+    assert words[-2:] == ["--mem=0", "--nodes=3"]
+    assert "--gpus-per-node" not in " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "said"),
+    [
+        (SIXTEEN, "slurm.workers_per_node = (not set): how many of the 16 workers share a node is left open"),
+        ({"num_workers": 1}, "cluster.resources = {}: Slurm gives a job what it asks for"),
+    ],
+)
+def test_what_is_left_open_is_refused(tmp_path: Path, cluster: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        flags(tmp_path, cluster)
+    assert str(refused.value).startswith(said)
+
+
+def test_without_slurm(tmp_path: Path) -> None:
+    settings = write_settings(tmp_path, cluster={"resources": {"CPU": 1}})
+    refused = orchestrator("submit", "--to", "slurm", settings, env={"PATH": str(tmp_path)})
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: --to = 'slurm': there is no sbatch on PATH; "
+        "submit where Slurm's commands are, on a login node of the cluster\n"
+    )
+
+
+def test_a_slurm_that_does_not_answer(tmp_path: Path) -> None:
+    settings = write_settings(tmp_path, cluster={"resources": {"CPU": 1}})
+    said = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    sbatch = tmp_path / "sbatch"  # a stub: the real one tries for nine seconds
+    sbatch.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    failed = orchestrator("submit", "--to", "slurm", settings, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert failed.returncode == 1  # the settings are not to blame
+    assert failed.stderr == f"error: {said.replace('sbatch: error:', 'sbatch:')}\n"
+
+
+def submit(slurm: Slurm, *words: str | Path) -> CompletedProcess[str]:
+    return slurm.run(sys.executable, "-m", "orchestrator.cli", "submit", "--to", "slurm", *words, cwd=ROOT)
+
+
+@pytest.mark.slurm
+def test_slurm_takes_it(slurm: Slurm, tmp_path: Path) -> None:
+    settings = write_settings(
+        tmp_path, cluster=SIXTEEN, slurm={"workers_per_node": 8, "time": "1-00:00", "args": ["--hold"]}
+    )
+    submitted = submit(slurm, settings, "optimizer.lr=2e-3")
+    assert submitted.returncode == 0, submitted.stderr
+    said = dict(line.split(maxsplit=1) for line in submitted.stdout.splitlines()[-4:])
+    run_dir, number = tmp_path / "runs/tiny", said["job"]
+    assert said["follow"] == f"tail -F {run_dir}/logs/slurm-{number}.log"
+    assert said["stop"] == f"orchestrator stop {run_dir}"
+    job = slurm.job(int(number))
+    assert (job["JobName"], job["NumNodes"], job["TimeLimit"]) == ("tiny", "2-2", "1-00:00:00")
+    assert (job["NumCPUs"], job["StdOut"]) == ("120", f"{run_dir}/logs/slurm-{number}.log")
+    assert job["Requeue"] == "1"
+    assert load_spec(run_dir / "submitted.yaml") == load_spec(settings, ["optimizer.lr=2e-3"])
+    slurm.run("scancel", number)
+
+
+@pytest.mark.slurm
+def test_slurm_refuses_it(slurm: Slurm, tmp_path: Path) -> None:
+    settings = write_settings(tmp_path, cluster=SIXTEEN, slurm={"workers_per_node": 8, "partition": "nowhere"})
+    refused = submit(slurm, settings)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: slurm = {'workers_per_node': 8, 'partition': 'nowhere'}: sbatch refuses the job: invalid partition "
+        "specified: nowhere; Batch job submission failed: Invalid partition name specified; change this block, or "
+        "cluster.resources\n"
+    )
