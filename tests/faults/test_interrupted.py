@@ -16,11 +16,11 @@ import pytest
 from safetensors.torch import load_file
 from support import losses, metric_lines, orchestrator, write_settings
 
-STEPS, EVERY = 120, 20
+STEPS, EVERY = 60, 10
 LONG: dict[str, Any] = {
     "training": {"max_steps": STEPS, "logging_steps": 3},  # a window of the log is open at most checkpoints
     "checkpoint": {"every_steps": EVERY, "keep": 3},
-    "evaluation": {"every_steps": 50},
+    "evaluation": {"every_steps": 25},
     "cluster": {"num_workers": 2},
 }
 

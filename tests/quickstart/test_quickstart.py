@@ -4,9 +4,12 @@ import math
 import shutil
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from support import ROOT, metric_lines, orchestrator
+
+from orchestrator.cli import STOPPED
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +94,10 @@ def test_verify_and_export(finished: tuple[Path, str], tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_debug_gives_the_same_losses(finished: tuple[Path, str]) -> None:
     run_dir, _ = finished
-    words = [ROOT / "configs/quickstart.yaml", f"run.dir={run_dir.parent}", "run.name=debug", "wandb.mode=disabled"]
-    ended = orchestrator("debug", *words, cwd=ROOT)
-    assert ended.returncode == 0, ended.stderr
+    words = [f"run.dir={run_dir.parent}", "run.name=debug", "wandb.mode=disabled", forked.stops_at(60)]
+    settings = Path(shutil.copy(ROOT / "configs/quickstart.yaml", run_dir.parent))
+    ended = forked.run(settings, *words, cwd=ROOT)
+    assert ended.codes == [STOPPED], ended.log
     made = {line["step"]: line for line in metric_lines(run_dir.parent / "debug")}
     for line in metric_lines(run_dir)[:7]:  # 60 steps; then learning sets in, and amplifies rounding beyond any bound
         for name in ("loss", "eval_loss"):

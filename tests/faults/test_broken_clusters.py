@@ -1,0 +1,204 @@
+"""A cluster on which a run would go wrong is refused in a minute, in a line that says what to change; on a real Ray of
+two nodes, of which one is broken, and mended again, for each test."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+from nodes import Nodes, RayCluster, why_not
+from support import write_settings
+
+REFUSED_WITHIN_S = 60  # what is promised
+N1, N2 = r"10\.77\.0\.11 \(n1\)", r"10\.77\.0\.12 \(n2\)"
+FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+# Python on the second node, while a file `clock` says by how much its clock is wrong. Namespaces share the machine's
+# clock, so this one is faked; not in Ray's own processes, whose clock may not jump.
+SITECUSTOMIZE = f"""
+import os, sys
+from pathlib import Path
+clock = Path(__file__).with_name("clock")
+if clock.exists() and "FAKETIME" not in os.environ:
+    os.environ.update(LD_PRELOAD="{FAKETIME[0] if FAKETIME else ""}", FAKETIME=clock.read_text())
+    os.execv(sys.executable, sys.orig_argv)
+"""
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+class Cluster:
+    """Two nodes, of which the first has the head and the driver, and the second says that it has a GPU."""
+
+    def __init__(self, folder: Path, nodes: Nodes) -> None:
+        self.folder, self.nodes, self.ray = folder, nodes, RayCluster(nodes)
+        self.data, self.runs, self.packages = (folder / name for name in ("data", "runs", "packages"))
+        for path in (self.data, self.runs, self.packages):
+            path.mkdir()
+        cluster = {"num_workers": 2, "resources": {"CPU": 1}, "placement": "SPREAD"}
+        self.settings = write_settings(self.data, cluster=cluster, run={"dir": str(self.runs)})
+        (self.packages / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        self.ray.start("n1")
+        self.ray.start("n2", "--num-gpus=1", PYTHONPATH=str(self.packages), CUDA_VISIBLE_DEVICES="99")
+
+    def orchestrator(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A verb with the settings, on the first node."""
+        verb, *rest = words
+        command = [sys.executable, "-m", "orchestrator.cli", verb, self.settings, *rest]
+        env = self.ray.env(RAY_ADDRESS=self.ray.address, CUDA_VISIBLE_DEVICES="")
+        return self.nodes.run("n1", *command, cwd=self.folder, timeout=REFUSED_WITHIN_S, env=env)
+
+    def on(self, node: str, *command: str | Path) -> None:
+        """Run a command on a node."""
+        done = self.nodes.run(node, *command)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if why := why_not():
+        pytest.skip(why)
+    folder = tmp_path_factory.mktemp("cluster")
+    with Nodes(folder / "nodes") as nodes:
+        yield Cluster(folder, nodes)
+
+
+def test_on_a_whole_cluster_everything_is_green(cluster: Cluster) -> None:
+    done = cluster.orchestrator("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line.split(maxsplit=2)[1]: line for line in done.stdout.splitlines()}
+    assert all(line.startswith("ok ") for line in lines.values())
+    everywhere = "driver (n1), 10.77.0.11 (n1), 10.77.0.12 (n2)"
+    assert all(everywhere in lines[name] for name in ("python", "torch", "ray", "data.train", "run.dir", "clock"))
+    assert "B/s, 16.8 MB over 2 nodes" in lines["all-reduce"]
+    assert list(cluster.runs.iterdir()) == []  # nothing is left of it
+
+
+# --- broken ------------------------------------------------------------------------------------------------------
+
+Broken = Callable[[Cluster], AbstractContextManager[None]]
+
+
+@contextmanager
+def other_version(cluster: Cluster) -> Iterator[None]:
+    """Fake: the name and version of a torch that is not there, where the second node looks first."""
+    installed = cluster.packages / "torch-9.9.9.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    yield
+    shutil.rmtree(installed)
+
+
+@contextmanager
+def hidden(cluster: Cluster, node: str, folder: Path, size: str = "64m") -> Iterator[None]:
+    """A node has a file system of its own in the place of a folder."""
+    cluster.on(node, "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
+    try:
+        yield
+    finally:
+        cluster.on(node, "umount", "--lazy", folder)
+
+
+@contextmanager
+def full_disk(cluster: Cluster) -> Iterator[None]:
+    with hidden(cluster, "n1", cluster.runs, size="4m"):
+        cluster.on("n1", "fallocate", "--length", str(2**22 - 2**17), cluster.runs / "others")
+        yield
+
+
+@contextmanager
+def blocked_ports(cluster: Cluster) -> Iterator[None]:
+    """Packets to ports that nobody has named are dropped on the second node; Ray's own ports are below those."""
+    if shutil.which("nft") is None:
+        pytest.skip("nft is missing: apt-get install nftables")
+    rule = "tcp dport 32768-60999 ct state new drop"
+    cluster.on(
+        "n2",
+        "nft",
+        f"add table ip broken; add chain ip broken in {{ type filter hook input priority 0; }}; "
+        f"add rule ip broken in {rule}",
+    )
+    yield
+    cluster.on("n2", "nft", "delete table ip broken")
+
+
+@contextmanager
+def wrong_clock(cluster: Cluster) -> Iterator[None]:
+    if not FAKETIME:
+        pytest.skip("libfaketime is missing: apt-get install faketime")
+    clock = cluster.packages / "clock"
+    clock.write_text("+3600")
+    yield
+    clock.unlink()
+
+
+@contextmanager
+def as_it_is(cluster: Cluster) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("broken", "words", "says"),
+    [
+        pytest.param(
+            other_version,
+            [],
+            rf"torch on {N2} = '9\.9\.9': the others have (\S+); run \S+python\S* -m pip install torch==\1",
+            id="another version on a node",
+        ),
+        pytest.param(
+            lambda cluster: hidden(cluster, "n2", cluster.runs),
+            [],
+            rf"run\.dir on {N2} = '\S+/runs/tiny': what the driver writes there is not seen, so it is not shared; "
+            r"mount the file system of \S+/runs/tiny there, or set run\.dir to a folder that every node shares",
+            id="run directory not shared",
+        ),
+        pytest.param(
+            blocked_ports,
+            [],
+            rf"ports on {N2} = '32768-60999': cannot be reached from {N1} \(timed out\); "
+            r"let its firewall accept TCP to ports 32768-60999",
+            id="a blocked port",
+        ),
+        pytest.param(
+            as_it_is,
+            ["cluster.num_workers=1", "cluster.resources={GPU: 1}"],
+            rf"GPUs on {N2} = '0 for torch': there should be 1 \(.+\); (run \S+ -m pip install torch|mend the NVIDIA)",
+            id="no GPU where one is asked",
+        ),
+        pytest.param(
+            full_disk,
+            [],
+            r"run\.dir = '\S+/runs/tiny': is on a file system that is full; free some space there, or set run\.dir",
+            id="a full disk",
+        ),
+        pytest.param(
+            wrong_clock,
+            [],
+            rf"clock on {N2} = '\+3600\.\d s': is ahead of the other clocks; let chrony or ntpd set it there",
+            id="a skewed clock",
+        ),
+        pytest.param(
+            as_it_is,
+            ["cluster.num_workers=3"],
+            rf"cluster\.num_workers = 3: workers need 1 CPU each, .* have room for 2: 1 CPU on {N1}, {N2}; "
+            r"set cluster\.num_workers=2, lower cluster\.resources, or join a larger cluster",
+            id="a missing node",
+        ),
+        pytest.param(
+            lambda cluster: hidden(cluster, "n2", cluster.data),
+            [],
+            rf"data\.train on {N2} = '\S+/train\.jsonl': does not exist; give a JSONL, JSON or Parquet file",
+            id="unreadable data",
+        ),
+    ],
+)
+def test_a_broken_cluster_is_refused(cluster: Cluster, broken: Broken, words: list[str], says: str) -> None:
+    with broken(cluster):
+        done = cluster.orchestrator("train", *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert not (cluster.runs / "tiny" / "result.json").exists()
+    assert any(re.search(says, line) for line in done.stderr.splitlines()), done.stderr

@@ -1,0 +1,231 @@
+"""Runs on a real Ray over two nodes, entered by a token: by Ray's own `ray job submit`, and by ours, whose exit code is
+the run's. Last of all, a W&B key that every process could see is looked for in all that was written."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import forked
+import pytest
+from nodes import Nodes, RayCluster, wait_until, why_not
+from support import losses, raw_settings, write_settings
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+ROOT = Path(__file__).parents[2]
+CANARY = "canary-89abcdef0123456789abcdef0123456789"
+# How soon a head takes a node for dead; it would be a minute. RAY_health_check_* are its own names.
+IMPATIENT = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "2000",
+}
+STEPS = 8
+USERS_CODE = """
+import json, os, time, torch
+from pathlib import Path
+from transformers import TrainerCallback
+
+class Dies(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3 and not Path("{folder}/died").exists():
+            Path("{folder}/died").touch()
+            os._exit(7)
+
+class Waits(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5 and not Path("{folder}/waited").exists():
+            Path("{folder}/waited").touch()
+            while not Path(args.output_dir, "STOP").exists():
+                time.sleep(0.05)
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        time.sleep(0.1)
+
+def collate(rows, context):
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    where = {{name: os.environ[name] for name in names}} | {{"host": os.uname().nodename}}
+    Path("{folder}", f"rank{{context.rank}}.json").write_text(json.dumps(where))
+    width = max(len(r["prompt_ids"] + r[side]) for r in rows for side in ("chosen_ids", "rejected_ids"))
+    made = {{"input_ids": [], "attention_mask": [], "completion_mask": []}}
+    for side in ("chosen_ids", "rejected_ids"):
+        for row in rows:
+            prompt, answer = row["prompt_ids"], row[side]
+            rest = width - len(prompt) - len(answer)
+            made["input_ids"].append(prompt + answer + [0] * rest)
+            made["attention_mask"].append([1] * (width - rest) + [0] * rest)
+            made["completion_mask"].append([0] * len(prompt) + [1] * len(answer) + [0] * rest)
+    return {{name: torch.tensor(value) for name, value in made.items()}}
+"""
+
+
+class Place(NamedTuple):
+    """A folder that every node sees, and a Ray: n1, the head, with two CPUs, n2 with one; n3 is a node without Ray."""
+
+    folder: Path
+    nodes: Nodes
+    ray: RayCluster
+
+    def env(self, **more: str) -> dict[str, str]:
+        """Of who submits; the key is at hand here too."""
+        return self.ray.env(RAY_API_SERVER_ADDRESS=self.ray.jobs_address, WANDB_API_KEY=CANARY, **more)
+
+    def submit(self, *words: str) -> subprocess.Popen[str]:
+        """`orchestrator submit --to ray run.yaml WORDS...` from a machine that is no node."""
+        return self.nodes.popen(
+            "ctl",
+            *["orchestrator", "submit", "--to", "ray", "run.yaml", *words],
+            cwd=self.folder,
+            env=self.env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("two_nodes")
+    write_settings(
+        folder,
+        run={"name": "run"},
+        training={"max_steps": STEPS},
+        checkpoint={"every_steps": 2},
+        wandb={"mode": "offline"},
+        data={"collator": "users_code:collate"},
+        cluster={"num_workers": 3, "placement": "PACK", "resources": {"CPU": 1}, "max_failures": 0},
+    )
+    (folder / "users_code.py").write_text(USERS_CODE.format(folder=folder))
+    with Nodes(folder / "nodes", count=3) as nodes:
+        ray = RayCluster(nodes)
+        ray.start("n1", "--num-cpus=2", WANDB_API_KEY=CANARY, HF_HUB_OFFLINE="1", **IMPATIENT)
+        ray.start("n2", WANDB_API_KEY=CANARY, HF_HUB_OFFLINE="1")
+        yield Place(folder, nodes, ray)
+
+
+def said(process: subprocess.Popen[str], seconds: float = 240) -> str:
+    return process.communicate(timeout=seconds)[0]
+
+
+def test_exit_codes_are_the_runs_and_a_resubmitted_run_goes_on(place: Place, tmp_path: Path) -> None:
+    """One run: it crashes, is submitted again and stopped, and submitted again to its end."""
+    words = ["callbacks=[users_code:Dies,users_code:Waits]"]
+    crashed = place.submit(*words)
+    log = said(crashed)
+    assert crashed.returncode == 1, log
+    assert re.search(r"error: 1 deaths without a new checkpoint .* raise cluster\.max_failures", log), log
+
+    stopped = place.submit(*words)
+    run_dir = place.folder / "runs/run"
+    wait_until(lambda: (place.folder / "waited").exists() or stopped.poll() is not None, 200)
+    asked = place.nodes.run("ctl", "orchestrator", "stop", run_dir, cwd=place.folder, env=place.env())
+    assert re.match(r"asked process \d+ on n1: it saves", asked.stdout), asked
+    log = said(stopped)
+    assert stopped.returncode == 3, log
+    assert "stopped after step" in log
+
+    done = place.submit(*words)
+    log = said(done)
+    assert done.returncode == 0, log
+    # the log of the job itself was followed to its end, not only its status
+    assert re.search(r"ranks: 0-1 on 10\.77\.0\.11 \(n1\); 2 on 10\.77\.0\.12 \(n2\)", log) or re.search(
+        r"ranks: 0 on 10\.77\.0\.12 \(n2\); 1-2 on 10\.77\.0\.11 \(n1\)", log
+    ), log
+    assert f"finished after step {STEPS}" in log
+
+    ranks = [json.loads((place.folder / f"rank{rank}.json").read_text()) for rank in range(3)]
+    by_host = {host: [each for each in ranks if each["host"] == host] for host in ("n1", "n2")}
+    assert [each["LOCAL_RANK"] for each in by_host["n1"]] == ["0", "1"]
+    assert [each["LOCAL_RANK"] for each in by_host["n2"]] == ["0"]
+    assert len({each["NODE_RANK"] for each in ranks}) == 2
+    assert {(each["GLOO_SOCKET_IFNAME"], each["NCCL_SOCKET_IFNAME"]) for each in ranks} == {("eth0", "=eth0")}
+
+    raw = raw_settings(tmp_path, training={"max_steps": STEPS})
+    raw["data"] = json.loads((place.folder / "run.yaml").read_text())["data"] | {"collator": None}
+    settings = tmp_path / "debug.yaml"
+    settings.write_text(json.dumps(raw))
+    forked.finished(settings)
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "runs/tiny"), rel=1e-5)
+    assert sorted(losses(run_dir)) == list(range(1, STEPS + 1))
+
+
+def test_what_is_wrong_with_a_run_is_its_exit_code_2(place: Place) -> None:
+    wrong = place.submit("callbacks=[users_code:Nobody]", "run.name=wrong")
+    log = said(wrong)
+    assert wrong.returncode == 2, log
+    assert "error: callbacks = 'users_code:Nobody'" in log
+
+
+def test_who_is_not_let_in_is_told_so(place: Place, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    words = ["orchestrator", "submit", "--to", "ray", "run.yaml"]
+    env = place.env(RAY_AUTH_TOKEN_PATH=str(token))
+    refused = place.nodes.run("ctl", *words, cwd=place.folder, env=env)
+    assert refused.returncode == 2
+    assert re.search(r"error: --address = .*: no job server lets us in \(.*\); give --address", refused.stderr)
+    nobody = place.nodes.run("ctl", *words, "--address=http://10.77.0.13:8265", cwd=place.folder, env=place.env())
+    assert nobody.returncode == 2
+    assert "no job server lets us in" in nobody.stderr
+
+
+def test_a_run_goes_on_after_its_node_died_when_another_has_come(place: Place) -> None:
+    running = place.submit(
+        *["run.name=lost", "data.collator=null", "callbacks=[users_code:Slow]", "training.max_steps=40"],
+        *["cluster.num_workers=2", "cluster.placement=STRICT_SPREAD", "cluster.max_failures=1"],
+    )
+    run_dir = place.folder / "runs/lost"
+    wait_until(lambda: (run_dir / "checkpoints/step_00000004/manifest.json").exists(), 120)
+    place.nodes.down("n2")
+    place.ray.start("n3", WANDB_API_KEY=CANARY, HF_HUB_OFFLINE="1")
+    log = said(running)
+    assert running.returncode == 0, log
+    assert "resuming from step" in log
+    assert sorted(losses(run_dir)) == list(range(1, 41))
+    assert "10.77.0.13 (n3)" in log.rpartition("resuming")[2]
+
+
+def test_the_jobs_of_the_readme_run_over_both_nodes(place: Place) -> None:
+    """As they stand there, but for the address and for the folder that all nodes see."""
+    chapter = (ROOT / "README.md").read_text().partition("### On Ray\n")[2].partition("\n### ")[0]
+    commands = [
+        " ".join(line.partition(" #")[0].split())
+        for block in re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()
+        if "submit" in line or "ray_job.sh" in line
+    ]
+    assert len(commands) == 3, commands
+    for number, command in enumerate(commands):
+        given = command.replace("http://HEAD:8265", place.ray.jobs_address).replace("/shared", f"{place.folder}/shared")
+        done = place.nodes.run("ctl", "bash", "-c", given, cwd=ROOT, env=place.env())
+        assert done.returncode == 0, done.stdout + done.stderr
+        if number == 0:
+            assert "ranks: " in done.stdout
+            assert "(n1)" in done.stdout
+            assert "(n3)" in done.stdout
+
+
+def test_the_key_of_wandb_is_nowhere(place: Place) -> None:
+    listed = (
+        "import json, sys; from ray.job_submission import JobSubmissionClient as Client;"
+        "print([str(job) for job in Client().list_jobs()])"
+    )
+    jobs = place.nodes.run("ctl", sys.executable, "-c", listed, env=place.env())
+    assert jobs.stdout.count("submitted.yaml") >= 3, jobs
+    assert CANARY not in jobs.stdout
+    searched = 0
+    for folder in (place.folder, place.ray.logs("n1"), place.ray.logs("n3")):
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                searched += 1
+                assert CANARY.encode() not in path.read_bytes(), path
+    assert searched > 100
+    assert list(place.folder.rglob("*.wandb"))
