@@ -189,7 +189,7 @@ class RayCluster:
         self.token.write_text(secrets.token_hex(32))
         self.address = f"{nodes.address['n1']}:{GCS_PORT}"
         self.jobs_address = f"http://{nodes.address['n1']}:{DASHBOARD_PORT}"
-        self._started: dict[str, subprocess.Popen[str]] = {}
+        self.joined: dict[str, subprocess.Popen[str]] = {}
 
     def env(self, **more: str) -> dict[str, str]:
         """Environment of whoever wants to enter the cluster."""
@@ -225,7 +225,7 @@ class RayCluster:
             started = self.nodes.popen(
                 name, *words, env=self.env(**env), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
             )
-        self._started[name] = started
+        self.joined[name] = started
         wait_until(lambda: "Ray runtime started" in log.read_text() or started.poll() is not None, RAY_START_S)
         assert started.poll() is None, log.read_text()
 

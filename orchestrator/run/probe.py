@@ -231,8 +231,9 @@ def in_thread(ask: Callable[[], Any]) -> "Future[Any]":
 
 def one_line(error: Exception) -> str:
     """An exception in short."""
+    error = getattr(error, "cause", None) or error  # what Ray hands on has the traceback of the other process in it
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return " ".join(reason.split())[-200:]
+    return " ".join(reason.split())[:200]
 
 
 def versions() -> dict[str, str]:

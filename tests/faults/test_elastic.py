@@ -84,9 +84,9 @@ def told(ray: Any) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("grows", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path, grows: bool) -> None:
+def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(CALLBACKS)
     settings = write_settings(
         tmp_path,
@@ -109,10 +109,9 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path, g
         assert max(losses(run_dir)) == STOPS
 
         told(ray)
-        with started(TRAIN, *words, *(["callbacks=[mine:Waits]"] if grows else []), **there) as process:
-            if grows:
-                waits_for_step(STOPS + 1, run_dir, process)
-                told(ray)
+        with started(TRAIN, *words, "callbacks=[mine:Waits]", **there) as process:
+            waits_for_step(STOPS + 1, run_dir, process)
+            told(ray)
             out, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         ray.communicate(timeout=60)
@@ -123,7 +122,7 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path, g
         f"resumed after step {GROWS}",
     ]
     said = [line for line in out.splitlines() if "workers:" in line or "resumed" in line]
-    assert said == shrunk + (grown if grows else [])
+    assert said == shrunk + grown
     assert errors == ""  # nothing has died
 
     undisturbed = losses(tmp_path / "runs" / "undisturbed")

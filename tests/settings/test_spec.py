@@ -45,6 +45,8 @@ MAY_CHANGE_ON_RESUME = {
     "cluster.max_failures",
     "cluster.auth",
     "cluster.collective_timeout_s",
+    "cluster.network_interface",
+    "cluster.replacement_wait_s",
     "cluster.preflight",
     "slurm.workers_per_node",
     "slurm.time",
@@ -56,6 +58,7 @@ MAY_CHANGE_ON_RESUME = {
     "wandb.project",
     "wandb.group",
     "wandb.mode",
+    "wandb.key_file",
 }
 
 
@@ -138,7 +141,7 @@ def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
         ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs", "did you mean scheduler.kwargs?"),
         ({"deepspeed": "ds.json"}, "deepspeed", "did you mean engine.deepspeed_config?"),
         ({"fsdp": "full_shard"}, "fsdp", "did you mean engine.kind=fsdp?"),
-        ({"wandb": {"zzz": 1}}, "wandb.zzz", "the keys here are project, group, mode"),
+        ({"wandb": {"zzz": 1}}, "wandb.zzz", "the keys here are project, group, mode, key_file"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant(

@@ -12,7 +12,7 @@ from slurm_jobs import CANARY, Job, give, readme_commands
 from slurmd import Slurm
 from support import ROOT, losses, metric_lines, orchestrator
 
-pytestmark = [pytest.mark.slurm, pytest.mark.ray]
+pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.timeout(1200)]
 SHORT = {"epochs: 10": "epochs: 0.5", "logging_steps: 10": "logging_steps: 1"}  # 11 of 210 steps
 
 
@@ -37,7 +37,7 @@ def start(slurm: Slurm, command: str, folder: Path, run: str) -> Job:
 
 def finish(job: Job) -> None:
     """Wait until it is done; the key of W&B is in no log of Slurm or Ray either."""
-    ended = job.ended(280)
+    ended = job.ended(400)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log()
     found = [path for path in job.slurm.folder.glob("*.log") if CANARY in path.read_text()]
     assert found == []
@@ -72,7 +72,6 @@ def test_every_way_gives_the_losses_of_debug(slurm: Slurm, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_requeue_in_the_middle_changes_no_bit(slurm: Slurm, tmp_path: Path) -> None:
     submit = readme_commands(0)[0]
     weights: list[bytes] = []
@@ -80,7 +79,7 @@ def test_a_requeue_in_the_middle_changes_no_bit(slurm: Slurm, tmp_path: Path) ->
         (tmp_path / name).mkdir()
         job = start(slurm, submit, checkout(tmp_path / name, {}), "quickstart")
         if name == "requeued":
-            wait_until(lambda job=job: "step 100/210" in job.log(), 280)
+            wait_until(lambda job=job: "step 100/210" in job.log(), 400)
             job.signal("USR1")
             job.requeued()
         finish(job)

@@ -1,0 +1,24 @@
+"""The README's commands for a debugger, as they stand there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, losses
+
+
+def test_the_commands_of_the_readme_give_one_curve(tmp_path: Path) -> None:
+    chapter = (ROOT / "README.md").read_text().partition("### In a debugger\n")[2].partition("\n### ")[0]
+    (block,) = re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
+    commands = block.splitlines()
+    assert len(commands) == 2
+    for command in commands:
+        called = command.replace("orchestrator", f"{sys.executable} -m orchestrator.cli", 1)
+        done = subprocess.run(
+            [*called.split(), f"run.dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "finished after step 21" in done.stdout
+    assert losses(tmp_path / "two-ranks") == pytest.approx(losses(tmp_path / "debugged"), rel=1e-5)
