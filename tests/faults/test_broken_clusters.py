@@ -1,10 +1,13 @@
 """A cluster on which a run would go wrong is refused in a minute, in a line that says what to change; on a real Ray of
 two nodes, of which one is broken, and mended again, for each test."""
 
+import json
 import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ from nodes import Nodes, RayCluster, why_not
 from support import write_settings
 
 REFUSED_WITHIN_S = 60  # what is promised
+IMPORTED_WITHIN_S = 10  # of it, where a test has that done beforehand
 N1, N2 = r"10\.77\.0\.11 \(n1\)", r"10\.77\.0\.12 \(n2\)"
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 # Python on the second node, while a file `clock` says by how much its clock is wrong. Namespaces share the machine's
@@ -25,6 +29,21 @@ clock = Path(__file__).with_name("clock")
 if clock.exists() and "FAKETIME" not in os.environ:
     os.environ.update(LD_PRELOAD="{FAKETIME[0] if FAKETIME else ""}", FAKETIME=clock.read_text())
     os.execv(sys.executable, sys.orig_argv)
+"""
+# The command line with all imported, as a fork for each line: a log and the words.
+COMMANDS = """
+import json, os, sys
+from orchestrator import cli
+from orchestrator.run import driver
+for line in sys.stdin:
+    log, *words = json.loads(line)
+    if (child := os.fork()) == 0:
+        for descriptor in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        code = cli.main(words)
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -41,15 +60,28 @@ class Cluster:
         cluster = {"num_workers": 2, "resources": {"CPU": 1}, "placement": "SPREAD"}
         self.settings = write_settings(self.data, cluster=cluster, run={"dir": str(self.runs)})
         (self.packages / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        self.ray.start("n1")
+        self.ray.start("n1", "--include-dashboard=false")  # nobody submits a job
         self.ray.start("n2", "--num-gpus=1", PYTHONPATH=str(self.packages), CUDA_VISIBLE_DEVICES="99")
 
-    def orchestrator(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A verb with the settings, on the first node."""
-        verb, *rest = words
-        command = [sys.executable, "-m", "orchestrator.cli", verb, self.settings, *rest]
-        env = self.ray.env(RAY_ADDRESS=self.ray.address, CUDA_VISIBLE_DEVICES="")
-        return self.nodes.run("n1", *command, cwd=self.folder, timeout=REFUSED_WITHIN_S, env=env)
+        self.env = self.ray.env(RAY_ADDRESS=self.ray.address, CUDA_VISIBLE_DEVICES="")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.forking = nodes.popen("n1", sys.executable, "-c", COMMANDS, cwd=folder, env=self.env, **pipes)
+
+    def doctor(self) -> subprocess.CompletedProcess[str]:
+        """The verb with the settings, on the first node."""
+        command = [sys.executable, "-m", "orchestrator.cli", "doctor", self.settings]
+        return self.nodes.run("n1", *command, cwd=self.folder, timeout=REFUSED_WITHIN_S, env=self.env)
+
+    def train(self, *words: str) -> tuple[int, str]:
+        """The verb with the settings, on the first node; exit code, and what it said."""
+        log = self.folder / f"{time.monotonic_ns()}.log"
+        assert self.forking.stdin is not None
+        assert self.forking.stdout is not None
+        self.forking.stdin.write(json.dumps([str(log), "train", str(self.settings), *words]) + "\n")
+        self.forking.stdin.flush()
+        ended, _, _ = select.select([self.forking.stdout], [], [], REFUSED_WITHIN_S - IMPORTED_WITHIN_S)
+        assert ended, f"still running: {log.read_text()}"
+        return int(self.forking.stdout.readline()), log.read_text()
 
     def on(self, node: str, *command: str | Path) -> None:
         """Run a command on a node."""
@@ -67,7 +99,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_on_a_whole_cluster_everything_is_green(cluster: Cluster) -> None:
-    done = cluster.orchestrator("doctor")
+    done = cluster.doctor()
     assert done.returncode == 0, done.stdout + done.stderr
     lines = {line.split(maxsplit=2)[1]: line for line in done.stdout.splitlines()}
     assert all(line.startswith("ok ") for line in lines.values())
@@ -88,8 +120,10 @@ def other_version(cluster: Cluster) -> Iterator[None]:
     installed = cluster.packages / "torch-9.9.9.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
-    yield
-    shutil.rmtree(installed)
+    try:
+        yield
+    finally:
+        shutil.rmtree(installed)
 
 
 @contextmanager
@@ -121,8 +155,10 @@ def blocked_ports(cluster: Cluster) -> Iterator[None]:
         f"add table ip broken; add chain ip broken in {{ type filter hook input priority 0; }}; "
         f"add rule ip broken in {rule}",
     )
-    yield
-    cluster.on("n2", "nft", "delete table ip broken")
+    try:
+        yield
+    finally:
+        cluster.on("n2", "nft", "delete table ip broken")
 
 
 @contextmanager
@@ -131,8 +167,10 @@ def wrong_clock(cluster: Cluster) -> Iterator[None]:
         pytest.skip("libfaketime is missing: apt-get install faketime")
     clock = cluster.packages / "clock"
     clock.write_text("+3600")
-    yield
-    clock.unlink()
+    try:
+        yield
+    finally:
+        clock.unlink()
 
 
 @contextmanager
@@ -198,7 +236,7 @@ def as_it_is(cluster: Cluster) -> Iterator[None]:
 )
 def test_a_broken_cluster_is_refused(cluster: Cluster, broken: Broken, words: list[str], says: str) -> None:
     with broken(cluster):
-        done = cluster.orchestrator("train", *words)
-    assert done.returncode == 2, done.stdout + done.stderr
+        code, said = cluster.train(*words)
+    assert code == 2, said
+    assert any(re.search(says, line) for line in said.splitlines()), said
     assert not (cluster.runs / "tiny" / "result.json").exists()
-    assert any(re.search(says, line) for line in done.stderr.splitlines()), done.stderr
