@@ -150,9 +150,9 @@ def stop(args: argparse.Namespace) -> int:
     """Ask a run, wherever it runs, to save and stop."""
     from orchestrator.training.rundir import RunDir
 
-    run_dir = RunDir.existing(args.run_dir)
+    run_dir = RunDir(Path(args.run_dir))
     if (owner := run_dir.owner()) is None:
-        print(f"{run_dir.path} is not running")
+        print(f"{RunDir.existing(args.run_dir).path} is not running")
         return DONE
     run_dir.stop.write_text("orchestrator stop")
     print(f"asked {owner}: it saves after the step under way and ends with exit code {STOPPED}")

@@ -1,6 +1,8 @@
 """Verbs parse, call one function and end with the exit code that says how it went."""
 
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,3 +163,16 @@ def test_verify_without_a_checkpoint_or_a_run(run_dir: RunDir, tmp_path: Path, c
 def test_export_of_a_folder_that_is_no_run_ends_with_2(tmp_path: Path, capsys: Output) -> None:
     assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "RUN_DIR" in capsys.readouterr().err
+
+
+def test_a_run_is_asked_to_stop_while_someone_holds_it(tmp_path: Path, capsys: Output) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    assert cli.main(["stop", str(run_dir.path)]) == 2
+    assert "holds no config.yaml, so it is no run" in capsys.readouterr().err
+    with run_dir.owned():  # its data are still read: it has no config.yaml yet
+        assert cli.main(["stop", str(run_dir.path)]) == 0
+        assert run_dir.stop.exists()
+        assert re.search(rf"asked process {os.getpid()} on .*: it saves .* exit code 3", capsys.readouterr().out)
+    run_dir.begin(tiny_spec(tmp_path))
+    assert cli.main(["stop", str(run_dir.path)]) == 0
+    assert capsys.readouterr().out == f"{run_dir.path} is not running\n"

@@ -15,6 +15,9 @@ import pytest
 from nodes import Nodes, RayCluster, wait_until, why_not
 from support import losses, write_settings
 
+from orchestrator.run.replay import replay
+from orchestrator.training.rundir import RunDir
+
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(600),
@@ -186,7 +189,7 @@ def test_a_run_goes_on_after_its_node_died_when_another_has_come(place: Place) -
 
 def test_the_jobs_of_the_readme_run_over_both_nodes(place: Place) -> None:
     """As they stand there, but for the address and for the folder that all nodes see: ours, which the second command
-    finds finished, and Ray's own. Their losses are those of a debugger."""
+    finds finished, and Ray's own. Their losses are those of a debugger, and of a replay."""
     chapter = (ROOT / "README.md").read_text().partition("### On Ray\n")[2].partition("\n### ")[0]
     commands = re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
     assert [command.split()[0] for command in commands] == ["orchestrator", "bash", "ray"]
@@ -204,6 +207,10 @@ def test_the_jobs_of_the_readme_run_over_both_nodes(place: Place) -> None:
     expected = losses(place.folder / "debug/quickstart")
     for name in ("ours", "rays"):
         assert losses(place.folder / "shared/runs" / name) == pytest.approx(expected, rel=1e-5)
+
+    replayed = replay(RunDir(place.folder / "shared/runs/ours"), 7)  # of two nodes, in this process
+    assert replayed.loss == pytest.approx(losses(place.folder / "shared/runs/ours")[7], abs=1e-6)
+    assert len(replayed.pairs) == 32
 
 
 def test_the_key_of_wandb_is_nowhere(place: Place) -> None:
