@@ -12,8 +12,7 @@ start_ray() {
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   head=${nodes[0]}
   address=$(address_towards "${nodes[-1]}")
-  # below the ephemeral ports, where anyone could take one between its choice and its use; 40 jobs fit on a node
-  base=$((10000 + SLURM_JOB_ID % 40 * 500))
+  base=$(first_port)
   export RAY_ADDRESS=$address:$base
   export RAY_USAGE_STATS_ENABLED=0
   export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # else TERM takes 30 s
@@ -64,6 +63,24 @@ import socket, sys
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
     probe.connect((sys.argv[1], 1))  # sends nothing
     print(probe.getsockname()[0])' "${other#NodeAddr=}"
+}
+
+# The first of 500 ports, below the ephemeral ones, where anyone could take one between its choice and its use. Each job
+# has its own 500, by its number; where another one has them already on this node, the next 500 that are free.
+first_port() {
+  python3 -c '
+import socket, sys
+
+def is_free(base):
+    try:
+        for n in range(8):
+            socket.create_server(("", base + n)).close()
+    except OSError:
+        return False
+    return True
+
+bases = [10000 + (int(sys.argv[1]) + n) % 40 * 500 for n in range(40)]
+print(next(filter(is_free, bases), bases[0]))' "$SLURM_JOB_ID"
 }
 
 # Every node sees the run directory; nobody else may read the file, or its text in an environment.

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,6 +45,10 @@ FREE_PLACEMENTS = ("PACK", "SPREAD")  # where one more worker may be anywhere
 
 class RunDied(Exception):
     """The workers died more often than cluster.max_failures allows, without a new checkpoint in between."""
+
+
+class StoppedWaiting(Exception):
+    """Somebody asked the run to stop while there was no room for its workers."""
 
 
 def train(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimizers | None = None) -> RunResult:
@@ -95,6 +99,10 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
             if not supervisor.deaths:
                 raise
             raise RunDied(f"{too_small}; the same command goes on from {where}") from None
+        except StoppedWaiting:
+            newest = committed(run_dir.checkpoints)
+            step, folder = (_step_of(newest[0]), str(newest[0])) if newest else (0, "")
+            return RunResult("stopped", "asked while it waited for nodes", step, folder, None)
         result: dict[str, Any] = {"status": "died"}
         if run_dir.result.is_file():
             result = json.loads(run_dir.result.read_text())
@@ -103,7 +111,7 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
             if result["status"] == "stopped":
                 continue
         newest = committed(run_dir.checkpoints)
-        newest_step = int(newest[0].name.removeprefix("step_")) if newest else -1
+        newest_step = _step_of(newest[0]) if newest else -1
         action = supervisor.after(Attempt(outcomes.get(result["status"], "died"), newest_step))
         if action == "done":
             return RunResult(**result)
@@ -124,6 +132,20 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
         time.sleep(supervisor.backoff_s)
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _heed(run_dir: RunDir | None) -> None:
+    """To be called while something is waited for: no worker is there that would find the file STOP.
+
+    Raises:
+        StoppedWaiting: it is there.
+    """
+    if run_dir is not None and run_dir.stop.exists():
+        raise StoppedWaiting
+
+
 def _fit(
     spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes], wait_s: float, looked_at: set[str]
 ) -> Exception | None:
@@ -131,9 +153,9 @@ def _fit(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    _capacity(spec, wait_s)  # before each attempt: a node may have gone
+    _capacity(spec, wait_s, run_dir)  # before each attempt: a node may have gone
     _look_at_new_nodes(spec, looked_at)
-    workers = _workers(spec, wait_s)
+    workers = _workers(spec, wait_s, run_dir)
     _look_at_new_nodes(spec, looked_at)  # an elastic run waits for more
     resources = _resources(spec)
     use_gpu = resources.get("GPU", 0) > 0
@@ -186,7 +208,7 @@ def _torch_config(spec: RunSpec, backend: str) -> Any:
     import ray
     from ray.train.torch import TorchConfig
 
-    name, head = spec.cluster.network_interface, ray.get_runtime_context().gcs_address.rpartition(":")[0]
+    name, head = spec.cluster.network_interface, ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
 
     class Backend(TorchConfig().backend_cls):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
@@ -391,7 +413,7 @@ def _token_file() -> Path:
     return token
 
 
-def _workers(spec: RunSpec, wait_s: float) -> int:
+def _workers(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int:
     """How many workers to start: of an elastic run as many as there is room for now.
 
     In a cluster that is joined they may be waited for: nodes for wait_s seconds, what others hold for as long as they
@@ -399,8 +421,9 @@ def _workers(spec: RunSpec, wait_s: float) -> int:
 
     Raises:
         UserError: the cluster cannot hold the fewest: Ray would wait for it for ever.
+        StoppedWaiting: run_dir has the file STOP.
     """
-    cluster, count = spec.cluster, min(_capacity(spec, wait_s), spec.cluster.max_workers)
+    cluster, count = spec.cluster, min(_capacity(spec, wait_s, run_dir), spec.cluster.max_workers)
     if _joined() and cluster.placement in FREE_PLACEMENTS:  # of the others Ray cannot be asked one by one
         with _places(spec, cluster.max_workers) as granted:
             began, told = time.monotonic(), False
@@ -412,7 +435,8 @@ def _workers(spec: RunSpec, wait_s: float) -> int:
                         told = True
                         fewest = cluster.min_workers
                         print(f"workers: {count} of {fewest} have a place; waiting for the others", flush=True)
-                    _capacity(spec, wait_s)  # a node that is gone is known to be gone only after a while
+                    _heed(run_dir)
+                    _capacity(spec, wait_s, run_dir)  # a node that is gone is known to be gone only after a while
                 time.sleep(POLL_S)
     if cluster.min_workers < cluster.max_workers:
         print(f"workers: {count} (cluster.num_workers = {cluster.num_workers})", flush=True)
@@ -456,8 +480,8 @@ def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threadi
 
 
 def _ask_for_growth(run_dir: RunDir) -> None:
-    run_dir.stop.write_text("to go on with more workers")
-    os.utime(run_dir.stop, (0, 0))
+    with suppress(FileExistsError), open(run_dir.stop, "x") as file:  # a user's request stays one
+        os.utime(file.fileno(), (0, 0))
 
 
 def _is_for_growth(run_dir: RunDir) -> bool:
@@ -465,11 +489,12 @@ def _is_for_growth(run_dir: RunDir) -> bool:
     return run_dir.stop.exists() and run_dir.stop.stat().st_mtime == 0
 
 
-def _capacity(spec: RunSpec, wait_s: float) -> int:
+def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int:
     """How many workers the nodes of the cluster can hold, whoever uses them now; nodes are waited for so long.
 
     Raises:
         UserError: fewer than the run must have.
+        StoppedWaiting: run_dir has the file STOP.
     """
     wanted = _resources(spec)
     began = time.monotonic()
@@ -477,7 +502,8 @@ def _capacity(spec: RunSpec, wait_s: float) -> int:
     while True:
         nodes = _alive()
         holds = [node["Resources"] for node in nodes]
-        per_node = [int(min(node.get(name, 0) // n for name, n in wanted.items() if n)) for node in holds]
+        # 0.6 / 0.2 is a little less than 3, and 1 // 0.2 is 4
+        per_node = [int(min(node.get(name, 0) / n for name, n in wanted.items() if n) + 1e-6) for node in holds]
         fits = _placeable(per_node, spec.cluster.placement)
         if fits >= spec.cluster.min_workers:
             return fits
@@ -486,6 +512,7 @@ def _capacity(spec: RunSpec, wait_s: float) -> int:
         if not told and time.monotonic() > began + CLUSTER_WAIT_S:
             told = True
             print(f"the cluster holds {fits} workers; waiting {wait_s:g} s for a node to join", flush=True)
+        _heed(run_dir)
         time.sleep(0.5)
     asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
     alike: dict[str, list[str]] = {}

@@ -5,6 +5,7 @@ import fnmatch
 import logging
 import math
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
 
 SUBMITTED = "submitted.yaml"  # the settings of the run as they were resolved here
 # Of the working directory what no job needs, or nobody else may see; and what the settings name, and git ignores.
-LEFT_OUT = (".git", ".env", ".env.*", ".netrc", ".venv", "venv", "wandb", "__pycache__", "*.egg-info")
+# .gitignore too: Ray would obey it, and might leave out the settings.
+LEFT_OUT = (".git", ".gitignore", ".env", ".env.*", ".netrc", ".venv", "venv", "wandb", "__pycache__", "*.egg-info")
 LIMIT_BYTES = 500 * 2**20  # Ray takes no larger package
+
+POLL_S = 1.0
+SILENCE_S = 300.0  # seconds without a line after which a connection is made anew: a dead one need not say so
+AWAY_S = 600.0  # seconds that a job server may be away
 
 
 # --- a Ray cluster -----------------------------------------------------------------------------------------------
@@ -38,27 +45,29 @@ def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
     wait: else 0 is returned as soon as the job is taken.
 
     Raises:
-        UserError: no job server answers, or it does not let us in, or the working directory is too large.
+        UserError: no job server answers, or it does not let us in, or the working directory cannot be taken along.
+        ConnectionError: the job server does not take the job, or goes away while its log is followed.
     """
     logging.disable(logging.INFO)  # else Ray tells of packages and sockets
     client = _client(address)
-    job = f"{spec.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    job = f"{spec.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # others may take that name now
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         stage(spec, Path.cwd(), Path(folder))
         save_spec(spec, Path(folder, SUBMITTED))
-        # nothing else in runtime_env: whatever stands there can be read by whoever asks for the job
-        client.submit_job(
-            entrypoint=f"orchestrator train {SUBMITTED}", submission_id=job, runtime_env={"working_dir": folder}
-        )
-    print(
-        f"job      {job}\nstop     orchestrator stop {spec.run_dir}\nfollow   ray job logs --follow {job}", flush=True
-    )
+        try:  # nothing else in runtime_env: whatever stands there can be read by whoever asks for the job
+            client.submit_job(
+                entrypoint=f"orchestrator train {SUBMITTED}", submission_id=job, runtime_env={"working_dir": folder}
+            )
+        except RuntimeError as error:
+            raise ConnectionError(f"the job server does not take the job: {_one_line(error)}") from None
+    stop = f"orchestrator stop {shlex.quote(str(spec.run_dir))}"
+    print(f"job      {job}\nstop     {stop}\nfollow   ray job logs --follow {job}", flush=True)
     if not wait:
         return 0
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; to stop it: orchestrator stop {spec.run_dir}", flush=True)
+        print(f"\nthe job goes on; to stop it: {stop}", flush=True)
         return 1
     details = client.get_job_info(job)
     code = details.driver_exit_code
@@ -85,49 +94,72 @@ def _client(address: str | None) -> "JobSubmissionClient":
     try:
         return JobSubmissionClient(address)
     except Exception as error:  # Ray has no type of its own for a server that is not there, or that refuses us
-        reason = " ".join(str(error).split())[:200]
         cure = (
             "give --address http://HEAD:8265; the head wants ray[default] and ray start --dashboard-host=0.0.0.0, "
             "and with RAY_AUTH_MODE=token its token stands in RAY_AUTH_TOKEN_PATH here"
         )
-        raise UserError("--address", address, f"no job server lets us in ({reason})", cure) from None
+        raise UserError("--address", address, f"no job server lets us in ({_one_line(error)})", cure) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 async def _follow(client: "JobSubmissionClient", job: str) -> None:
-    """Print a job's log to its end; over a lost connection too, from where it was."""
-    printed = 0
+    """Print a job's log to its end; over a lost connection too, from where it was.
+
+    Raises:
+        ConnectionError: the job server is away for longer than AWAY_S.
+    """
+    from aiohttp import ClientError
+
+    away = (RuntimeError, OSError, ClientError)  # Ray's, of a socket or of requests, of a handshake
+    printed, answered, is_over = 0, time.monotonic(), False
     while True:
-        seen = 0
-        try:
-            async for text in client.tail_job_logs(job):
-                print(text[max(0, printed - seen) :], end="", flush=True)
-                seen += len(text)
-                printed = max(printed, seen)
-        except (RuntimeError, OSError):  # the job server is away; the log begins anew with a new connection
-            pass
-        if client.get_job_status(job).is_terminal():
+        is_whole, seen = False, 0  # the log begins anew with a new connection
+        with suppress(*away):
+            async with asyncio.timeout(SILENCE_S) as patience:
+                async for text in client.tail_job_logs(job):
+                    patience.reschedule(asyncio.get_running_loop().time() + SILENCE_S)
+                    print(text[max(0, printed - seen) :], end="", flush=True)
+                    seen += len(text)
+                    printed = max(printed, seen)
+            is_whole = True
+        if is_over:  # that was all there is, even if the connection broke: the log may be gone with its node
             return
-        await asyncio.sleep(1)
+        try:
+            is_over, answered = client.get_job_status(job).is_terminal(), time.monotonic()
+        except away as error:
+            if time.monotonic() > answered + AWAY_S:
+                lost = f"the job server has given no answer for {AWAY_S:g} s ({_one_line(error)})"
+                raise ConnectionError(f"{lost}; the job may go on: ray job logs --follow {job}") from None
+        if is_over and is_whole:
+            return
+        await asyncio.sleep(POLL_S)
 
 
 def stage(spec: RunSpec, source: Path, target: Path) -> None:
     """Copy what a job needs of the working directory: code, not data, models, outputs or secrets.
 
-    Links to folders are not followed.
+    Links to folders are not followed; what this user cannot read stays, too.
 
     Raises:
-        UserError: what is left is more than Ray takes.
+        UserError: what is left is more than Ray takes, or has a name that no package can hold.
     """
-    left_out = set(_named_by_settings(spec)) | set(_ignored_by_git(source))
+    source = source.resolve()
+    left_out = {path.resolve() for path in _named_by_settings(spec)} | set(_ignored_by_git(source))
     sizes: dict[str, int] = {}  # bytes by the first name below source
     for folder, subfolders, files in os.walk(source):
         here = Path(folder)
         subfolders[:] = [name for name in subfolders if not _is_left_out(here / name, left_out)]
         for name in files:
             path = here / name
-            if _is_left_out(path, left_out) or not path.is_file():
+            if _is_left_out(path, left_out) or not os.path.isfile(path) or not os.access(path, os.R_OK):
                 continue
             inside = path.relative_to(source)
+            if not _is_unicode(inside):
+                rule = f"holds {str(inside)!r}, whose name is not UTF-8"
+                raise UserError("working directory", str(source), rule, "add it to .gitignore, or move it away")
             sizes[inside.parts[0]] = sizes.get(inside.parts[0], 0) + path.stat().st_size
             if sum(sizes.values()) > LIMIT_BYTES:
                 largest = max(sizes, key=lambda part: sizes[part])
@@ -138,11 +170,24 @@ def stage(spec: RunSpec, source: Path, target: Path) -> None:
 
 
 def _is_left_out(path: Path, left_out: set[Path]) -> bool:
-    return path in left_out or any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_OUT)
+    """Whether a path, or the file to which it is a link, is not for a job."""
+    both = (path, path.resolve())
+    return not left_out.isdisjoint(both) or any(
+        fnmatch.fnmatch(each.name, pattern) for each in both for pattern in LEFT_OUT
+    )
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _named_by_settings(spec: RunSpec) -> Iterator[Path]:
     """Data, models and outputs: a job finds them where the settings say, not in a copy of its own."""
+    yield from (spec.run_dir, spec.cache_dir)  # whose parent may be the working directory itself
     settings: dict[str, Any] = spec.model_dump(mode="json")
     for key in FOLDER_KEYS + PATH_KEYS:
         value: Any = settings
@@ -153,12 +198,22 @@ def _named_by_settings(spec: RunSpec) -> Iterator[Path]:
 
 
 def _ignored_by_git(folder: Path) -> Iterator[Path]:
+    """
+    Raises:
+        UserError: git cannot say: what it ignores may be large, or secret.
+    """
     command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z"]
+    env = {**os.environ, "LC_ALL": "C"}  # what it says is read below
     try:
-        listed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        listed = subprocess.run(command, cwd=folder, env=env, capture_output=True, check=False)
     except FileNotFoundError:  # no git
         return
-    for name in listed.stdout.split("\0"):  # nothing, where the folder is in no repository
+    said = os.fsdecode(listed.stderr)
+    if listed.returncode and "not a git repository" not in said:
+        reason = " ".join(said.split())[:200]
+        cure = "mend that, or submit from a copy without .git"
+        raise UserError("working directory", str(folder), f"git cannot say what it ignores there ({reason})", cure)
+    for name in os.fsdecode(listed.stdout).split("\0"):
         if name:
             yield folder / name.rstrip("/")
 
@@ -190,8 +245,8 @@ def to_slurm(spec: RunSpec) -> int:
         env["VIRTUAL_ENV"] = sys.prefix  # where the job looks for this program first
     print(shlex.join(command))
     job = _sbatch(spec, command, env)
-    print(f"job      {job}\nstop     orchestrator stop {spec.run_dir}")
-    print(f"follow   tail -F {run_dir.logs / f'slurm-{job}.log'}\nqueue    squeue --job {job}")
+    folder, log = (shlex.quote(str(path)) for path in (spec.run_dir, run_dir.logs / f"slurm-{job}.log"))
+    print(f"job      {job}\nstop     orchestrator stop {folder}\nfollow   tail -F {log}\nqueue    squeue --job {job}")
     return 0
 
 
@@ -208,7 +263,6 @@ def slurm_flags(spec: RunSpec) -> list[str]:
     each = _workers_per_node(spec)
     fewest, most = (math.ceil(count / each) for count in (cluster.min_workers, cluster.max_workers))
     gpus, cpus = (math.ceil(cluster.resources.get(name, 0) * each) for name in ("GPU", "CPU"))
-    log = str(RunDir(spec.run_dir).logs / "slurm-%j.log")
     said = {
         "job-name": spec.run.name,
         "nodes": str(most) if fewest == most else f"{fewest}-{most}",
@@ -219,7 +273,7 @@ def slurm_flags(spec: RunSpec) -> list[str]:
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
-        "output": log.replace("%", "%%").replace("%%j", "%j"),
+        "output": str(RunDir(spec.run_dir).logs).replace("%", "%%") + "/slurm-%j.log",
     }
     return [f"--{name}={value}" for name, value in said.items() if value is not None] + slurm.args
 

@@ -81,7 +81,7 @@ def trial(
 
 
 class Learned(NamedTuple):
-    """The losses of a batch learned by heart, over the first and over the last logged steps."""
+    """The losses of a batch learned by heart, in the first and in the last step."""
 
     steps: int
     pairs: int
@@ -103,15 +103,16 @@ def overfit(
         UserError: the settings or the data are wrong.
         TrainingError: training cannot go on.
     """
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"logging_steps": 1})})
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         shown = [ConsoleCallback()] if world.is_main else []
         with trial(
             _without_lazy_cache(spec), prepare(spec), world, None, shown, ref_model, optimizers, first_batch_only=True
         ) as trainer:
+            trainer.total_pairs = None  # steps alone are counted: some of a run's batches are smaller than this one
             trainer.callbacks.fire("on_train_begin")
             with closing(trainer.loader.steps(0, 0)) as steps:
                 trainer.train(steps)
-            trainer.log()
             trainer.callbacks.fire("on_train_end")
             losses = [logs["loss"] for logs in world.gather(trainer.callbacks.state.log_history)[0]]
             made = Learned(trainer.step, len(trainer.loader.pairs), losses[0], losses[-1])

@@ -1,6 +1,7 @@
 """What each flag of `orchestrator debug` does, seen from outside: files, weights, and a person at the terminal."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from support import tiny_spec, write_settings
 
 from orchestrator import cli
 from orchestrator.run.debug import debug
-from orchestrator.run.trial import dry_run
+from orchestrator.run.trial import dry_run, overfit
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.trainer import Trainer
 
@@ -77,6 +78,15 @@ def test_one_batch_is_learned_by_heart_and_nothing_is_kept(tmp_path: Path) -> No
     assert "saved" not in said
     assert "evaluation" not in said.replace("evaluation pairs", "")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".cache"]
+
+
+def test_a_batch_is_learned_for_as_many_steps_as_the_epochs_have(tmp_path: Path) -> None:
+    """The last batch of an epoch is smaller; and the first loss is that of one step, however seldom a run logs."""
+    training = {"max_steps": None, "epochs": 3, "logging_steps": 10}
+    made = overfit(tiny_spec(tmp_path, training=training, batch={"global_batch_size": 12}))
+    assert (made.steps, made.pairs) == (9, 12)
+    assert made.first == pytest.approx(math.log(2), abs=1e-6)
+    assert made.last < made.first
 
 
 def test_a_dry_run_leaves_weights_and_runs_as_they_are(

@@ -61,6 +61,27 @@ def test_a_cluster_that_was_never_large_enough_is_refused(tmp_path: Path, run_di
         driver._supervised(tiny_spec(tmp_path), run_dir, fit)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_who_asks_a_waiting_run_to_stop_does_not_wait_with_it(tmp_path: Path, run_dir: RunDir, saved: bool) -> None:
+    attempts: list[float] = []
+
+    def fit(wait_s: float) -> Exception:
+        attempts.append(wait_s)
+        if len(attempts) == 1:
+            return OSError("a node is gone")
+        run_dir.stop.touch()
+        driver._heed(run_dir)  # as the loops do that wait for nodes and places
+        raise AssertionError
+
+    folder = run_dir.checkpoints / "step_00000007"
+    if saved:
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    ended = driver._supervised(tiny_spec(tmp_path), run_dir, fit)
+    assert (ended.status, ended.step) == ("stopped", 7 if saved else 0)
+    assert ended.checkpoint == (str(folder) if saved else "")
+
+
 # --- elastic runs ------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +130,7 @@ def test_an_attempt_takes_the_workers_that_there_is_room_for(
     workers: int,
 ) -> None:
     room(places)
-    monkeypatch.setattr(driver, "_capacity", lambda spec, wait_s: capacity)
+    monkeypatch.setattr(driver, "_capacity", lambda *_: capacity)
     assert driver._workers(elastic(tmp_path, *ends, placement=placement), 0.0) == workers
 
 
@@ -123,7 +144,7 @@ def test_the_fewest_are_waited_for(
     workers: int,
 ) -> None:
     room(0, 0, 1, 1, 2)
-    monkeypatch.setattr(driver, "_capacity", lambda spec, wait_s: 8)
+    monkeypatch.setattr(driver, "_capacity", lambda *_: 8)
     assert driver._workers(elastic(tmp_path, *ends), 0.0) == workers
     assert "workers: 0 of 2 have a place; waiting for the others\n" in capsys.readouterr().out
 
@@ -134,7 +155,7 @@ def test_a_node_that_is_found_to_be_gone_is_not_waited_for_as_one_that_others_us
     room(1)
     asked: list[float] = []
 
-    def capacity(spec: Any, wait_s: float) -> int:
+    def capacity(spec: Any, wait_s: float, run_dir: Any = None) -> int:
         asked.append(wait_s)
         if len(asked) == 3:
             raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
@@ -146,12 +167,47 @@ def test_a_node_that_is_found_to_be_gone_is_not_waited_for_as_one_that_others_us
     assert asked == [7.0] * 3
 
 
+def test_a_stop_is_heard_while_others_hold_the_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: RunDir, room: Callable[..., None]
+) -> None:
+    room(0)
+    run_dir.stop.touch()
+    monkeypatch.setattr(driver, "_capacity", lambda *_: 8)
+    with pytest.raises(driver.StoppedWaiting):
+        driver._workers(elastic(tmp_path, 2), 0.0, run_dir)
+
+
+def test_a_stop_is_heard_while_a_node_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: RunDir
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
+    monkeypatch.setattr(driver, "_alive", list)
+    run_dir.stop.touch()
+    spec = tiny_spec(tmp_path, cluster={"resources": {"CPU": 1}})
+    with pytest.raises(driver.StoppedWaiting):
+        driver._capacity(spec, 600.0, run_dir)
+
+
+@pytest.mark.parametrize(("has", "each", "fits"), [(1, 0.2, 5), (1, 0.1, 10), (0.6, 0.2, 3), (1, 0.3, 3), (0, 1, 0)])
+def test_shares_of_a_gpu_are_counted_without_rounding_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: float, each: float, fits: int
+) -> None:
+    node = {"NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "n1", "Resources": {"GPU": has}}
+    monkeypatch.setattr(driver, "_alive", lambda: [node])
+    spec = tiny_spec(tmp_path, cluster={"num_workers": max(1, fits), "resources": {"GPU": each}})
+    if fits:
+        assert driver._capacity(spec, 0.0) == fits
+    else:
+        with pytest.raises(UserError, match="room for 0"):
+            driver._capacity(spec, 0.0)
+
+
 def test_on_this_machine_the_fewest_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_cores", lambda: 2)
     driver._check_local_size(elastic(tmp_path, 1, 4))
     with pytest.raises(UserError, match=r"num_workers = \[3, 4\]: workers need 1 CPU each, .* 2 CPUs; set .*=2"):
         driver._check_local_size(elastic(tmp_path, 3, 4))
-    monkeypatch.setattr(driver, "_capacity", lambda spec, wait_s: 2)  # and nobody else has any of it
+    monkeypatch.setattr(driver, "_capacity", lambda *_: 2)  # and nobody else has any of it
     assert driver._workers(elastic(tmp_path, 1, 4), 0.0) == 2
 
 
@@ -183,6 +239,13 @@ def test_a_run_is_saved_when_it_can_have_more_workers(
     assert driver._is_for_growth(run_dir) is grows
     run_dir.stop.touch()  # somebody wants it to stop
     assert not driver._is_for_growth(run_dir)
+
+
+def test_growth_never_takes_the_place_of_a_users_request(run_dir: RunDir) -> None:
+    run_dir.stop.write_text("orchestrator stop")
+    driver._ask_for_growth(run_dir)
+    assert not driver._is_for_growth(run_dir)
+    assert run_dir.stop.read_text() == "orchestrator stop"
 
 
 @pytest.mark.parametrize("asked", ["growth", "growth, then a user", "a user"])

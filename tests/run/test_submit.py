@@ -1,12 +1,15 @@
 """What is handed to a cluster; real clusters are in tests/launch and tests/slurm."""
 
 import asyncio
+import os
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+import requests
 from support import tiny_spec
 
 from orchestrator.run import submit
@@ -52,7 +55,46 @@ def test_what_git_ignores_stays_as_well(project: Path) -> None:
     (project / ".git/config").unlink()
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
     (project / ".gitignore").write_text("big/\n*.tmp\n")
-    assert staged(project) == {"my_package/callbacks.py", "configs/my.yaml", "notes.txt", ".gitignore"}
+    (project / os.fsdecode(b"caf\xe9.tmp")).touch()
+    # nor .gitignore itself: Ray would obey it, and leave out what is added here
+    assert staged(project) == {"my_package/callbacks.py", "configs/my.yaml", "notes.txt"}
+
+
+def test_a_git_that_does_not_answer_is_not_taken_for_one_that_ignores_nothing(project: Path) -> None:
+    (project / ".git/config").unlink()
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    (project / ".git/config").write_text("[half")
+    with pytest.raises(UserError, match=r"working directory = .*: git cannot say what it ignores .*bad config"):
+        staged(project)
+
+
+def test_what_is_left_out_has_no_second_way_in(project: Path) -> None:
+    """By a link, or where the settings name another path to it."""
+    (project / "config.txt").symlink_to(".env")
+    (project / "rows.jsonl").symlink_to("train.jsonl")
+    (project / "nowhere").symlink_to("nothing")
+    other = project.parent / "other"
+    other.symlink_to(project)
+    target = project.parent / "staged"
+    submit.stage(spec_in(other), project, target)
+    names = {path.name for path in target.rglob("*")}
+    assert "callbacks.py" in names
+    assert names.isdisjoint({"config.txt", "rows.jsonl", "nowhere", "train.jsonl", "runs", "models"})
+
+
+def test_a_run_in_the_working_directory_itself_stays(project: Path) -> None:
+    (project / "tiny").mkdir()
+    (project / "tiny/metrics.jsonl").touch()
+    target = project.parent / "staged"
+    submit.stage(tiny_spec(project.parent, run={"dir": str(project)}), project, target)
+    assert (target / "notes.txt").exists()
+    assert not (target / "tiny").exists()
+
+
+def test_a_file_that_no_package_can_hold_is_named(project: Path) -> None:
+    (project / os.fsdecode(b"caf\xe9.txt")).touch()
+    with pytest.raises(UserError, match=r"working directory = .*udce9.*add it to \.gitignore"):
+        staged(project)
 
 
 def test_a_working_directory_too_large_for_ray_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,24 +114,74 @@ def test_a_path_of_the_cluster_is_left_to_the_cluster(tmp_path: Path) -> None:
 
 
 class JobServer:
-    """A fake job server whose connection breaks in the middle of a log: a real one that does so cannot be had."""
+    """A fake job server whose connection breaks in the middle of a log: a real one that does so cannot be had.
 
-    def __init__(self, *connections: list[str]) -> None:
-        self.connections = iter(connections)
+    connections: the log, as far as each gives it. statuses: answers to how the job stands, once the log is whole.
+    """
+
+    def __init__(self, *connections: list[str | Exception], statuses: tuple[bool | Exception, ...] = ()) -> None:
+        self.connections, self.statuses = iter(connections), iter(statuses)
         self.is_over = False
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         for text in next(self.connections):
-            if text == "breaks":
-                raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+            if isinstance(text, Exception):
+                raise text
+            if text == "hangs":
+                await asyncio.sleep(3600)
             yield text
         self.is_over = True
 
     def get_job_status(self, job: str) -> Any:
-        return type("Status", (), {"is_terminal": lambda _: self.is_over})()
+        answer = next(self.statuses, self.is_over)
+        if isinstance(answer, Exception):
+            raise answer
+        return type("Status", (), {"is_terminal": lambda _: answer})()
+
+
+BROKEN = RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+
+def followed(capsys: pytest.CaptureFixture[str], server: Any) -> str:
+    asyncio.run(submit._follow(server, "job"))
+    return capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "POLL_S", 0.0)
 
 
 def test_a_log_is_followed_over_a_lost_connection(capsys: pytest.CaptureFixture[str]) -> None:
-    server: Any = JobServer(["step 1\n", "st", "breaks"], ["breaks"], ["step 1\nste", "p 2\n", "step 3\n"])
-    asyncio.run(submit._follow(server, "job"))
-    assert capsys.readouterr().out == "step 1\nstep 2\nstep 3\n"
+    refused = aiohttp.ServerDisconnectedError()  # no OSError
+    server = JobServer(["step 1\n", "st", BROKEN], [BROKEN], [refused], ["step 1\nste", "p 2\n", "step 3\n"])
+    assert followed(capsys, server) == "step 1\nstep 2\nstep 3\n"
+
+
+def test_a_job_server_that_is_away_comes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    away = requests.ConnectionError("connection refused")
+    server = JobServer(["step 1\n", BROKEN], ["step 1\nstep 2\n"], statuses=(away,))
+    assert followed(capsys, server) == "step 1\nstep 2\n"
+
+
+def test_the_end_of_a_log_is_read_though_the_connection_was_lost_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    server = JobServer(["step 1\n", BROKEN], ["step 1\nerror: 2\n"], statuses=(True,))
+    assert followed(capsys, server) == "step 1\nerror: 2\n"
+
+
+def test_a_log_that_went_with_its_node_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert followed(capsys, JobServer(["step 1\n", BROKEN], [BROKEN], statuses=(True,))) == "step 1\n"
+
+
+def test_a_connection_that_is_dead_and_does_not_say_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "SILENCE_S", 0.05)
+    assert followed(capsys, JobServer(["step 1\n", "hangs"], ["step 1\nstep 2\n"])) == "step 1\nstep 2\n"
+
+
+def test_a_job_server_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "AWAY_S", 0.0)
+    server: Any = JobServer([BROKEN], statuses=(requests.ConnectionError("connection refused"),))
+    with pytest.raises(ConnectionError, match=r"no answer .*connection refused.* may go on: ray job logs --follow job"):
+        asyncio.run(submit._follow(server, "job"))

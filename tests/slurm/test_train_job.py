@@ -219,6 +219,24 @@ def test_two_jobs_share_nodes(slurm: Slurm, tmp_path: Path) -> None:
     assert [job.ended()["JobState"] for job in jobs] == ["COMPLETED"] * 2
 
 
+def test_a_job_whose_ports_another_one_holds(slurm: Slurm, tmp_path: Path) -> None:
+    """Their numbers may differ by a multiple of 40; here one holds, without Ray, those of the next number."""
+    hold = "import os, signal, socket; port = 10000 + (int(os.environ['SLURM_JOB_ID']) + 1) % 40 * 500 + 1; "
+    hold += f"held = socket.create_server(('', port)); open('{tmp_path}/port', 'w').write(str(port)); signal.pause()"
+    holder = slurm.sbatch("--nodelist=n1", "--output=/dev/null", f'--wrap=exec python3 -c "{hold}"')
+    wait_until(lambda: (tmp_path / "port").exists() and (tmp_path / "port").read_text() != "", 60)
+    job = submit_stubbed(slurm, tmp_path, "train.sbatch", "--nodes=2", "--cpus-per-task=4")
+    assert job.number == holder + 1
+    port = int(job.started()["RAY_ADDRESS"].rpartition(":")[2])
+    job.go()
+    slurm.ended(job.number)
+    slurm.run("scancel", str(holder))
+    slurm.ended(holder)
+    assert job.ended()["JobState"] == "COMPLETED"
+    taken = int((tmp_path / "port").read_text()) - 1
+    assert port == 10000 + (taken - 10000 + 500) % 20000
+
+
 def test_no_orchestrator_to_be_found(submit: Submit) -> None:
     job = submit(PATH="/usr/bin:/bin", VIRTUAL_ENV="/nowhere")
     assert job.ended()["ExitCode"] == "1:0"
