@@ -634,6 +634,9 @@ def _check_head() -> None:
         UserError: nobody does.
     """
     address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("http"):
+        cure = "give that one to orchestrator submit --to ray --address, or set RAY_ADDRESS=HEAD:6379"
+        raise UserError("RAY_ADDRESS", address, "is the address of a job server, which starts no workers", cure)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return

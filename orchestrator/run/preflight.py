@@ -32,7 +32,7 @@ from orchestrator.run.probe import (
     one_line,
     side_by_side,
 )
-from orchestrator.settings.load import SettingsError, looks_local
+from orchestrator.settings.load import PATH_KEYS, SettingsError, looks_local, paths_in
 from orchestrator.settings.spec import RunSpec, UserError, optimizer_kind
 
 DEADLINE_S = 40.0  # seconds after which no node is waited for any more
@@ -411,16 +411,7 @@ def silence_checks(silent: Iterable[tuple[str, str, str]]) -> list[Check]:
 
 def sources(spec: RunSpec) -> dict[str, str]:
     """Settings that name a local file or folder to read -> its path."""
-    lora = spec.model.lora
-    named = {
-        "data.train": spec.data.train,
-        "data.eval": spec.data.eval,
-        "model.path": spec.model.path,
-        "model.tokenizer": spec.model.tokenizer,
-        "model.lora.adapter_path": lora.adapter_path if lora else None,
-        "reference.path": spec.reference.path,
-    }
-    return {key: path for key, path in named.items() if path and looks_local(path)}
+    return {key: path for key, path in paths_in(spec, PATH_KEYS).items() if looks_local(path)}
 
 
 def folders(spec: RunSpec) -> dict[str, Path]:

@@ -138,7 +138,8 @@ class Probe:
 
     def listen(self, address: str) -> int:
         """Answer whoever connects to this address, for as long as the process lives; on which port."""
-        server = socket.create_server((address, 0), backlog=1024)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = socket.create_server((address, 0), family=family, backlog=1024)
 
         def answer() -> None:
             while True:

@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from orchestrator.settings.load import FOLDER_KEYS, PATH_KEYS, save_spec
+from orchestrator.settings.load import FOLDER_KEYS, PATH_KEYS, paths_in, save_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.rundir import RunDir
 
@@ -188,13 +188,7 @@ def _is_unicode(path: Path) -> bool:
 def _named_by_settings(spec: RunSpec) -> Iterator[Path]:
     """Data, models and outputs: a job finds them where the settings say, not in a copy of its own."""
     yield from (spec.run_dir, spec.cache_dir)  # whose parent may be the working directory itself
-    settings: dict[str, Any] = spec.model_dump(mode="json")
-    for key in FOLDER_KEYS + PATH_KEYS:
-        value: Any = settings
-        for name in key.split("."):
-            value = value and value.get(name)
-        if isinstance(value, str):
-            yield Path(value)
+    yield from map(Path, paths_in(spec, FOLDER_KEYS + PATH_KEYS).values())
 
 
 def _ignored_by_git(folder: Path) -> Iterator[Path]:

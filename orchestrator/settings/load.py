@@ -82,6 +82,18 @@ def _escaped(value: Any) -> Any:
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
+def paths_in(spec: RunSpec, keys: Sequence[str]) -> dict[str, str]:
+    """Dotted key -> path, of those of the keys that are set."""
+    found: dict[str, str] = {}
+    for dotted in keys:
+        value: Any = spec
+        for name in dotted.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, str):
+            found[dotted] = value
+    return found
+
+
 def looks_local(source: str) -> bool:
     """Whether a data or model setting names a path rather than a repository of the hub."""
     return source.startswith((".", "/", "~")) or source.endswith(DATA_SUFFIXES) or os.path.exists(source)

@@ -1169,7 +1169,7 @@ def _slurm(spec: RunSpec) -> None:
             _Clash(
                 exported is not None,
                 "slurm.args",
-                (exported or "").rpartition("=")[0] + "=...",
+                "=".join((exported or "").split("=")[:2]) + "=...",
                 "would leave the value in the run directory, for all to read",
                 "remove it, and set the variable where you submit: the job's environment is that one",
             ),

@@ -344,7 +344,7 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ),
         ({"slurm": {"time": "5:00"}}, "slurm.signal_s", ["not less than slurm.time (5:00)"]),
         ({"slurm": {"args": ["-x"]}}, "slurm.args", ["= '-x'", "is not a flag", "slurm.args=[--mem=0]"]),
-        ({"slurm": {"args": ["--export=A=b"]}}, "slurm.args", ["= '--export=A=...'", "in the run directory", "submit"]),
+        ({"slurm": {"args": ["--export=A=b,C=d"]}}, "slurm.args", ["= '--export=A=...'", "in the run directory"]),
         (
             {"slurm": {"workers_per_node": 1}, "cluster": {"num_workers": 2, "placement": "STRICT_PACK"}},
             "slurm.workers_per_node",
