@@ -84,7 +84,7 @@ def test_who_asks_a_waiting_run_to_stop_does_not_wait_with_it(tmp_path: Path, ru
 
 def test_the_address_of_a_job_server_is_not_that_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
-    with pytest.raises(UserError, match="is the address of a job server, .* orchestrator submit --to ray --address"):
+    with pytest.raises(UserError, match=r"is the address of a job server, .* orchestrator submit --to ray --address"):
         driver._check_head()
 
 
