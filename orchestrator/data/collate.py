@@ -5,9 +5,10 @@ scored, N positions that score them.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,12 @@ class Counts(NamedTuple):
     """What the sums of a step are divided by: counts of the GLOBAL batch, the same on every rank."""
 
     pairs: int
-    tokens: int  # of both sequences of every pair, padding left out
+    chosen_tokens: int  # of the chosen completions, those that are scored
+
+    @classmethod
+    def total(cls, parts: Iterable["Counts"]) -> "Counts":
+        """Of all parts together."""
+        return cls(*map(sum, zip(*parts, strict=True)))
 
 
 class PairSpan(NamedTuple):
@@ -79,8 +85,9 @@ class PairBatch(NamedTuple):
 
     @property
     def counts(self) -> Counts:
-        """Pairs and tokens of this micro-batch alone, fillers left out; on the host."""
-        return Counts(int(self.pair_weights.sum()), int((self.sequence_tokens * self.pair_weights.repeat(2)).sum()))
+        """Of this micro-batch alone, fillers left out; on the host."""
+        weights = self.pair_weights.tolist()
+        return Counts(int(sum(weights)), int(sum(map(mul, self.scored[::2], weights))))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

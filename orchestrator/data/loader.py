@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from orchestrator.data.collate import (
@@ -16,7 +17,7 @@ from orchestrator.data.collate import (
     PairBatch,
     PreferenceCollator,
 )
-from orchestrator.data.order import Integers, MicroBatch, Order, StepPlan
+from orchestrator.data.order import Integers, MicroBatch, Order, StepPlan, scored_chosen
 from orchestrator.data.pairs import Pairs
 from orchestrator.data.refcache import RefCache
 
@@ -43,6 +44,8 @@ class Loader:
     def __init__(self, pairs: Pairs, order: Order, collator: Collator) -> None:
         self.pairs, self.order, self.collator = pairs, order, collator
         self.cache: RefCache | None = None  # of the reference's log-probs
+        keep_last = None if isinstance(collator, AdaptedCollator) else collator.keep_last
+        self._scored_chosen = scored_chosen(pairs.lengths, keep_last)
         self._epoch: int | None = None
 
     def steps(self, pairs_seen: int, step: int) -> Generator[StepBatches]:
@@ -58,7 +61,7 @@ class Loader:
 
     def whole(self, step: int) -> tuple[list[MicroBatch], Callable[[MicroBatch], PairBatch]]:
         """Every pair once: this rank's micro-batches, and what makes a batch of one."""
-        context = self._context(step, self.order.pairs, int(self.order.tokens.sum()))
+        context = self._context(step, np.arange(self.order.pairs))
         if self.cache is not None:
             self.cache.read()
 
@@ -67,6 +70,10 @@ class Loader:
             return batch if self.cache is None else batch._replace(ref_logps=self.cache.known(micro.pairs))
 
         return self.order.whole(), make
+
+    def counts_of(self, pairs: Integers) -> Counts:
+        """Of these pairs, as our own collators lay them out; a user's may score other tokens."""
+        return Counts(len(pairs), int(self._scored_chosen[pairs].sum()))
 
     def remember(self, batch: PairBatch, ref_logps: torch.Tensor) -> None:
         """Keep what the reference said of a batch (still on the host) that came without; waits for the device.
@@ -97,11 +104,10 @@ class Loader:
         return made._replace(micro_batches=batches)
 
     def _make(self, plan: StepPlan, step: int) -> StepBatches:
-        counts = Counts(len(plan.global_pairs), int(self.order.tokens[plan.global_pairs].sum()))
-        context = self._context(step, *counts)
+        context = self._context(step, plan.global_pairs)
         batches = [self._collate(micro, context) for micro in plan.micro_batches]
-        if are_local := isinstance(self.collator, AdaptedCollator):
-            counts = Counts(*map(sum, zip(*(batch.counts for batch in batches), strict=True)))
+        are_local = isinstance(self.collator, AdaptedCollator)
+        counts = Counts.total(batch.counts for batch in batches) if are_local else self.counts_of(plan.global_pairs)
         indices = [micro.pairs for micro in plan.micro_batches]
         return StepBatches(plan.epoch, plan.pairs_seen + len(plan.global_pairs), batches, indices, counts, are_local)
 
@@ -111,8 +117,9 @@ class Loader:
             return self.collator(rows, context, is_filler=micro.is_filler)
         return self.collator(rows, is_filler=micro.is_filler)
 
-    def _context(self, step: int, pairs: int, tokens: int) -> CollateContext:
-        return CollateContext(self.order.rank, self.order.world_size, step, pairs, tokens)
+    def _context(self, step: int, pairs: Integers) -> CollateContext:
+        tokens = int(self.order.tokens[pairs].sum())
+        return CollateContext(self.order.rank, self.order.world_size, step, len(pairs), tokens)
 
 
 def _prefetched(steps: Iterator[StepBatches]) -> Generator[StepBatches]:

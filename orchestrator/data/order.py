@@ -70,6 +70,15 @@ def fed_lengths(lengths: Integers, keep_last: int | None) -> Integers:
     return np.column_stack([prompt, sequences - prompt[:, None]])
 
 
+def scored_chosen(lengths: Integers, keep_last: int | None) -> Integers:
+    """[N, 3] tokens, yet to be cut by keep_end -> [N] tokens of the chosen completion that are scored, which one at
+    position 0 is not."""
+    fed = lengths[:, 0] + lengths[:, 1]
+    if keep_last is not None:
+        fed = np.minimum(fed, keep_last)
+    return np.minimum(lengths[:, 1], np.maximum(fed, 1) - 1)
+
+
 def longest_sequences(lengths: Integers) -> Integers:
     """[N, 3] tokens of prompt, chosen and rejected -> [N] those of the longer of a pair's two sequences."""
     return lengths[:, 0] + lengths[:, 1:].max(axis=1)

@@ -1,15 +1,23 @@
 """Log-probs of pairs -> loss and rewards of each pair, for each loss type.
 
-Legend: B pairs. Everything is fp64: a handful of numbers per pair, whose differences matter.
+Legend: B pairs. Everything is fp64: a handful of numbers per pair, whose differences matter. In equations r_w and r_l
+are the log-ratios log(policy / reference) of chosen and rejected, s_w and s_l their scores (`scores`; the same, unless
+dpo.f_divergence_type says otherwise), b is dpo.beta, e is dpo.label_smoothing and |y| counts completion tokens.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
 
+from orchestrator.data.collate import Counts
 from orchestrator.settings.spec import DpoSpec, LossType
+
+MAX_EXPONENT = 80.0
+"""Exponents are capped here, as TRL caps those of its alpha divergence: a gradient is fp32 again in the head, and holds
+exp(80) but not exp(89). What lies beyond has no gradient."""
 
 
 class PairTerms(NamedTuple):
@@ -33,27 +41,215 @@ class PairTerms(NamedTuple):
 
 
 Loss = Callable[[PairTerms, DpoSpec], torch.Tensor]
+Both = tuple[torch.Tensor, torch.Tensor]
+"""[B] of the chosen, [B] of the rejected."""
 
 
-def rewards(terms: PairTerms, dpo: DpoSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """([B] chosen, [B] rejected): beta times the log-ratio, whatever the loss, as in TRL."""
-    chosen = dpo.beta * (terms.chosen_logps - terms.ref_chosen_logps)
-    return chosen, dpo.beta * (terms.rejected_logps - terms.ref_rejected_logps)
+def pair_losses(terms: PairTerms, dpo: DpoSpec, counts: Counts) -> torch.Tensor:
+    """[B] the weighted sum of the losses asked for, whose mean over the pairs of the GLOBAL batch, which has `counts`,
+    is the loss of the step. Several at once: MPO, Wang et al. 2024, arXiv 2411.10442."""
+    found = torch.zeros_like(terms.chosen_logps)
+    for name, weight in zip(dpo.loss_types, dpo.weights, strict=True):
+        losses = LOSSES[name](terms, dpo)
+        if name in TOKEN_MEANS:
+            losses = losses * (counts.pairs / max(counts.chosen_tokens, 1))
+        found = found + weight * losses
+    return found
+
+
+def log_ratios(terms: PairTerms) -> Both:
+    """r_w and r_l."""
+    return terms.chosen_logps - terms.ref_chosen_logps, terms.rejected_logps - terms.ref_rejected_logps
+
+
+def rewards(terms: PairTerms, dpo: DpoSpec) -> Both:
+    """b r_w and b r_l, whatever the loss, as in TRL."""
+    chosen, rejected = log_ratios(terms)
+    return dpo.beta * chosen, dpo.beta * rejected
+
+
+def scores(terms: PairTerms, dpo: DpoSpec) -> Both:
+    """s_w and s_l: f'(t) at t = policy / reference = exp(r), for the f of the divergence that keeps the policy near its
+    reference. Wang et al. 2023 (f-DPO), arXiv 2309.16240, table 1; for the alpha divergence as TRL has it."""
+    chosen, rejected = log_ratios(terms)
+    return _score(chosen, dpo), _score(rejected, dpo)
+
+
+def _score(log_ratio: torch.Tensor, dpo: DpoSpec) -> torch.Tensor:
+    if dpo.f_divergence_type == "forward_kl":  # 1 - 1 / t
+        return -torch.expm1(_capped(-log_ratio))
+    if dpo.f_divergence_type == "js_divergence":  # log(2 t / (t + 1))
+        return math.log(2) + logsigmoid(log_ratio)
+    power = dpo.f_alpha_divergence_coef - 1
+    if dpo.f_divergence_type == "reverse_kl" or abs(power) < 1e-6:  # log t, to which the next tends
+        return log_ratio
+    return torch.expm1(_capped(power * log_ratio)) / power  # (t^power - 1) / power
+
+
+def _capped(exponent: torch.Tensor) -> torch.Tensor:
+    return exponent.clamp(max=MAX_EXPONENT)
+
+
+def _margin(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] b (s_w - s_l)."""
+    chosen, rejected = scores(terms, dpo)
+    return dpo.beta * (chosen - rejected)
+
+
+def _per_token(both: Both, terms: PairTerms) -> Both:
+    """Divided by |y_w| and |y_l|; a user's collator may have cut a completion away, and 0 / 0 would be NaN."""
+    chosen, rejected = both
+    return chosen / terms.chosen_tokens.clamp(min=1), rejected / terms.rejected_tokens.clamp(min=1)
+
+
+def _smoothed(margin: torch.Tensor, dpo: DpoSpec) -> torch.Tensor:
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m)."""
+    return -(1 - dpo.label_smoothing) * logsigmoid(margin) - dpo.label_smoothing * logsigmoid(-margin)
+
+
+# --- TRL's -------------------------------------------------------------------------------------------------------
 
 
 def sigmoid(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
-    """[B] DPO: -log sigmoid(reward of chosen - reward of rejected). Rafailov et al. 2023, arXiv 2305.18290, eq. 7."""
-    chosen, rejected = rewards(terms, dpo)
-    return -logsigmoid(chosen - rejected)
+    """[B] DPO: -log sigmoid(b (s_w - s_l)). Rafailov et al. 2023, arXiv 2305.18290, eq. 7."""
+    return -logsigmoid(_margin(terms, dpo))
+
+
+def hinge(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] SLiC: max(0, 1 - b (s_w - s_l)). Zhao et al. 2023, arXiv 2305.10425, over log-ratios as in RSO, Liu et al.
+    2023, arXiv 2309.06657."""
+    return torch.relu(1 - _margin(terms, dpo))
 
 
 def ipo(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
-    """[B] IPO: (mean log-ratio of chosen - of rejected - 1 / (2 beta))^2. Azar et al. 2023, arXiv 2310.12036, eq. 17;
-    log-ratios are per completion token, as its authors told TRL."""
-    chosen = (terms.chosen_logps - terms.ref_chosen_logps) / terms.chosen_tokens.clamp(min=1)
-    rejected = (terms.rejected_logps - terms.ref_rejected_logps) / terms.rejected_tokens.clamp(min=1)
+    """[B] IPO: (s_w / |y_w| - s_l / |y_l| - 1 / (2 b))^2. Azar et al. 2023, arXiv 2310.12036, eq. 17; per completion
+    token, as its authors told TRL."""
+    chosen, rejected = _per_token(scores(terms, dpo), terms)
     return (chosen - rejected - 1 / (2 * dpo.beta)) ** 2
 
 
-LOSSES: dict[LossType, Loss] = {"sigmoid": sigmoid, "ipo": ipo}
+def exo_pair(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] EXO: KL(p, q) of p = sigmoid(+-b (s_w - s_l)) from the label's q = (1 - e, e). Ji et al. 2024, arXiv
+    2402.00856, eq. 16."""
+    margin, label = _margin(terms, dpo), dpo.label_smoothing
+    chosen = torch.sigmoid(margin) * (logsigmoid(margin) - math.log1p(-label))
+    return chosen + torch.sigmoid(-margin) * (logsigmoid(-margin) - math.log(label))
+
+
+def nca_pair(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] NCA: -log sigmoid(b r_w) - (log sigmoid(-b r_w) + log sigmoid(-b r_l)) / 2. Chen et al. 2024, arXiv
+    2402.05369."""
+    chosen, rejected = rewards(terms, dpo)
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def robust(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] Robust DPO: with m = b (s_w - s_l), (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e), where a label
+    is wrong with probability e < 1/2. Chowdhury et al. 2024, arXiv 2403.00409."""
+    margin, flipped = _margin(terms, dpo), dpo.label_smoothing
+    return (flipped * logsigmoid(-margin) - (1 - flipped) * logsigmoid(margin)) / (1 - 2 * flipped)
+
+
+def bco_pair(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] BCO without its shift of rewards: -log sigmoid(b r_w) - log sigmoid(-b r_l). Jung et al. 2024, arXiv
+    2404.04656."""
+    chosen, rejected = rewards(terms, dpo)
+    return -logsigmoid(chosen) - logsigmoid(-rejected)
+
+
+def sppo_hard(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] SPPO: (r_w - 1 / (2 b))^2 + (r_l + 1 / (2 b))^2, the winner winning for sure. Wu et al. 2024, arXiv
+    2405.00675, eq. 4.7."""
+    chosen, rejected = log_ratios(terms)
+    return (chosen - 0.5 / dpo.beta) ** 2 + (rejected + 0.5 / dpo.beta) ** 2
+
+
+def apo_zero(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] APO, the chosen better than the model: 1 - sigmoid(b r_w) + sigmoid(b r_l). D'Oosterlinck et al. 2024, arXiv
+    2408.06266, eq. 7."""
+    chosen, rejected = rewards(terms, dpo)
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] APO, the chosen worse than the model: sigmoid(b r_w) + 1 - sigmoid(b (r_w - r_l)). D'Oosterlinck et al. 2024,
+    arXiv 2408.06266, eq. 8."""
+    chosen, rejected = rewards(terms, dpo)
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+def discopop(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] DiscoPOP: with m = b (s_w - s_l) and g = sigmoid(m / tau), -(1 - g) log sigmoid(m) + g exp(-m). Lu et al.
+    2024, arXiv 2406.08414, eq. 5."""
+    margin = _margin(terms, dpo)
+    ratio = margin / dpo.discopop_tau
+    # g exp(-m) in one exponent: for m far below 0 it is 0 times infinity
+    exponential = torch.exp(_capped(logsigmoid(ratio) - margin))
+    return exponential - torch.sigmoid(-ratio) * logsigmoid(margin)
+
+
+def sft(terms: PairTerms, _: DpoSpec) -> torch.Tensor:
+    """[B] -log p_w, for a mean over all chosen tokens of the global batch. Added to sigmoid it makes RPO, as TRL has
+    it: Pang et al. 2024, arXiv 2404.19733, eq. 1."""
+    return -terms.chosen_logps
+
+
+def sigmoid_norm(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] length-normalised DPO: -log sigmoid(b (s_w / |y_w| - s_l / |y_l|)). Lambert et al. 2024 (Tülu 3), arXiv
+    2411.15124."""
+    chosen, rejected = _per_token(scores(terms, dpo), terms)
+    return -logsigmoid(dpo.beta * (chosen - rejected))
+
+
+# --- by the names that users know --------------------------------------------------------------------------------
+
+
+def cdpo(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] conservative DPO: with m = b (s_w - s_l), -(1 - e) log sigmoid(m) - e log sigmoid(-m). Mitchell 2023, A note
+    on DPO with noisy preferences. Earlier releases of TRL had it as sigmoid with label_smoothing, now ignored there."""
+    return _smoothed(_margin(terms, dpo), dpo)
+
+
+def simpo(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] SimPO: -log sigmoid(b (log p_w / |y_w| - log p_l / |y_l|) - gamma), smoothed as in cDPO, without a reference.
+    Meng et al. 2024, arXiv 2405.14734, eq. 6; as TRL's CPOTrainer with cpo_alpha=0."""
+    chosen, rejected = _per_token((terms.chosen_logps, terms.rejected_logps), terms)
+    return _smoothed(dpo.beta * (chosen - rejected) - dpo.simpo_gamma, dpo)
+
+
+def orpo(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """[B] ORPO: with q = log p / |y| of each, -q_w - b log sigmoid(log odds(q_w) - log odds(q_l)), where log odds(q) is
+    q - log(1 - exp(q)), without a reference. Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7. The second term is that
+    of TRL's ORPOTrainer, whose first one is of the prompt's tokens too."""
+    means = _per_token((terms.chosen_logps, terms.rejected_logps), terms)
+    chosen, rejected = map(_log_odds, means)
+    return -means[0] - dpo.beta * logsigmoid(chosen - rejected)
+
+
+def _log_odds(logp: torch.Tensor) -> torch.Tensor:
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)  # the odds of what is certain are infinite
+    return logp - torch.log(-torch.expm1(logp))
+
+
+LOSSES: dict[LossType, Loss] = {
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "robust": robust,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "sft": sft,
+    "sigmoid_norm": sigmoid_norm,
+    "cdpo": cdpo,
+    "simpo": simpo,
+    "orpo": orpo,
+}
 """Each looks at one pair at a time, so that its gradient can be formed in the head."""
+
+TOKEN_MEANS: tuple[LossType, ...] = ("sft",)
+"""Those that are a mean over chosen tokens of the global batch, not over its pairs."""

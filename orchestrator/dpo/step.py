@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from orchestrator.data.collate import Counts, PairBatch
-from orchestrator.dpo.losses import LOSSES, PairTerms, rewards
+from orchestrator.dpo.losses import PairTerms, pair_losses, rewards
 from orchestrator.models.layers import captured_at
 from orchestrator.models.logps import TokenTerms, body_hidden, loss_in_head, sequence_sums
 from orchestrator.models.reference import Reference
@@ -84,13 +84,14 @@ class PairStep(nn.Module):
             ref_logps = self.ask_reference(batch, *captured)
         known = PairTerms.split(torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens)
 
-        def pair_losses(pairs: slice, logps: torch.Tensor) -> torch.Tensor:
+        def shares(pairs: slice, logps: torch.Tensor) -> torch.Tensor:
             terms = known.of(pairs)._replace(chosen_logps=logps[:, 0], rejected_logps=logps[:, 1])
-            return self._losses(terms) * batch.pair_weights[pairs] / counts.pairs
+            return pair_losses(terms, self.dpo, counts) * batch.pair_weights[pairs] / counts.pairs
 
-        scored = loss_in_head(self.policy, hidden, batch, pair_losses, self.token_metrics)
+        scored = loss_in_head(self.policy, hidden, batch, shares, self.token_metrics)
         terms = PairTerms.split(scored.logps, ref_logps, batch.completion_tokens)
-        return StepOutput(scored.loss, self._metric_sums(batch, scored.tokens, terms), scored.logps, ref_logps)
+        metric_sums = self._metric_sums(batch, scored.tokens, terms, counts)
+        return StepOutput(scored.loss, metric_sums, scored.logps, ref_logps)
 
     def train(self, mode: bool = True) -> "PairStep":
         """The policy alone: a reference, wherever it is held, has no dropout."""
@@ -111,16 +112,15 @@ class PairStep(nn.Module):
             policy = adapters
         return policy | {f"reference.{name}": value for name, value in self.reference.moving().items()}
 
-    def _losses(self, terms: PairTerms) -> torch.Tensor:
-        return LOSSES[self.dpo.loss_type](terms, self.dpo)
-
     @torch.no_grad()
-    def _metric_sums(self, batch: PairBatch, tokens: TokenTerms | None, terms: PairTerms) -> torch.Tensor:
+    def _metric_sums(
+        self, batch: PairBatch, tokens: TokenTerms | None, terms: PairTerms, counts: Counts
+    ) -> torch.Tensor:
         weights = batch.pair_weights
         chosen, rejected = rewards(terms, self.dpo)
         per_pair = torch.stack(
             [
-                self._losses(terms),
+                pair_losses(terms, self.dpo, counts),
                 chosen,
                 rejected,
                 (chosen > rejected).double(),

@@ -10,10 +10,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.collate import PairBatch
+import torch
+
+from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.data.loader import StepBatches
 from orchestrator.data.order import run_length
-from orchestrator.dpo.losses import LOSSES, PairTerms, rewards
+from orchestrator.dpo.losses import PairTerms, pair_losses, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference import RefModel
@@ -106,7 +108,7 @@ def replay(
             pairs = [
                 pair
                 for indices, (batch, output) in zip(made.indices, outputs, strict=True)
-                for pair in _pairs(trainer, indices.tolist(), output.logps, output.ref_logps, batch.completion_tokens)
+                for pair in _pairs(trainer, made.counts, indices.tolist(), output, batch.completion_tokens)
             ]
             pairs.sort(key=lambda pair: (math.isfinite(pair.loss), -pair.loss))
             loss = sum(float(output.loss) for _, output in outputs)
@@ -138,11 +140,14 @@ def _taken(
     raise AssertionError  # a count has no end
 
 
-def _pairs(trainer: Trainer, indices: list[int], *terms: Any) -> Iterator[ReplayedPair]:
-    """terms: log-probs, those of the reference and completion tokens of the pairs at these indices, each [2B]."""
+def _pairs(
+    trainer: Trainer, counts: Counts, indices: list[int], output: StepOutput, tokens: torch.Tensor
+) -> Iterator[ReplayedPair]:
+    """Of the pairs at these indices. counts: of the global batch, which one process has whole. tokens: [2B] of their
+    completions."""
     dpo, tokenizer = trainer.spec.dpo, trainer.callbacks.objects["processing_class"]
-    split = PairTerms.split(*(term.cpu() for term in terms))
-    losses = LOSSES[dpo.loss_type](split, dpo).tolist()
+    split = PairTerms.split(output.logps.cpu(), output.ref_logps.cpu(), tokens.cpu())
+    losses = pair_losses(split, dpo, counts).tolist()
     by_pair = zip(indices, losses, *(term.tolist() for term in (*rewards(split, dpo), *split[:4])), strict=True)
     for index, loss, chosen, rejected, *logps in by_pair:
         row = trainer.loader.pairs[index]

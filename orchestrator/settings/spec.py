@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from orchestrator.settings.deepspeed import contradictions
 
@@ -34,7 +34,40 @@ class UserError(Exception):
         return " ".join(f"{self.key} = {value}: {self.rule}; {self.cure}".split())
 
 
-LossType = Literal["sigmoid", "ipo"]
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+    "cdpo",
+    "simpo",
+    "orpo",
+]  # TRL's names; the last three are not among its DPO losses
+SMOOTHED: tuple[LossType, ...] = ("exo_pair", "robust", "cdpo", "simpo")
+"""Losses in which dpo.label_smoothing acts."""
+OF_SCORES: tuple[LossType, ...] = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "robust",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+    "cdpo",
+)
+"""Losses that dpo.f_divergence_type allows: in the difference of a pair's scores cancels what the others would need to
+know, a term of the prompt alone. sft has neither."""
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EngineKind = Literal["ddp", "deepspeed", "fsdp"]
 ZeroStage = Literal[1, 2, 3]
 EngineOffload = Literal["none", "optimizer", "parameters"]
@@ -200,10 +233,43 @@ class DataSpec(Block):
 class DpoSpec(Block):
     """The loss. Names and defaults are TRL's."""
 
-    loss_type: LossType = "sigmoid"
-    """Loss over a pair's log-ratios: sigmoid is DPO (Rafailov et al. 2023, eq. 7), ipo is IPO (Azar et al. 2023)."""
+    loss_type: LossType | list[LossType] = "sigmoid"
+    """Loss, or list of losses that are added: sigmoid is DPO (Rafailov et al. 2023, eq. 7), [sigmoid, sft] RPO. The
+    functions of these names in orchestrator/dpo/losses.py have their papers and equations."""
+    loss_weights: list[Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    """Factor of each loss, in the order of loss_type; 1 each when not set. Dimensionless."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference: reward = beta * log(policy / reference). Dimensionless."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """robust, cdpo and simpo: the probability that a pair's label is wrong; exo_pair: the part of the label that goes
+    to the rejected completion, more than 0."""
+    f_divergence_type: FDivergence = "reverse_kl"
+    """Divergence that keeps the policy near its reference (f-DPO: Wang et al. 2023, arXiv 2309.16240), for the losses
+    over the difference of a pair's scores."""
+    f_alpha_divergence_coef: float = Field(0.5, allow_inf_nan=False)
+    """Alpha of alpha_divergence; 1 is reverse_kl. Dimensionless."""
+    discopop_tau: float = Field(0.05, gt=0)
+    """Temperature of the modulation in discopop. Dimensionless."""
+    simpo_gamma: float = Field(0.5, ge=0)
+    """Margin that simpo wants, in units of its reward: beta times log-prob per token."""
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _one_or_several_losses(cls, value: Any) -> Any:
+        names = list(value) if isinstance(value, list | tuple) else [value]
+        if not names or any(name not in get_args(LossType) for name in names):
+            raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, get_args(LossType)))})
+        return names[0] if len(names) == 1 else names  # a list of one is that one: it resumes a run that named it
+
+    @property
+    def loss_types(self) -> list[LossType]:
+        """The losses, also where there is one."""
+        return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+
+    @property
+    def weights(self) -> list[float]:
+        """The factor of each of them."""
+        return self.loss_weights or [1.0] * len(self.loss_types)
 
 
 class BatchSpec(Block):
@@ -599,6 +665,7 @@ class RunSpec(Block):
             _engine_parts,
             _engine_limits,
             _deepspeed_file,
+            _loss_parts,
             _model_parts,
             _reference_parts,
             _reference_sharded,
@@ -647,6 +714,73 @@ def _one_micro_batch_key(spec: RunSpec) -> None:
             f"is more than batch.global_batch_size ({batch.global_batch_size})",
             f"set it to {batch.global_batch_size} or less",
         )
+
+
+def _loss_parts(spec: RunSpec) -> None:
+    """What acts in some losses and not in others."""
+    dpo, names = spec.dpo, spec.dpo.loss_types
+    listed, smoothing = ", ".join(names), dpo.label_smoothing
+    not_of_scores = [name for name in names if name not in OF_SCORES]
+    _refuse(
+        [
+            _Clash(
+                len(dpo.weights) != len(names),
+                "dpo.loss_weights",
+                dpo.loss_weights,
+                f"is not one number for each of {listed}",
+                f"give {len(names)}, or remove it: then each is 1",
+            ),
+            _Clash(
+                smoothing > 0 and not set(SMOOTHED) & set(names),
+                "dpo.label_smoothing",
+                smoothing,
+                f"acts in {', '.join(SMOOTHED)}, not in {listed}",
+                "remove it, or set dpo.loss_type=cdpo (sigmoid with smoothed labels) or robust",
+            ),
+            _Clash(
+                smoothing == 0 and "exo_pair" in names,
+                "dpo.label_smoothing",
+                smoothing,
+                "exo_pair takes its logarithm",
+                "set it to 0.001, as its paper does",
+            ),
+            _Clash(
+                smoothing >= 0.5 and "robust" in names,
+                "dpo.label_smoothing",
+                smoothing,
+                "robust divides by 1 - 2 * dpo.label_smoothing, and with more every label would be the wrong one",
+                "set it below 0.5, for example to 0.1",
+            ),
+            _Clash(
+                dpo.f_divergence_type != "reverse_kl" and not_of_scores != [],
+                "dpo.f_divergence_type",
+                dpo.f_divergence_type,
+                f"is for losses over the difference of a pair's scores, which {', '.join(not_of_scores)} is not",
+                f"remove it, or take dpo.loss_type of {', '.join(OF_SCORES)}",
+            ),
+            _Clash(
+                dpo.f_alpha_divergence_coef != 0.5 and dpo.f_divergence_type != "alpha_divergence",
+                "dpo.f_alpha_divergence_coef",
+                dpo.f_alpha_divergence_coef,
+                f"does not act on {dpo.f_divergence_type}",
+                "remove it, or set dpo.f_divergence_type=alpha_divergence",
+            ),
+            _Clash(
+                dpo.discopop_tau != 0.05 and "discopop" not in names,
+                "dpo.discopop_tau",
+                dpo.discopop_tau,
+                f"does not act in {listed}",
+                "remove it, or set dpo.loss_type=discopop",
+            ),
+            _Clash(
+                dpo.simpo_gamma != 0.5 and "simpo" not in names,
+                "dpo.simpo_gamma",
+                dpo.simpo_gamma,
+                f"does not act in {listed}",
+                "remove it, or set dpo.loss_type=simpo",
+            ),
+        ]
+    )
 
 
 def _one_length(spec: RunSpec) -> None:
@@ -1203,8 +1337,12 @@ def _explain_one(details: Any) -> UserError:
     if kind == "literal_error":
         allowed = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         meant = "disabled" if value is False and "disabled" in allowed else str(value)  # YAML reads off as false
+        if isinstance(value, list):
+            meant = next((str(entry) for entry in value if entry not in allowed), "")
         near = difflib.get_close_matches(meant, allowed, n=1)
         cure = f"did you mean {near[0]}?" if near else f"set it to {allowed[0]}"
+        if name == "loss_type" and meant in RECIPES:
+            cure = f"set {RECIPES[meant]}"
         return UserError(key, value, f"must be one of {', '.join(allowed)}", cure)
     default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
     cure = f"for example {key}={default} ({described})" if default not in (None, {}, []) else described
@@ -1213,6 +1351,13 @@ def _explain_one(details: Any) -> UserError:
     return UserError(key, value, details["msg"][0].lower() + details["msg"][1:], cure)
 
 
+# Losses that are others here, and how to have them.
+RECIPES = {
+    "dpo": "dpo.loss_type=sigmoid",
+    "rpo": "dpo.loss_type=[sigmoid, sft] and dpo.loss_weights=[1, alpha]",
+    "mpo": "dpo.loss_type=[sigmoid, bco_pair, sft] and dpo.loss_weights=[0.8, 0.2, 1]",
+    "slic": "dpo.loss_type=hinge",
+}
 # What users of TRL will type first, and where it is here.
 TRL_NAMES = {
     "learning_rate": "optimizer.lr",
@@ -1242,6 +1387,13 @@ TRL_NAMES = {
     "max_length": "data.max_length",
     "beta": "dpo.beta",
     "loss_type": "dpo.loss_type",
+    "loss_weights": "dpo.loss_weights",
+    "label_smoothing": "dpo.label_smoothing",
+    "f_divergence_type": "dpo.f_divergence_type",
+    "f_alpha_divergence_coef": "dpo.f_alpha_divergence_coef",
+    "discopop_tau": "dpo.discopop_tau",
+    "simpo_gamma": "dpo.simpo_gamma",
+    "rpo_alpha": "dpo.loss_type=[sigmoid, sft] with dpo.loss_weights=[1, rpo_alpha]",
     "seed": "run.seed",
     "peft_config": "model.lora",
     "lora_r": "model.lora.r",

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
 from orchestrator.data.loader import Loader
 from orchestrator.engines.base import Engine
 from orchestrator.training.metrics import MetricSums, means
@@ -14,14 +15,23 @@ from orchestrator.world import World
 
 
 def evaluate(
-    engine: Engine, loader: Loader, world: World, step: int, each: Callable[[], None] = lambda: None
+    engine: Engine,
+    loader: Loader,
+    world: World,
+    step: int,
+    each: Callable[[], None] = lambda: None,
+    by_token: bool = False,
 ) -> dict[str, float]:
     """Metrics with `eval_` before their names: exact for any world size, as fillers weigh nothing. Collective.
 
-    each: called before each micro-batch.
+    each: called before each micro-batch. by_token: the loss is a mean over tokens as well, which a user's collator has
+    to be asked for first.
     """
     began = time.monotonic()
     micro_batches, make = loader.whole(step)
+    counts = loader.counts_of(np.arange(len(loader.pairs)))
+    if by_token and isinstance(loader.collator, AdaptedCollator):
+        counts = over_ranks(world, Counts.total(make(micro).counts for micro in micro_batches))
     sums = MetricSums(world)
     cached = loader.cache
     known = cached is not None and all(cached.known(micro.pairs) is not None for micro in micro_batches)
@@ -31,7 +41,7 @@ def evaluate(
         batch = make(micro)
         if ask_all and cached is not None:
             batch = batch._replace(ref_logps=None)
-        output = engine.evaluate(batch.to(world.device), Counts(len(loader.pairs), 1))
+        output = engine.evaluate(batch.to(world.device), counts)
         sums.add(output.metric_sums)
         loader.remember(batch, output.ref_logps)
     metrics = means(sums.totals())
@@ -71,6 +81,12 @@ def fill_reference_cache(
 def all_ranks(world: World, true: bool) -> bool:
     """Whether it is true on all of them. Collective."""
     return not world.max(torch.tensor([not true], dtype=torch.int32, device=world.device)).item()
+
+
+def over_ranks(world: World, counts: Counts) -> Counts:
+    """Their sum over all ranks. Collective."""
+    local = torch.tensor(counts, dtype=torch.float64, device=world.device)
+    return Counts(*map(int, world.sum(local).tolist()))
 
 
 MEASURED = 4  # micro-batches of the first step on each rank, on which a reference is looked at before training

@@ -116,9 +116,11 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
     hub_base = f"base_model: {base}\n" if spec.model.path and not spec.model.path.startswith("/") else ""
     start = "the base with its adapter as it was" if spec.model.lora and spec.model.lora.adapter_path else "the base"
     schedule = f"{spec.scheduler.name}, {spec.scheduler.warmup_steps} warm-up steps"
+    weighted = zip(spec.dpo.loss_types, spec.dpo.weights, strict=True)
+    losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weighted)
     rows = {
         "Base": base,
-        "Method": f"DPO ({spec.dpo.loss_type}, beta {spec.dpo.beta})",
+        "Method": f"DPO ({losses}, beta {spec.dpo.beta})",
         "Reference": f"{spec.reference.path or start} ({spec.reference.kind})",
         "Preference pairs": Path(spec.data.train).name if spec.data.train.startswith("/") else spec.data.train,
         "Pairs seen": meta["pairs_seen"],

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.data.collate import PairBatch
 from orchestrator.data.loader import Loader, StepBatches
+from orchestrator.dpo.losses import TOKEN_MEANS
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine, Updated
 from orchestrator.engines.optim import check_resumable, made_by
 from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks
-from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate
+from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate, over_ranks
 from orchestrator.training.health import Session
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
@@ -222,10 +223,7 @@ class Trainer:
     def micro_steps(self, made: StepBatches) -> list[tuple[PairBatch, StepOutput]]:
         """Forward and backward over this rank's micro-batches, each of which (on the host) is returned with its
         output; the engine has the gradient then."""
-        counts = made.counts
-        if made.are_local:
-            local = torch.tensor(counts, dtype=torch.float64, device=self.world.device)
-            counts = Counts(*map(int, self.world.sum(local).tolist()))
+        counts = over_ranks(self.world, made.counts) if made.are_local else made.counts
         if self.engine.meets_in_forward:
             made = self._asked_together(made)
         outputs: list[tuple[PairBatch, StepOutput]] = []
@@ -315,7 +313,10 @@ class Trainer:
         """Evaluate once per step at most; what callbacks then ask (early stopping, a save) acts at once."""
         if self.eval_loader is not None and self.evaluated_at != self.step:
             self.evaluated_at = self.step
-            metrics = evaluate(self.engine, self.eval_loader, self.world, self.step, self._before_evaluated_batch)
+            by_token = not set(TOKEN_MEANS).isdisjoint(self.spec.dpo.loss_types)
+            metrics = evaluate(
+                self.engine, self.eval_loader, self.world, self.step, self._before_evaluated_batch, by_token
+            )
             self._check_best(metrics)
             self._report(metrics)
             self.callbacks.fire("on_evaluate", metrics=metrics)

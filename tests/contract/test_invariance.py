@@ -33,6 +33,7 @@ CUTS = {
     "cache off": (2, ["reference.cache=off"]),
     "cache full": (2, ["reference.cache=full"]),
 }
+SPLITS = ["2x2", "4x1"]
 BY_COMMAND = "2x2"  # the one whose ranks the command line itself starts, each a fresh Python
 
 
@@ -82,6 +83,24 @@ def test_same_curve_and_weights(settings: Path, cut: str) -> None:
     weights, expected_weights = (load_file(d / "model" / "model.safetensors") for d in (made, twin))
     for name, value in expected_weights.items():
         assert (weights[name] - value).abs().max() < 1e-5, name
+
+
+MEANS_OVER_TOKENS = {
+    "sft": ["dpo.loss_type=sft"],
+    "mpo": ["dpo.loss_type=[robust,bco_pair,sft]", "dpo.loss_weights=[0.8,0.2,1]", "dpo.label_smoothing=0.1"],
+}
+
+
+@pytest.mark.parametrize("loss", MEANS_OVER_TOKENS)
+def test_a_mean_over_tokens_is_one_over_the_global_batch(settings: Path, loss: str) -> None:
+    """In TRL it is one over each micro-batch. Five steps of 8 and 6 pairs, evaluated before, within and after."""
+    short = [*MEANS_OVER_TOKENS[loss], "training.max_steps=5"]
+    twin, *made = (run(settings, f"{loss} {cut}", CUTS[cut][0], [*CUTS[cut][1], *short]) for cut in ("1x4", *SPLITS))
+    for each in made:
+        assert losses(each) == pytest.approx(losses(twin), abs=1e-5)
+        assert evaluations(each) == pytest.approx(evaluations(twin), abs=1e-6)
+    assert len(evaluations(twin)) == 3
+    assert losses(twin)[5] < losses(twin)[1]
 
 
 COLLATORS = '''

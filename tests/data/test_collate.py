@@ -223,7 +223,7 @@ def test_the_pad_token_may_be_a_real_token() -> None:
 @both_layouts
 def test_counts_leave_padding_and_fillers_out(packed: bool) -> None:
     collate = collator(packed)
-    assert collate(EXAMPLE).counts == (2, 16)
+    assert collate(EXAMPLE).counts == (2, 3)
     filler = collate(EXAMPLE[:1], is_filler=True)
     assert filler.pair_weights.tolist() == [0.0]
     assert filler.counts == (0, 0)

@@ -61,7 +61,8 @@ def test_counts_are_of_the_global_batch_on_every_rank(pairs: Pairs) -> None:
     ranks = [next(loader(pairs, rank, 3).steps(16, 2)) for rank in range(3)]  # the last, smaller batch
     assert {made.counts.pairs for made in ranks} == {5}
     assert not any(made.are_local for made in ranks)
-    assert {made.counts.tokens for made in ranks} == {sum(b.counts.tokens for made in ranks for b in made[2])}
+    scored = sum(batch.counts.chosen_tokens for made in ranks for batch in made.micro_batches)
+    assert {made.counts.chosen_tokens for made in ranks} == {scored}
     assert sorted(i for made in ranks for i in pair_ids(made)) == pair_ids(next(loader(pairs).steps(16, 2)))
 
 
@@ -94,19 +95,29 @@ def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs, mo
     expected = next(loader(pairs).steps(8, 4)).counts
     assert all(made.are_local for made in steps)
     assert sum(made.counts.pairs for made in steps) == expected.pairs == 8
-    assert sum(made.counts.tokens for made in steps) == expected.tokens
-    assert {context for context, _ in contexts} == {CollateContext(rank, 2, 5, 8, expected.tokens) for rank in range(2)}
+    assert sum(made.counts.chosen_tokens for made in steps) == expected.chosen_tokens
+    lengths = [pairs.lengths[int(i)] for i in ranks[0].order.plan(8).global_pairs]
+    tokens = sum(int(2 * prompt + chosen + rejected) for prompt, chosen, rejected in lengths)
+    assert {context for context, _ in contexts} == {CollateContext(rank, 2, 5, 8, tokens) for rank in range(2)}
     assert {thread for _, thread in contexts} == {threading.current_thread().name}
 
 
 @both_layouts
-def test_keep_end_counts_the_tokens_that_are_fed(tmp_path: Path, packed: bool) -> None:
-    data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", rows(8))), max_length=16, truncation="keep_end")
+@pytest.mark.parametrize("prompt", [{}, {"prompt": ""}], ids=["prompts", "none"])
+@pytest.mark.parametrize("max_length", [1, 16, 40])
+def test_keep_end_counts_the_tokens_that_are_fed(
+    tmp_path: Path, packed: bool, prompt: dict[str, str], max_length: int
+) -> None:
+    made_up = [{**row, **prompt} for row in rows(8)]
+    train = str(write_jsonl(tmp_path / "train.jsonl", made_up))
+    data = data_spec(train=train, max_length=max_length, truncation="keep_end")
     made = tokenized_pairs(data, "train", tokenizer(), tmp_path)
     order = Order(fed_lengths(made.lengths, data.keep_last), 8, 0, 1, 7, 8, packed=packed)
-    step = next(Loader(made, order, collator(packed, max_length=16, truncation="keep_end")).steps(0, 0))
-    assert step.counts.tokens == sum(batch.counts.tokens for batch in step.micro_batches)
-    assert step.counts.tokens < int(made.lengths.sum() + made.lengths[:, 0].sum())
+    step = next(Loader(made, order, collator(packed, max_length=max_length, truncation="keep_end")).steps(0, 0))
+    fed = sum(int(batch.sequence_tokens.sum()) for batch in step.micro_batches)
+    assert order.tokens.sum() == fed < int(made.lengths.sum() + made.lengths[:, 0].sum())
+    scored = [length for batch in step.micro_batches for length in batch.scored[::2]]
+    assert step.counts == (8, sum(scored))
 
 
 def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:

@@ -1,25 +1,42 @@
 """Each loss equals its formula in fp64, in value and gradient, and keeps its head where numbers are extreme."""
 
 import math
-from typing import get_args
+from itertools import product
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from orchestrator.dpo.losses import LOSSES, PairTerms, rewards
-from orchestrator.settings.spec import DpoSpec, LossType
+from orchestrator.data.collate import Counts
+from orchestrator.dpo.losses import LOSSES, TOKEN_MEANS, PairTerms, pair_losses, rewards
+from orchestrator.settings.spec import OF_SCORES, SMOOTHED, DpoSpec, FDivergence, LossType
 
 LOGPS = torch.tensor([-10.0, -20.0, -7.0, -11.0, -18.0, -7.0], dtype=torch.float64)
 REFERENCE = torch.tensor([-12.0, -19.0, -7.0, -10.0, -20.0, -7.0], dtype=torch.float64)
 TOKENS = torch.tensor([4, 1, 3, 2, 5, 3])
 
 
-def spec(beta: float = 0.1) -> DpoSpec:
-    return DpoSpec(beta=beta)  # pyright: ignore[reportCallIssue]
+EPSILON = 0.1
+NAMES = pytest.mark.parametrize("name", get_args(LossType))
+
+
+def spec(beta: float = 0.1, **settings: Any) -> DpoSpec:
+    """With some label smoothing, which exo_pair cannot do without."""
+    return DpoSpec(**{"beta": beta, "label_smoothing": EPSILON, **settings})
+
+
+def slopes(name: LossType, terms: PairTerms, dpo: DpoSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B] losses and their derivatives by the log-probs of chosen and rejected."""
+    chosen, rejected = (each.clone().requires_grad_() for each in terms[:2])
+    losses = LOSSES[name](terms._replace(chosen_logps=chosen, rejected_logps=rejected), dpo)
+    found = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True)
+    by_chosen, by_rejected = (torch.zeros_like(losses) if each is None else each for each in found)
+    return losses.detach(), by_chosen, by_rejected
 
 
 def test_every_name_of_the_settings_has_a_loss_and_no_other() -> None:
     assert tuple(LOSSES) == get_args(LossType)
+    assert {*SMOOTHED, *OF_SCORES, *TOKEN_MEANS} <= set(LOSSES)
 
 
 def test_the_chosen_half_comes_first() -> None:
@@ -79,7 +96,7 @@ def test_ipo_takes_a_completion_without_tokens_for_one_of_one_as_trl_does() -> N
     assert logps.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", get_args(LossType))
+@NAMES
 def test_a_loss_looks_at_one_pair_at_a_time(name: LossType) -> None:
     terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)
     together = LOSSES[name](terms, spec())
@@ -87,9 +104,165 @@ def test_a_loss_looks_at_one_pair_at_a_time(name: LossType) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_policy_equal_to_reference_gives_ln_2() -> None:
-    losses = LOSSES["sigmoid"](PairTerms.split(LOGPS, LOGPS, TOKENS), spec())
-    assert losses.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-15)
+LN2, B, TAU, GAMMA, Q = math.log(2), 0.3, 0.05, 0.5, -2.5
+TILT = math.log((1 - EPSILON) / EPSILON)
+ODDS = 1 / (1 - math.exp(Q))  # slope of the log odds
+DISCOPOP = 0.25 * (1 - LN2) / TAU - 0.75
+# The loss of a pair whose policy is the reference, of 4 and 2 tokens and Q nats a token, and its two slopes.
+AT_THE_START: dict[LossType, tuple[float, float, float]] = {
+    "sigmoid": (LN2, -B / 2, B / 2),
+    "hinge": (1, -B, B),
+    "ipo": (1 / (4 * B**2), -1 / (4 * B), 1 / (2 * B)),
+    "exo_pair": (-LN2 - math.log(EPSILON * (1 - EPSILON)) / 2, -B * TILT / 4, B * TILT / 4),
+    "nca_pair": (2 * LN2, -B / 4, B / 4),
+    "robust": (LN2, -B / 2 / (1 - 2 * EPSILON), B / 2 / (1 - 2 * EPSILON)),
+    "bco_pair": (2 * LN2, -B / 2, B / 2),
+    "sppo_hard": (1 / (2 * B**2), -1 / B, 1 / B),
+    "apo_zero": (1, -B / 4, B / 4),
+    "apo_down": (1, 0, B / 4),
+    "discopop": (LN2 / 2 + 0.5, B * DISCOPOP, -B * DISCOPOP),
+    "sft": (10, -1, 0),
+    "sigmoid_norm": (LN2, -B / 2 / 4, B / 2 / 2),
+    "cdpo": (LN2, -B / 2 * (1 - 2 * EPSILON), B / 2 * (1 - 2 * EPSILON)),
+    "simpo": (
+        (1 - EPSILON) * math.log1p(math.exp(GAMMA)) + EPSILON * math.log1p(math.exp(-GAMMA)),
+        -B / 4 * (1 / (1 + math.exp(-GAMMA)) - EPSILON),
+        B / 2 * (1 / (1 + math.exp(-GAMMA)) - EPSILON),
+    ),
+    "orpo": (-Q + B * LN2, -1 / 4 - B / 2 * ODDS / 4, B / 2 * ODDS / 2),
+}
+
+
+@NAMES
+def test_policy_equal_to_reference(name: LossType) -> None:
+    logps, tokens = torch.tensor([4 * Q, 2 * Q], dtype=torch.float64), torch.tensor([4, 2])
+    found = slopes(name, PairTerms.split(logps, logps, tokens), spec(B))
+    assert [each.item() for each in found] == pytest.approx(AT_THE_START[name], rel=1e-13, abs=1e-15)
+
+
+@NAMES
+def test_a_loss_with_its_pairs_turned_round_is_another(name: LossType) -> None:
+    """The chosen one is to gain: by 3 nats over the rejected one it is better than with 3 nats less."""
+    terms = PairTerms.split(
+        torch.tensor([-9.0, -12.0, -12.0, -9.0]).double(), torch.full((4,), -9.0).double(), TOKENS[:4]
+    )
+    terms = terms._replace(chosen_tokens=torch.full((2,), 6), rejected_tokens=torch.full((2,), 6))
+    better, worse = LOSSES[name](terms, spec(0.2)).tolist()
+    assert better < worse
+
+
+@NAMES
+def test_smoothing_acts_where_the_settings_say(name: LossType) -> None:
+    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)
+    acts = not torch.equal(LOSSES[name](terms, spec()), LOSSES[name](terms, spec(label_smoothing=0.2)))
+    assert acts == (name in SMOOTHED)
+
+
+@NAMES
+@pytest.mark.parametrize("divergence", get_args(FDivergence)[1:])
+def test_an_f_divergence_acts_where_the_settings_say(name: LossType, divergence: FDivergence) -> None:
+    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)
+    acts = not torch.equal(LOSSES[name](terms, spec()), LOSSES[name](terms, spec(f_divergence_type=divergence)))
+    assert acts == (name in OF_SCORES and name != "sft")  # which has none, and takes any
+
+
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+def of(name: LossType, **settings: Any) -> list[float]:
+    return LOSSES[name](PairTerms.split(LOGPS, REFERENCE, TOKENS), spec(**settings)).tolist()
+
+
+@pytest.mark.parametrize("name", ["robust", "cdpo"])
+def test_labels_that_are_never_wrong_give_dpo(name: LossType) -> None:
+    assert of(name, label_smoothing=0.0) == of("sigmoid")
+
+
+@pytest.mark.parametrize("name", ["cdpo", "exo_pair"])
+def test_a_smoothed_loss_is_least_where_the_margin_says_how_sure_the_label_is(name: LossType) -> None:
+    """sigmoid(margin) = 1 - epsilon: there the gradient is 0, and on either side points to it."""
+    at = torch.tensor([TILT - 0.1, TILT, TILT + 0.1], dtype=torch.float64)
+    zero = torch.zeros(3, dtype=torch.float64)
+    _, by_chosen, _ = slopes(name, PairTerms(at, zero, zero, zero, TOKENS[:3], TOKENS[3:]), spec(1.0))
+    assert by_chosen.sign().tolist()[::2] == [-1, 1]
+    assert by_chosen[1].item() == pytest.approx(0, abs=1e-15)
+
+
+def test_alpha_divergences_lead_from_the_forward_to_the_reverse_kl() -> None:
+    alpha = {"f_divergence_type": "alpha_divergence"}
+    assert of("sigmoid", **alpha, f_alpha_divergence_coef=0.0) == of("sigmoid", f_divergence_type="forward_kl")
+    assert of("sigmoid", **alpha, f_alpha_divergence_coef=1.0) == of("sigmoid")
+    assert of("sigmoid", **alpha, f_alpha_divergence_coef=1 + 2e-6) == pytest.approx(of("sigmoid"), rel=1e-5)
+    assert of("sigmoid", **alpha) != pytest.approx(of("sigmoid"), rel=1e-2)
+
+
+def test_a_cold_discopop_is_exponential_where_the_chosen_leads_and_logistic_where_not() -> None:
+    ahead, behind, _ = of("discopop", discopop_tau=1e-4)
+    assert [ahead, behind] == pytest.approx([math.exp(-0.3), of("sigmoid")[1]], rel=1e-14)
+
+
+# --- several at once ---------------------------------------------------------------------------------------------
+
+
+def test_the_sum_of_several_losses_and_its_mean_over_tokens() -> None:
+    """sft is a mean over the 9 chosen tokens of a global batch of 5 pairs, of which 3 are here."""
+    terms, counts = PairTerms.split(LOGPS, REFERENCE, TOKENS), Counts(5, 9)
+    dpo = spec(loss_type=["sigmoid", "sft", "ipo"], loss_weights=[0.5, 2, -1])
+    found = pair_losses(terms, dpo, counts).sum() / counts.pairs
+    expected = (0.5 * sum(of("sigmoid")) - sum(of("ipo"))) / 5 + 2 * (10 + 20 + 7) / 9
+    assert found.item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_one_loss_alone_is_itself_to_the_last_bit() -> None:
+    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)
+    assert pair_losses(terms, spec(), Counts(7, 1)).tolist() == of("sigmoid")
+
+
+def test_a_batch_without_a_chosen_token_has_no_sft_loss_of_its_own() -> None:
+    zero = torch.zeros(2, dtype=torch.float64)
+    terms = PairTerms.split(zero, zero, torch.zeros(2, dtype=torch.int64))
+    assert pair_losses(terms, spec(loss_type="sft"), Counts(1, 0)).tolist() == [0.0]
+
+
+# --- numerical extremes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", get_args(FDivergence))
+@NAMES
+def test_extreme_log_ratios_leave_loss_and_gradient_finite(name: LossType, divergence: FDivergence) -> None:
+    """Up to 1e4 nats of either sign on either side: what the policy rules out, or what the reference does."""
+    ends = [-1e4, -800.0, -90.0, -1.0, -1e-9, 0.0]
+    sides = torch.tensor(list(product(ends, repeat=4)), dtype=torch.float64).t()
+    tokens = torch.full((sides.shape[1],), 3)
+    for alpha in (-1.0, 0.5, 2.0):
+        dpo = spec(1.0, f_divergence_type=divergence, f_alpha_divergence_coef=alpha)
+        for tau in (0.05, 2.0):
+            found = slopes(name, PairTerms(*sides, tokens, tokens), dpo.model_copy(update={"discopop_tau": tau}))
+            assert all(each.isfinite().all() for each in found)
+
+
+def test_a_warm_discopop_has_its_product_where_one_factor_is_beyond_the_cap() -> None:
+    far = torch.tensor([-120.0, 0.0], dtype=torch.float64)
+    terms = PairTerms.split(far, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.int64))
+    loss = LOSSES["discopop"](terms, spec(1.0, discopop_tau=2.0)).item()
+    assert loss == pytest.approx(math.exp(120) / (1 + math.exp(60)), rel=1e-12)
+
+
+def test_a_preference_that_is_lost_by_far_still_has_its_whole_gradient() -> None:
+    lost = torch.tensor([-1e4, 0.0], dtype=torch.float64)
+    zero = torch.zeros(2, dtype=torch.float64)
+    terms = PairTerms.split(lost, zero, torch.ones(2, dtype=torch.int64))
+    steepest: dict[LossType, float] = {
+        "sigmoid": -1,
+        "hinge": -1,
+        "robust": -(1 - EPSILON) / (1 - 2 * EPSILON),
+        "cdpo": -(1 - EPSILON),
+        "bco_pair": -1,
+        "discopop": -1,
+    }
+    for name, slope in steepest.items():
+        _, by_chosen, _ = slopes(name, terms, spec(1.0))
+        assert by_chosen.item() == pytest.approx(slope), name
 
 
 @pytest.mark.parametrize(("margin", "expected"), [(1e5, 0.0), (-1e5, 1e5)])

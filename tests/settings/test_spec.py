@@ -327,7 +327,52 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"reference": {"cache": "lasy"}}, "reference.cache", ["did you mean lazy?"]),
         ({"model": {"attention": "pad"}}, "model.attention", ["did you mean padded?"]),
         ({"precision": "bf61"}, "precision", ["'bf61'", "must be one of", "did you mean bf16?"]),
-        ({"dpo": {"loss_type": "hinge"}}, "dpo.loss_type", ["must be one of sigmoid, ipo"]),
+        ({"dpo": {"loss_type": "hing"}}, "dpo.loss_type", ["must be one of sigmoid, hinge", "did you mean hinge?"]),
+        ({"dpo": {"loss_type": ["sigmoid", "stf"]}}, "dpo.loss_type", ["'stf'", "must be one of", "did you mean sft?"]),
+        ({"dpo": {"loss_type": []}}, "dpo.loss_type", ["= []", "must be one of", "set it to sigmoid"]),
+        ({"dpo": {"loss_type": None}}, "dpo.loss_type", ["must be one of", "set it to sigmoid"]),
+        (
+            {"dpo": {"loss_type": "rpo"}},
+            "dpo.loss_type",
+            ["set dpo.loss_type=[sigmoid, sft] and dpo.loss_weights=[1, "],
+        ),
+        ({"dpo": {"rpo_alpha": 1}}, "dpo.rpo_alpha", ["did you mean dpo.loss_type=[sigmoid, sft] with dpo.loss_weig"]),
+        (
+            {"dpo": {"loss_weights": [1, 2]}},
+            "dpo.loss_weights",
+            ["[1.0, 2.0]", "is not one number for each of sigmoid", "give 1, or remove it: then each is 1"],
+        ),
+        ({"dpo": {"loss_weights": ["inf"]}}, "dpo.loss_weights.0", ["'inf'", "finite"]),
+        (
+            {"dpo": {"label_smoothing": 0.1}},
+            "dpo.label_smoothing",
+            ["acts in exo_pair, robust, cdpo, simpo, not in sigmoid", "set dpo.loss_type=cdpo"],
+        ),
+        ({"dpo": {"label_smoothing": 0.1, "loss_type": ["ipo", "sft"]}}, "dpo.label_smoothing", ["not in ipo, sft"]),
+        ({"dpo": {"loss_type": "exo_pair"}}, "dpo.label_smoothing", ["= 0.0", "its logarithm", "set it to 0.001"]),
+        (
+            {"dpo": {"loss_type": "robust", "label_smoothing": 0.5}},
+            "dpo.label_smoothing",
+            ["= 0.5", "robust divides by 1 - 2 * dpo.label_smoothing", "set it below 0.5"],
+        ),
+        ({"dpo": {"loss_type": "cdpo", "label_smoothing": 1}}, "dpo.label_smoothing", ["less than 1"]),
+        (
+            {"dpo": {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"}},
+            "dpo.f_divergence_type",
+            ["'forward_kl'", "which nca_pair is not", "take dpo.loss_type of sigmoid, hinge"],
+        ),
+        (
+            {"dpo": {"f_divergence_type": "js"}},
+            "dpo.f_divergence_type",
+            ["must be one of reverse_kl, forward_kl, js_divergence, alpha_divergence"],
+        ),
+        (
+            {"dpo": {"f_alpha_divergence_coef": 0.3}},
+            "dpo.f_alpha_divergence_coef",
+            ["= 0.3", "does not act on reverse_kl", "set dpo.f_divergence_type=alpha_divergence"],
+        ),
+        ({"dpo": {"discopop_tau": 0.1}}, "dpo.discopop_tau", ["does not act in sigmoid", "dpo.loss_type=discopop"]),
+        ({"dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma", ["does not act in sigmoid", "set dpo.loss_type=simpo"]),
         ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "Letters, digits, dot"]),
         ({"run": {"name": None}}, "run.name", ["(not set)"]),
         ({"run": {"seed": -1}}, "run.seed", ["-1"]),
@@ -531,6 +576,29 @@ def test_which_zero_stage_runs(tmp_path: Path) -> None:
     assert [stage(), stage(zero_stage=1), stage(deepspeed_config={})] == [2, 1, 2]
     assert stage(deepspeed_config={"zero_optimization": {"stage": 3}}) == 3
     assert stage(deepspeed_config={"zero_optimization": {"stage": "auto"}}, zero_stage=3) == 3
+
+
+@pytest.mark.parametrize(
+    ("dpo", "losses"),
+    [
+        ({}, [("sigmoid", 1)]),
+        ({"loss_type": "exo_pair", "label_smoothing": 1e-3}, [("exo_pair", 1)]),
+        ({"loss_type": ["sigmoid", "sft"]}, [("sigmoid", 1), ("sft", 1)]),
+        ({"loss_type": ["sigmoid", "exo_pair"], "label_smoothing": 0.1}, [("sigmoid", 1), ("exo_pair", 1)]),
+        ({"loss_type": ["robust", "sft"], "loss_weights": [0.5, 2]}, [("robust", 0.5), ("sft", 2)]),
+        ({"loss_type": "hinge", "loss_weights": [2]}, [("hinge", 2)]),
+    ],
+)
+def test_losses_and_their_weights(tmp_path: Path, dpo: dict[str, Any], losses: list[tuple[str, float]]) -> None:
+    made = tiny_spec(tmp_path, dpo=dpo).dpo
+    assert list(zip(made.loss_types, made.weights, strict=True)) == losses
+
+
+def test_a_loss_in_a_list_of_one_resumes_a_run_that_named_it(tmp_path: Path) -> None:
+    named, listed = (tiny_spec(tmp_path, dpo={"loss_type": given}) for given in ("ipo", ["ipo"]))
+    assert changed_on_resume(named, listed) == []
+    several = tiny_spec(tmp_path, dpo={"loss_type": ["ipo", "sft"], "loss_weights": [1, 0.5]})
+    assert [key for key, *_ in changed_on_resume(named, several)] == ["dpo.loss_type", "dpo.loss_weights"]
 
 
 @pytest.mark.parametrize(("given", "fewest", "most"), [(3, 3, 3), ([1, 4], 1, 4), ([2, 2], 2, 2), ("2", 2, 2)])

@@ -1,10 +1,15 @@
 """Evaluation is exact: every pair once, however it is dealt to ranks and micro-batches."""
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from support import rows, write_jsonl
-from tiny import ALONE, both_layouts, collator, data_spec, on_ranks, tiny_model, tokenizer
+from tiny import ALONE, PAD, both_layouts, collator, data_spec, on_ranks, tiny_model, tokenizer
 
+from orchestrator.data.collate import AdaptedCollator, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order
 from orchestrator.data.pairs import Pairs, tokenized_pairs
@@ -12,7 +17,7 @@ from orchestrator.dpo.step import METRICS, PairStep
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, SchedulerSpec
+from orchestrator.settings.spec import DpoSpec, EngineSpec, LossType, OptimizerSpec, SchedulerSpec
 from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World
 
@@ -31,10 +36,10 @@ def loader(pairs: Pairs, world: World, micro_batch_size: int, packed: bool = Tru
     return Loader(pairs, order, collator(packed))
 
 
-def made_engine() -> DdpEngine:
+def made_engine(loss_type: LossType = "sigmoid") -> DdpEngine:
     made = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)  # pyright: ignore[reportCallIssue]
     policy, judge = tiny_model(0, torch.float64, True), tiny_model(1, torch.float64, True)
-    step = PairStep(policy, Reference(judge), DpoSpec())  # pyright: ignore[reportCallIssue]
+    step = PairStep(policy, Reference(judge), DpoSpec(loss_type=loss_type))  # pyright: ignore[reportCallIssue]
     optimizer, schedule = OptimizerSpec(), SchedulerSpec()  # pyright: ignore[reportCallIssue]
     made.wrap(step, optimizer_factory(optimizer), scheduler_factory(schedule, 1))
     return made
@@ -86,3 +91,44 @@ def test_each_micro_batch_is_announced(engine: DdpEngine, pairs: Pairs) -> None:
     announced: list[None] = []
     evaluate(engine, loader(pairs, ALONE, 4), ALONE, 3, lambda: announced.append(None))
     assert len(announced) == 3
+
+
+def first_three_scored(rows: list[Any]) -> dict[str, torch.Tensor]:
+    """A user's collator that scores no more than three tokens of a completion."""
+    batch = PreferenceCollator(PAD, data_spec())(rows)
+    assert batch.attention_mask is not None
+    mask = torch.zeros_like(batch.input_ids)
+    mask.view(-1)[batch.completion_index + 1] = 1
+    mask[mask.cumsum(1) > 3] = 0
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "completion_mask": mask}
+
+
+def token_mean(pairs: Pairs, at_most: int) -> float:
+    """The negative log-prob of a chosen token, a mean over all, one sequence at a time."""
+    model, found = tiny_model(0, torch.float64), []
+    for row in (pairs[index] for index in range(COUNT)):
+        ids, start = torch.tensor([row["prompt_ids"] + row["chosen_ids"]]), len(row["prompt_ids"])
+        with torch.no_grad():
+            log_probs = model(input_ids=ids).logits[0].log_softmax(-1)[start - 1 : -1]
+        found += (-log_probs.gather(1, ids[0, start:, None])[:at_most, 0]).tolist()
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("by_user", [False, True], ids=["ours", "a user's collator"])
+def test_a_mean_over_tokens_is_one_over_all_of_them(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch, ranks: int, by_user: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "a_users_module", module := ModuleType("a_users_module"))
+    module.collate = first_three_scored  # type: ignore[attr-defined]
+    engines = [made_engine("sft") for _ in range(ranks)]
+
+    def on(world: World) -> dict[str, float]:
+        made = loader(pairs, world, 2, packed=not by_user)
+        if by_user:
+            made = Loader(pairs, made.order, AdaptedCollator("a_users_module:collate"))
+        return evaluate(engines[world.rank], made, world, 3, by_token=True)
+
+    expected = token_mean(pairs, at_most=3 if by_user else 999)
+    for found in on_ranks(ranks, on):
+        assert found["eval_loss"] == pytest.approx(expected, rel=1e-10)

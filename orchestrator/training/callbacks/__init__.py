@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from orchestrator.data.collate import user_attribute
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.spec import LossType, RunSpec, UserError
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback
@@ -47,7 +47,7 @@ class TrainingArgs:
     gradient_checkpointing: bool
     max_length: int | None
     beta: float
-    loss_type: str
+    loss_type: LossType | list[LossType]
     logging_dir: str
     logging_steps: int
     eval_steps: int | None
