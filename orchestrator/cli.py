@@ -133,6 +133,9 @@ def plan(args: argparse.Namespace) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     """Check the run here and hand it to a cluster."""
+    if args.to == "slurm" and (args.address or not args.wait):
+        flag = "--address" if args.address else "--no-wait"
+        raise UserError("--to", "slurm", f"{flag} is of a Ray cluster's job server", f"remove {flag}, or say --to ray")
     spec = _spec(args)
     from orchestrator.run import submit as to
     from orchestrator.run.plan import planned

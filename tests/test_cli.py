@@ -165,6 +165,14 @@ def test_export_of_a_folder_that_is_no_run_ends_with_2(tmp_path: Path, capsys: O
     assert "RUN_DIR" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flags", "named"), [(["--no-wait"], "--no-wait"), (["--address", "http://h:1"], "--address")])
+def test_flags_of_a_job_server_mean_nothing_to_slurm(
+    tmp_path: Path, capsys: Output, flags: list[str], named: str
+) -> None:
+    assert cli.main(["submit", "--to", "slurm", str(write_settings(tmp_path)), *flags]) == 2
+    assert f"error: --to = 'slurm': {named} is of a Ray cluster's job server; remove {named}" in capsys.readouterr().err
+
+
 def test_a_run_is_asked_to_stop_while_someone_holds_it(tmp_path: Path, capsys: Output) -> None:
     run_dir = RunDir(tmp_path / "run")
     assert cli.main(["stop", str(run_dir.path)]) == 2
