@@ -40,10 +40,11 @@ def use_interface(name: str | None, head: str) -> None:
 
     name: None: what GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say, else the one that leads to the address `head`.
     """
-    chosen = name or interface_towards(head)
-    for variable, value in (("GLOO_SOCKET_IFNAME", chosen), ("NCCL_SOCKET_IFNAME", f"={chosen}")):  # =: not a prefix
-        if name or variable not in os.environ:
-            os.environ[variable] = value
+    variables = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}  # =: NCCL would take it for a prefix
+    unsaid = [variable for variable in variables if name or variable not in os.environ]
+    if unsaid:
+        chosen = name or interface_towards(head)
+        os.environ.update({variable: variables[variable] + chosen for variable in unsaid})
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from orchestrator.models.reference import RefModel
 from orchestrator.run.prompt import debugger
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks.profiler import ProfilerCallback
-from orchestrator.training.checkpoint import committed
+from orchestrator.training.checkpoint import committed, step_of
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import RunResult, finished_already, prepare, run
@@ -65,8 +65,10 @@ def debug(
         done = world.gather(done)[0]
         if done is not None:
             return done
-        steps = None if profile is None else _chosen(spec, run_dir, profile)
-        if world.size == 1:  # of several ranks, none may wait in a collective while another tokenises
+        steps = None
+        if profile is not None:
+            steps = _chosen(spec, len(prepare(spec).train), run_dir, profile)
+        elif world.size == 1:  # of several ranks, none may wait in a collective while another tokenises
             prepare(spec)
         if world.is_main:
             run_dir.begin(spec)
@@ -104,15 +106,15 @@ def _finished_already(run_dir: RunDir, profile: Steps | None) -> RunResult | Non
     return done
 
 
-def _chosen(spec: RunSpec, run_dir: RunDir, profile: Steps) -> tuple[int, int]:
-    """The first and the last step to profile.
+def _chosen(spec: RunSpec, pairs: int, run_dir: RunDir, profile: Steps) -> tuple[int, int]:
+    """The first and the last step to profile, of a run over so many pairs.
 
     Raises:
         UserError: the run has no such steps any more.
     """
-    last = run_length(len(prepare(spec).train), spec.batch.global_batch_size, spec.training).steps
+    last = run_length(pairs, spec.batch.global_batch_size, spec.training).steps
     saved = committed(run_dir.checkpoints)
-    taken = int(saved[0].name.removeprefix("step_")) if saved else 0
+    taken = step_of(saved[0]) if saved else 0
     if not profile:  # the first two warm up
         return min(taken + 3, last), min(taken + 5, last)
     if not taken < profile[0] <= profile[-1] <= last:
@@ -140,9 +142,9 @@ def debug_ranks(
             run_dir.check(spec)
             if _finished_already(run_dir, profile) is not None:
                 return 0
-        prepare(spec)
+        prepared = prepare(spec)
         if profile is not None:
-            _chosen(spec, run_dir, profile)
+            _chosen(spec, len(prepared.train), run_dir, profile)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

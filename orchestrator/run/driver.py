@@ -28,7 +28,7 @@ from orchestrator.run.probe import CONNECT_S, Probe, one_line
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
-from orchestrator.training.checkpoint import ReadFailed, SaveFailed, committed
+from orchestrator.training.checkpoint import ReadFailed, SaveFailed, committed, step_of
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
@@ -101,7 +101,7 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
             raise RunDied(f"{too_small}; the same command goes on from {where}") from None
         except StoppedWaiting:
             newest = committed(run_dir.checkpoints)
-            step, folder = (_step_of(newest[0]), str(newest[0])) if newest else (0, "")
+            step, folder = (step_of(newest[0]), str(newest[0])) if newest else (0, "")
             return RunResult("stopped", "asked while it waited for nodes", step, folder, None)
         result: dict[str, Any] = {"status": "died"}
         if run_dir.result.is_file():
@@ -111,7 +111,7 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
             if result["status"] == "stopped":
                 continue
         newest = committed(run_dir.checkpoints)
-        newest_step = _step_of(newest[0]) if newest else -1
+        newest_step = step_of(newest[0]) if newest else -1
         action = supervisor.after(Attempt(outcomes.get(result["status"], "died"), newest_step))
         if action == "done":
             return RunResult(**result)
@@ -130,10 +130,6 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
         logger.warning("a worker died (%s); resuming from %s", reason, where)
         wait_s = spec.cluster.replacement_wait_s  # a node may have gone with it
         time.sleep(supervisor.backoff_s)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
 
 
 def _heed(run_dir: RunDir | None) -> None:

@@ -21,13 +21,13 @@ from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference import RefModel
 from orchestrator.run.debug import joined
 from orchestrator.run.prompt import debugger
-from orchestrator.run.trial import trial
+from orchestrator.run.trial import NothingToSave, nowhere
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume, optimizer_kind
-from orchestrator.training.checkpoint import Reader, committed, verify
+from orchestrator.training.checkpoint import Reader, committed, step_of, verify
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
-from orchestrator.training.worker import last_result, prepare
+from orchestrator.training.worker import built, last_result, prepare
 from orchestrator.world import World, is_one_of_many
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,10 @@ def replay(
         if found is not None:
             _check_readable(Reader(found).meta, step, world)
         _say(spec, step, found, world)
-        with trial(spec, prepared, world, found, (), ref_model, optimizers) as trainer:
+        with (
+            nowhere(spec) as (bare, folder),
+            built(bare, prepared, world, NothingToSave(), folder, found, (), ref_model, optimizers) as trainer,
+        ):
             if trainer.loader.cache is not None:
                 trainer.loader.cache.only_read()  # of the run, which may be running
             with closing(trainer.loader.steps(trainer.pairs_seen, trainer.step)) as steps:
@@ -116,7 +119,7 @@ def replay(
 
 
 def _say(spec: RunSpec, step: int, found: Path | None, world: World) -> None:
-    taken = _step_of(found) if found else 0
+    taken = step_of(found) if found else 0
     where = found.name if found else "the start, as no checkpoint is older"
     redone = f"after {step - 1 - taken} redone from {where}"
     print(f"step {step} of {spec.run.name} on {world.device.type}, {redone}", flush=True)
@@ -195,7 +198,7 @@ def _check_reached(run_dir: RunDir, spec: RunSpec, step: int) -> None:
     if ended is not None:
         reached = ended.step
     else:
-        saved = [_step_of(folder) for folder in committed(run_dir.checkpoints)]
+        saved = [step_of(folder) for folder in committed(run_dir.checkpoints)]
         logged = [int(line["step"]) + spec.training.logging_steps for line in _metrics(run_dir)]
         beats = [json.loads(path.read_text())["step"] for path in run_dir.logs.glob("heartbeat_*.json")]
         reached = max((1, *(taken + 1 for taken in saved + beats), *logged))
@@ -207,16 +210,12 @@ def _check_reached(run_dir: RunDir, spec: RunSpec, step: int) -> None:
 def _newest_before(run_dir: RunDir, step: int) -> Path | None:
     """The newest whole checkpoint of an earlier step."""
     for folder in committed(run_dir.checkpoints):
-        if _step_of(folder) >= step:
+        if step_of(folder) >= step:
             continue
         if not (wrong := verify(folder)):
             return folder
         logger.warning("%s; an older checkpoint is used", wrong[0])
     return None
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
 
 
 def _check_readable(meta: dict[str, Any], step: int, world: World) -> None:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.run.probe import one_line
 from orchestrator.settings.load import FOLDER_KEYS, PATH_KEYS, paths_in, save_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.rundir import RunDir
@@ -59,7 +60,7 @@ def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
                 entrypoint=f"orchestrator train {SUBMITTED}", submission_id=job, runtime_env={"working_dir": folder}
             )
         except RuntimeError as error:
-            raise ConnectionError(f"the job server does not take the job: {_one_line(error)}") from None
+            raise ConnectionError(f"the job server does not take the job: {one_line(error)}") from None
     stop = f"orchestrator stop {shlex.quote(str(spec.run_dir))}"
     print(f"job      {job}\nstop     {stop}\nfollow   ray job logs --follow {job}", flush=True)
     if not wait:
@@ -79,9 +80,8 @@ def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
 
 def not_on_this_machine(spec: RunSpec) -> str | None:
     """The first data file of which not even the folder is here: a path of the cluster, which the job will check."""
-    named = {"data.train": spec.data.train, "data.eval": spec.data.eval}
-    for key, source in named.items():
-        if source and os.path.isabs(source) and not Path(source).parent.is_dir():
+    for key, source in paths_in(spec, ("data.train", "data.eval")).items():
+        if os.path.isabs(source) and not Path(source).parent.is_dir():
             return f"{key} = {source}"
     return None
 
@@ -98,11 +98,7 @@ def _client(address: str | None) -> "JobSubmissionClient":
             "give --address http://HEAD:8265; the head wants ray[default] and ray start --dashboard-host=0.0.0.0, "
             "and with RAY_AUTH_MODE=token its token stands in RAY_AUTH_TOKEN_PATH here"
         )
-        raise UserError("--address", address, f"no job server lets us in ({_one_line(error)})", cure) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise UserError("--address", address, f"no job server lets us in ({one_line(error)})", cure) from None
 
 
 async def _follow(client: "JobSubmissionClient", job: str) -> None:
@@ -131,7 +127,7 @@ async def _follow(client: "JobSubmissionClient", job: str) -> None:
             is_over, answered = client.get_job_status(job).is_terminal(), time.monotonic()
         except away as error:
             if time.monotonic() > answered + AWAY_S:
-                lost = f"the job server has given no answer for {AWAY_S:g} s ({_one_line(error)})"
+                lost = f"the job server has given no answer for {AWAY_S:g} s ({one_line(error)})"
                 raise ConnectionError(f"{lost}; the job may go on: ray job logs --follow {job}") from None
         if is_over and is_whole:
             return

@@ -20,7 +20,7 @@ from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Trainer
-from orchestrator.training.worker import Prepared, built, prepare
+from orchestrator.training.worker import built, prepare
 from orchestrator.world import World
 
 
@@ -43,38 +43,45 @@ class NothingToSave:
 
 
 @contextmanager
-def trial(
-    spec: RunSpec,
-    prepared: Prepared,
-    world: World,
-    found: Path | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    ref_model: RefModel | None = None,
-    optimizers: Optimizers | None = None,
-    first_batch_only: bool = False,
-) -> Iterator[Trainer]:
-    """A trainer as `built` makes it, but in a run directory that is gone afterwards, and without what is done beside
-    steps: no evaluation, no checkpoint, no user's callback, no W&B. Nothing but steps may be asked of it."""
+def nowhere(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
+    """The settings of a trainer without what is done beside steps (no evaluation, no checkpoint, no user's callback, no
+    W&B), and a run directory that is gone afterwards. Nothing but steps may be asked of it."""
     beside = {
         "evaluation": EvaluationSpec(),  # pyright: ignore[reportCallIssue]
         "checkpoint": CheckpointSpec(),  # pyright: ignore[reportCallIssue]
         "callbacks": [],
         "wandb": WandbSpec(mode="disabled"),  # pyright: ignore[reportCallIssue]
     }
-    spec = spec.model_copy(update=beside)
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
+        yield spec.model_copy(update=beside), RunDir(Path(folder))
+
+
+@contextmanager
+def _on_first_batch(
+    spec: RunSpec,
+    world: World,
+    ref_model: RefModel | None,
+    optimizers: Optimizers | None,
+    shown: Sequence[TrainerCallback] = (),
+) -> Iterator[Trainer]:
+    """A trainer at the start of the run, whose first global batch is all its data; shown: callbacks of this rank."""
+    if spec.reference_cache == "lazy":
+        # what was known of the reference would make a step cheaper than the first epoch's are, and what is new is not
+        # to be kept
+        spec = spec.model_copy(update={"reference": spec.reference.model_copy(update={"cache": "off"})})
+    prepared = prepare(spec)
     with (
-        tempfile.TemporaryDirectory(prefix="orchestrator-") as folder,
+        nowhere(spec) as (bare, run_dir),
         built(
-            spec,
+            bare,
             prepared,
             world,
             NothingToSave(),
-            RunDir(Path(folder)),
-            found,
-            callbacks,
-            ref_model,
-            optimizers,
-            first_batch_only,
+            run_dir,
+            callbacks=shown,
+            ref_model=ref_model,
+            optimizers=optimizers,
+            first_batch_only=True,
         ) as trainer,
     ):
         yield trainer
@@ -106,9 +113,7 @@ def overfit(
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"logging_steps": 1})})
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         shown = [ConsoleCallback()] if world.is_main else []
-        with trial(
-            _without_lazy_cache(spec), prepare(spec), world, None, shown, ref_model, optimizers, first_batch_only=True
-        ) as trainer:
+        with _on_first_batch(spec, world, ref_model, optimizers, shown) as trainer:
             trainer.total_pairs = None  # steps alone are counted: some of a run's batches are smaller than this one
             trainer.callbacks.fire("on_train_begin")
             with closing(trainer.loader.steps(0, 0)) as steps:
@@ -149,9 +154,7 @@ def dry_run(
     with (
         joined(spec, post_mortem) as world,
         debugger(world, post_mortem),
-        trial(
-            _without_lazy_cache(spec), prepare(spec), world, None, (), ref_model, optimizers, first_batch_only=True
-        ) as trainer,
+        _on_first_batch(spec, world, ref_model, optimizers) as trainer,
         closing(trainer.loader.steps(0, 0)) as steps,
     ):
         began = time.monotonic()
@@ -173,14 +176,6 @@ def _say(made: Tried) -> None:
     print(f"loss {made.metrics['loss']:.6f}, gradient norm {made.grad_norm:.6g}")
     print(f"peak memory {made.peak_bytes / 2**20:,.0f} MB {made.where}, before the first update makes the ", end="")
     print("optimizer's state; nothing was kept", flush=True)
-
-
-def _without_lazy_cache(spec: RunSpec) -> RunSpec:
-    """What was known of the reference would make a step cheaper than the first epoch's are, and what is new is not to
-    be kept."""
-    if spec.reference_cache != "lazy":
-        return spec
-    return spec.model_copy(update={"reference": spec.reference.model_copy(update={"cache": "off"})})
 
 
 def _peak(world: World) -> tuple[int, str]:

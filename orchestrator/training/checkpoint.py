@@ -45,6 +45,11 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The optimizer steps after which the checkpoint in this folder was made."""
+    return int(folder.name.removeprefix("step_"))
+
+
 class ReadFailed(OSError):
     """A checkpoint could not be read this time, which says nothing about its content."""
 
