@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,6 @@ class Nodes:
         self.names = [f"n{i + 1}" for i in range(count)]
         self.address = {"ctl": f"{NETWORK}.1"} | {name: f"{NETWORK}.{11 + i}" for i, name in enumerate(self.names)}
         self._first: dict[str, int] = {}  # process 1 of each, as the host numbers it
-        self._open = ExitStack()
         self._holders: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> "Nodes":
@@ -123,15 +122,17 @@ class Nodes:
 
     def popen(self, name: str, *command: str | Path, cwd: Path | None = None, **options: Any) -> subprocess.Popen[str]:
         """Start a command on a node; options are those of subprocess.Popen."""
-        words = [*self._enter(name), "env", "-C", str(cwd or Path.cwd()), *map(str, command)]
-        return subprocess.Popen(words, text=True, **options)
+        return subprocess.Popen(self._there(name, command, cwd), text=True, **options)
 
     def run(
         self, name: str, *command: str | Path, cwd: Path | None = None, timeout: float = 240, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a node to its end; stdout and stderr as text."""
-        words = [*self._enter(name), "env", "-C", str(cwd or Path.cwd()), *map(str, command)]
+        words = self._there(name, command, cwd)
         return subprocess.run(words, text=True, capture_output=True, timeout=timeout, check=False, **options)
+
+    def _there(self, name: str, command: Sequence[str | Path], cwd: Path | None) -> list[str]:
+        return [*self._enter(name), "env", "-C", str(cwd or Path.cwd()), *map(str, command)]
 
     def _enter(self, name: str) -> list[str]:
         target = str(self._first[name])
@@ -198,8 +199,8 @@ class RayCluster:
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
         return kept | auth | {"PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"} | more
 
-    def start(self, name: str, *flags: str, prefix: Sequence[str] = (), **env: str) -> None:
-        """Start Ray on a node and wait until it has joined; n1 is the head. prefix: words before `ray start`."""
+    def start(self, name: str, *flags: str, **env: str) -> None:
+        """Start Ray on a node and wait until it has joined; n1 is the head."""
         ports = ["--node-manager-port=20001", "--object-manager-port=20002", "--runtime-env-agent-port=20003"]
         ports += ["--dashboard-agent-grpc-port=20004", "--dashboard-agent-listen-port=20005"]
         ports += ["--metrics-export-port=20006", "--min-worker-port=20100", "--max-worker-port=20999"]
@@ -208,16 +209,7 @@ class RayCluster:
             ports += ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}"]
         else:
             ports += [f"--address={self.address}"]
-        words = [
-            *prefix,
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--block",
-            "--disable-usage-stats",
-            *ports,
-        ]
+        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *ports]
         words += [f"--node-ip-address={self.nodes.address[name]}", f"--num-cpus={self.cpus}"]
         words += ["--object-store-memory=200000000", *flags]
         log = self.nodes.folder / f"ray_{name}.log"
@@ -245,13 +237,9 @@ def only_child(pid: int) -> int:
 
 def kill_and_wait(pid: int) -> None:
     """SIGKILL to process 1 of a namespace, and with it to all others in there."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    with os.fdopen(descriptor) as _:
+    with suppress(ProcessLookupError):
         os.kill(pid, 9)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def wait_until(done: Any, seconds: float = 30.0) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nodes import wait_until
 from slurmd import Slurm
-from support import ROOT
+from support import ROOT, readme_blocks
 
 STUBS = Path(__file__).parent / "slurm" / "stub"
 CANARY = "canary0123456789"  # a W&B key in the submitting environment
@@ -72,8 +72,7 @@ class Job:
 
 def readme_commands(block: int) -> list[str]:
     """The commands of a block of code in the README's chapter on Slurm."""
-    chapter = (ROOT / "README.md").read_text().split("### On Slurm", 1)[1]
-    return re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)[block].splitlines()
+    return readme_blocks("On Slurm")[block].splitlines()
 
 
 def give(slurm: Slurm, command: str, folder: Path, run_dir: Path, **env: str) -> Job:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,13 @@ TINY_MODEL = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
+
+
+def readme_blocks(heading: str) -> list[str]:
+    """The blocks of commands below a heading of the README, as they stand there."""
+    below = (ROOT / "README.md").read_text().partition(f"\n### {heading}\n")[2]
+    chapter = re.split(r"\n##+ ", below)[0]
+    return re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
 
 
 def rows(count: int, seed: int = 0, conversational: bool = False, longest: int = 12) -> list[dict[str, Any]]:

@@ -1,17 +1,15 @@
 """The README's commands for a debugger, as they stand there."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, losses
+from support import ROOT, losses, readme_blocks
 
 
 def test_the_commands_of_the_readme_give_one_curve(tmp_path: Path) -> None:
-    chapter = (ROOT / "README.md").read_text().partition("### In a debugger\n")[2].partition("\n### ")[0]
-    (block,) = re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
+    (block,) = readme_blocks("In a debugger")
     commands = block.splitlines()
     assert len(commands) == 2
     for command in commands:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import forked
 import pytest
 from nodes import Nodes, RayCluster, wait_until, why_not
-from support import losses, write_settings
+from support import ROOT, losses, readme_blocks, write_settings
 
 from orchestrator.run.replay import replay
 from orchestrator.training.rundir import RunDir
@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 
-ROOT = Path(__file__).parents[2]
 CANARY = "canary-89abcdef0123456789abcdef0123456789"
 # How soon a head takes a node for dead; it would be a minute. RAY_health_check_* are its own names.
 IMPATIENT = {
@@ -190,8 +189,7 @@ def test_a_run_goes_on_after_its_node_died_when_another_has_come(place: Place) -
 def test_the_jobs_of_the_readme_run_over_both_nodes(place: Place) -> None:
     """As they stand there, but for the address and for the folder that all nodes see: ours, which the second command
     finds finished, and Ray's own. Their losses are those of a debugger, and of a replay."""
-    chapter = (ROOT / "README.md").read_text().partition("### On Ray\n")[2].partition("\n### ")[0]
-    commands = re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
+    commands = readme_blocks("On Ray")
     assert [command.split()[0] for command in commands] == ["orchestrator", "bash", "ray"]
     for command in commands:
         given = command.replace("http://HEAD:8265", place.ray.jobs_address).replace("/shared", f"{place.folder}/shared")
