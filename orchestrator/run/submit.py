@@ -32,7 +32,9 @@ LEFT_OUT = (".git", ".gitignore", ".env", ".env.*", ".netrc", ".venv", "venv", "
 LIMIT_BYTES = 500 * 2**20  # Ray takes no larger package
 
 POLL_S = 1.0
-SILENCE_S = 300.0  # seconds without a line after which a connection is made anew: a dead one need not say so
+# Seconds without a line after which the job is asked for and, while it goes on, a connection is made anew: a dead one
+# need not say so, and where a node was lost Ray's own has been seen to stay open after the job's end.
+SILENCE_S = 30.0
 AWAY_S = 600.0  # seconds that a job server may be away
 
 
