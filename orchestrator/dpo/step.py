@@ -42,6 +42,7 @@ class StepOutput(NamedTuple):
     metric_sums: torch.Tensor  # [len(METRICS), 2] fp64 sums and counts
     logps: torch.Tensor  # [2B] fp64
     ref_logps: torch.Tensor  # [2B] fp64
+    losses: torch.Tensor  # [B] fp64, each pair's as it enters the mean
 
 
 class PairStep(nn.Module):
@@ -90,8 +91,9 @@ class PairStep(nn.Module):
 
         scored = loss_in_head(self.policy, hidden, batch, shares, self.token_metrics)
         terms = PairTerms.split(scored.logps, ref_logps, batch.completion_tokens)
-        metric_sums = self._metric_sums(batch, scored.tokens, terms, counts)
-        return StepOutput(scored.loss, metric_sums, scored.logps, ref_logps)
+        losses = pair_losses(terms, self.dpo, counts)
+        metric_sums = self._metric_sums(batch, scored.tokens, terms, losses)
+        return StepOutput(scored.loss, metric_sums, scored.logps, ref_logps, losses)
 
     def train(self, mode: bool = True) -> "PairStep":
         """The policy alone: a reference, wherever it is held, has no dropout."""
@@ -114,13 +116,13 @@ class PairStep(nn.Module):
 
     @torch.no_grad()
     def _metric_sums(
-        self, batch: PairBatch, tokens: TokenTerms | None, terms: PairTerms, counts: Counts
+        self, batch: PairBatch, tokens: TokenTerms | None, terms: PairTerms, losses: torch.Tensor
     ) -> torch.Tensor:
         weights = batch.pair_weights
         chosen, rejected = rewards(terms, self.dpo)
         per_pair = torch.stack(
             [
-                pair_losses(terms, self.dpo, counts),
+                losses,
                 chosen,
                 rejected,
                 (chosen > rejected).double(),

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.data.collate import PairBatch
 from orchestrator.data.loader import StepBatches
 from orchestrator.data.order import run_length
-from orchestrator.dpo.losses import PairTerms, pair_losses, rewards
+from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference import RefModel
@@ -111,7 +111,7 @@ def replay(
             pairs = [
                 pair
                 for indices, (batch, output) in zip(made.indices, outputs, strict=True)
-                for pair in _pairs(trainer, made.counts, indices.tolist(), output, batch.completion_tokens)
+                for pair in _pairs(trainer, indices.tolist(), output, batch.completion_tokens)
             ]
             pairs.sort(key=lambda pair: (math.isfinite(pair.loss), -pair.loss))
             loss = sum(float(output.loss) for _, output in outputs)
@@ -143,16 +143,12 @@ def _taken(
     raise AssertionError  # a count has no end
 
 
-def _pairs(
-    trainer: Trainer, counts: Counts, indices: list[int], output: StepOutput, tokens: torch.Tensor
-) -> Iterator[ReplayedPair]:
-    """Of the pairs at these indices. counts: of the global batch, which one process has whole. tokens: [2B] of their
-    completions."""
-    dpo, tokenizer = trainer.spec.dpo, trainer.callbacks.objects["processing_class"]
+def _pairs(trainer: Trainer, indices: list[int], output: StepOutput, tokens: torch.Tensor) -> Iterator[ReplayedPair]:
+    """Of the pairs at these indices. tokens: [2B] of their completions."""
+    tokenizer = trainer.callbacks.objects["processing_class"]
     split = PairTerms.split(output.logps.cpu(), output.ref_logps.cpu(), tokens.cpu())
-    losses = pair_losses(split, dpo, counts).tolist()
-    by_pair = zip(indices, losses, *(term.tolist() for term in (*rewards(split, dpo), *split[:4])), strict=True)
-    for index, loss, chosen, rejected, *logps in by_pair:
+    numbers = (output.losses, *rewards(split, trainer.spec.dpo), *split[:4])
+    for index, loss, chosen, rejected, *logps in zip(indices, *(number.tolist() for number in numbers), strict=True):
         row = trainer.loader.pairs[index]
         texts = (tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
         yield ReplayedPair(row["pair_id"], loss, (chosen, rejected), (*logps[:2],), (*logps[2:],), *texts)

@@ -39,7 +39,8 @@ def run(step: PairStep, batches: list[PairBatch], counts: Counts = COUNTS) -> St
     ref_halves = [torch.cat([output.ref_logps.chunk(2)[side] for output in outputs]) for side in (0, 1)]
     loss = sum((output.loss.detach() for output in outputs), torch.zeros(()))
     metric_sums = sum((output.metric_sums for output in outputs), torch.zeros(()))
-    return StepOutput(loss, metric_sums, torch.cat(halves), torch.cat(ref_halves))
+    losses = torch.cat([output.losses for output in outputs])
+    return StepOutput(loss, metric_sums, torch.cat(halves), torch.cat(ref_halves), losses)
 
 
 def gradients(step: PairStep) -> torch.Tensor:
@@ -78,7 +79,9 @@ def test_the_loss_is_the_mean_over_the_global_batch() -> None:
     step = made_step()
     output = run(step, micro_batches([12]))
     chosen, rejected = (output.logps - output.ref_logps).chunk(2)
-    expected = torch.log1p(torch.exp(-0.3 * (chosen - rejected))).mean()
+    losses = torch.log1p(torch.exp(-0.3 * (chosen - rejected)))
+    expected = losses.mean()
+    assert torch.allclose(output.losses, losses, rtol=1e-12)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert run(step, micro_batches([12]), Counts(48, 1)).loss.item() == pytest.approx(expected.item() / 4, rel=1e-12)
 
