@@ -174,8 +174,8 @@ def doctor(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Check every file of every checkpoint against its manifest."""
-    from orchestrator.training.checkpoint import committed
-    from orchestrator.training.checkpoint import verify as check
+    from orchestrator.training.manifest import committed
+    from orchestrator.training.manifest import verify as check
     from orchestrator.training.rundir import RunDir
 
     run_dir = RunDir.existing(args.run_dir)

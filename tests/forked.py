@@ -28,6 +28,7 @@ from orchestrator.engines.ddp import DdpEngine
 from orchestrator.models.logps import sequence_logps
 from orchestrator.models.reference import Absent
 from orchestrator.training import checkpoint
+from orchestrator.training.manifest import step_folder, verify
 from orchestrator.training.trainer import Trainer
 
 Hook = Callable[[], None]
@@ -173,13 +174,13 @@ class NotesSaves(TrainerCallback):
         control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = checkpoint.step_folder(Path(args.output_dir, "checkpoints"), state.global_step)
+        folder = step_folder(Path(args.output_dir, "checkpoints"), state.global_step)
         line = {
             "step": state.global_step,
             "epoch": state.epoch,
             "begun": self.begun,
             "in_main": threading.current_thread() is threading.main_thread(),
-            "wrong": checkpoint.verify(folder),
+            "wrong": verify(folder),
         }
         with open(Path(args.output_dir, "saves.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -269,11 +270,11 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
     stages: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
         "begun": (checkpoint._Draft, "write", lambda draft, *_: draft.step == step, "before"),
         "half written": (checkpoint, "save_file", is_file("rank_"), "in the middle"),
-        "written": (checkpoint, "_synced_sha256", is_file("rank_"), "before"),
+        "written": (checkpoint, "synced_sha256", is_file("rank_"), "before"),
         "recorded": (checkpoint, "write_atomically", is_file("rank_"), "after"),  # in the background alone
-        "complete": (checkpoint, "_synced_sha256", is_file("meta.json"), "after"),
+        "complete": (checkpoint, "synced_sha256", is_file("meta.json"), "after"),
         "renamed": (checkpoint, "write_atomically", is_file("manifest.json"), "before"),
-        "committed": (checkpoint, "retain", lambda folder, _: checkpoint.step_folder(folder, step).exists(), "before"),
+        "committed": (checkpoint, "retain", lambda folder, _: step_folder(folder, step).exists(), "before"),
     }
     home, name, is_due, when = stages[stage]
     call = getattr(home, name)

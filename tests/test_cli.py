@@ -15,7 +15,8 @@ from tiny import ALONE
 from orchestrator import cli
 from orchestrator.run import debug as here
 from orchestrator.settings.spec import UserError
-from orchestrator.training.checkpoint import FORMAT, save
+from orchestrator.training.checkpoint import save
+from orchestrator.training.manifest import FORMAT
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
 from orchestrator.training.worker import RunResult

@@ -19,8 +19,8 @@ from orchestrator.models.reference import RefModel
 from orchestrator.run.prompt import debugger
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks.profiler import ProfilerCallback
-from orchestrator.training.checkpoint import committed, step_of
 from orchestrator.training.health import LocalSession
+from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import RunResult, finished_already, prepare, run
 from orchestrator.world import A_WEEK, World

@@ -28,8 +28,9 @@ from orchestrator.run.probe import CONNECT_S, Probe, one_line
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
-from orchestrator.training.checkpoint import ReadFailed, SaveFailed, committed, step_of
+from orchestrator.training.checkpoint import SaveFailed
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
+from orchestrator.training.manifest import ReadFailed, committed, step_of
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
 from orchestrator.training.worker import RunResult, finished_already, prepare, run

@@ -24,7 +24,8 @@ from orchestrator.run.prompt import debugger
 from orchestrator.run.trial import NothingToSave, nowhere
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume, optimizer_kind
-from orchestrator.training.checkpoint import Reader, committed, step_of, verify
+from orchestrator.training.checkpoint import Reader
+from orchestrator.training.manifest import committed, step_of, verify
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from orchestrator.training.worker import built, last_result, prepare

@@ -21,6 +21,7 @@ from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks
 from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate, over_ranks
 from orchestrator.training.health import Session
+from orchestrator.training.manifest import step_folder
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
@@ -215,7 +216,7 @@ class Trainer:
         self._finish_save()
         self.save(last=True)
         self.callbacks.fire("on_train_end")
-        folder = checkpoint.step_folder(self.run_dir.checkpoints, self.step)
+        folder = step_folder(self.run_dir.checkpoints, self.step)
         if stopped:
             return Ended("stopped", self.session.stop_requested() or "another rank was asked to", self.step, folder)
         return Ended("finished", "every step was taken" if self.is_over else "a callback asked", self.step, folder)

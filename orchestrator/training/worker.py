@@ -52,7 +52,7 @@ from orchestrator.models.reference import (
     identity_of,
 )
 from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
-from orchestrator.training import checkpoint
+from orchestrator.training import checkpoint, manifest
 from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import export
@@ -267,7 +267,7 @@ def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
     if found is not None and complaints and world.is_main:
         for line in complaints:
             logger.warning("%s; an older checkpoint is used", line)
-        checkpoint.set_aside(run_dir.checkpoints, found)
+        manifest.set_aside(run_dir.checkpoints, found)
     return found
 
 

@@ -8,7 +8,7 @@ import forked
 import pytest
 from support import TINY_MODEL, losses, orchestrator, rows, write_jsonl, write_settings
 
-from orchestrator.training.checkpoint import FORMAT
+from orchestrator.training.manifest import FORMAT
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support import losses, write_settings
 
 from orchestrator import cli
-from orchestrator.training.checkpoint import committed, verify
+from orchestrator.training.manifest import committed, verify
 
 STEPS, EVERY = 5, 2  # checkpoints of steps 2, 4 and 5; the one of step 4 is killed
 BACKGROUND = "checkpoint.async_save=true"

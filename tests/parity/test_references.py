@@ -24,7 +24,8 @@ from orchestrator.run.debug import debug
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training import worker
-from orchestrator.training.checkpoint import Reader, step_folder
+from orchestrator.training.checkpoint import Reader
+from orchestrator.training.manifest import step_folder
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import RunResult
 

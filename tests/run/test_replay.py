@@ -13,7 +13,8 @@ from orchestrator.engines import scale
 from orchestrator.run.debug import debug
 from orchestrator.run.replay import Replayed, replay
 from orchestrator.settings.spec import UserError
-from orchestrator.training.checkpoint import Reader, committed
+from orchestrator.training.checkpoint import Reader
+from orchestrator.training.manifest import committed
 from orchestrator.training.rundir import RunDir
 
 STEPS: dict[str, Any] = {

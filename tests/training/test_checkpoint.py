@@ -22,21 +22,15 @@ from orchestrator.engines.base import Owned
 from orchestrator.settings.spec import UserError
 from orchestrator.training import checkpoint as module
 from orchestrator.training.checkpoint import (
-    FORMAT,
-    MANIFEST,
     CorruptCheckpoint,
     Reader,
-    ReadFailed,
     SaveFailed,
     Saver,
-    committed,
     newest_valid,
-    retain,
     save,
     seed_everything,
-    set_aside,
-    verify,
 )
+from orchestrator.training.manifest import FORMAT, MANIFEST, ReadFailed, committed, retain, set_aside, verify
 from orchestrator.world import World
 
 META = {"pairs_seen": 8, "engine": {"scheduler": {"milestones": {2: 1, 10: 3}, "lr": [1e-5, 0.1]}}}
@@ -288,7 +282,7 @@ def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch:
 # --- errors while writing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_synced_sha256", "write_atomically", "_sync_folder"])
+@pytest.mark.parametrize("fails", ["save_file", "synced_sha256", "write_atomically", "sync_folder"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_error_while_writing_is_raised_everywhere_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, ranks: int
@@ -460,7 +454,7 @@ def test_no_two_saves_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("then", ["the next save", "the end"])
-@pytest.mark.parametrize("fails", ["save_file", "_synced_sha256", "write_atomically", "_sync_folder"])
+@pytest.mark.parametrize("fails", ["save_file", "synced_sha256", "write_atomically", "sync_folder"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_error_in_the_background_is_raised_everywhere_at_the_next_save_or_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, ranks: int, then: str

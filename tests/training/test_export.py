@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.engines.base import Owned
 from orchestrator.settings.spec import UserError
-from orchestrator.training.checkpoint import Reader, save, step_folder
+from orchestrator.training.checkpoint import Reader, save
 from orchestrator.training.export import export
+from orchestrator.training.manifest import step_folder
 from orchestrator.training.rundir import RunDir
 
 MODEL = tiny_model(seed=4)
