@@ -13,8 +13,9 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
@@ -45,6 +46,14 @@ class BadRow(Exception):
         super().__init__(kind, reason)
         self.kind, self.reason = kind, reason
         self.row: Any = None  # as it was read
+
+
+class RawRow(NamedTuple):
+    """A row as its source has it."""
+
+    source: str
+    number: int  # in the source, from 1
+    row: Row  # with a prompt of its own
 
 
 class TokenizedPair(NamedTuple):
@@ -169,6 +178,23 @@ def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
     return texts, identity[:24]
 
 
+def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int]) -> dict[int, RawRow]:
+    """The rows of which some pairs were made, by pair id; one that is no longer there, or no pair any more, is left
+    out.
+
+    Raises:
+        UserError: the source is missing or unreadable.
+    """
+    key, source = f"data.{split}", data.train if split == "train" else data.eval
+    assert source is not None
+    check_source(key, source)
+    found: dict[int, RawRow] = {}
+    for number, row in _rows_at(key, source, split, sorted(set(pair_ids))):
+        with suppress(BadRow):
+            found[number] = RawRow(source, number, _checked(row))
+    return found
+
+
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash of everything in a tokenizer that decides ids: vocabulary, merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -190,6 +216,16 @@ def _open_source(key: str, source: str, split: Split) -> tuple[Iterable[tuple[in
         return _json_rows(key, source), str(identity)
     rows = _with_datasets(key, source, split)
     return enumerate(rows, 1), identity or rows._fingerprint  # of a single file `datasets` would hash its date too
+
+
+def _rows_at(key: str, source: str, split: Split, numbers: list[int]) -> Iterator[tuple[int, Any]]:
+    """The rows with these numbers, which ascend, of a source that has them."""
+    if source.endswith((".jsonl", ".json")):
+        wanted, last = set(numbers), max(numbers, default=0)
+        yield from (numbered for numbered in islice(_json_rows(key, source), last) if numbered[0] in wanted)
+        return
+    rows = _with_datasets(key, source, split)
+    yield from ((number, rows[number - 1]) for number in numbers if number <= len(rows))
 
 
 def _json_rows(key: str, source: str) -> Iterator[tuple[int, Any]]:

@@ -19,6 +19,7 @@ from orchestrator.data.pairs import (
     Pairs,
     build_once,
     count_rows,
+    raw_rows,
     tokenize_pair,
     tokenized_pairs,
     training_texts,
@@ -263,10 +264,21 @@ def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversati
     content = rows(6, conversational=conversational)
     content.insert(2, {**content[0], "chosen": content[0]["rejected"]})  # a tie, to see the row numbers move
     path = written(tmp_path, form, content)
-    found = tokenized_pairs(data_spec(train=str(path)), "train", tokenizer(), tmp_path / "cache")
+    data = data_spec(train=str(path))
+    found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
     assert found.row_numbers.tolist() == [1, 2, 4, 5, 6, 7]
     for index, row in enumerate(content[:2] + content[3:]):
         assert (found[index]["prompt_ids"], found[index]["chosen_ids"], found[index]["rejected_ids"]) == tokenized(row)
+    asked = raw_rows(data, "train", [7, 2, 2, 8])
+    assert asked == {number: (str(path), number, content[number - 1]) for number in (2, 7)}
+
+
+def test_a_row_has_its_prompt_and_one_that_is_no_pair_any_more_is_left_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [{"chosen": "a b", "rejected": "a c"}, MALFORMED])
+    found = raw_rows(data_spec(train=str(path)), "train", {1, 2, 3})
+    assert found == {1: (str(path), 1, {"prompt": "a", "chosen": " b", "rejected": " c"})}
+    with pytest.raises(UserError, match="does not exist"):
+        raw_rows(data_spec(train="gone.jsonl"), "train", {1})
 
 
 def test_the_evaluation_split_of_a_saved_folder_is_its_test_split(tmp_path: Path) -> None:
