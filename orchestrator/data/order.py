@@ -1,6 +1,6 @@
 """Which pairs rank r of W sees at step s, as balanced micro-batches; pure integers, the same on every rank.
 
-Legend: N pairs of the data set, G pairs of a global batch, W ranks, S global batches.
+Legend: N pairs of the data, E pairs of an epoch, G pairs of a global batch, W ranks, S global batches.
 """
 
 from collections.abc import Iterator
@@ -26,12 +26,53 @@ def scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def permutation(pairs: int, seed: int, epoch: int) -> Integers:
-    """[N] the order of an epoch. Our own integers, so that no library's new release reorders a running job."""
+    """[N] an order of so many pairs. Our own integers, so that no library's new release reorders a running job."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         key = scrambled(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
         key = scrambled(key ^ np.uint64(epoch))
         hashes = scrambled(np.arange(pairs, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key)
     return np.argsort(hashes, kind="stable")
+
+
+class Share(NamedTuple):
+    """What a training set gives to every epoch."""
+
+    pairs: int  # of the set
+    per_epoch: int  # of an epoch: fewer than all of them, or some more than once
+
+    @classmethod
+    def of(cls, pairs: int, weight: float) -> "Share":
+        """The share of a set whose pairs are to be seen `weight` times an epoch."""
+        return cls(pairs, max(1, round(weight * pairs)))
+
+    def taken(self, seed: int, epoch: int) -> Integers:
+        """[per_epoch] indices of the pairs that an epoch takes, ascending, repeated ones side by side.
+
+        A set is gone through in passes, each in an order of its own; an epoch goes on where the one before has
+        stopped. So, after any number of epochs, no pair was seen more than once more than another.
+        """
+        times = np.zeros(self.pairs, np.int64)
+        for end, sign in (((epoch + 1) * self.per_epoch, 1), (epoch * self.per_epoch, -1)):
+            passes, begun = divmod(end, self.pairs)
+            times += sign * passes
+            if begun:
+                times[permutation(self.pairs, seed, passes)[:begun]] += sign
+        return np.repeat(np.arange(self.pairs), times)
+
+
+@lru_cache(maxsize=2)  # the epoch at hand, and the next one that a prefetching loader already reads
+def epoch_order(shares: tuple[Share, ...], seed: int, epoch: int) -> Integers:
+    """[E] indices of the pairs of an epoch, in the order in which they are trained on; the sets' pairs are counted on
+    from one set to the next."""
+    taken, first = [], 0
+    for number, share in enumerate(shares, 1):
+        with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+            # a seed of its own: two sets of one size would be gone through alike
+            own = scrambled(np.array([seed], np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(number))
+        taken.append(first + share.taken(int(own[0]), epoch))
+        first += share.pairs
+    pairs = np.concatenate(taken)
+    return pairs[permutation(len(pairs), seed, epoch)]
 
 
 def deal(costs: Integers, ranks: int) -> Integers:
@@ -124,7 +165,8 @@ class RunLength(NamedTuple):
 
 
 def run_length(pairs: int, global_batch_size: int, training: TrainingSpec) -> RunLength:
-    """The length of a run over that many pairs: max_steps or epochs is set, the other follows; 1 epoch if neither."""
+    """The length of a run whose epochs have so many pairs: max_steps or epochs is set, the other follows; 1 epoch if
+    neither."""
     per_epoch = -(-pairs // global_batch_size)
     if training.max_steps is not None:
         whole, rest = divmod(training.max_steps, per_epoch)
@@ -168,22 +210,35 @@ class Order:
     max_tokens: int | None = None  # of a micro-batch, padding counted; a longer single pair still gets its own
     packed: bool = True  # pairs as prompt | chosen | rejected in one row, else as two padded rows
     cost: PairCost = TOKENS  # what is balanced over the ranks
+    shares: tuple[Share, ...] = ()  # of the training sets, in the order of their pairs; one that is all, when empty
     tokens: Integers = field(init=False, repr=False)  # [N] of both sequences
     costs: Integers = field(init=False, repr=False)  # [N]
 
     def __post_init__(self) -> None:
+        if not self.shares:
+            object.__setattr__(self, "shares", (Share(self.pairs, self.pairs),))
         object.__setattr__(self, "tokens", 2 * self.lengths[:, 0] + self.lengths[:, 1] + self.lengths[:, 2])
         object.__setattr__(self, "costs", self.cost.of(self.lengths, self.packed))
 
     @property
     def pairs(self) -> int:
-        """N, the pairs of an epoch."""
+        """N."""
         return len(self.lengths)
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        """E."""
+        return sum(share.per_epoch for share in self.shares)
+
+    @property
+    def takes_each_once(self) -> bool:
+        """Whether every epoch has all pairs, each once."""
+        return all(share.per_epoch == share.pairs for share in self.shares)
 
     def plan(self, pairs_seen: int) -> StepPlan:
         """The step that begins after `pairs_seen` pairs, counted from the start of training over all epochs."""
-        epoch, offset = divmod(pairs_seen, self.pairs)
-        batch = _epoch_permutation(self.pairs, self.seed, epoch)[offset : offset + self.global_batch_size]
+        epoch, offset = divmod(pairs_seen, self.pairs_per_epoch)
+        batch = epoch_order(self.shares, self.seed, epoch)[offset : offset + self.global_batch_size]
         return StepPlan(epoch, pairs_seen, batch, self.micro_batches(batch))
 
     def whole(self) -> list[MicroBatch]:
@@ -219,8 +274,3 @@ class Order:
                 start, tokens, width = end, int(packed[position]), int(longest[position])
         if start < len(positions):
             yield positions[start:]
-
-
-@lru_cache(maxsize=2)  # the epoch at hand, and the next one that a prefetching loader already reads
-def _epoch_permutation(pairs: int, seed: int, epoch: int) -> Integers:
-    return permutation(pairs, seed, epoch)

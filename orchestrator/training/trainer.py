@@ -139,7 +139,7 @@ class Trainer:
 
     def _update_state(self) -> None:
         state = self.callbacks.state
-        state.global_step, state.epoch = self.step, self.pairs_seen / len(self.loader.pairs)
+        state.global_step, state.epoch = self.step, self.pairs_seen / self.loader.order.pairs_per_epoch
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Trainer:
             else:
                 skipped = 0
                 self._after_update([output for _, output in outputs])
-            if self.pairs_seen % len(self.loader.pairs) == 0:
+            if self.pairs_seen % self.loader.order.pairs_per_epoch == 0:
                 callbacks.fire("on_epoch_end")
 
     def _after_update(self, outputs: list[StepOutput]) -> None:
@@ -378,7 +378,7 @@ class Trainer:
         state.global_step, state.epoch = present
 
     def _report(self, logs: dict[str, Any]) -> None:
-        logs = {**logs, "epoch": self.pairs_seen / len(self.loader.pairs)}
+        logs = {**logs, "epoch": self.pairs_seen / self.loader.order.pairs_per_epoch}
         if self.world.is_main:
             self.callbacks.state.log_history.append({**logs, "step": self.step})
         self.callbacks.fire("on_log", logs=logs)

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orchestrator.data.order import (
     TOKENS,
@@ -12,8 +14,10 @@ from orchestrator.data.order import (
     Order,
     PairCost,
     RunLength,
+    Share,
     deal,
     deal_many,
+    epoch_order,
     fed_lengths,
     permutation,
     run_length,
@@ -100,6 +104,81 @@ def test_a_global_batch_is_a_slice_of_the_epochs_permutation() -> None:
 def test_the_last_batch_of_an_epoch_is_smaller() -> None:
     order = orders(1, 50, 8)[0]
     assert [len(order.plan(start).global_pairs) for start in (40, 48, 50)] == [8, 2, 8]
+
+
+# --- several training sets ---------------------------------------------------------------------------------------
+
+SETS = st.lists(st.builds(Share.of, st.integers(1, 30), st.floats(0.01, 4)), min_size=1, max_size=4).map(tuple)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "weight", "per_epoch"),
+    [(100, 1.0, 100), (100, 0.125, 12), (100, 0.375, 38), (10, 2.5, 25), (100, 0.001, 1), (7, 1 / 7, 1)],
+)
+def test_a_weight_says_how_often_the_pairs_of_a_set_are_seen_in_an_epoch(
+    pairs: int, weight: float, per_epoch: int
+) -> None:
+    assert Share.of(pairs, weight) == (pairs, per_epoch)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(sets=SETS, seed=st.integers(0, 2**64 - 1), epochs=st.integers(1, 6))
+def test_after_any_number_of_epochs_the_pairs_of_a_set_were_seen_equally_often(
+    sets: tuple[Share, ...], seed: int, epochs: int
+) -> None:
+    bounds = np.cumsum([0, *(share.pairs for share in sets)])
+    times = np.zeros(bounds[-1], np.int64)
+    for epoch in range(epochs):
+        found = epoch_order(sets, seed, epoch)
+        assert len(found) == sum(share.per_epoch for share in sets)
+        times += np.bincount(found, minlength=len(times))
+        for share, first, end in zip(sets, bounds, bounds[1:], strict=False):
+            of_set = times[first:end]
+            assert of_set.sum() == (epoch + 1) * share.per_epoch
+            assert of_set.max() - of_set.min() <= 1
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
+def test_sets_of_weight_one_are_seen_in_the_order_of_a_single_set(sizes: list[int], seed: int, epoch: int) -> None:
+    found = epoch_order(tuple(Share.of(size, 1.0) for size in sizes), seed, epoch)
+    assert np.array_equal(found, permutation(sum(sizes), seed, epoch))
+
+
+def test_the_order_of_weighted_sets_never_changes() -> None:
+    sets = Share.of(4, 1.5), Share.of(6, 0.5), Share.of(2, 1.0)
+    found = [epoch_order(sets, 42, epoch).tolist() for epoch in range(2)]
+    assert found == [[3, 9, 11, 2, 0, 8, 3, 2, 1, 5, 10], [4, 1, 7, 0, 10, 2, 0, 1, 11, 6, 3]]
+
+
+def test_sets_alike_in_size_and_weight_are_gone_through_differently() -> None:
+    first, second = np.split(np.sort(epoch_order((Share(1000, 100), Share(1000, 100)), 7, 0)), 2)
+    assert len(np.intersect1d(first, second - 1000)) < 30  # 10 are expected
+
+
+def test_the_sets_of_an_epoch_are_mixed() -> None:
+    found = epoch_order((Share(1000, 1000), Share(50, 500)), 7, 0)
+    assert abs((found[:750] >= 1000).sum() - 250) < 50
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_weighted_sets_give_the_same_global_batches_at_any_world_size(world: int) -> None:
+    sets = Share.of(30, 0.4), Share.of(20, 2.0)
+    alone, ranks = orders(1, 50, 8, shares=sets)[0], orders(world, 50, 8, shares=sets)
+    assert (alone.pairs, alone.pairs_per_epoch, alone.takes_each_once) == (50, 52, False)
+    for epoch in range(2):
+        found = []
+        for start in range(52 * epoch, 52 * (epoch + 1), 8):
+            plan = alone.plan(start)
+            assert plan.epoch == epoch
+            assert seen(ranks, start) == sorted(plan.global_pairs.tolist())
+            found += plan.global_pairs.tolist()
+        assert found == epoch_order(sets, 7, epoch).tolist()
+    whole = [i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs]
+    assert sorted(whole) == list(range(50))  # an evaluation, or what fills a cache
+
+
+# --- micro-batches -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [*WORLDS, 16])
