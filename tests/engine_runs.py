@@ -17,8 +17,10 @@ from orchestrator.engines import optim
 from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, Updated
 from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
+from orchestrator.engines.stepping import dtype_of, is_16_bit
+from orchestrator.models.attention import choose_kernel, use_packed_attention
 from orchestrator.models.layers import freeze_lowest
-from orchestrator.models.reference import Reference
+from orchestrator.models.reference import Reference, hold
 from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
 from orchestrator.training.checkpoint import Reader, save
 from orchestrator.world import World
@@ -79,11 +81,26 @@ def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) ->
     """The engine with a model of that seed: another one than the run's for an engine that is to resume it."""
     spec = EngineSpec(**{**ENGINES[case.engine], **case.settings})
     made = engine_class(spec)(spec, world, case.precision, case.max_grad_norm, case.optimizer.get("weight_decay", 0.0))
-    made.wrap(pair_step(case, seed), *(factories or case.factories))
+    step = pair_step(case, seed)
+    if world.device.type == "cuda":
+        _onto_gpu(step, case, world.device)
+    made.wrap(step, *(factories or case.factories))
     # as worker.py does: with three ranks or more DDP groups its gradients anew after the first, and sums otherwise
-    made.micro_step(collator(packed=True)(pair_rows(1), is_filler=True), Counts(1, 1), last=True)
+    filler = collator(packed=True)(pair_rows(1), is_filler=True).to(world.device)
+    made.micro_step(filler, Counts(1, 1), last=True)
     made.discard()
     return made
+
+
+def _onto_gpu(step: PairStep, case: Case, device: torch.device) -> None:
+    """As worker.py does: the engines that cut weights take them from the host, and a reference is of their type."""
+    reference: Any = step.reference
+    for model in (step.policy, reference.model):
+        use_packed_attention(model, choose_kernel("auto", device, case.precision))
+    if case.engine == "ddp":
+        step.policy.to(device)  # pyright: ignore[reportArgumentType]
+    casts = is_16_bit(case.precision) and case.engine != "ddp"
+    hold(reference, step.policy, device, dtype_of(case.precision) if casts else None)
 
 
 def micro_batches(case: Case, step: int, world: World) -> list[PairBatch]:
@@ -92,12 +109,13 @@ def micro_batches(case: Case, step: int, world: World) -> list[PairBatch]:
     own, most = rows[world.rank :: world.size], rows[:: world.size]
     made = [collator(packed=True)(own[at : at + MICRO]) for at in range(0, len(own), MICRO)]
     missing = -(-len(most) // MICRO) - len(made)
-    return made + [collator(packed=True)(rows[:1], is_filler=True)] * missing
+    made += [collator(packed=True)(rows[:1], is_filler=True)] * missing
+    return [batch.to(world.device) for batch in made]
 
 
 def take_step(engine: Engine, case: Case, step: int, world: World) -> tuple[float, Updated]:
     batches = micro_batches(case, step, world)
-    loss = torch.zeros(1, dtype=torch.float64)
+    loss = torch.zeros(1, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches):
         loss += engine.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1).loss
     non_finite = world.max((~engine.finite()).int().view(1)).item()
