@@ -336,10 +336,10 @@ NOT_A_CALLBACK = "class Mine:\n    pass\n"
 MEND = "mend that row of train.jsonl, or set data.on_bad_row=drop to leave such rows out"
 
 
-def bad_row(name: str, row: Any, reason: str) -> Any:
+def bad_row(name: str, row: Any, reason: str, cure: str = "") -> Any:
     """A row of the wrong shape, third of six; of a long one the line shows the beginning."""
     rows = [*GOOD[:2], row, *GOOD[3:]]
-    return case(name, "", "data.train row 3", repr(row)[:100], reason, MEND, rows=rows)
+    return case(name, "", "data.train row 3", repr(row)[:100], reason, cure + MEND, rows=rows)
 
 
 IN_A_PROCESS = [
@@ -458,6 +458,30 @@ HERE = [
         "tools-not-json",
         {"prompt": [ASKED], "chosen": [SAID], "rejected": REJECTED, "tools": "none"},
         "tools is not JSON (",
+    ),
+    case(
+        "system-prompt-on-text",
+        "data.system_prompt=Hello.",
+        "data.train row 1",
+        repr(GOOD[0])[:100],
+        "is plain text, on which data.system_prompt does not act",
+        "remove data.system_prompt, or " + MEND,
+        rows=GOOD,
+    ),
+    bad_row(
+        "tools-without-template",
+        {"prompt": [ASKED], "chosen": [SAID], "rejected": REJECTED, "tools": '[{"name": "f"}]'},
+        "has tools, not read by the chat template",
+        "set data.chat_template to one that does, or ",
+    ),
+    case(
+        "template-variable",
+        "data.chat_template_kwargs.mesages=1",
+        "data.chat_template_kwargs.mesages",
+        "1",
+        "is not read by the chat template",
+        "did you mean messages?",
+        rows=CHAT,
     ),
     case(
         "eval-row",

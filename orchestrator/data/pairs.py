@@ -5,17 +5,20 @@ the finished files, so that no rank waits where a time-out can kill the run.
 """
 
 import copy
+import difflib
 import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
@@ -25,14 +28,27 @@ from numpy.typing import ArrayLike, NDArray
 
 from orchestrator.data.order import Integers
 from orchestrator.settings.load import DATA_SUFFIXES, looks_local
-from orchestrator.settings.spec import DataSpec, UserError
+from orchestrator.settings.spec import TEMPLATE_CALL, DataSpec, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # of the cache; raise it when the meaning of a cached number changes
+FORMAT = 3  # of the cache; raise it when the meaning of a cached number changes
 CHUNK = 512  # rows handed to a tokenising process at a time
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
+
+# Settings of `data` that decide which tokens there are; data.chat_template is in the tokenizer.
+OF_THE_TOKENS = (
+    "max_length",
+    "truncation",
+    "max_prompt_length",
+    "max_completion_length",
+    "system_prompt",
+    "chat_template_kwargs",
+    "on_bad_row",
+)
+# Arguments of apply_chat_template that a row may give although no template reads them as variables.
+NO_VARIABLES = ("chat_template", "continue_final_message", "sanitize_control_tokens")
 
 Row = dict[str, Any]
 Split = Literal["train", "eval"]
@@ -40,11 +56,12 @@ DropReason = Literal["malformed rows", "ties", "empty completions", "prompts tha
 
 
 class BadRow(Exception):
-    """A row that cannot be trained on; `kind` decides whether it is dropped, `reason` says what is wrong with it."""
+    """A row that cannot be trained on; `kind` decides whether it is dropped, `reason` says what is wrong with it, and
+    `cure` what to do about it besides mending or dropping the row."""
 
-    def __init__(self, kind: DropReason, reason: str) -> None:
-        super().__init__(kind, reason)
-        self.kind, self.reason = kind, reason
+    def __init__(self, kind: DropReason, reason: str, cure: str = "") -> None:
+        super().__init__(kind, reason, cure)
+        self.kind, self.reason, self.cure = kind, reason, cure
         self.row: Any = None  # as it was read
 
 
@@ -335,35 +352,60 @@ def _with_implicit_prompt(row: Row) -> Row:
 
 
 def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> TokenizedPair:
-    """Token ids exactly as TRL 1.16 makes them: EOS on plain text only, completion from where the ids diverge.
-
-    keep_start truncates here; keep_end cannot (its prompts differ between the two sides) and is left to the collator.
+    """Token ids of a row, as TRL 1.16 makes them and as far as truncation leaves them.
 
     Raises:
         BadRow: the row is malformed, or leaves nothing to learn.
+        UserError: the chat template does not fit the settings.
+    """
+    return truncated(tokenize_whole(row, tokenizer, data)[0], data)
+
+
+def tokenize_whole(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
+    """Token ids of a row before truncation: EOS on plain text only, completion from where the ids diverge.
+
+    Also returns the last tokens of the prompt alone that neither sequence has, because they merge with the
+    completion's first, or because the template renders a prompt otherwise where an answer follows.
+
+    Raises:
+        BadRow: the row is malformed.
+        UserError: the chat template does not fit the settings.
     """
     row = _checked(row)
     if isinstance(row["prompt"], list):
-        extra = _template_arguments(row)
-        prompt = _chat(tokenizer, row["prompt"], add_generation_prompt=True, **extra)
-        chosen = _chat(tokenizer, row["prompt"] + row["chosen"], **extra)
-        rejected = _chat(tokenizer, row["prompt"] + row["rejected"], **extra)
+        prompt, chosen, rejected = _conversations(row, tokenizer, data)
     else:
+        for key in ("system_prompt", "chat_template_kwargs"):
+            if getattr(data, key):
+                raise BadRow("malformed rows", f"is plain text, on which data.{key} does not act", f"remove data.{key}")
         eos = str(tokenizer.eos_token)
         ends = [text if text.endswith(eos) else text + eos for text in (row["chosen"], row["rejected"])]
         prompt, chosen, rejected = (
             tokenizer(text=text)["input_ids"] for text in (row["prompt"], *(row["prompt"] + end for end in ends))
         )
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
-    pair = TokenizedPair(prompt[:start], chosen[start:], rejected[start:])
+    return TokenizedPair(prompt[:start], chosen[start:], rejected[start:]), prompt[start:]
+
+
+def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
+    """What the settings leave of a pair: the prompt's end, the completions' start, and then max_length of both.
+
+    keep_end is left to the collator: the prompts of the two sides would differ.
+
+    Raises:
+        BadRow: nothing is left to learn.
+    """
+    prompt = pair.prompt_ids[-data.max_prompt_length :] if data.max_prompt_length else pair.prompt_ids
+    room = data.max_completion_length
     if data.truncation == "keep_start" and data.max_length is not None:
-        if start >= data.max_length:
+        left = data.max_length - len(prompt)
+        if left <= 0:
             raise BadRow(
                 "prompts that fill data.max_length",
-                f"its prompt alone has {start} tokens, data.max_length is {data.max_length}",
+                f"its prompt alone has {len(prompt)} tokens, data.max_length is {data.max_length}",
             )
-        room = data.max_length - start
-        pair = TokenizedPair(pair.prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
+        room = min(left, room or left)
+    pair = TokenizedPair(prompt, pair.chosen_ids[:room], pair.rejected_ids[:room])
     if not pair.chosen_ids or not pair.rejected_ids:
         raise BadRow("empty completions", f"{'chosen' if not pair.chosen_ids else 'rejected'} has no token of its own")
     if pair.chosen_ids == pair.rejected_ids:
@@ -371,31 +413,80 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
     return pair
 
 
-def _template_arguments(row: Row) -> Row:
-    """Keyword arguments of the chat template that a row brings along: tools (a list, or JSON of one) and its own."""
+def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> Iterator[list[int]]:
+    """Token ids of the prompt, which an answer is to follow, and of the prompt with each of the two answers."""
+    prompt, arguments = row["prompt"], _template_arguments(row, data)
+    if data.system_prompt and not any(message["role"] in ("system", "developer") for message in prompt):
+        prompt = [{"role": "system", "content": data.system_prompt}, *prompt]
+    try:
+        template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
+    except ValueError:
+        raise UserError(
+            "model.tokenizer",
+            tokenizer.name_or_path,
+            "has no chat template"
+            + (" that is the default" if tokenizer.chat_template else "")
+            + ", but the data are conversations",
+            "set data.chat_template, take an instruct model's tokenizer, or give the rows as plain text",
+        ) from None
+    _check_read(template, arguments, data)
+    yield _chat(tokenizer, data, prompt, add_generation_prompt=True, **arguments)
+    for side in ("chosen", "rejected"):
+        yield _chat(tokenizer, data, prompt + row[side], **arguments)
+
+
+def _template_arguments(row: Row, data: DataSpec) -> Row:
+    """Keyword arguments of the chat template: those of all rows, and over them a row's tools (a list, or JSON of one)
+    and its own."""
     tools, own = row.get("tools"), row.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise BadRow("malformed rows", f"tools is not JSON ({error.msg})") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise BadRow("malformed rows", "tools is not a list of objects, or JSON of one")
     if not isinstance(own, Mapping):
         raise BadRow("malformed rows", f"chat_template_kwargs is {type(own).__name__}, not an object")
-    return {"tools": tools, **own}
+    if taken := own.keys() & set(TEMPLATE_CALL):
+        raise BadRow("malformed rows", f"chat_template_kwargs has {min(taken)!r}, which is no variable of a template")
+    # Arrow gives every row the keys of all, as null: they take nothing from the settings
+    said = {key: value for key, value in {"tools": tools, **own}.items() if value is not None}
+    return {"tools": None, **own, **data.chat_template_kwargs, **said}
 
 
-def _chat(tokenizer: "PreTrainedTokenizerBase", messages: list[Row], **options: Any) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "model.tokenizer",
-            tokenizer.name_or_path,
-            "has no chat template, but the data are conversations",
-            "take an instruct model's tokenizer, or give the rows as plain text",
-        )
+def _check_read(template: str, arguments: Row, data: DataSpec) -> None:
+    """Refuse what the template would leave out in silence: tools that it does not know, a variable misspelt."""
+    for name in arguments.keys() - _words(template) - set(NO_VARIABLES):
+        value = arguments[name]
+        if value is None or value == []:
+            continue
+        near = difflib.get_close_matches(name, _words(template), n=1)
+        if data.chat_template_kwargs.get(name) == value:
+            cure = f"did you mean {near[0]}?" if near else "remove it, or set data.chat_template to one that does"
+            raise UserError(f"data.chat_template_kwargs.{name}", value, "is not read by the chat template", cure)
+        meant = f", which reads {near[0]}" if near else ""
+        cure = "set data.chat_template to one that does"
+        raise BadRow("malformed rows", f"has {name}, not read by the chat template{meant}", cure)
+
+
+@lru_cache
+def _words(template: str) -> frozenset[str]:
+    """Every name that a template could read a variable by, and more."""
+    return frozenset(re.findall(r"\w+", template))
+
+
+def _chat(tokenizer: "PreTrainedTokenizerBase", data: DataSpec, messages: list[Row], **options: Any) -> list[int]:
+    from jinja2 import TemplateSyntaxError
+
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]  # pyright: ignore
-    except UserError:
-        raise
+    except TemplateSyntaxError as error:
+        key, value = "data.chat_template", data.chat_template
+        if value is None:
+            key, value = "model.tokenizer", tokenizer.name_or_path
+        rule = f"has a chat template that is not Jinja: {error.message} (line {error.lineno})"
+        raise UserError(key, value, rule, "mend that line") from None
     except Exception as error:  # a template raises what it likes (roles must alternate, ...)
         raise BadRow("malformed rows", f"the chat template refuses it: {' '.join(str(error).split())}") from None
 
@@ -412,8 +503,8 @@ def common_prefix(left: ArrayLike, right: ArrayLike) -> int:
 
 
 def _digest(identity: str, tokenizer: str, data: DataSpec) -> str:
-    key = [FORMAT, identity, tokenizer, data.max_length, data.truncation, data.on_bad_row]
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    key = [FORMAT, identity, tokenizer, *(getattr(data, name) for name in OF_THE_TOKENS)]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class _Worker(NamedTuple):
@@ -450,12 +541,9 @@ def _build(
         if isinstance(result, BadRow):
             is_error = result.kind == "malformed rows" if data.on_bad_row is None else data.on_bad_row == "error"
             if is_error:
-                raise UserError(
-                    f"{key} row {number}",
-                    result.row,
-                    result.reason,
-                    f"mend that row of {source}, or set data.on_bad_row=drop to leave such rows out",
-                )
+                mend = f"mend that row of {source}, or set data.on_bad_row=drop to leave such rows out"
+                cure = f"{result.cure}, or {mend}" if result.cure else mend
+                raise UserError(f"{key} row {number}", result.row, result.reason, cure)
             dropped[result.kind] += 1
             continue
         numbers.append(number)

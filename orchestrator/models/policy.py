@@ -64,6 +64,8 @@ def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
         raise UserError(key, source, "has a tokenizer without a pad token", cure)
     if tokenizer.eos_token_id is None:
         raise UserError(key, source, "has a tokenizer without an end token", "take a tokenizer with eos_token set")
+    if spec.data.chat_template is not None:
+        tokenizer.chat_template = spec.data.chat_template
     return tokenizer
 
 

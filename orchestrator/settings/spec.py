@@ -128,6 +128,19 @@ USELESS_OPTIMIZERS = {
     "torch.optim.LBFGS": "needs a closure, and looks across all parameters, of which a rank has some",
     "torch.optim.SparseAdam": "takes sparse gradients only, and a language model's are dense",
 }
+# Arguments of transformers' apply_chat_template that are no variables of a template, and are given here already.
+TEMPLATE_CALL = (
+    "conversation",
+    "add_generation_prompt",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
 FREE: dict[str, Any] = {"resume": "free"}
 """Marks a field that may change between a run and its resumption: it does not touch the numbers of the run."""
 
@@ -216,6 +229,17 @@ class DataSpec(Block):
     """Tokens of prompt plus one completion; longer ones are truncated. No limit when null."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
     """Which end of a too long sequence stays; keep_start drops pairs whose prompt alone fills max_length."""
+    max_prompt_length: Positive | None = None
+    """Tokens of a prompt, of which the last ones stay; cut before max_length acts. No limit when not set."""
+    max_completion_length: Positive | None = None
+    """Tokens of a completion, of which the first ones stay; cut before max_length acts. No limit when not set."""
+    system_prompt: str | None = Field(None, min_length=1)
+    """Content of a system message that is put before every conversation without one."""
+    chat_template: str | None = None
+    """Jinja template of conversations, by its file or as it stands, instead of the tokenizer's; exported with it."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template for every conversation, for example {enable_thinking: false}; what a row has in
+    its own chat_template_kwargs, and its tools, win."""
     on_bad_row: Literal["error", "drop"] | None = None
     """What to do with every unusable row. Not set: a row of the wrong shape is an error; ties, empty completions and
     over-long prompts are dropped and counted."""
@@ -224,10 +248,35 @@ class DataSpec(Block):
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """Folder of tokenised data, shared by every node; run.dir/.cache when not set."""
 
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _template_is_read(cls, value: Any) -> Any:
+        return jinja_template(value) if isinstance(value, str) else value
+
     @property
     def keep_last(self) -> int | None:
         """Tokens at the end of a sequence that the collator keeps; None where tokenising has truncated already."""
         return self.max_length if self.truncation == "keep_end" else None
+
+
+def jinja_template(given: str) -> str:
+    """The text that data.chat_template stands for: itself, or what is in the file, or the tokenizer's folder, it names.
+
+    Raises:
+        UserError: there is no such file, or it is no template.
+    """
+    if "{{" in given or "{%" in given:
+        return given
+    path = Path(given).expanduser()
+    cure = "give a file such as my-template.jinja, a tokenizer's folder, or the template itself"
+    try:
+        found = (path / "chat_template.jinja" if path.is_dir() else path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = f"cannot be read ({getattr(error, 'strerror', 'it is not UTF-8 text')})"
+        raise UserError("data.chat_template", given, rule, cure) from None
+    if "{{" not in found and "{%" not in found:
+        raise UserError("data.chat_template", given, "is no Jinja template: it has neither {{ nor {%", cure)
+    return found
 
 
 class DpoSpec(Block):
@@ -659,6 +708,7 @@ class RunSpec(Block):
             _one_model,
             _one_micro_batch_key,
             _one_length,
+            _row_tokens,
             _known_optimizer,
             _known_scheduler,
             _evaluation,
@@ -791,6 +841,37 @@ def _one_length(spec: RunSpec) -> None:
             "only one of the two says how long to train",
             "remove training.epochs or training.max_steps",
         )
+
+
+def _row_tokens(spec: RunSpec) -> None:
+    """How a row becomes tokens."""
+    data, whole = spec.data, spec.data.max_length or math.inf
+    taken = next((name for name in data.chat_template_kwargs if name in TEMPLATE_CALL), "")
+    _refuse(
+        [
+            _Clash(
+                (data.max_prompt_length or 0) >= whole,
+                "data.max_prompt_length",
+                data.max_prompt_length,
+                f"leaves no room for a completion in data.max_length ({whole})",
+                "lower it, or raise data.max_length",
+            ),
+            _Clash(
+                (data.max_completion_length or 0) > whole,
+                "data.max_completion_length",
+                data.max_completion_length,
+                f"is more than data.max_length ({whole}), which counts the prompt as well",
+                "remove it, or raise data.max_length",
+            ),
+            _Clash(
+                taken != "",
+                f"data.chat_template_kwargs.{taken}",
+                data.chat_template_kwargs.get(taken),
+                "is no variable of a template, and said already where rows become tokens",
+                "remove it",
+            ),
+        ]
+    )
 
 
 def optimizer_kind(name: str) -> OptimizerKind:
@@ -1385,6 +1466,20 @@ TRL_NAMES = {
     "save_total_limit": "checkpoint.keep",
     "logging_steps": "training.logging_steps",
     "max_length": "data.max_length",
+    "max_prompt_length": "data.max_prompt_length",
+    "max_completion_length": "data.max_completion_length",
+    "truncation_mode": "data.truncation",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "dataset_num_proc": "data.num_proc",
+    "dataset_name": "data.train",
+    "train_dataset": "data.train",
+    "eval_dataset": "data.eval",
+    "chat_template": "data.chat_template",
+    "chat_template_path": "data.chat_template",
+    "chat_template_kwargs": "data.chat_template_kwargs",
+    "default_system": "data.system_prompt",
+    "pad_token": "model.pad_token",
     "beta": "dpo.beta",
     "loss_type": "dpo.loss_type",
     "loss_weights": "dpo.loss_weights",

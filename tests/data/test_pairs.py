@@ -80,6 +80,36 @@ def test_tools_and_template_options_reach_the_template() -> None:
         assert tokenized(row)[0] == ids(f"{tools[0]};gay[u]Say it.~[a]")
 
 
+@pytest.mark.parametrize(
+    ("everyones", "own", "reached"),
+    [
+        ({"mood": "glad"}, {}, "glad"),
+        ({"mood": "glad"}, {"chat_template_kwargs": {"mood": "sad"}}, "sad"),
+        ({"mood": "glad"}, {"chat_template_kwargs": {"mood": None}}, "glad"),  # how Parquet says that it has none
+        ({"tools": [{"a": 1}]}, {}, "{'a': 1};"),
+        ({"tools": [{"a": 1}], "mood": "glad"}, {"tools": [{"b": 2}]}, "{'b': 2};glad"),
+        ({"tools": [{"a": 1}]}, {"tools": "[]"}, ""),
+    ],
+)
+def test_a_rows_own_template_options_win(everyones: dict[str, Any], own: dict[str, Any], reached: str) -> None:
+    assert tokenized({**CHAT, **own}, chat_template_kwargs=everyones)[0] == ids(reached + "[u]Say it.~[a]")
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt"),
+    [
+        ([], "[s]Be kind.~[u]Say it.~[a]"),
+        ([{"role": "system", "content": "No."}], "[s]No.~[u]Say it.~[a]"),
+        ([{"role": "developer", "content": ""}], "[d]~[u]Say it.~[a]"),
+    ],
+)
+def test_a_system_prompt_is_for_conversations_without_one(before: list[Any], prompt: str) -> None:
+    row = {**CHAT, "prompt": before + CHAT["prompt"]}
+    assert tokenized(row, system_prompt="Be kind.") == (ids(prompt), ids("yes~"), ids("no~"))
+    implicit = {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+    assert tokenized(implicit, system_prompt="Be kind.") == (ids(prompt), ids("yes~"), ids("no~"))
+
+
 @pytest.mark.parametrize("side", ["chosen", "rejected", "both"])
 def test_the_completion_starts_where_either_side_leaves_the_prompt(side: str) -> None:
     row = {"prompt": "xa", "chosen": "b1" if side != "rejected" else "c", "rejected": "b2" if side != "chosen" else "d"}
@@ -127,6 +157,25 @@ def test_keep_start_cuts_completions(max_length: int | None, expected: tuple[str
     assert found == tuple([t for part in ids(text) for t in [EOS if [part] == ids(".") else part]] for text in expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_prompt_length": 9}, ("12345678", "hijkl.", "vw.")),
+        ({"max_prompt_length": 3}, ("678", "hijkl.", "vw.")),
+        ({"max_completion_length": 6}, ("12345678", "hijkl.", "vw.")),
+        ({"max_completion_length": 3}, ("12345678", "hij", "vw.")),
+        ({"max_prompt_length": 3, "max_length": 7}, ("678", "hijk", "vw.")),  # a prompt that would have filled it
+        ({"max_completion_length": 2, "max_length": 9}, ("12345678", "h", "v")),
+        ({"max_completion_length": 2, "max_length": 20}, ("12345678", "hi", "vw")),
+        ({"max_prompt_length": 3, "max_completion_length": 2, "max_length": 4, "truncation": "keep_end"}, None),
+    ],
+)
+def test_prompts_keep_their_end_and_completions_their_start(settings: dict[str, Any], expected: Any) -> None:
+    found = tokenized({"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}, **settings)
+    texts = expected or ("678", "hi", "vw")
+    assert found == tuple([t for part in text for t in ([EOS] if part == "." else ids(part))] for text in texts)
+
+
 def test_keep_end_is_left_to_the_collator() -> None:
     assert tokenized(TEXT, max_length=3, truncation="keep_end") == tokenized(TEXT)
 
@@ -148,7 +197,15 @@ def test_keep_end_is_left_to_the_collator() -> None:
             "message 1 of chosen has no text",
         ),
         ({**CHAT, "tools": "[not JSON"}, "malformed rows", "tools"),
+        ({**CHAT, "tools": {"name": "f"}}, "malformed rows", "tools is not a list of objects"),
+        ({**CHAT, "tools": '["f"]'}, "malformed rows", "tools is not a list of objects"),
         ({**CHAT, "chat_template_kwargs": "text"}, "malformed rows", "chat_template_kwargs"),
+        ({**CHAT, "chat_template_kwargs": {"padding": True}}, "malformed rows", "'padding', which is no variable"),
+        (
+            {**CHAT, "chat_template_kwargs": {"moood": 1}},
+            "malformed rows",
+            "has moood, not read by the chat template, which reads mood",
+        ),
         ({**TEXT, "rejected": " yes"}, "ties", "chosen equals rejected"),
         ({**TEXT, "prompt": "long " * 9}, "prompts that fill data.max_length", "45 tokens, data.max_length is 40"),
         ({**CHAT, "chosen": []}, "empty completions", "chosen has no token of its own"),
@@ -167,10 +224,38 @@ def test_a_pair_that_truncation_makes_alike_is_a_tie() -> None:
     assert caught.value.kind == "ties"
 
 
-def test_a_tokenizer_without_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer(), "chat_template", None)
-    with pytest.raises(UserError, match="no chat template"):
-        tokenized(CHAT)
+@pytest.mark.parametrize("key", ["system_prompt", "chat_template_kwargs"])
+def test_what_acts_on_conversations_alone_is_refused_beside_text(key: str) -> None:
+    with pytest.raises(BadRow, match=f"is plain text, on which data.{key} does not act"):
+        tokenized(TEXT, **{key: "Be kind." if key == "system_prompt" else {"mood": "glad"}})
+    assert tokenized({**TEXT, "tools": "no matter", "chat_template_kwargs": {"mood": 1}}) == tokenized(
+        TEXT
+    )  # as in TRL
+
+
+def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"data.chat_template_kwargs.moood = False: is not read .*; did you mean mood\?"
+    ):
+        tokenized(CHAT, chat_template_kwargs={"moood": False})
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "said"),
+    [
+        (None, UserError, "has no chat template, but the data are conversations; set data.chat_template"),
+        ({"rag": "{{ messages }}"}, UserError, "has no chat template that is the default"),
+        ("{% for m in messages %}", UserError, r"model.tokenizer = .*is not Jinja: Unexpected end of template.*line 1"),
+        ("{{ raise_exception('No.') }}", BadRow, "the chat template refuses it: No."),
+        ("{{ messages }}", BadRow, "has tools, not read by the chat template"),
+    ],
+)
+def test_a_template_that_does_not_do_is_refused(
+    template: Any, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer(), "chat_template", template)
+    with pytest.raises(error, match=said):
+        tokenized({**CHAT, "tools": [{"name": "f"}]} if "messages }" in str(template) else CHAT)
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -342,6 +427,9 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         ({"max_length": 50}, True),
         ({"truncation": "keep_end"}, True),
         ({"on_bad_row": "drop"}, True),
+        ({"max_prompt_length": 50}, True),
+        ({"max_completion_length": 50}, True),
+        ({"collator": "mine:collate"}, False),
         ({"num_proc": 1}, False),
         ({"eval": "elsewhere.jsonl"}, False),
         ({}, False),
@@ -353,6 +441,13 @@ def test_the_cache_is_used_until_a_setting_that_matters_changes(
     made(tmp_path, rows(4))
     made(tmp_path, rows(4), **change)
     assert len(builds) == 1 + is_new
+
+
+def test_a_cache_of_conversations_knows_what_their_template_was_given(tmp_path: Path, builds: list[Path]) -> None:
+    for settings in ({}, {"system_prompt": "a"}, {"system_prompt": "b"}, {"chat_template_kwargs": {"mood": "glad"}}):
+        made(tmp_path, rows(4, conversational=True), **settings)
+    assert len(builds) == 4
+    assert len(set(builds)) == 4
 
 
 def test_other_content_or_another_tokenizer_is_another_cache(

@@ -67,6 +67,13 @@ def test_the_pad_token_can_be_set(tmp_path: Path, saved_tokenizer: str) -> None:
     assert load_tokenizer(spec).pad_token == "<end>"
 
 
+def test_the_chat_template_can_be_set_and_is_saved_with_the_tokenizer(tmp_path: Path, saved_tokenizer: str) -> None:
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    spec = tiny_spec(tmp_path, model={"tokenizer": saved_tokenizer}, data={"chat_template": template})
+    load_tokenizer(spec).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == template
+
+
 @pytest.mark.parametrize(
     ("model", "missing", "key", "words"),
     [

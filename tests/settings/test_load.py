@@ -116,6 +116,12 @@ def test_what_names_a_local_file(source: str, expected: bool) -> None:
         {"cluster": {"resources": {"CPU": 0.5, "GPU": 1}}},
         {"cluster": {"num_workers": [1, 4]}},
         {"reference": {"cache": "off"}},
+        {
+            "data": {
+                "chat_template": "{{ '${a}' }}\n{% if b %}\\n: '\"{% endif %}",
+                "chat_template_kwargs": {"c": False},
+            }
+        },
         {"data": {"max_length": None, "on_bad_row": "drop"}, "training": {"max_steps": None, "epochs": 1.5}},
     ],
 )

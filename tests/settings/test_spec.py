@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from support import TINY_MODEL, raw_settings, tiny_spec
+from support import ROOT, TINY_MODEL, raw_settings, tiny_spec
 
 from orchestrator.settings.load import SettingsError, make_spec
 from orchestrator.settings.spec import Block, RunSpec, UserError, changed_on_resume, optimizer_kind
@@ -114,6 +114,14 @@ def test_which_settings_may_change_on_resume(tmp_path: Path) -> None:
         assert all(new == "something else" for _, _, new in changes)
 
 
+@pytest.mark.parametrize("form", ["file", "folder", "text"])
+def test_a_chat_template_is_kept_as_its_text(tmp_path: Path, form: str) -> None:
+    text = "{% for m in messages %}${{ m.content }}\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(text)
+    given = {"file": str(tmp_path / "chat_template.jinja"), "folder": str(tmp_path), "text": text}[form]
+    assert tiny_spec(tmp_path, data={"chat_template": given}).data.chat_template == text
+
+
 def test_changes_are_named_with_both_values(tmp_path: Path) -> None:
     before = tiny_spec(tmp_path)
     after = tiny_spec(tmp_path, dpo={"beta": 0.5}, run={"seed": 8}, checkpoint={"keep": 5}, wandb={"group": "g"})
@@ -141,6 +149,10 @@ def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
         ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs", "did you mean scheduler.kwargs?"),
         ({"deepspeed": "ds.json"}, "deepspeed", "did you mean engine.deepspeed_config?"),
         ({"fsdp": "full_shard"}, "fsdp", "did you mean engine.kind=fsdp?"),
+        ({"data": {"truncation_mode": "keep_end"}}, "data.truncation_mode", "did you mean data.truncation?"),
+        ({"data": {"chat_template_path": "a"}}, "data.chat_template_path", "did you mean data.chat_template?"),
+        ({"dpo": {"max_prompt_length": 1}}, "dpo.max_prompt_length", "did you mean data.max_prompt_length?"),
+        ({"data": {"default_system": "a"}}, "data.default_system", "did you mean data.system_prompt?"),
         ({"wandb": {"zzz": 1}}, "wandb.zzz", "the keys here are project, group, mode, key_file"),
     ],
 )
@@ -216,6 +228,28 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"scheduler": {"kwargs": {"gamma": 1}}}, "scheduler.kwargs", ["linear takes none", "remove scheduler.kwargs"]),
         ({"data": {"eval": None}, "evaluation": {"every_steps": 3}}, "evaluation.every_steps", ["set data.eval"]),
         ({"data": {"eval": None}, "evaluation": {"metric_for_best": "x"}}, "evaluation.metric_for_best", ["data.eval"]),
+        (
+            {"data": {"max_prompt_length": 128}},
+            "data.max_prompt_length",
+            ["= 128", "leaves no room for a completion in data.max_length (128)", "lower it, or raise data.max_length"],
+        ),
+        (
+            {"data": {"max_completion_length": 129}},
+            "data.max_completion_length",
+            ["= 129", "is more than data.max_length (128)", "raise data.max_length"],
+        ),
+        (
+            {"data": {"chat_template_kwargs": {"add_generation_prompt": False}}},
+            "data.chat_template_kwargs.add_generation_prompt",
+            ["= False", "is no variable of a template", "remove it"],
+        ),
+        ({"data": {"chat_template": "nowhere"}}, "data.chat_template", ["= 'nowhere'", "cannot be read (No such file"]),
+        (
+            {"data": {"chat_template": str(ROOT / "LICENSE")}},
+            "data.chat_template",
+            ["is no Jinja template: it has neither"],
+        ),
+        ({"data": {"system_prompt": ""}}, "data.system_prompt", ["at least 1 character", "a system message"]),
         ({"callbacks": ["my_module"]}, "callbacks", ["module:attr", "my_module"]),
         ({"callbacks": [{"path": ":attr"}]}, "callbacks", ["module:attr"]),
         ({"data": {"collator": "my.collator"}}, "data.collator", ["module:attr"]),
