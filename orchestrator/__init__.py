@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
-__all__ = ["RunSpec", "UserError", "create_reference_model", "load_spec", "train"]
+__all__ = ["RunSpec", "UserError", "create_reference_model", "debug", "load_spec", "train"]
 
 if TYPE_CHECKING:
     from orchestrator.models.reference import create_reference_model
+    from orchestrator.run.debug import debug
     from orchestrator.run.driver import train
     from orchestrator.settings.load import load_spec
     from orchestrator.settings.spec import RunSpec, UserError
@@ -19,6 +20,7 @@ _HOMES = {
     "RunSpec": "orchestrator.settings.spec",
     "UserError": "orchestrator.settings.spec",
     "create_reference_model": "orchestrator.models.reference",
+    "debug": "orchestrator.run.debug",
     "load_spec": "orchestrator.settings.load",
     "train": "orchestrator.run.driver",
 }

@@ -272,16 +272,19 @@ def batch_from_masks(
 class AdaptedCollator:
     """A user's collator: handed rows (and `context` where it has such a parameter); its dict becomes a PairBatch."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.collator: UserCollator = user_attribute("data.collator", path)
+    def __init__(self, collator: Any) -> None:
+        """collator: of a Python user, or the module:attr of one in the settings."""
+        self.key, self.name = "data_collator", getattr(collator, "__name__", type(collator).__name__)
+        if isinstance(collator, str):
+            self.key, self.name = "data.collator", collator
+            collator = user_attribute(self.key, self.name)
         try:
-            if inspect.isclass(self.collator):
-                self.collator = self.collator()
-            self.wants_context = "context" in inspect.signature(self.collator).parameters
+            made: Any = collator() if inspect.isclass(collator) else collator
+            self.wants_context = "context" in inspect.signature(made).parameters
         except (TypeError, ValueError) as error:
-            cure = "name a function of rows, or a class that needs no arguments"
-            raise UserError("data.collator", path, f"cannot be called ({error})", cure) from None
+            cure = "give a function of rows, or a class that needs no arguments"
+            raise UserError(self.key, self.name, f"cannot be called ({error})", cure) from None
+        self.collator: UserCollator = made
 
     def __call__(self, rows: list[Row], context: CollateContext, *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch, by the user's code; a filler's pairs weigh nothing."""
@@ -300,8 +303,8 @@ class AdaptedCollator:
         wanted |= {key: (pairs,) for key in ("ref_chosen_logps", "ref_rejected_logps") if shapes and key in shapes}
         if not shapes or any(shapes.get(key) != shape for key, shape in wanted.items()):
             raise UserError(
-                "data.collator",
-                self.path,
+                self.key,
+                self.name,
                 f"returned {shapes} for {pairs} pairs",
                 "return input_ids, attention_mask and completion_mask of shape [2 * pairs, tokens], chosen half first",
             )

@@ -59,9 +59,8 @@ def factories(
     """What an engine makes its optimizer and schedule with: the user's functions where there are, else the settings.
 
     Raises:
-        UserError: they are no functions, or the optimizer of the settings cannot update this policy on this device.
+        UserError: the optimizer of the settings cannot update this policy on this device.
     """
-    check_functions(optimizers)
     make, schedule = optimizers or (None, None)
     if make is None:
         _check_matrices(spec.optimizer.name, policy)

@@ -499,7 +499,6 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, 
     """
     key, name = "ref_model", getattr(ref_model, "__name__", type(ref_model).__name__)
     wanted = spec.reference
-    check_function(ref_model)
     if wanted.kind != "copy" or wanted.path is not None or wanted.dtype is not None:
         rule = "the settings say what the reference is, too"
         raise UserError(key, name, rule, "remove reference.kind, reference.path and reference.dtype")

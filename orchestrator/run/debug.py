@@ -6,19 +6,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 from transformers import TrainerCallback
 
+from orchestrator.data.collate import UserCollator
 from orchestrator.data.order import run_length
-from orchestrator.engines.optim import Optimizers, check_functions
+from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference import RefModel
 from orchestrator.run.prompt import debugger
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks.profiler import ProfilerCallback
+from orchestrator.training.given import ComputeMetrics, Given, GivenCallback
 from orchestrator.training.health import LocalSession
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.rundir import RunDir
@@ -35,16 +37,18 @@ Steps = tuple[int, ...]
 
 def debug(
     spec: RunSpec,
+    *,
     ref_model: RefModel | None = None,
     optimizers: Optimizers | None = None,
+    callbacks: Sequence[GivenCallback] | None = None,
+    compute_metrics: ComputeMetrics | None = None,
+    data_collator: UserCollator | None = None,
     post_mortem: bool = False,
     profile: Steps | None = None,
 ) -> RunResult:
     """Run the worker here; under torchrun (RANK, WORLD_SIZE) as one rank of that world.
 
-    ref_model: policy -> reference, instead of what the settings say.
-    optimizers: (params -> optimizer, optimizer -> schedule), likewise; where one is None the settings say. params are
-    groups, dicts with "params" and "weight_decay", and torch.optim.SGD(params, lr=1e-6) takes them as they are.
+    ref_model to data_collator: instead of what the settings say, each as `Given` has it.
     post_mortem: an exception opens a debugger before it is raised; of callbacks, too, which are not dropped then.
     profile: steps whose trace each rank writes into RUN_DIR/profile.
 
@@ -52,7 +56,7 @@ def debug(
         UserError: the settings or the data are wrong.
         TrainingError: training cannot go on.
     """
-    check_functions(optimizers)
+    given = Given(ref_model, optimizers, callbacks, compute_metrics, data_collator)
     run_dir = RunDir(spec.run_dir)
     with joined(spec, post_mortem) as world, ExitStack() as held:
         if world.is_main and OWNED not in os.environ:
@@ -67,15 +71,15 @@ def debug(
             return done
         steps = None
         if profile is not None:
-            steps = _chosen(spec, len(prepare(spec).train), run_dir, profile)
+            steps = _chosen(spec, len(prepare(spec, given).train), run_dir, profile)
         elif world.size == 1:  # of several ranks, none may wait in a collective while another tokenises
-            prepare(spec)
+            prepare(spec, given)
         if world.is_main:
             run_dir.begin(spec)
         world.gather(None)  # the directory exists
         trace = run_dir.path / "profile" / f"rank_{world.rank:05d}.json"
         observed_by = partial(_observed, trace, steps, post_mortem)
-        return run(spec, world, LocalSession(run_dir, world.rank), ref_model, optimizers, observed_by)
+        return run(spec, world, LocalSession(run_dir, world.rank), given, observed_by)
 
 
 @contextmanager

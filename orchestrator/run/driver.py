@@ -15,20 +15,22 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestrator.engines.optim import Optimizers, check_functions
-from orchestrator.models.reference import RefModel, check_function
+from orchestrator.data.collate import UserCollator
+from orchestrator.engines.optim import Optimizers
+from orchestrator.models.reference import RefModel
 from orchestrator.run import preflight
 from orchestrator.run.probe import CONNECT_S, Probe, one_line
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.checkpoint import SaveFailed
+from orchestrator.training.given import ComputeMetrics, Given, GivenCallback
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.manifest import ReadFailed, committed, step_of
 from orchestrator.training.rundir import RunDir
@@ -52,12 +54,19 @@ class StoppedWaiting(Exception):
     """Somebody asked the run to stop while there was no room for its workers."""
 
 
-def train(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimizers | None = None) -> RunResult:
+def train(
+    spec: RunSpec,
+    *,
+    ref_model: RefModel | None = None,
+    optimizers: Optimizers | None = None,
+    callbacks: Sequence[GivenCallback] | None = None,
+    compute_metrics: ComputeMetrics | None = None,
+    data_collator: UserCollator | None = None,
+) -> RunResult:
     """Run to the end on Ray, resuming from the last checkpoint whenever workers die.
 
-    ref_model: policy -> reference, instead of what the settings say; it is sent to every worker and called there.
-    optimizers: (params -> optimizer, optimizer -> schedule), likewise; where one is None the settings say. params are
-    groups, dicts with "params" and "weight_decay", and torch.optim.SGD(params, lr=1e-6) takes them as they are.
+    ref_model to data_collator: instead of what the settings say, each as `Given` has it; a copy of it is sent to the
+    workers and called there, so that an object here does not see what its copy does.
     Ctrl-C (or RUN_DIR/STOP) saves and stops; a second Ctrl-C aborts. The same call again resumes.
 
     Raises:
@@ -65,9 +74,8 @@ def train(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimize
         TrainingError: training cannot go on.
         RunDied: the workers died too often.
     """
-    check_function(ref_model)
-    check_functions(optimizers)
-    sent = _pickled(spec, {"ref_model": ref_model, "optimizers": optimizers})
+    given = Given(ref_model, optimizers, callbacks, compute_metrics, data_collator)
+    sent = _pickled(spec, given)
     if spec.cluster.preflight:
         preflight.check_answers(spec)
     run_dir, looked_at = RunDir(spec.run_dir), set[str]()
@@ -78,7 +86,7 @@ def train(spec: RunSpec, ref_model: RefModel | None = None, optimizers: Optimize
         _check_local_size(spec)
         if spec.cluster.preflight:
             _refuse(preflight.look_here(spec) + preflight.space_checks(spec, optimizers is not None))
-        prepare(spec)  # a bad run is refused here, before Ray starts
+        prepare(spec, given)  # a bad run is refused here, before Ray starts
         run_dir.begin(spec)
         with _cluster(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
             return _supervised(spec, run_dir, lambda wait_s: _fit(spec, run_dir, sent, wait_s, looked_at))
@@ -144,7 +152,7 @@ def _heed(run_dir: RunDir | None) -> None:
 
 
 def _fit(
-    spec: RunSpec, run_dir: RunDir, functions: dict[str, bytes], wait_s: float, looked_at: set[str]
+    spec: RunSpec, run_dir: RunDir, given: dict[str, bytes], wait_s: float, looked_at: set[str]
 ) -> Exception | None:
     """One attempt of Ray Train, on nodes that are waited for so long and then looked at; returns what it raised."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -162,7 +170,7 @@ def _fit(
             "spec": spec.model_dump(mode="json"),
             "cwd": os.getcwd(),
             "use_gpu": use_gpu,
-            "functions": functions,
+            "given": given,
         },
         torch_config=_torch_config(spec, "nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -231,7 +239,7 @@ def worker_loop(config: dict[str, Any]) -> None:
             _say_where(world)
             # Ray is not told of checkpoints: it would take only those inside its own folder, waits up to 2 s for each
             # report, and its record of them can be lost in a crash. Manifests say which exist, to it and to us.
-            run(spec, world, LocalSession(run_dir, world.rank), **_unpickled(config["functions"]))
+            run(spec, world, LocalSession(run_dir, world.rank), _unpickled(config["given"], world))
         except UserError as error:
             run_dir.write_result({"status": "refused", "error": [error.key, error.value, error.rule, error.cure]})
             raise
@@ -259,39 +267,40 @@ def _say_where(world: World) -> None:
         print("ranks: " + "; ".join(f"{each} on {node}" for each, node in zip(ranks, nodes, strict=True)), flush=True)
 
 
-def _pickled(spec: RunSpec, functions: dict[str, Any]) -> dict[str, bytes]:
-    """Arguments of `run` that are functions, as bytes, to be read on a worker when their modules can be imported.
+def _pickled(spec: RunSpec, given: Given) -> dict[str, bytes]:
+    """Its parts as bytes, to be read on a worker when their modules can be imported.
 
     Raises:
         UserError: one cannot be sent.
     """
-    given = {name: function for name, function in functions.items() if function is not None}
-    if not given:
+    if not given.parts:
         return {}
     _authenticate(spec)
     from ray import cloudpickle
 
     sent: dict[str, bytes] = {}
-    for name, function in given.items():
+    for name, part in given.parts.items():
         try:
-            sent[name] = cloudpickle.dumps(function)  # pyright: ignore[reportPrivateImportUsage]
+            sent[name] = cloudpickle.dumps(part)  # pyright: ignore[reportPrivateImportUsage]
         except Exception as error:  # whatever it holds on to may refuse in its own way
             reason = " ".join(str(error).split())[:160]
             cure = "let it hold names and paths, and make models and files when it is called"
-            raise UserError(name, repr(function), f"cannot be sent to the workers ({reason})", cure) from None
+            raise UserError(name, repr(part), f"cannot be sent to the workers ({reason})", cure) from None
     return sent
 
 
-def _unpickled(sent: dict[str, bytes]) -> dict[str, Any]:
-    functions: dict[str, Any] = {}
-    for name, function in sent.items():
+def _unpickled(sent: dict[str, bytes], world: World) -> Given:
+    parts: dict[str, Any] = {}
+    for name, part in sent.items():
+        if name == "callbacks" and not world.is_main:  # which may open files when they are read
+            continue
         try:
-            functions[name] = pickle.loads(function)
+            parts[name] = pickle.loads(part)
         except Exception as error:
             rule = f"cannot be read on a worker ({type(error).__name__}: {error})"
             cure = "define it in a module of the folder where the command is given"
-            raise UserError(name, "function", rule, cure) from None
-    return functions
+            raise UserError(name, "as sent", rule, cure) from None
+    return Given(**parts)
 
 
 def rank_log(run_dir: RunDir, rank: int) -> Path:

@@ -17,14 +17,13 @@ from orchestrator.data.loader import StepBatches
 from orchestrator.data.order import run_length
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
-from orchestrator.engines.optim import Optimizers
-from orchestrator.models.reference import RefModel
 from orchestrator.run.debug import joined
 from orchestrator.run.prompt import debugger
 from orchestrator.run.trial import NothingToSave, nowhere
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume, optimizer_kind
 from orchestrator.training.checkpoint import Reader
+from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.manifest import committed, step_of, verify
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
@@ -68,8 +67,7 @@ def replay(
     step: int,
     overrides: Sequence[str] = (),
     post_mortem: bool = False,
-    ref_model: RefModel | None = None,
-    optimizers: Optimizers | None = None,
+    given: Given = NOTHING,
 ) -> Replayed:
     """Take the steps between the newest whole checkpoint and `step`, and look at that one's forward and backward pass.
 
@@ -78,7 +76,7 @@ def replay(
 
     overrides: key=value for settings that may change on resume.
     post_mortem: stop at a breakpoint before the step, and where an exception is raised.
-    ref_model, optimizers: those that the run was started with in Python.
+    given: what the run was started with in Python; its callbacks are not called.
 
     Raises:
         UserError: the run has not come to that step, or cannot be gone on with from here.
@@ -89,7 +87,7 @@ def replay(
     spec = _spec_of(run_dir, overrides)
     _check_reached(run_dir, spec, step)
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
-        prepared = prepare(spec)
+        prepared = prepare(spec, given)
         total = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training).steps
         if step > total:
             raise UserError("--replay-step", step, f"the run has {total} steps", f"give 1 to {total}")
@@ -99,7 +97,7 @@ def replay(
         _say(spec, step, found, world)
         with (
             nowhere(spec) as (bare, folder),
-            built(bare, prepared, world, NothingToSave(), folder, found, (), ref_model, optimizers) as trainer,
+            built(bare, prepared, world, NothingToSave(), folder, given, found) as trainer,
         ):
             if trainer.loader.cache is not None:
                 trainer.loader.cache.only_read()  # of the run, which may be running

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from orchestrator.engines.optim import Optimizers
-from orchestrator.models.reference import RefModel
 from orchestrator.run.debug import joined
 from orchestrator.run.prompt import debugger
 from orchestrator.settings.spec import CheckpointSpec, EvaluationSpec, RunSpec, WandbSpec
 from orchestrator.training.callbacks.console import ConsoleCallback
+from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Trainer
@@ -60,8 +59,7 @@ def nowhere(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
 def _on_first_batch(
     spec: RunSpec,
     world: World,
-    ref_model: RefModel | None,
-    optimizers: Optimizers | None,
+    given: Given,
     shown: Sequence[TrainerCallback] = (),
 ) -> Iterator[Trainer]:
     """A trainer at the start of the run, whose first global batch is all its data; shown: callbacks of this rank."""
@@ -69,7 +67,7 @@ def _on_first_batch(
         # what was known of the reference would make a step cheaper than the first epoch's are, and what is new is not
         # to be kept
         spec = spec.model_copy(update={"reference": spec.reference.model_copy(update={"cache": "off"})})
-    prepared = prepare(spec)
+    prepared = prepare(spec, given)
     with (
         nowhere(spec) as (bare, run_dir),
         built(
@@ -78,9 +76,8 @@ def _on_first_batch(
             world,
             NothingToSave(),
             run_dir,
+            given,
             callbacks=shown,
-            ref_model=ref_model,
-            optimizers=optimizers,
             first_batch_only=True,
         ) as trainer,
     ):
@@ -98,13 +95,14 @@ class Learned(NamedTuple):
 
 def overfit(
     spec: RunSpec,
-    ref_model: RefModel | None = None,
-    optimizers: Optimizers | None = None,
+    given: Given = NOTHING,
     post_mortem: bool = False,
 ) -> Learned:
     """As many steps as the settings say, all on the first global batch: whatever can learn gets its loss near 0.
 
-    It begins at the start of the run and leaves nothing behind. Arguments as those of `debug`.
+    It begins at the start of the run and leaves nothing behind.
+
+    given: by a Python user, whose callbacks are not called.
 
     Raises:
         UserError: the settings or the data are wrong.
@@ -113,7 +111,7 @@ def overfit(
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"logging_steps": 1})})
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         shown = [ConsoleCallback()] if world.is_main else []
-        with _on_first_batch(spec, world, ref_model, optimizers, shown) as trainer:
+        with _on_first_batch(spec, world, given, shown) as trainer:
             trainer.total_pairs = None  # steps alone are counted: some of a run's batches are smaller than this one
             trainer.callbacks.fire("on_train_begin")
             with closing(trainer.loader.steps(0, 0)) as steps:
@@ -140,13 +138,14 @@ class Tried(NamedTuple):
 
 def dry_run(
     spec: RunSpec,
-    ref_model: RefModel | None = None,
-    optimizers: Optimizers | None = None,
+    given: Given = NOTHING,
     post_mortem: bool = False,
 ) -> Tried:
     """Everything built as for a run, and one forward and backward pass of its first global batch; no update.
 
-    Nothing is written but caches. Arguments as those of `debug`.
+    Nothing is written but caches.
+
+    given: by a Python user, whose callbacks are not called.
 
     Raises:
         UserError: the settings or the data are wrong.
@@ -154,7 +153,7 @@ def dry_run(
     with (
         joined(spec, post_mortem) as world,
         debugger(world, post_mortem),
-        _on_first_batch(spec, world, ref_model, optimizers) as trainer,
+        _on_first_batch(spec, world, given) as trainer,
         closing(trainer.loader.steps(0, 0)) as steps,
     ):
         began = time.monotonic()

@@ -1309,19 +1309,25 @@ def _reference_sync(spec: RunSpec) -> None:
 
 def _reference_cache(spec: RunSpec) -> None:
     reference = spec.reference
-    key, value = "reference.cache", reference.cache
-    if reference.kind == "precomputed":
-        key, value = "reference.kind", reference.kind
     if reference.kind == "precomputed" and reference.cache == "off":
         cure = "remove reference.cache, or set reference.kind=copy"
         raise UserError("reference.cache", reference.cache, "kind precomputed keeps its log-probs there", cure)
-    if spec.data.collator and (reference.kind == "precomputed" or reference.cache == "full"):
-        raise UserError(
-            key,
-            value,
-            "what data.collator will feed is not known beforehand",
-            "remove it, or let the collator return ref_chosen_logps and ref_rejected_logps",
-        )
+    if spec.data.collator:
+        check_cache_with_collator(reference, "data.collator")
+
+
+def check_cache_with_collator(reference: ReferenceSpec, collator: str) -> None:
+    """Refuse log-probs that are wanted before a user's collator, given under that name, has run.
+
+    Raises:
+        UserError: reference.kind or reference.cache.
+    """
+    if reference.kind != "precomputed" and reference.cache != "full":
+        return
+    key, value = ("kind", reference.kind) if reference.kind == "precomputed" else ("cache", reference.cache)
+    rule = f"what {collator} will feed is not known beforehand"
+    cure = "remove it, or let the collator return ref_chosen_logps and ref_rejected_logps"
+    raise UserError(f"reference.{key}", value, rule, cure)
 
 
 def _resources(spec: RunSpec) -> None:

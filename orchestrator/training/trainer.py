@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from orchestrator.data.collate import PairBatch
+from orchestrator.data.collate import AdaptedCollator, PairBatch
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.dpo.losses import TOKEN_MEANS
 from orchestrator.dpo.step import StepOutput
@@ -249,8 +249,8 @@ class Trainer:
 
     def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], near: Tolerance) -> None:
         """Before the first update the policy is its reference: every reward is 0, and the sigmoid loss ln 2."""
-        by_collator = self.spec.data.collator is not None  # log-probs that come with a batch are then a user's own
-        judged = [(b, o) for b, o in outputs if b.pair_weights.any() and not (by_collator and b.ref_logps is not None)]
+        by_user = isinstance(self.loader.collator, AdaptedCollator)  # log-probs that come with a batch are then theirs
+        judged = [(b, o) for b, o in outputs if b.pair_weights.any() and not (by_user and b.ref_logps is not None)]
         apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
         for batch, output in judged[:MEASURED]:
             rounding = near.token * batch.completion_tokens.to(self.world.device).double().sqrt()

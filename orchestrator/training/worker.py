@@ -24,7 +24,7 @@ from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import Engine
 from orchestrator.engines.build import engine_class
-from orchestrator.engines.optim import Optimizers, ReadOnlyOptimizer, check_optim, factories
+from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, factories
 from orchestrator.engines.stepping import autocast, dtype_held, dtype_of, is_16_bit
 from orchestrator.models.adapters import adapter_layers, check_adapter
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
@@ -45,17 +45,24 @@ from orchestrator.models.reference import (
     Absent,
     PolicyStart,
     Reference,
-    RefModel,
     build_reference,
     check_reference,
     hold,
     identity_of,
 )
-from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
+from orchestrator.settings.spec import (
+    AttentionName,
+    Precision,
+    Quantized,
+    RunSpec,
+    UserError,
+    check_cache_with_collator,
+)
 from orchestrator.training import checkpoint, manifest
 from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import export
+from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.health import Session
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Ended, Tolerance, Trainer
@@ -93,9 +100,10 @@ class Prepared:
     config: Any
     train: Pairs
     eval: Pairs | None
+    collator: AdaptedCollator | None  # of a user
 
 
-def prepare(spec: RunSpec) -> Prepared:
+def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     """Tokenizer, model config and tokenised data, from the cache where they are there already. No collective.
 
     Raises:
@@ -105,9 +113,8 @@ def prepare(spec: RunSpec) -> Prepared:
     sources = [("data.train", spec.data.train)] + ([("data.eval", spec.data.eval)] if spec.data.eval else [])
     for key, source in sources:
         check_source(key, source)
-    check_callbacks(spec)
-    if spec.data.collator:
-        AdaptedCollator(spec.data.collator)
+    check_callbacks(spec, given.callbacks)
+    collator = _user_collator(spec, given)
     check_optim(spec.optimizer, spec.scheduler)
     tokenizer = load_tokenizer(spec)
     config = load_config(spec, tokenizer)
@@ -122,21 +129,29 @@ def prepare(spec: RunSpec) -> Prepared:
     for (key, _), pairs in zip(sources, [train, held_out], strict=False):
         assert pairs is not None
         check_fit(config, pairs, key, spec)
-    return Prepared(tokenizer, config, train, held_out)
+    return Prepared(tokenizer, config, train, held_out, collator)
+
+
+def _user_collator(spec: RunSpec, given: Given) -> AdaptedCollator | None:
+    """That of the settings, or of a Python user."""
+    if given.data_collator is None:
+        return AdaptedCollator(spec.data.collator) if spec.data.collator else None
+    if spec.data.collator:
+        raise UserError("data.collator", spec.data.collator, "data_collator is given as well", "remove one of the two")
+    check_cache_with_collator(spec.reference, "data_collator")
+    return AdaptedCollator(given.data_collator)
 
 
 def run(
     spec: RunSpec,
     world: World,
     session: Session,
-    ref_model: RefModel | None = None,
-    optimizers: Optimizers | None = None,
+    given: Given = NOTHING,
     observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]] = list,
 ) -> RunResult:
     """Train one run on this rank, resuming where RUN_DIR has a whole checkpoint.
 
-    ref_model: policy -> reference, from a Python user; the settings say what it is otherwise.
-    optimizers: (params -> optimizer, optimizer -> schedule), likewise; either may be None.
+    given: by a Python user; what it leaves out the settings say.
     observed_by: the callbacks of this rank (none but on rank zero) -> those to take instead, for a debugger.
 
     Raises:
@@ -146,7 +161,7 @@ def run(
     """
     _quiet()
     run_dir = RunDir(spec.run_dir)
-    ended = _trained(spec, world, session, run_dir, ref_model, optimizers, observed_by)
+    ended = _trained(spec, world, session, run_dir, given, observed_by)
     gc.collect()  # before the export makes the model once more, whole
     return _concluded(ended, run_dir, world)
 
@@ -156,15 +171,14 @@ def _trained(
     world: World,
     session: Session,
     run_dir: RunDir,
-    ref_model: RefModel | None,
-    optimizers: Optimizers | None,
+    given: Given,
     observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]],
 ) -> Ended:
     """Go on from the newest checkpoint; what was built is gone from memory when this returns."""
-    prepared = prepare(spec)
+    prepared = prepare(spec, given)
     found = _newest_checkpoint(run_dir, world)
-    callbacks = observed_by(build_callbacks(spec, run_dir) if world.is_main else [])
-    with built(spec, prepared, world, session, run_dir, found, callbacks, ref_model, optimizers) as trainer:
+    callbacks = observed_by(build_callbacks(spec, run_dir, given.callbacks) if world.is_main else [])
+    with built(spec, prepared, world, session, run_dir, given, found, callbacks) as trainer:
         return trainer.fit()
 
 
@@ -175,16 +189,15 @@ def built(
     world: World,
     session: Session,
     run_dir: RunDir,
+    given: Given = NOTHING,
     found: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    ref_model: RefModel | None = None,
-    optimizers: Optimizers | None = None,
     first_batch_only: bool = False,
 ) -> Iterator[Trainer]:
     """The parts of a run on this rank, ready to take the next step; they end with the context. Collective.
 
     found: the checkpoint to go on from; the start of the run when not given.
-    callbacks: of this rank.
+    callbacks: of this rank, whoever named them; those of `given` are not looked at.
     first_batch_only: the pairs of the first global batch are all the data, and nothing is evaluated.
     """
     precision = _precision(spec.precision, world.device)
@@ -194,7 +207,7 @@ def built(
     # DeepSpeed casts and moves weights itself: on the device there may be no room for them in fp32
     built_on = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
     policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=cuts)
-    reference = build_reference(spec, policy, dtype, ref_model, world.device)
+    reference = build_reference(spec, policy, dtype, given.ref_model, world.device)
     if found is not None:
         reference.exact = None  # was measured when the run began
     # before any forward pass, in which bitsandbytes casts biases
@@ -202,15 +215,15 @@ def built(
     cost, length = pair_cost(policy), run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
     if found is None and world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
-        _say_models(spec, prepared, policy, reference, "ref_model" if ref_model else spec.reference.kind, world)
+        _say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
     step = _pair_step(spec, policy, reference, world, precision, dtype)
     engine = _engine(spec, world, precision, dtype)
-    engine.wrap(step, *factories(spec, policy, length.steps, world.device, optimizers))
+    engine.wrap(step, *factories(spec, policy, length.steps, world.device, given.optimizers))
 
     attention, why_padded = _attention(spec, prepared, engine, world, precision)
     collator = _collator(spec, prepared, attention)
     loader, eval_loader = _loaders(spec, prepared, world, cost, collator, first_batch_only)
-    if spec.reference_cache != "off":
+    if spec.reference_cache != "off" and prepared.collator is None:
         arithmetic = {"precision": precision, "attention": attention, "device": world.device.type}
         if _casts(spec, precision):
             arithmetic["weights"] = precision
@@ -307,7 +320,7 @@ def _attention(
     spec: RunSpec, prepared: Prepared, engine: Engine, world: World, precision: Precision
 ) -> tuple[AttentionName, str | None]:
     """Give both models the attention of the run; its name, and why it is padded where that was not asked for."""
-    if spec.data.collator or spec.model.attention == "padded":
+    if prepared.collator is not None or spec.model.attention == "padded":
         return "padded", None
     kernel = choose_kernel(spec.model.attention, world.device, precision)
     fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, prepared.eval) if pairs]
@@ -392,7 +405,7 @@ def _loaders(
             packed,
             cost,
         )
-        return Loader(pairs, order, AdaptedCollator(spec.data.collator) if spec.data.collator else collator)
+        return Loader(pairs, order, prepared.collator or collator)
 
     if first_batch_only:
         first = permutation(len(prepared.train), spec.run.seed, epoch=0)[: spec.batch.global_batch_size]

@@ -123,7 +123,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 def run(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
     with kept_signals():
-        return debug(spec, ref_model)
+        return debug(spec, ref_model=ref_model)
 
 
 def ours(spec: RunSpec, ref_model: RefModel | None = None) -> Trace:

@@ -4,15 +4,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import tiny_spec
+from tiny import ALONE
+from transformers import TrainerCallback
 
 from orchestrator.run import driver
 from orchestrator.run.driver import _pickled, _placeable, _unpickled
 from orchestrator.settings.spec import UserError
+from orchestrator.training.given import Given
 from orchestrator.training.rundir import RunDir
 
 
@@ -22,20 +26,34 @@ def test_placement_decides_how_many_workers_fit(placement: str, fits: int) -> No
     assert _placeable([], placement) == 0
 
 
-def test_functions_travel_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Counting(TrainerCallback):
+    count: Any = 0
+
+
+def test_what_a_python_user_gives_travels_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere")  # so that no token is made
     spec, lr = tiny_spec(tmp_path), 0.25
-    sent = _pickled(spec, {"ref_model": None, "optimizers": (lambda params: (params, lr), None)})
-    assert set(sent) == {"optimizers"}
-    make, schedule = _unpickled(sent)["optimizers"]
+    assert _pickled(spec, Given()) == {}
+    sent = _pickled(spec, Given(optimizers=(lambda params: (params, lr), None), callbacks=[Counting()]))
+    assert set(sent) == {"optimizers", "callbacks"}
+    main, other = (_unpickled(sent, world) for world in (ALONE, replace(ALONE, rank=1)))
+    assert [type(each) for each in main.callbacks or ()] == [Counting]
+    assert other.callbacks is None  # which may open a file when it is read
+    assert other.optimizers is not None
+    make, schedule = other.optimizers
+    assert make is not None
     assert (make("params"), schedule) == (("params", 0.25), None)
     lock = threading.Lock()
     with pytest.raises(
         UserError, match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); let it hold names"
     ):
-        _pickled(spec, {"ref_model": None, "optimizers": (None, lambda made: lock)})
-    with pytest.raises(UserError, match="ref_model = 'function': cannot be read on a worker"):
-        _unpickled({"ref_model": b"cnowhere\nmine\n."})
+        _pickled(spec, Given(optimizers=(None, lambda made: lock)))
+    held = Counting()
+    held.count = lock
+    with pytest.raises(UserError, match=r"callbacks = .*Counting object.*: cannot be sent to the workers \(.*lock"):
+        _pickled(spec, Given(callbacks=[held]))
+    with pytest.raises(UserError, match="ref_model = 'as sent': cannot be read on a worker"):
+        _unpickled({"ref_model": b"cnowhere\nmine\n."}, ALONE)
 
 
 def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(tmp_path: Path, run_dir: RunDir) -> None:

@@ -193,15 +193,17 @@ def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> 
     user_module.ready = Recording()  # type: ignore[attr-defined]
     given = ["a_users_module:ready", {"path": "a_users_module:Counting", "kwargs": {"start": 4}}]
     spec = tiny_spec(tmp_path, callbacks=given, wandb={"mode": "offline"})
-    made = build_callbacks(spec, RunDir(spec.run_dir))
+    made = build_callbacks(spec, RunDir(spec.run_dir), [Counting(5), Counting])
     assert [type(callback) for callback in made] == [
         ConsoleCallback,
         JsonlCallback,
         WandbCallback,
         Recording,
         Counting,
+        Counting,
+        Counting,
     ]
-    assert made[-1].count == 4  # type: ignore[attr-defined]
+    assert [callback.count for callback in made[-3:]] == [4, 5, 0]  # type: ignore[attr-defined]
     spec = tiny_spec(tmp_path, wandb={"mode": "disabled"})
     assert WandbCallback not in [type(callback) for callback in build_callbacks(spec, RunDir(spec.run_dir))]
 
@@ -220,6 +222,19 @@ def test_a_wrong_callback_is_refused(tmp_path: Path, user_module: ModuleType, en
     with pytest.raises(UserError, match=words) as caught:
         check_callbacks(tiny_spec(tmp_path, callbacks=[entry]))
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (print, "callbacks = 'print': is not a transformers.TrainerCallback; derive the class from it"),
+        (JsonlCallback, "callbacks = 'JsonlCallback': cannot be built .*'path'.*; in Python, an object"),
+        (EarlyStoppingCallback(3), "EarlyStoppingCallback needs it"),
+    ],
+)
+def test_a_wrong_callback_in_python_is_refused(tmp_path: Path, given: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_callbacks(tiny_spec(tmp_path), [given])
 
 
 def test_the_key_of_wandb_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 from bdb import BdbQuit
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,8 +188,10 @@ class Callbacks:
         self.state.log_history = exported["log_history"]
 
 
-def build_callbacks(spec: RunSpec, run_dir: RunDir) -> list[TrainerCallback]:
-    """Ours, then the user's; to be called on rank zero only.
+def build_callbacks(
+    spec: RunSpec, run_dir: RunDir, given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None
+) -> list[TrainerCallback]:
+    """Ours, then the settings', then those that are given in Python; to be called on rank zero only.
 
     Raises:
         UserError: a user's callback cannot be imported or built.
@@ -196,34 +199,40 @@ def build_callbacks(spec: RunSpec, run_dir: RunDir) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [ConsoleCallback(), JsonlCallback(run_dir.metrics)]
     if spec.wandb.mode != "disabled":
         callbacks.append(WandbCallback(spec, run_dir))
-    for entry in spec.callbacks:
-        try:
-            made = user_attribute("callbacks", entry.path)
-            callbacks.append(made if isinstance(made, TrainerCallback) else made(**entry.kwargs))
-        except Exception as error:
-            reason = f"cannot be built ({type(error).__name__}: {error})"
-            raise UserError("callbacks", entry.path, reason, "mend its constructor, or its kwargs") from None
-    return callbacks
+    return callbacks + [_built(*each) for each in _of_user(spec, given)]
 
 
-def check_callbacks(spec: RunSpec) -> None:
+def _of_user(spec: RunSpec, given: Sequence[Any] | None) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Name, class or object, and keyword arguments of each callback: of the settings, then of a Python user."""
+    named = [(entry.path, user_attribute("callbacks", entry.path), entry.kwargs) for entry in spec.callbacks]
+    return named + [(getattr(each, "__name__", type(each).__name__), each, {}) for each in given or ()]
+
+
+def _built(name: str, made: Any, kwargs: dict[str, Any]) -> TrainerCallback:
+    if isinstance(made, TrainerCallback):
+        return made
+    try:
+        return made(**kwargs)
+    except Exception as error:
+        reason = f"cannot be built ({type(error).__name__}: {error})"
+        raise UserError("callbacks", name, reason, "mend its constructor, or its kwargs") from None
+
+
+def check_callbacks(spec: RunSpec, given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None) -> None:
     """Refuse a user's callback that cannot be imported or called as the settings say, without building it.
 
     Building is for rank zero alone: a constructor may open a file.
     """
-    for entry in spec.callbacks:
-        kind = user_attribute("callbacks", entry.path)
-        if isinstance(kind, TrainerCallback):
-            continue
+    for name, made, kwargs in _of_user(spec, given):
+        kind: Any = type(made) if isinstance(made, TrainerCallback) else made
         if not (inspect.isclass(kind) and issubclass(kind, TrainerCallback)):
-            raise UserError(
-                "callbacks", entry.path, "is not a transformers.TrainerCallback", "derive the class from it"
-            )
+            raise UserError("callbacks", name, "is not a transformers.TrainerCallback", "derive the class from it")
         try:
-            inspect.signature(kind).bind(**entry.kwargs)
+            if made is kind:
+                inspect.signature(kind).bind(**kwargs)
         except TypeError as error:
-            reason, cure = f"cannot be built ({error})", "give its arguments as {path, kwargs}"
-            raise UserError("callbacks", entry.path, reason, cure) from None
+            reason, cure = f"cannot be built ({error})", "give its arguments as {path, kwargs}; in Python, an object"
+            raise UserError("callbacks", name, reason, cure) from None
         if kind.__name__ == "EarlyStoppingCallback" and not (spec.evaluation.metric_for_best and spec.data.eval):
             raise UserError(
                 "evaluation.metric_for_best",

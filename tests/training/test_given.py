@@ -1,0 +1,88 @@
+"""What a Python user gives: what is refused of it, and that a run is the one of the settings that say the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import losses, tiny_spec
+from tiny import PAD
+from transformers import TrainerCallback
+
+from orchestrator.data.collate import CollateContext
+from orchestrator.run.debug import debug
+from orchestrator.settings.spec import UserError
+from orchestrator.training.given import Given
+
+EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "on_train_end")
+
+
+class Counting(TrainerCallback):
+    """How often each event came."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in EVENTS:
+            self.seen[name] = self.seen.get(name, 0) + 1
+        return super().__getattribute__(name)
+
+
+class Padding:
+    """Pads as TRL does, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.contexts: list[CollateContext] = []
+
+    def __call__(self, rows: list[dict[str, Any]], context: CollateContext) -> dict[str, torch.Tensor]:
+        self.contexts.append(context)
+        pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+        width = max(len(prompt) + len(completion) for prompt, completion in pairs)
+        made: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "completion_mask": []}
+        for prompt, completion in pairs:
+            used = len(prompt) + len(completion)
+            made["input_ids"].append(prompt + completion + [PAD] * (width - used))
+            made["attention_mask"].append([1] * used + [0] * (width - used))
+            made["completion_mask"].append([0] * len(prompt) + [1] * len(completion) + [0] * (width - used))
+        return {name: torch.tensor(value) for name, value in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"callbacks": Counting()}, r"callbacks = 'Counting': is no list; give callbacks=\[\.\.\.\]"),
+        ({"data_collator": {"pad_token_id": 0}}, "data_collator = 'dict': cannot be called; give a function"),
+        ({"compute_metrics": "mine:compute"}, "compute_metrics = 'str': cannot be called; give a function"),
+        ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model = 'Linear': is no function.*policy -> model"),
+        ({"optimizers": torch.optim.SGD}, "optimizers = 'type': is no pair of functions"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Given(**parts)
+
+
+def test_a_collator_of_python_and_one_of_the_settings_contradict(tmp_path: Path) -> None:
+    for settings, line in (
+        ({"data": {"collator": "math:prod"}}, "data.collator = 'math:prod': data_collator is given as well"),
+        (
+            {"reference": {"cache": "full"}},
+            "reference.cache = 'full': what data_collator will feed is not known before",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            debug(tiny_spec(tmp_path, **settings), data_collator=Padding())
+        assert str(caught.value).startswith(line)
+    assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
+
+
+def test_callbacks_and_a_collator_act_as_those_of_the_settings(tmp_path: Path) -> None:
+    padded = tiny_spec(tmp_path, run={"name": "padded"}, model={"attention": "padded"})
+    debug(padded)
+    counting, padding = Counting(), Padding()
+    given = tiny_spec(tmp_path, run={"name": "given"})
+    debug(given, callbacks=[counting], data_collator=padding)
+    assert losses(given.run_dir) == losses(padded.run_dir)
+    assert counting.seen == {name: {"on_step_end": 4, "on_log": 6, "on_evaluate": 2}.get(name, 1) for name in EVENTS}
+    assert {context.step for context in padding.contexts} == {0, 1, 2, 3, 4}
