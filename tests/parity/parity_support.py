@@ -1,6 +1,7 @@
 """TRL's DPOTrainer on our rows, model and tokenizer: the other side of every parity test."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,3 +54,13 @@ def trl_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+
+
+def trl_tokens(dataset: Any, tokenizer: Any, max_length: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a trainer's train_dataset, of a Dataset or an IterableDataset, by the method that makes them: a
+    hundred times faster than a trainer with a model, in which keep_start drops what fills max_length."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
+    args: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
+    return list(DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "train"))
