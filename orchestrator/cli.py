@@ -225,12 +225,16 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
     if result.status == "stopped":
         print(f"stopped after step {result.step} ({result.reason}) and saved; the same command resumes")
         return STOPPED
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    evaluations = [line for line in map(json.loads, lines) if "eval_loss" in line]
+    from orchestrator.training.metrics import evaluated_sets
+
+    lines = list(map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()))
     print(f"\nfinished after step {result.step} ({result.reason})")
-    for when, line in zip(("before", "after"), (evaluations[:1] + evaluations[-1:]), strict=False):
-        accuracy = line["eval_rewards/accuracies"]
-        print(f"evaluation {when:<6}  loss {line['eval_loss']:.6f}, rewards/accuracies {accuracy:.3f}")
+    for name, prefix in evaluated_sets(dict.fromkeys(key for line in lines for key in line)).items():
+        evaluations = [line for line in lines if f"{prefix}loss" in line]
+        before = [line for line in evaluations if not line["step"]]
+        for when, line in zip(["before"] * len(before) + ["after"], [*before, evaluations[-1]], strict=True):
+            facts = f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies {line[f'{prefix}rewards/accuracies']:.3f}"
+            print(f"evaluation {when:<6}  {facts}{f' ({name})' * bool(name)}")
     print(f"model    {result.model}\nmetrics  {run_dir / 'metrics.jsonl'}")
     if spec.wandb.mode != "disabled":
         print(f"W&B      {run_dir / 'wandb'}")

@@ -72,7 +72,8 @@ def test_how_a_run_ends_decides_the_exit_code(
 def test_a_finished_run_says_what_it_reached(
     run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
-    lines = [{"eval_loss": loss, "eval_rewards/accuracies": 0.5} for loss in (0.7, 0.6, 0.25)]
+    losses = {0: 0.7, 2: 0.6, 4: 0.25}
+    lines = [{"step": step, "eval_loss": loss, "eval_rewards/accuracies": 0.5} for step, loss in losses.items()]
     run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"loss": 1}]))
     result = RunResult("finished", "every step was taken", 4, "", "the/model")
     monkeypatch.setattr(here, "debug", ending_with(result))

@@ -126,14 +126,16 @@ class Pairs:
         }
 
 
-def tokenized_pairs(data: DataSpec, split: Split, tokenizer: "PreTrainedTokenizerBase", cache_dir: Path) -> Pairs:
-    """The pairs of data.train or data.eval, from the cache, which is built first where it is not there yet.
+def tokenized_pairs(
+    data: DataSpec, split: Split, tokenizer: "PreTrainedTokenizerBase", cache_dir: Path, name: str = ""
+) -> Pairs:
+    """The pairs of data.train or of the evaluation set with that name, from the cache, which is built first where it
+    is not there yet.
 
     Raises:
         UserError: the source is missing or unreadable, a row cannot be used, or no row is left.
     """
-    key, source = f"data.{split}", data.train if split == "train" else data.eval
-    assert source is not None
+    key, source = _source(data, split, name)
     check_source(key, source)
     rows, identity = _open_source(key, source, split)
     folder = cache_dir / "pairs" / _digest(identity, tokenizer_identity(tokenizer), data)
@@ -195,15 +197,20 @@ def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
     return texts, identity[:24]
 
 
-def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int]) -> dict[int, RawRow]:
+def _source(data: DataSpec, split: Split, name: str) -> tuple[str, str]:
+    """The setting that names a data set, and what it names."""
+    key = f"data.{split}.{name}" if name else f"data.{split}"
+    return key, data.train if split == "train" else data.eval_sets[name]
+
+
+def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str = "") -> dict[int, RawRow]:
     """The rows of which some pairs were made, by pair id; one that is no longer there, or no pair any more, is left
-    out.
+    out. name: of the evaluation set.
 
     Raises:
         UserError: the source is missing or unreadable.
     """
-    key, source = f"data.{split}", data.train if split == "train" else data.eval
-    assert source is not None
+    key, source = _source(data, split, name)
     check_source(key, source)
     found: dict[int, RawRow] = {}
     for number, row in _rows_at(key, source, split, sorted(set(pair_ids))):

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from orchestrator.data.order import Integers, scrambled
-from orchestrator.data.pairs import Pairs, Split
+from orchestrator.data.pairs import Pairs
 
 FORMAT = 1  # of a record; raise it when the meaning of a cached number changes
 RECORD = np.dtype([("key", "<u8", 2), ("logps", "<f8", 2), ("check", "<u8")])
@@ -42,16 +42,16 @@ def cache_folder(root: Path, identity: dict[str, Any]) -> Path:
 
 
 class RefCache:
-    """What is known of the pairs of one split of the data.
+    """What is known of the pairs of one data set: "train", "eval", or "eval NAME" where there are several.
 
-    A row that repeats another's tokens, or one of the other split, has an answer of its own: whether it finds that
+    A row that repeats another's tokens, or one of another set, has an answer of its own: whether it finds that
     answer must not depend on what other ranks have just written, or a resumed run would differ in the last bit. (It
     can where two runs that cut their micro-batches differently fill the same folder at the same time.)
     """
 
-    def __init__(self, folder: Path, pairs: Pairs, split: Split, keep_last: int | None) -> None:
+    def __init__(self, folder: Path, pairs: Pairs, data_set: str, keep_last: int | None) -> None:
         self.folder, self.row_numbers = folder, pairs.row_numbers
-        self._keys = _keys(pairs, split, keep_last)
+        self._keys = _keys(pairs, data_set, keep_last)
         self._order = self._keys[:, 0].argsort()
         self._logps = np.full((len(pairs), 2), np.nan)
         self._read: dict[Path, int] = {}  # bytes of each file that were taken in
@@ -106,10 +106,10 @@ class RefCache:
         return np.isfinite(self._logps[index, 0]) & np.isfinite(self._logps[index, 1])
 
 
-def _keys(pairs: Pairs, split: Split, keep_last: int | None) -> NDArray[np.uint64]:
-    """[N, 2]: the hash of each pair's tokens, mixed with its split, where it is cut, and which repetition it is."""
+def _keys(pairs: Pairs, data_set: str, keep_last: int | None) -> NDArray[np.uint64]:
+    """[N, 2]: the hash of each pair's tokens, mixed with its data set, where it is cut, and which repetition it is."""
     hashes = np.asarray(pairs.hashes)
-    salt = np.frombuffer(hashlib.blake2b(f"{split} {keep_last}".encode(), digest_size=16).digest(), "<u8")
+    salt = np.frombuffer(hashlib.blake2b(f"{data_set} {keep_last}".encode(), digest_size=16).digest(), "<u8")
     by_hash = np.lexsort((np.arange(len(hashes)), hashes[:, 1], hashes[:, 0]))
     is_new = np.append(True, (hashes[by_hash[1:]] != hashes[by_hash[:-1]]).any(axis=1))
     place = np.arange(len(hashes))

@@ -4,6 +4,7 @@ from typing import Any
 
 from orchestrator.data.order import run_length
 from orchestrator.data.pairs import check_source, count_rows
+from orchestrator.settings.load import DATA_KEYS, paths_in
 from orchestrator.settings.spec import RunSpec
 
 
@@ -13,19 +14,20 @@ def planned(spec: RunSpec) -> dict[str, Any]:
     Raises:
         UserError: a data file is missing or unreadable.
     """
-    check_source("data.train", spec.data.train)
-    if spec.data.eval:
-        check_source("data.eval", spec.data.eval)
+    sources = paths_in(spec, DATA_KEYS)
+    for key, source in sources.items():
+        check_source(key, source)
     batch, ranks = spec.batch, spec.cluster.num_workers
     each = ranks if isinstance(ranks, list) else [ranks]  # the fewest and the most
     by_ranks: dict[str, list[Any]] = {"pairs_per_rank": [batch.pairs_per_rank(count) for count in each]}
     if batch.micro_batch_size:
         by_ranks["grad_accum"] = [batch.grad_accum(count) for count in each]
-    rows = count_rows("data.train", spec.data.train)
+    rows, *held_out = (count_rows(key, source) for key, source in sources.items())
+    eval_rows = dict(zip(spec.data.eval_sets, held_out, strict=True)) or {"": 0}
     facts: dict[str, Any] = {
         "run_dir": str(spec.run_dir),
         "train_rows": rows,
-        "eval_rows": count_rows("data.eval", spec.data.eval) if spec.data.eval else 0,
+        "eval_rows": eval_rows.get("", eval_rows),
         "ranks": ranks,
         "global_batch_size": batch.global_batch_size,
     }
@@ -42,12 +44,13 @@ def planned(spec: RunSpec) -> dict[str, Any]:
             "steps": length.steps,
             "warmup_steps": spec.scheduler.warmup(length.steps),
         }
-        for name, every in (("evaluations", spec.evaluation.every_steps), ("checkpoints", spec.checkpoint.every_steps)):
-            facts[name] = _times(length.steps, every) + (name == "evaluations")  # one more before the first step
-        facts["evaluations"] *= bool(spec.data.eval)
+        wanted, per_epoch = spec.evaluation, facts["steps_per_epoch"] if spec.evaluation.every_epoch else None
+        evaluations = _times(length.steps, wanted.every_steps, per_epoch) + wanted.at_start
+        facts["evaluations"] = evaluations if spec.data.eval_sets else 0
+        facts["checkpoints"] = _times(length.steps, spec.checkpoint.every_steps)
     return facts
 
 
-def _times(steps: int, every: int | None) -> int:
-    """How often something happens that happens every so many steps and after the last."""
-    return -(-steps // every) if every else 1
+def _times(steps: int, *every: int | None) -> int:
+    """How often something happens that happens after so many steps each and after the last."""
+    return len({steps}.union(*(range(each, steps + 1, each) for each in every if each)))

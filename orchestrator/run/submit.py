@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.run.probe import one_line
-from orchestrator.settings.load import FOLDER_KEYS, PATH_KEYS, paths_in, save_spec
+from orchestrator.settings.load import DATA_KEYS, FOLDER_KEYS, PATH_KEYS, paths_in, save_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.rundir import RunDir
 
@@ -82,7 +82,7 @@ def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
 
 def not_on_this_machine(spec: RunSpec) -> str | None:
     """The first data file of which not even the folder is here: a path of the cluster, which the job will check."""
-    for key, source in paths_in(spec, ("data.train", "data.eval")).items():
+    for key, source in paths_in(spec, DATA_KEYS).items():
         if os.path.isabs(source) and not Path(source).parent.is_dir():
             return f"{key} = {source}"
     return None

@@ -13,15 +13,15 @@ from yaml import YAMLError
 from orchestrator.settings.spec import RunSpec, UserError, explain
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-# Settings that hold a path: always one of ours, and what may be a hub name instead.
+# Settings that hold a path, or several by name: rows, always one of ours, and what may be a hub name instead.
+DATA_KEYS = ("data.train", "data.eval")
 FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path", "wandb.key_file")
 PATH_KEYS = (
     "model.path",
     "model.tokenizer",
     "model.lora.adapter_path",
     "reference.path",
-    "data.train",
-    "data.eval",
+    *DATA_KEYS,
 )
 
 
@@ -83,7 +83,7 @@ def _escaped(value: Any) -> Any:
 
 
 def paths_in(spec: RunSpec, keys: Sequence[str]) -> dict[str, str]:
-    """Dotted key -> path, of those of the keys that are set."""
+    """Dotted key -> path, of those of the keys that are set; a path with a name has it at the end of its key."""
     found: dict[str, str] = {}
     for dotted in keys:
         value: Any = spec
@@ -91,6 +91,8 @@ def paths_in(spec: RunSpec, keys: Sequence[str]) -> dict[str, str]:
             value = getattr(value, name, None)
         if isinstance(value, str):
             found[dotted] = value
+        elif isinstance(value, dict):
+            found |= {f"{dotted}.{name}": path for name, path in value.items()}
     return found
 
 
@@ -138,5 +140,8 @@ def _make_paths_absolute(raw: dict[str, Any]) -> None:
         if dotted == "run.dir" and isinstance(block, dict):
             block.setdefault("dir", "runs")
         value = block.get(key) if isinstance(block, dict) else None
-        if isinstance(value, str) and (dotted in FOLDER_KEYS or looks_local(value)):
-            block[key] = os.path.abspath(os.path.expanduser(value))
+        named, names = (value, list(value)) if isinstance(value, dict) else (block, [key])
+        for name in names:
+            path = named.get(name) if isinstance(named, dict) else None
+            if isinstance(path, str) and (dotted in FOLDER_KEYS or looks_local(path)):
+                named[name] = os.path.abspath(os.path.expanduser(path))

@@ -91,6 +91,22 @@ SchedulerName = Literal[
     "wsd",
 ]  # transformers' names of schedules that need no metric, and a short one
 OptimizerKind = Literal["elementwise", "whole", "unknown"]
+EVALUATED = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "runtime",
+    "samples_per_second",
+)
+"""Metrics of an evaluation, without the eval_ or eval_NAME_ that they are reported with."""
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -221,8 +237,9 @@ class DataSpec(Block):
 
     train: str
     """JSONL, JSON or Parquet file, a folder saved by `datasets`, or a hub name (split train)."""
-    eval: str | None = None
-    """The same for the evaluation pairs (hub name: split test); no evaluation when not set."""
+    eval: str | dict[str, str] | None = None
+    """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets, whose metrics begin
+    with eval_NAME_ instead of eval_; no evaluation when not set."""
     collator: str | None = None
     """A user's collator as module:attr; a parameter `context` of it receives a CollateContext."""
     max_length: Positive | None = 1024
@@ -252,6 +269,21 @@ class DataSpec(Block):
     @classmethod
     def _template_is_read(cls, value: Any) -> Any:
         return jinja_template(value) if isinstance(value, str) else value
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _one_or_several_sets(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str):
+            return value
+        sources = list(value.values()) if isinstance(value, dict) else []
+        if not sources or not all(isinstance(source, str) for source in sources):
+            raise PydanticCustomError("sets", "must be one source, or one for each name")
+        return {str(name): source for name, source in value.items()}  # YAML reads a bare 2024 as a number
+
+    @property
+    def eval_sets(self) -> dict[str, str]:
+        """The evaluation sets, each one's source by its name; that of a single one without a name is empty."""
+        return {"": self.eval} if isinstance(self.eval, str) else self.eval or {}
 
     @property
     def keep_last(self) -> int | None:
@@ -514,12 +546,17 @@ class CallbackSpec(Block):
 
 
 class EvaluationSpec(Block):
-    """Evaluation on data.eval: before the first step, every so many steps, and after the last."""
+    """Evaluation on data.eval: before the first step, as often as is said here, and after the last."""
 
     every_steps: Positive | None = Field(None, json_schema_extra=FREE)
-    """Optimizer steps between evaluations; only before and after training when not set."""
+    """Optimizer steps between evaluations; none for their number when not set."""
+    every_epoch: bool = Field(False, json_schema_extra=FREE)
+    """Evaluate at the end of every epoch."""
+    at_start: bool = Field(True, json_schema_extra=FREE)
+    """Evaluate before the first step."""
     metric_for_best: str | None = None
-    """Metric that decides which step was best (and early stopping), for example loss or rewards/accuracies."""
+    """Metric that decides which step was best (and early stopping), for example loss or rewards/accuracies; of several
+    evaluation sets it names one, as NAME_loss. What is evaluated before the first step is never the best."""
     greater_is_better: bool | None = None
     """Direction of metric_for_best; when not set, false for names that end in loss and true otherwise."""
 
@@ -712,6 +749,7 @@ class RunSpec(Block):
             _known_optimizer,
             _known_scheduler,
             _evaluation,
+            _metric_for_best,
             _engine_parts,
             _engine_limits,
             _deepspeed_file,
@@ -1029,10 +1067,28 @@ def _known_scheduler(spec: RunSpec) -> None:
 
 def _evaluation(spec: RunSpec) -> None:
     for key, value in spec.evaluation:
-        if value is not None and spec.data.eval is None:
+        if value != EvaluationSpec.model_fields[key].default and not spec.data.eval_sets:
             raise UserError(
                 f"evaluation.{key}", value, "needs evaluation pairs", "set data.eval to a file of preference pairs"
             )
+    for name in spec.data.eval_sets:
+        if name and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            cure = "take letters, digits, _ and -"
+            raise UserError("data.eval", name, "cannot be a part of the names of metrics", cure)
+        if name in EVALUATED:
+            raise UserError("data.eval", name, "is the name of a metric", "give that set another name")
+
+
+def _metric_for_best(spec: RunSpec) -> None:
+    given = spec.evaluation.metric_for_best
+    if given is None:
+        return
+    metrics = [f"{name}_{metric}" if name else metric for name in spec.data.eval_sets for metric in EVALUATED]
+    bare = given.removeprefix("eval_")
+    if bare not in metrics:
+        near = difflib.get_close_matches(bare, metrics, n=1)
+        cure = f"did you mean {near[0]}?" if near else f"for example evaluation.metric_for_best={metrics[0]}"
+        raise UserError("evaluation.metric_for_best", given, "is not among the evaluated metrics", cure)
 
 
 class _Clash(NamedTuple):
@@ -1468,6 +1524,10 @@ TRL_NAMES = {
     "bf16": "precision=bf16",
     "fp16": "precision=fp16",
     "eval_steps": "evaluation.every_steps",
+    "eval_strategy": "evaluation.every_steps=N, or evaluation.every_epoch=true",
+    "eval_on_start": "evaluation.at_start",
+    "metric_for_best_model": "evaluation.metric_for_best",
+    "greater_is_better": "evaluation.greater_is_better",
     "save_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep",
     "logging_steps": "training.logging_steps",

@@ -21,8 +21,9 @@ def evaluate(
     step: int,
     each: Callable[[], None] = lambda: None,
     by_token: bool = False,
+    prefix: str = "eval_",
 ) -> dict[str, float]:
-    """Metrics with `eval_` before their names: exact for any world size, as fillers weigh nothing. Collective.
+    """Metrics with the prefix before their names: exact for any world size, as fillers weigh nothing. Collective.
 
     each: called before each micro-batch. by_token: the loss is a mean over tokens as well, which a user's collator has
     to be asked for first.
@@ -48,7 +49,7 @@ def evaluate(
     del metrics["num_tokens"]  # counts training only
     seconds = time.monotonic() - began
     timing = {"runtime": seconds, "samples_per_second": len(loader.pairs) / seconds}
-    return {f"eval_{name}": value for name, value in {**metrics, **timing}.items()}
+    return {f"{prefix}{name}": value for name, value in {**metrics, **timing}.items()}
 
 
 def fill_reference_cache(

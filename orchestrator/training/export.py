@@ -14,6 +14,7 @@ from orchestrator.models.reference import PolicyStart, identity_of
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import Dtype, RunSpec, UserError
 from orchestrator.training.checkpoint import Reader, newest_valid
+from orchestrator.training.metrics import evaluated_sets
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
@@ -131,14 +132,11 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Longest sequence": f"{spec.data.max_length} tokens",
         "Seed": spec.run.seed,
     }
-    wanted = (
-        "loss",
-        "rewards/accuracies",
-        "rewards/margins",
-        "eval_loss",
-        "eval_rewards/accuracies",
-        "eval_rewards/margins",
-    )
+    wanted = [
+        f"{prefix}{name}"
+        for prefix in ("", *evaluated_sets(metrics).values())
+        for name in ("loss", "rewards/accuracies", "rewards/margins")
+    ]
     measured = {name: f"{metrics[name]:.4f}" for name in wanted if name in metrics}
     return (
         f"---\nlibrary_name: transformers\n{hub_base}tags:\n- dpo\n- dpo-orchestrator\n---\n\n# {spec.run.name}\n\n"

@@ -69,7 +69,7 @@ class Trainer:
     run_dir: RunDir
     engine: Engine
     loader: Loader
-    eval_loader: Loader | None
+    eval_loaders: dict[str, Loader]  # by the name of the evaluation set
     callbacks: Callbacks
     max_steps: int
     total_pairs: int | None  # over all epochs; the data end here even if fp16 skipped steps
@@ -148,7 +148,7 @@ class Trainer:
         self._update_state()
         self.callbacks.fire("on_train_begin")
         with closing(self.saver):
-            if self.step == 0:
+            if self.step == 0 and self.spec.evaluation.at_start:
                 self.evaluate()
             with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
                 self.train(steps)
@@ -187,9 +187,13 @@ class Trainer:
                 self._after_update([output for _, output in outputs])
             if self.pairs_seen % self.loader.order.pairs_per_epoch == 0:
                 callbacks.fire("on_epoch_end")
+                if self.spec.evaluation.every_epoch:
+                    self.evaluate()
+            if not asked.non_finite:
+                self._save_when_due()
 
     def _after_update(self, outputs: list[StepOutput]) -> None:
-        """Count the step that was taken, and do what the schedule says for it: log, then evaluate, then save."""
+        """Count the step that was taken, and do what the schedule says for it: log, then evaluate."""
         self.callbacks.fire("on_optimizer_step")
         self.step += 1
         if self.spec.reference.sync_every and self.step % self.spec.reference.sync_every == 0:
@@ -199,12 +203,16 @@ class Trainer:
         self._update_state()
         self.session.heartbeat(self.step, "train")
         self.callbacks.fire("on_step_end")
-        evaluate_every, save_every = self.spec.evaluation.every_steps, self.spec.checkpoint.every_steps
+        evaluate_every = self.spec.evaluation.every_steps
         if self.step % self.spec.training.logging_steps == 0 or self.is_over:
             self.log()
         if evaluate_every and self.step % evaluate_every == 0:
             self.evaluate()
-        if save_every and self.step % save_every == 0 and not self.is_over:
+
+    def _save_when_due(self) -> None:
+        """After what is due at the end of an epoch: a resumed run does not come back to it."""
+        every = self.spec.checkpoint.every_steps
+        if every and self.step % every == 0 and not self.is_over:
             self.save()
 
     def _end(self) -> Ended:
@@ -312,17 +320,21 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate once per step at most; what callbacks then ask (early stopping, a save) acts at once."""
-        if self.eval_loader is not None and self.evaluated_at != self.step:
-            self.evaluated_at = self.step
-            by_token = not set(TOKEN_MEANS).isdisjoint(self.spec.dpo.loss_types)
+        if not self.eval_loaders or self.evaluated_at == self.step:
+            return
+        self.evaluated_at = self.step
+        by_token = not set(TOKEN_MEANS).isdisjoint(self.spec.dpo.loss_types)
+        found: dict[str, float] = {}
+        for name, loader in self.eval_loaders.items():
+            prefix = f"eval_{name}_" if name else "eval_"
             metrics = evaluate(
-                self.engine, self.eval_loader, self.world, self.step, self._before_evaluated_batch, by_token
+                self.engine, loader, self.world, self.step, self._before_evaluated_batch, by_token, prefix
             )
-            self._check_best(metrics)
             self._report(metrics)
             self.callbacks.fire("on_evaluate", metrics=metrics)
-            self._remember_best(metrics)
-            self._act_on(self._agree()._replace(evaluate=False))
+            found |= metrics
+        self._remember_best(found)  # after on_evaluate, which compares with the best before
+        self._act_on(self._agree()._replace(evaluate=False))
 
     def _before_evaluated_batch(self) -> None:
         self.session.heartbeat(self.step, "evaluate")
@@ -383,23 +395,24 @@ class Trainer:
             self.callbacks.state.log_history.append({**logs, "step": self.step})
         self.callbacks.fire("on_log", logs=logs)
 
-    def _check_best(self, metrics: dict[str, float]) -> None:
-        name = self.spec.evaluation.metric_for_best
-        if name is not None and _eval_name(name) not in metrics:
-            near = difflib.get_close_matches(_eval_name(name), metrics, n=1) or ["eval_loss"]
+    def _remember_best(self, metrics: dict[str, float]) -> None:
+        """Whether the weights of this step are the best so far. As in transformers, those of the start never are.
+
+        Raises:
+            UserError: what decides it was not evaluated.
+        """
+        name, state = self.spec.evaluation.metric_for_best, self.callbacks.state
+        if name is None:
+            return
+        name = f"eval_{name.removeprefix('eval_')}"
+        if name not in metrics:
+            near = difflib.get_close_matches(name, metrics, n=1) or list(metrics)
             cure = f"did you mean {near[0].removeprefix('eval_')}?"
             raise UserError("evaluation.metric_for_best", name, "is not among the evaluated metrics", cure)
-
-    def _remember_best(self, metrics: dict[str, float]) -> None:
-        value = metrics.get(_eval_name(self.spec.evaluation.metric_for_best or ""), math.nan)
-        best, state = self.callbacks.state.best_metric, self.callbacks.state
-        better = value > (best or 0) if self.spec.greater_is_better else value < (best or 0)
-        if not math.isnan(value) and (best is None or better):
-            state.best_metric, state.best_global_step = value, self.step
-
-
-def _eval_name(metric: str) -> str:
-    return metric if metric.startswith("eval_") else f"eval_{metric}"
+        sign = 1 if self.spec.greater_is_better else -1
+        best = -math.inf if state.best_metric is None else sign * state.best_metric
+        if self.step and sign * metrics[name] > best:  # a NaN is not
+            state.best_metric, state.best_global_step = metrics[name], self.step
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

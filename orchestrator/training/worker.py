@@ -50,6 +50,7 @@ from orchestrator.models.reference import (
     hold,
     identity_of,
 )
+from orchestrator.settings.load import DATA_KEYS, paths_in
 from orchestrator.settings.spec import (
     AttentionName,
     Precision,
@@ -99,7 +100,7 @@ class Prepared:
     tokenizer: "PreTrainedTokenizerBase"
     config: Any
     train: Pairs
-    eval: Pairs | None
+    eval: dict[str, Pairs]  # by the name of the evaluation set
     collator: AdaptedCollator | None  # of a user
 
 
@@ -110,8 +111,8 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
         UserError: whatever is wrong with the data, the tokenizer, the model's config or the user's code.
     """
     _quiet()
-    sources = [("data.train", spec.data.train)] + ([("data.eval", spec.data.eval)] if spec.data.eval else [])
-    for key, source in sources:
+    sources = paths_in(spec, DATA_KEYS)
+    for key, source in sources.items():
         check_source(key, source)
     check_callbacks(spec, given.callbacks)
     collator = _user_collator(spec, given)
@@ -125,9 +126,10 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     if spec.engine.shards_weights and spec.model.init is not None:
         made_weights(spec, tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
-    held_out = tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir) if spec.data.eval else None
-    for (key, _), pairs in zip(sources, [train, held_out], strict=False):
-        assert pairs is not None
+    held_out = {
+        name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval_sets
+    }
+    for key, pairs in zip(sources, [train, *held_out.values()], strict=True):
         check_fit(config, pairs, key, spec)
     return Prepared(tokenizer, config, train, held_out, collator)
 
@@ -222,19 +224,19 @@ def built(
 
     attention, why_padded = _attention(spec, prepared, engine, world, precision)
     collator = _collator(spec, prepared, attention)
-    loader, eval_loader = _loaders(spec, prepared, world, cost, collator, first_batch_only)
+    loader, eval_loaders = _loaders(spec, prepared, world, cost, collator, first_batch_only)
     if spec.reference_cache != "off" and prepared.collator is None:
         arithmetic = {"precision": precision, "attention": attention, "device": world.device.type}
         if _casts(spec, precision):
             arithmetic["weights"] = precision
-        _open_caches(spec, loader, eval_loader, {"reference": identity["reference"], **arithmetic})
+        _open_caches(spec, loader, eval_loaders, {"reference": identity["reference"], **arithmetic})
     if found is None and world.is_main:
         _say(spec, prepared, world, precision, length.steps, why_padded)
     _settle(engine, loader, collator, world)
 
     near = _start_tolerance(spec, engine, loader, policy, reference, world, precision) if found is None else None
     if spec.reference_cache == "full":
-        _fill_caches(spec, engine, loader, eval_loader, world, session)
+        _fill_caches(spec, engine, loader, eval_loaders, world, session)
     if spec.reference.kind == "precomputed":
         reference = step.reference = Absent()
 
@@ -252,7 +254,7 @@ def built(
         run_dir,
         engine,
         loader,
-        eval_loader,
+        eval_loaders,
         Callbacks(list(callbacks), args, objects),
         length.steps,
         length.pairs,
@@ -323,7 +325,7 @@ def _attention(
     if prepared.collator is not None or spec.model.attention == "padded":
         return "padded", None
     kernel = choose_kernel(spec.model.attention, world.device, precision)
-    fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, prepared.eval) if pairs]
+    fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, *prepared.eval.values())]
     longest = max(int(longest_sequences(lengths).max()) for lengths in fed)
     policy, reference = engine.step.policy, engine.step.reference
     judges = [reference.model] + ([reference.exact.model] if reference.exact is not None else [])
@@ -389,7 +391,7 @@ def _loaders(
     cost: PairCost,
     collator: PackedCollator | PreferenceCollator,
     first_batch_only: bool,
-) -> tuple[Loader, Loader | None]:
+) -> tuple[Loader, dict[str, Loader]]:
     packed = isinstance(collator, PackedCollator)
     limits = [spec.batch.max_tokens_per_microbatch] + [CPU_ROW] * (packed and world.device.type == "cpu")
 
@@ -409,11 +411,11 @@ def _loaders(
 
     if first_batch_only:
         first = permutation(len(prepared.train), spec.run.seed, epoch=0)[: spec.batch.global_batch_size]
-        return loader(prepared.train.only(first)), None
-    return loader(prepared.train), loader(prepared.eval) if prepared.eval is not None else None
+        return loader(prepared.train.only(first)), {}
+    return loader(prepared.train), {name: loader(pairs) for name, pairs in prepared.eval.items()}
 
 
-def _open_caches(spec: RunSpec, loader: Loader, eval_loader: Loader | None, identity: dict[str, Any]) -> None:
+def _open_caches(spec: RunSpec, loader: Loader, eval_loaders: dict[str, Loader], identity: dict[str, Any]) -> None:
     """Give the loaders what is on disk of the log-probs of a reference with that identity.
 
     Raises:
@@ -432,8 +434,8 @@ def _open_caches(spec: RunSpec, loader: Loader, eval_loader: Loader | None, iden
         logger.warning("%s: the reference runs every time", where)
         return
     loader.cache = RefCache(folder, loader.pairs, "train", spec.data.keep_last)
-    if eval_loader is not None:
-        eval_loader.cache = RefCache(folder, eval_loader.pairs, "eval", spec.data.keep_last)
+    for name, each in eval_loaders.items():
+        each.cache = RefCache(folder, each.pairs, f"eval {name}".rstrip(), spec.data.keep_last)
 
 
 def _settle(engine: Engine, loader: Loader, collator: PackedCollator | PreferenceCollator, world: World) -> None:
@@ -498,15 +500,20 @@ def _start_tolerance(
 
 
 def _fill_caches(
-    spec: RunSpec, engine: Engine, loader: Loader, eval_loader: Loader | None, world: World, session: Session
+    spec: RunSpec,
+    engine: Engine,
+    loader: Loader,
+    eval_loaders: dict[str, Loader],
+    world: World,
+    session: Session,
 ) -> None:
     """The reference says what it has to say before the first step.
 
     Raises:
         UserError: on every rank, where one has not found all of it on disk and there will be no reference to ask.
     """
-    for name, each in (("training", loader), ("evaluation", eval_loader)):
-        if each is None or each.cache is None:
+    for name, each in (("training", loader), *((_evaluation(name), each) for name, each in eval_loaders.items())):
+        if each.cache is None:
             continue
         beat = partial(session.heartbeat, 0, "reference cache")
         pairs, seconds = fill_reference_cache(engine, each, world, beat)
@@ -551,15 +558,19 @@ def _say(
     why_padded: str | None,
 ) -> None:
     """What is about to happen, in a few lines."""
-    for name, pairs in (("training", prepared.train), ("evaluation", prepared.eval)):
-        if pairs is not None:
-            dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
-            print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
+    held_out = ((_evaluation(name), pairs) for name, pairs in prepared.eval.items())
+    for name, pairs in (("training", prepared.train), *held_out):
+        dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
+        print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
     engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
     where = f"{world.size} ranks on {world.device.type} in {precision}{engine}"
     print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
     if why_padded is not None:
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
+
+
+def _evaluation(name: str) -> str:
+    return f"{name} evaluation" if name else "evaluation"
 
 
 def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World) -> None:

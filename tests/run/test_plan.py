@@ -27,6 +27,11 @@ from orchestrator.settings.spec import UserError
         ({"evaluation": {"every_steps": 3}}, {"evaluations": 3, "checkpoints": 1}),  # before, 3, 4
         ({"evaluation": {"every_steps": 2}, "checkpoint": {"every_steps": 3}}, {"evaluations": 3, "checkpoints": 2}),
         ({}, {"evaluations": 2}),  # before and after
+        ({"evaluation": {"at_start": False}}, {"evaluations": 1}),
+        (
+            {"evaluation": {"every_steps": 3, "every_epoch": True}, "training": {"max_steps": 9}},
+            {"evaluations": 6},  # before, 3, 4, 6, 8, 9
+        ),
         ({"data": {"eval": None}}, {"evaluations": 0, "eval_rows": 0}),
         ({"scheduler": {"warmup_steps": 2}}, {"warmup_steps": 2, "micro_batch_size": 2}),
         (
@@ -39,6 +44,14 @@ def test_batch_arithmetic(tmp_path: Path, blocks: dict[str, Any], expected: dict
     facts = planned(tiny_spec(tmp_path, **blocks))
     assert {name: facts.get(name) for name in expected} == expected
     assert ("grad_accum" in facts) is ("micro_batch_size" in facts)
+
+
+def test_each_evaluation_set_is_counted(tmp_path: Path) -> None:
+    easy, hard = (write_jsonl(tmp_path / f"{count}.jsonl", rows(count)) for count in (3, 5))
+    facts = planned(tiny_spec(tmp_path, data={"eval": {"easy": str(easy), "hard": str(hard)}}))
+    assert facts["eval_rows"] == {"easy": 3, "hard": 5}
+    with pytest.raises(UserError, match=r"data.eval.hard = .*does not exist"):
+        planned(tiny_spec(tmp_path, data={"eval": {"easy": str(easy), "hard": "./nowhere.jsonl"}}))
 
 
 def test_where_only_loading_would_tell_the_rows_are_unknown(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support import raw_settings, tiny_spec, write_settings
 
-from orchestrator.settings.load import SettingsError, load_spec, looks_local, make_spec, save_spec
+from orchestrator.settings.load import DATA_KEYS, SettingsError, load_spec, looks_local, make_spec, paths_in, save_spec
 from orchestrator.settings.spec import UserError
 
 
@@ -87,6 +87,18 @@ def test_relative_paths_become_absolute_and_hub_names_stay(
     for part in key.split("."):
         found = found[part]
     assert found == expected.format(cwd=cwd, parent=tmp_path, home=tmp_path / "home")
+
+
+def test_each_evaluation_set_has_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_settings(tmp_path, data={"eval": {"easy": "easy.jsonl", "hard": "org/hard"}})
+    monkeypatch.chdir(tmp_path)
+    spec = load_spec(path, ["data.eval.odd=odd.parquet"])
+    assert paths_in(spec, DATA_KEYS) == {
+        "data.train": str(tmp_path / "train.jsonl"),
+        "data.eval.easy": str(tmp_path / "easy.jsonl"),
+        "data.eval.hard": "org/hard",
+        "data.eval.odd": str(tmp_path / "odd.parquet"),
+    }
 
 
 def test_the_default_run_folder_is_absolute_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,8 @@ MAY_CHANGE_ON_RESUME = {
     "reference.offload",
     "callbacks",
     "evaluation.every_steps",
+    "evaluation.every_epoch",
+    "evaluation.at_start",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.async_save",
@@ -250,6 +252,22 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
             ["is no Jinja template: it has neither"],
         ),
         ({"data": {"system_prompt": ""}}, "data.system_prompt", ["at least 1 character", "a system message"]),
+        ({"data": {"eval": None}, "evaluation": {"at_start": False}}, "evaluation.at_start", ["= False", "data.eval"]),
+        ({"data": {"eval": {"a b": "x"}}}, "data.eval", ["= 'a b'", "letters, digits, _ and -"]),
+        ({"data": {"eval": {"entropy": "x"}}}, "data.eval", ["= 'entropy'", "the name of a metric", "another name"]),
+        ({"data": {"eval": {"easy": 3}}}, "data.eval", ["= {'easy': 3}", "one source, or one for each name"]),
+        ({"data": {"eval": {}}}, "data.eval", ["= {}", "one source, or one for each name"]),
+        (
+            {"evaluation": {"metric_for_best": "rewards/accuracy"}},
+            "evaluation.metric_for_best",
+            ["is not among the evaluated metrics", "did you mean rewards/accuracies?"],
+        ),
+        (
+            {"data": {"eval": {"easy": "x", "hard": "y"}}, "evaluation": {"metric_for_best": "eval_loss"}},
+            "evaluation.metric_for_best",
+            ["= 'eval_loss'", "is not among the evaluated metrics", "_loss?"],
+        ),
+        ({"evaluation": {"eval_strategy": "epoch"}}, "evaluation.eval_strategy", ["evaluation.every_epoch=true?"]),
         ({"callbacks": ["my_module"]}, "callbacks", ["module:attr", "my_module"]),
         ({"callbacks": [{"path": ":attr"}]}, "callbacks", ["module:attr"]),
         ({"data": {"collator": "my.collator"}}, "data.collator", ["module:attr"]),
@@ -698,3 +716,11 @@ def test_the_model_of_other_tests_is_a_setting_too(tmp_path: Path) -> None:
 def test_a_time_of_slurm(tmp_path: Path, given: Any, time: str | None, seconds: int | None) -> None:
     slurm = tiny_spec(tmp_path, slurm={"time": given}).slurm
     assert (slurm.time, slurm.time_s) == (time, seconds)
+
+
+@pytest.mark.parametrize("best", ["easy_loss", "eval_easy_loss", "eval_2024_rewards/margins"])
+def test_evaluation_sets_have_names(tmp_path: Path, best: str) -> None:
+    sets = {"easy": "a.jsonl", 2024: "b.jsonl"}  # as YAML reads a bare number
+    spec = tiny_spec(tmp_path, data={"eval": sets}, evaluation={"metric_for_best": best})
+    assert list(spec.data.eval_sets) == ["easy", "2024"]
+    assert list(tiny_spec(tmp_path).data.eval_sets) == [""]

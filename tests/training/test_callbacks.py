@@ -188,6 +188,25 @@ def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "strategy", "steps", "on_start"),
+    [
+        ({"every_steps": 3}, "steps", 3, True),
+        ({"every_epoch": True, "at_start": False}, "epoch", None, False),
+        ({"every_epoch": True, "every_steps": 3}, "steps", 3, True),
+        ({}, "steps", None, True),  # after the last step
+        (None, "no", None, False),
+    ],
+)
+def test_arguments_say_when_the_run_evaluates(
+    tmp_path: Path, evaluation: dict[str, Any] | None, strategy: str, steps: int | None, on_start: bool
+) -> None:
+    blocks = {"data": {"eval": None}} if evaluation is None else {"evaluation": evaluation}
+    spec = tiny_spec(tmp_path, **blocks)
+    args = training_args(spec, RunDir(spec.run_dir), 40, 2.5, ALONE, "fp32")
+    assert (args.eval_strategy, args.eval_steps, args.eval_on_start) == (strategy, steps, on_start)
+
+
 def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> None:
     user_module.Counting = Counting  # type: ignore[attr-defined]
     user_module.ready = Recording()  # type: ignore[attr-defined]
@@ -273,9 +292,14 @@ def test_the_console_says_where_the_run_stands(tmp_path: Path, capsys: pytest.Ca
     made.state.global_step = 3
     made.fire("on_log", logs={"loss": 0.51234, "rewards/accuracies": 0.75, "num_tokens": 100.0})
     made.fire("on_log", logs={"eval_loss": 0.4, "eval_rewards/accuracies": 1.0})
+    made.fire("on_log", logs={"eval_odd_loss": 0.5, "eval_odd_rewards/accuracies": 0.25})
     made.fire("on_save")
     made.fire("on_train_end")
     lines = capsys.readouterr().out.splitlines()
     assert made.callbacks == [console]  # it did not raise
     assert lines[0].startswith("step 3/4: loss 0.5123, accuracy 0.750")
-    assert lines[1:] == ["evaluation after step 3: loss 0.4000, accuracy 1.000", "saved after step 3"]
+    assert lines[1:] == [
+        "evaluation after step 3: loss 0.4000, accuracy 1.000",
+        "evaluation of odd after step 3: loss 0.5000, accuracy 0.250",
+        "saved after step 3",
+    ]

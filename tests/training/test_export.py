@@ -39,7 +39,10 @@ def run_dir(tmp_path: Path) -> RunDir:
     made.begin(spec)
     tokenizer().save_pretrained(made.tokenizer)
     MODEL.config.save_pretrained(made.tokenizer)
-    made.metrics.write_text('{"step": 1, "loss": 0.9}\n{"step": 2, "loss": 0.25, "eval_loss": 0.125}\n')
+    made.metrics.write_text(
+        '{"step": 1, "loss": 0.9}\n'
+        '{"step": 2, "loss": 0.25, "eval_odd_loss": 0.125, "eval_odd_rewards/accuracies": 1}\n'
+    )
     checkpoint(made, 1, tiny_model(seed=9))
     checkpoint(made, 2, MODEL)
     return made
@@ -76,7 +79,7 @@ def test_the_card_says_how_the_model_was_trained(run_dir: RunDir) -> None:
     card = (export(run_dir, run_dir.path / "out") / "README.md").read_text()
     for words in ("# tiny", "library_name: transformers", "- dpo", "| Pairs seen | 16 |", "| Optimizer steps | 2 |"):
         assert words in card
-    for words in ("DPO (sigmoid, beta 0.1)", "| loss | 0.2500 |", "| eval_loss | 0.1250 |", "train.jsonl"):
+    for words in ("DPO (sigmoid, beta 0.1)", "| loss | 0.2500 |", "| eval_odd_loss | 0.1250 |", "train.jsonl"):
         assert words in card
     assert str(run_dir.path) not in card  # no path of the machine
 

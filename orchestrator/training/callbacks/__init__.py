@@ -52,12 +52,13 @@ class TrainingArgs:
     logging_dir: str
     logging_steps: int
     eval_steps: int | None
+    eval_on_start: bool
+    eval_strategy: IntervalStrategy
     save_steps: int | None
     save_total_limit: int
     metric_for_best_model: str | None
     greater_is_better: bool | None
     logging_strategy: IntervalStrategy = IntervalStrategy.STEPS
-    eval_strategy: IntervalStrategy = IntervalStrategy.NO
     save_strategy: IntervalStrategy = IntervalStrategy.STEPS
     load_best_model_at_end: bool = False
     logging_first_step: bool = False
@@ -100,12 +101,21 @@ def training_args(
         logging_dir=str(run_dir.logs),
         logging_steps=spec.training.logging_steps,
         eval_steps=spec.evaluation.every_steps,
+        eval_on_start=bool(spec.data.eval_sets) and spec.evaluation.at_start,
+        eval_strategy=_eval_strategy(spec),
         save_steps=spec.checkpoint.every_steps,
         save_total_limit=spec.checkpoint.keep,
         metric_for_best_model=spec.evaluation.metric_for_best,
         greater_is_better=spec.greater_is_better if spec.evaluation.metric_for_best else None,
-        eval_strategy=IntervalStrategy.STEPS if spec.data.eval else IntervalStrategy.NO,
     )
+
+
+def _eval_strategy(spec: RunSpec) -> IntervalStrategy:
+    """Transformers knows one of the two ways to come to an evaluation; after the last step there is one by steps."""
+    if not spec.data.eval_sets:
+        return IntervalStrategy.NO
+    by_epoch = spec.evaluation.every_epoch and spec.evaluation.every_steps is None
+    return IntervalStrategy.EPOCH if by_epoch else IntervalStrategy.STEPS
 
 
 class Callbacks:
@@ -233,7 +243,7 @@ def check_callbacks(spec: RunSpec, given: Sequence[TrainerCallback | type[Traine
         except TypeError as error:
             reason, cure = f"cannot be built ({error})", "give its arguments as {path, kwargs}; in Python, an object"
             raise UserError("callbacks", name, reason, cure) from None
-        if kind.__name__ == "EarlyStoppingCallback" and not (spec.evaluation.metric_for_best and spec.data.eval):
+        if kind.__name__ == "EarlyStoppingCallback" and not spec.evaluation.metric_for_best:
             raise UserError(
                 "evaluation.metric_for_best",
                 spec.evaluation.metric_for_best,

@@ -16,6 +16,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from orchestrator.training.metrics import evaluated_sets
+
 
 class ConsoleCallback(TrainerCallback):
     """Shows where the run stands. Plain lines are flushed at once: they are read through pipes and log files."""
@@ -57,8 +59,9 @@ class ConsoleCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if "eval_loss" in logs:
-            self._say(f"evaluation after step {state.global_step}: {_facts(logs, 'eval_')}")
+        for name, prefix in evaluated_sets(logs).items():
+            of = f" of {name}" if name else ""
+            self._say(f"evaluation{of} after step {state.global_step}: {_facts(logs, prefix)}")
         if "loss" not in logs:
             return
         now, step, tokens = time.monotonic(), state.global_step, float(logs.get("num_tokens", 0))
