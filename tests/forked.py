@@ -14,10 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from itertools import count, cycle
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from tiny import pair_batch
 from transformers import TrainerCallback
@@ -37,7 +40,7 @@ Hook = Callable[[], None]
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = ["orchestrator.cli", "orchestrator.run.debug", "transformers.models.qwen2.modeling_qwen2"]
 # deepspeed: transformers imports all of it, where it is installed, to save a model
-FORKS.set_forkserver_preload([*IMPORTED, "accelerate", "bitsandbytes", "deepspeed", "peft", "pytest"])
+FORKS.set_forkserver_preload([*IMPORTED, "accelerate", "bitsandbytes", "deepspeed", "peft", "pytest", "warmed"])
 GRACE_S = 5.0  # seconds that other ranks get to end after one has failed
 TIMEOUT_S = 120.0
 # Below the ports that a system deals out, and a range for each process of the tests: between the moment in which a port
@@ -68,6 +71,7 @@ def run(
     env: dict[str, str] | None = None,
 ) -> Ended:
     """`orchestrator debug SETTINGS WORDS...` on so many ranks."""
+    start_forking()
     logs = [settings.parent / f"{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -96,6 +100,14 @@ def finished(
     ended = run(settings, *words, ranks=ranks, hook=hook, cwd=cwd, env=env)
     assert ended.codes == [0] * ranks, ended.log
     return ended.log
+
+
+@cache
+def start_forking() -> None:
+    """Start the process that all ranks are forks of; it finds this folder's modules by PYTHONPATH alone."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 def free_port() -> int:

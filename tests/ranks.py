@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from forked import FORKS, free_port
+from forked import FORKS, free_port, start_forking
 
 from orchestrator.world import World
 
@@ -23,6 +23,7 @@ def on_gloo(size: int, run: Callable[..., Any], *args: Any) -> list[Any]:
     Raises:
         AssertionError: a rank raised or died; with its traceback.
     """
+    start_forking()
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     env |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "DS_ACCELERATOR": "cpu"}
     pipes = [FORKS.Pipe(duplex=False) for _ in range(size)]
