@@ -33,7 +33,7 @@ from orchestrator.settings.spec import TEMPLATE_CALL, DataSpec, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3  # of the cache; raise it when the meaning of a cached number changes
+FORMAT = 4  # of the cache; raise it when the meaning of a cached number changes
 CHUNK = 512  # rows handed to a tokenising process at a time
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
@@ -141,6 +141,12 @@ def tokenized_pairs(
     folder = cache_dir / "pairs" / _digest(identity, tokenizer_identity(tokenizer), data)
     build_once(folder, lambda partial: _build(partial, key, source, rows, tokenizer, data))
     return Pairs(folder)
+
+
+def uncut_lengths(folder: Path) -> Integers:
+    """[M, 3] tokens of prompt, chosen and rejected before truncation, of every row that could be tokenised, dropped or
+    not. folder: of a data set in the cache."""
+    return np.load(folder / "uncut.npy").reshape(-1, 3)
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
@@ -358,18 +364,8 @@ def _with_implicit_prompt(row: Row) -> Row:
 # --- tokenising --------------------------------------------------------------------------------------------------
 
 
-def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> TokenizedPair:
-    """Token ids of a row, as TRL 1.16 makes them and as far as truncation leaves them.
-
-    Raises:
-        BadRow: the row is malformed, or leaves nothing to learn.
-        UserError: the chat template does not fit the settings.
-    """
-    return truncated(tokenize_whole(row, tokenizer, data)[0], data)
-
-
-def tokenize_whole(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
-    """Token ids of a row before truncation: EOS on plain text only, completion from where the ids diverge.
+def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
+    """Token ids exactly as TRL 1.16 makes them: EOS on plain text only, completion from where the ids diverge.
 
     Also returns the last tokens of the prompt alone that neither sequence has, because they merge with the
     completion's first, or because the template renders a prompt otherwise where an answer follows.
@@ -514,21 +510,30 @@ def _digest(identity: str, tokenizer: str, data: DataSpec) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
+class _TokenizedRow(NamedTuple):
+    number: int
+    result: TokenizedPair | BadRow
+    uncut: tuple[int, int, int] | None  # tokens of prompt, chosen and rejected before truncation, if it has any
+
+
 class _Worker(NamedTuple):
     """Tokenises chunks of rows; picklable, so that it can be sent to another process."""
 
     tokenizer: "PreTrainedTokenizerBase"
     data: DataSpec
 
-    def __call__(self, chunk: list[tuple[int, Any]]) -> list[tuple[int, TokenizedPair | BadRow]]:
-        results: list[tuple[int, TokenizedPair | BadRow]] = []
-        for number, row in chunk:
-            try:
-                results.append((number, tokenize_pair(row, self.tokenizer, self.data)))
-            except BadRow as bad:
-                bad.row = row
-                results.append((number, bad))
-        return results
+    def __call__(self, chunk: list[tuple[int, Any]]) -> list[_TokenizedRow]:
+        return [self._tokenized(number, row) for number, row in chunk]
+
+    def _tokenized(self, number: int, row: Any) -> _TokenizedRow:
+        uncut = None
+        try:
+            whole, _ = tokenize_pair(row, self.tokenizer, self.data)
+            uncut = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
+            return _TokenizedRow(number, truncated(whole, self.data), uncut)
+        except BadRow as bad:
+            bad.row = row
+            return _TokenizedRow(number, bad, uncut)
 
 
 def _build(
@@ -541,10 +546,13 @@ def _build(
 ) -> None:
     numbers: list[int] = []
     lengths: list[tuple[int, int, int]] = []
+    uncut_lengths: list[tuple[int, int, int]] = []
     tokens: list[np.ndarray] = []
     hashes: list[bytes] = []
     dropped: Counter[str] = Counter()
-    for number, result in _tokenized(rows, _Worker(tokenizer, data)):
+    for number, result, uncut in _tokenized(rows, _Worker(tokenizer, data)):
+        if uncut is not None:
+            uncut_lengths.append(uncut)
         if isinstance(result, BadRow):
             is_error = result.kind == "malformed rows" if data.on_bad_row is None else data.on_bad_row == "error"
             if is_error:
@@ -566,6 +574,7 @@ def _build(
         )
     np.save(folder / "tokens.npy", np.concatenate(tokens))
     np.save(folder / "lengths.npy", np.array(lengths, np.int64))
+    np.save(folder / "uncut.npy", np.array(uncut_lengths, np.int64))
     np.save(folder / "hashes.npy", np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2))
     np.save(folder / "rows.npy", np.array(numbers, np.int64))
     meta = {"source": source, "dropped": dict(dropped), "largest_id": max(int(ids.max()) for ids in tokens)}
@@ -578,7 +587,7 @@ def content_hash(lengths: Iterable[int], tokens: NDArray[np.int32]) -> bytes:
     return hashlib.blake2b(whole, digest_size=16).digest()
 
 
-def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[tuple[int, TokenizedPair | BadRow]]:
+def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[_TokenizedRow]:
     iterator = iter(rows)
     first = list(islice(iterator, PARALLEL_FROM))
     processes = worker.data.num_proc or min(os.cpu_count() or 1, 16)

@@ -23,6 +23,8 @@ from orchestrator.data.pairs import (
     tokenize_pair,
     tokenized_pairs,
     training_texts,
+    truncated,
+    uncut_lengths,
 )
 from orchestrator.settings.spec import UserError
 
@@ -48,7 +50,8 @@ assert len(os.listdir(folder)) == 1
 
 
 def tokenized(row: dict[str, Any], **settings: Any) -> tuple[list[int], list[int], list[int]]:
-    return tuple(tokenize_pair(row, tokenizer(), data_spec(**settings)))
+    data = data_spec(**settings)
+    return tuple(truncated(tokenize_pair(row, tokenizer(), data)[0], data))
 
 
 def made(folder: Path, content: list[Any], **settings: Any) -> Pairs:
@@ -213,7 +216,7 @@ def test_keep_end_is_left_to_the_collator() -> None:
 )
 def test_an_unusable_row_says_why(row: Any, kind: str, reason: str) -> None:
     with pytest.raises(BadRow) as caught:
-        tokenize_pair(row, tokenizer(), data_spec(max_length=40))
+        tokenized(row, max_length=40)
     assert caught.value.kind == kind
     assert reason in caught.value.reason
 
@@ -299,6 +302,15 @@ def test_pairs_are_read_back_as_a_collator_takes_them(tmp_path: Path) -> None:
         expected = {"pair_id": index + 1, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         assert found[index] == expected
         assert found.lengths[index].tolist() == [len(prompt), len(chosen), len(rejected)]
+
+
+def test_the_lengths_before_truncation_are_kept_of_dropped_rows_too(tmp_path: Path) -> None:
+    content = [{**GOOD, "prompt": "p" * 9, "chosen": "c" * 30}, MALFORMED, TIE, {**GOOD, "prompt": "p" * 20}]
+    cuts = {"max_length": 12, "max_completion_length": 2}
+    found = made(tmp_path, content, on_bad_row="drop", **cuts)
+    assert found.lengths.tolist() == [[9, 2, 2]]
+    (folder,) = (tmp_path / "cache" / "pairs").glob("*/")
+    assert uncut_lengths(folder).tolist() == [[9, 31, 4], [7, 4, 4], [20, 5, 4]]
 
 
 # --- formats -----------------------------------------------------------------------------------------------------

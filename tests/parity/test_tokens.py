@@ -19,7 +19,7 @@ from support import tiny_spec, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
-from orchestrator.data.pairs import BadRow, Pairs, tokenize_whole, tokenized_pairs
+from orchestrator.data.pairs import BadRow, Pairs, tokenize_pair, tokenized_pairs
 from orchestrator.models.policy import CHAT_TEMPLATE, load_tokenizer
 from orchestrator.settings.spec import DataSpec
 
@@ -330,9 +330,9 @@ def assert_trls(row: Row, tokenizer: Any) -> None:
         (expected,) = trl_tokens(dataset, tokenizer)
     except TemplateError as error:
         with pytest.raises(BadRow, match=f"the chat template refuses it: {re.escape(str(error))}"):
-            tokenize_whole(row, tokenizer, settings())
+            tokenize_pair(row, tokenizer, settings())
         return
-    pair, _ = tokenize_whole(row, tokenizer, settings())
+    pair, _ = tokenize_pair(row, tokenizer, settings())
     assert pair._asdict() == {name: expected[name] for name in pair._fields}
 
 
@@ -342,13 +342,13 @@ def test_every_kind_of_tokenizer_gives_trls_ids(kind: str) -> None:
     for name, rows in ROWS.items():
         if name == "tools":
             tokenizer = with_template(tokenizer, TOOL_TEMPLATE)
-        mine = [tokenize_whole(row, tokenizer, settings())[0]._asdict() for row in rows]
+        mine = [tokenize_pair(row, tokenizer, settings())[0]._asdict() for row in rows]
         assert mine == [{key: row[key] for key in mine[0]} for row in theirs(rows, tokenizer)]
 
 
 def test_the_kinds_of_tokenizers_differ_where_it_matters() -> None:
     """As above: BOS and an end after the end are really there, and what merges or is unknown is."""
-    rows = {kind: tokenize_whole(MERGING[0], tokenizer_of(kind), settings()) for kind in KINDS}
+    rows = {kind: tokenize_pair(MERGING[0], tokenizer_of(kind), settings()) for kind in KINDS}
     first, last = {}, {}
     for kind, (pair, _) in rows.items():
         tokens = tokenizer_of(kind).convert_ids_to_tokens(pair.prompt_ids + pair.chosen_ids)
