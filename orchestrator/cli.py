@@ -217,7 +217,10 @@ def _spec(args: argparse.Namespace) -> RunSpec:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     width = max(map(len, facts))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    for name, value in facts.items():
+        for entry in value if isinstance(value, list) and isinstance(value[0], dict) else [value]:
+            said = ", ".join(f"{key} {each}" for key, each in entry.items()) if isinstance(entry, dict) else entry
+            print(f"{name:<{width}}  {said}")
 
 
 def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:

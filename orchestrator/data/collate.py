@@ -66,7 +66,7 @@ class PairBatch(NamedTuple):
     stand pair by pair: chosen and rejected of the first pair, chosen and rejected of the second, ...
     """
 
-    pair_ids: torch.Tensor  # [B] row numbers of the source
+    pair_ids: torch.Tensor  # [B]
     pair_weights: torch.Tensor  # [B] 1, or 0 in a filler
     input_ids: torch.Tensor  # [R, T]
     position_ids: torch.Tensor | None  # [1, T]

@@ -43,7 +43,7 @@ class Share(NamedTuple):
     @classmethod
     def of(cls, pairs: int, weight: float) -> "Share":
         """The share of a set whose pairs are to be seen `weight` times an epoch."""
-        return cls(pairs, max(1, round(weight * pairs)))
+        return cls(pairs, max(min(pairs, 1), round(weight * pairs)))
 
     def taken(self, seed: int, epoch: int) -> Integers:
         """[per_epoch] indices of the pairs that an epoch takes, ascending, repeated ones side by side.

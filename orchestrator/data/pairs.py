@@ -4,6 +4,7 @@ It takes no World and calls no collective: the first process to hold the lock bu
 the finished files, so that no rank waits where a time-out can kill the run.
 """
 
+import bisect
 import copy
 import difflib
 import fcntl
@@ -15,20 +16,28 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from orchestrator.data.order import Integers
-from orchestrator.settings.load import DATA_SUFFIXES, looks_local
-from orchestrator.settings.spec import TEMPLATE_CALL, DataSpec, UserError
+from orchestrator.data.order import Integers, Share
+from orchestrator.settings.load import looks_local
+from orchestrator.settings.spec import (
+    DATA_SUFFIXES,
+    TEMPLATE_CALL,
+    DataSpec,
+    SourceSpec,
+    Split,
+    TrainingSetSpec,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +60,6 @@ OF_THE_TOKENS = (
 NO_VARIABLES = ("chat_template", "continue_final_message", "sanitize_control_tokens")
 
 Row = dict[str, Any]
-Split = Literal["train", "eval"]
 DropReason = Literal["malformed rows", "ties", "empty completions", "prompts that fill data.max_length"]
 
 
@@ -81,49 +89,106 @@ class TokenizedPair(NamedTuple):
     rejected_ids: list[int]
 
 
-class Pairs:
-    """The usable pairs of a data set, memory-mapped: nothing is read until it is asked for.
+class Place(NamedTuple):
+    """Where a pair comes from."""
 
-    `row_numbers` [N] are the rows of the source, counted from 1; `lengths` [N, 3] the tokens of prompt, chosen and
-    rejected; `hashes` [N, 2] are 128 bits over the token ids of each; `dropped` counts the rows left out by reason.
+    key: str  # the setting that names its set: data.train, or data.train.1 of several
+    source: str
+    row: int  # of the source, counted from 1
+
+    def __str__(self) -> str:
+        return f"{self.key} row {self.row}"
+
+
+class TokenizedSet(NamedTuple):
+    """One data set in the cache."""
+
+    key: str  # the setting that names it
+    source: str
+    weight: float  # how often its pairs are seen in an epoch
+    folder: Path
+
+
+class Pairs:
+    """The usable pairs of one or more data sets, memory-mapped: nothing is read until it is asked for.
+
+    `pair_ids` [N] ascend: they are the rows of the sources, counted from 1 and on from one source to the next, whether
+    they hold a usable pair or not. `lengths` [N, 3] are the tokens of prompt, chosen and rejected; `hashes` [N, 2] 128
+    bits over the token ids of each; `dropped` counts the rows left out by reason.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.identity = folder.name  # hash of rows, tokenizer and truncation
-        meta = json.loads((folder / "meta.json").read_text())
-        self.dropped: dict[str, int] = meta["dropped"]
-        self.largest_id: int = meta["largest_id"]
-        self.row_numbers: Integers = np.load(folder / "rows.npy")
-        self.lengths: Integers = np.load(folder / "lengths.npy")
-        self.hashes: NDArray[np.uint64] = np.load(folder / "hashes.npy", mmap_mode="r")
-        self._starts = np.concatenate([[0], self.lengths.sum(axis=1).cumsum()])
-        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    def __init__(self, sets: Sequence[TokenizedSet]) -> None:
+        self.sets = list(sets)
+        folders = [each.folder for each in sets]
+        metas = [json.loads((folder / "meta.json").read_text()) for folder in folders]
+        self.dropped: dict[str, int] = dict(sum((Counter(meta["dropped"]) for meta in metas), Counter[str]()))
+        self.largest_id: int = max(meta["largest_id"] for meta in metas)
+        numbers, lengths = ([np.load(folder / f"{name}.npy") for folder in folders] for name in ("rows", "lengths"))
+        rows = [len(kept) + sum(meta["dropped"].values()) for kept, meta in zip(numbers, metas, strict=True)]
+        self._rows_before: list[int] = list(accumulate(rows[:-1], initial=0))
+        of_sets = zip(numbers, self._rows_before, strict=True)
+        self.pair_ids: Integers = _joined([kept + before for kept, before in of_sets])
+        self.lengths: Integers = _joined(lengths)
+        self.hashes: NDArray[np.uint64] = _joined([np.load(folder / "hashes.npy", mmap_mode="r") for folder in folders])
+        self._starts: Integers = _joined([each.sum(axis=1).cumsum() - each.sum(axis=1) for each in lengths])
+        self._tokens: list[NDArray[np.int32]] = [np.load(folder / "tokens.npy", mmap_mode="r") for folder in folders]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def identity(self) -> str:
+        """Hash of rows, tokenizer and truncation of all sets."""
+        return _one_of([each.folder.name for each in self.sets])
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """What each set gives to an epoch."""
+        ends = [*np.searchsorted(self.pair_ids, self._rows_before[1:], side="right"), len(self)]
+        of_sets = zip(np.diff(ends, prepend=0), self.sets, strict=True)
+        return tuple(Share.of(int(pairs), each.weight) for pairs, each in of_sets)
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        """Pairs that an epoch trains on."""
+        return sum(share.per_epoch for share in self.shares)
+
+    def place(self, pair_id: int) -> Place:
+        """The row that a pair was made of."""
+        of = self._set_of(pair_id)
+        return Place(self.sets[of].key, self.sets[of].source, int(pair_id) - self._rows_before[of])
+
     def only(self, indices: Integers) -> "Pairs":
-        """The pairs at some indices, in memory and in the order of their rows."""
+        """The pairs at some indices, in the order of their rows."""
         few, kept = copy.copy(self), np.sort(indices)
-        few.dropped, few.row_numbers, few.lengths = {}, self.row_numbers[kept], self.lengths[kept]
-        few.hashes, few._tokens = self.hashes[kept], np.concatenate([self.tokens(index) for index in kept])
-        few._starts = np.concatenate([[0], few.lengths.sum(axis=1).cumsum()])
+        few.dropped = {}
+        few.pair_ids, few.lengths, few.hashes = self.pair_ids[kept], self.lengths[kept], self.hashes[kept]
+        few._starts = self._starts[kept]
         return few
 
     def tokens(self, index: int) -> NDArray[np.int32]:
         """Token ids of prompt, chosen and rejected of one pair, one after the other."""
-        return self._tokens[self._starts[index] : self._starts[index + 1]]
+        start = self._starts[index]
+        return self._tokens[self._set_of(self.pair_ids[index])][start : start + self.lengths[index].sum()]
 
     def __getitem__(self, index: int) -> Row:
-        """One pair as a collator takes it: pair_id (its row number) and lists of token ids under TRL's names."""
+        """One pair as a collator takes it: pair_id and lists of token ids under TRL's names."""
         prompt, chosen, _ = self.lengths[index]
         tokens = self.tokens(index).tolist()
         return {
-            "pair_id": int(self.row_numbers[index]),
+            "pair_id": int(self.pair_ids[index]),
             "prompt_ids": tokens[:prompt],
             "chosen_ids": tokens[prompt : prompt + chosen],
             "rejected_ids": tokens[prompt + chosen :],
         }
+
+    def _set_of(self, pair_id: int) -> int:
+        return bisect.bisect_left(self._rows_before, pair_id) - 1
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Arrays one after the other; a single one stays what it is, memory-mapped perhaps."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def tokenized_pairs(
@@ -133,14 +198,18 @@ def tokenized_pairs(
     is not there yet.
 
     Raises:
-        UserError: the source is missing or unreadable, a row cannot be used, or no row is left.
+        UserError: a source is missing or unreadable, a row cannot be used, or no row is left.
     """
-    key, source = _source(data, split, name)
-    check_source(key, source)
-    rows, identity = _open_source(key, source, split)
-    folder = cache_dir / "pairs" / _digest(identity, tokenizer_identity(tokenizer), data)
-    build_once(folder, lambda partial: _build(partial, key, source, rows, tokenizer, data))
-    return Pairs(folder)
+    of_tokenizer, sets = tokenizer_identity(tokenizer), list[TokenizedSet]()
+    for key, source in data.sources(split, name).items():
+        check_source(key, source.path)
+        rows, identity = _open_source(key, source, split)
+        folder = cache_dir / "pairs" / _digest(identity, of_tokenizer, data)
+        build_once(folder, partial(_build, key=key, source=source.path, rows=rows, tokenizer=tokenizer, data=data))
+        sets.append(
+            TokenizedSet(key, source.path, source.weight if isinstance(source, TrainingSetSpec) else 1.0, folder)
+        )
+    return Pairs(sets)
 
 
 def uncut_lengths(folder: Path) -> Integers:
@@ -188,11 +257,11 @@ def count_rows(key: str, source: str) -> int | None:
 
 def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
     """Every text of the training rows, as often as asked, and a hash of them: what a tokenizer is trained on."""
-    identity = _open_source("data.train", data.train, "train")[1]
+    sources = data.sources("train")
+    identities = [_open_source(key, source, "train")[1] for key, source in sources.items()]
 
     def texts() -> Iterator[str]:
-        rows, _ = _open_source("data.train", data.train, "train")
-        for _, row in rows:
+        for _, row in chain.from_iterable(_open_source(key, source, "train")[0] for key, source in sources.items()):
             try:
                 checked = _checked(row)
             except BadRow:
@@ -200,28 +269,28 @@ def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
             for part in (checked["prompt"], checked["chosen"], checked["rejected"]):
                 yield from [part] if isinstance(part, str) else (str(message.get("content") or "") for message in part)
 
-    return texts, identity[:24]
-
-
-def _source(data: DataSpec, split: Split, name: str) -> tuple[str, str]:
-    """The setting that names a data set, and what it names."""
-    key = f"data.{split}.{name}" if name else f"data.{split}"
-    return key, data.train if split == "train" else data.eval_sets[name]
+    return texts, _one_of(identities)[:24]
 
 
 def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str = "") -> dict[int, RawRow]:
     """The rows of which some pairs were made, by pair id; one that is no longer there, or no pair any more, is left
-    out. name: of the evaluation set.
+    out. A source is read once, and only as far as it is asked for. name: of the evaluation set.
 
     Raises:
-        UserError: the source is missing or unreadable.
+        UserError: a source is missing or unreadable.
     """
-    key, source = _source(data, split, name)
-    check_source(key, source)
     found: dict[int, RawRow] = {}
-    for number, row in _rows_at(key, source, split, sorted(set(pair_ids))):
-        with suppress(BadRow):
-            found[number] = RawRow(source, number, _checked(row))
+    wanted, before = sorted(set(pair_ids)), 0
+    for key, source in data.sources(split, name).items():
+        numbers = [pair_id - before for pair_id in wanted if pair_id > before]
+        if not numbers:
+            break
+        check_source(key, source.path)
+        rows, read = _rows_at(key, source, split, numbers)
+        for number, row in rows.items():
+            with suppress(BadRow):
+                found[before + number] = RawRow(source.path, number, _checked(row))
+        before += read
     return found
 
 
@@ -236,26 +305,34 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _open_source(key: str, source: str, split: Split) -> tuple[Iterable[tuple[int, Any]], str]:
+def _open_source(key: str, source: SourceSpec, split: Split) -> tuple[Iterable[tuple[int, Any]], str]:
     """(row number, row) of a source, and a hash of its content."""
     identity = None
-    if source.endswith(DATA_SUFFIXES):
-        with open(source, "rb") as file:
+    if source.path.endswith(DATA_SUFFIXES):
+        with open(source.path, "rb") as file:
             identity = hashlib.file_digest(file, "sha256").hexdigest()
-    if source.endswith((".jsonl", ".json")):
-        return _json_rows(key, source), str(identity)
+    if source.path.endswith((".jsonl", ".json")):
+        return _json_rows(key, source.path), str(identity)
     rows = _with_datasets(key, source, split)
     return enumerate(rows, 1), identity or rows._fingerprint  # of a single file `datasets` would hash its date too
 
 
-def _rows_at(key: str, source: str, split: Split, numbers: list[int]) -> Iterator[tuple[int, Any]]:
-    """The rows with these numbers, which ascend, of a source that has them."""
-    if source.endswith((".jsonl", ".json")):
-        wanted, last = set(numbers), max(numbers, default=0)
-        yield from (numbered for numbered in islice(_json_rows(key, source), last) if numbered[0] in wanted)
-        return
+def _one_of(identities: list[str]) -> str:
+    """A hash of several; of one alone, itself."""
+    return identities[0] if len(identities) == 1 else hashlib.sha256(" ".join(identities).encode()).hexdigest()
+
+
+def _rows_at(key: str, source: SourceSpec, split: Split, numbers: list[int]) -> tuple[dict[int, Any], int]:
+    """The rows with these numbers, which ascend, of a source that has them; and how many rows it has, or were read up
+    to the last of them."""
+    if source.path.endswith((".jsonl", ".json")):
+        found, wanted, read = dict[int, Any](), set(numbers), 0
+        for read, row in islice(_json_rows(key, source.path), numbers[-1]):
+            if read in wanted:
+                found[read] = row
+        return found, read
     rows = _with_datasets(key, source, split)
-    yield from ((number, rows[number - 1]) for number in numbers if number <= len(rows))
+    return {number: rows[number - 1] for number in numbers if number <= len(rows)}, len(rows)
 
 
 def _json_rows(key: str, source: str) -> Iterator[tuple[int, Any]]:
@@ -289,28 +366,32 @@ def _first_letter(file: IO[str]) -> str:
     return letter
 
 
-def _with_datasets(key: str, source: str, split: Split) -> Any:
-    """A datasets.Dataset from Parquet, from a folder written by save_to_disk, or from the hub."""
+def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
+    """A datasets.Dataset from Parquet, from a folder written by save_to_disk or of several files, or from the hub."""
     import datasets
 
     datasets.disable_progress_bars()
-    hub_split = "train" if split == "train" else "test"
+    path, name, part = source.path, source.name, source.split or ("train" if split == "train" else "test")
     try:
-        if source.endswith(".parquet"):
-            return datasets.Dataset.from_parquet(source)
-        if os.path.isdir(source) and any(
-            os.path.exists(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")
+        if path.endswith(".parquet"):
+            return datasets.Dataset.from_parquet(path)
+        if os.path.isdir(path) and any(
+            os.path.exists(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")
         ):
-            loaded = datasets.load_from_disk(source)
-            return loaded[hub_split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        return datasets.load_dataset(source, split=hub_split)
+            loaded = datasets.load_from_disk(path)
+            if isinstance(loaded, datasets.DatasetDict):
+                return loaded[part]
+            if source.split:
+                raise ValueError("it is one data set, without splits")
+            return loaded
+        return datasets.load_dataset(path, name, split=part)
     except Exception as error:  # datasets raises a dozen types here; all mean that the source cannot be read
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             key,
-            source,
+            path,
             f"cannot be read by `datasets` ({type(error).__name__}: {reason})",
-            f"give a file, a folder written by save_to_disk (./{source}), or a hub name that this machine can reach",
+            f"give a file, a folder written by save_to_disk (./{path}), or a hub name that this machine can reach",
         ) from None
 
 

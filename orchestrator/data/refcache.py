@@ -50,7 +50,7 @@ class RefCache:
     """
 
     def __init__(self, folder: Path, pairs: Pairs, data_set: str, keep_last: int | None) -> None:
-        self.folder, self.row_numbers = folder, pairs.row_numbers
+        self.folder, self.pair_ids = folder, pairs.pair_ids
         self._keys = _keys(pairs, data_set, keep_last)
         self._order = self._keys[:, 0].argsort()
         self._logps = np.full((len(pairs), 2), np.nan)
@@ -84,9 +84,9 @@ class RefCache:
         return np.flatnonzero(~self._is_known(np.arange(len(self._logps))))
 
     def add(self, pair_ids: torch.Tensor, logps: torch.Tensor) -> None:
-        """Keep the log-probs [2b] of those pairs, by row number [b], that are not known: the first answer stays. They
+        """Keep the log-probs [2b] of those pairs [b] that are not known: the first answer stays. They
         are in the file when this returns; where it cannot be written, the run goes on and this process remembers."""
-        index = np.searchsorted(self.row_numbers, pair_ids.cpu().numpy())
+        index = np.searchsorted(self.pair_ids, pair_ids.cpu().numpy())
         news = ~self._is_known(index)
         index = index[news]
         records = np.zeros(len(index), RECORD)

@@ -284,7 +284,7 @@ def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
     worst = int(longest.argmax())
     if limit is not None and longest[worst] > limit:
         raise UserError(
-            f"{key} row {pairs.row_numbers[worst]}",
+            str(pairs.place(pairs.pair_ids[worst])),
             f"{longest[worst]} tokens",
             f"is longer than the model's {limit} positions",
             f"set data.max_length={limit} or less",
@@ -353,7 +353,8 @@ def cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
 
 def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
     """Folder of a byte-level BPE tokenizer trained on the texts of data.train, with a ChatML template."""
-    check_source("data.train", spec.data.train)
+    for key, source in spec.data.sources("train").items():
+        check_source(key, source.path)
     texts, identity = training_texts(spec.data)
     config = _plain_config(init.model_type)
     folder = spec.cache_dir / "tokenizers" / f"{init.model_type}-{identity}-{init.vocab_size}"

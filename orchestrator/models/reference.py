@@ -207,7 +207,7 @@ class Absent(Reference):
         raise UserError(
             "reference.kind",
             "precomputed",
-            f"the log-probs of rows {batch.pair_ids.tolist()} are not all in the cache",
+            f"the log-probs of pairs {batch.pair_ids.tolist()} are not all in the cache",
             "give the same command again, with room in data.cache_dir",
         )
 

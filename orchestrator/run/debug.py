@@ -71,7 +71,7 @@ def debug(
             return done
         steps = None
         if profile is not None:
-            steps = _chosen(spec, len(prepare(spec, given).train), run_dir, profile)
+            steps = _chosen(spec, prepare(spec, given).train.pairs_per_epoch, run_dir, profile)
         elif world.size == 1:  # of several ranks, none may wait in a collective while another tokenises
             prepare(spec, given)
         if world.is_main:
@@ -110,13 +110,13 @@ def _finished_already(run_dir: RunDir, profile: Steps | None) -> RunResult | Non
     return done
 
 
-def _chosen(spec: RunSpec, pairs: int, run_dir: RunDir, profile: Steps) -> tuple[int, int]:
-    """The first and the last step to profile, of a run over so many pairs.
+def _chosen(spec: RunSpec, per_epoch: int, run_dir: RunDir, profile: Steps) -> tuple[int, int]:
+    """The first and the last step to profile, of a run with so many pairs an epoch.
 
     Raises:
         UserError: the run has no such steps any more.
     """
-    last = run_length(pairs, spec.batch.global_batch_size, spec.training).steps
+    last = run_length(per_epoch, spec.batch.global_batch_size, spec.training).steps
     saved = committed(run_dir.checkpoints)
     taken = step_of(saved[0]) if saved else 0
     if not profile:  # the first two warm up
@@ -148,7 +148,7 @@ def debug_ranks(
                 return 0
         prepared = prepare(spec)
         if profile is not None:
-            _chosen(spec, len(prepared.train), run_dir, profile)
+            _chosen(spec, prepared.train.pairs_per_epoch, run_dir, profile)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -1,8 +1,9 @@
 """What a run would be, from its settings and data files alone: the rules checked and the batch arithmetic done."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from orchestrator.data.order import run_length
+from orchestrator.data.order import Share, run_length
 from orchestrator.data.pairs import check_source, count_rows
 from orchestrator.settings.load import DATA_KEYS, paths_in
 from orchestrator.settings.spec import RunSpec
@@ -22,12 +23,14 @@ def planned(spec: RunSpec) -> dict[str, Any]:
     by_ranks: dict[str, list[Any]] = {"pairs_per_rank": [batch.pairs_per_rank(count) for count in each]}
     if batch.micro_batch_size:
         by_ranks["grad_accum"] = [batch.grad_accum(count) for count in each]
-    rows, *held_out = (count_rows(key, source) for key, source in sources.items())
-    eval_rows = dict(zip(spec.data.eval_sets, held_out, strict=True)) or {"": 0}
+    counts = {key: count_rows(key, source) for key, source in sources.items()}
+    sets = _training_sets(spec, counts)
+    per_epoch = _total(each["rows_per_epoch"] for each in sets)
+    eval_rows = {name: counts[key] for name in spec.data.eval_sets for key in spec.data.sources("eval", name)}
     facts: dict[str, Any] = {
         "run_dir": str(spec.run_dir),
-        "train_rows": rows,
-        "eval_rows": eval_rows.get("", eval_rows),
+        "train_rows": _total(each["rows"] for each in sets),
+        "eval_rows": (eval_rows or {"": 0}).get("", eval_rows),
         "ranks": ranks,
         "global_batch_size": batch.global_batch_size,
     }
@@ -35,20 +38,38 @@ def planned(spec: RunSpec) -> dict[str, Any]:
         if (size := getattr(batch, name)) is not None:
             facts[name] = size
     facts |= {name: values if isinstance(ranks, list) else values[0] for name, values in by_ranks.items()}
-    if rows:
-        length = run_length(rows, batch.global_batch_size, spec.training)
+    if len(sets) > 1 or facts["train_rows"] != per_epoch:
+        facts |= {"train_sets": sets, "rows_per_epoch": per_epoch}
+    if per_epoch:
+        length = run_length(per_epoch, batch.global_batch_size, spec.training)
         facts |= {
-            "steps_per_epoch": -(-rows // batch.global_batch_size),
-            "last_batch_of_epoch": rows % batch.global_batch_size or batch.global_batch_size,
+            "steps_per_epoch": -(-per_epoch // batch.global_batch_size),
+            "last_batch_of_epoch": per_epoch % batch.global_batch_size or batch.global_batch_size,
             "epochs": round(length.epochs, 4),
             "steps": length.steps,
             "warmup_steps": spec.scheduler.warmup(length.steps),
         }
-        wanted, per_epoch = spec.evaluation, facts["steps_per_epoch"] if spec.evaluation.every_epoch else None
-        evaluations = _times(length.steps, wanted.every_steps, per_epoch) + wanted.at_start
+        wanted, epoch = spec.evaluation, facts["steps_per_epoch"] if spec.evaluation.every_epoch else None
+        evaluations = _times(length.steps, wanted.every_steps, epoch) + wanted.at_start
         facts["evaluations"] = evaluations if spec.data.eval_sets else 0
         facts["checkpoints"] = _times(length.steps, spec.checkpoint.every_steps)
     return facts
+
+
+def _training_sets(spec: RunSpec, counts: dict[str, int | None]) -> list[dict[str, Any]]:
+    """Each training set: its rows, and how many of them an epoch takes. counts: rows by the setting of a source."""
+    sets: list[dict[str, Any]] = []
+    for key, source in zip(spec.data.sources("train"), spec.data.train, strict=True):
+        rows = counts[key]
+        taken = rows and Share.of(rows, source.weight).per_epoch
+        sets.append({"source": source.path, "rows": rows, "weight": source.weight, "rows_per_epoch": taken})
+    return sets
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    """Their sum, where all are known."""
+    known = list(counts)
+    return None if None in known else sum(filter(None, known))
 
 
 def _times(steps: int, *every: int | None) -> int:

@@ -39,6 +39,7 @@ TEXT = 110  # letters of a prompt or completion that are shown
 class ReplayedPair:
     """What the step made of one pair."""
 
+    source: str
     row: int  # of the source, from 1
     loss: float
     rewards: tuple[float, float]  # of chosen and rejected, as are the following
@@ -88,7 +89,7 @@ def replay(
     _check_reached(run_dir, spec, step)
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         prepared = prepare(spec, given)
-        total = run_length(len(prepared.train), spec.batch.global_batch_size, spec.training).steps
+        total = run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training).steps
         if step > total:
             raise UserError("--replay-step", step, f"the run has {total} steps", f"give 1 to {total}")
         found = _newest_before(run_dir, step)
@@ -150,13 +151,14 @@ def _pairs(trainer: Trainer, indices: list[int], output: StepOutput, tokens: tor
     for index, loss, chosen, rejected, *logps in zip(indices, *(number.tolist() for number in numbers), strict=True):
         row = trainer.loader.pairs[index]
         texts = (tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
-        yield ReplayedPair(row["pair_id"], loss, (chosen, rejected), (*logps[:2],), (*logps[2:],), *texts)
+        place = trainer.loader.pairs.place(row["pair_id"])
+        yield ReplayedPair(place.source, place.row, loss, (chosen, rejected), (*logps[:2],), (*logps[2:],), *texts)
 
 
 def lines(replayed: Replayed) -> Iterator[str]:
     """It, for a terminal: each pair with its numbers and, shortened, its text; then the step."""
     for pair in replayed.pairs:
-        yield f"row {pair.row}: loss {pair.loss:.6f}"
+        yield f"row {pair.row} of {pair.source}: loss {pair.loss:.6f}"
         yield f"  prompt   {_shortened(pair.prompt)}"
         sides = zip(("chosen", "rejected"), pair.rewards, pair.logps, pair.ref_logps, strict=True)
         for name, reward, logps, ref_logps in sides:

@@ -1,7 +1,7 @@
 """YAML files and dotted overrides -> one validated RunSpec, and a RunSpec -> one YAML file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from orchestrator.settings.spec import RunSpec, UserError, explain
+from orchestrator.settings.spec import DATA_SUFFIXES, RunSpec, Split, UserError, explain
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-# Settings that hold a path, or several by name: rows, always one of ours, and what may be a hub name instead.
-DATA_KEYS = ("data.train", "data.eval")
+# Settings that hold paths: of rows, always one of ours, and what may be a hub name instead.
+DATA_KEYS: dict[str, Split] = {"data.train": "train", "data.eval": "eval"}
 FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path", "wandb.key_file")
 PATH_KEYS = (
     "model.path",
@@ -54,6 +53,9 @@ def load_spec(files: Sequence[str | Path] | str | Path, overrides: Sequence[str]
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise UserError("settings", " ".join(map(str, paths)), f"cannot be merged: {reason}", "mend that key") from None
+    except TypeError:  # how OmegaConf says it
+        rule = "cannot be merged: one has a list where a later file or override has a block"
+        raise UserError("settings", " ".join(map(str, paths)), rule, "give a list there, too") from None
     return make_spec(raw)
 
 
@@ -82,17 +84,18 @@ def _escaped(value: Any) -> Any:
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
-def paths_in(spec: RunSpec, keys: Sequence[str]) -> dict[str, str]:
-    """Dotted key -> path, of those of the keys that are set; a path with a name has it at the end of its key."""
+def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
+    """Dotted key -> path, of those of the keys that are set; the keys of sources are those of DataSpec.sources."""
     found: dict[str, str] = {}
     for dotted in keys:
+        if dotted in DATA_KEYS:
+            found |= {key: source.path for key, source in spec.data.sources(DATA_KEYS[dotted]).items()}
+            continue
         value: Any = spec
         for name in dotted.split("."):
             value = getattr(value, name, None)
         if isinstance(value, str):
             found[dotted] = value
-        elif isinstance(value, dict):
-            found |= {f"{dotted}.{name}": path for name, path in value.items()}
     return found
 
 
@@ -139,9 +142,17 @@ def _make_paths_absolute(raw: dict[str, Any]) -> None:
             block = block.get(name) if isinstance(block, dict) else None
         if dotted == "run.dir" and isinstance(block, dict):
             block.setdefault("dir", "runs")
-        value = block.get(key) if isinstance(block, dict) else None
-        named, names = (value, list(value)) if isinstance(value, dict) else (block, [key])
-        for name in names:
-            path = named.get(name) if isinstance(named, dict) else None
-            if isinstance(path, str) and (dotted in FOLDER_KEYS or looks_local(path)):
-                named[name] = os.path.abspath(os.path.expanduser(path))
+        if isinstance(block, dict) and key in block:
+            block[key] = _absolute(block[key], is_ours=dotted in FOLDER_KEYS)
+
+
+def _absolute(value: Any, is_ours: bool) -> Any:
+    """A setting with absolute paths: it is one, or a block that has one, or several of either."""
+    if isinstance(value, list):
+        return [_absolute(entry, is_ours) for entry in value]
+    if isinstance(value, dict):
+        names = ["path"] if "path" in value else list(value)
+        return {**value, **{name: _absolute(value[name], is_ours) for name in names}}
+    if isinstance(value, str) and (is_ours or looks_local(value)):
+        return os.path.abspath(os.path.expanduser(value))
+    return value

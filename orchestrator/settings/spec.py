@@ -9,9 +9,9 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from orchestrator.settings.deepspeed import contradictions
@@ -91,6 +91,7 @@ SchedulerName = Literal[
     "wsd",
 ]  # transformers' names of schedules that need no metric, and a short one
 OptimizerKind = Literal["elementwise", "whole", "unknown"]
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 EVALUATED = (
     "loss",
     "rewards/chosen",
@@ -107,6 +108,7 @@ EVALUATED = (
     "samples_per_second",
 )
 """Metrics of an evaluation, without the eval_ or eval_NAME_ that they are reported with."""
+Split = Literal["train", "eval"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -232,12 +234,36 @@ class ModelSpec(Block):
     """Train an adapter instead of the weights; needs the extra `peft`."""
 
 
+class SourceSpec(Block):
+    """A place that holds preference pairs."""
+
+    path: str
+    """JSONL, JSON or Parquet file, a folder saved by `datasets` or of such files, or a hub name."""
+    name: str | None = None
+    """Configuration of a hub data set; its default when not set."""
+    split: str | None = None
+    """Split of a hub data set or a folder; when not set, train for training pairs, test for evaluation pairs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class TrainingSetSpec(SourceSpec):
+    """A training set."""
+
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """How often its pairs are seen in an epoch: 2 is twice; 0.5 is one half of them, and in the next the other."""
+
+
 class DataSpec(Block):
     """The preference pairs."""
 
-    train: str
-    """JSONL, JSON or Parquet file, a folder saved by `datasets`, or a hub name (split train)."""
-    eval: str | dict[str, str] | None = None
+    train: list[TrainingSetSpec] = Field(min_length=1)
+    """JSONL, JSON or Parquet file, a folder saved by `datasets`, or a hub name (split train); {path, name, split} for
+    another configuration or split; a list of these, with a weight each, for several sets."""
+    eval: dict[str, SourceSpec] = {}
     """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets, whose metrics begin
     with eval_NAME_ instead of eval_; no evaluation when not set."""
     collator: str | None = None
@@ -270,20 +296,40 @@ class DataSpec(Block):
     def _template_is_read(cls, value: Any) -> Any:
         return jinja_template(value) if isinstance(value, str) else value
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_several_training_sets(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else [value]
+
     @field_validator("eval", mode="before")
     @classmethod
     def _one_or_several_sets(cls, value: Any) -> Any:
-        if value is None or isinstance(value, str):
-            return value
-        sources = list(value.values()) if isinstance(value, dict) else []
-        if not sources or not all(isinstance(source, str) for source in sources):
+        if value is None:
+            return {}
+        if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
+            return {"": value}
+        if not value or not isinstance(value, dict):
             raise PydanticCustomError("sets", "must be one source, or one for each name")
         return {str(name): source for name, source in value.items()}  # YAML reads a bare 2024 as a number
 
+    @field_serializer("eval")
+    def _one_set_has_no_name(self, value: dict[str, SourceSpec]) -> Any:
+        sets = {name: source.model_dump() for name, source in value.items()}
+        return sets.get("", sets or None)
+
     @property
-    def eval_sets(self) -> dict[str, str]:
-        """The evaluation sets, each one's source by its name; that of a single one without a name is empty."""
-        return {"": self.eval} if isinstance(self.eval, str) else self.eval or {}
+    def eval_sets(self) -> list[str]:
+        """Names of the evaluation sets; that of a single one is empty."""
+        return list(self.eval)
+
+    def sources(self, split: Split, name: str | None = None) -> dict[str, SourceSpec]:
+        """The sources of a split by their settings: data.train, or data.train.0 and on, where there are several;
+        data.eval, or data.eval.NAME. name: of the only evaluation set that is wanted."""
+        if split == "train":
+            several = len(self.train) > 1
+            return {f"data.train.{place}" if several else "data.train": each for place, each in enumerate(self.train)}
+        wanted = self.eval if name is None else {name: self.eval[name]}
+        return {f"data.eval.{name}" if name else "data.eval": source for name, source in wanted.items()}
 
     @property
     def keep_last(self) -> int | None:
@@ -513,7 +559,8 @@ class ReferenceSpec(Block):
     cache: CacheMode = Field("lazy", json_schema_extra=FREE)
     """Log-probs of the reference kept on disk, by content, and shared by every run that asks the same reference about
     the same tokens. lazy: as training meets a pair, so that the second epoch costs nothing; full: all of them before
-    the first step; off: the reference runs every time, as it does with data.collator and with sync_every."""
+    the first step; off: the reference runs every time, as it does with data.collator and with sync_every, and where
+    it is lazy for the pairs of training sets with weights."""
     sync_every: Positive | None = None
     """Optimizer steps after which the reference moves towards the policy (TR-DPO: Gorbatovski et al. 2024, arXiv
     2404.09656); never when not set."""
@@ -748,6 +795,7 @@ class RunSpec(Block):
             _row_tokens,
             _known_optimizer,
             _known_scheduler,
+            _sources,
             _evaluation,
             _metric_for_best,
             _engine_parts,
@@ -1063,6 +1111,14 @@ def _known_scheduler(spec: RunSpec) -> None:
     }
     for key in said.keys() & scheduler.kwargs.keys():
         raise UserError(f"scheduler.kwargs.{key}", scheduler.kwargs[key], *said[key])
+
+
+def _sources(spec: RunSpec) -> None:
+    for key, source in {**spec.data.sources("train"), **spec.data.sources("eval")}.items():
+        for part in ("name", "split"):
+            if (value := getattr(source, part)) is not None and source.path.endswith(DATA_SUFFIXES):
+                rule = f"{source.path} is a file, which has no such part"
+                raise UserError(f"{key}.{part}", value, rule, "remove it, or give a hub name")
 
 
 def _evaluation(spec: RunSpec) -> None:
@@ -1467,7 +1523,7 @@ def explain(error: ValidationError) -> list[UserError]:
 
 def _explain_one(details: Any) -> UserError:
     location, kind, value = details["loc"], details["type"], details["input"]
-    key, name = ".".join(map(str, location)), str(location[-1])
+    key, name = _dotted(location), str(location[-1])
     block = _block_at(location[:-1])
     field = block.model_fields.get(name) if block else None
     if kind == "extra_forbidden" and block:
@@ -1540,7 +1596,6 @@ TRL_NAMES = {
     "dataset_num_proc": "data.num_proc",
     "dataset_name": "data.train",
     "train_dataset": "data.train",
-    "eval_dataset": "data.eval",
     "chat_template": "data.chat_template",
     "chat_template_path": "data.chat_template",
     "chat_template_kwargs": "data.chat_template_kwargs",
@@ -1572,17 +1627,24 @@ def _cure_of_unknown(block: type[Block], location: tuple[int | str, ...]) -> str
     if name in TRL_NAMES:
         return f"did you mean {TRL_NAMES[name]}?"
     if near := difflib.get_close_matches(name, block.model_fields, n=1, cutoff=0.6):
-        return f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
+        return f"did you mean {_dotted((*location[:-1], near[0]))}?"
     return "the keys here are " + ", ".join(block.model_fields)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if part != "")  # which a single evaluation set has as its name
 
 
 def _block_at(location: tuple[int | str, ...]) -> type[Block] | None:
     """The block of settings that a path of keys leads to, if it leads to one."""
     block: type[Block] = RunSpec
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         if isinstance(part, int):  # an entry of a list of blocks
             continue
         field = block.model_fields.get(part)
+        if field and get_origin(field.annotation) is dict:  # blocks by name
+            next(parts, None)
         blocks = [kind for kind in _types_in(field.annotation) if issubclass(kind, Block)] if field else []
         if not blocks:
             return None
@@ -1610,4 +1672,14 @@ def _changes(prefix: str, before: Block, after: Block) -> Iterator[tuple[str, An
         if isinstance(old, Block) and isinstance(new, Block):
             yield from _changes(f"{prefix}{name}.", old, new)
         else:
-            yield f"{prefix}{name}", old, new
+            yield f"{prefix}{name}", _shown(old), _shown(new)
+
+
+def _shown(value: Any) -> Any:
+    """A setting as one would write it: blocks without defaults, and a path alone as that."""
+    if isinstance(value, list):
+        return [_shown(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _shown(entry) for name, entry in value.items()}
+    said = value.model_dump(exclude_defaults=True) if isinstance(value, Block) else value
+    return said["path"] if isinstance(value, Block) and said.keys() == {"path"} else said

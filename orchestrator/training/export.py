@@ -12,7 +12,7 @@ from orchestrator.models.adapters import without_adapter
 from orchestrator.models.policy import DTYPES, build_policy, cast_to
 from orchestrator.models.reference import PolicyStart, identity_of
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import Dtype, RunSpec, UserError
+from orchestrator.settings.spec import Dtype, RunSpec, SourceSpec, UserError
 from orchestrator.training.checkpoint import Reader, newest_valid
 from orchestrator.training.metrics import evaluated_sets
 from orchestrator.training.rundir import RunDir
@@ -112,6 +112,11 @@ def _last_metrics(run_dir: RunDir) -> dict[str, Any]:
     return last
 
 
+def _named(source: SourceSpec) -> str:
+    path = Path(source.path).name if source.path.startswith("/") else source.path
+    return " ".join([path, *filter(None, (source.name, source.split))])
+
+
 def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
     base = spec.model.path or f"random {spec.model.init.model_type if spec.model.init else ''} weights"
     hub_base = f"base_model: {base}\n" if spec.model.path and not spec.model.path.startswith("/") else ""
@@ -123,7 +128,7 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Base": base,
         "Method": f"DPO ({losses}, beta {spec.dpo.beta})",
         "Reference": f"{spec.reference.path or start} ({spec.reference.kind})",
-        "Preference pairs": Path(spec.data.train).name if spec.data.train.startswith("/") else spec.data.train,
+        "Preference pairs": ", ".join(map(_named, spec.data.train)),
         "Pairs seen": meta["pairs_seen"],
         "Optimizer steps": meta["step"],
         "Global batch": f"{spec.batch.global_batch_size} pairs",

@@ -111,7 +111,7 @@ class Trainer:
         if meta["data"] != self.loader.pairs.identity:
             raise UserError(
                 "data.train",
-                self.spec.data.train,
+                ", ".join(source.path for source in self.spec.data.train),
                 "its rows, or the tokenizer, are not those that this run was started with",
                 "put them back to resume it, or choose another run.name",
             )

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from orchestrator.data.collate import AdaptedCollator, Counts, PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
-from orchestrator.data.order import Order, PairCost, fed_lengths, longest_sequences, permutation, run_length
+from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_lengths, longest_sequences, run_length
 from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokenizer_identity
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
@@ -111,8 +112,7 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
         UserError: whatever is wrong with the data, the tokenizer, the model's config or the user's code.
     """
     _quiet()
-    sources = paths_in(spec, DATA_KEYS)
-    for key, source in sources.items():
+    for key, source in paths_in(spec, DATA_KEYS).items():
         check_source(key, source)
     check_callbacks(spec, given.callbacks)
     collator = _user_collator(spec, given)
@@ -129,7 +129,7 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     held_out = {
         name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval_sets
     }
-    for key, pairs in zip(sources, [train, *held_out.values()], strict=True):
+    for key, pairs in zip(["data.train", *spec.data.sources("eval")], [train, *held_out.values()], strict=True):
         check_fit(config, pairs, key, spec)
     return Prepared(tokenizer, config, train, held_out, collator)
 
@@ -214,7 +214,10 @@ def built(
         reference.exact = None  # was measured when the run began
     # before any forward pass, in which bitsandbytes casts biases
     identity = _identity(spec, prepared, policy, reference, world, dtype)
-    cost, length = pair_cost(policy), run_length(len(prepared.train), spec.batch.global_batch_size, spec.training)
+    cost, length = (
+        pair_cost(policy),
+        run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training),
+    )
     if found is None and world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
         _say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
@@ -395,7 +398,7 @@ def _loaders(
     packed = isinstance(collator, PackedCollator)
     limits = [spec.batch.max_tokens_per_microbatch] + [CPU_ROW] * (packed and world.device.type == "cpu")
 
-    def loader(pairs: Pairs) -> Loader:
+    def loader(pairs: Pairs, shares: tuple[Share, ...] = ()) -> Loader:
         order = Order(
             fed_lengths(pairs.lengths, spec.data.keep_last),
             spec.batch.global_batch_size,
@@ -406,13 +409,14 @@ def _loaders(
             min((limit for limit in limits if limit), default=None),
             packed,
             cost,
+            shares,
         )
         return Loader(pairs, order, prepared.collator or collator)
 
     if first_batch_only:
-        first = permutation(len(prepared.train), spec.run.seed, epoch=0)[: spec.batch.global_batch_size]
-        return loader(prepared.train.only(first)), {}
-    return loader(prepared.train), {name: loader(pairs) for name, pairs in prepared.eval.items()}
+        first = epoch_order(prepared.train.shares, spec.run.seed, epoch=0)[: spec.batch.global_batch_size]
+        return loader(prepared.train.only(np.unique(first))), {}
+    return loader(prepared.train, prepared.train.shares), {name: loader(pairs) for name, pairs in prepared.eval.items()}
 
 
 def _open_caches(spec: RunSpec, loader: Loader, eval_loaders: dict[str, Loader], identity: dict[str, Any]) -> None:
@@ -433,7 +437,8 @@ def _open_caches(spec: RunSpec, loader: Loader, eval_loaders: dict[str, Loader],
             raise UserError("reference.cache", "full", where, cure) from None
         logger.warning("%s: the reference runs every time", where)
         return
-    loader.cache = RefCache(folder, loader.pairs, "train", spec.data.keep_last)
+    if spec.reference_cache == "full" or loader.order.takes_each_once:
+        loader.cache = RefCache(folder, loader.pairs, "train", spec.data.keep_last)
     for name, each in eval_loaders.items():
         each.cache = RefCache(folder, each.pairs, f"eval {name}".rstrip(), spec.data.keep_last)
 
@@ -562,9 +567,14 @@ def _say(
     for name, pairs in (("training", prepared.train), *held_out):
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
         print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
+        for each, share in zip(pairs.sets, pairs.shares, strict=True):
+            if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
+                print(f"  {each.source}: {share.pairs} pairs, {share.per_epoch} an epoch", flush=True)
     engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
     where = f"{world.size} ranks on {world.device.type} in {precision}{engine}"
     print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
+    if spec.reference_cache == "lazy" and any(share.per_epoch != share.pairs for share in prepared.train.shares):
+        print("the reference runs in every step: of weighted sets reference.cache=full alone keeps what it says")
     if why_padded is not None:
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
 

@@ -113,7 +113,7 @@ SETS = st.lists(st.builds(Share.of, st.integers(1, 30), st.floats(0.01, 4)), min
 
 @pytest.mark.parametrize(
     ("pairs", "weight", "per_epoch"),
-    [(100, 1.0, 100), (100, 0.125, 12), (100, 0.375, 38), (10, 2.5, 25), (100, 0.001, 1), (7, 1 / 7, 1)],
+    [(100, 1.0, 100), (100, 0.125, 12), (100, 0.375, 38), (10, 2.5, 25), (100, 0.001, 1), (7, 1 / 7, 1), (0, 2.0, 0)],
 )
 def test_a_weight_says_how_often_the_pairs_of_a_set_are_seen_in_an_epoch(
     pairs: int, weight: float, per_epoch: int

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import rows, write_jsonl
 from tiny import EOS, data_spec, ids, tokenizer
 
 from orchestrator.data import pairs as module
+from orchestrator.data.order import Share
 from orchestrator.data.pairs import (
     BadRow,
     Pairs,
@@ -26,7 +28,7 @@ from orchestrator.data.pairs import (
     truncated,
     uncut_lengths,
 )
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.spec import DataSpec, UserError
 
 TEXT = {"prompt": "Say it.", "chosen": " yes", "rejected": " no"}
 CHAT = {
@@ -283,7 +285,7 @@ def test_what_happens_to_unusable_rows(
             made(tmp_path, content, on_bad_row=on_bad_row)
         return
     found = made(tmp_path, content, on_bad_row=on_bad_row)
-    assert found.row_numbers.tolist() == row_numbers
+    assert found.pair_ids.tolist() == row_numbers
     assert found.dropped == dropped
 
 
@@ -363,7 +365,7 @@ def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversati
     path = written(tmp_path, form, content)
     data = data_spec(train=str(path))
     found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
-    assert found.row_numbers.tolist() == [1, 2, 4, 5, 6, 7]
+    assert found.pair_ids.tolist() == [1, 2, 4, 5, 6, 7]
     for index, row in enumerate(content[:2] + content[3:]):
         assert (found[index]["prompt_ids"], found[index]["chosen_ids"], found[index]["rejected_ids"]) == tokenized(row)
     asked = raw_rows(data, "train", [7, 2, 2, 8])
@@ -382,6 +384,53 @@ def test_the_evaluation_split_of_a_saved_folder_is_its_test_split(tmp_path: Path
     path = written(tmp_path, "splits", rows(6))
     data = data_spec(train=str(path), eval=str(path))
     assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 3
+
+
+def test_a_source_names_its_split(tmp_path: Path) -> None:
+    path = written(tmp_path, "splits", rows(6))
+    sets = [{"path": str(path), "split": "test"}, {"path": str(path)}]
+    data = data_spec(train=sets, eval={"path": str(path), "split": "train"})
+    found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
+    assert [share.pairs for share in found.shares] == [3, 6]
+    assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 6
+    assert raw_rows(data, "train", {3, 4})[4].row == rows(6)[0]
+    for wrong, words in (("odd", "KeyError: 'odd'"), ("train", "one data set, without splits")):
+        saved = path if wrong == "odd" else written(tmp_path, "saved folder", rows(2))
+        data = data_spec(train={"path": str(saved), "split": wrong})
+        with pytest.raises(UserError, match=rf"data\.train = .* \({words}|{words}"):
+            tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
+
+
+def test_a_folder_of_files_is_one_source(tmp_path: Path) -> None:
+    content = rows(5)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for number, part in enumerate((content[:2], content[2:])):
+        write_jsonl(folder / f"part-{number}.jsonl", part)
+    data = data_spec(train=str(folder))
+    assert len(tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")) == 5
+    assert [row.row for row in raw_rows(data, "train", range(1, 6)).values()] == content
+
+
+def test_a_hub_source_names_its_configuration_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load(path: str, name: str | None, *, split: str) -> Any:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(rows(2, seed=len(asked)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sets = ["org/plain", {"path": "org/named", "name": "binary", "split": "train_prefs"}]
+    data = data_spec(train=sets, eval={"path": "org/named", "split": "test_prefs"})
+    assert len(tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")) == 4
+    assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 2
+    assert asked == [
+        ("org/plain", None, "train"),
+        ("org/named", "binary", "train_prefs"),
+        ("org/named", None, "test_prefs"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -416,6 +465,80 @@ def test_the_texts_a_tokenizer_is_trained_on(tmp_path: Path) -> None:
     assert training_texts(data_spec(train=str(path)))[1] != identity
 
 
+# --- several training sets ---------------------------------------------------------------------------------------
+
+SETS = [[TIE, GOOD, GOOD, TIE], rows(3, conversational=True), [MALFORMED, *rows(4, seed=1)]]
+
+
+def several(folder: Path, contents: list[list[Any]], **settings: Any) -> tuple[DataSpec, Pairs]:
+    """The pairs of a JSONL file for each list of rows, of weights 1, 2, 3, ..."""
+    paths = [write_jsonl(folder / f"{number}.jsonl", content) for number, content in enumerate(contents)]
+    sets = [{"path": str(path), "weight": weight} for weight, path in enumerate(paths, 1)]
+    data = data_spec(train=sets, **settings)
+    return data, tokenized_pairs(data, "train", tokenizer(), folder / "cache")
+
+
+def test_the_pairs_of_several_sets_are_those_of_each(tmp_path: Path) -> None:
+    data, found = several(tmp_path, SETS, on_bad_row="drop")
+    alone = [
+        tokenized_pairs(data_spec(train=each.path, on_bad_row="drop"), "train", tokenizer(), tmp_path / "cache")
+        for each in data.train
+    ]
+    assert found.pair_ids.tolist() == [2, 3, 5, 6, 7, 9, 10, 11, 12]
+    before = iter([0, 0, 4, 4, 4, 7, 7, 7, 7])
+    rows_of = [pairs[index] for pairs in alone for index in range(len(pairs))]
+    assert [found[index] for index in range(9)] == [
+        {**row, "pair_id": row["pair_id"] + next(before)} for row in rows_of
+    ]
+    assert np.array_equal(found.hashes, np.concatenate([pairs.hashes for pairs in alone]))
+    assert found.dropped == {"ties": 2, "malformed rows": 1}
+    assert found.shares == (Share(2, 2), Share(3, 6), Share(4, 12))
+    assert found.pairs_per_epoch == 20
+    assert all(isinstance(tokens, np.memmap) for tokens in found._tokens)
+
+
+def test_a_pair_of_several_sets_leads_to_its_row(tmp_path: Path) -> None:
+    data, found = several(tmp_path, SETS, on_bad_row="drop")
+    asked = raw_rows(data, "train", found.pair_ids.tolist())
+    assert list(asked) == found.pair_ids.tolist()
+    for pair_id, (source, number, row) in asked.items():
+        key, path, place = found.place(pair_id)
+        assert (path, place) == (source, number)
+        which = int(key.removeprefix("data.train."))
+        assert data.train[which].path == path
+        assert row == SETS[which][place - 1]
+    assert str(found.place(9)) == "data.train.2 row 2"
+    assert raw_rows(data, "train", {6, 1, 4, 8, 99}).keys() == {6, 1, 4}
+
+
+def test_some_pairs_of_several_sets(tmp_path: Path) -> None:
+    _, found = several(tmp_path, SETS, on_bad_row="drop")
+    few = found.only(np.array([7, 0, 5]))
+    assert [few[index] for index in range(3)] == [found[index] for index in (0, 5, 7)]
+    assert few.shares == (Share(1, 1), Share(0, 0), Share(2, 6))
+
+
+def test_the_identity_of_several_sets_is_of_all_of_them(tmp_path: Path) -> None:
+    first, second, third = ([GOOD], [GOOD, GOOD], rows(3))
+    found = [several(tmp_path, contents)[1] for contents in ([first, second], [second, first], [first, third], [first])]
+    assert len({pairs.identity for pairs in found}) == 4
+    assert found[3].identity == found[3].sets[0].folder.name
+
+
+def test_a_bad_row_of_several_sets_is_named_with_its_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train\.1 row 2 = .*; mend that row of \S+/1\.jsonl"):
+        several(tmp_path, [[GOOD], [GOOD, MALFORMED]])
+    with pytest.raises(UserError, match=r"data\.train\.1 = .*/1\.jsonl': leaves no pair"):
+        several(tmp_path, [[GOOD], [TIE]])
+
+
+def test_a_tokenizer_is_trained_on_all_sets(tmp_path: Path) -> None:
+    data, _ = several(tmp_path, [[TEXT], [CHAT]])
+    texts, identity = training_texts(data)
+    assert list(texts()) == ["Say it.", " yes", " no", "Say it.", "yes", "no"]
+    assert identity not in {training_texts(data_spec(train=each.path))[1] for each in data.train}
+
+
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
@@ -425,9 +548,9 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders: list[Path] = []
     original = module._build
 
-    def counting(folder: Path, *arguments: Any) -> None:
+    def counting(folder: Path, **arguments: Any) -> None:
         folders.append(folder)
-        original(folder, *arguments)
+        original(folder, **arguments)
 
     monkeypatch.setattr(module, "_build", counting)
     return folders
@@ -512,7 +635,7 @@ def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path])
     for name in ("tokens.npy", "lengths.npy", "rows.npy", "hashes.npy", "meta.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     assert found[1].dropped == {"malformed rows": 1, "ties": 1}
-    assert found[1].row_numbers.tolist() == [i for i in range(1, len(content) + 1) if i not in (701, 2301)]
+    assert found[1].pair_ids.tolist() == [i for i in range(1, len(content) + 1) if i not in (701, 2301)]
     assert len(builds) == 2
 
 

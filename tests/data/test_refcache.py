@@ -41,12 +41,12 @@ def cache(folder: Path, pairs: Pairs, split: Any = "train", keep_last: int | Non
 
 def answers(pairs: Pairs, indices: Any = ALL) -> torch.Tensor:
     """[2b] what a made-up reference says, all chosen first; different for every pair and side."""
-    numbers = torch.from_numpy(pairs.row_numbers[indices]).double()
+    numbers = torch.from_numpy(pairs.pair_ids[indices]).double()
     return torch.cat([-numbers - 0.1, -numbers / 3])
 
 
 def add(cache: RefCache, pairs: Pairs, indices: Any) -> None:
-    cache.add(torch.from_numpy(pairs.row_numbers[indices]), answers(pairs, indices))
+    cache.add(torch.from_numpy(pairs.pair_ids[indices]), answers(pairs, indices))
 
 
 def rehash(pairs: Pairs, index: int) -> None:
@@ -91,7 +91,7 @@ def test_known_is_all_or_nothing(tmp_path: Path, pairs: Pairs) -> None:
 def test_an_answer_that_is_no_number_is_never_known(tmp_path: Path, pairs: Pairs, side: int) -> None:
     found, answer = cache(tmp_path, pairs), torch.tensor([-2.0, -1.0], dtype=torch.float64)
     answer[side] = torch.nan
-    found.add(torch.tensor([int(pairs.row_numbers[3])]), answer)
+    found.add(torch.tensor([int(pairs.pair_ids[3])]), answer)
     for each in (found, cache(tmp_path, pairs)):
         assert each.known(np.array([3])) is None
         assert 3 in each.unknown()
@@ -196,8 +196,8 @@ def test_every_token_and_where_the_completions_begin_are_part_of_the_question(tm
     start = int(pairs.lengths[:3].sum())
     changed = Pairs.__new__(Pairs)
     for place in range(total):
-        vars(changed).update(vars(pairs), _tokens=np.array(pairs._tokens))
-        changed._tokens[start + place] += 1
+        vars(changed).update(vars(pairs), _tokens=[np.array(pairs._tokens[0])])
+        changed._tokens[0][start + place] += 1
         rehash(changed, 3)
         assert cache(tmp_path, changed).unknown().tolist() == [3]
     for move in ([1, -1, 0], [0, 1, -1], [-1, 0, 1]):
@@ -377,7 +377,7 @@ def test_a_disk_that_takes_no_more_does_not_end_the_run(
 
 def test_of_two_answers_the_older_stays(tmp_path: Path, pairs: Pairs) -> None:
     first, second = cache(tmp_path, pairs), cache(tmp_path, pairs)
-    second.add(torch.from_numpy(pairs.row_numbers[[0]]), torch.tensor([-7.0, -8.0]))
+    second.add(torch.from_numpy(pairs.pair_ids[[0]]), torch.tensor([-7.0, -8.0]))
     add(first, pairs, np.array([0]))
     for found in (first, cache(tmp_path, pairs)):
         assert torch.equal(found.known(np.array([0])), answers(pairs, np.array([0])))  # pyright: ignore

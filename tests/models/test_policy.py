@@ -10,6 +10,7 @@ from support import TINY_MODEL, tiny_spec
 from tiny import both_layouts, pair_batch, tiny_model, tokenizer
 
 from orchestrator.data.order import PairCost
+from orchestrator.data.pairs import Place
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.logps import Head, body_hidden
 from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer, pair_cost
@@ -20,8 +21,12 @@ class Long:
     """Pairs of up to 17 tokens, ids up to 250."""
 
     lengths = np.array([[10, 6, 2], [10, 2, 7], [3, 1, 1]])
-    row_numbers = np.array([4, 9, 11])
+    pair_ids = np.array([4, 9, 11])
     largest_id = 250
+
+    def place(self, pair_id: int) -> Place:
+        """As of a single set."""
+        return Place("data.train", "train.jsonl", pair_id)
 
 
 LONG: Any = Long()

@@ -703,7 +703,7 @@ def test_a_model_that_is_not_there_is_refused(spec_of: Callable[..., RunSpec]) -
 
 def test_an_absent_reference_says_which_rows_are_missing() -> None:
     rows = [{**row, "pair_id": number} for row, number in zip(pair_rows(2), (17, 4), strict=True)]
-    with pytest.raises(UserError, match=r"the log-probs of rows \[17, 4\] are not all in the cache"):
+    with pytest.raises(UserError, match=r"the log-probs of pairs \[17, 4\] are not all in the cache"):
         Absent()(collator(packed=True)(rows))
 
 

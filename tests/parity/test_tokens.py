@@ -138,7 +138,7 @@ def settings(**keys: Any) -> DataSpec:
 
 def ours(folder: Path, rows: list[Row], tokenizer: Any, data: DataSpec) -> Pairs:
     source = str(write_jsonl(folder / "rows.jsonl", rows))
-    return tokenized_pairs(data.model_copy(update={"train": source}), "train", tokenizer, folder / "cache")
+    return tokenized_pairs(DataSpec(**{**data.model_dump(), "train": source}), "train", tokenizer, folder / "cache")
 
 
 def theirs(rows: list[Row], tokenizer: Any, max_length: int | None = None) -> list[Row]:

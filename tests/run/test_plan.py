@@ -54,6 +54,20 @@ def test_each_evaluation_set_is_counted(tmp_path: Path) -> None:
         planned(tiny_spec(tmp_path, data={"eval": {"easy": str(easy), "hard": "./nowhere.jsonl"}}))
 
 
+def test_each_training_set_has_its_share_of_an_epoch(tmp_path: Path) -> None:
+    few = str(write_jsonl(tmp_path / "few.jsonl", rows(6)))
+    many = tiny_spec(tmp_path).data.train[0].path
+    sets = [many, {"path": few, "weight": 2.5}]
+    facts = planned(tiny_spec(tmp_path, data={"train": sets}, training={"max_steps": None, "epochs": 2}))
+    assert facts["train_sets"] == [
+        {"source": many, "rows": 32, "weight": 1.0, "rows_per_epoch": 32},
+        {"source": few, "rows": 6, "weight": 2.5, "rows_per_epoch": 15},
+    ]
+    assert (facts["train_rows"], facts["rows_per_epoch"], facts["steps_per_epoch"], facts["steps"]) == (38, 47, 6, 12)
+    assert "train_sets" not in planned(tiny_spec(tmp_path))
+    assert planned(tiny_spec(tmp_path, data={"train": [many, "org/dataset"]}))["train_rows"] is None
+
+
 def test_where_only_loading_would_tell_the_rows_are_unknown(tmp_path: Path) -> None:
     facts = planned(tiny_spec(tmp_path, data={"train": "org/dataset", "eval": None}))
     assert facts["train_rows"] is None

@@ -83,10 +83,8 @@ def test_relative_paths_become_absolute_and_hub_names_stay(
     (cwd / "present" / "here").mkdir(parents=True)
     monkeypatch.chdir(cwd)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    found: Any = load_spec(path, [f"{key}={value}"]).model_dump()
-    for part in key.split("."):
-        found = found[part]
-    assert found == expected.format(cwd=cwd, parent=tmp_path, home=tmp_path / "home")
+    found = paths_in(load_spec(path, [f"{key}={value}"]), [key])
+    assert found[key] == expected.format(cwd=cwd, parent=tmp_path, home=tmp_path / "home")
 
 
 def test_each_evaluation_set_has_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +97,29 @@ def test_each_evaluation_set_has_its_path(tmp_path: Path, monkeypatch: pytest.Mo
         "data.eval.hard": "org/hard",
         "data.eval.odd": str(tmp_path / "odd.parquet"),
     }
+
+
+def test_each_training_set_has_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = ["a.jsonl", {"path": "./b", "weight": 2, "split": "odd"}, {"path": "org/c", "name": "a.jsonl"}]
+    path = write_settings(tmp_path, data={"train": sets, "eval": {"path": "d.jsonl"}})
+    monkeypatch.chdir(tmp_path)
+    spec = load_spec(path)
+    assert paths_in(spec, DATA_KEYS) == {
+        "data.train.0": str(tmp_path / "a.jsonl"),
+        "data.train.1": str(tmp_path / "b"),
+        "data.train.2": "org/c",
+        "data.eval": str(tmp_path / "d.jsonl"),
+    }
+    assert [(each.name, each.split, each.weight) for each in spec.data.train] == [
+        (None, None, 1.0),
+        (None, "odd", 2.0),
+        ("a.jsonl", None, 1.0),
+    ]
+    save_spec(spec, tmp_path / "saved.yaml")
+    assert load_spec(tmp_path / "saved.yaml") == spec
+    assert load_spec(path, ["data.train=e.jsonl"]).data.train[0].path == str(tmp_path / "e.jsonl")
+    with pytest.raises(UserError, match="one has a list where a later file or override has a block"):
+        load_spec(path, ["data.train.split=x"])
 
 
 def test_the_default_run_folder_is_absolute_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

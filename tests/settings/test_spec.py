@@ -129,6 +129,12 @@ def test_changes_are_named_with_both_values(tmp_path: Path) -> None:
     after = tiny_spec(tmp_path, dpo={"beta": 0.5}, run={"seed": 8}, checkpoint={"keep": 5}, wandb={"group": "g"})
     assert changed_on_resume(before, after) == [("run.seed", 7, 8), ("dpo.beta", 0.1, 0.5)]
     assert changed_on_resume(before, before) == []
+    listed = tiny_spec(tmp_path, data={"train": [{"path": before.data.train[0].path}]})
+    assert changed_on_resume(before, listed) == []
+    heavier = tiny_spec(tmp_path, data={"train": [{"path": "/a.jsonl", "weight": 2}, "/b.jsonl"]})
+    assert changed_on_resume(before, heavier) == [
+        ("data.train", [before.data.train[0].path], [{"path": "/a.jsonl", "weight": 2.0}, "/b.jsonl"])
+    ]
 
 
 def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
@@ -140,6 +146,9 @@ def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
     ("blocks", "key", "cure"),
     [
         ({"optimizer": {"learning_rte": 1}}, "optimizer.learning_rte", "keys here are name, lr"),
+        ({"data": {"train": [{"path": "a", "wieght": 1}]}}, "data.train.0.wieght", "did you mean data.train.0.weight?"),
+        ({"data": {"eval": {"easy": {"path": "a", "splt": 1}}}}, "data.eval.easy.splt", "mean data.eval.easy.split?"),
+        ({"data": {"eval": {"path": "a", "splt": 1}}}, "data.eval.splt", "did you mean data.eval.split?"),
         ({"optimizer": {"weight_decai": 1}}, "optimizer.weight_decai", "did you mean optimizer.weight_decay?"),
         ({"batch": {"micro_batchsize": 1}}, "batch.micro_batchsize", "did you mean batch.micro_batch_size?"),
         ({"optimiser": {"lr": 1}}, "optimiser", "did you mean optimizer?"),
@@ -255,7 +264,20 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"data": {"eval": None}, "evaluation": {"at_start": False}}, "evaluation.at_start", ["= False", "data.eval"]),
         ({"data": {"eval": {"a b": "x"}}}, "data.eval", ["= 'a b'", "letters, digits, _ and -"]),
         ({"data": {"eval": {"entropy": "x"}}}, "data.eval", ["= 'entropy'", "the name of a metric", "another name"]),
-        ({"data": {"eval": {"easy": 3}}}, "data.eval", ["= {'easy': 3}", "one source, or one for each name"]),
+        ({"data": {"eval": {"easy": 3}}}, "data.eval.easy", ["= 3", "is a block of settings", "path, name, split"]),
+        ({"data": {"eval": 3}}, "data.eval", ["= 3", "one source, or one for each name"]),
+        ({"data": {"train": []}}, "data.train", ["= []", "at least 1 item", "JSONL"]),
+        (
+            {"data": {"train": [{"path": "a", "weight": 0}]}},
+            "data.train.0.weight",
+            ["= 0", "greater than 0", "How often"],
+        ),
+        (
+            {"data": {"train": ["a", {"path": "/b.jsonl", "split": "odd"}]}},
+            "data.train.1.split",
+            ["= 'odd'", "/b.jsonl is a file, which has no such part", "remove it"],
+        ),
+        ({"data": {"eval": {"easy": {"path": "b.json", "name": "x"}}}}, "data.eval.easy.name", ["= 'x'", "is a file"]),
         ({"data": {"eval": {}}}, "data.eval", ["= {}", "one source, or one for each name"]),
         (
             {"evaluation": {"metric_for_best": "rewards/accuracy"}},
