@@ -56,6 +56,9 @@ class Segments(NamedTuple):
     query_bounds: torch.Tensor  # [2B + 1] int32
     key_bounds: torch.Tensor  # [2B + 1] int32
     key_index: torch.Tensor  # [keys of all runs] positions in the row
+    own_key: torch.Tensor  # [T] the way back: which of those keys a position is in its own run
+    shared: torch.Tensor  # [S] positions start..fork, each of which is a key of its pair's second run as well
+    shared_key: torch.Tensor  # [S] which one
     longest: tuple[int, int]  # queries and keys of the longest run, on the host
 
 
@@ -199,12 +202,17 @@ def _segments(spans: list[PairSpan], completion_index: Integers) -> Segments:
     key_index = [
         np.arange(*run) for s in spans for run in ((s.start, s.rejected), (s.start, s.fork), (s.rejected, s.stop))
     ]
+    places = np.split(np.arange(sum(keys)), np.cumsum([len(part) for part in key_index])[:-1])
+    own_key = [place for i, place in enumerate(places) if i % 3 != 1]
     return Segments(
         tuple(spans),
         torch.from_numpy(np.unique(completion_index)),
         torch.tensor(np.cumsum([0, *queries]), dtype=torch.int32),
         torch.tensor(np.cumsum([0, *keys]), dtype=torch.int32),
         torch.from_numpy(np.concatenate(key_index)),
+        torch.from_numpy(np.concatenate(own_key)),
+        torch.from_numpy(np.concatenate(key_index[1::3])),
+        torch.from_numpy(np.concatenate(places[1::3])),
         (max(queries), max(keys)),
     )
 

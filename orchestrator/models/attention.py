@@ -165,6 +165,27 @@ def _flash_on_cpu(
     return _FlashOnCpu.apply(query, key, value, parts, scale)  # pyright: ignore[reportReturnType]
 
 
+class _KeysOfRuns(torch.autograd.Function):
+    """Keys and values [T, g, D] laid out run by run. A shared position is there twice: its gradients are added by hand,
+    since autograd, which cannot know that no other is, would sort all positions in every layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.segments = segments
+        return key.index_select(0, segments.key_index), value.index_select(0, segments.key_index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        segments: Segments = ctx.segments
+        found: list[torch.Tensor] = []
+        for gradient in gradients:
+            again = gradient.index_select(0, segments.shared_key)
+            found.append(gradient.index_select(0, segments.own_key).index_add_(0, segments.shared, again))
+        return (*found, None)
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -177,7 +198,7 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     del scoring_only  # dropping the few prompt queries would cost another gather
-    keys, values = (x[0].transpose(0, 1)[segments.key_index] for x in (key, value))
+    keys, values = _KeysOfRuns.apply(key[0].transpose(0, 1), value[0].transpose(0, 1), segments)  # pyright: ignore
     made = varlen_attn(
         query[0].transpose(0, 1),
         keys,

@@ -97,6 +97,8 @@ def test_the_packed_example_of_the_docstring() -> None:
     assert segments.query_bounds.tolist() == [0, 5, 6, 9, 11]
     assert segments.key_bounds.tolist() == [0, 5, 9, 12, 16]
     assert segments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 6, 7, 9, 10]
+    assert segments.own_key.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 14, 15]
+    assert (segments.shared.tolist(), segments.shared_key.tolist()) == ([0, 1, 2, 6, 7], [5, 6, 7, 12, 13])
     assert segments.longest == (5, 5)
     assert segments.query_bounds.dtype == segments.key_bounds.dtype == torch.int32
 
@@ -181,7 +183,7 @@ def test_both_layouts_hold_the_same_sequences_and_score_the_same_tokens(
 @pytest.mark.parametrize("seed", range(3))
 def test_segments_let_each_token_see_its_own_sequence_up_to_itself(seed: int) -> None:
     batch = PackedCollator(data_spec())(awkward_rows(seed))
-    spans, scoring, queries, keys, key_index, longest = segments_of(batch)
+    spans, scoring, queries, keys, key_index, own_key, shared, shared_key, longest = segments_of(batch)
     tokens = batch.input_ids.shape[1]
     expected = torch.zeros(tokens, tokens, dtype=torch.bool)
     for start, fork, rejected, stop, scored in spans:
@@ -195,6 +197,9 @@ def test_segments_let_each_token_see_its_own_sequence_up_to_itself(seed: int) ->
             found[query, key_index[low : high - (last - 1 - query)]] = True
     assert torch.equal(found, expected)
     assert (queries[-1], keys[-1]) == (tokens, len(key_index))
+    assert torch.equal(key_index[own_key], torch.arange(tokens))
+    assert torch.equal(key_index[shared_key], shared)
+    assert sorted([*own_key.tolist(), *shared_key.tolist()]) == list(range(len(key_index)))
     assert longest == (int(queries.diff().max()), int(keys.diff().max()))
     assert scoring.tolist() == sorted(set(batch.completion_index.tolist()))
 
