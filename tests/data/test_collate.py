@@ -263,7 +263,7 @@ def test_a_batch_moves_whole(packed: bool) -> None:
     assert moved.scored == batch.scored
     tensors = [value for value in (*moved, *(moved.segments or ())) if isinstance(value, torch.Tensor)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert len(tensors) == (12 if packed else 8)
+    assert len(tensors) == (15 if packed else 8)
     assert (moved.segments is not None) is packed
 
 
