@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.spec import Exported, RunSpec, UserError
 
 if TYPE_CHECKING:
     from orchestrator.training.worker import RunResult
@@ -193,11 +193,11 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Write the newest whole checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder."""
     from orchestrator.training.export import export as write
     from orchestrator.training.rundir import RunDir
 
-    print(f"model: {write(RunDir.existing(args.run_dir), Path(args.out), args.dtype)}")
+    print(f"model: {write(RunDir.existing(args.run_dir), Path(args.out), args.dtype, which=args.checkpoint)}")
     return DONE
 
 
@@ -228,6 +228,7 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
     if result.status == "stopped":
         print(f"stopped after step {result.step} ({result.reason}) and saved; the same command resumes")
         return STOPPED
+    from orchestrator.training.manifest import step_folder
     from orchestrator.training.metrics import evaluated_sets
 
     lines = list(map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()))
@@ -238,7 +239,12 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
         for when, line in zip(["before"] * len(before) + ["after"], [*before, evaluations[-1]], strict=True):
             facts = f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies {line[f'{prefix}rewards/accuracies']:.3f}"
             print(f"evaluation {when:<6}  {facts}{f' ({name})' * bool(name)}")
-    print(f"model    {result.model}\nmetrics  {run_dir / 'metrics.jsonl'}")
+    if result.best_step is not None:
+        metric = f"eval_{(spec.evaluation.metric_for_best or '').removeprefix('eval_')}"
+        best = step_folder(run_dir / "checkpoints", result.best_step)
+        print(f"best     {metric} {result.best_metric:.6f} after step {result.best_step}, {best}")
+    of_step = f", of step {result.model_step}" if result.best_step is not None else ""
+    print(f"model    {result.model}{of_step}\nmetrics  {run_dir / 'metrics.jsonl'}")
     if spec.wandb.mode != "disabled":
         print(f"W&B      {run_dir / 'wandb'}")
     return DONE
@@ -326,9 +332,12 @@ def _parser() -> argparse.ArgumentParser:
     stops.add_argument("run_dir", metavar="RUN_DIR")
     checks = add(verify, "check every file of every checkpoint against its manifest")
     checks.add_argument("run_dir", metavar="RUN_DIR")
-    exports = add(export, "write the newest whole checkpoint as a Hugging Face model folder")
+    exports = add(export, "write a checkpoint as a Hugging Face model folder")
     exports.add_argument("run_dir", metavar="RUN_DIR")
     exports.add_argument("out", metavar="OUT")
+    exports.add_argument(
+        "--checkpoint", choices=get_args(Exported), help="the newest that is whole, or the best; as checkpoint.export"
+    )
     exports.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the written weights"
     )

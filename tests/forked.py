@@ -286,7 +286,7 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
         "recorded": (checkpoint, "write_atomically", is_file("rank_"), "after"),  # in the background alone
         "complete": (checkpoint, "synced_sha256", is_file("meta.json"), "after"),
         "renamed": (checkpoint, "write_atomically", is_file("manifest.json"), "before"),
-        "committed": (checkpoint, "retain", lambda folder, _: step_folder(folder, step).exists(), "before"),
+        "committed": (checkpoint, "retain", lambda folder, *_: step_folder(folder, step).exists(), "before"),
     }
     home, name, is_due, when = stages[stage]
     call = getattr(home, name)

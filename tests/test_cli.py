@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,20 @@ def test_a_finished_run_says_what_it_reached(
     losses = {0: 0.7, 2: 0.6, 4: 0.25}
     lines = [{"step": step, "eval_loss": loss, "eval_rewards/accuracies": 0.5} for step, loss in losses.items()]
     run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"loss": 1}]))
-    result = RunResult("finished", "every step was taken", 4, "", "the/model")
+    result = RunResult("finished", "every step was taken", 4, "", "the/model", 4)
     monkeypatch.setattr(here, "debug", ending_with(result))
     assert cli.main(["debug", str(write_settings(tmp_path))]) == 0
     out = capsys.readouterr().out
     assert "finished after step 4 (every step was taken)" in out
     assert "evaluation before  loss 0.700000" in out
     assert "evaluation after   loss 0.250000" in out
-    assert "model    the/model" in out
+    assert "model    the/model\n" in out
     assert "W&B" not in out  # it is disabled
+    monkeypatch.setattr(here, "debug", ending_with(replace(result, model_step=2, best_step=2, best_metric=0.6)))
+    assert cli.main(["debug", str(write_settings(tmp_path, evaluation={"metric_for_best": "loss"}))]) == 0
+    out = capsys.readouterr().out
+    assert f"best     eval_loss 0.600000 after step 2, {run_dir.checkpoints / 'step_00000002'}\n" in out
+    assert "model    the/model, of step 2\n" in out
 
 
 def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

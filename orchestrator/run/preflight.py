@@ -463,10 +463,10 @@ def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> Needed:
     saved = [p for name, p in model.named_parameters() if lora is None or ".lora_" in name]
     weight, state = dtype_held(spec.precision).itemsize, 0.0 if own_optimizer else _state_bytes(spec)
     checkpoint = sum(p.numel() * (weight + state * p.requires_grad) for p in saved)
-    every, steps = spec.checkpoint.every_steps, spec.training.max_steps
-    at_once = 1 if every is None else spec.checkpoint.keep + 1
-    if every is not None and steps is not None:
-        at_once = min(at_once, -(-steps // every))
+    every, steps, keeps_best = spec.checkpoint.every_steps, spec.training.max_steps, spec.evaluation.metric_for_best
+    at_once = 1 if every is None and keeps_best is None else spec.checkpoint.keep + 1 + (keeps_best is not None)
+    if steps is not None:
+        at_once = min(at_once, steps if keeps_best or every is None else -(-steps // every))
     return Needed(int(checkpoint), at_once, 4 * exported)
 
 

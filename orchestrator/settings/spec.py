@@ -109,6 +109,7 @@ EVALUATED = (
 )
 """Metrics of an evaluation, without the eval_ or eval_NAME_ that they are reported with."""
 Split = Literal["train", "eval"]
+Exported = Literal["last", "best"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -592,6 +593,15 @@ class CallbackSpec(Block):
         return {"path": value} if isinstance(value, str) else value
 
 
+class EarlyStoppingSpec(Block):
+    """When evaluations that get no better end the training (transformers' EarlyStoppingCallback)."""
+
+    patience: Positive
+    """Evaluations in a row without a better evaluation.metric_for_best after which training ends."""
+    min_delta: float = Field(0.0, ge=0)
+    """Better by no more than this is not better. In the units of the metric."""
+
+
 class EvaluationSpec(Block):
     """Evaluation on data.eval: before the first step, as often as is said here, and after the last."""
 
@@ -603,9 +613,12 @@ class EvaluationSpec(Block):
     """Evaluate before the first step."""
     metric_for_best: str | None = None
     """Metric that decides which step was best (and early stopping), for example loss or rewards/accuracies; of several
-    evaluation sets it names one, as NAME_loss. What is evaluated before the first step is never the best."""
+    evaluation sets it names one, as NAME_loss. A step that is the best so far is saved, and its checkpoint kept;
+    that before the first step never is."""
     greater_is_better: bool | None = None
     """Direction of metric_for_best; when not set, false for names that end in loss and true otherwise."""
+    early_stopping: EarlyStoppingSpec | None = Field(None, json_schema_extra=FREE)
+    """End training early; not when not set."""
 
 
 class CheckpointSpec(Block):
@@ -614,7 +627,9 @@ class CheckpointSpec(Block):
     every_steps: Positive | None = Field(None, json_schema_extra=FREE)
     """Optimizer steps between checkpoints; only at the end when not set."""
     keep: Positive = Field(2, json_schema_extra=FREE)
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk; the best by evaluation.metric_for_best stays as well."""
+    export: Exported = Field("last", json_schema_extra=FREE)
+    """Which checkpoint becomes RUN_DIR/model: the last, or the best by evaluation.metric_for_best."""
     async_save: bool = Field(False, json_schema_extra=FREE)
     """Copy the state to the host's memory and write it in the background, while training goes on."""
 
@@ -1133,6 +1148,13 @@ def _evaluation(spec: RunSpec) -> None:
             raise UserError("data.eval", name, "cannot be a part of the names of metrics", cure)
         if name in EVALUATED:
             raise UserError("data.eval", name, "is the name of a metric", "give that set another name")
+    no_best, by = spec.evaluation.metric_for_best is None, "for example evaluation.metric_for_best=loss"
+    which, stopping = spec.checkpoint.export, spec.evaluation.early_stopping
+    rule = "needs evaluation.metric_for_best, which says what is better"
+    if no_best and stopping is not None:
+        raise UserError("evaluation.early_stopping", stopping.model_dump(), rule, by)
+    if no_best and which == "best":
+        raise UserError("checkpoint.export", which, rule, by)
 
 
 def _metric_for_best(spec: RunSpec) -> None:
@@ -1584,7 +1606,11 @@ TRL_NAMES = {
     "eval_on_start": "evaluation.at_start",
     "metric_for_best_model": "evaluation.metric_for_best",
     "greater_is_better": "evaluation.greater_is_better",
+    "load_best_model_at_end": "checkpoint.export=best",
+    "early_stopping_patience": "evaluation.early_stopping.patience",
+    "early_stopping_threshold": "evaluation.early_stopping.min_delta",
     "save_steps": "checkpoint.every_steps",
+    "save_strategy": "checkpoint.every_steps (with evaluation.metric_for_best the best is saved as well)",
     "save_total_limit": "checkpoint.keep",
     "logging_steps": "training.logging_steps",
     "max_length": "data.max_length",

@@ -81,7 +81,7 @@ class Saver:
     """
 
     def __init__(self, checkpoints: Path, world: World, keep: int, timeout_s: float) -> None:
-        """keep: newest checkpoints that stay. timeout_s: that of the run's collectives."""
+        """keep: newest checkpoints that stay, beside the best. timeout_s: that of the run's collectives."""
         self.checkpoints, self.world, self.keep, self.timeout_s = checkpoints, world, keep, timeout_s
         self._draft: _Draft | None = None  # what is being written in the background
         self._thread = threading.Thread()
@@ -96,9 +96,11 @@ class Saver:
         meta: dict[str, Any],
         rng: RngState | None = None,
         in_background: bool = False,
+        best: Path | None = None,
     ) -> None:
         """Write a checkpoint, as the function `save` does, when the one before is committed.
 
+        best: the best checkpoint from this one on, which stays, or this one itself.
         in_background: return when all of it is copied to the host's memory; `wait` for the rest.
 
         Raises:
@@ -108,14 +110,15 @@ class Saver:
         if not in_background:
             self._news = save(self.checkpoints, step, owned, meta, self.world, rng)
             if self.world.is_main:
-                retain(self.checkpoints, self.keep)
+                retain(self.checkpoints, self.keep, best)
             return
         draft = _Draft(self.checkpoints, step, meta, self.world)
         copies: list[Owned] = []
         draft.agreed(lambda: copies.extend(map(_copied, owned)))
         self._draft, self._error = draft, None
         self._given_up.clear()
-        self._thread = threading.Thread(target=self._run, args=(draft, copies, rng or rng_state()), name="checkpoint")
+        given = (draft, copies, rng or rng_state(), best)
+        self._thread = threading.Thread(target=self._run, args=given, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -154,11 +157,11 @@ class Saver:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _run(self, draft: "_Draft", copies: list[Owned], rng: RngState) -> None:
+    def _run(self, draft: "_Draft", copies: list[Owned], rng: RngState, best: Path | None) -> None:
         try:
             self._write(draft, copies, rng)
             if self.world.is_main:
-                self._commit(draft)
+                self._commit(draft, best)
         except Exception as failure:
             self._error = draft.told(failure)
             if self.world.is_main:
@@ -178,11 +181,11 @@ class Saver:
         finally:
             copies.clear()  # their memory is free while rank zero waits
 
-    def _commit(self, draft: "_Draft") -> None:
+    def _commit(self, draft: "_Draft", best: Path | None) -> None:
         parts = [self._recorded(draft, rank) for rank in range(self.world.size)]
         draft.commit(parts)
         self._news = draft.final
-        retain(self.checkpoints, self.keep)
+        retain(self.checkpoints, self.keep, best)
 
     def _recorded(self, draft: "_Draft", rank: int) -> dict[str, Any]:
         """What a rank has recorded, when it has; the record is gone then, as it is no part of the checkpoint."""

@@ -12,8 +12,9 @@ from orchestrator.models.adapters import without_adapter
 from orchestrator.models.policy import DTYPES, build_policy, cast_to
 from orchestrator.models.reference import PolicyStart, identity_of
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import Dtype, RunSpec, SourceSpec, UserError
+from orchestrator.settings.spec import Dtype, Exported, RunSpec, SourceSpec, UserError
 from orchestrator.training.checkpoint import Reader, newest_valid
+from orchestrator.training.manifest import step_folder, verify
 from orchestrator.training.metrics import evaluated_sets
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
@@ -21,35 +22,37 @@ from orchestrator.world import World
 TRAINED_BY = "Trained with preference pairs by dpo-orchestrator."
 
 
-def export(run_dir: RunDir, out: Path, dtype: Dtype = "fp32", checkpoint: Path | None = None) -> Path:
-    """Write the newest whole checkpoint (or the one given) as safetensors with tokenizer, generation config and card.
+def export(
+    run_dir: RunDir,
+    out: Path,
+    dtype: Dtype = "fp32",
+    checkpoint: Path | None = None,
+    which: Exported | None = None,
+) -> Path:
+    """Write a checkpoint as safetensors with tokenizer, generation config and card.
+
+    which: the newest whole one, or the best that this one knows of; if not given, what checkpoint.export says.
 
     The weights come from the checkpoint alone, so any engine's run exports in the same way, on any machine; a LoRA run
     needs its base (model.path) as well, into which its adapter is merged. The folder is renamed into place when it is
     complete.
 
     Raises:
-        UserError: the run has no whole checkpoint, or one of another format, or `out` exists and is not an earlier
-            export.
+        UserError: the run has no such checkpoint that is whole, or one of another format, or `out` exists and is not
+            an earlier export.
         ReadFailed: the newest checkpoint cannot be read now.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model: Any
+    spec = load_spec(run_dir.config)
     if checkpoint is None:
-        checkpoint, complaints = newest_valid(run_dir.checkpoints, World(0, 1, 0, torch.device("cpu")))
-        if checkpoint is None:
-            raise UserError(
-                "RUN_DIR",
-                str(run_dir.path),
-                "has no whole checkpoint" + "".join(f" ({line})" for line in complaints),
-                "train it further first",
-            )
+        checkpoint = _chosen(run_dir, which or spec.checkpoint.export)
     if out.is_file():
         raise UserError("OUT", str(out), "is a file", "choose a new folder")
     if out.exists() and any(out.iterdir()) and not _is_export(out):
         raise UserError("OUT", str(out), "is a folder with other things in it", "choose a new folder")
-    reader, spec = Reader(checkpoint), load_spec(run_dir.config)
+    reader = Reader(checkpoint)
     if spec.model.lora is not None:
         model = cast_to(_merged(run_dir, spec, reader), dtype)
     else:
@@ -62,10 +65,25 @@ def export(run_dir: RunDir, out: Path, dtype: Dtype = "fp32", checkpoint: Path |
     for file in run_dir.tokenizer.iterdir():  # after it: save_pretrained writes a generation config of defaults
         if file.name != "config.json":
             shutil.copy(file, partial)
-    (partial / "README.md").write_text(_card(spec, reader.meta, _last_metrics(run_dir)))
+    (partial / "README.md").write_text(_card(spec, reader.meta, _last_metrics(run_dir, reader.meta["step"])))
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out
+
+
+def _chosen(run_dir: RunDir, which: Exported) -> Path:
+    newest, complaints = newest_valid(run_dir.checkpoints, World(0, 1, 0, torch.device("cpu")))
+    if newest is None:
+        rule = "has no whole checkpoint" + "".join(f" ({line})" for line in complaints)
+        raise UserError("RUN_DIR", str(run_dir.path), rule, "train it further first")
+    if which == "last":
+        return newest
+    step = Reader(newest).meta["callbacks"]["best_global_step"]
+    best = step_folder(run_dir.checkpoints, step or 0)
+    if step is None or (complaints := verify(best)):
+        rule = f"its best checkpoint is not whole ({complaints[0]})" if step else "no step of it was the best so far"
+        raise UserError("RUN_DIR", str(run_dir.path), rule, "export the last one: --checkpoint last")
+    return best
 
 
 @torch.no_grad()
@@ -103,12 +121,14 @@ def _is_export(folder: Path) -> bool:
     return card.is_file() and TRAINED_BY in card.read_text()
 
 
-def _last_metrics(run_dir: RunDir) -> dict[str, Any]:
+def _last_metrics(run_dir: RunDir, step: int) -> dict[str, Any]:
+    """What was last measured up to a step."""
     last: dict[str, Any] = {}
     if run_dir.metrics.is_file():
         for line in run_dir.metrics.read_text().splitlines():
             with suppress(ValueError):  # half a line of a run that was killed
-                last |= json.loads(line)
+                measured = json.loads(line)
+                last |= measured if measured["step"] <= step else {}
     return last
 
 

@@ -27,12 +27,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def retain(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints, and what crashes have left; rank zero alone.
+def retain(checkpoints: Path, keep: int, best: Path | None = None) -> None:
+    """Delete all but the best and the newest `keep` committed checkpoints, and what crashes have left; rank zero alone.
 
     The manifest goes first, so that a deletion cut short leaves no half checkpoint.
     """
-    kept = committed(checkpoints)[:keep]
+    kept = [*committed(checkpoints)[:keep], best]
     for folder in checkpoints.glob("step_*"):
         if folder not in kept and not (folder / UNREADABLE).exists():
             (folder / MANIFEST).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """fit(): take steps, log, evaluate, save, stop."""
 
 import difflib
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,12 +22,15 @@ from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks
 from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate, over_ranks
 from orchestrator.training.health import Session
-from orchestrator.training.manifest import step_folder
+from orchestrator.training.manifest import committed, step_folder
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
 MAX_SKIPPED_IN_A_ROW = 25  # fp16 steps: the loss scale has then fallen by 2**25 and the gradient still overflows
+
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingError(Exception):
@@ -57,6 +61,8 @@ class Ended:
     reason: str
     step: int
     checkpoint: Path
+    best_step: int | None  # by evaluation.metric_for_best
+    best_metric: float | None
 
 
 @dataclass
@@ -122,8 +128,8 @@ class Trainer:
         self.evaluated_at, self.saved_at = meta["evaluated_at"], self.step
         self.finishing = meta["finishing"]  # a callback had ended training when the process died
         self.window.restore(meta["window"])
-        if self.world.is_main:
-            self.callbacks.restore(meta["callbacks"])
+        self.callbacks.restore(meta["callbacks"])
+        self._find_best()
         self._update_state()
         reader.restore_rng(self.world, self.spec.run.seed)
 
@@ -224,10 +230,11 @@ class Trainer:
         self._finish_save()
         self.save(last=True)
         self.callbacks.fire("on_train_end")
-        folder = step_folder(self.run_dir.checkpoints, self.step)
+        folder, state = step_folder(self.run_dir.checkpoints, self.step), self.callbacks.state
+        status, reason = "finished", "every step was taken" if self.is_over else "a callback asked"
         if stopped:
-            return Ended("stopped", self.session.stop_requested() or "another rank was asked to", self.step, folder)
-        return Ended("finished", "every step was taken" if self.is_over else "a callback asked", self.step, folder)
+            status, reason = "stopped", self.session.stop_requested() or "another rank was asked to"
+        return Ended(status, reason, self.step, folder, state.best_global_step, state.best_metric)
 
     def micro_steps(self, made: StepBatches) -> list[tuple[PairBatch, StepOutput]]:
         """Forward and backward over this rank's micro-batches, each of which (on the host) is returned with its
@@ -319,7 +326,8 @@ class Trainer:
         self._report(logs)
 
     def evaluate(self) -> None:
-        """Evaluate once per step at most; what callbacks then ask (early stopping, a save) acts at once."""
+        """Evaluate once per step at most, and save the best; what callbacks then ask (early stopping, a save) acts at
+        once."""
         if not self.eval_loaders or self.evaluated_at == self.step:
             return
         self.evaluated_at = self.step
@@ -369,7 +377,9 @@ class Trainer:
             "spec": self.spec.model_dump(mode="json"),
         }
         in_background = self.spec.checkpoint.async_save and not last
-        self.saver.save(self.step, self.engine.owned(), meta, self.rng, in_background)
+        best = self.callbacks.state.best_global_step
+        folder = None if best is None else step_folder(self.run_dir.checkpoints, best)
+        self.saver.save(self.step, self.engine.owned(), meta, self.rng, in_background, folder)
         self.saved_at, self.saved_epoch = self.step, self.callbacks.state.epoch
         self._tell_saved()
 
@@ -384,6 +394,8 @@ class Trainer:
             return
         self.session.committed(self.saved_at, path)
         state = self.callbacks.state
+        if state.best_global_step == self.saved_at:
+            state.best_model_checkpoint = str(path)
         present = state.global_step, state.epoch
         state.global_step, state.epoch = self.saved_at, self.saved_epoch
         self.callbacks.fire("on_save")
@@ -396,7 +408,7 @@ class Trainer:
         self.callbacks.fire("on_log", logs=logs)
 
     def _remember_best(self, metrics: dict[str, float]) -> None:
-        """Whether the weights of this step are the best so far. As in transformers, those of the start never are.
+        """Have this step saved if its weights are the best so far. As in transformers, those of the start never are.
 
         Raises:
             UserError: what decides it was not evaluated.
@@ -413,6 +425,20 @@ class Trainer:
         best = -math.inf if state.best_metric is None else sign * state.best_metric
         if self.step and sign * metrics[name] > best:  # a NaN is not
             state.best_metric, state.best_global_step = metrics[name], self.step
+            self.callbacks.control.should_save = True
+
+    def _find_best(self) -> None:
+        """Where the checkpoint lies that was the best before; without one the next evaluation is the best."""
+        state = self.callbacks.state
+        if state.best_global_step is None or self.spec.evaluation.metric_for_best is None:
+            return
+        folder = step_folder(self.run_dir.checkpoints, state.best_global_step)
+        if folder in committed(self.run_dir.checkpoints):
+            state.best_model_checkpoint = str(folder)
+            return
+        if self.world.is_main:
+            logger.warning("%s was the best and is gone; the next evaluation takes its place", folder)
+        state.best_metric = state.best_global_step = None
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -66,6 +66,7 @@ from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import export
 from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.health import Session
+from orchestrator.training.manifest import step_folder
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Ended, Tolerance, Trainer
 from orchestrator.world import World
@@ -92,6 +93,9 @@ class RunResult:
     step: int
     checkpoint: str
     model: str | None
+    model_step: int | None = None
+    best_step: int | None = None  # by evaluation.metric_for_best
+    best_metric: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def run(
     run_dir = RunDir(spec.run_dir)
     ended = _trained(spec, world, session, run_dir, given, observed_by)
     gc.collect()  # before the export makes the model once more, whole
-    return _concluded(ended, run_dir, world)
+    return _concluded(spec, ended, run_dir, world)
 
 
 def _trained(
@@ -544,12 +548,15 @@ def _keep_what_an_export_needs(run_dir: RunDir, policy: Any, tokenizer: Any) -> 
         policy.generation_config.save_pretrained(run_dir.tokenizer)
 
 
-def _concluded(ended: Ended, run_dir: RunDir, world: World) -> RunResult:
-    model = run_dir.model if ended.status == "finished" else None
-    result = RunResult(ended.status, ended.reason, ended.step, str(ended.checkpoint), str(model) if model else None)
+def _concluded(spec: RunSpec, ended: Ended, run_dir: RunDir, world: World) -> RunResult:
+    result = RunResult(ended.status, ended.reason, ended.step, str(ended.checkpoint), None)
+    result = replace(result, best_step=ended.best_step, best_metric=ended.best_metric)
+    if ended.status == "finished":
+        wants_best = spec.checkpoint.export == "best" and ended.best_step is not None  # it is None where all were NaN
+        result = replace(result, model=str(run_dir.model), model_step=ended.best_step if wants_best else ended.step)
     if world.is_main:  # the others do not wait: an export can take longer than a collective may
-        if model:
-            export(run_dir, model, checkpoint=ended.checkpoint)
+        if result.model_step is not None:
+            export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, result.model_step))
         run_dir.write_result(result.__dict__)
     return result
 

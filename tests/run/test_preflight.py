@@ -343,11 +343,20 @@ def test_an_optimizer_of_unknown_state_counts_with_its_weights(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("every", "steps", "keep", "at_once"), [(None, 100, 2, 1), (10, 100, 2, 3), (10, 15, 2, 2), (10, None, 5, 6)]
+    ("every", "steps", "keep", "best", "at_once"),
+    [
+        (None, 100, 2, None, 1),
+        (10, 100, 2, None, 3),
+        (10, 15, 2, None, 2),
+        (10, None, 5, None, 6),
+        (None, 100, 2, "loss", 4),
+    ],
 )
-def test_checkpoints_at_once(tmp_path: Path, every: int | None, steps: int | None, keep: int, at_once: int) -> None:
-    spec = tiny_spec(tmp_path, checkpoint={"every_steps": every, "keep": keep}, training={"max_steps": steps})
-    assert disk_needed(spec).checkpoints == at_once
+def test_checkpoints_at_once(
+    tmp_path: Path, every: int | None, steps: int | None, keep: int, best: str | None, at_once: int
+) -> None:
+    blocks = {"checkpoint": {"every_steps": every, "keep": keep}, "evaluation": {"metric_for_best": best}}
+    assert disk_needed(tiny_spec(tmp_path, training={"max_steps": steps}, **blocks)).checkpoints == at_once
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path) -> None:

@@ -207,6 +207,22 @@ def test_arguments_say_when_the_run_evaluates(
     assert (args.eval_strategy, args.eval_steps, args.eval_on_start) == (strategy, steps, on_start)
 
 
+@pytest.mark.parametrize(
+    ("best", "checkpoint", "strategy", "loads"),
+    [
+        (None, {}, "steps", False),
+        ("loss", {}, "best", False),
+        ("loss", {"every_steps": 2, "export": "best"}, "steps", True),
+    ],
+)
+def test_arguments_say_what_is_saved(
+    tmp_path: Path, best: str | None, checkpoint: dict[str, Any], strategy: str, loads: bool
+) -> None:
+    spec = tiny_spec(tmp_path, evaluation={"metric_for_best": best}, checkpoint=checkpoint)
+    args = training_args(spec, RunDir(spec.run_dir), 40, 2.5, ALONE, "fp32")
+    assert (args.save_strategy, args.load_best_model_at_end) == (strategy, loads)
+
+
 def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> None:
     user_module.Counting = Counting  # type: ignore[attr-defined]
     user_module.ready = Recording()  # type: ignore[attr-defined]

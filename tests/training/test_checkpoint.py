@@ -270,6 +270,10 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert not folders[0].exists()
     retain(tmp_path, 2)
     assert [path.exists() for path in folders[2:]] == [True, True]
+    retain(tmp_path, 1, best=folders[2])
+    assert [path.exists() for path in folders[2:]] == [True, True]
+    retain(tmp_path, 1, best=folders[3])
+    assert committed(tmp_path) == [folders[3]]
 
 
 def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,9 +433,9 @@ def test_no_two_saves_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         commit(draft, parts)
         done.append((draft.step, "is committed"))
 
-    def keeping(folder: Path, count: int) -> None:
+    def keeping(folder: Path, *args: Any) -> None:
         time.sleep(0.05)
-        keep(folder, count)
+        keep(folder, *args)
         done.append((int(committed(folder)[0].name.removeprefix("step_")), "has retained"))
 
     monkeypatch.setattr(module._Draft, "write", slow)

@@ -1,4 +1,4 @@
-"""What a run evaluates, and when: several sets by name, by steps, by epochs and at the start."""
+"""What a run evaluates, and when; which step was the best, what becomes of it, and an end that comes early."""
 
 import json
 from pathlib import Path
@@ -6,20 +6,31 @@ from typing import Any, NamedTuple
 
 import forked
 import pytest
+import torch
+from safetensors.torch import load_file
 from support import metric_lines, rows, write_jsonl, write_settings
 
 from orchestrator.dpo.step import METRICS
-from orchestrator.settings.spec import EVALUATED
+from orchestrator.settings.spec import EVALUATED, UserError
+from orchestrator.training.checkpoint import Reader
+from orchestrator.training.export import export
+from orchestrator.training.rundir import RunDir
 
 CALLBACKS = """
-import json
+import json, os, signal
 from pathlib import Path
 from transformers import TrainerCallback
+
+class Dies(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 class NotesEvaluations(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         with open(Path(args.output_dir, "evaluations.jsonl"), "a") as file:
             line = {"step": state.global_step, "epoch": state.epoch, "best": state.best_metric, "metrics": metrics}
+            line["best_checkpoint"] = state.best_model_checkpoint
             file.write(json.dumps(line) + "\\n")
 """
 
@@ -97,3 +108,60 @@ def test_a_checkpoint_at_the_end_of_an_epoch_knows_its_evaluation(two_sets: Run)
 
 def test_the_settings_know_the_names_of_the_metrics() -> None:
     assert set(EVALUATED) == {*METRICS, "runtime", "samples_per_second"} - {"num_tokens"}
+
+
+# --- the best step, and an early end -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The loss falls, and the largest is wanted: the first evaluation is the best, and the third after it is the end.
+    It is killed after step 7, and goes on from the checkpoint of step 6."""
+    folder = tmp_path_factory.mktemp("early")
+    stopping = {"every_steps": 2, "metric_for_best": "loss", "greater_is_better": True}
+    (folder / "my_callbacks.py").write_text(CALLBACKS)
+    settings = write_settings(
+        folder,
+        training={"max_steps": 20},
+        evaluation={**stopping, "early_stopping": {"patience": 3}},
+        checkpoint={"every_steps": 3, "keep": 1, "export": "best"},
+        callbacks=["my_callbacks:NotesEvaluations"],
+    )
+    killed = forked.run(settings, "callbacks=[my_callbacks:Dies]", ranks=2, cwd=folder)
+    assert -9 in killed.codes, killed.log
+    return Run(folder / "runs" / "tiny", forked.finished(settings, ranks=2, cwd=folder))
+
+
+def test_an_early_end_is_an_end_and_its_count_survives_a_kill(stopped_early: Run) -> None:
+    result = json.loads((stopped_early.dir / "result.json").read_text())
+    lines = {line["step"]: line["eval_loss"] for line in metric_lines(stopped_early.dir) if "eval_loss" in line}
+    assert list(lines) == [0, 2, 4, 6, 8]
+    assert result["status"] == "finished"
+    assert (result["step"], result["model_step"]) == (8, 2)
+    assert (result["best_step"], result["best_metric"]) == (2, lines[2])
+
+
+def test_the_best_checkpoint_stays_and_is_known_after_a_resume(stopped_early: Run) -> None:
+    kept = sorted(path.name for path in (stopped_early.dir / "checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000008"]
+    [heard] = stopped_early.evaluated
+    assert heard["best_checkpoint"] == str(stopped_early.dir / "checkpoints" / "step_00000002")
+
+
+def test_the_best_becomes_the_model(stopped_early: Run) -> None:
+    model = load_file(stopped_early.dir / "model" / "model.safetensors")
+    best, last = (Reader(stopped_early.dir / "checkpoints" / f"step_{step:08d}") for step in (2, 8))
+    for name, value in model.items():
+        assert torch.equal(value, best.parameter(name))
+    assert any(not torch.equal(value, last.parameter(name)) for name, value in model.items())
+    loss = next(line["eval_loss"] for line in metric_lines(stopped_early.dir) if line["step"] == 2)
+    assert f"| eval_loss | {loss:.4f} |" in (stopped_early.dir / "model" / "README.md").read_text()
+
+
+def test_what_the_export_verb_writes_can_be_chosen(stopped_early: Run, tmp_path: Path) -> None:
+    for which, step in ((None, 2), ("best", 2), ("last", 8)):
+        out = export(RunDir(stopped_early.dir), tmp_path / f"{which}", which=which)
+        assert f"| Optimizer steps | {step} |" in (out / "README.md").read_text()
+    (stopped_early.dir / "checkpoints" / "step_00000002" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"its best checkpoint is not whole .*--checkpoint last"):
+        export(RunDir(stopped_early.dir), tmp_path / "gone")

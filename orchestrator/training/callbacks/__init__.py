@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orchestrator.data.collate import user_attribute
 from orchestrator.settings.spec import LossType, RunSpec, UserError
@@ -55,12 +55,12 @@ class TrainingArgs:
     eval_on_start: bool
     eval_strategy: IntervalStrategy
     save_steps: int | None
+    save_strategy: SaveStrategy
     save_total_limit: int
+    load_best_model_at_end: bool
     metric_for_best_model: str | None
     greater_is_better: bool | None
     logging_strategy: IntervalStrategy = IntervalStrategy.STEPS
-    save_strategy: IntervalStrategy = IntervalStrategy.STEPS
-    load_best_model_at_end: bool = False
     logging_first_step: bool = False
     disable_tqdm: bool = True
     report_to: tuple[str, ...] = ()
@@ -104,7 +104,9 @@ def training_args(
         eval_on_start=bool(spec.data.eval_sets) and spec.evaluation.at_start,
         eval_strategy=_eval_strategy(spec),
         save_steps=spec.checkpoint.every_steps,
+        save_strategy=_save_strategy(spec),
         save_total_limit=spec.checkpoint.keep,
+        load_best_model_at_end=spec.checkpoint.export == "best",
         metric_for_best_model=spec.evaluation.metric_for_best,
         greater_is_better=spec.greater_is_better if spec.evaluation.metric_for_best else None,
     )
@@ -116,6 +118,11 @@ def _eval_strategy(spec: RunSpec) -> IntervalStrategy:
         return IntervalStrategy.NO
     by_epoch = spec.evaluation.every_epoch and spec.evaluation.every_steps is None
     return IntervalStrategy.EPOCH if by_epoch else IntervalStrategy.STEPS
+
+
+def _save_strategy(spec: RunSpec) -> SaveStrategy:
+    by_steps = spec.checkpoint.every_steps is not None or spec.evaluation.metric_for_best is None
+    return SaveStrategy.STEPS if by_steps else SaveStrategy.BEST
 
 
 class Callbacks:
@@ -209,6 +216,8 @@ def build_callbacks(
     callbacks: list[TrainerCallback] = [ConsoleCallback(), JsonlCallback(run_dir.metrics)]
     if spec.wandb.mode != "disabled":
         callbacks.append(WandbCallback(spec, run_dir))
+    if (stopping := spec.evaluation.early_stopping) is not None:
+        callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.min_delta))
     return callbacks + [_built(*each) for each in _of_user(spec, given)]
 
 
