@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from support import losses, metric_lines, orchestrator, write_settings
 
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 60, 10  # so many that a signal from outside comes in the middle
 LONG: dict[str, Any] = {
     "training": {"max_steps": STEPS, "logging_steps": 3},  # a window of the log is open at most checkpoints
     "checkpoint": {"every_steps": EVERY, "keep": 3},
@@ -79,30 +80,21 @@ def undisturbed(settings: Path) -> Path:
 
 
 @pytest.mark.ray
-def test_a_killed_worker_is_survived(settings: Path, undisturbed: Path) -> None:
-    run_dir = settings.parent / "runs" / "killed"
-    with started("train", settings, "run.name=killed") as process:
+def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(settings: Path, undisturbed: Path) -> None:
+    run_dir = settings.parent / "runs" / "on-ray"
+    with started("train", settings, "run.name=on-ray") as process:
         wait_for_step(run_dir, 2 * EVERY + 5, process)
         worker = json.loads((run_dir / "logs" / "heartbeat_00001.json").read_text())
         os.kill(worker["pid"], signal.SIGKILL)
-        _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert "a worker died" in errors  # it really was killed in the middle
-    assert_same_run(run_dir, undisturbed)
-
-
-@pytest.mark.ray
-def test_ctrl_c_saves_and_the_same_command_resumes(settings: Path, undisturbed: Path) -> None:
-    run_dir = settings.parent / "runs" / "stopped"
-    with started("train", settings, "run.name=stopped") as process:
-        wait_for_step(run_dir, EVERY + 5, process)
+        wait_for_step(run_dir, 3 * EVERY + 5, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everything in the group gets it
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=240)
     assert process.returncode == 3, errors
+    assert "a worker died" in errors  # it really was killed in the middle
+    assert f"resumed after step {2 * EVERY}" in out
     assert "the same command resumes" in out
-    stopped_at = max(losses(run_dir))
-    assert EVERY < stopped_at < STEPS
-    again = orchestrator("train", settings, "run.name=stopped")
+    assert 3 * EVERY < max(losses(run_dir)) < STEPS
+    again = orchestrator("train", settings, "run.name=on-ray")
     assert again.returncode == 0, again.stderr
     assert "resumed after step" in again.stdout
     assert_same_run(run_dir, undisturbed)
@@ -112,12 +104,11 @@ def test_ctrl_c_saves_and_the_same_command_resumes(settings: Path, undisturbed: 
 def test_killed_debug_run_resumes_bitwise(settings: Path, ranks: int) -> None:
     """Three ranks: the order in which gloo sums depends on DDP's buckets, which must be settled before a resume too."""
     forked.finished(settings, f"run.name=whole{ranks}", ranks=ranks)
-    run_dir = settings.parent / "runs" / f"dead{ranks}"
-    with started("debug", settings, "--nproc", str(ranks), f"run.name=dead{ranks}") as process:
-        wait_for_step(run_dir, EVERY + 10, process)
-        os.killpg(process.pid, signal.SIGKILL)
+    run_dir, words = settings.parent / "runs" / f"dead{ranks}", [f"run.name=dead{ranks}"]
+    dead = forked.run(settings, *words, ranks=ranks, hook=partial(forked.at_step, EVERY + 5, signal.SIGKILL))
+    assert dead.codes == [-signal.SIGKILL] * ranks, dead.log
     assert not (run_dir / "model").exists()
-    forked.finished(settings, f"run.name=dead{ranks}", ranks=ranks)
+    assert f"resumed after step {EVERY}" in forked.finished(settings, *words, ranks=ranks)
     assert_same_run(run_dir, settings.parent / "runs" / f"whole{ranks}")
 
 
@@ -128,18 +119,14 @@ def test_sigterm_in_debug_saves_and_resumes(settings: Path, undisturbed: Path) -
         process.send_signal(signal.SIGTERM)  # to the parent alone, which passes it on
         process.communicate(timeout=60)
     assert process.returncode == 3
-    again = orchestrator("debug", settings, "--nproc", "2", "run.name=terminated")
-    assert again.returncode == 0, again.stderr
+    assert "resumed after step" in forked.finished(settings, "run.name=terminated", ranks=2)
     assert_same_run(run_dir, undisturbed)
 
 
 def test_resume_at_another_world_size_sees_the_same_batches(settings: Path, undisturbed: Path) -> None:
-    run_dir = settings.parent / "runs" / "resized"
-    with started("debug", settings, "run.name=resized") as process:
-        wait_for_step(run_dir, EVERY + 5, process)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-    assert process.returncode == 3
-    forked.finished(settings, "run.name=resized", ranks=3)
+    run_dir, words = settings.parent / "runs" / "resized", ["run.name=resized"]
+    stopped = forked.run(settings, *words, hook=partial(forked.at_step, EVERY + 5, signal.SIGINT))
+    assert stopped.codes == [3], stopped.log
+    forked.finished(settings, *words, ranks=3)
     expected = losses(undisturbed)
     assert losses(run_dir) == pytest.approx(expected, abs=1e-5)
