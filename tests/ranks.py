@@ -16,53 +16,90 @@ from orchestrator.world import World
 TIMEOUT_S = 240.0
 
 
+class Ranks:
+    """Ranks that stay from one call to the next; where one has failed, the next call starts others."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._running: list[tuple[Any, Any]] = []  # process and pipe of each
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def call(self, run: Callable[..., Any], *args: Any, seconds: float = TIMEOUT_S) -> list[Any]:
+        """`run(world, *args)` on every rank; what each returned, by rank. `run` travels by its name, so a test's own is
+        of a module that can be imported; what it returns is pickled.
+
+        Raises:
+            AssertionError: a rank raised, with its traceback, or died, or has not returned after so many seconds.
+        """
+        if not self._running:
+            self._start()
+        results: list[Any] = [None] * self.size
+        waiting, deadline = set(range(self.size)), time.monotonic() + seconds
+        try:
+            for _, pipe in self._running:
+                pipe.send_bytes(pickle.dumps((run, args)))
+            while waiting:
+                assert time.monotonic() < deadline, f"ranks {sorted(waiting)} have not come to an end"
+                for number in list(waiting):
+                    pipe = self._running[number][1]
+                    if not pipe.poll(0.01):
+                        continue
+                    try:
+                        failed, results[number] = pickle.loads(pipe.recv_bytes())
+                    except EOFError:
+                        failed, results[number] = True, "died"
+                    assert not failed, f"rank {number} of {self.size}: {results[number]}"
+                    waiting.remove(number)
+        except BaseException:
+            for process, _ in self._running:
+                process.kill()
+            self._end()
+            raise
+        return results
+
+    def _start(self) -> None:
+        start_forking()
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+        env |= {"WORLD_SIZE": str(self.size), "LOCAL_WORLD_SIZE": str(self.size), "DS_ACCELERATOR": "cpu"}
+        for rank in range(self.size):
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_rank, args=(theirs, env | {"RANK": str(rank)}))
+            process.start()
+            theirs.close()
+            self._running.append((process, ours))
+
+    def _end(self) -> None:
+        for _, pipe in self._running:
+            pipe.close()  # where a rank waits for another call it ends
+        for process, _ in self._running:
+            process.join()
+        self._running = []
+
+
 def on_gloo(size: int, run: Callable[..., Any], *args: Any) -> list[Any]:
-    """`run(world, *args)` on every rank; what each returned, by rank. `run` travels by its name, so a test's own is of
-    a module that can be imported; what it returns is pickled.
-
-    Raises:
-        AssertionError: a rank raised or died; with its traceback.
-    """
-    start_forking()
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-    env |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "DS_ACCELERATOR": "cpu"}
-    pipes = [FORKS.Pipe(duplex=False) for _ in range(size)]
-    ranks = [
-        FORKS.Process(target=_rank, args=(pipes[rank][1], env | {"RANK": str(rank)}, run, args)) for rank in range(size)
-    ]
-    for rank, (_, given) in zip(ranks, pipes, strict=True):
-        rank.start()
-        given.close()
-    results: list[Any] = [None] * size
-    waiting, deadline = set(range(size)), time.monotonic() + TIMEOUT_S
-    try:
-        while waiting:
-            assert time.monotonic() < deadline, f"ranks {sorted(waiting)} have not come to an end"
-            for number in list(waiting):
-                if not pipes[number][0].poll(0.01):
-                    continue
-                try:
-                    failed, results[number] = pickle.loads(pipes[number][0].recv_bytes())
-                except EOFError:
-                    failed, results[number] = True, "died"
-                assert not failed, f"rank {number} of {size}: {results[number]}"
-                waiting.remove(number)
-    finally:
-        for rank in ranks:
-            if waiting:
-                rank.kill()
-            rank.join()
-    return results
+    """`Ranks.call`, once."""
+    with Ranks(size) as ranks:
+        return ranks.call(run, *args)
 
 
-def _rank(pipe: Any, env: dict[str, str], run: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(pipe: Any, env: dict[str, str]) -> None:
     gc.freeze()  # as in forked.py
     os.environ.update(env)
     torch.set_num_threads(1)
-    try:
-        made = False, run(World.join(60, use_gpu=False), *args)
-    except BaseException:
-        made = True, traceback.format_exc()
-    pipe.send_bytes(pickle.dumps(made))  # by send, tensors would go through memory that ends with this process
-    pipe.close()
-    os._exit(0)
+    world: World | None = None
+    while True:
+        try:
+            run, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        try:
+            world = world or World.join(60, use_gpu=False)
+            made = False, run(world, *args)
+        except BaseException:
+            made = True, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(made))  # by send, tensors would go through memory that ends with this process
