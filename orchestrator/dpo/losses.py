@@ -21,7 +21,8 @@ exp(80) but not exp(89). What lies beyond has no gradient."""
 
 
 class PairTerms(NamedTuple):
-    """What a loss may see of the pairs, all [B]: log-probs summed over completion tokens."""
+    """What a loss may see of the pairs, all [B]: log-probs summed over completion tokens, those beyond the shorter one
+    of a pair weighing dpo.ld_alpha."""
 
     chosen_logps: torch.Tensor
     rejected_logps: torch.Tensor
@@ -29,15 +30,18 @@ class PairTerms(NamedTuple):
     ref_rejected_logps: torch.Tensor
     chosen_tokens: torch.Tensor  # of the completion; an empty prompt leaves its first one unscored, yet counted here
     rejected_tokens: torch.Tensor
+    chosen_token_sum: torch.Tensor  # chosen_logps with every token weighing 1
+    on_policy: torch.Tensor | None = None  # with dpo.use_weighting: the factor of the pair's loss, without gradient
 
     @classmethod
     def split(cls, logps: torch.Tensor, ref_logps: torch.Tensor, tokens: torch.Tensor) -> "PairTerms":
-        """From [2B] tensors, chosen half first."""
-        return cls(*logps.chunk(2), *ref_logps.chunk(2), *tokens.chunk(2))
+        """From [2B] tensors, chosen half first, where no token weighs less than another."""
+        halves = [half for both in (logps, ref_logps, tokens) for half in both.chunk(2)]
+        return cls(*halves, chosen_token_sum=halves[0])
 
     def of(self, pairs: slice) -> "PairTerms":
         """The same of some pairs."""
-        return PairTerms(*(term[pairs] for term in self))
+        return PairTerms(*(None if term is None else term[pairs] for term in self))  # pyright: ignore
 
 
 Loss = Callable[[PairTerms, DpoSpec], torch.Tensor]
@@ -47,14 +51,18 @@ Both = tuple[torch.Tensor, torch.Tensor]
 
 def pair_losses(terms: PairTerms, dpo: DpoSpec, counts: Counts) -> torch.Tensor:
     """[B] the weighted sum of the losses asked for, whose mean over the pairs of the GLOBAL batch, which has `counts`,
-    is the loss of the step. Several at once: MPO, Wang et al. 2024, arXiv 2411.10442."""
+    is the loss of the step. Several at once: MPO, Wang et al. 2024, arXiv 2411.10442.
+
+    With dpo.use_weighting each is multiplied by how likely the policy itself would write the pair, w(y_w) w(y_l), where
+    log w(y) is the mean over tokens of log p(token) - log(sum of p^2). WPO: Zhou et al. 2024, arXiv 2406.11827, eq. 2.
+    """
     found = torch.zeros_like(terms.chosen_logps)
     for name, weight in zip(dpo.loss_types, dpo.weights, strict=True):
         losses = LOSSES[name](terms, dpo)
         if name in TOKEN_MEANS:
             losses = losses * (counts.pairs / max(counts.chosen_tokens, 1))
         found = found + weight * losses
-    return found
+    return found if terms.on_policy is None else terms.on_policy * found
 
 
 def log_ratios(terms: PairTerms) -> Both:
@@ -191,7 +199,7 @@ def discopop(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
 def sft(terms: PairTerms, _: DpoSpec) -> torch.Tensor:
     """[B] -log p_w, for a mean over all chosen tokens of the global batch. Added to sigmoid it makes RPO, as TRL has
     it: Pang et al. 2024, arXiv 2404.19733, eq. 1."""
-    return -terms.chosen_logps
+    return -terms.chosen_token_sum
 
 
 def sigmoid_norm(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:

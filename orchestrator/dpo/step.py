@@ -13,7 +13,7 @@ from torch import nn
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.losses import PairTerms, pair_losses, rewards
 from orchestrator.models.layers import captured_at
-from orchestrator.models.logps import TokenTerms, body_hidden, loss_in_head, sequence_sums
+from orchestrator.models.logps import PairSums, TokenTerms, body_hidden, loss_in_head, sequence_sums
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import DpoSpec
 
@@ -85,12 +85,21 @@ class PairStep(nn.Module):
             ref_logps = self.ask_reference(batch, *captured)
         known = PairTerms.split(torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens)
 
-        def shares(pairs: slice, logps: torch.Tensor) -> torch.Tensor:
-            terms = known.of(pairs)._replace(chosen_logps=logps[:, 0], rejected_logps=logps[:, 1])
-            return pair_losses(terms, self.dpo, counts) * batch.pair_weights[pairs] / counts.pairs
+        def terms_of(pairs: slice, sums: PairSums) -> PairTerms:
+            chosen, rejected = sums.logps.unbind(1)
+            on_policy = None if sums.aligned is None else sums.aligned.sum(1).exp()
+            return known.of(pairs)._replace(
+                chosen_logps=chosen, rejected_logps=rejected, chosen_token_sum=sums.chosen, on_policy=on_policy
+            )
 
-        scored = loss_in_head(self.policy, hidden, batch, shares, self.token_metrics)
-        terms = PairTerms.split(scored.logps, ref_logps, batch.completion_tokens)
+        def shares(pairs: slice, sums: PairSums) -> torch.Tensor:
+            losses = pair_losses(terms_of(pairs, sums), self.dpo, counts)
+            return losses * batch.pair_weights[pairs] / counts.pairs
+
+        scored = loss_in_head(
+            self.policy, hidden, batch, shares, self.token_metrics, self.dpo.ld_alpha, self.dpo.use_weighting
+        )
+        terms = terms_of(slice(None), scored.sums)
         losses = pair_losses(terms, self.dpo, counts)
         metric_sums = self._metric_sums(batch, scored.tokens, terms, losses)
         return StepOutput(scored.loss, metric_sums, scored.logps, ref_logps, losses)

@@ -19,8 +19,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**26  # logits alive at once (256 MB in fp32); what needs more chunks is computed twice
-PairLosses = Callable[[slice, torch.Tensor], torch.Tensor]
-"""(which pairs, their log-probs [b, 2] in fp64, chosen first) -> [b] their share of the loss of the global batch."""
+
+
+class PairSums(NamedTuple):
+    """What a loss may see of the tokens of b pairs, in fp64, the chosen first."""
+
+    logps: torch.Tensor  # [b, 2] summed over completion tokens, those beyond the shorter one weighing dpo.ld_alpha
+    chosen: torch.Tensor  # [b] of the chosen, every token weighing 1
+    aligned: torch.Tensor | None  # [b, 2] mean over tokens of log p(label) - log(sum of p^2), without gradient
+
+
+PairLosses = Callable[[slice, PairSums], torch.Tensor]
+"""(which pairs, their sums) -> [b] their share of the loss of the global batch."""
 
 
 class TokenTerms(NamedTuple):
@@ -52,6 +62,33 @@ def _pair_sums(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
     """[..., C] -> [..., B, 2] sums in fp64; each in one order whatever the device, unlike an index_add."""
     parts = [part.sum(-1, dtype=torch.float64) for part in values.split(list(scored), dim=-1)]
     return torch.stack(parts, dim=-1).unflatten(-1, (-1, 2))
+
+
+class _Tails(NamedTuple):
+    """How the tokens of a pair beyond its shorter completion count. LD-DPO: Liu et al. 2024, arXiv 2409.06411: with n
+    tokens in the shorter one, log p(y) is sum(log p of the first n) + ld_alpha * sum(log p of the rest)."""
+
+    ld_alpha: float | None  # None: as the others, and a sequence is summed in one part
+
+    def parts(self, scored: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens of each sequence -> of each of its parts."""
+        if self.ld_alpha is None:
+            return scored
+        both = [(min(pair), tokens) for pair in zip(scored[::2], scored[1::2], strict=True) for tokens in pair]
+        return tuple(part for shared, tokens in both for part in (shared, tokens - shared))
+
+    def sums(self, of_parts: torch.Tensor, aligned: torch.Tensor | None) -> PairSums:
+        """of_parts: [b, 2], or with ld_alpha [2b, 2], as `_pair_sums` makes them of the parts."""
+        if self.ld_alpha is None:
+            return PairSums(of_parts, of_parts[:, 0], aligned)
+        shared, rest = of_parts.unflatten(0, (-1, 2)).unbind(-1)
+        return PairSums(shared + self.ld_alpha * rest, shared[:, 0] + rest[:, 0], aligned)
+
+
+def _pair_means(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
+    """[C] -> [B, 2] means in fp64; 0 of no token."""
+    tokens = torch.tensor(scored, dtype=torch.float64).clamp(min=1).view(-1, 2)
+    return _pair_sums(values, scored) / tokens.to(values.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -134,43 +171,67 @@ class Scored(NamedTuple):
     """What the head makes of a batch."""
 
     loss: torch.Tensor  # scalar fp64, with gradient
-    logps: torch.Tensor  # [2B] fp64, all chosen first, without
+    sums: PairSums  # of all B pairs, without
     tokens: TokenTerms | None
+
+    @property
+    def logps(self) -> torch.Tensor:
+        """[2B] fp64, all chosen first."""
+        return self.sums.logps.t().flatten()
 
 
 def loss_in_head(
-    model: "PreTrainedModel", hidden: torch.Tensor, batch: PairBatch, pair_losses: PairLosses, with_metrics: bool
+    model: "PreTrainedModel",
+    hidden: torch.Tensor,
+    batch: PairBatch,
+    pair_losses: PairLosses,
+    with_metrics: bool,
+    ld_alpha: float | None = None,
+    with_aligned: bool = False,
 ) -> Scored:
     """The loss of a batch, for losses that look at one pair at a time. hidden: [R, T, H].
 
     Logits of at most CHUNK_LOGITS elements exist at a time, in forward and in backward.
+
+    ld_alpha: see PairSums.logps; with_aligned: see PairSums.aligned, which is None otherwise.
     """
     head, selected = Head.of(model), _selected(hidden, batch)
+    tails = _Tails(ld_alpha)
     if head.is_plain:
         if head.scale != 1.0:
             selected = selected * head.scale
         with head.weight_at_hand() as weight:
             if not torch.is_grad_enabled():  # or the Function would be told to make gradients that nobody takes
                 selected, weight = selected.detach(), weight.detach()
-            loss, logps, *tokens = _LossInHead.apply(selected, weight, batch, pair_losses, with_metrics)  # pyright: ignore
-        return Scored(loss, logps, TokenTerms(*tokens) if with_metrics else None)
-    token_logps, tokens = _token_terms(head, selected, batch.completion_labels, with_metrics)
-    sums = _pair_sums(token_logps, batch.scored)
-    return Scored(pair_losses(slice(None), sums).sum(), sums.detach().t().flatten(), tokens)
+            loss, logps, chosen, aligned, *tokens = _LossInHead.apply(  # pyright: ignore
+                selected, weight, batch, pair_losses, tails, with_metrics, with_aligned
+            )
+        sums = PairSums(logps, chosen, aligned if with_aligned else None)
+        return Scored(loss, sums, TokenTerms(*tokens) if with_metrics else None)
+    logps, aligned, tokens = _token_terms(head, selected, batch.completion_labels, with_metrics, with_aligned)
+    of_parts = _pair_sums(logps, tails.parts(batch.scored))
+    sums = tails.sums(of_parts, None if aligned is None else _pair_means(aligned, batch.scored))
+    return Scored(pair_losses(slice(None), sums).sum(), _detached(sums), tokens)
+
+
+def _detached(sums: PairSums) -> PairSums:
+    return sums._replace(logps=sums.logps.detach(), chosen=sums.chosen.detach())
 
 
 @torch.no_grad()
-def sequence_logps(model: "PreTrainedModel", batch: PairBatch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+def sequence_logps(
+    model: "PreTrainedModel", batch: PairBatch, hidden: torch.Tensor | None = None, ld_alpha: float | None = None
+) -> torch.Tensor:
     """Log-probs [2B] in fp64 of a whole model, without gradient; to the last bit those that its loss would see.
 
-    hidden: [R, T, H] its last hidden states, where they are known.
+    hidden: [R, T, H] its last hidden states, where they are known. ld_alpha: see PairSums.logps.
     """
 
-    def no_loss(_: slice, logps: torch.Tensor) -> torch.Tensor:
-        return logps.new_zeros(len(logps))
+    def no_loss(_: slice, sums: PairSums) -> torch.Tensor:
+        return sums.logps.new_zeros(len(sums.logps))
 
     hidden = body_hidden(model, batch) if hidden is None else hidden
-    return loss_in_head(model, hidden, batch, no_loss, with_metrics=False).logps
+    return loss_in_head(model, hidden, batch, no_loss, with_metrics=False, ld_alpha=ld_alpha).logps
 
 
 def _selected(hidden: torch.Tensor, batch: PairBatch) -> torch.Tensor:
@@ -204,22 +265,29 @@ class _LossInHead(torch.autograd.Function):
         weight: torch.Tensor,
         batch: PairBatch,
         pair_losses: PairLosses,
+        tails: _Tails,
         with_metrics: bool,
+        with_aligned: bool,
     ) -> tuple[torch.Tensor, ...]:
-        """-> loss [], log-probs [2B], entropy, mean logit, is top 1 [C] (empty without metrics)."""
+        """-> loss [], the sums of all pairs (aligned empty unless wanted), entropy, mean logit, is top 1 [C] (empty
+        without metrics)."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
             needed = ctx.needs_input_grad[:2]
-            work = _HeadWork(hidden.to(dtype), weight.to(dtype), batch.completion_labels, with_metrics, *needed)
+            work = _HeadWork(
+                hidden.to(dtype), weight.to(dtype), batch.completion_labels, tails, with_metrics, with_aligned, *needed
+            )
             losses = [torch.zeros((), dtype=torch.float64, device=hidden.device)]
-            sums = [hidden.new_zeros(0, 2, dtype=torch.float64)]
+            none = losses[0].new_zeros(0, 2)
+            found = [PairSums(none, none[:, 0], none)]
             for pairs, tokens in _groups(batch.scored, _rows_at_once(len(weight))):
-                made, found = work.group(tokens, batch.scored[2 * pairs.start : 2 * pairs.stop], pairs, pair_losses)
-                losses.append(made)
-                sums.append(found)
+                loss, sums = work.group(tokens, batch.scored[2 * pairs.start : 2 * pairs.stop], pairs, pair_losses)
+                losses.append(loss)
+                found.append(sums)
         ctx.found = [(work.d_hidden, hidden.dtype), (work.d_weight, weight.dtype)]
-        outputs = (torch.cat(sums).t().flatten(), *work.metrics)
+        logps, chosen, aligned = zip(*found, strict=True)
+        outputs = (torch.cat(logps), torch.cat(chosen), torch.cat(aligned if with_aligned else [none]), *work.metrics)
         ctx.mark_non_differentiable(*outputs)
         return (torch.stack(losses).sum(), *outputs)
 
@@ -233,7 +301,7 @@ class _LossInHead(torch.autograd.Function):
                 made.mul_(factor.to(made.dtype))
             given.append(None if made is None else made.to(dtype))
         del ctx.found  # given away: autograd may keep it as the gradient, and a second backward pass fails
-        return (*given, None, None, None)
+        return (*given, None, None, None, None, None)
 
 
 def _groups(scored: tuple[int, ...], rows_at_once: int) -> Iterator[tuple[slice, slice]]:
@@ -261,6 +329,12 @@ class _Softmax(NamedTuple):
         """[n, 1] of the labels."""
         return self.at_label - self.top - self.total.log()
 
+    @property
+    def aligned(self) -> torch.Tensor:
+        """[n, 1] log p(label) - log(sum of p^2)."""
+        log_root = torch.linalg.vector_norm(self.exps, dim=-1, keepdim=True).log() - self.total.log()
+        return self.logps - 2 * log_root
+
 
 class _HeadWork:
     """What _LossInHead.forward works with: hidden [C, H] and weight [V, H] in the dtype of its products."""
@@ -270,11 +344,14 @@ class _HeadWork:
         hidden: torch.Tensor,
         weight: torch.Tensor,
         labels: torch.Tensor,
+        tails: _Tails,
         with_metrics: bool,
+        with_aligned: bool,
         for_hidden: bool,
         for_weight: bool,
     ) -> None:
-        self.hidden, self.weight, self.labels, self.with_metrics = hidden, weight, labels[:, None], with_metrics
+        self.hidden, self.weight, self.labels, self.tails = hidden, weight, labels[:, None], tails
+        self.with_metrics, self.with_aligned = with_metrics, with_aligned
         self.precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         made_like = torch.empty_like if len(hidden) else torch.zeros_like  # every element will be written
         self.d_hidden = made_like(hidden, dtype=self.precise) if for_hidden else None
@@ -283,31 +360,38 @@ class _HeadWork:
 
     def group(
         self, tokens: slice, scored: tuple[int, ...], pairs: slice, pair_losses: PairLosses
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and log-probs [b, 2] of a few pairs; fills in their gradients."""
+    ) -> tuple[torch.Tensor, PairSums]:
+        """Loss and sums of a few pairs; fills in their gradients."""
         rows = _rows_at_once(len(self.weight))
         chunks = [slice(start, min(start + rows, tokens.stop)) for start in range(tokens.start, tokens.stop, rows)]
         softmax = None
         logps: list[torch.Tensor] = [self.hidden.new_zeros(0, 1, dtype=self.precise)]
+        aligned = logps.copy()
         for chunk in chunks:
             softmax = None  # the logits of the chunk before, which go before the next are made
             softmax = self._softmax(chunk, is_first=True)
             logps.append(softmax.logps)
-        found = _pair_sums(torch.cat(logps)[:, 0], scored)
+            if self.with_aligned:
+                aligned.append(softmax.aligned)
+        parts = self.tails.parts(scored)
+        of_parts = _pair_sums(torch.cat(logps)[:, 0], parts)
+        means = _pair_means(torch.cat(aligned)[:, 0], scored) if self.with_aligned else None
         if self.d_hidden is None and self.d_weight is None:
-            return pair_losses(pairs, found).sum(), found
+            sums = self.tails.sums(of_parts, means)
+            return pair_losses(pairs, sums).sum(), sums
         with torch.enable_grad():
-            leaf = found.detach().requires_grad_()
-            loss = pair_losses(pairs, leaf).sum()
-        [per_sequence] = torch.autograd.grad(loss, leaf)
-        parts = zip(per_sequence.flatten().to(self.precise).unbind(), scored, strict=True)
-        coefficients = torch.cat([one.expand(length) for one, length in parts])  # lengths on a GPU would be waited for
+            leaf = of_parts.detach().requires_grad_()
+            sums = self.tails.sums(leaf, means)
+            loss = pair_losses(pairs, sums).sum()
+        [per_part] = torch.autograd.grad(loss, leaf)
+        slopes = zip(per_part.flatten().to(self.precise).unbind(), parts, strict=True)
+        coefficients = torch.cat([one.expand(length) for one, length in slopes])  # lengths on a GPU would be waited for
         for chunk in chunks:
             if softmax is None or len(chunks) > 1:
                 softmax = None
                 softmax = self._softmax(chunk, is_first=False)
             self._gradients(chunk, softmax, coefficients[chunk.start - tokens.start : chunk.stop - tokens.start, None])
-        return loss.detach(), found
+        return loss.detach(), _detached(sums)
 
     def _softmax(self, chunk: slice, is_first: bool) -> _Softmax:
         logits = (self.hidden[chunk] @ self.weight.t()).to(self.precise)
@@ -360,43 +444,58 @@ class _HeadWork:
 # --- any head, any loss ------------------------------------------------------------------------------------------
 
 
+class _OfTokens(NamedTuple):
+    """What the head says of each of n tokens."""
+
+    logps: torch.Tensor  # [n] of the labels, by autograd
+    aligned: torch.Tensor | None  # [n]
+    terms: TokenTerms | None
+
+
 def _token_terms(
-    head: Head, selected: torch.Tensor, labels: torch.Tensor, with_metrics: bool
-) -> tuple[torch.Tensor, TokenTerms | None]:
-    """Log-probs [C] of the labels by autograd, and the metrics. selected: [C, H]."""
+    head: Head, selected: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool = False
+) -> _OfTokens:
+    """Of all C tokens. selected: [C, H]."""
     rows = _rows_at_once(head.vocabulary)
     pieces = list(zip(selected.split(rows), labels.split(rows), strict=True))
     run = _terms if len(pieces) == 1 or not torch.is_grad_enabled() else _recomputed
-    parts = [run(head, h, y, with_metrics) for h, y in pieces]
-    logps = torch.cat([part for part, _ in parts])
-    tokens = [token for _, token in parts if token is not None]
-    return logps, TokenTerms(*map(torch.cat, zip(*tokens, strict=True))) if tokens else None  # pyright: ignore
+    parts = [run(head, h, y, with_metrics, with_aligned) for h, y in pieces]
+    logps = torch.cat([part.logps for part in parts])
+    aligned = [part.aligned for part in parts if part.aligned is not None]
+    terms = [part.terms for part in parts if part.terms is not None]
+    return _OfTokens(
+        logps,
+        torch.cat(aligned) if aligned else None,
+        TokenTerms(*map(torch.cat, zip(*terms, strict=True))) if terms else None,  # pyright: ignore
+    )
 
 
-def _terms(
-    head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool
-) -> tuple[torch.Tensor, TokenTerms | None]:
+def _terms(head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool) -> _OfTokens:
     logits = head(hidden)
     normaliser = logits.logsumexp(-1)
     at_label = logits.gather(-1, labels[:, None])[:, 0]
-    if not with_metrics:
-        return at_label - normaliser, None
+    logps = at_label - normaliser
+    aligned = tokens = None
     with torch.no_grad():
-        entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-        tokens = TokenTerms(entropy, logits.mean(-1), (at_label == logits.amax(-1)).to(logits.dtype))
-    return at_label - normaliser, tokens
+        if with_aligned:
+            aligned = logps - ((2 * logits).logsumexp(-1) - 2 * normaliser)
+        if with_metrics:
+            entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
+            tokens = TokenTerms(entropy, logits.mean(-1), (at_label == logits.amax(-1)).to(logits.dtype))
+    return _OfTokens(logps, aligned, tokens)
 
 
 def _recomputed(
-    head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool
-) -> tuple[torch.Tensor, TokenTerms | None]:
+    head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool
+) -> _OfTokens:
     """`_terms` whose logits are freed and made again in the backward pass."""
-    first: list[TokenTerms | None] = []
+    first: list[_OfTokens] = []
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
-        logps, tokens = _terms(head, hidden, labels, with_metrics and not first)
-        first.append(tokens)
-        return logps
+        made = _terms(head, hidden, labels, with_metrics and not first, with_aligned and not first)
+        if not first:
+            first.append(made)
+        return made.logps
 
     logps = checkpoint(run, hidden, use_reentrant=False)
-    return logps, first[0]  # pyright: ignore[reportReturnType]
+    return first[0]._replace(logps=logps)  # pyright: ignore[reportArgumentType]

@@ -48,6 +48,7 @@ class Reference:
     is_start = False  # whether its weights are those that the policy starts with
     exact: "Reference | None" = None  # another model that it approximates, until the error is measured
     moves = False  # whether `sync` will be called
+    ld_alpha: float | None = None  # of dpo: it sums a sequence as the policy does
     weights: dict[str, torch.Tensor] = {}  # none of its own, unless it is a model of its own
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -56,7 +57,7 @@ class Reference:
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probs [2B], fp64. `captured` [R, T, H] is what entered capture_layer in the policy; unused here."""
-        return sequence_logps(self.model, batch)
+        return sequence_logps(self.model, batch, ld_alpha=self.ld_alpha)
 
     def own_bytes(self, policy: "PreTrainedModel") -> int:
         """Memory of its weights that are not the policy's as well."""
@@ -123,7 +124,7 @@ class SharedLayers(Reference):
         if captured is None:
             return super().__call__(batch)
         with torch.no_grad():
-            return sequence_logps(self.model, batch, self.upper(captured, **layout_of(batch)))
+            return sequence_logps(self.model, batch, self.upper(captured, **layout_of(batch)), self.ld_alpha)
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
         """The upper layers, and whatever else of the model holds weights that are not the policy's."""
@@ -155,7 +156,7 @@ class PolicyStart(Reference):
         training = self.model.training
         self.model.eval()  # without dropout
         try:
-            return sequence_logps(self.model, batch)
+            return sequence_logps(self.model, batch, ld_alpha=self.ld_alpha)
         finally:
             self.model.train(training)
 
@@ -183,7 +184,7 @@ class AdapterOff(PolicyStart):
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probs [2B], fp64. Dropout, which would reach it, is off: the settings see to that."""
         with adapter_off(self.layers):
-            return sequence_logps(self.model, batch)
+            return sequence_logps(self.model, batch, ld_alpha=self.ld_alpha)
 
 
 class Absent(Reference):
@@ -313,6 +314,9 @@ def build_reference(
         _let_move(made, policy)
     if wanted.offload:
         made.offload(device)
+    for judge in (made, made.exact):
+        if judge is not None:
+            judge.ld_alpha = spec.dpo.ld_alpha
     return made
 
 

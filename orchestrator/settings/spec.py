@@ -376,6 +376,12 @@ class DpoSpec(Block):
     over the difference of a pair's scores."""
     f_alpha_divergence_coef: float = Field(0.5, allow_inf_nan=False)
     """Alpha of alpha_divergence; 1 is reverse_kl. Dimensionless."""
+    ld_alpha: float | None = Field(None, ge=0, le=1)
+    """Weight of the tokens of a completion beyond as many as the other one of its pair has, in the log-probs of policy
+    and reference (LD-DPO: Liu et al. 2024, arXiv 2409.06411); 1 when not set."""
+    use_weighting: bool = False
+    """Multiply the loss of a pair by how likely the policy itself would write it (WPO: Zhou et al. 2024, arXiv
+    2406.11827)."""
     discopop_tau: float = Field(0.05, gt=0)
     """Temperature of the modulation in discopop. Dimensionless."""
     simpo_gamma: float = Field(0.5, ge=0)
@@ -915,6 +921,13 @@ def _loss_parts(spec: RunSpec) -> None:
                 dpo.f_alpha_divergence_coef,
                 f"does not act on {dpo.f_divergence_type}",
                 "remove it, or set dpo.f_divergence_type=alpha_divergence",
+            ),
+            _Clash(
+                dpo.ld_alpha is not None and set(names) == {"sft"},
+                "dpo.ld_alpha",
+                dpo.ld_alpha,
+                "does not act in sft, which counts every token of the chosen alike",
+                "remove it",
             ),
             _Clash(
                 dpo.discopop_tau != 0.05 and "discopop" not in names,
@@ -1634,6 +1647,8 @@ TRL_NAMES = {
     "f_divergence_type": "dpo.f_divergence_type",
     "f_alpha_divergence_coef": "dpo.f_alpha_divergence_coef",
     "discopop_tau": "dpo.discopop_tau",
+    "ld_alpha": "dpo.ld_alpha",
+    "use_weighting": "dpo.use_weighting",
     "simpo_gamma": "dpo.simpo_gamma",
     "rpo_alpha": "dpo.loss_type=[sigmoid, sft] with dpo.loss_weights=[1, rpo_alpha]",
     "seed": "run.seed",

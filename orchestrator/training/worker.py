@@ -233,9 +233,11 @@ def built(
     collator = _collator(spec, prepared, attention)
     loader, eval_loaders = _loaders(spec, prepared, world, cost, collator, first_batch_only)
     if spec.reference_cache != "off" and prepared.collator is None:
-        arithmetic = {"precision": precision, "attention": attention, "device": world.device.type}
+        arithmetic: dict[str, Any] = {"precision": precision, "attention": attention, "device": world.device.type}
         if _casts(spec, precision):
             arithmetic["weights"] = precision
+        if spec.dpo.ld_alpha is not None:
+            arithmetic["ld_alpha"] = spec.dpo.ld_alpha
         _open_caches(spec, loader, eval_loaders, {"reference": identity["reference"], **arithmetic})
     if found is None and world.is_main:
         _say(spec, prepared, world, precision, length.steps, why_padded)

@@ -28,7 +28,8 @@ def spec(beta: float = 0.1, **settings: Any) -> DpoSpec:
 def slopes(name: LossType, terms: PairTerms, dpo: DpoSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[B] losses and their derivatives by the log-probs of chosen and rejected."""
     chosen, rejected = (each.clone().requires_grad_() for each in terms[:2])
-    losses = LOSSES[name](terms._replace(chosen_logps=chosen, rejected_logps=rejected), dpo)
+    terms = terms._replace(chosen_logps=chosen, rejected_logps=rejected, chosen_token_sum=chosen)
+    losses = LOSSES[name](terms, dpo)
     found = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True)
     by_chosen, by_rejected = (torch.zeros_like(losses) if each is None else each for each in found)
     return losses.detach(), by_chosen, by_rejected
@@ -51,7 +52,8 @@ def test_the_chosen_half_comes_first() -> None:
 
 def test_some_of_the_pairs_keep_their_order() -> None:
     some = PairTerms.split(LOGPS, REFERENCE, TOKENS).of(slice(1, 3))
-    assert [term.tolist() for term in some] == [[-20, -7], [-18, -7], [-19, -7], [-20, -7], [1, 3], [5, 3]]
+    expected = [[-20, -7], [-18, -7], [-19, -7], [-20, -7], [1, 3], [5, 3], [-20, -7]]
+    assert [None if term is None else term.tolist() for term in some] == [*expected, None]
 
 
 def test_rewards_are_beta_times_the_log_ratio() -> None:
@@ -183,7 +185,7 @@ def test_a_smoothed_loss_is_least_where_the_margin_says_how_sure_the_label_is(na
     """sigmoid(margin) = 1 - epsilon: there the gradient is 0, and on either side points to it."""
     at = torch.tensor([TILT - 0.1, TILT, TILT + 0.1], dtype=torch.float64)
     zero = torch.zeros(3, dtype=torch.float64)
-    _, by_chosen, _ = slopes(name, PairTerms(at, zero, zero, zero, TOKENS[:3], TOKENS[3:]), spec(1.0))
+    _, by_chosen, _ = slopes(name, PairTerms(at, zero, zero, zero, TOKENS[:3], TOKENS[3:], at), spec(1.0))
     assert by_chosen.sign().tolist()[::2] == [-1, 1]
     assert by_chosen[1].item() == pytest.approx(0, abs=1e-15)
 
@@ -224,6 +226,18 @@ def test_a_batch_without_a_chosen_token_has_no_sft_loss_of_its_own() -> None:
     assert pair_losses(terms, spec(loss_type="sft"), Counts(1, 0)).tolist() == [0.0]
 
 
+def test_weighting_multiplies_the_loss_of_each_pair_and_takes_no_part_in_its_slope() -> None:
+    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)._replace(on_policy=torch.tensor([0.5, 2.0, 0.25]).double())
+    found = pair_losses(terms, spec(loss_type=["sigmoid", "ipo"], use_weighting=True), Counts(3, 9))
+    both = [first + second for first, second in zip(of("sigmoid"), of("ipo"), strict=True)]
+    assert found.tolist() == pytest.approx([0.5 * both[0], 2 * both[1], 0.25 * both[2]], rel=1e-14)
+
+
+def test_sft_counts_every_token_alike_whatever_ld_alpha_is() -> None:
+    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)._replace(chosen_token_sum=torch.tensor([-11.0, -22.0, -8.0]))
+    assert LOSSES["sft"](terms, spec(ld_alpha=0.5)).tolist() == [11, 22, 8]
+
+
 # --- numerical extremes ------------------------------------------------------------------------------------------
 
 
@@ -234,10 +248,11 @@ def test_extreme_log_ratios_leave_loss_and_gradient_finite(name: LossType, diver
     ends = [-1e4, -800.0, -90.0, -1.0, -1e-9, 0.0]
     sides = torch.tensor(list(product(ends, repeat=4)), dtype=torch.float64).t()
     tokens = torch.full((sides.shape[1],), 3)
+    terms = PairTerms(*sides, tokens, tokens, sides[0])
     for alpha in (-1.0, 0.5, 2.0):
         dpo = spec(1.0, f_divergence_type=divergence, f_alpha_divergence_coef=alpha)
         for tau in (0.05, 2.0):
-            found = slopes(name, PairTerms(*sides, tokens, tokens), dpo.model_copy(update={"discopop_tau": tau}))
+            found = slopes(name, terms, dpo.model_copy(update={"discopop_tau": tau}))
             assert all(each.isfinite().all() for each in found)
 
 

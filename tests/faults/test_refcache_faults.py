@@ -242,12 +242,13 @@ def losses_so_far(run: Run) -> dict[int, float]:
 
 
 def test_another_reference_never_takes_the_first_ones_answers(runner: Runner, lazy: Run) -> None:
-    other = runner.finished("lazy", "other", "run.seed=8", "training.epochs=1")
-    assert_each_once(other.pairs)
-    folders = list((lazy.folder.parent / ".cache" / "reference_logps").iterdir())
-    assert len(folders) == 2
-    first = [json.loads((folder / "meta.json").read_text()) for folder in folders]
-    assert first[0]["reference"]["weights"] != first[1]["reference"]["weights"]
+    """Nor do log-probs that are summed otherwise."""
+    for name, word in (("other", "run.seed=8"), ("desensitised", "dpo.ld_alpha=0.5")):
+        assert_each_once(runner.finished("lazy", name, word, "training.epochs=1").pairs)
+    found = (lazy.folder.parent / ".cache" / "reference_logps").glob("*/meta.json")
+    metas = [json.loads(meta.read_text()) for meta in found]
+    assert len({meta["reference"]["weights"] for meta in metas}) == 2
+    assert sorted(meta.get("ld_alpha", 1.0) for meta in metas) == [0.5, 1.0, 1.0]
 
 
 def weights(run: Run) -> dict[str, bytes]:

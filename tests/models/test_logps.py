@@ -14,6 +14,7 @@ from orchestrator.data.collate import PairBatch, PreferenceCollator
 from orchestrator.models import logps as module
 from orchestrator.models.logps import (
     Head,
+    PairSums,
     Scored,
     TokenTerms,
     body_hidden,
@@ -42,10 +43,11 @@ def made_model(plain: bool = True, dtype: torch.dtype = FP64, **config: Any) -> 
     return model
 
 
-def pair_losses(pairs: slice, logps: torch.Tensor) -> torch.Tensor:
+def pair_losses(pairs: slice, sums: PairSums) -> torch.Tensor:
     """Of both log-probs, not linear, and another one for every pair."""
-    weights = torch.linspace(0.2, 1.3, 100, dtype=FP64)[pairs][: len(logps)]
-    return weights * softplus(1.1 * logps[:, 1] - 0.9 * logps[:, 0] + 3)
+    chosen, rejected = sums.logps.unbind(1)
+    weights = torch.linspace(0.2, 1.3, 100, dtype=FP64)[pairs][: len(chosen)]
+    return weights * softplus(1.1 * rejected - 0.9 * chosen + 3)
 
 
 def scored(model: Any, batch: PairBatch, with_metrics: bool = True) -> Scored:
@@ -66,9 +68,9 @@ def naive(model: Any, rows: list[dict[str, Any]]) -> Scored:
             found.append(TokenTerms(entropy, logits.mean(-1), (logits.argmax(-1) == ids[begin:]).double()))
             sums.append(log_probs.gather(1, ids[begin:, None]).sum(dtype=FP64))
     by_pair = torch.stack(sums).view(-1, 2)
-    loss = pair_losses(slice(0, len(rows)), by_pair).sum()
+    loss = pair_losses(slice(0, len(rows)), PairSums(by_pair, by_pair[:, 0], None)).sum()
     tokens = TokenTerms(*(torch.cat(column).detach() for column in zip(*found, strict=True)))
-    return Scored(loss, by_pair.detach().t().flatten(), tokens)
+    return Scored(loss, PairSums(by_pair.detach(), by_pair[:, 0].detach(), None), tokens)
 
 
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -119,10 +121,10 @@ def test_the_most_probable_token_is_found(plain: bool) -> None:
 
 @both_heads
 def test_only_the_loss_carries_a_gradient(plain: bool) -> None:
-    loss, logps, tokens = scored(made_model(plain), pair_batch(3))
+    loss, sums, tokens = scored(made_model(plain), pair_batch(3))
     assert loss.requires_grad
     assert tokens is not None
-    assert not any(tensor.requires_grad for tensor in (logps, *tokens))
+    assert not any(tensor.requires_grad for tensor in (sums.logps, sums.chosen, *tokens))
 
 
 @both_layouts

@@ -15,8 +15,10 @@ from orchestrator.data.collate import PackedCollator
 from orchestrator.models import logps
 from orchestrator.models.logps import (
     Head,
+    PairSums,
     Scored,
     TokenTerms,
+    _detached,
     _pair_sums,
     _selected,
     _token_terms,
@@ -40,9 +42,15 @@ def no_memory_is_zero_by_chance() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def pair_losses(pairs: slice, found: torch.Tensor) -> torch.Tensor:
+def pair_losses(pairs: slice, sums: PairSums) -> torch.Tensor:
     """[b] a loss whose slope differs from pair to pair."""
-    return -logsigmoid(0.3 * (found[:, 0] - 0.9 * found[:, 1])) * WEIGHTS[pairs] / PAIRS
+    chosen, rejected = sums.logps.unbind(1)
+    return -logsigmoid(0.3 * (chosen - 0.9 * rejected)) * WEIGHTS[pairs] / PAIRS
+
+
+def alike(logps: torch.Tensor) -> PairSums:
+    """[b, 2] of tokens that all weigh 1."""
+    return PairSums(logps, logps[:, 0], None)
 
 
 def random_hidden(dtype: torch.dtype, size: int = 32) -> torch.Tensor:
@@ -75,9 +83,9 @@ def in_head(model: PreTrainedModel, hidden: torch.Tensor, scale: float = 1.0) ->
 def by_autograd(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
     """The path that any other head takes."""
     head = Head.of(model)
-    found, tokens = _token_terms(head, _selected(hidden, BATCH), BATCH.completion_labels, True)
-    sums = _pair_sums(found, BATCH.scored)
-    scored = Scored(pair_losses(slice(None), sums).sum(), sums.detach().t().flatten(), tokens)
+    found, _, tokens = _token_terms(head, _selected(hidden, BATCH), BATCH.completion_labels, True)
+    sums = alike(_pair_sums(found, BATCH.scored))
+    scored = Scored(pair_losses(slice(None), sums).sum(), _detached(sums), tokens)
     return finished(scored, hidden, head.module, 1.0)
 
 
@@ -88,11 +96,11 @@ def naive(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
     log_probs = logits.log_softmax(-1)
     picked = log_probs.gather(1, BATCH.completion_labels[:, None])[:, 0]
     sums = torch.stack([part.double().sum() for part in picked.split(list(BATCH.scored))]).view(-1, 2)
-    loss = sum((pair_losses(slice(i, i + 1), sums[i : i + 1])[0] for i in range(PAIRS)), torch.zeros(()))
+    loss = sum((pair_losses(slice(i, i + 1), alike(sums[i : i + 1]))[0] for i in range(PAIRS)), torch.zeros(()))
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     top1 = (logits.argmax(-1) == BATCH.completion_labels).to(logits.dtype)
     tokens = TokenTerms(entropy.detach(), logits.mean(-1).detach(), top1)
-    return finished(Scored(loss, sums.detach().t().flatten(), tokens), hidden, head, 1.0)
+    return finished(Scored(loss, alike(sums.detach()), tokens), hidden, head, 1.0)
 
 
 def assert_near(left: Made, right: Made, tolerance: float) -> None:
@@ -117,6 +125,56 @@ def test_value_gradient_and_metrics_equal_autograd(
     monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
     assert_near(in_head(model, hidden), expected, tolerance)
     assert_near(by_autograd(model, hidden), expected, tolerance)
+
+
+LD_ALPHA = 0.3
+
+
+def of_everything(pairs: slice, sums: PairSums) -> torch.Tensor:
+    """[b] a loss of all that a loss may see."""
+    assert sums.aligned is not None
+    return (pair_losses(pairs, sums) - 0.1 * sums.chosen * WEIGHTS[pairs]) * sums.aligned.sum(1).exp()
+
+
+def naive_everything(model: PreTrainedModel, hidden: torch.Tensor) -> Scored:
+    """One token at a time."""
+    logits = Head.of(model).module(hidden).flatten(0, 1)[BATCH.completion_index]
+    log_probs = logits.log_softmax(-1)
+    picked = log_probs.gather(1, BATCH.completion_labels[:, None])[:, 0]
+    aligned = (picked - log_probs.exp().square().sum(-1).log()).detach().split(list(BATCH.scored))
+    sequences = picked.split(list(BATCH.scored))
+    sums: list[torch.Tensor] = []
+    for i, each in enumerate(sequences):
+        shorter = min(BATCH.scored[i], BATCH.scored[i ^ 1])
+        sums.append(torch.stack([each[k] * (1 if k < shorter else LD_ALPHA) for k in range(len(each))]).sum())
+    chosen = torch.stack([each.sum() for each in sequences[::2]])
+    means = torch.stack([each.mean() for each in aligned]).view(-1, 2)
+    made = PairSums(torch.stack(sums).view(-1, 2), chosen, means)
+    return Scored(of_everything(slice(None), made).sum(), _detached(made), None)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("plain", [True, False], ids=["plain head", "any head"])
+def test_tokens_that_weigh_less_and_how_the_policy_would_have_written_them(
+    plain: bool, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len({BATCH.scored[i] > BATCH.scored[i + 1] for i in range(0, 2 * PAIRS, 2)}) == 2
+    model, hidden = tiny_model(dtype=torch.float64), random_hidden(torch.float64).requires_grad_()
+    leaves = [hidden, *Head.of(model).module.parameters()]
+    expected = naive_everything(model, hidden)
+    slopes = torch.autograd.grad(expected.loss, leaves)
+    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    if not plain:
+        monkeypatch.setattr(Head, "is_plain", False)
+    with torch.no_grad():
+        unlearned = loss_in_head(model, hidden, BATCH, of_everything, False, LD_ALPHA, True)
+    found = loss_in_head(model, hidden, BATCH, of_everything, False, LD_ALPHA, True)
+    for each, right in zip(torch.autograd.grad(found.loss, leaves), slopes, strict=True):
+        assert (each - right).norm() <= 1e-12 * right.norm()
+    for made in (found, unlearned):
+        assert made.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+        for name, each, right in zip(PairSums._fields, made.sums, expected.sums, strict=True):
+            assert torch.allclose(each, right, rtol=1e-12), name  # pyright: ignore[reportArgumentType]
 
 
 def test_pairs_are_cut_as_the_sizes_above_say() -> None:
@@ -192,13 +250,16 @@ class Largest(TorchDispatchMode):
         return made
 
 
+@pytest.mark.parametrize("options", [(), (LD_ALPHA, True)], ids=["plain", "ld_alpha, aligned"])
 @pytest.mark.parametrize("with_gradient", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_no_more_logits_than_allowed_are_made(size: str, with_gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_logits_than_allowed_are_made(
+    size: str, with_gradient: bool, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
     model, hidden = tiny_model(), random_hidden(torch.float32).requires_grad_()
     with Largest() as watched, torch.set_grad_enabled(with_gradient):
-        scored = loss_in_head(model, hidden, BATCH, pair_losses, True)
+        scored = loss_in_head(model, hidden, BATCH, pair_losses, True, *options)
         if with_gradient:
             scored.loss.backward()
     assert 0 < watched.logits <= max(SIZES[size], VOCABULARY)
@@ -307,7 +368,7 @@ def test_every_parameter_gets_the_gradient_of_the_models_own_logits(
     # their norms and soft caps are in fp32 somewhere, whatever the model's type
     exact = case in ("tied", "untied")
     assert torch.allclose(scored.logps, expected.detach(), rtol=0, atol=1e-10 if exact else 1e-5)
-    loss = pair_losses(slice(None), expected.view(2, -1).t()).sum()
+    loss = pair_losses(slice(None), alike(expected.view(2, -1).t())).sum()
     assert_same_gradients(found, model_gradients(model, loss), 1e-10 if exact else 1e-5)
 
 

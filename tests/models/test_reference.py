@@ -104,7 +104,9 @@ def test_its_log_probs_are_to_the_last_bit_those_of_the_same_policy_without_grad
     batch = pair_batch(4, packed=packed)
     found = reference(batch)
     hidden = body_hidden(policy, batch)
-    expected = loss_in_head(policy, hidden, batch, lambda _, logps: logps[:, 0] - logps[:, 1], with_metrics=True)
+    expected = loss_in_head(
+        policy, hidden, batch, lambda _, sums: sums.logps[:, 0] - sums.logps[:, 1], with_metrics=True
+    )
     assert expected.loss.requires_grad
     assert found.dtype == torch.float64
     assert not found.requires_grad
@@ -286,6 +288,18 @@ def test_shared_layers_in_other_architectures(tmp_path: Path, kind: str, config:
 # --- adapters ----------------------------------------------------------------------------------------------------
 
 LORA = {"lora": {"r": 4}}
+
+
+@pytest.mark.parametrize("kind", ["copy", "shared_layers", "adapter_off", "precomputed"])
+def test_every_kind_sums_a_sequence_as_the_policy_does(spec_of: Callable[..., RunSpec], kind: str) -> None:
+    dpo, batch = DpoSpec(ld_alpha=0.3), pair_batch(4, packed=True)  # pyright: ignore[reportCallIssue]
+    shared = {"num_shared_layers": 2} if kind == "shared_layers" else {}
+    spec = spec_of(LORA if kind == "adapter_off" else None, kind=kind, **shared)
+    policy, reference = built(spec.model_copy(update={"dpo": dpo}))
+    expected = sequence_logps(policy, batch, ld_alpha=0.3)
+    output = PairStep(policy, reference, dpo)(batch, Counts(4, 1))
+    assert all(torch.equal(found, expected) for found in (output.logps, output.ref_logps, reference(batch)))
+    assert not torch.equal(sequence_logps(policy, batch), expected)
 
 
 @both_layouts

@@ -3,7 +3,7 @@
 `python tests/parity/test_losses.py` prints the table.
 """
 
-import math
+import functools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,7 +30,7 @@ from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.fused import fuse
 from orchestrator.models.policy import load_tokenizer
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import OF_SCORES, SMOOTHED, DpoSpec, FDivergence, LossType
+from orchestrator.settings.spec import OF_SCORES, SMOOTHED, DpoSpec, LossType
 from orchestrator.training.metrics import means
 
 need_trl()
@@ -42,6 +42,8 @@ TRL_IS_NEAR = 1e-4  # how far TRL may be from the truth; what is further is anot
 GRADIENT_FP32 = 2e-5
 TRL_GRADIENT_IS_NEAR = 1e-3  # of ipo with forward_kl, whose parts cancel, 9e-5; of any other 1e-5
 NOT_TRLS = ("cdpo", "simpo", "orpo")  # no losses of TRL's DPOTrainer
+NOT_WEIGHTED_BY_TRL = ("hinge", "sft")  # it raises: an in-place product would change what the backward pass needs
+SPLIT_IN_TRL = ("sft",)  # there of a micro-batch, here of the global batch: in one micro-batch they are the same
 
 
 # --- what is compared --------------------------------------------------------------------------------------------
@@ -55,22 +57,27 @@ def plain(name: LossType) -> DpoSpec:
     return dpo_spec(name, label_smoothing=1e-3 if name == "exo_pair" else 0.0)
 
 
-def diverging(name: LossType, divergence: FDivergence, **settings: Any) -> DpoSpec:
-    return dpo_spec(name, label_smoothing=plain(name).label_smoothing, f_divergence_type=divergence, **settings)
+def with_option(name: LossType, **option: Any) -> DpoSpec:
+    return dpo_spec(name, label_smoothing=plain(name).label_smoothing, **option)
 
 
 TABLE: list[DpoSpec] = [
     *map(plain, get_args(LossType)),
     *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED),
-    *(diverging(name, "forward_kl") for name in OF_SCORES),
-    *(diverging(name, "js_divergence") for name in OF_SCORES),
-    *(diverging(name, "alpha_divergence") for name in OF_SCORES),
-    *(diverging("sigmoid", "alpha_divergence", f_alpha_divergence_coef=alpha) for alpha in (-0.5, 1.0, 1.7)),
+    *(with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"),  # where it does not act
+    *(with_option(name, use_weighting=True) for name in get_args(LossType)),
+    *(with_option(name, f_divergence_type="forward_kl") for name in OF_SCORES),
+    *(with_option(name, f_divergence_type="js_divergence") for name in OF_SCORES),
+    *(with_option(name, f_divergence_type="alpha_divergence") for name in OF_SCORES),
+    *(dpo_spec("sigmoid", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=a) for a in (-0.5, 1.0, 1.7)),
+    *(dpo_spec("sigmoid", ld_alpha=alpha) for alpha in (0.0, 1.0)),
     dpo_spec("discopop", discopop_tau=1.5),
     dpo_spec("simpo", simpo_gamma=1.2),
     dpo_spec(["sigmoid", "sft"], loss_weights=[1, 0.5]),  # RPO
     dpo_spec(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1]),  # MPO
+    dpo_spec(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1], ld_alpha=0.4),  # not in its last
     dpo_spec(["hinge", "apo_zero"]),
+    dpo_spec(["ipo", "apo_zero"], loss_weights=[1, 0.5], use_weighting=True, ld_alpha=0.4),
     dpo_spec(["sigmoid", "exo_pair"], loss_weights=[0.5, 1], label_smoothing=0.1),  # which acts in the second alone
     dpo_spec(["robust", "sft"], label_smoothing=0.2, f_divergence_type="js_divergence"),
 ]
@@ -80,27 +87,65 @@ def named(dpo: DpoSpec) -> str:
     """The settings that differ from their defaults."""
     weights = [f"{weight:g} " if dpo.loss_weights else "" for weight in dpo.weights]
     words = [" + ".join(weight + name for weight, name in zip(weights, dpo.loss_types, strict=True))]
-    for name in ("label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "simpo_gamma"):
-        if (value := getattr(dpo, name)) != DpoSpec.model_fields[name].default:
+    for name, field in DpoSpec.model_fields.items():
+        value = getattr(dpo, name)
+        if value != field.default and name not in ("loss_type", "loss_weights", "beta"):
             words.append(str(value) if name == "f_divergence_type" else f"{name}={value}")
     return ", ".join(words)
 
 
+def is_trls(dpo: DpoSpec) -> bool:
+    """Whether TRL can say what the loss is."""
+    beyond = {*NOT_TRLS, *(NOT_WEIGHTED_BY_TRL if dpo.use_weighting else ())}
+    return beyond.isdisjoint(dpo.loss_types)
+
+
+def remark(dpo: DpoSpec) -> str:
+    """What the table says of TRL besides numbers."""
+    if dpo.use_weighting and not set(NOT_WEIGHTED_BY_TRL).isdisjoint(dpo.loss_types):
+        return "TRL raises"
+    if not is_trls(dpo):
+        return "no loss of TRL's DPOTrainer"
+    return "" if set(SPLIT_IN_TRL).isdisjoint(dpo.loss_types) else "depends on the split in TRL, here one micro-batch"
+
+
+class Seen(NamedTuple):
+    """What a model in fp64 says of the case's sequences, all chosen first."""
+
+    parts: Tensor  # [2B, 2] log-probs of as many tokens as both completions of the pair have, and of the rest
+    aligned: Tensor  # [2B] mean of log p - log(sum of p^2), of WPO
+    sums: Tensor  # [4, 2B] over scored tokens: of ones, of the entropy, of the mean logit, of being the likeliest
+
+
 class Case(NamedTuple):
-    """A policy and its reference, TRL's rows of token ids and trainer, and what an fp64 computation says of them."""
+    """A policy and its reference, TRL's rows of token ids and what its trainer says of them, and what an fp64
+    computation does."""
 
     folder: Path
     rows: list[Row]
     trainer: Any
-    inputs: dict[str, Tensor]
-    logps: Tensor  # [2B] fp64
-    ref_logps: Tensor  # [2B] fp64
-    jacobian: Tensor  # [2B, parameters] of logps, fp64
+    trls: "dict[str, Found]"  # by the name of the settings
+    policy: Seen
+    reference: Seen
+    jacobian: Tensor  # [2B, 2, parameters] of the policy's parts, fp64
 
     @property
     def tokens(self) -> Tensor:
         """[2B] of the completions, the unscored first one of an empty prompt too."""
-        return torch.tensor([len(row[side]) for side in ("chosen_ids", "rejected_ids") for row in self.rows])
+        return torch.tensor([len(row[side]) for side in SIDES for row in self.rows])
+
+    @property
+    def logps(self) -> Tensor:
+        """[2B] of the policy."""
+        return self.policy.parts.sum(1)
+
+    @property
+    def ref_logps(self) -> Tensor:
+        """[2B] of the reference."""
+        return self.reference.parts.sum(1)
+
+
+SIDES = ("chosen_ids", "rejected_ids")
 
 
 def make_case(folder: Path) -> Case:
@@ -117,19 +162,17 @@ def make_case(folder: Path) -> Case:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     policy, reference = (loaded(folder, name, torch.float32) for name in ("policy", "reference"))
-    trainer = trl_trainer(
-        folder / "trl", policy, tokenizer, rows, reference, loss_type=["sigmoid"], max_length=MAX_LENGTH
-    )
+    trainer, found = trls(folder / "trl", policy, tokenizer, rows, reference)
     trl_rows = [{**row, "pair_id": number} for number, row in enumerate(trainer.train_dataset)]
-    inputs = trainer.data_collator([dict(row) for row in trainer.train_dataset])
 
     exact_policy, exact_reference = (exact_model(folder / name) for name in ("policy", "reference"))
-    logps, parameters = sequence_logps(exact_policy, trl_rows), [p for _, p in sorted(exact_policy.named_parameters())]
-    jacobian = torch.stack(
-        [flat(torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True)) for each in logps]
-    )
-    ref_logps = sequence_logps(exact_reference, trl_rows).detach()
-    return Case(folder, trl_rows, trainer, inputs, logps.detach(), ref_logps, jacobian)
+    seen = looked_at(exact_policy, trl_rows)
+    parameters = [p for _, p in sorted(exact_policy.named_parameters())]
+    gradient = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True, materialize_grads=True)
+    jacobian = torch.stack([flat(gradient(part, parameters)) for part in seen.parts.flatten()]).unflatten(0, (-1, 2))
+    with torch.no_grad():
+        reference = looked_at(exact_reference, trl_rows)
+    return Case(folder, trl_rows, trainer, found, seen._replace(parts=seen.parts.detach()), reference, jacobian)
 
 
 def loaded(folder: Path, name: str, dtype: torch.dtype) -> Any:
@@ -144,15 +187,22 @@ def flat_gradient(model: torch.nn.Module) -> Tensor:
     return flat([p.grad for _, p in sorted(model.named_parameters())])
 
 
-def sequence_logps(model: Any, rows: list[Row]) -> Tensor:
-    """[2B] one sequence at a time from full logits; a token at position 0 has none before it."""
-    found = []
-    for side in ("chosen_ids", "rejected_ids"):
+def looked_at(model: Any, rows: list[Row]) -> Seen:
+    """One sequence at a time from full logits; a token at position 0 has none before it."""
+    parts, aligned, sums = [], [], []
+    for side in SIDES:
         for row in rows:
-            ids, start = torch.tensor(row["prompt_ids"] + row[side]), max(1, len(row["prompt_ids"]))
-            log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-            found.append(log_probs[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum())
-    return torch.stack(found)
+            first = not row["prompt_ids"]
+            ids, start = torch.tensor(row["prompt_ids"] + row[side]), len(row["prompt_ids"]) + first
+            logits = model(input_ids=ids[None]).logits[0, start - 1 : -1]
+            log_probs, labels = logits.log_softmax(-1), ids[start:]
+            logps = log_probs[torch.arange(len(labels)), labels]
+            shorter = min(len(row[each]) for each in SIDES) - first
+            parts.append(torch.stack([logps[:shorter].sum(), logps[shorter:].sum()]))
+            aligned.append((logps - log_probs.exp().square().sum(-1).log()).mean().detach())
+            entropy, top1 = -(log_probs.exp() * log_probs).sum(), (logits.argmax(-1) == labels).sum()
+            sums.append(torch.stack([torch.tensor(len(labels)), entropy, logits.mean(-1).sum(), top1]).detach())
+    return Seen(torch.stack(parts), torch.stack(aligned), torch.stack(sums, dim=1))
 
 
 # --- the losses once more, as their papers have them -------------------------------------------------------------
@@ -175,16 +225,22 @@ def derivative_of_f(t: Tensor, dpo: DpoSpec) -> Tensor:
     return torch.log(t) if alpha == 1 else (t ** (alpha - 1) - 1) / (alpha - 1)
 
 
-def truth(case: Case, dpo: DpoSpec, logps: Tensor) -> Tensor:
-    """The loss of the case's pairs at these log-probs [2B]."""
+def log_ratios(case: Case, dpo: DpoSpec, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """[2B] log-probs of the policy, and log-ratios to the reference: LD-DPO's, where it is asked for."""
+    weights = torch.tensor([1.0, 1.0 if dpo.ld_alpha is None else dpo.ld_alpha], dtype=torch.float64)
+    return parts @ weights, (parts - case.reference.parts) @ weights
+
+
+def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
+    """The loss of the case's pairs at these log-probs [2B, 2]."""
     b, e, gamma, tau = dpo.beta, dpo.label_smoothing, dpo.simpo_gamma, dpo.discopop_tau
-    (w, x), (ref_w, ref_x), (n_w, n_x) = (each.chunk(2) for each in (logps, case.ref_logps, case.tokens.double()))
-    r_w, r_x = w - ref_w, x - ref_x
+    logps, ratios = log_ratios(case, dpo, parts)
+    (w, x), (r_w, r_x), (n_w, n_x) = (each.chunk(2) for each in (logps, ratios, case.tokens.double()))
     s_w, s_x = derivative_of_f(torch.exp(r_w), dpo), derivative_of_f(torch.exp(r_x), dpo)
     m, g = b * (s_w - s_x), sig(b * (s_w - s_x) / tau)
     simpo = b / n_w * w - b / n_x * x - gamma
     log_odds_ratio = torch.log(odds(w / n_w) / odds(x / n_x))
-    scored = sum(len(row["chosen_ids"]) - (not row["prompt_ids"]) for row in case.rows)
+    scored = case.policy.sums[0, :PAIRS].sum()
     values: dict[LossType, Callable[[], Tensor]] = {
         "sigmoid": lambda: -torch.log(sig(m)),
         "hinge": lambda: torch.where(m < 1, 1 - m, 0.0),
@@ -197,43 +253,109 @@ def truth(case: Case, dpo: DpoSpec, logps: Tensor) -> Tensor:
         "apo_zero": lambda: 1 - sig(b * r_w) + sig(b * r_x),
         "apo_down": lambda: sig(b * r_w) + 1 - sig(b * (r_w - r_x)),
         "discopop": lambda: -(1 - g) * torch.log(sig(m)) + g * torch.exp(-m),
-        "sft": lambda: -w.sum() / scored,
+        "sft": lambda: -parts[:PAIRS].sum(1) / scored * PAIRS,
         "sigmoid_norm": lambda: -torch.log(sig(b * (s_w / n_w - s_x / n_x))),
         "cdpo": lambda: -(1 - e) * torch.log(sig(m)) - e * torch.log(sig(-m)),
         "simpo": lambda: -(1 - e) * torch.log(sig(simpo)) - e * torch.log(sig(-simpo)),
         "orpo": lambda: -w / n_w - b * torch.log(sig(log_odds_ratio)),
     }
-    total = torch.zeros((), dtype=torch.float64)
-    for name, weight in zip(dpo.loss_types, dpo.weights, strict=True):
-        total = total + weight * values[name]().mean()
-    return total
+    by_pair = sum(weight * values[name]() for name, weight in zip(dpo.loss_types, dpo.weights, strict=True))
+    on_policy = torch.exp(case.policy.aligned[:PAIRS] + case.policy.aligned[PAIRS:])  # of the tokens, not LD-DPO's
+    return (on_policy * by_pair if dpo.use_weighting else by_pair).mean()
+
+
+def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
+    """What is logged besides the loss."""
+    logps, ratios = log_ratios(case, dpo, case.policy.parts)
+    (w, x), (r_w, r_x) = logps.chunk(2), (dpo.beta * ratios).chunk(2)
+    ones, entropy, logits, top1 = case.policy.sums
+    fed = [len(row["prompt_ids"]) + len(row[side]) for side in SIDES for row in case.rows]
+    found = {
+        "rewards/chosen": r_w.mean(),
+        "rewards/rejected": r_x.mean(),
+        "rewards/accuracies": (r_w > r_x).double().mean(),
+        "rewards/margins": (r_w - r_x).mean(),
+        "logps/chosen": w.mean(),
+        "logps/rejected": x.mean(),
+        "logits/chosen": logits[:PAIRS].sum() / ones[:PAIRS].sum(),
+        "logits/rejected": logits[PAIRS:].sum() / ones[PAIRS:].sum(),
+        "entropy": entropy.sum() / ones.sum(),
+        "mean_token_accuracy": top1[:PAIRS].sum() / ones[:PAIRS].sum(),
+        "num_tokens": sum(fed),
+    }
+    return {name: float(value) for name, value in found.items()}
 
 
 # --- the three sides ---------------------------------------------------------------------------------------------
 
-Found = tuple[float, Tensor]
-"""The loss, and its gradient of all parameters."""
+
+class Found(NamedTuple):
+    """What one side says of the case."""
+
+    loss: float
+    gradient: Tensor  # of all parameters
+    metrics: dict[str, float]  # with the loss
 
 
 def exactly(case: Case, dpo: DpoSpec) -> Found:
-    leaf = case.logps.clone().requires_grad_()
+    leaf = case.policy.parts.clone().requires_grad_()
     loss = truth(case, dpo, leaf)
     [slope] = torch.autograd.grad(loss, leaf)
-    return loss.item(), slope @ case.jacobian
+    gradient = torch.einsum("sp,spn->n", slope, case.jacobian)
+    return Found(loss.item(), gradient, {"loss": loss.item(), **true_metrics(case, dpo)})
 
 
-def trls(case: Case, dpo: DpoSpec) -> Found:
-    """What TRL's trainer says once these are its settings."""
-    trainer = case.trainer
+class OneRowAStep(TrainerCallback):
+    """Gives TRL's trainer the settings of one row of the table a step, and keeps the gradient it makes of them."""
+
+    def __init__(self, table: list[DpoSpec]) -> None:
+        self.table = table
+        self.trainer: Any = None
+        self.gradients: list[Tensor] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        set_in(self.trainer, self.table[state.global_step])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.gradients.append(flat_gradient(given["model"]))
+
+
+def set_in(trainer: Any, dpo: DpoSpec) -> None:
     trainer.loss_types, trainer.loss_weights = dpo.loss_types, dpo.weights
-    trainer.beta, trainer.label_smoothing = dpo.beta, dpo.label_smoothing
-    trainer.f_divergence_type, trainer.f_alpha_divergence_coef = dpo.f_divergence_type, dpo.f_alpha_divergence_coef
-    trainer.args.discopop_tau = dpo.discopop_tau
-    trainer.model.train()
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, case.inputs)
-    loss.backward()
-    return loss.item(), flat_gradient(trainer.model)
+    for name in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha"):
+        setattr(trainer, name, getattr(dpo, name))
+    trainer.use_weighting, trainer.args.discopop_tau = dpo.use_weighting, dpo.discopop_tau
+
+
+def trls(folder: Path, policy: Any, tokenizer: Any, rows: list[Row], reference: Any) -> tuple[Any, dict[str, Found]]:
+    """TRL's trainer, and what it logs of each row of the table that it can say: all pairs in one micro-batch, a step
+    each, of a rate of 0."""
+    table = [dpo for dpo in TABLE if is_trls(dpo)]
+    trainer = trl_trainer(
+        folder,
+        policy,
+        tokenizer,
+        rows,
+        reference,
+        loss_type=["sigmoid"],
+        max_length=MAX_LENGTH,
+        per_device_train_batch_size=len(rows),
+        max_steps=len(table),
+        learning_rate=0.0,
+        optim="sgd",
+        max_grad_norm=0,
+        use_weighting=True,  # so that its head makes what the rows with it need
+    )
+    kept = OneRowAStep(table)
+    kept.trainer = trainer
+    trainer.add_callback(kept)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    seen = zip(map(named, table), lines, kept.gradients, strict=True)
+    found = {name: Found(line["loss"], gradient, line) for name, line, gradient in seen}
+    for number, each in enumerate(found.values()):
+        each.metrics["num_tokens"] /= number + 1  # of all steps up to this one
+    return trainer, found
 
 
 class Ours:
@@ -250,34 +372,57 @@ class Ours:
         self.batch: PairBatch = (PackedCollator(data) if packed else PreferenceCollator(0, data))(case.rows)
 
     def __call__(self, dpo: DpoSpec) -> Found:
-        self.step.dpo = dpo
+        self.step.dpo, self.step.reference.ld_alpha = dpo, dpo.ld_alpha
         self.policy.zero_grad()
         output: Any = self.step(self.batch, self.batch.counts)
         output.loss.backward()
-        self.metrics = means(output.metric_sums.tolist())
-        return output.loss.item(), flat_gradient(self.policy)
+        return Found(output.loss.item(), flat_gradient(self.policy), means(output.metric_sums.tolist()))
 
 
 class Distances(NamedTuple):
-    """How far two are from each other: values by max(1, |truth|), gradients by the truth's norm."""
+    """How far two are from each other: values by max(1, |truth|), gradients by the truth's norm, metrics as values,
+    the one that is farthest."""
 
-    ours64: tuple[float, float]  # from the truth
-    trl: tuple[float, float]  # from the truth; NaN where TRL has no such loss
-    ours32: tuple[float, float]  # from TRL, or there from the truth
-
-
-def apart(left: Found, right: Found, true: Found) -> tuple[float, float]:
-    value = abs(left[0] - right[0]) / max(1.0, abs(true[0]))
-    return value, float((left[1].double() - right[1].double()).norm() / true[1].norm())
+    loss: float
+    gradient: float
+    metric: float
 
 
-def distances(case: Case, exact: Ours, single: Ours, dpo: DpoSpec) -> Distances:
-    true = exactly(case, dpo)
-    nowhere = math.nan, math.nan
-    if not set(NOT_TRLS).isdisjoint(dpo.loss_types):
-        return Distances(apart(exact(dpo), true, true), nowhere, apart(single(dpo), true, true))
-    theirs = trls(case, dpo)
-    return Distances(apart(exact(dpo), true, true), apart(theirs, true, true), apart(single(dpo), theirs, true))
+class Line(NamedTuple):
+    """A row of the table."""
+
+    ours64: Distances  # from the truth
+    trl: Distances | None  # from the truth; None where TRL cannot say
+    ours32: Distances  # from TRL, or there from the truth
+
+
+def apart(left: Found, right: Found, true: Found) -> Distances:
+    far = [abs(left.metrics[name] - right.metrics[name]) / max(1.0, abs(true.metrics[name])) for name in METRICS]
+    gradient = float((left.gradient.double() - right.gradient.double()).norm() / true.gradient.norm())
+    return Distances(abs(left.loss - right.loss) / max(1.0, abs(true.loss)), gradient, max(far))
+
+
+Table = dict[str, Line]
+
+
+def table_of(case: Case) -> Table:
+    exact, single = Ours(case, torch.float64), Ours(case, torch.float32)
+    table: Table = {}
+    for dpo in TABLE:
+        true, theirs = exactly(case, dpo), case.trls.get(named(dpo))
+        ours64, ours32 = apart(exact(dpo), true, true), apart(single(dpo), theirs or true, true)
+        table[named(dpo)] = Line(ours64, apart(theirs, true, true) if theirs else None, ours32)
+    return table
+
+
+def printed(table: Table) -> str:
+    """In Markdown; each cell the distance of the loss, of its gradient and of the metric that is farthest."""
+    lines = ["| loss | our fp64 from the truth | TRL from the truth | our fp32 from TRL | |", "|---|---|---|---|---|"]
+    for dpo in TABLE:
+        ours64, trl, ours32 = (", ".join(f"{x:.0e}" for x in cell) if cell else "-" for cell in table[named(dpo)])
+        far = ours32 if is_trls(dpo) else f"{ours32} from the truth"
+        lines.append(f"| {named(dpo)} | {ours64} | {trl} | {far} | {remark(dpo)} |")
+    return "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
@@ -286,13 +431,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def exact(case: Case) -> Ours:
-    return Ours(case, torch.float64)
-
-
-@pytest.fixture(scope="module")
-def single(case: Case) -> Ours:
-    return Ours(case, torch.float32)
+def table(case: Case) -> Table:
+    return table_of(case)
 
 
 # --- the tests ---------------------------------------------------------------------------------------------------
@@ -313,27 +453,31 @@ def test_the_table_is_of_settings_that_are_allowed(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dpo", TABLE, ids=named)
-def test_value_and_gradient(case: Case, exact: Ours, single: Ours, dpo: DpoSpec) -> None:
-    found = distances(case, exact, single, dpo)
-    assert max(found.ours64) < EXACT
-    assert exact.metrics["loss"] == pytest.approx(exactly(case, dpo)[0], rel=EXACT)
-    if not set(NOT_TRLS).isdisjoint(dpo.loss_types):
-        assert found.ours32[0] < FP32
-        assert found.ours32[1] < GRADIENT_FP32
-        return
-    assert found.trl[0] < TRL_IS_NEAR
-    assert found.trl[1] < TRL_GRADIENT_IS_NEAR
+def test_value_gradient_and_metrics(table: Table, dpo: DpoSpec) -> None:
+    ours64, trl, ours32 = table[named(dpo)]
+    assert max(ours64) < EXACT
+    assert (trl is not None) == is_trls(dpo)
+    far = trl or Distances(0.0, 0.0, 0.0)
+    assert far.loss < TRL_IS_NEAR
+    assert far.gradient < TRL_GRADIENT_IS_NEAR
+    assert far.metric < TRL_IS_NEAR
     # no farther from TRL than TRL is from the truth
-    assert found.ours32[0] <= FP32 + found.trl[0]
-    assert found.ours32[1] <= GRADIENT_FP32 + found.trl[1]
+    assert ours32.loss <= FP32 + far.loss
+    assert ours32.gradient <= GRADIENT_FP32 + far.gradient
+    assert ours32.metric <= FP32 + far.metric
 
 
-def test_rewards_are_the_same_whatever_the_loss(exact: Ours) -> None:
-    seen = []
-    for name in get_args(LossType):
-        exact(plain(name))
-        seen.append({key: value for key, value in exact.metrics.items() if key != "loss"})
-    assert all(metrics == seen[0] for metrics in seen)
+def test_the_table_can_be_read(table: Table) -> None:
+    print(printed(table))
+    assert len(printed(table).splitlines()) == len(TABLE) + 2
+
+
+@pytest.mark.parametrize("name", NOT_WEIGHTED_BY_TRL)
+def test_trl_raises_where_the_table_says_so(case: Case, name: LossType) -> None:
+    inputs = case.trainer.data_collator([dict(row) for row in case.trainer.train_dataset])
+    set_in(case.trainer, dpo_spec(name, use_weighting=True))
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|single memory location"):
+        case.trainer.compute_loss(case.trainer.model, inputs).backward()
 
 
 @pytest.mark.parametrize("name", [name for name in get_args(LossType) if name not in (*OF_SCORES, *NOT_TRLS)])
@@ -390,6 +534,7 @@ def test_the_odds_ratio_of_orpo_is_that_of_trls_orpo_trainer(case: Case) -> None
 TRAINED = [
     dpo_spec("ipo", beta=0.1),
     dpo_spec(["sigmoid", "bco_pair", "sft"], beta=0.1, loss_weights=[0.8, 0.2, 1]),
+    dpo_spec("sigmoid", beta=0.1, ld_alpha=0.4, use_weighting=True),
 ]
 Trace = list[dict[str, float]]
 NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
@@ -405,6 +550,8 @@ def trl_trace(case: Case, dpo: DpoSpec) -> Trace:
         loss_type=dpo.loss_types,
         loss_weights=dpo.loss_weights,
         beta=dpo.beta,
+        ld_alpha=dpo.ld_alpha,
+        use_weighting=dpo.use_weighting,
         max_steps=STEPS,
         per_device_train_batch_size=PAIRS,
         learning_rate=LR,
@@ -421,8 +568,7 @@ def our_trace(case: Case, dpo: DpoSpec, dtype: torch.dtype, packed: bool) -> Tra
     """The same steps by plain SGD, from the reference."""
     ours, trace = Ours(case, dtype, packed, policy="reference"), []
     for _ in range(STEPS):
-        ours(dpo)
-        trace.append(ours.metrics)
+        trace.append(ours(dpo).metrics)
         with torch.no_grad():
             for p in ours.policy.parameters():
                 p -= LR * torch.zeros_like(p) if p.grad is None else LR * p.grad
@@ -446,9 +592,4 @@ def test_three_steps_are_trls(case: Case, dpo: DpoSpec) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        made = make_case(Path(folder))
-        sides = Ours(made, torch.float64), Ours(made, torch.float32)
-        print("| loss | our fp64 from the truth | TRL from the truth | our fp32 from TRL |\n|---|---|---|---|")
-        for dpo in TABLE:
-            cells = (f"{value:.0e}, {gradient:.0e}" for value, gradient in distances(made, *sides, dpo))
-            print("|", " | ".join([named(dpo), *cells]).replace("nan, nan", "no such loss"), "|")
+        print(printed(table_of(make_case(Path(folder)))))

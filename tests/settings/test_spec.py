@@ -455,6 +455,8 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
             "dpo.f_alpha_divergence_coef",
             ["= 0.3", "does not act on reverse_kl", "set dpo.f_divergence_type=alpha_divergence"],
         ),
+        ({"dpo": {"ld_alpha": 1.1}}, "dpo.ld_alpha", ["= 1.1", "less than or equal to 1"]),
+        ({"dpo": {"ld_alpha": 0.5, "loss_type": "sft"}}, "dpo.ld_alpha", ["does not act in sft", "remove it"]),
         ({"dpo": {"discopop_tau": 0.1}}, "dpo.discopop_tau", ["does not act in sigmoid", "dpo.loss_type=discopop"]),
         ({"dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma", ["does not act in sigmoid", "set dpo.loss_type=simpo"]),
         ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "Letters, digits, dot"]),
