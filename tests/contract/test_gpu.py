@@ -16,7 +16,7 @@ from tiny import pair_batch, tiny_model
 from orchestrator import cli
 from orchestrator.data.collate import Counts
 from orchestrator.models import logps
-from orchestrator.models.logps import body_hidden, loss_in_head
+from orchestrator.models.logps import PairSums, body_hidden, loss_in_head
 from orchestrator.settings.spec import Precision
 from orchestrator.world import World
 
@@ -110,10 +110,12 @@ def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(rows_at_once: int, monkey
         batch = pair_batch(5).to(device)
         hidden = body_hidden(model, batch).detach().requires_grad_()
 
-        def pair_losses(_: slice, sums: torch.Tensor) -> torch.Tensor:
-            return -torch.nn.functional.logsigmoid(0.1 * (sums[:, 0] - sums[:, 1])) / 5
+        def pair_losses(_: slice, sums: PairSums) -> torch.Tensor:
+            assert sums.aligned is not None
+            margin = 0.1 * (sums.logps[:, 0] - sums.logps[:, 1])
+            return -torch.nn.functional.logsigmoid(margin) / 5 * sums.aligned.sum(1).exp()
 
-        scored = loss_in_head(model, hidden, batch, pair_losses, True)
+        scored = loss_in_head(model, hidden, batch, pair_losses, True, ld_alpha=0.4, with_aligned=True)
         scored.loss.backward()
         assert scored.tokens is not None
         made = [scored.loss, scored.logps, *scored.tokens, hidden.grad, model.lm_head.weight.grad]
