@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**26  # logits alive at once (256 MB in fp32); what needs more chunks is computed twice
+ON_GPU = 4  # times as many there: fewer launches, and a pair's logits are seldom computed twice
 
 
 class PairSums(NamedTuple):
@@ -191,7 +192,7 @@ def loss_in_head(
 ) -> Scored:
     """The loss of a batch, for losses that look at one pair at a time. hidden: [R, T, H].
 
-    Logits of at most CHUNK_LOGITS elements exist at a time, in forward and in backward.
+    Logits of at most CHUNK_LOGITS elements (ON_GPU times as many there) exist at a time, in forward and in backward.
 
     ld_alpha: see PairSums.logps; with_aligned: see PairSums.aligned, which is None otherwise.
     """
@@ -239,8 +240,8 @@ def _selected(hidden: torch.Tensor, batch: PairBatch) -> torch.Tensor:
     return hidden.flatten(0, 1)[batch.completion_index]
 
 
-def _rows_at_once(vocabulary: int) -> int:
-    return max(1, CHUNK_LOGITS // vocabulary)
+def _rows_at_once(vocabulary: int, device: torch.device) -> int:
+    return max(1, CHUNK_LOGITS * (ON_GPU if device.type == "cuda" else 1) // vocabulary)
 
 
 # --- loss in head ------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ class _LossInHead(torch.autograd.Function):
             losses = [torch.zeros((), dtype=torch.float64, device=hidden.device)]
             none = losses[0].new_zeros(0, 2)
             found = [PairSums(none, none[:, 0], none)]
-            for pairs, tokens in _groups(batch.scored, _rows_at_once(len(weight))):
+            for pairs, tokens in _groups(batch.scored, _rows_at_once(len(weight), weight.device)):
                 loss, sums = work.group(tokens, batch.scored[2 * pairs.start : 2 * pairs.stop], pairs, pair_losses)
                 losses.append(loss)
                 found.append(sums)
@@ -362,7 +363,7 @@ class _HeadWork:
         self, tokens: slice, scored: tuple[int, ...], pairs: slice, pair_losses: PairLosses
     ) -> tuple[torch.Tensor, PairSums]:
         """Loss and sums of a few pairs; fills in their gradients."""
-        rows = _rows_at_once(len(self.weight))
+        rows = _rows_at_once(len(self.weight), self.weight.device)
         chunks = [slice(start, min(start + rows, tokens.stop)) for start in range(tokens.start, tokens.stop, rows)]
         softmax = None
         logps: list[torch.Tensor] = [self.hidden.new_zeros(0, 1, dtype=self.precise)]
@@ -456,7 +457,7 @@ def _token_terms(
     head: Head, selected: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool = False
 ) -> _OfTokens:
     """Of all C tokens. selected: [C, H]."""
-    rows = _rows_at_once(head.vocabulary)
+    rows = _rows_at_once(head.vocabulary, selected.device)
     pieces = list(zip(selected.split(rows), labels.split(rows), strict=True))
     run = _terms if len(pieces) == 1 or not torch.is_grad_enabled() else _recomputed
     parts = [run(head, h, y, with_metrics, with_aligned) for h, y in pieces]

@@ -104,6 +104,7 @@ def test_a_step_does_not_wait_for_the_gpu(alone: World, precision: Precision) ->
 @pytest.mark.parametrize("rows_at_once", [2**20, 8])
 def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logps, "CHUNK_LOGITS", 300 * rows_at_once)
+    monkeypatch.setattr(logps, "ON_GPU", 1)
     found = []
     for device, dtype in ((torch.device("cpu"), torch.float64), (GPU, torch.float32)):
         model: Any = tiny_model(0, torch.float32, tie_word_embeddings=False).to(device, dtype)
