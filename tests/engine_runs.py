@@ -17,7 +17,7 @@ from orchestrator.engines import optim
 from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, Updated
 from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
-from orchestrator.engines.stepping import dtype_of, is_16_bit
+from orchestrator.engines.precision import Types, dtype_of, is_16_bit
 from orchestrator.models.attention import choose_kernel, use_packed_attention
 from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.reference import Reference, hold
@@ -285,6 +285,23 @@ def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
         taken = [take_step(made, case, step, world) for step in range(steps)]
         losses, updated = [loss for loss, _ in taken], [u for _, u in taken]
         found[precision] = Made(losses, [], [u.lr for u in updated], {}), [u.skipped for u in updated]
+    return found
+
+
+def types(world: World, engine: str) -> dict[str, tuple[Types, list[set[torch.dtype]]]]:
+    """By precision, what an engine says it holds and adds in, and what it does: weights, gradients, state."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        case = Case(engine=engine, precision=precision)
+        made = engine_of(case, world)
+        take_step(made, case, 0, world)
+        for number, batch in enumerate(batches := micro_batches(case, 1, world)):
+            made.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1)
+        gradients = {gradient.dtype for gradient in made._gradients()}
+        weights = {fragment.weight.dtype for fragment in made._fragments() if fragment.holder is not None}
+        state = {t.dtype for kept in made._keeper().state.values() for t in kept.values() if t.ndim}
+        found[precision] = made.types, [weights, gradients, state]
+        made.close()
     return found
 
 

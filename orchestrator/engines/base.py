@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep, StepOutput
+from orchestrator.engines.precision import Types
 
 ParamGroups = list[dict[str, Any]]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -53,6 +54,11 @@ class Engine(Protocol):
     optimizer: Optimizer  # the one that the factory made, whose groups the schedule moves
     scheduler: LRScheduler
     meets_in_forward: bool  # whether a forward pass is collective: weights are gathered in it
+
+    @property
+    def types(self) -> Types:
+        """What it holds, computes and adds in."""
+        ...
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
         """Take the module, from the host where the engine shards weights; build optimizer and schedule over its

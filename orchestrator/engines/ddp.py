@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
-from orchestrator.engines.stepping import Fragment, SteppingEngine, autocast
+from orchestrator.engines.precision import autocast
+from orchestrator.engines.stepping import Fragment, SteppingEngine
 
 
 class DdpEngine(SteppingEngine):

@@ -18,7 +18,8 @@ from torch import nn
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
-from orchestrator.engines.stepping import Fragment, SteppingEngine, dtype_of, is_16_bit
+from orchestrator.engines.precision import Types, dtype_of, is_16_bit
+from orchestrator.engines.stepping import Fragment, SteppingEngine
 from orchestrator.settings.spec import UserError
 from orchestrator.world import World
 
@@ -34,7 +35,7 @@ class DeepSpeedEngine(SteppingEngine):
         deepspeed = _imported(self.world)
         self.step = step
         self.stage = self.settings.stage
-        config = self._config(sum(p.numel() for p in step.parameters() if p.requires_grad))
+        self.config = config = self._config(sum(p.numel() for p in step.parameters() if p.requires_grad))
         checked = _checked(config)
         if self.stage == 3:
             self._cut(step, config)
@@ -97,6 +98,18 @@ class DeepSpeedEngine(SteppingEngine):
         if is_16_bit(self.precision):
             config.setdefault("communication_data_type", "fp32")
         return config
+
+    @property
+    def types(self) -> Types:
+        types = super().types
+        if not is_16_bit(self.precision):
+            return types
+        added, sent = self.config["data_types"]["grad_accum_dtype"], self.config["communication_data_type"]
+        return types._replace(
+            weights=f"{self.precision} (a rank's part also in {types.weights})",
+            arithmetic=self.precision,
+            gradients=added if added == sent else f"{added} (sent in {sent})",
+        )
 
     def _cut(self, step: PairStep, config: dict[str, Any]) -> None:
         """Cut the weights one at a time, so that no rank holds more than one of them whole."""

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
-from orchestrator.engines.stepping import Fragment, SteppingEngine, dtype_of, is_16_bit
+from orchestrator.engines.precision import Types, dtype_of, is_16_bit
+from orchestrator.engines.stepping import Fragment, SteppingEngine
 from orchestrator.models.layers import decoder_layers
 
 
@@ -66,6 +67,13 @@ class FsdpEngine(SteppingEngine):
             ),
             offload_policy=CPUOffloadPolicy(on_gpu) if self.settings.offload == "parameters" else OffloadPolicy(),
         )
+
+    @property
+    def types(self) -> Types:
+        types = super().types
+        if not is_16_bit(self.precision):
+            return types
+        return types._replace(weights=f"{types.weights} (gathered in {self.precision})", arithmetic=self.precision)
 
     def release(self) -> None:
         for module in (self.step, *_layers(self.step)):

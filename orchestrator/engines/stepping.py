@@ -22,31 +22,10 @@ from orchestrator.engines.base import (
     SchedulerFactory,
     Updated,
 )
+from orchestrator.engines.precision import Types, dtype_held, is_16_bit, name_of
 from orchestrator.engines.scale import LossScale
 from orchestrator.settings.spec import EngineSpec, Precision
 from orchestrator.world import World
-
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    """The type of a precision's arithmetic."""
-    return DTYPES.get(precision, torch.float32)
-
-
-def is_16_bit(precision: Precision) -> bool:
-    """Whether it computes in 16 bits."""
-    return precision in ("bf16", "fp16")
-
-
-def dtype_held(precision: Precision) -> torch.dtype:
-    """The type of weights that train: an optimizer's small steps would be lost in 16 bits."""
-    return torch.float64 if precision == "fp64" else torch.float32
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """The context in which a forward pass computes in that precision over fp32 weights."""
-    return torch.autocast(device.type, dtype_of(precision)) if is_16_bit(precision) else nullcontext()
 
 
 class Fragment(NamedTuple):
@@ -100,6 +79,12 @@ class SteppingEngine:
 
     def close(self) -> None:
         """As in base.py."""
+
+    @property
+    def types(self) -> Types:
+        computes = f"{self.precision} by autocast" if is_16_bit(self.precision) else self.precision
+        state = "8 bits" if "8bit" in type(self._keeper()).__name__ else name_of(self.held)
+        return Types(name_of(self.held), computes, name_of(self.held), state)
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a loss."""

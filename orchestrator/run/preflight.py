@@ -443,7 +443,7 @@ def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> Needed:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from orchestrator.engines.stepping import dtype_held
+    from orchestrator.engines.precision import dtype_held
     from orchestrator.models.adapters import add_adapter
     from orchestrator.models.layers import freeze_lowest
     from orchestrator.models.policy import config_at
@@ -475,7 +475,7 @@ def _state_bytes(spec: RunSpec) -> float:
     import torch
 
     from orchestrator.engines.optim import optimizer_factory
-    from orchestrator.engines.stepping import dtype_held
+    from orchestrator.engines.precision import dtype_held
 
     if optimizer_kind(spec.optimizer.name) != "elementwise":
         return 0.0

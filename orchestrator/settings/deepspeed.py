@@ -259,7 +259,7 @@ def _precision(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]
         yield Contradiction(f"{on[0]}.enabled", said[on[0]], rule, f'set precision={on[0]}, or "auto" in the file')
     elif spec.precision in off:
         yield Contradiction(f"{spec.precision}.enabled", False, rule, 'set another precision, or "auto" in the file')
-    elif len(off) == 2 and spec.precision != "fp32":
+    elif len(off) == 2 and spec.precision not in ("fp32", "tf32"):
         rule += ", as with fp16.enabled = false it means fp32"
         yield Contradiction("bf16.enabled", False, rule, 'set precision=fp32, or "auto" in the file')
     sent = _at(file, "communication_data_type")

@@ -76,7 +76,7 @@ Quantized = Literal["int8", "nf4"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 CacheMode = Literal["off", "lazy", "full"]
 AttentionName = Literal["auto", "cpu", "varlen", "sdpa", "padded"]
-Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
+Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32", "fp64"]
 SchedulerName = Literal[
     "linear",
     "cosine",
@@ -759,7 +759,8 @@ class RunSpec(Block):
     training: TrainingSpec = TrainingSpec()  # pyright: ignore[reportCallIssue]
     """Length of training and how a step is taken."""
     precision: Precision = "auto"
-    """Type of the arithmetic over fp32 weights: auto is bf16 where the GPU has it, else fp32; fp64 is for tests."""
+    """Type of the arithmetic over fp32 weights: auto is bf16 where the GPU has it, else fp32; tf32 is fp32 with the
+    products of matrices in TF32 (GPUs from Ampere on), which is off in every other; fp64 is for tests."""
     engine: EngineSpec = EngineSpec()  # pyright: ignore[reportCallIssue]
     """Who owns gradients and optimizer state."""
     reference: ReferenceSpec = ReferenceSpec()  # pyright: ignore[reportCallIssue]
@@ -1614,6 +1615,7 @@ TRL_NAMES = {
     "model_name_or_path": "model.path",
     "bf16": "precision=bf16",
     "fp16": "precision=fp16",
+    "tf32": "precision=tf32",
     "eval_steps": "evaluation.every_steps",
     "eval_strategy": "evaluation.every_steps=N, or evaluation.every_epoch=true",
     "eval_on_start": "evaluation.at_start",

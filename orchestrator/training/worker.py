@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,15 @@ from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import Engine
 from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, factories
-from orchestrator.engines.stepping import autocast, dtype_held, dtype_of, is_16_bit
+from orchestrator.engines.precision import (
+    autocast,
+    dtype_held,
+    dtype_of,
+    is_16_bit,
+    name_of,
+    resolved,
+    tf32_switched,
+)
 from orchestrator.models.adapters import adapter_layers, check_adapter
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.logps import packed_error
@@ -75,11 +83,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows pay per operation, longer ones fall out of its caches
-PACKED_TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # of what packed_error measures
+# Of what packed_error measures.
+PACKED_TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "tf32": 0.02, "bf16": 0.05, "fp16": 0.02}
 
 # By how many nats a token's log-prob may be off, at random, where one is kept from another cut of the micro-batches
 # (a sequence's then by this times the root of its tokens); int8 treats the outliers of a whole micro-batch alike.
-SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.1, "fp16": 0.03, "int8": 0.5}
+SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-3, "tf32": 0.03, "bf16": 0.1, "fp16": 0.03, "int8": 0.5}
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +215,27 @@ def built(
     callbacks: of this rank, whoever named them; those of `given` are not looked at.
     first_batch_only: the pairs of the first global batch are all the data, and nothing is evaluated.
     """
-    precision = _precision(spec.precision, world.device)
+    precision = resolved(spec.precision, world.device)
+    with tf32_switched(precision == "tf32"):
+        parts = partial(_assembled, spec, precision, prepared, world, session, run_dir)
+        trainer = parts(given, found, callbacks, first_batch_only)
+        with closing(trainer.engine):
+            yield trainer
+
+
+def _assembled(
+    spec: RunSpec,
+    precision: Precision,
+    prepared: Prepared,
+    world: World,
+    session: Session,
+    run_dir: RunDir,
+    given: Given,
+    found: Path | None,
+    callbacks: Sequence[TrainerCallback],
+    first_batch_only: bool,
+) -> Trainer:
+    """The parts of `built`, in reading order. Collective."""
     dtype = dtype_held(precision)
 
     cuts = spec.engine.shards_weights
@@ -241,6 +270,7 @@ def built(
         _open_caches(spec, loader, eval_loaders, {"reference": identity["reference"], **arithmetic})
     if found is None and world.is_main:
         _say(spec, prepared, world, precision, length.steps, why_padded)
+        _say_types(engine, precision)
     _settle(engine, loader, collator, world)
 
     near = _start_tolerance(spec, engine, loader, policy, reference, world, precision) if found is None else None
@@ -274,8 +304,7 @@ def built(
     checkpoint.seed_everything(spec.run.seed + world.rank)
     if found is not None:
         trainer.resume(checkpoint.Reader(found))
-    with closing(engine):
-        yield trainer
+    return trainer
 
 
 def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
@@ -536,12 +565,6 @@ def _fill_caches(
             raise UserError("reference.kind", "precomputed", rule, "make room there, or set data.cache_dir to another")
 
 
-def _precision(asked: Precision, device: torch.device) -> Precision:
-    if asked != "auto":
-        return asked
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
 def _keep_what_an_export_needs(run_dir: RunDir, policy: Any, tokenizer: Any) -> None:
     run_dir.tokenizer.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(run_dir.tokenizer)
@@ -590,6 +613,25 @@ def _say(
 
 def _evaluation(name: str) -> str:
     return f"{name} evaluation" if name else "evaluation"
+
+
+def _say_types(engine: Engine, precision: Precision) -> None:
+    """One line: what is held, computed and added in which type."""
+    types, step, judge = engine.types, engine.step, engine.step.reference
+    own = [p for module in judge.own_modules(step.policy) for p in module.parameters()]
+    if isinstance(judge, PolicyStart) or not own:
+        reference = "as the policy"
+    else:
+        held = "int8" if is_int8(judge.model) else "nf4" if is_quantized(judge.model) else name_of(own[0].dtype)
+        casts = is_16_bit(precision) and (types.arithmetic != precision or step.reference_arithmetic is not nullcontext)
+        reference = f"{held}, arithmetic {precision} by autocast" if casts else held
+    softmax = "fp64" if precision == "fp64" else "fp32"
+    print(
+        f"types: weights {types.weights}, arithmetic {types.arithmetic}, gradients {types.gradients}, "
+        f"optimizer state {types.state}; softmax {softmax}, log-probs and loss summed in fp64; reference {reference}; "
+        f"TF32 {'on' if precision == 'tf32' else 'off'}",
+        flush=True,
+    )
 
 
 def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World) -> None:

@@ -42,7 +42,7 @@ from orchestrator.data.pairs import tokenized_pairs
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
-from orchestrator.engines.stepping import autocast
+from orchestrator.engines.precision import autocast
 from orchestrator.models.attention import choose_kernel, use_packed_attention
 from orchestrator.models.policy import build_policy, load_tokenizer, pair_cost
 from orchestrator.models.reference import Reference

@@ -14,6 +14,8 @@ from engine_runs import BIG, CASES, ENGINES, SAVED, STEPS, Case, Made
 from ranks import on_gloo
 from support import ROOT
 
+from orchestrator.engines.precision import Types
+
 SIZES = [1, 2, 3]
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 every_size = pytest.mark.parametrize("size", SIZES)
@@ -181,6 +183,22 @@ def test_a_skipped_fp16_step_counts_nowhere(in_16_bits: Any, engine: str) -> Non
     assert made.rates == pytest.approx([rates[count] for count in counted], rel=1e-12)
     expected = engine_runs.oracle(Case(), taken).losses  # as if the others had not been
     assert [made.losses[step] for step in taken] == pytest.approx(expected, rel=0.1)
+
+
+SAID = {
+    "ddp": Types("fp32", "bf16 by autocast", "fp32", "fp32"),
+    "fsdp": Types("fp32 (gathered in bf16)", "bf16", "fp32", "fp32"),
+    **dict.fromkeys(("zero1", "zero2", "zero3"), Types("bf16 (a rank's part also in fp32)", "bf16", "fp32", "fp32")),
+}
+
+
+@every_engine
+def test_what_is_said_of_types_is_so(engine: str) -> None:
+    [found] = on_gloo(1, engine_runs.types, engine)
+    assert found["fp32"][0] == Types("fp32", "fp32", "fp32", "fp32")
+    assert found["bf16"][0] == SAID[engine]
+    for _, held in found.values():
+        assert held == [{torch.float32}] * 3
 
 
 OFFLOADS = [("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters")]

@@ -15,6 +15,7 @@ from tiny import pair_batch, tiny_model
 
 from orchestrator import cli
 from orchestrator.data.collate import Counts
+from orchestrator.engines.precision import tf32_switched
 from orchestrator.models import logps
 from orchestrator.models.logps import PairSums, body_hidden, loss_in_head
 from orchestrator.settings.spec import Precision
@@ -22,7 +23,7 @@ from orchestrator.world import World
 
 GPU = torch.device("cuda", 0)
 STEPS = 6
-NEAR: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.05}  # of a loss, relative
+NEAR: dict[Precision, float] = {"fp32": 1e-4, "tf32": 0.01, "bf16": 0.05, "fp16": 0.05}  # of a loss, relative
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -56,14 +57,26 @@ every_precision = pytest.mark.parametrize("precision", NEAR)
 def test_the_curve_is_that_of_a_cpu(alone: World, engine: str, precision: Precision) -> None:
     needs(engine)
     case = Case(engine=engine, precision=precision)
-    made = engine_runs.engine_of(case, alone)
-    if precision == "fp16":
-        made.scale.value = 2.0**8  # at which no step of this model is skipped
-    taken = [engine_runs.take_step(made, case, step, alone) for step in range(STEPS)]
+    with tf32_switched(precision == "tf32"):
+        made = engine_runs.engine_of(case, alone)
+        if precision == "fp16":
+            made.scale.value = 2.0**8  # at which no step of this model is skipped
+        taken = [engine_runs.take_step(made, case, step, alone) for step in range(STEPS)]
     assert not any(updated.skipped for _, updated in taken)
     expected = engine_runs.oracle(Case(), range(STEPS)).losses
     assert [loss for loss, _ in taken] == pytest.approx(expected, rel=NEAR[precision])
     made.close()
+
+
+def test_products_are_in_tf32_only_where_that_was_asked_for() -> None:
+    """Also where a library has switched it on."""
+    a, b = (torch.randn(512, 512, device=GPU) for _ in range(2))
+    exact, errors = a.double() @ b.double(), []
+    with tf32_switched(True):
+        for on in (True, False):
+            with tf32_switched(on):
+                errors.append(((a @ b).double() - exact).abs().max().item())
+    assert errors[0] > 1e-3 > 1e-4 > errors[1]
 
 
 @every_engine

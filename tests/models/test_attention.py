@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.data.collate import Counts, PackedCollator, PairBatch, PreferenceCollator, Row
 from orchestrator.dpo.step import PairStep, StepOutput
-from orchestrator.engines.stepping import autocast
+from orchestrator.engines.precision import autocast
 from orchestrator.models import attention
 from orchestrator.models.attention import CHECKED, LAYOUT, choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.fused import fuse

@@ -506,16 +506,16 @@ def test_a_model_whose_linear_layers_are_transposed_is_quantised(tmp_path: Path)
         ({}, {"offload": True}, 1e-3),
         ({}, {"kind": "shared_layers", "num_shared_layers": 2}, 1e-3),
         ({"lora": {"r": 4}}, {"kind": "adapter_off"}, 1e-3),
-        ({"lora": {"r": 4, "base": "nf4"}}, {"kind": "adapter_off"}, 2.0),
-        ({}, {"kind": "int8"}, 1.0),
-        ({}, {"kind": "nf4"}, 2.0),
+        ({"lora": {"r": 4, "base": "nf4"}}, {"kind": "adapter_off"}, 1e-2),
+        ({}, {"kind": "int8"}, 1.0),  # its kernels for a CPU round elsewhere
+        ({}, {"kind": "nf4"}, 1e-2),
     ],
 )
 def test_on_a_gpu_it_says_what_it_says_on_a_cpu(
     spec_of: Callable[..., RunSpec], model: dict[str, Any], reference: dict[str, Any], most: float
 ) -> None:
-    expected = built(spec_of())[1](pair_batch(4, packed=True))
     spec, gpu = spec_of(model, **reference), torch.device("cuda")
+    expected = step_logps(*built(spec), pair_batch(4, packed=True))
     policy = build_policy(spec, tokenizer(), torch.float32).to(gpu)  # pyright: ignore[reportArgumentType]
     judge = build_reference(spec, policy, torch.float32)
     for each in {policy, judge.model}:
