@@ -564,7 +564,7 @@ HERE = [
         "data.collator",
         "'math:pi'",
         "cannot be called (",
-        "name a function",
+        "give a function of rows",
     ),
     case(
         "collator-returns-none",

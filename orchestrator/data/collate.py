@@ -7,6 +7,7 @@ scored, N positions that score them.
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from operator import mul
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 
 from orchestrator.data.order import Integers
 from orchestrator.data.pairs import common_prefix
-from orchestrator.settings.spec import DataSpec, UserError
+from orchestrator.settings.spec import DataSpec, UserCodeSpec, UserError
 
 Row = dict[str, Any]
 UserCollator = Callable[..., dict[str, torch.Tensor]]
@@ -280,17 +281,24 @@ def batch_from_masks(
 class AdaptedCollator:
     """A user's collator: handed rows (and `context` where it has such a parameter); its dict becomes a PairBatch."""
 
-    def __init__(self, collator: Any) -> None:
-        """collator: of a Python user, or the module:attr of one in the settings."""
-        self.key, self.name = "data_collator", getattr(collator, "__name__", type(collator).__name__)
-        if isinstance(collator, str):
-            self.key, self.name = "data.collator", collator
-            collator = user_attribute(self.key, self.name)
+    def __init__(self, collator: UserCollator | UserCodeSpec, pad_token_id: int) -> None:
+        """collator: of a Python user, or of the settings. pad_token_id: for a class whose constructor has it."""
+        made: Any
+        if isinstance(collator, UserCodeSpec):
+            self.key, self.name, kwargs = "data.collator", collator.path, collator.kwargs
+            made = user_attribute(self.key, self.name)
+        else:
+            self.key, self.name, kwargs = "data_collator", getattr(collator, "__name__", type(collator).__name__), {}
+            made = collator
         try:
-            made: Any = collator() if inspect.isclass(collator) else collator
+            if inspect.isclass(made):
+                padding = {"pad_token_id": pad_token_id} if "pad_token_id" in inspect.signature(made).parameters else {}
+                made = made(**padding | kwargs)
+            elif kwargs:
+                made = partial(made, **kwargs)
             self.wants_context = "context" in inspect.signature(made).parameters
         except (TypeError, ValueError) as error:
-            cure = "give a function of rows, or a class that needs no arguments"
+            cure = "give a function of rows, or a class, with its arguments as {path, kwargs}"
             raise UserError(self.key, self.name, f"cannot be called ({error})", cure) from None
         self.collator: UserCollator = made
 

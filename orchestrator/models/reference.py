@@ -492,7 +492,8 @@ def check_function(ref_model: RefModel | None) -> None:
     """
     if isinstance(ref_model, nn.Module) or not (ref_model is None or callable(ref_model)):
         rule = "is no function, and a model would have to travel to every rank"
-        raise UserError("ref_model", type(ref_model).__name__, rule, "give a function that makes it: policy -> model")
+        cure = "put what makes it behind lambda policy: ..., as in lambda policy: create_reference_model(policy, 6)"
+        raise UserError("ref_model", type(ref_model).__name__, rule, cure)
 
 
 def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, device: torch.device) -> Reference:

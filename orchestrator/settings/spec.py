@@ -235,6 +235,20 @@ class ModelSpec(Block):
     """Train an adapter instead of the weights; needs the extra `peft`."""
 
 
+class UserCodeSpec(Block):
+    """Code of a user's; module:attr alone is its path."""
+
+    path: str
+    """A class, function or object as module:attr."""
+    kwargs: dict[str, Any] = {}
+    """Keyword arguments of the class's constructor, or of the function."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
 class SourceSpec(Block):
     """A place that holds preference pairs."""
 
@@ -267,12 +281,15 @@ class DataSpec(Block):
     eval: dict[str, SourceSpec] = {}
     """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets, whose metrics begin
     with eval_NAME_ instead of eval_; no evaluation when not set."""
-    collator: str | None = None
-    """A user's collator as module:attr; a parameter `context` of it receives a CollateContext."""
+    collator: UserCodeSpec | None = None
+    """A user's collator of rows into TRL's input_ids, attention_mask and completion_mask, as module:attr or {path,
+    kwargs}; trl.trainer.dpo_trainer:DataCollatorForPreference is one. A constructor that takes pad_token_id gets the
+    tokenizer's, unless kwargs have it; a parameter `context` of the call receives a CollateContext."""
     max_length: Positive | None = 1024
     """Tokens of prompt plus one completion; longer ones are truncated. No limit when null."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a too long sequence stays; keep_start drops pairs whose prompt alone fills max_length."""
+    """Which end of a too long sequence stays; keep_start drops pairs whose prompt alone fills max_length. keep_end is
+    the collator's work, also of a user's: one that does not truncate feeds whole sequences."""
     max_prompt_length: Positive | None = None
     """Tokens of a prompt, of which the last ones stay; cut before max_length acts. No limit when not set."""
     max_completion_length: Positive | None = None
@@ -585,20 +602,6 @@ class ReferenceSpec(Block):
         return "off" if value is False else value  # how YAML reads a bare off
 
 
-class CallbackSpec(Block):
-    """A user's callback with arguments."""
-
-    path: str
-    """The callback class as module:attr."""
-    kwargs: dict[str, Any] = {}
-    """Keyword arguments of its constructor."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-
 class EarlyStoppingSpec(Block):
     """When evaluations that get no better end the training (transformers' EarlyStoppingCallback)."""
 
@@ -765,7 +768,7 @@ class RunSpec(Block):
     """Who owns gradients and optimizer state."""
     reference: ReferenceSpec = ReferenceSpec()  # pyright: ignore[reportCallIssue]
     """The frozen model the policy is measured against."""
-    callbacks: list[CallbackSpec] = Field([], json_schema_extra=FREE)
+    callbacks: list[UserCodeSpec] = Field([], json_schema_extra=FREE)
     """User callbacks (transformers.TrainerCallback), each as module:attr or {path, kwargs}."""
     evaluation: EvaluationSpec = EvaluationSpec()  # pyright: ignore[reportCallIssue]
     """When to evaluate."""
@@ -837,7 +840,7 @@ class RunSpec(Block):
         for entry in self.callbacks:
             _user_code("callbacks", entry.path)
         if self.data.collator:
-            _user_code("data.collator", self.data.collator)
+            _user_code("data.collator", self.data.collator.path)
         return self
 
 

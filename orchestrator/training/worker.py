@@ -128,9 +128,9 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     for key, source in paths_in(spec, DATA_KEYS).items():
         check_source(key, source)
     check_callbacks(spec, given.callbacks)
-    collator = _user_collator(spec, given)
     check_optim(spec.optimizer, spec.scheduler)
     tokenizer = load_tokenizer(spec)
+    collator = _user_collator(spec, given, tokenizer)
     config = load_config(spec, tokenizer)
     check_frozen(config, spec)
     if spec.model.lora is not None:
@@ -147,14 +147,15 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     return Prepared(tokenizer, config, train, held_out, collator)
 
 
-def _user_collator(spec: RunSpec, given: Given) -> AdaptedCollator | None:
+def _user_collator(spec: RunSpec, given: Given, tokenizer: Any) -> AdaptedCollator | None:
     """That of the settings, or of a Python user."""
-    if given.data_collator is None:
-        return AdaptedCollator(spec.data.collator) if spec.data.collator else None
-    if spec.data.collator:
-        raise UserError("data.collator", spec.data.collator, "data_collator is given as well", "remove one of the two")
-    check_cache_with_collator(spec.reference, "data_collator")
-    return AdaptedCollator(given.data_collator)
+    named, collator = spec.data.collator, given.data_collator
+    if named is not None and collator is not None:
+        raise UserError("data.collator", named.path, "data_collator is given as well", "remove one of the two")
+    if collator is not None:
+        check_cache_with_collator(spec.reference, "data_collator")
+    found = named if collator is None else collator
+    return None if found is None else AdaptedCollator(found, tokenizer.pad_token_id)
 
 
 def run(
@@ -602,6 +603,9 @@ def _say(
         for each, share in zip(pairs.sets, pairs.shares, strict=True):
             if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
                 print(f"  {each.source}: {share.pairs} pairs, {share.per_epoch} an epoch", flush=True)
+        if prepared.collator is not None and spec.data.keep_last is not None:
+            long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
+            print(f"{prepared.collator.name} is to truncate {long} of them, which are longer than data.max_length")
     engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
     where = f"{world.size} ranks on {world.device.type} in {precision}{engine}"
     print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import PAD, both_layouts, collator, data_spec, pair_rows
+from torch.nn.functional import pad
 
 from orchestrator.data.collate import (
     AdaptedCollator,
@@ -18,7 +19,7 @@ from orchestrator.data.collate import (
     Segments,
     user_attribute,
 )
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.spec import UserCodeSpec, UserError
 
 EXAMPLE = [
     {"pair_id": 11, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -269,14 +270,13 @@ def test_a_batch_moves_whole(packed: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("is_filler", [False, True])
-def test_a_trl_shaped_dict_becomes_the_same_batch_as_ours(user_module: ModuleType, seed: int, is_filler: bool) -> None:
-    user_module.collate = trl_shaped  # type: ignore[attr-defined]
+def test_a_trl_shaped_dict_becomes_the_same_batch_as_ours(seed: int, is_filler: bool) -> None:
     rows = pair_rows(5, seed)
-    theirs = AdaptedCollator("a_users_module:collate")(rows, CONTEXT, is_filler=is_filler)
+    theirs = AdaptedCollator(trl_shaped, PAD)(rows, CONTEXT, is_filler=is_filler)
     assert_same(theirs, PreferenceCollator(PAD, data_spec())(rows, is_filler=is_filler))
 
 
-def test_a_collator_with_a_parameter_context_gets_it(user_module: ModuleType) -> None:
+def test_a_collator_with_a_parameter_context_gets_it() -> None:
     calls: list[Any] = []
 
     def plain(rows: list[Any]) -> dict[str, torch.Tensor]:
@@ -288,16 +288,46 @@ def test_a_collator_with_a_parameter_context_gets_it(user_module: ModuleType) ->
             calls.append(context)
             return trl_shaped(rows)
 
-    user_module.plain, user_module.Aware, user_module.aware = plain, Aware, Aware()  # type: ignore[attr-defined]
-    for name in ("plain", "Aware", "aware"):
-        AdaptedCollator(f"a_users_module:{name}")(EXAMPLE, CONTEXT)
+    made: list[Any] = [plain, Aware, Aware()]
+    for each in made:
+        AdaptedCollator(each, PAD)(EXAMPLE, CONTEXT)
     assert calls == [None, CONTEXT, CONTEXT]
 
 
-def test_a_users_reference_log_probs_are_taken(user_module: ModuleType) -> None:
+def test_a_collator_is_made_with_its_arguments_and_the_tokenizers_padding(user_module: ModuleType) -> None:
+    class Padding:
+        def __init__(self, pad_token_id: int, multiple_of: int = 1) -> None:
+            self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
+
+        def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+            return padded(rows, self.pad_token_id, self.multiple_of)
+
+    def padded(rows: list[Any], pad_token_id: int, multiple_of: int) -> dict[str, torch.Tensor]:
+        more = -trl_shaped(rows)["input_ids"].shape[1] % multiple_of
+        fills = {"input_ids": pad_token_id}
+        return {name: pad(value, (0, more), value=fills.get(name, 0)) for name, value in trl_shaped(rows).items()}
+
+    user_module.Padding, user_module.padded = Padding, padded  # type: ignore[attr-defined]
+
+    def by_settings(name: str, **kwargs: Any) -> AdaptedCollator:
+        return AdaptedCollator(UserCodeSpec(path=f"a_users_module:{name}", kwargs=kwargs), PAD)
+
+    for collate, fed in (
+        (AdaptedCollator(Padding, PAD), (5, PAD)),  # pyright: ignore[reportArgumentType]
+        (by_settings("Padding"), (5, PAD)),
+        (by_settings("Padding", multiple_of=4), (8, PAD)),
+        (by_settings("Padding", multiple_of=4, pad_token_id=9), (8, 9)),
+        (by_settings("padded", multiple_of=4, pad_token_id=9), (8, 9)),
+    ):
+        ids = collate(EXAMPLE, CONTEXT).input_ids
+        assert (ids.shape[1], int(ids[1, -1])) == fed
+    with pytest.raises(UserError, match=r"Padding': cannot be called \(.*'other'.*\{path, kwargs\}"):
+        by_settings("Padding", other=1)
+
+
+def test_a_users_reference_log_probs_are_taken() -> None:
     known = {"ref_chosen_logps": torch.tensor([-1.5, -2.5]), "ref_rejected_logps": torch.tensor([-3.5, -4.5])}
-    user_module.both = lambda rows: trl_shaped(rows) | known  # type: ignore[attr-defined]
-    batch = AdaptedCollator("a_users_module:both")(EXAMPLE, CONTEXT)
+    batch = AdaptedCollator(lambda rows: trl_shaped(rows) | known, PAD)(EXAMPLE, CONTEXT)
     assert batch.ref_logps is not None
     assert batch.ref_logps.dtype == torch.float64
     assert batch.ref_logps.tolist() == [-1.5, -2.5, -3.5, -4.5]
@@ -306,7 +336,7 @@ def test_a_users_reference_log_probs_are_taken(user_module: ModuleType) -> None:
 @pytest.mark.parametrize(
     "broken", ["no mask", "half the rows", "a mask of another shape", "log-probs of one side twice"]
 )
-def test_a_wrong_shape_is_refused_with_what_came(user_module: ModuleType, broken: str) -> None:
+def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         made = trl_shaped(rows[:1] if broken == "half the rows" else rows)
         if broken == "no mask":
@@ -317,9 +347,8 @@ def test_a_wrong_shape_is_refused_with_what_came(user_module: ModuleType, broken
             made["ref_chosen_logps"] = made["ref_rejected_logps"] = torch.zeros(4)
         return made
 
-    user_module.collate = collate  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"returned .*for 2 pairs.*\[2 \* pairs, tokens\]"):
-        AdaptedCollator("a_users_module:collate")(EXAMPLE, CONTEXT)
+    with pytest.raises(UserError, match=r"data_collator = 'collate': returned .*for 2 pairs.*\[2 \* pairs, tokens\]"):
+        AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
 
 
 @pytest.mark.parametrize(

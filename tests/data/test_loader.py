@@ -1,11 +1,9 @@
 """A step at a time from any position, prefetched in a thread that neither loses an error nor outlives its use."""
 
-import sys
 import threading
 import time
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -76,7 +74,7 @@ def test_an_evaluation_makes_every_row_once(pairs: Pairs) -> None:
     assert sorted(found) == list(range(1, COUNT + 1))
 
 
-def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs) -> None:
     contexts: list[tuple[CollateContext, str]] = []
     ours = PreferenceCollator(PAD, data_spec())
 
@@ -88,9 +86,7 @@ def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs, mo
         assert batch.attention_mask is not None
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "completion_mask": mask}
 
-    monkeypatch.setitem(sys.modules, "a_users_module", module := ModuleType("a_users_module"))
-    module.collate = collate  # type: ignore[attr-defined]
-    ranks = [loader(pairs, rank, 2, AdaptedCollator("a_users_module:collate")) for rank in range(2)]
+    ranks = [loader(pairs, rank, 2, AdaptedCollator(collate, PAD)) for rank in range(2)]
     steps = [next(each.steps(8, 4)) for each in ranks]
     expected = next(loader(pairs).steps(8, 4)).counts
     assert all(made.are_local for made in steps)

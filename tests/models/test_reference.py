@@ -583,6 +583,8 @@ def test_shared_layers_that_a_function_made_are_recognised(
     assert reference.capture_layer == 2
     assert reference.is_start
     policy.to("cpu").to(torch.float64).to(torch.float32)  # by which TRL's sharing is lost
+    lower = sharing_words(nn.ModuleList([policy.get_input_embeddings(), *decoder_layers(policy)[:2]]))
+    assert sharing_words(policy) & sharing_words(reference.model) == lower
     passes = counters(policy, reference)
     assert torch.equal(step_logps(policy, reference, batch), expected)
     assert passes["policy 0"] == passes["policy 1"] == passes["reference 2"] == 1

@@ -1,0 +1,36 @@
+"""TRL's own collator, by name and in Python, feeds what our padded layout feeds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parity.parity_support import need_trl
+from support import losses, tiny_spec
+
+from orchestrator.run.debug import debug
+
+need_trl()
+
+THEIRS = "trl.trainer.dpo_trainer:DataCollatorForPreference"
+LIMIT = 40  # tokens; some pairs are longer
+CUT = {"max_length": LIMIT, "truncation_mode": "keep_end"}
+
+
+@pytest.mark.parametrize("cut", [{}, CUT], ids=["whole", "keep_end"])
+def test_a_run_with_it_is_our_padded_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], cut: dict[str, Any]
+) -> None:
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    data = {"max_length": LIMIT, "truncation": "keep_end"} if cut else {}
+    ours = tiny_spec(tmp_path, run={"name": "ours"}, data=data, model={"attention": "padded"})
+    debug(ours)
+    assert "is to truncate" not in capfd.readouterr().out
+    named = tiny_spec(tmp_path, run={"name": "named"}, data={**data, "collator": {"path": THEIRS, "kwargs": cut}})
+    debug(named)
+    if cut:
+        assert f"{THEIRS} is to truncate" in capfd.readouterr().out
+    given = tiny_spec(tmp_path, run={"name": "given"}, data=data)
+    debug(given, data_collator=DataCollatorForPreference(pad_token_id=0, **cut))
+    assert losses(given.run_dir) == losses(named.run_dir) == losses(ours.run_dir)
+    assert len(losses(ours.run_dir)) == 4
