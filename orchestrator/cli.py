@@ -123,11 +123,21 @@ def plan(args: argparse.Namespace) -> int:
     """Say what a run would be, without starting it."""
     from orchestrator.run.plan import planned
 
-    facts = planned(_spec(args))
+    spec = _spec(args)
+    facts = planned(spec)
+    if not args.json:
+        _print_facts(facts)
+    if args.show_rows:
+        from orchestrator.run import rows
+
+        if args.json:
+            facts |= rows.facts(spec, args.show_rows)
+        else:
+            print()
+            for line in rows.lines(spec, args.show_rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
+                print(line, flush=True)
     if args.json:
         print(json.dumps(facts))
-    else:
-        _print_facts(facts)
     return DONE
 
 
@@ -266,16 +276,15 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
-    return int(text)
+def _whole(what: str) -> Callable[[str], int]:
+    """Reads a whole number from 1 on, which is `what`."""
 
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(text)
 
-def _step(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a step; they are counted from 1")
-    return int(text)
+    return read
 
 
 def _steps(text: str) -> tuple[int, ...]:
@@ -292,7 +301,10 @@ def _add_debug_flags(sub: argparse.ArgumentParser) -> None:
     trace = "write a trace of these steps (the third to the fifth) into RUN_DIR/profile"
     sub.add_argument("--profile", type=_steps, nargs="?", metavar="FIRST:LAST", help=trace)
     sub.add_argument(
-        "--replay-step", type=_step, metavar="N", help="of the run in RUN_DIR, given as FILE: every pair of step N"
+        "--replay-step",
+        type=_whole("a step; they are counted from 1"),
+        metavar="N",
+        help="of the run in RUN_DIR, given as FILE: every pair of step N",
     )
 
 
@@ -317,9 +329,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "settings", nargs="+", metavar="FILE|key=value", help="YAML files, merged left to right, then overrides"
         )
-    takes_settings[1].add_argument("--nproc", type=_count, default=1, metavar="N", help="ranks, one process each")
+    takes_settings[1].add_argument(
+        "--nproc",
+        type=_whole("a number of processes, 1 or more"),
+        default=1,
+        metavar="N",
+        help="ranks, one process each",
+    )
     _add_debug_flags(takes_settings[1])
     takes_settings[2].add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    shown = "the first N training rows as the model will see them, and how long all rows are; tokenises the data"
+    takes_settings[2].add_argument("--show-rows", type=_whole("a number of rows, 1 or more"), metavar="N", help=shown)
     submits = takes_settings[3]
     submits.add_argument("--to", choices=("ray", "slurm"), required=True, help="what takes the run")
     submits.add_argument("--address", metavar="URL", help="Ray's job server, http://HEAD:8265; RAY_API_SERVER_ADDRESS")

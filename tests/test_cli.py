@@ -136,6 +136,24 @@ def test_a_plan_as_lines_and_as_json(tmp_path: Path, capsys: Output) -> None:
     assert lines.keys() == facts.keys()
 
 
+def test_a_plan_shows_rows(tmp_path: Path, capsys: Output) -> None:
+    file = str(write_settings(tmp_path))
+    assert cli.main(["plan", "--show-rows", "2", file]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" of ")[0] for line in lines if line.startswith("row ")] == ["row 1", "row 2"]
+    assert [line for line in lines if line.startswith("  chosen    ⟦ good")] != []
+    assert [line for line in lines if "tokens of 32 rows" in line or "tokens of 8 rows" in line] == [
+        "data.train: tokens of 32 rows before truncation",
+        "data.eval: tokens of 8 rows before truncation",
+    ]
+    assert cli.main(["plan", file, "--json", "--show-rows=3", "data.max_completion_length=1"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [row["row"] for row in facts["rows"]] == [1, 2, 3]
+    assert all(row["key"] == "data.train" for row in facts["rows"])
+    assert {name: sets["rows"] for name, sets in facts["lengths"].items()} == {"data.train": 32, "data.eval": 8}
+    assert facts["train_rows"] == 32
+
+
 def test_files_and_overrides_may_stand_in_any_order(tmp_path: Path, capsys: Output) -> None:
     first = write_settings(tmp_path)
     second = tmp_path / "second.yaml"

@@ -111,7 +111,7 @@ class CollateContext:
     global_tokens: int  # tokens of both sequences of those pairs, as tokenised and truncated by data.max_length
 
 
-class _Sequence(NamedTuple):
+class FedSequence(NamedTuple):
     """One prompt and completion as it is fed."""
 
     ids: Integers
@@ -128,13 +128,13 @@ class _Sequence(NamedTuple):
         return np.arange(len(self.ids) - len(self.labels) - 1, len(self.ids) - 1)
 
 
-def _sequences(row: Row, keep_last: int | None) -> tuple[_Sequence, _Sequence]:
+def fed_sequences(row: Row, keep_last: int | None) -> tuple[FedSequence, FedSequence]:
     """Chosen and rejected; keep_last (keep_end) cuts each from its start. keep_start was done at tokenising."""
-    made: list[_Sequence] = []
+    made: list[FedSequence] = []
     for side in ("chosen_ids", "rejected_ids"):
         ids = np.array(row["prompt_ids"] + row[side], np.int64)
         cut = max(0, len(ids) - keep_last) if keep_last else 0
-        made.append(_Sequence(ids[cut:], max(0, len(row["prompt_ids"]) - cut)))
+        made.append(FedSequence(ids[cut:], max(0, len(row["prompt_ids"]) - cut)))
     return made[0], made[1]
 
 
@@ -153,7 +153,7 @@ class PackedCollator:
 
     def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch; a filler's pairs weigh nothing."""
-        pairs = [_sequences(row, self.keep_last) for row in rows]
+        pairs = [fed_sequences(row, self.keep_last) for row in rows]
         ids: list[Integers] = []
         positions: list[Integers] = []
         index: list[Integers] = []
@@ -235,7 +235,7 @@ class PreferenceCollator:
 
     def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch; a filler's pairs weigh nothing."""
-        pairs = [_sequences(row, self.keep_last) for row in rows]
+        pairs = [fed_sequences(row, self.keep_last) for row in rows]
         sequences = [pair[side] for side in (0, 1) for pair in pairs]
         width = max(len(sequence.ids) for sequence in sequences)
         input_ids = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.long)

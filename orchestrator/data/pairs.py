@@ -108,6 +108,17 @@ class TokenizedSet(NamedTuple):
     weight: float  # how often its pairs are seen in an epoch
     folder: Path
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows left out, by reason."""
+        return json.loads((self.folder / "meta.json").read_text())["dropped"]
+
+    @property
+    def uncut_lengths(self) -> Integers:
+        """[M, 3] tokens of prompt, chosen and rejected before truncation, of every row that could be tokenised, left
+        out or not."""
+        return np.load(self.folder / "uncut.npy").reshape(-1, 3)
+
 
 class Pairs:
     """The usable pairs of one or more data sets, memory-mapped: nothing is read until it is asked for.
@@ -212,12 +223,6 @@ def tokenized_pairs(
     return Pairs(sets)
 
 
-def uncut_lengths(folder: Path) -> Integers:
-    """[M, 3] tokens of prompt, chosen and rejected before truncation, of every row that could be tokenised, dropped or
-    not. folder: of a data set in the cache."""
-    return np.load(folder / "uncut.npy").reshape(-1, 3)
-
-
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """Make a folder by `build(partial_folder)`, by one process of all that ask; the others wait for it by polling.
 
@@ -292,6 +297,18 @@ def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str 
                 found[before + number] = RawRow(source.path, number, _checked(row))
         before += read
     return found
+
+
+def first_rows(data: DataSpec, count: int) -> Iterator[tuple[Place, Any]]:
+    """The first rows of each training set, as they are.
+
+    Raises:
+        UserError: a source is missing or unreadable.
+    """
+    for key, source in data.sources("train").items():
+        check_source(key, source.path)
+        for number, row in islice(_open_source(key, source, "train")[0], count):
+            yield Place(key, source.path, number), row
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -26,7 +26,6 @@ from orchestrator.data.pairs import (
     tokenized_pairs,
     training_texts,
     truncated,
-    uncut_lengths,
 )
 from orchestrator.settings.spec import DataSpec, UserError
 
@@ -311,8 +310,8 @@ def test_the_lengths_before_truncation_are_kept_of_dropped_rows_too(tmp_path: Pa
     cuts = {"max_length": 12, "max_completion_length": 2}
     found = made(tmp_path, content, on_bad_row="drop", **cuts)
     assert found.lengths.tolist() == [[9, 2, 2]]
-    (folder,) = (tmp_path / "cache" / "pairs").glob("*/")
-    assert uncut_lengths(folder).tolist() == [[9, 31, 4], [7, 4, 4], [20, 5, 4]]
+    assert found.sets[0].dropped == found.dropped
+    assert found.sets[0].uncut_lengths.tolist() == [[9, 31, 4], [7, 4, 4], [20, 5, 4]]
 
 
 # --- formats -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,272 @@
+"""Training rows as the model will see them, and how long all rows are: what `orchestrator plan --show-rows` prints."""
+
+import re
+from collections.abc import Iterator
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from orchestrator.data.collate import fed_sequences
+from orchestrator.data.order import Integers, longest_sequences
+from orchestrator.data.pairs import (
+    BadRow,
+    Place,
+    first_rows,
+    tokenize_pair,
+    tokenized_pairs,
+    truncated,
+)
+from orchestrator.models.policy import load_tokenizer
+from orchestrator.settings.spec import DataSpec, RunSpec, Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUANTILES = {"min": 0.0, "50%": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
+BINS = 20
+BARS = "▁▂▃▄▅▆▇█"
+LEGEND = (
+    "⟦ ⟧ hold the tokens that are scored, in packed and in padded rows alike; ⏎ is a line break, ␣ a blank at an end,"
+    " ⟨ ⟩ how many tokens truncation cuts, and which"
+)
+CUT_TEXT = 60  # letters that are shown of what truncation takes
+
+
+def facts(spec: RunSpec, count: int) -> dict[str, Any]:
+    """The first `count` training rows and the lengths of every set, as JSON's types.
+
+    Raises:
+        UserError: whatever is wrong with the data or the tokenizer.
+    """
+    tokenizer = _tokenizer(spec)
+    shown = [json_row(row) for row in shown_rows(spec.data, tokenizer, count)]
+    return {"rows": shown, "lengths": dict(_lengths_of_sets(spec, tokenizer))}
+
+
+def lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
+    """The same for a terminal, each line as soon as it is known; see `row_lines` and `length_lines`."""
+    tokenizer = _tokenizer(spec)
+    yield LEGEND
+    if spec.data.collator:
+        yield f"data.collator {spec.data.collator} may lay them out otherwise"
+    for shown in shown_rows(spec.data, tokenizer, count):
+        yield ""
+        yield from row_lines(shown, tokenizer, colour)
+    for key, found in _lengths_of_sets(spec, tokenizer):
+        yield ""
+        yield from length_lines(key, found, spec.data)
+
+
+def _tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    return load_tokenizer(spec)
+
+
+def _lengths_of_sets(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(its setting, its lengths) of every set; one that is not in the cache yet gets there, where the run finds it."""
+    splits: list[tuple[Split, str]] = [("train", ""), *(("eval", name) for name in spec.data.eval_sets)]
+    for split, name in splits:
+        for each in tokenized_pairs(spec.data, split, tokenizer, spec.cache_dir, name).sets:
+            yield each.key, lengths(each.uncut_lengths, spec.data, each.dropped)
+
+
+class Part(NamedTuple):
+    """Tokens that follow each other, and their text within the whole."""
+
+    ids: list[int]
+    text: str
+
+
+class ShownSide(NamedTuple):
+    """One of a pair's two sequences as it is fed, and what truncation takes from its ends."""
+
+    cut_before: Part
+    prompt: Part
+    completion: Part
+    cut_after: Part
+    scored: int  # tokens of the completion whose log-probs count: all, but a first one that has none before it
+
+
+class ShownRow(NamedTuple):
+    """What becomes of a row."""
+
+    place: Place
+    dropped: str | None  # why it is not trained on; it has no sides then
+    left_out: str  # how the prompt alone would end, where it ends otherwise in both sequences
+    chosen: ShownSide | None
+    rejected: ShownSide | None
+
+
+def shown_rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", count: int) -> Iterator[ShownRow]:
+    """The first training rows, by the functions that make the batches of a run.
+
+    Raises:
+        UserError: the source cannot be read, or the chat template does not fit the settings.
+    """
+    for place, row in first_rows(data, count):
+        try:
+            whole, left_out = tokenize_pair(row, tokenizer, data)
+            kept = truncated(whole, data)
+        except BadRow as bad:
+            yield ShownRow(place, f"{bad.kind}: {bad.reason}", "", None, None)
+            continue
+        fed = fed_sequences(kept._asdict(), data.keep_last)
+        sides = zip((whole.chosen_ids, whole.rejected_ids), (kept.chosen_ids, kept.rejected_ids), fed, strict=True)
+        shown = []
+        for completion, kept_completion, sequence in sides:
+            uncut, prompt = whole.prompt_ids + completion, len(whole.prompt_ids)
+            stop = prompt + len(kept_completion)
+            start = stop - len(sequence.ids)
+            pieces = uncut[:start], uncut[start:prompt], uncut[max(start, prompt) : stop], uncut[stop:]
+            shown.append(ShownSide(*_parts(tokenizer, pieces), scored=len(sequence.labels)))
+        yield ShownRow(place, None, _text(tokenizer, left_out), *shown)
+
+
+def json_row(shown: ShownRow) -> dict[str, Any]:
+    """A row as JSON's types: {prompt: {ids, text}, ...} of each side."""
+    made = {**shown.place._asdict(), **shown._asdict()}
+    del made["place"]
+    for side in ("chosen", "rejected"):
+        if (of := made[side]) is not None:
+            made[side] = {
+                name: part._asdict() if isinstance(part, Part) else part for name, part in of._asdict().items()
+            }
+    return made
+
+
+def _parts(tokenizer: "PreTrainedTokenizerBase", pieces: tuple[list[int], ...]) -> Iterator[Part]:
+    """Pieces of one sequence. Decoded by itself a piece may lose its first space."""
+    ids: list[int] = []
+    before = ""
+    for piece in pieces:
+        ids = ids + piece
+        whole = _text(tokenizer, ids)
+        text = whole[len(before) :] if whole.startswith(before) else _text(tokenizer, piece)
+        yield Part(piece, text if piece else "")
+        before = whole
+
+
+def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def lengths(uncut: Integers, data: DataSpec, dropped: dict[str, int]) -> dict[str, Any]:
+    """How many tokens rows have, and what truncation does to them, by name; JSON's types only.
+
+    uncut: [M, 3] tokens of prompt, chosen and rejected before truncation. dropped: rows by reason.
+    """
+    parts: dict[str, Integers] = dict(zip(("prompt", "chosen", "rejected"), uncut.T, strict=True))
+    parts["longer_sequence"] = longest_sequences(uncut)
+    beyond = int(parts["longer_sequence"].max()) + 1
+    width = -(-beyond // BINS)
+    edges = np.arange(0, beyond + width, width)
+    prompt = np.minimum(uncut[:, 0], data.max_prompt_length or uncut.max())
+    completions = np.minimum(uncut[:, 1:], data.max_completion_length or uncut.max())
+    whole = data.max_length or np.inf
+    fills = (prompt >= whole) & (data.truncation == "keep_start")
+    return {
+        "rows": len(uncut),
+        "tokens": {
+            name: {key: int(np.quantile(of, q, method="higher")) for key, q in QUANTILES.items()}
+            for name, of in parts.items()
+        },
+        "histogram_edges": edges.tolist(),
+        "histogram": {name: np.histogram(of, edges)[0].tolist() for name, of in parts.items()},
+        "cut": {
+            "max_prompt_length": int((prompt < uncut[:, 0]).sum()),
+            "max_completion_length": int((completions < uncut[:, 1:]).any(axis=1).sum()),
+            "max_length": int(((prompt + completions.max(axis=1) > whole) & ~fills).sum()),
+        },
+        "dropped": dropped,
+    }
+
+
+def row_lines(shown: ShownRow, tokenizer: "PreTrainedTokenizerBase", colour: bool) -> Iterator[str]:
+    """A row for a terminal. colour: by ANSI codes, special tokens bold; the brackets are there in any case."""
+    name = f"row {shown.place.row} of {shown.place.source}"
+    if shown.chosen is None or shown.rejected is None:
+        yield f"{name}: left out, {shown.dropped}"
+        return
+    sides = {"chosen": shown.chosen, "rejected": shown.rejected}
+    counts = ", ".join(f"{side} {len(of.prompt.ids)} + {len(of.completion.ids)}" for side, of in sides.items())
+    yield f"{name}: tokens of prompt + completion: {counts}"
+    if shown.left_out:
+        yield f"  the prompt alone ends in {shown.left_out!r}; with an answer it does not, which so begins before that"
+    paint = _Paint(tokenizer, colour)
+    is_shared = (shown.chosen.cut_before, shown.chosen.prompt) == (shown.rejected.cut_before, shown.rejected.prompt)
+    if is_shared:
+        yield from _block("prompt", paint.cut(shown.chosen.cut_before, at_end=False) + paint(shown.chosen.prompt, ""))
+    for (side, of), code in zip(sides.items(), ("32", "31"), strict=True):
+        before = "" if is_shared else paint.cut(of.cut_before, at_end=False) + paint(of.prompt, "")
+        completion = paint(of.completion, code).removesuffix("\n")
+        yield from _block(side, f"{before}⟦{completion}⟧{paint.cut(of.cut_after, at_end=True)}")
+        if of.scored < len(of.completion.ids):
+            yield "            its first token has none before it, and is not scored"
+        if tokenizer.eos_token_id not in of.completion.ids:
+            yield f"            it has no end token ({tokenizer.eos_token})"
+
+
+class _Paint:
+    """Makes the text of tokens visible, and colours it where there are colours."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", colour: bool) -> None:
+        self.colour = colour
+        self._special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
+
+    def __call__(self, part: Part, code: str) -> str:
+        text = _visible(part.text)
+        if not self.colour:
+            return text
+        text = self._special.sub(lambda found: f"\x1b[1m{found[0]}\x1b[22m", text)
+        return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if code and line else line for line in text.split("\n"))
+
+    def cut(self, part: Part, at_end: bool) -> str:
+        """That these tokens are cut, and those of them that are next to what stays."""
+        if not part.ids:
+            return ""
+        text = _visible(part.text).replace("\n", "")
+        if len(text) > CUT_TEXT:
+            text = f"{text[:CUT_TEXT]}..." if at_end else f"...{text[-CUT_TEXT:]}"
+        text = f"⟨cut {len(part.ids)}: {text}⟩"
+        return f"\x1b[2m{text}\x1b[0m" if self.colour else text
+
+
+def _visible(text: str) -> str:
+    """With signs for what does not print: line breaks, blanks at the end of a line, control characters."""
+    text = "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+    return re.sub(r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), text).replace("\n", "⏎\n")
+
+
+def _block(name: str, text: str) -> Iterator[str]:
+    for label, line in zip(chain([name], repeat("")), text.removesuffix("\n").split("\n"), strict=False):
+        yield f"  {label:<10}{line}"
+
+
+def length_lines(key: str, found: dict[str, Any], data: DataSpec) -> Iterator[str]:
+    """What `lengths` found of the data set of a setting, for a terminal."""
+    names = {name: name.replace("_", " ") for name in found["tokens"]}
+    width = max(map(len, names.values()))
+    last = found["histogram_edges"][-1] - 1
+    yield f"{key}: tokens of {found['rows']} rows before truncation"
+    yield f"{'':<{width}}  " + "".join(f"{name:>7}" for name in QUANTILES) + f"   0 to {last}"
+    for name, label in names.items():
+        numbers = "".join(f"{found['tokens'][name][quantile]:>7}" for quantile in QUANTILES)
+        yield f"{label:<{width}}  {numbers}   {_bars(found['histogram'][name])}".rstrip()
+    for limit, rows in found["cut"].items():
+        if (value := getattr(data, limit)) is not None:
+            how = f" ({data.truncation})" if limit == "max_length" else ""
+            yield f"rows cut by data.{limit}={value}{how}: {rows}"
+    for reason, rows in found["dropped"].items():
+        yield f"rows left out, {reason}: {rows}"
+
+
+def _bars(counts: list[int]) -> str:
+    """One sign a bin; every row is seen, however few are like it."""
+    most = max(counts)
+    return "".join(BARS[-(-count * (len(BARS) - 1) // most)] if count else " " for count in counts)

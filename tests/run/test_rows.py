@@ -1,0 +1,187 @@
+"""Rows are shown as batches hold them, with what truncation takes, and all lengths are counted."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import rows, write_jsonl
+from tiny import EOS, data_spec, ids, tokenizer
+
+from orchestrator.data.collate import PackedCollator
+from orchestrator.data.order import fed_lengths
+from orchestrator.data.pairs import tokenized_pairs
+from orchestrator.run.rows import Part, ShownRow, json_row, length_lines, lengths, row_lines, shown_rows
+
+TEXT = {"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}
+ODD = {"prompt": "Say it. \nNow:\n", "chosen": "yes\n", "rejected": "no\x1b[2J"}
+CUTS: list[dict[str, Any]] = [
+    {"max_length": None},
+    {"max_length": 14},
+    {"max_length": 14, "truncation": "keep_end"},
+    {"max_length": 5, "truncation": "keep_end"},
+    {"max_length": 14, "max_prompt_length": 9, "max_completion_length": 6},
+    {"max_length": 40, "max_prompt_length": 20},
+]
+
+
+def shown(folder: Path, content: list[Any], **settings: Any) -> list[ShownRow]:
+    data = data_spec(train=str(write_jsonl(folder / "train.jsonl", content)), **settings)
+    return list(shown_rows(data, tokenizer(), len(content)))
+
+
+def texts(side: Any) -> tuple[str, ...]:
+    return tuple(part.text for part in side if isinstance(part, Part))
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen", "rejected"),
+    [
+        ({}, ("", "12345678", "hijkl<end>", ""), ("", "12345678", "vw<end>", "")),
+        ({"max_length": 12}, ("", "12345678", "hijk", "l<end>"), ("", "12345678", "vw<end>", "")),
+        (
+            {"max_length": 9, "truncation": "keep_end"},
+            ("12345", "678", "hijkl<end>", ""),
+            ("12", "345678", "vw<end>", ""),
+        ),
+        (
+            {"max_length": 3, "truncation": "keep_end"},
+            ("12345678hij", "", "kl<end>", ""),
+            ("12345678", "", "vw<end>", ""),
+        ),
+        (
+            {"max_length": 4, "max_prompt_length": 3, "max_completion_length": 2, "truncation": "keep_end"},
+            ("123456", "78", "hi", "jkl<end>"),
+            ("123456", "78", "vw", "<end>"),
+        ),
+    ],
+)
+def test_what_truncation_takes_is_shown(
+    settings: dict[str, Any], chosen: tuple[str, ...], rejected: tuple[str, ...], tmp_path: Path
+) -> None:
+    (row,) = shown(tmp_path, [TEXT], **settings)
+    assert row.dropped is None
+    assert texts(row.chosen) == chosen
+    assert texts(row.rejected) == rejected
+
+
+@pytest.mark.parametrize("settings", CUTS, ids=str)
+def test_what_is_shown_is_what_a_batch_holds(settings: dict[str, Any], tmp_path: Path) -> None:
+    content = [*rows(20, longest=4), {**TEXT, "prompt": ""}, {**TEXT, "prompt": "p" * 60}, {**TEXT, "chosen": "vw"}]
+    made = shown(tmp_path, content, **settings)
+    data = data_spec(train=str(tmp_path / "train.jsonl"), **settings)
+    pairs = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
+
+    assert [row.place.row for row in made if row.dropped is None] == pairs.pair_ids.tolist()
+    assert len(pairs) > 3
+    for index, row in enumerate(row for row in made if row.dropped is None):
+        batch = PackedCollator(data)([pairs[index]])
+        assert batch.segments is not None
+        span, fed = batch.segments.spans[0], batch.input_ids[0].tolist()
+        sequences = fed[: span.rejected], fed[: span.fork] + fed[span.rejected :]
+        for side, sequence, scored in zip((row.chosen, row.rejected), sequences, batch.scored, strict=True):
+            assert side is not None
+            assert side.prompt.ids + side.completion.ids == sequence
+            assert side.scored == scored
+
+
+@pytest.mark.parametrize("settings", CUTS, ids=str)
+def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) -> None:
+    content = [{name: text.strip() for name, text in row.items()} for row in rows(40, longest=5)]  # no ties when cut
+    data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), **settings)
+    (made,) = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache").sets
+    uncut = made.uncut_lengths
+    found = lengths(uncut, data, made.dropped)
+    json.dumps(found)
+
+    assert found["rows"] == 40
+    assert found["dropped"] == made.dropped
+    for name, of in zip(("prompt", "chosen", "rejected"), uncut.T, strict=True):
+        assert found["tokens"][name]["min"] == of.min()
+        assert found["tokens"][name]["50%"] in of
+        assert (of <= found["tokens"][name]["90%"]).mean() >= 0.9
+        edges = found["histogram_edges"]
+        counted = [int(((of >= low) & (of < high)).sum()) for low, high in pairwise(edges)]
+        assert found["histogram"][name] == counted
+        assert sum(counted) == 40
+    assert found["tokens"]["longer_sequence"]["max"] == (uncut[:, 0] + uncut[:, 1:].max(1)).max()
+
+    without = {**settings, "max_length": None}
+    whole = data_spec(train=data.train, **without)
+    before = tokenized_pairs(whole, "train", tokenizer(), tmp_path / "cache")
+    after = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
+    kept = np.isin(before.pair_ids, after.pair_ids)
+    shorter = (fed_lengths(after.lengths, data.keep_last).sum(1) < before.lengths[kept].sum(1)).sum()
+    assert found["cut"]["max_length"] == shorter
+    assert found["cut"]["max_prompt_length"] == (uncut[:, 0] > settings.get("max_prompt_length", 999)).sum()
+    assert (
+        found["cut"]["max_completion_length"]
+        == (uncut[:, 1:].max(1) > settings.get("max_completion_length", 999)).sum()
+    )
+
+
+def test_a_row_on_a_terminal(tmp_path: Path) -> None:
+    (row,) = shown(tmp_path, [ODD], max_length=18)
+    plain, coloured = (list(row_lines(row, tokenizer(), colour)) for colour in (False, True))
+    assert plain == [
+        f"row 1 of {tmp_path}/train.jsonl: tokens of prompt + completion: chosen 14 + 4, rejected 14 + 4",
+        "  prompt    Say it.␣⏎",
+        "            Now:⏎",
+        "  chosen    ⟦yes⏎⟧⟨cut 1: <end>⟩",
+        "            it has no end token (<end>)",
+        "  rejected  ⟦no\\x1b[⟧⟨cut 3: 2J<end>⟩",
+        "            it has no end token (<end>)",
+    ]
+    assert [re.sub(r"\x1b\[\d*m", "", line) for line in coloured] == plain
+    assert "\x1b[32myes" in coloured[3]
+    assert "\x1b[31mno" in coloured[5]
+    json.dumps(json_row(row))
+
+
+def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
+    merging = {"prompt": "xa", "chosen": "b", "rejected": "c "}
+    made = shown(tmp_path, [merging, {**TEXT, "chosen": "vw"}, {**TEXT, "prompt": ""}, 5], max_length=20)
+    lines = [
+        line.replace(f" of {tmp_path}/train.jsonl", "") for row in made for line in row_lines(row, tokenizer(), False)
+    ]
+    assert lines == [
+        "row 1: tokens of prompt + completion: chosen 1 + 2, rejected 1 + 4",
+        "  the prompt alone ends in 'a'; with an answer it does not, which so begins before that",
+        "  prompt    x",
+        "  chosen    ⟦ab<end>⟧",
+        "  rejected  ⟦ac <end>⟧",
+        "row 2: left out, ties: chosen equals rejected",
+        "row 3: tokens of prompt + completion: chosen 0 + 6, rejected 0 + 3",
+        "  prompt    ",
+        "  chosen    ⟦hijkl<end>⟧",
+        "            its first token has none before it, and is not scored",
+        "  rejected  ⟦vw<end>⟧",
+        "            its first token has none before it, and is not scored",
+        "row 4: left out, malformed rows: is a int, not an object with chosen and rejected",
+    ]
+
+
+def test_special_tokens_are_bold_where_there_are_colours(tmp_path: Path) -> None:
+    (row,) = shown(tmp_path, [{**TEXT, "prompt": "a<end>b"}])
+    assert row.chosen is not None
+    assert row.chosen.prompt.ids == [*ids("a"), EOS, *ids("b")]
+    assert "a\x1b[1m<end>\x1b[22mb" in next(line for line in row_lines(row, tokenizer(), True) if "prompt  " in line)
+
+
+def test_lengths_on_a_terminal() -> None:
+    uncut = np.array([[2, 1, 3], [4, 9, 1], [30, 1, 1], [3, 2, 2]])
+    data = data_spec(max_length=20, max_completion_length=8)
+    assert list(length_lines("data.train", lengths(uncut, data, {"ties": 1}), data)) == [
+        "data.train: tokens of 4 rows before truncation",
+        "                     min    50%    90%    99%    max   0 to 31",
+        "prompt                 2      4     30     30     30    █▅            ▅",
+        "chosen                 1      2      9      9      9   █▅  ▅",
+        "rejected               1      2      3      3      3   ██",
+        "longer sequence        5     13     31     31     31     █   ▅        ▅",
+        "rows cut by data.max_completion_length=8: 1",
+        "rows cut by data.max_length=20 (keep_start): 0",
+        "rows left out, ties: 1",
+    ]
