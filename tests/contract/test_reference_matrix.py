@@ -204,6 +204,7 @@ def sharing(combination: Combination) -> Any:
     return pytest.param(combination, id="-".join(combination), marks=pytest.mark.xdist_group(group))
 
 
+@pytest.mark.slow  # test_combinations.py has every two of these together
 @pytest.mark.parametrize("combination", [sharing(c) for c in MATRIX if not refusal_of(c)])
 def test_what_can_be_trains_like_its_twin(trained: Callable[..., Run], combination: Combination) -> None:
     run, twin, near = trained(combination), trained(*twin_of(combination)), tolerance(combination)

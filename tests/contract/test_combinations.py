@@ -1,0 +1,240 @@
+"""Whatever is combined trains as its own padded twin under DDP does, or is refused in one line: losses, references,
+engines, precisions, layouts, collators and LoRA, every two of them together in some run on two real ranks."""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import pytest
+from covering import Row, covering
+from engine_runs import ENGINES
+from ranks import Ranks
+from support import raw_settings, rows, write_jsonl
+from tiny import tiny_model, tokenizer
+from worker_runs import Left, curve, whole_run
+
+from orchestrator.dpo.losses import LOSSES
+from orchestrator.settings.load import make_spec
+from orchestrator.settings.spec import Precision, UserError
+
+STEPS, PAIRS = 3, 6  # steps of 4 and of 2 pairs; the third is in the second epoch, which asks a cache
+SHARED = 1  # layers of 2
+LIMIT_S = 60  # of a run; then its ranks are ended
+
+OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}}  # what a loss cannot do without
+REFERENCES: dict[str, dict[str, Any]] = {
+    "copy": {"cache": "off"},
+    "copy, cached": {"cache": "lazy"},
+    "copy, cached before": {"cache": "full"},
+    "shared layers": {"kind": "shared_layers", "num_shared_layers": SHARED},
+    "int8": {"kind": "int8"},
+    "nf4": {"kind": "nf4"},
+    "adapter off": {"kind": "adapter_off"},
+    "precomputed": {"kind": "precomputed"},
+}
+COLLATORS = {
+    "ours": None,
+    "a user's": "collators:plain",
+    "an aware one": "collators:aware",
+    "TRL's": "trl.trainer.dpo_trainer:DataCollatorForPreference",
+}
+LORA: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "lora": {"r": 4},
+    "lora on bf16": {"r": 4, "base": "bf16"},
+    "lora on int8": {"r": 4, "base": "int8"},
+    "lora on nf4": {"r": 4, "base": "nf4"},
+}
+PARTS: dict[str, list[str]] = {
+    "reference": list(REFERENCES),
+    "engine": list(ENGINES),
+    "precision": [name for name in get_args(Precision) if name not in ("auto", "tf32")],  # no CPU has TF32
+    "layout": [
+        "cpu",
+        "sdpa",
+        "padded",
+    ],  # packed, for either kernel; whatever another collator than ours makes is padded
+    "collator": list(COLLATORS),
+    "lora": list(LORA),
+}
+WITH_LORA, QUANTISED_BASE = {name for name in LORA if name != "none"}, {"lora on int8", "lora on nf4"}
+DEEPSPEED, CUTTING, THEIRS = (
+    {"zero1", "zero2", "zero3"},
+    {"zero3", "fsdp"},
+    {name for name in COLLATORS if name != "ours"},
+)
+
+
+class Refusal(NamedTuple):
+    """Rows that cannot be, and why: they have one of these values in each of these parts."""
+
+    parts: dict[str, set[str]]
+    key: str
+    rule: str
+
+
+REFUSED = [
+    Refusal({"precision": {"fp64"}, "engine": DEEPSPEED}, "precision", "deepspeed adds gradients"),
+    Refusal({"lora": QUANTISED_BASE, "engine": CUTTING}, "model.lora.base", "cannot be cut into the shards"),
+    Refusal(
+        {"precision": {"fp64"}, "lora": {"lora on bf16"} | QUANTISED_BASE},
+        "model.lora.base",
+        "precision fp64 would compute with what these bits have left",
+    ),
+    Refusal(
+        {"reference": {"shared layers"}, "lora": WITH_LORA},
+        "reference.kind",
+        "with model.lora every layer of the base can be shared",
+    ),
+    Refusal({"reference": {"adapter off"}, "lora": {"none"}}, "reference.kind", "there is no adapter to switch off"),
+    Refusal(
+        {"reference": {"copy", "copy, cached", "copy, cached before", "int8", "nf4"}, "lora": QUANTISED_BASE},
+        "reference.kind",
+        "has no second set of weights to copy: its own are frozen",
+    ),
+    Refusal({"reference": {"int8", "nf4"}, "precision": {"fp64"}}, "precision", "computes in 16 or 32 bits"),
+    Refusal(
+        {"reference": {"precomputed"}, "collator": THEIRS},
+        "reference.kind",
+        "what data.collator will feed is not known beforehand",
+    ),
+    Refusal(
+        {"reference": {"copy, cached before"}, "collator": THEIRS},
+        "reference.cache",
+        "what data.collator will feed is not known beforehand",
+    ),
+]
+
+
+def refusals_of(row: Row) -> list[Refusal]:
+    """Those that a row, or a part of one, meets."""
+    return [each for each in REFUSED if all(row.get(part) in values for part, values in each.parts.items())]
+
+
+def is_refused(row: Row) -> bool:
+    return bool(refusals_of(row))
+
+
+NAMES = list(LOSSES)
+FIRST = [
+    {"loss": NAMES[number % len(NAMES)], **row} for number, row in enumerate(covering(PARTS, is_refused))
+]  # every two values of all parts but the loss, which goes round
+REST = covering({"loss": NAMES, **PARTS}, is_refused, begun=FIRST)
+
+
+def settings(folder: Path, row: Row) -> dict[str, Any]:
+    return raw_settings(
+        folder,
+        run={"dir": str(folder), "name": name_of(row)},
+        model={"init": None, "path": str(folder / "base"), "attention": row["layout"], "lora": LORA[row["lora"]]},
+        reference=REFERENCES[row["reference"]],
+        dpo={"loss_type": row["loss"], **OPTIONS.get(row["loss"], {})},
+        engine=ENGINES[row["engine"]],
+        precision=row["precision"],
+        data={"eval": None, "collator": COLLATORS[row["collator"]]},
+        batch={"global_batch_size": 4, "micro_batch_size": 1},
+        training={"max_steps": STEPS, "logging_steps": 1},
+        optimizer={"lr": 3e-3},
+    )
+
+
+def name_of(row: Row) -> str:
+    return "-".join(row.values()).replace(", ", "_").replace(" ", "_").replace("'", "")
+
+
+def twin(folder: Path, row: Row) -> dict[str, Any]:
+    """The same in padded rows under DDP, collated by ours, judged by a full copy where there is one, without cache."""
+    reference = "copy"
+    if row["reference"] in ("int8", "nf4"):
+        reference = row["reference"]
+    elif row["lora"] in QUANTISED_BASE:
+        reference = "adapter off"
+    raw = settings(folder, row | {"engine": "ddp", "layout": "padded", "collator": "ours", "reference": reference})
+    raw["reference"] = raw["reference"] | {"cache": "off"}
+    if row["reference"] == "shared layers":
+        raw["model"]["num_frozen_layers"] = SHARED
+    raw["run"]["name"] += "-twin"
+    return raw
+
+
+# --- what cannot be ----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_refused_with_its_reason_and_nothing_else_is(tmp_path: Path) -> None:
+    """Before anything is built. No loss and no layout has a part in it."""
+    met: set[str] = set()
+    for values in product(*(PARTS[part] for part in PARTS if part != "layout")):
+        row = dict(zip([part for part in PARTS if part != "layout"], values, strict=True))
+        expected, refused = refusals_of(row), None
+        try:
+            make_spec(settings(tmp_path, {"loss": "sigmoid", "layout": "padded", **row}))
+        except UserError as error:
+            refused = error
+        if refused is None:
+            assert not expected, f"{row} is not refused"
+            continue
+        found = {each.rule for each in expected if each.key == refused.key and each.rule in refused.rule}
+        assert found, f"{row} is refused: {refused}"
+        assert "\n" not in str(refused)
+        met |= found
+    assert met == {each.rule for each in REFUSED}
+
+
+# --- what can be -------------------------------------------------------------------------------------------------
+
+# How far the losses of twins may be apart, of 1 or of themselves, by whatever in a row computes most coarsely: weights
+# in nf4 are multiplied in the precision of the run, int8 rounds activations to a scale that the micro-batch shares.
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2, "int8": 3e-2}
+
+
+def tolerance(row: Row) -> float:
+    parts = {row["precision"], row["reference"], (LORA[row["lora"]] or {}).get("base")}
+    return max(TOLERANCE[part] for part in parts & TOLERANCE.keys())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs, and a model with its tokenizer."""
+    made = tmp_path_factory.mktemp("combinations")
+    write_jsonl(made / "train.jsonl", rows(PAIRS, longest=4))
+    tiny_model(hidden_size=64, initializer_range=0.1).save_pretrained(made / "base")
+    tokenizer().save_pretrained(made / "base")
+    return made
+
+
+Pools = tuple[Ranks, Ranks]
+"""Two ranks for rows, one for their twins."""
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Pools]:
+    with Ranks(2) as both, Ranks(1) as alone:
+        yield both, alone
+
+
+def assert_trains_like_its_twin(pools: Pools, folder: Path, row: Row) -> None:
+    made: Left
+    made, other = pools[0].call(whole_run, settings(folder, row), seconds=LIMIT_S)
+    [expected] = pools[1].call(curve, twin(folder, row), seconds=LIMIT_S)
+    near = tolerance(row)
+    assert made == other
+    assert len(made.losses) == STEPS
+    assert made.losses == pytest.approx(expected, rel=near, abs=near)
+    is_cached = row["reference"] != "copy" and row["collator"] == "ours"
+    assert made.kept == (PAIRS if is_cached else 0)
+
+
+def every(rows: list[Row]) -> Callable[..., Any]:
+    return pytest.mark.parametrize("row", [pytest.param(row, id="-".join(row.values())) for row in rows])
+
+
+@every(FIRST)
+def test_what_can_be_trains_like_its_twin(pools: Pools, folder: Path, row: Row) -> None:
+    assert_trains_like_its_twin(pools, folder, row)
+
+
+@pytest.mark.slow
+@every(REST)
+def test_and_so_it_does_with_every_loss(pools: Pools, folder: Path, row: Row) -> None:
+    assert_trains_like_its_twin(pools, folder, row)

@@ -1,0 +1,64 @@
+"""The worker on ranks that stay (ranks.Ranks), for many runs one after the other."""
+
+import gc
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
+
+from support import losses
+
+from orchestrator.data.refcache import RECORD
+from orchestrator.engines import scale
+from orchestrator.run.trial import NothingToSave
+from orchestrator.settings.load import make_spec
+from orchestrator.settings.spec import RunSpec
+from orchestrator.training.rundir import RunDir
+from orchestrator.training.worker import built, prepare, run
+from orchestrator.world import World
+
+NO_OVERFLOW = 2.0**6
+"""A loss scale at which no fp16 step is skipped: where gradients themselves are fp16 more overflow than where they are
+fp32, and runs that have skipped other steps cannot be compared."""
+
+
+class Left(NamedTuple):
+    """What a run leaves."""
+
+    losses: list[float]  # by step
+    kept: int  # pairs whose reference log-probs are on disk
+
+
+def whole_run(world: World, raw: dict[str, Any]) -> Left:
+    """A run by its settings, from its start to its export."""
+    with begun(world, raw) as (spec, run_dir):
+        run(spec, world, NothingToSave())
+        world.gather(None)
+        files = (spec.cache_dir / "reference_logps").glob("*/*.logps")
+        return Left(list(losses(run_dir.path).values()), sum(path.stat().st_size for path in files) // RECORD.itemsize)
+
+
+def curve(world: World, raw: dict[str, Any]) -> list[float]:
+    """The loss by step of a run that is not evaluated, nor kept."""
+    with (
+        begun(world, raw) as (spec, run_dir),
+        built(spec, prepare(spec), world, NothingToSave(), run_dir) as trainer,
+        closing(trainer.loader.steps(0, 0)) as steps,
+    ):
+        trainer.callbacks.fire("on_train_begin")
+        trainer.train(steps)
+        return [line["loss"] for line in world.gather(trainer.callbacks.state.log_history)[0]]
+
+
+@contextmanager
+def begun(world: World, raw: dict[str, Any]) -> Iterator[tuple[RunSpec, RunDir]]:
+    """Settings and directory of a run that starts where no other has left log-probs of its reference."""
+    scale.START = NO_OVERFLOW
+    spec = make_spec(raw)
+    run_dir = RunDir(spec.run_dir)
+    if world.is_main:
+        shutil.rmtree(spec.cache_dir / "reference_logps", ignore_errors=True)
+        run_dir.begin(spec)
+    world.gather(None)
+    yield spec, run_dir
+    gc.collect()  # what DeepSpeed and FSDP tie in knots
