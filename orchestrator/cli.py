@@ -183,7 +183,8 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check every file of every checkpoint against its manifest."""
+    """Check every file of every checkpoint, and of the pair ledger, against its manifest."""
+    from orchestrator.training import ledger
     from orchestrator.training.manifest import committed
     from orchestrator.training.manifest import verify as check
     from orchestrator.training.rundir import RunDir
@@ -197,9 +198,37 @@ def verify(args: argparse.Namespace) -> int:
             wrong = [str(error)]
         bad += bool(wrong)
         print(f"{folder.name}: {'; '.join(wrong) or 'whole'}")
+    if (wrong := ledger.verify(run_dir)) is not None:
+        bad += bool(wrong)
+        print(f"{run_dir.pairs.name}: {'; '.join(wrong) or 'whole'}")
     if not folders:
         print("no checkpoint")
     return FAILED if bad or not folders else DONE
+
+
+def pairs(args: argparse.Namespace) -> int:
+    """Say what training made of each pair."""
+    from orchestrator.data.pairs import raw_rows
+    from orchestrator.insight import pairs as insight
+    from orchestrator.training import ledger
+    from orchestrator.training.rundir import RunDir
+
+    run_dir = RunDir.existing(args.run_dir)
+    step, rows = ledger.read(run_dir)
+    if not rows.num_rows:
+        cure = "train on with training.pair_ledger=true"
+        raise UserError("RUN_DIR", args.run_dir, f"has kept nothing of its pairs up to step {step}", cure)
+    found = insight.findings(step, rows)
+    try:
+        texts = raw_rows(load_spec(run_dir.config).data, "train", found.shown(args.top))
+    except UserError as error:  # another folder than that of the run, for one; the numbers are still there
+        print(f"the texts are left out: {error}", file=sys.stderr)
+        texts = {}
+    if args.json:
+        print(json.dumps(insight.as_json(found, args.top, texts)))
+    else:
+        print("\n".join(insight.lines(found, args.top, texts)))
+    return DONE
 
 
 def export(args: argparse.Namespace) -> int:
@@ -350,8 +379,13 @@ def _parser() -> argparse.ArgumentParser:
     doctors.add_argument("settings", nargs="*", metavar="FILE|key=value", help="of the run; without: what needs none")
     stops = add(stop, "ask a run to save and stop; the command that started it resumes it")
     stops.add_argument("run_dir", metavar="RUN_DIR")
-    checks = add(verify, "check every file of every checkpoint against its manifest")
+    checks = add(verify, "check every file of every checkpoint, and of the pair ledger, against its manifest")
     checks.add_argument("run_dir", metavar="RUN_DIR")
+    looks = add(pairs, "which pairs a run never learned, which look mislabelled, and what length has to do with it")
+    looks.add_argument("run_dir", metavar="RUN_DIR")
+    number = _whole("a number of pairs")
+    looks.add_argument("--top", type=number, default=5, metavar="N", help="pairs that are shown of each kind")
+    looks.add_argument("--json", action="store_true", help="one JSON object, texts whole")
     exports = add(export, "write a checkpoint as a Hugging Face model folder")
     exports.add_argument("run_dir", metavar="RUN_DIR")
     exports.add_argument("out", metavar="OUT")

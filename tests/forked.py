@@ -30,7 +30,7 @@ from orchestrator.data import refcache
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.models.logps import sequence_logps
 from orchestrator.models.reference import Absent
-from orchestrator.training import checkpoint
+from orchestrator.training import checkpoint, ledger
 from orchestrator.training.manifest import step_folder, verify
 from orchestrator.training.trainer import Trainer
 
@@ -235,6 +235,35 @@ def watch() -> None:
     Trainer.fit, Trainer._after_update = watched_fit, watched_update
 
 
+def notes_pairs() -> None:
+    """Write RUN_DIR/given{rank}.jsonl: what each batch gave of each of its pairs, and whether its step was skipped. The
+    loss scale of fp16 is too large at first."""
+    micro_steps, optimizer_step = Trainer.micro_steps, DdpEngine.optimizer_step
+    given: list[dict[str, Any]] = []
+    notes: list[Path] = []
+
+    def noted(trainer: Any, made: Any) -> Any:
+        if trainer.engine.scale.enabled and not trainer.pairs_seen:
+            trainer.engine.scale.value = 2.0**24
+        outputs = micro_steps(trainer, made)
+        for batch, output in outputs:
+            columns = {"pair_id": batch.pair_ids, "loss": output.losses}
+            for name, both in (("", output.logps), ("ref_", output.ref_logps)):
+                columns[f"{name}chosen_logps"], columns[f"{name}rejected_logps"] = both.chunk(2)
+            for i in batch.pair_weights.nonzero().flatten().tolist():
+                given.append({"step": trainer.step + 1, **{name: column[i].item() for name, column in columns.items()}})
+        notes[:] = [trainer.run_dir.path / f"given{trainer.world.rank}.jsonl"]
+        return outputs
+
+    def told(engine: Any, apply: bool) -> Any:
+        with open(notes[0], "a") as file:
+            file.writelines(json.dumps({**pair, "skipped": not apply}) + "\n" for pair in given)
+        given.clear()
+        return optimizer_step(engine, apply)
+
+    Trainer.micro_steps, DdpEngine.optimizer_step = noted, told
+
+
 def sha256(*tensors: torch.Tensor) -> str:
     """Of their content."""
     digest = hashlib.sha256()
@@ -280,7 +309,8 @@ def disk_full_after(writes: int) -> None:
 
 
 def dies_saving(stage: str, rank: int, step: int) -> None:
-    """SIGKILL at a stage of the save of a step, on one rank."""
+    """SIGKILL at a stage of the save of a step, on one rank. Every save makes a part of the ledger's tail."""
+    ledger.PART_ROWS = 1
     if int(os.environ["RANK"]) != rank:
         return
 
@@ -295,6 +325,9 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
         "begun": (checkpoint._Draft, "write", lambda draft, *_: draft.step == step, "before"),
         "half written": (checkpoint, "save_file", is_file("rank_"), "in the middle"),
         "written": (checkpoint, "synced_sha256", is_file("rank_"), "before"),
+        "rows half written": (checkpoint, "write_rows", is_file("pairs_"), "in the middle"),
+        "part begun": (ledger, "write_rows", lambda _, path: path.name.startswith(".steps_"), "in the middle"),
+        "part made": (ledger, "sync_folder", lambda _: True, "after"),
         "recorded": (checkpoint, "write_atomically", is_file("rank_"), "after"),  # in the background alone
         "complete": (checkpoint, "synced_sha256", is_file("meta.json"), "after"),
         "renamed": (checkpoint, "write_atomically", is_file("manifest.json"), "before"),

@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec
+from orchestrator.training.ledger import read
+from orchestrator.training.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["red", "blue", "green", "amber", "stone", "river", "cloud", "lamp", "chair", "garden", "window", "bread"]
@@ -120,3 +124,14 @@ def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
 def losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step."""
     return {line["step"]: line["loss"] for line in metric_lines(run_dir) if "loss" in line}
+
+
+def ledger_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The pair ledger up to the newest checkpoint: each pair of a step once, in the order of steps, and no other row in
+    the folder."""
+    made = read(RunDir(run_dir))[1].to_pylist()
+    keys = [(row["step"], row["pair_id"]) for row in made]
+    assert keys == sorted(set(keys))
+    whole = pq.read_table(run_dir / "pairs.parquet").to_pylist()
+    assert sorted(whole, key=lambda row: (row["step"], row["pair_id"])) == made
+    return made

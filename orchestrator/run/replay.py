@@ -15,6 +15,7 @@ import torch
 from orchestrator.data.collate import PairBatch
 from orchestrator.data.loader import StepBatches
 from orchestrator.data.order import run_length
+from orchestrator.data.pairs import in_one_line
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.run.debug import joined
@@ -31,8 +32,6 @@ from orchestrator.training.worker import built, last_result, prepare
 from orchestrator.world import World, is_one_of_many
 
 logger = logging.getLogger(__name__)
-
-TEXT = 110  # letters of a prompt or completion that are shown
 
 
 @dataclass(frozen=True)
@@ -159,19 +158,14 @@ def lines(replayed: Replayed) -> Iterator[str]:
     """It, for a terminal: each pair with its numbers and, shortened, its text; then the step."""
     for pair in replayed.pairs:
         yield f"row {pair.row} of {pair.source}: loss {pair.loss:.6f}"
-        yield f"  prompt   {_shortened(pair.prompt)}"
+        yield f"  prompt   {in_one_line(pair.prompt)}"
         sides = zip(("chosen", "rejected"), pair.rewards, pair.logps, pair.ref_logps, strict=True)
         for name, reward, logps, ref_logps in sides:
             numbers = f"reward {reward:+.6f}, log-prob {logps:.4f}, of the reference {ref_logps:.4f}"
-            yield f"  {name:<8} {numbers}\n           {_shortened(getattr(pair, name))}"
+            yield f"  {name:<8} {numbers}\n           {in_one_line(getattr(pair, name))}"
     for name, value in (("loss", replayed.loss), ("grad_norm", replayed.grad_norm)):
         logged = f", logged as {replayed.logged[name]:.9f}" if name in replayed.logged else ""
         yield f"{name:<9} {value:.9f}{logged}"
-
-
-def _shortened(text: str) -> str:
-    line = text.encode("unicode_escape").decode() if not text.isprintable() else text
-    return line if len(line) <= TEXT else f"{line[: TEXT // 2]} ... {line[-TEXT // 2 :]}"
 
 
 # --- the run that is read ----------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def nowhere(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
     beside = {
         "evaluation": EvaluationSpec(),  # pyright: ignore[reportCallIssue]
         "checkpoint": CheckpointSpec(),  # pyright: ignore[reportCallIssue]
+        "training": spec.training.model_copy(update={"pair_ledger": False}),
         "callbacks": [],
         "wandb": WandbSpec(mode="disabled"),  # pyright: ignore[reportCallIssue]
     }

@@ -492,6 +492,9 @@ class TrainingSpec(Block):
     """Optimizer steps between two logged lines."""
     token_metrics: bool = Field(True, json_schema_extra=FREE)
     """Also report what the head says of each token: entropy, logits/chosen, logits/rejected, mean_token_accuracy."""
+    pair_ledger: bool = Field(True, json_schema_extra=FREE)
+    """Keep what each step saw of each pair in RUN_DIR/pairs.parquet, about 50 bytes a pair and step, for
+    `orchestrator pairs`."""
 
 
 class EngineSpec(Block):

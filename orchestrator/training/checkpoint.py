@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from orchestrator.engines.base import SCALAR, Owned
 from orchestrator.settings.spec import UserError
+from orchestrator.training.ledger import Ledger, write_rows
 from orchestrator.training.manifest import (
     FORMAT,
     MANIFEST,
@@ -58,17 +60,20 @@ def save(
     meta: dict[str, Any],
     world: World,
     rng: RngState | None = None,
+    seen: pa.Table | None = None,
+    ledger: Ledger | None = None,
 ) -> Path:
     """Write a checkpoint, every rank its part; it is committed when this returns on all ranks.
 
     rng: this rank's random state to keep; the present one when not given.
+    seen: rows of this rank for the pair ledger, which rank zero has.
     A crash at any moment leaves either no manifest, and so no checkpoint, or a whole one.
 
     Raises:
         SaveFailed: on every rank, whichever of them failed, so that none waits for it.
     """
-    draft = _Draft(checkpoints, step, meta, world)
-    parts = draft.agreed(lambda: draft.write(owned, rng or rng_state()))
+    draft = _Draft(checkpoints, step, meta, world, ledger)
+    parts = draft.agreed(lambda: draft.write(owned, rng or rng_state(), seen))
     draft.agreed(lambda: draft.commit(parts) if world.is_main else None)
     return draft.final
 
@@ -80,9 +85,13 @@ class Saver:
     waits for all records, commits and retains. The threads enter no collective: those of training are under way.
     """
 
-    def __init__(self, checkpoints: Path, world: World, keep: int, timeout_s: float) -> None:
-        """keep: newest checkpoints that stay, beside the best. timeout_s: that of the run's collectives."""
+    def __init__(
+        self, checkpoints: Path, world: World, keep: int, timeout_s: float, ledger: Ledger | None = None
+    ) -> None:
+        """keep: newest checkpoints that stay, beside the best. timeout_s: that of the run's collectives. ledger: on
+        rank zero."""
         self.checkpoints, self.world, self.keep, self.timeout_s = checkpoints, world, keep, timeout_s
+        self.ledger = ledger
         self._draft: _Draft | None = None  # what is being written in the background
         self._thread = threading.Thread()
         self._given_up = threading.Event()
@@ -97,6 +106,7 @@ class Saver:
         rng: RngState | None = None,
         in_background: bool = False,
         best: Path | None = None,
+        seen: pa.Table | None = None,
     ) -> None:
         """Write a checkpoint, as the function `save` does, when the one before is committed.
 
@@ -108,16 +118,16 @@ class Saver:
         """
         self.wait()
         if not in_background:
-            self._news = save(self.checkpoints, step, owned, meta, self.world, rng)
+            self._news = save(self.checkpoints, step, owned, meta, self.world, rng, seen, self.ledger)
             if self.world.is_main:
                 retain(self.checkpoints, self.keep, best)
             return
-        draft = _Draft(self.checkpoints, step, meta, self.world)
+        draft = _Draft(self.checkpoints, step, meta, self.world, self.ledger)
         copies: list[Owned] = []
         draft.agreed(lambda: copies.extend(map(_copied, owned)))
         self._draft, self._error = draft, None
         self._given_up.clear()
-        given = (draft, copies, rng or rng_state(), best)
+        given = (draft, copies, rng or rng_state(), seen, best)
         self._thread = threading.Thread(target=self._run, args=given, name="checkpoint")
         self._thread.start()
 
@@ -157,9 +167,11 @@ class Saver:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _run(self, draft: "_Draft", copies: list[Owned], rng: RngState, best: Path | None) -> None:
+    def _run(
+        self, draft: "_Draft", copies: list[Owned], rng: RngState, seen: pa.Table | None, best: Path | None
+    ) -> None:
         try:
-            self._write(draft, copies, rng)
+            self._write(draft, copies, rng, seen)
             if self.world.is_main:
                 self._commit(draft, best)
         except Exception as failure:
@@ -167,10 +179,10 @@ class Saver:
             if self.world.is_main:
                 draft.remove()
 
-    def _write(self, draft: "_Draft", copies: list[Owned], rng: RngState) -> None:
+    def _write(self, draft: "_Draft", copies: list[Owned], rng: RngState, seen: pa.Table | None) -> None:
         """Write this rank's files, then its record: of them, or of why there are none."""
         try:
-            draft.record(draft.write(copies, rng))
+            draft.record(draft.write(copies, rng, seen))
         except Exception as failure:
             if not self.world.is_main and not draft.partial.exists():
                 return  # rank zero has given up, and says why
@@ -304,8 +316,10 @@ def seed_everything(seed: int) -> None:
 class _Draft:
     """A checkpoint under way, in a folder of its own; to make one is collective. Only ranks that agree go on."""
 
-    def __init__(self, checkpoints: Path, step: int, meta: dict[str, Any], world: World) -> None:
-        self.checkpoints, self.step, self.world = checkpoints, step, world
+    def __init__(
+        self, checkpoints: Path, step: int, meta: dict[str, Any], world: World, ledger: Ledger | None = None
+    ) -> None:
+        self.checkpoints, self.step, self.world, self.ledger = checkpoints, step, world, ledger
         self.final = step_folder(checkpoints, step)
         # a name that no other attempt has: what a rank of a dead attempt still writes lands nowhere
         self.partial = checkpoints / f".{self.final.name}.{secrets.token_hex(4)}.partial"
@@ -347,9 +361,9 @@ class _Draft:
             os.rename(self.partial, gone)  # at once: no other rank may miss a file where the folder still is
         shutil.rmtree(gone, ignore_errors=True)
 
-    def write(self, owned: Iterable[Owned], rng: RngState) -> dict[str, Any]:
-        """Write this rank's tensors and random state; returns their index entries and hashes."""
-        file, rng_file = _rank_files(self.world.rank)
+    def write(self, owned: Iterable[Owned], rng: RngState, seen: pa.Table | None = None) -> dict[str, Any]:
+        """Write this rank's tensors, random state and rows; returns what the others have to know of them."""
+        file, rng_file, seen_file = _rank_files(self.world.rank)
         tensors: dict[str, torch.Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         ranges: list[tuple[str, str, str, str, int, int]] = []
@@ -364,7 +378,9 @@ class _Draft:
         save_file(tensors, self.partial / file)
         save_file(rng, self.partial / rng_file)
         files = {name: synced_sha256(self.partial / name) for name in (file, rng_file)}
-        return {"shapes": shapes, "ranges": ranges, "files": files}
+        if seen is not None:
+            write_rows(seen, self.partial / seen_file)
+        return {"shapes": shapes, "ranges": ranges, "files": files, "seen": [] if seen is None else [seen_file]}
 
     def remove_part(self) -> None:
         for name in _rank_files(self.world.rank):
@@ -382,15 +398,21 @@ class _Draft:
         shapes = {name: shape for part in parts for name, shape in part["shapes"].items()}
         ranges = [entry for part in parts for entry in part["ranges"]]
         files = {name: digest for part in parts for name, digest in part["files"].items()}
+        if self.ledger is not None:
+            joined = self.ledger.join(self.partial, [name for part in parts for name in part["seen"]])
+            files |= {name: synced_sha256(self.partial / name) for name in joined}
         index = json.dumps({"shapes": shapes, "ranges": ranges})
         for name, document in (("index.json", index), ("meta.json", self.meta)):
             (self.partial / name).write_text(document)
             files[name] = synced_sha256(self.partial / name)
         os.rename(self.partial, self.final)
         sync_folder(self.checkpoints)
-        manifest = json.dumps({"format": FORMAT, "step": self.step, "files": files}, indent=1)
+        ledger = {} if self.ledger is None else self.ledger.parts
+        manifest = json.dumps({"format": FORMAT, "step": self.step, "files": files, "ledger": ledger}, indent=1)
         write_atomically(self.final / MANIFEST, manifest)
         sync_folder(self.final)
+        if self.ledger is not None:
+            self.ledger.show(self.final)
 
 
 def _copied(part: Owned) -> Owned:
@@ -402,8 +424,8 @@ def _copied(part: Owned) -> Owned:
     return part._replace(tensors={key: copied(value) for key, value in part.tensors.items()})
 
 
-def _rank_files(rank: int) -> tuple[str, str]:
-    return f"rank_{rank:05d}.safetensors", f"rng_{rank:05d}.safetensors"
+def _rank_files(rank: int) -> tuple[str, str, str]:
+    return f"rank_{rank:05d}.safetensors", f"rng_{rank:05d}.safetensors", f"pairs_{rank:05d}.parquet"
 
 
 def rng_state() -> RngState:

@@ -5,12 +5,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from orchestrator.settings.spec import UserError
 
 FORMAT = 4
 MANIFEST = "manifest.json"
 CORRUPT, UNREADABLE = "manifest.corrupt.json", "manifest.unreadable.json"  # names of manifests that count no more
+
+
+class Listed(NamedTuple):
+    """What a manifest speaks for: names and sha256."""
+
+    files: dict[str, str]  # in the checkpoint's folder, all but the manifest itself
+    parts: dict[str, str]  # of the pair ledger, which outlive the checkpoint
 
 
 class ReadFailed(OSError):
@@ -47,7 +55,7 @@ def set_aside(checkpoints: Path, valid: Path) -> None:
     """
     for folder in committed(checkpoints):
         if folder.name > valid.name:
-            (folder / MANIFEST).rename(folder / (UNREADABLE if _files_in(folder) is None else CORRUPT))
+            (folder / MANIFEST).rename(folder / (UNREADABLE if listed_in(folder) is None else CORRUPT))
 
 
 def committed(checkpoints: Path) -> list[Path]:
@@ -82,11 +90,16 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
         UserError: it has another format.
         ReadFailed: a file is there and cannot be read now.
     """
-    files = _files_in(folder)
-    if files is None:
+    listed = listed_in(folder)
+    if listed is None:
         return [f"{folder / MANIFEST}: is not a manifest"]
+    return differing(folder, dict(sorted(listed.files.items())[share[0] :: share[1]]))
+
+
+def differing(folder: Path, files: dict[str, str]) -> list[str]:
+    """One line for each of these files that is missing or has another sha256. Raises ReadFailed as `verify` does."""
     wrong = []
-    for name, expected in sorted(files.items())[share[0] :: share[1]]:
+    for name, expected in files.items():
         path = folder / name
         try:
             if sha256_of(path) != expected:
@@ -98,8 +111,8 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     return wrong
 
 
-def _files_in(folder: Path) -> dict[str, str] | None:
-    """The files of a checkpoint and their sha256; None where its manifest is not one. Raises as `verify` does."""
+def listed_in(folder: Path) -> Listed | None:
+    """What a checkpoint's manifest lists; None where it is not a manifest. Raises as `verify` does."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -112,7 +125,9 @@ def _files_in(folder: Path) -> dict[str, str] | None:
     if manifest["format"] != FORMAT:
         cure = "take the version of this program that wrote it, or choose another run.name"
         raise UserError(f"{path} format", manifest["format"], f"this version reads format {FORMAT}", cure)
-    return manifest["files"] if isinstance(manifest.get("files"), dict) else None
+    if not isinstance(manifest.get("files"), dict):
+        return None
+    return Listed(manifest["files"], manifest.get("ledger", {}))
 
 
 def _unread(path: Path, error: OSError) -> ReadFailed:

@@ -20,6 +20,7 @@ class RunDir:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.pairs = path / "pairs.parquet"  # a folder
         self.tokenizer = path / "tokenizer"  # with the model's config.json: what an export needs besides weights
         self.model = path / "model"
         self.wandb = path / "wandb"

@@ -22,6 +22,7 @@ from orchestrator.training import checkpoint
 from orchestrator.training.callbacks import Callbacks
 from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate, over_ranks
 from orchestrator.training.health import Session
+from orchestrator.training.ledger import Ledger, SeenPairs
 from orchestrator.training.manifest import committed, step_folder
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
@@ -92,7 +93,10 @@ class Trainer:
         self.evaluated_at = self.saved_at = -1
         self.saved_epoch = 0.0
         keep, timeout_s = self.spec.checkpoint.keep, self.spec.cluster.collective_timeout_s
-        self.saver = checkpoint.Saver(self.run_dir.checkpoints, self.world, keep, timeout_s)
+        self.seen = SeenPairs(self.spec.dpo) if self.spec.training.pair_ledger else None
+        self.ledger = Ledger(self.run_dir.pairs) if self.world.is_main else None
+        self.saver = checkpoint.Saver(self.run_dir.checkpoints, self.world, keep, timeout_s, self.ledger)
+        self.resumed_from: Path | None = None
         self.rng: checkpoint.RngState | None = None  # before the step under way; what it has drawn will be drawn again
         self.stopping = False  # asked from outside: save, and be resumed later
         self.finishing = False  # asked by a callback: this is the end of training
@@ -127,6 +131,7 @@ class Trainer:
         self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
         self.evaluated_at, self.saved_at = meta["evaluated_at"], self.step
         self.finishing = meta["finishing"]  # a callback had ended training when the process died
+        self.resumed_from = reader.folder
         self.window.restore(meta["window"])
         self.callbacks.restore(meta["callbacks"])
         self._find_best()
@@ -151,6 +156,8 @@ class Trainer:
 
     def fit(self) -> Ended:
         """Train from the present position to the end, or until someone asks to stop. The same on every rank."""
+        if self.ledger is not None:
+            self.ledger.go_on(self.resumed_from)
         self._update_state()
         self.callbacks.fire("on_train_begin")
         with closing(self.saver):
@@ -190,6 +197,8 @@ class Trainer:
                 self._check_skipped(skipped)
             else:
                 skipped = 0
+                if self.seen is not None:
+                    self.seen.add(self.step + 1, made.epoch, outputs)
                 self._after_update([output for _, output in outputs])
             if self.pairs_seen % self.loader.order.pairs_per_epoch == 0:
                 callbacks.fire("on_epoch_end")
@@ -376,10 +385,11 @@ class Trainer:
             "identity": self.identity,
             "spec": self.spec.model_dump(mode="json"),
         }
+        seen = self.seen.take() if self.seen is not None else None
         in_background = self.spec.checkpoint.async_save and not last
         best = self.callbacks.state.best_global_step
         folder = None if best is None else step_folder(self.run_dir.checkpoints, best)
-        self.saver.save(self.step, self.engine.owned(), meta, self.rng, in_background, folder)
+        self.saver.save(self.step, self.engine.owned(), meta, self.rng, in_background, folder, seen)
         self.saved_at, self.saved_epoch = self.step, self.callbacks.state.epoch
         self._tell_saved()
 

@@ -15,7 +15,7 @@ from typing import Any
 import forked
 import pytest
 from safetensors.torch import load_file
-from support import losses, metric_lines, orchestrator, write_settings
+from support import ledger_rows, losses, metric_lines, orchestrator, write_settings
 
 STEPS, EVERY = 60, 10  # so many that a signal from outside comes in the middle
 LONG: dict[str, Any] = {
@@ -66,6 +66,7 @@ def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
     timing = ("eval_runtime", "eval_samples_per_second")
     for line, twin in zip(lines, expected, strict=True):
         assert {k: v for k, v in line.items() if k not in timing} == {k: v for k, v in twin.items() if k not in timing}
+    assert ledger_rows(run_dir) == ledger_rows(undisturbed)
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,5 @@ def test_resume_at_another_world_size_sees_the_same_batches(settings: Path, undi
     forked.finished(settings, *words, ranks=3)
     expected = losses(undisturbed)
     assert losses(run_dir) == pytest.approx(expected, abs=1e-5)
+    for row, twin in zip(ledger_rows(run_dir), ledger_rows(undisturbed), strict=True):
+        assert row == pytest.approx(twin, abs=1e-3)

@@ -9,7 +9,7 @@ from typing import Any
 
 import forked
 import pytest
-from support import losses, write_settings
+from support import ledger_rows, losses, write_settings
 
 from orchestrator import cli
 from orchestrator.training.manifest import committed, verify
@@ -19,14 +19,21 @@ BACKGROUND = "checkpoint.async_save=true"
 NOTED = "callbacks=['forked:NotesSaves']"
 
 # (stage, rank that dies) of attempts that follow one another: each but the last leaves the checkpoint of step 2 alone
-ALONE = [(stage, 0) for stage in ("begun", "half written", "written", "complete", "renamed", "committed")]
+ALONE = [
+    (stage, 0)
+    for stage in ("begun", "half written", "written", "part begun", "part made", "complete", "renamed", "committed")
+]
 KILLS = {
     (1, False): ALONE,
     (1, True): [("recorded", 0), *ALONE],
-    (2, False): [("begun", 0), ("half written", 1), ("written", 1), ("complete", 0), ("renamed", 0), ("committed", 0)],
+    (2, False): [
+        *[("begun", 0), ("half written", 1), ("written", 1), ("rows half written", 1), ("part made", 0)],
+        *[(stage, 0) for stage in ("complete", "renamed", "committed")],
+    ],
     (2, True): [
         *[(stage, rank) for stage in ("begun", "half written", "written") for rank in (0, 1)],
-        *[(stage, 0) for stage in ("recorded", "complete", "renamed", "committed")],
+        *[("rows half written", 0), ("rows half written", 1)],
+        *[(stage, 0) for stage in ("recorded", "part made", "complete", "renamed", "committed")],
     ],
 }
 
@@ -80,19 +87,22 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
     name = f"killed-{ranks}-{in_background}"
     words, run_dir = [f"run.name={name}", f"checkpoint.async_save={in_background}"], folder_of(settings, name)
     left: list[int] = []
+    rows = ledger_rows(undisturbed(ranks))
     for stage, rank in KILLS[ranks, in_background]:
         dead = forked.run(settings, *words, ranks=ranks, hook=partial(forked.dies_saving, stage, rank, 2 * EVERY))
         assert dead.codes == [-9 if each == rank else 1 for each in range(ranks)], dead.log  # neither hangs nor aborts
         assert f"resumed after step {EVERY}" in dead.log or not left
         left = [2 * EVERY, EVERY] if stage == "committed" else [EVERY]
         assert steps_committed(run_dir) == left, stage
+        assert ledger_rows(run_dir) == [row for row in rows if row["step"] <= left[0]], stage
 
     assert f"resumed after step {2 * EVERY}" in forked.finished(settings, *words, ranks=ranks)
     assert cli.main(["verify", str(run_dir)]) == cli.DONE
-    assert capsys.readouterr().out == "step_00000005: whole\nstep_00000004: whole\n"
+    assert capsys.readouterr().out == "step_00000005: whole\nstep_00000004: whole\npairs.parquet: whole\n"
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000004", "step_00000005"]
     assert weights(run_dir) == weights(undisturbed(ranks))
     assert losses(run_dir) == losses(undisturbed(ranks))
+    assert ledger_rows(run_dir) == rows
 
 
 def told(run_dir: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ MAY_CHANGE_ON_RESUME = {
     "batch.max_tokens_per_microbatch",
     "training.gradient_checkpointing",
     "training.logging_steps",
+    "training.pair_ledger",
     "training.token_metrics",
     "engine.kind",
     "engine.zero_stage",

@@ -1,0 +1,1 @@
+"""What a run has to tell afterwards; reads run directories, loads no torch."""

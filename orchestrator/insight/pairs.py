@@ -1,0 +1,241 @@
+"""The pair ledger -> which pairs were never learned, which look mislabelled, how length and margin go together.
+
+Legend: V visits (rows of the ledger), N pairs, K bins. A margin is beta times nats, and each number of a visit is from
+before that visit's own update.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.pairs import RawRow, in_one_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Integers = NDArray[np.int64]
+Numbers = NDArray[np.float64]
+SIDES = ("prompt", "chosen", "rejected")
+
+
+class Histories(NamedTuple):
+    """What became of each pair, in the order of their ids; all [N], of the last visit where nothing else is said."""
+
+    pair_id: Integers
+    visits: Integers
+    first_margin: Numbers
+    margin: Numbers
+    trend: Numbers  # of the margin a visit, by least squares; NaN where there was one visit
+    preferred: Numbers  # by how many nats a token the policy prefers the chosen completion, as the next
+    ref_preferred: Numbers
+    longer: Integers  # by how many tokens the chosen completion is longer
+
+
+def histories(rows: "pa.Table") -> Histories:
+    """Of the V rows of a ledger, in any order."""
+    of = {name: rows[name].to_numpy() for name in rows.column_names}
+    order = np.lexsort((of["step"], of["pair_id"]))
+    of = {name: column[order] for name, column in of.items()}
+    pair_id, first, visits = np.unique(of["pair_id"], return_index=True, return_counts=True)
+    last = first + visits - 1
+    margin, tokens = of["margin"], {side: np.maximum(of[f"{side}_tokens"][last], 1) for side in ("chosen", "rejected")}
+
+    visit = np.arange(len(margin)) - np.repeat(first, visits)
+    centred = visit - np.repeat((visits - 1) / 2, visits)
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a single visit
+        trend = np.add.reduceat(centred * margin, first) / np.add.reduceat(centred**2, first)
+
+    def preferred(which: str) -> Numbers:
+        chosen, rejected = (of[f"{which}{side}_logps"][last] / tokens[side] for side in ("chosen", "rejected"))
+        return chosen - rejected
+
+    longer = of["chosen_tokens"][last].astype(np.int64) - of["rejected_tokens"][last]
+    return Histories(pair_id, visits, margin[first], margin[last], trend, preferred(""), preferred("ref_"), longer)
+
+
+def never_learned(pairs: Histories) -> Integers:
+    """Indices of the pairs whose margin was not above 0 when they were seen last, the lowest first."""
+    found = np.flatnonzero(pairs.margin <= 0)
+    return found[np.argsort(pairs.margin[found], kind="stable")]
+
+
+def disagreement(pairs: Histories) -> Numbers:
+    """[N] by how many nats a token both models, reference and policy, prefer the rejected completion; below 0 where one
+    of them does not.
+
+    A token, because a sum over more tokens is lower whatever they say: by sums every longer completion would look
+    dispreferred. The smaller of the two, because a label is doubtful only where both contradict it.
+    """
+    return np.minimum(-pairs.preferred, -pairs.ref_preferred)
+
+
+def mislabelled(pairs: Histories) -> Integers:
+    """Indices of the pairs whose rejected completion reference and trained policy both prefer, the strongest
+    `disagreement` first."""
+    by = disagreement(pairs)
+    found = np.flatnonzero(by > 0)
+    return found[np.argsort(-by[found], kind="stable")]
+
+
+def accuracies(rows: "pa.Table") -> dict[int, float]:
+    """By epoch, the share of visits whose margin was above 0."""
+    epochs, right = rows["epoch"].to_numpy(), rows["margin"].to_numpy() > 0
+    return {int(epoch): float(right[epochs == epoch].mean()) for epoch in np.unique(epochs)}
+
+
+def rank_correlation(left: NDArray[Any], right: NDArray[Any]) -> float | None:
+    """Spearman's, equal values sharing their mean rank; None where one side is all equal."""
+    ranks = [_ranks(side) for side in (left, right)]
+    centred = [rank - rank.mean() for rank in ranks]
+    scale = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+    return float((centred[0] * centred[1]).sum() / scale) if scale else None
+
+
+def _ranks(values: NDArray[Any]) -> Numbers:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
+
+
+class LengthBin(NamedTuple):
+    """Pairs whose chosen completion is longer by about as much."""
+
+    least: int  # tokens, chosen minus rejected
+    most: int
+    pairs: int
+    margin: float  # mean
+    learned: float  # share of the pairs
+
+
+def by_length(pairs: Histories) -> list[LengthBin]:
+    """[K] by how much longer the chosen completion is: shorter and longer ones in two halves each, and equal ones."""
+    halves = [np.median(side) for side in (pairs.longer[pairs.longer < 0], pairs.longer[pairs.longer > 0]) if len(side)]
+    place = np.searchsorted(np.sort([-1, 0, *halves]), pairs.longer)
+    bins: list[LengthBin] = []
+    for number in np.unique(place):
+        longer, margin = pairs.longer[place == number], pairs.margin[place == number]
+        share = float((margin > 0).mean())
+        bins.append(LengthBin(int(longer.min()), int(longer.max()), len(longer), float(margin.mean()), share))
+    return bins
+
+
+# --- a run, for a terminal or as JSON ----------------------------------------------------------------------------
+
+
+class Findings(NamedTuple):
+    """What a ledger says."""
+
+    step: int  # of the newest checkpoint
+    visits: int
+    accuracies: dict[int, float]  # by epoch
+    pairs: Histories
+    never_learned: Integers  # indices of pairs, as are the next
+    mislabelled: Integers
+    length_correlation: float | None
+
+    def shown(self, top: int) -> list[int]:
+        """The ids of the first pairs of both lists."""
+        return self.pairs.pair_id[[*self.never_learned[:top], *self.mislabelled[:top]]].tolist()
+
+
+def findings(step: int, rows: "pa.Table") -> Findings:
+    """Of the V rows up to a step, which are some."""
+    pairs = histories(rows)
+    correlation = rank_correlation(pairs.longer, pairs.margin)
+    return Findings(step, rows.num_rows, accuracies(rows), pairs, never_learned(pairs), mislabelled(pairs), correlation)
+
+
+def as_json(found: Findings, top: int, texts: Mapping[int, RawRow]) -> dict[str, Any]:
+    """Everything under the names of the terminal, texts whole."""
+
+    def shown(indices: Integers) -> list[dict[str, Any]]:
+        return [_as_json(found.pairs, index, texts) for index in indices[:top]]
+
+    pairs = found.pairs
+    return {
+        "step": found.step,
+        "visits": found.visits,
+        "pairs": len(pairs.pair_id),
+        "learned": float((pairs.margin > 0).mean()),
+        "accuracies": found.accuracies,
+        "never_learned": {"pairs": len(found.never_learned), "lowest": shown(found.never_learned)},
+        "mislabelled": {"pairs": len(found.mislabelled), "strongest": shown(found.mislabelled)},
+        "length": {"rank_correlation": found.length_correlation, "bins": [b._asdict() for b in by_length(pairs)]},
+    }
+
+
+def _as_json(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> dict[str, Any]:
+    of = {name: column[index].item() for name, column in pairs._asdict().items()}
+    raw = texts.get(of["pair_id"])
+    if of["visits"] == 1:
+        of["trend"] = None
+    if raw is None:
+        return of
+    return {**of, "source": raw.source, "row": raw.number, **{side: raw.row[side] for side in SIDES}}
+
+
+def lines(found: Findings, top: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
+    """The findings, and the first `top` pairs of each list with their numbers and, shortened, their text."""
+    pairs, count = found.pairs, len(found.pairs.pair_id)
+    learned = int((pairs.margin > 0).sum())
+    yield f"{found.visits} visits of {count} pairs up to step {found.step}"
+    yield f"learned {learned} ({learned / count:.1%}): margin above 0 when seen last"
+    yield f"rewards/accuracies by epoch: {', '.join(f'{share:.3f}' for share in found.accuracies.values())}"
+    if found.visits == count:
+        yield "each pair was seen once, before its own update: its margin is what it gained from the others"
+    yield from _lengths(found)
+    if len(sources := {raw.source for raw in texts.values()}) == 1:
+        yield f"\nrows are those of {sources.pop()}"
+    if len(found.never_learned):
+        yield f"\nnever learned: {len(found.never_learned)} pairs, the lowest margin first"
+    for index in found.never_learned[:top]:
+        yield f"{_name(pairs, index, texts)}: {_margins(pairs, index)}"
+        yield from _texts(pairs, index, texts)
+    if number := len(found.mislabelled):
+        yield f"\nlook mislabelled: {number} pairs whose rejected completion both models prefer, by nats a token"
+    for index in found.mislabelled[:top]:
+        by = f"reference by {-pairs.ref_preferred[index]:.3f}, policy by {-pairs.preferred[index]:.3f}"
+        yield f"{_name(pairs, index, texts)}: {by}; {_margins(pairs, index)}"
+        yield from _texts(pairs, index, texts)
+
+
+def _lengths(found: Findings) -> Iterator[str]:
+    if found.length_correlation is None:
+        return
+    yield f"\nlength: rank correlation of chosen minus rejected tokens with the margin {found.length_correlation:+.3f}"
+    yield "       tokens       pairs  mean margin  learned"
+    for least, most, count, margin, learned in by_length(found.pairs):
+        yield f"{least:>8} to {most:<6} {count:>6}  {margin:>+11.4f}  {learned:>7.1%}"
+
+
+def _name(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> str:
+    if (raw := texts.get(int(pairs.pair_id[index]))) is None:
+        return f"pair {pairs.pair_id[index]}"
+    several = len({raw.source for raw in texts.values()}) > 1
+    return f"row {raw.number} of {raw.source}" if several else f"row {raw.number}"
+
+
+def _margins(pairs: Histories, index: int) -> str:
+    margin, visits = f"margin {pairs.margin[index]:+.3f}", int(pairs.visits[index])
+    if visits == 1:
+        return f"{margin} at its one visit"
+    first, trend = pairs.first_margin[index], pairs.trend[index]
+    return f"{margin} after {visits} visits, {first:+.3f} at first, {trend:+.3f} a visit"
+
+
+def _texts(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
+    if (raw := texts.get(int(pairs.pair_id[index]))) is not None:
+        for side in SIDES:
+            yield f"  {side:<8}  {in_one_line(_said(raw.row[side]))}"
+
+
+def _said(part: str | list[dict[str, Any]]) -> str:
+    """A text, or what the messages say; who says it where there are several."""
+    if isinstance(part, str):
+        return part
+    said = [str(message.get("content") or json.dumps(message.get("tool_calls"))) for message in part]
+    if len(part) == 1:
+        return said[0]
+    return " | ".join(f"{message['role']}: {text}" for message, text in zip(part, said, strict=True))

@@ -1,0 +1,246 @@
+"""The pair ledger: what every step saw of each of its pairs, as rows of RUN_DIR/pairs.parquet.
+
+Each rank keeps what its steps saw (`SeenPairs`) and writes it with the next save. Rank zero (`Ledger`) joins that of
+all ranks to the tail, a file in the folder of the checkpoint, so that both are there or neither is. When the tail has
+PART_ROWS, the next save makes a part of it in RUN_DIR/pairs.parquet, which manifests list from then on and which no
+checkpoint takes along when it is deleted. Beside the parts lies a copy of the newest tail: whoever reads the folder as
+a whole, by pandas for one, meets each row once.
+
+Legend: B pairs of a micro-batch, P of this rank's pairs in a step.
+"""
+
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from orchestrator.settings.spec import DpoSpec, UserError
+from orchestrator.training.manifest import (
+    Listed,
+    ReadFailed,
+    committed,
+    differing,
+    listed_in,
+    step_of,
+    sync_folder,
+    synced_sha256,
+)
+from orchestrator.training.rundir import RunDir
+
+if TYPE_CHECKING:
+    import torch
+
+    from orchestrator.data.collate import PairBatch
+    from orchestrator.dpo.step import StepOutput
+
+NUMBERS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "loss")  # as they leave the step
+SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.int64()),
+        ("step", pa.int32()),  # optimizer steps taken, with this one, before whose update the numbers are
+        ("epoch", pa.int32()),  # from 0
+        ("chosen_logps", pa.float64()),  # nats, summed over the completion, as are the next three
+        ("rejected_logps", pa.float64()),
+        ("ref_chosen_logps", pa.float64()),
+        ("ref_rejected_logps", pa.float64()),
+        ("margin", pa.float64()),  # of the rewards
+        ("loss", pa.float64()),  # as it enters the mean over the global batch
+        ("chosen_tokens", pa.int32()),  # of the completion
+        ("rejected_tokens", pa.int32()),
+    ]
+)
+TAIL = "pairs.parquet"  # in a checkpoint's folder
+COPY = "newest.parquet"  # of the tail, among the parts
+PART_ROWS = 2**16  # about 3 MB
+READS = 3  # a run deletes checkpoints while its ledger is read
+
+
+class _Step(NamedTuple):
+    """One step on this rank."""
+
+    step: int
+    epoch: int
+    pair_ids: NDArray[np.int64]  # [P]
+    tokens: NDArray[np.int64]  # [2, P]
+    numbers: NDArray[np.float64]  # [len(NUMBERS), P]
+
+
+class SeenPairs:
+    """What the steps of this rank saw since the last save, fillers left out. Never waits for the device until then."""
+
+    def __init__(self, dpo: DpoSpec) -> None:
+        self.dpo = dpo
+        self._steps: list[_Step] = []
+        self._coming: tuple[int, int, list[PairBatch], torch.Tensor, Any] | None = None  # from the device
+
+    def add(self, step: int, epoch: int, outputs: "list[tuple[PairBatch, StepOutput]]") -> None:
+        """Keep what a step saw: its micro-batches, on the host, and what came of them."""
+        import torch
+
+        self._arrived()  # at no cost: the host has waited for this step's gradient, which came later
+        mine = [(batch, output) for batch, output in outputs if batch.pair_weights.any()]
+        if not mine:
+            return
+        numbers = torch.cat([part.detach() for _, o in mine for part in (o.logps, o.ref_logps, o.losses)])
+        copied = numbers.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        event = torch.cuda.Event() if numbers.is_cuda else None
+        if event is not None:
+            event.record()
+        self._coming = step, epoch, [batch for batch, _ in mine], copied, event
+
+    def take(self) -> pa.Table:
+        """All of it, which is forgotten here."""
+        self._arrived()
+        steps, self._steps = self._steps, []
+        return _table(steps, self.dpo) if steps else SCHEMA.empty_table()
+
+    def _arrived(self) -> None:
+        """Give pinned memory back."""
+        if self._coming is None:
+            return
+        step, epoch, batches, copied, event = self._coming
+        if event is not None:
+            event.synchronize()
+        ends = len(NUMBERS) * np.cumsum([len(batch.pair_ids) for batch in batches])
+        numbers = [part.reshape(len(NUMBERS), -1) for part in np.split(copied.numpy(), ends[:-1])]
+        tokens = [batch.completion_tokens.view(2, -1).numpy() for batch in batches]
+        ids = [batch.pair_ids.numpy() for batch in batches]
+        made = np.concatenate(ids), np.concatenate(tokens, axis=1), np.concatenate(numbers, axis=1)
+        self._steps.append(_Step(step, epoch, *made))
+        self._coming = None
+
+
+def _table(steps: list[_Step], dpo: DpoSpec) -> pa.Table:
+    import torch
+
+    from orchestrator.dpo.losses import PairTerms, rewards
+
+    numbers = np.concatenate([each.numbers for each in steps], axis=1)
+    tokens = np.concatenate([each.tokens for each in steps], axis=1)
+    counts = [len(each.pair_ids) for each in steps]
+    logps, ref_logps = torch.from_numpy(numbers[:2]).flatten(), torch.from_numpy(numbers[2:4]).flatten()
+    chosen, rejected = rewards(PairTerms.split(logps, ref_logps, torch.from_numpy(tokens).flatten()), dpo)
+    columns = {
+        **dict(zip(NUMBERS, numbers, strict=True)),
+        "pair_id": np.concatenate([each.pair_ids for each in steps]),
+        "step": np.repeat([each.step for each in steps], counts),
+        "epoch": np.repeat([each.epoch for each in steps], counts),
+        "margin": (chosen - rejected).numpy(),
+        "chosen_tokens": tokens[0],
+        "rejected_tokens": tokens[1],
+    }
+    return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+
+
+def write_rows(table: pa.Table, path: Path) -> None:
+    """One Parquet file, about 50 bytes a row: numbers of 64 bits have their likeness in their first bytes."""
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, use_byte_stream_split=True)
+
+
+class Ledger:
+    """The rows of all ranks, on rank zero, in the thread that commits checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: RUN_DIR/pairs.parquet."""
+        self.folder = folder
+        self.parts: dict[str, str] = {}  # names and sha256, for the next manifest
+        self._tail = SCHEMA.empty_table()
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """From a checkpoint, or from the start of the run: what came after it is deleted, and will come again."""
+        if checkpoint is not None:
+            listed = listed_in(checkpoint)
+            assert listed is not None, "a checkpoint that is resumed was verified"
+            self.parts, self._tail = listed.parts, _tail_of(checkpoint, listed)
+        for path in (*self.folder.glob("steps_*.parquet"), *self.folder.glob(".*.partial"), self.folder / COPY):
+            if path.name not in self.parts:
+                path.unlink(missing_ok=True)
+        if checkpoint is not None:
+            self.show(checkpoint)
+
+    def join(self, draft: Path, names: list[str]) -> list[str]:
+        """Add what ranks have written into these files of a draft; returns the names of what is there instead."""
+        if self._tail.num_rows >= PART_ROWS:  # it is in the newest checkpoint, and the rows that come now are not
+            self._make_part()
+        new = pa.concat_tables([SCHEMA.empty_table(), *(_read(draft / name) for name in names)])
+        for name in names:
+            (draft / name).unlink()
+        # sorted: the same for any number of ranks
+        self._tail = pa.concat_tables([self._tail, new.sort_by([("step", "ascending"), ("pair_id", "ascending")])])
+        if not self._tail.num_rows:
+            return []
+        write_rows(self._tail, draft / TAIL)
+        return [TAIL]
+
+    def show(self, checkpoint: Path) -> None:
+        """Lay a copy of the tail of a checkpoint, now the newest, beside the parts."""
+        if self._tail.num_rows:
+            self.folder.mkdir(exist_ok=True)
+            partial = self.folder / f".{COPY}.{secrets.token_hex(4)}.partial"
+            shutil.copyfile(checkpoint / TAIL, partial)
+            os.replace(partial, self.folder / COPY)
+
+    def _make_part(self) -> None:
+        first, last = (self._tail["step"][at].as_py() for at in (0, -1))
+        # a name that no other attempt has: one that is thought dead may still be writing
+        name = f"steps_{first:08d}_{last:08d}.{secrets.token_hex(4)}.parquet"
+        partial = self.folder / f".{name}.partial"
+        write_rows(self._tail, partial)
+        self.parts = {**self.parts, name: synced_sha256(partial)}
+        (self.folder / COPY).unlink(missing_ok=True)  # first: a crash between the two leaves no row there twice
+        os.replace(partial, self.folder / name)
+        sync_folder(self.folder)
+        self._tail = SCHEMA.empty_table()
+
+
+def read(run_dir: RunDir) -> tuple[int, pa.Table]:
+    """The step of the newest checkpoint, and all rows up to it in the order of steps; of a run that goes on, too.
+
+    Raises:
+        UserError: there is no checkpoint, or none has rows.
+        ReadFailed: files of the ledger are missing or broken.
+    """
+    failure: Exception | None = None
+    for _ in range(READS):
+        for checkpoint in committed(run_dir.checkpoints):
+            try:
+                return step_of(checkpoint), _rows_of(run_dir, checkpoint)
+            except (OSError, pa.ArrowException) as error:  # an older one may be whole
+                failure = failure or error
+        if failure is None:
+            cure = "wait for its first save, of which checkpoint.every_steps decides, or for its end"
+            raise UserError("RUN_DIR", str(run_dir.path), "has no checkpoint yet, with which rows are written", cure)
+    raise ReadFailed(f"the pair ledger of {run_dir.path} cannot be read ({failure})")
+
+
+def verify(run_dir: RunDir) -> list[str] | None:
+    """What is wrong with the parts that the newest manifest lists, a line each; None where it lists none."""
+    for checkpoint in committed(run_dir.checkpoints):
+        with suppress(UserError):  # of another format
+            if (listed := listed_in(checkpoint)) is not None:
+                return differing(run_dir.pairs, listed.parts) if listed.parts else None
+    return None
+
+
+def _rows_of(run_dir: RunDir, checkpoint: Path) -> pa.Table:
+    listed = listed_in(checkpoint)
+    if listed is None:
+        raise ReadFailed(f"{checkpoint} has no manifest that can be read")
+    parts = [_read(run_dir.pairs / name) for name in sorted(listed.parts)]
+    return pa.concat_tables([*parts, _tail_of(checkpoint, listed)])
+
+
+def _tail_of(checkpoint: Path, listed: Listed) -> pa.Table:
+    return _read(checkpoint / TAIL) if TAIL in listed.files else SCHEMA.empty_table()
+
+
+def _read(path: Path) -> pa.Table:
+    with pq.ParquetFile(path) as file:  # pq.read_table would take a folder named lr=1e-6 for a column
+        return file.read()
