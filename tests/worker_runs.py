@@ -50,6 +50,11 @@ def curve(world: World, raw: dict[str, Any]) -> list[float]:
         return [line["loss"] for line in world.gather(trainer.callbacks.state.log_history)[0]]
 
 
+def curves(world: World, raws: list[dict[str, Any]]) -> list[list[float]]:
+    """`curve` of each, one after the other."""
+    return [curve(world, raw) for raw in raws]
+
+
 @contextmanager
 def begun(world: World, raw: dict[str, Any]) -> Iterator[tuple[RunSpec, RunDir]]:
     """Settings and directory of a run that starts where no other has left log-probs of its reference."""

@@ -6,8 +6,13 @@ from typing import Any
 
 import forked
 import pytest
+import worker_runs
+from ranks import Ranks
 from safetensors.torch import load_file
-from support import losses, metric_lines, orchestrator, write_settings
+from support import losses, metric_lines, orchestrator, raw_settings, rows, write_jsonl, write_settings
+from tiny import tiny_model, tokenizer
+
+from orchestrator.dpo.losses import LOSSES
 
 # 30 pairs in batches of 8: the last batch of an epoch has 6, which neither 4 ranks nor micro-batches of 4 divide
 SETTINGS: dict[str, Any] = {
@@ -103,40 +108,70 @@ def test_a_mean_over_tokens_is_one_over_the_global_batch(settings: Path, loss: s
     assert losses(twin)[5] < losses(twin)[1]
 
 
-COLLATORS = '''
-import json, os
-import torch
+# --- every loss --------------------------------------------------------------------------------------------------
 
-def plain(rows):
-    """As a TRL user would write it: no context, its own padding (to a multiple of 8)."""
-    width = -(-max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows) // 8) * 8
-    made = {key: torch.zeros(2 * len(rows), width, dtype=torch.long)
-            for key in ("input_ids", "attention_mask", "completion_mask")}
-    for half, side in enumerate(("chosen_ids", "rejected_ids")):
-        for i, row in enumerate(rows):
-            ids = row["prompt_ids"] + row[side]
-            made["input_ids"][half * len(rows) + i, :len(ids)] = torch.tensor(ids)
-            made["attention_mask"][half * len(rows) + i, :len(ids)] = 1
-            made["completion_mask"][half * len(rows) + i, len(row["prompt_ids"]):len(ids)] = 1
+OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}}  # what a loss cannot do without
+RANKS = {
+    1: 2,
+    2: 2,
+    4: 2,
+    3: 1,
+}  # pairs of a micro-batch, of 8 in a step: 1x4, 2x2, 4x1 (ranks x accumulation), 3 ranks
+LAYOUTS = {"packed": "cpu", "padded": "padded"}
+Curves = dict[tuple[int, str, str], list[float]]
+"""By ranks, layout and loss."""
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
+    """Three steps of 8, 6 and 8 pairs in fp64, of every loss, on ranks that stay."""
+    folder = tmp_path_factory.mktemp("losses")
+    write_jsonl(folder / "train.jsonl", rows(14, longest=4))
+    tiny_model(initializer_range=0.1, num_hidden_layers=1).save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    cells = [(layout, loss) for layout in LAYOUTS for loss in LOSSES]
+    made: Curves = {}
+    for ranks, micro in RANKS.items():
+        settings = [
+            raw_settings(
+                folder,
+                run={"dir": str(folder), "name": f"{ranks}-{layout}-{loss}"},
+                model={"init": None, "path": str(folder / "base"), "attention": LAYOUTS[layout]},
+                data={"eval": None},
+                dpo={"loss_type": loss, **OPTIONS.get(loss, {})},
+                batch={"global_batch_size": 8, "micro_batch_size": micro},
+                training={"max_steps": 3, "logging_steps": 1},
+                optimizer={"lr": 3e-3},
+                precision="fp64",
+            )
+            for layout, loss in cells
+        ]
+        with Ranks(ranks) as group:
+            found = group.call(worker_runs.curves, settings)
+        assert all(each == found[0] for each in found)
+        made |= {(ranks, *cell): curve for cell, curve in zip(cells, found[0], strict=True)}
     return made
 
-def aware(rows, context):
-    with open(os.environ["SEEN"] + f".{context.rank}", "a") as file:
-        seen = {"pairs": [row["pair_id"] for row in rows], "tokens": sum(
-            2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)}
-        file.write(json.dumps({**vars(context), **seen}) + "\\n")
-    return plain(rows)
-'''
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_that_of_the_global_batch(curves: Curves, loss: str) -> None:
+    expected = curves[1, "packed", loss]
+    assert len(set(expected)) == 3
+    for ranks in RANKS:
+        for layout in LAYOUTS:
+            assert curves[ranks, layout, loss] == pytest.approx(expected, rel=1e-9), (ranks, layout)
+
+
+# --- collators ---------------------------------------------------------------------------------------------------
 
 
 def test_collators_know_the_distribution(settings: Path, tmp_path: Path) -> None:
     """2 ranks x 2 micro-batches: each call sees its rank, the world, the step, and the global batch's counts."""
-    (settings.parent / "my_collators.py").write_text(COLLATORS)
     overrides = ["data.eval=null", "evaluation.every_steps=null", "training.max_steps=3"]
     ours = run(settings, "ours", 2, overrides)
-    plain = run(settings, "plain", 2, [*overrides, "data.collator=my_collators:plain"])
+    plain = run(settings, "plain", 2, [*overrides, "data.collator=collators:plain"])
     seen = {"SEEN": str(tmp_path / "seen")}
-    aware = run(settings, "aware", 2, [*overrides, "data.collator=my_collators:aware"], seen)
+    aware = run(settings, "aware", 2, [*overrides, "data.collator=collators:aware"], seen)
     assert losses(plain) == pytest.approx(losses(ours), abs=1e-6)
     assert losses(aware) == pytest.approx(losses(ours), abs=1e-6)
     tokens = {line["step"]: line["num_tokens"] for line in metric_lines(aware)}
