@@ -6,15 +6,15 @@ from pathlib import Path
 
 import forked
 import pytest
-from support import TINY_MODEL, losses, orchestrator, rows, write_jsonl, write_settings
+from support import TINY_MODEL, losses, rows, write_jsonl, write_settings
 
 from orchestrator.training.manifest import FORMAT
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     settings = write_settings(tmp_path, optimizer={"lr": 1e30}, scheduler={"name": "constant"})
-    ended = orchestrator("debug", settings, "--nproc", "2")
-    assert ended.returncode == 1
+    ended = forked.run(settings, ranks=2)
+    assert ended.codes == [1, 1], ended.log
     assert "the gradient is not finite" in ended.stderr
     assert "step 2 (rank 0)" in ended.stderr
     assert "Traceback" not in ended.stderr
