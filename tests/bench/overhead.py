@@ -2,6 +2,7 @@
 
     python tests/bench/overhead.py
     python tests/bench/overhead.py --data pairs.jsonl --steps 40 --json overhead.json
+    python tests/bench/overhead.py --ledger    # what the pair ledger costs: the program without it instead of the loop
 
 Program: Trainer.fit with the console and JSONL callbacks, metrics, agreement of ranks, reference cache, prefetching
 loader, W&B off. Bare: collate, micro-steps, clip, optimizer step, schedule, nothing else, over the same global batches
@@ -58,6 +59,7 @@ class Alternating(Trainer):
 
     turns: list[tuple[float, float]] = []
     steps_per_turn = 0
+    of_ledger = False
 
     def fit(self) -> Ended:
         """Never saved nor resumed: this run is a measurement."""
@@ -65,15 +67,26 @@ class Alternating(Trainer):
         self.near = None  # the bare loop moves the policy before the first step is counted
         last = self.max_steps
         bare_loop(self, 2)  # warm both
+        kept = self.seen
         while self.step < last:
-            bare = bare_loop(self, self.steps_per_turn)
-            Clock.began = 0.0
-            self.max_steps = self.step + self.steps_per_turn
-            steps = self.loader.steps(self.pairs_seen, self.step)
-            self.train(steps)
-            steps.close()
-            Alternating.turns.append((bare, Clock.took))
+            if self.of_ledger:
+                self.seen = None
+                bare = self.turn()
+                self.seen = kept
+            else:
+                bare = bare_loop(self, self.steps_per_turn)
+            Alternating.turns.append((bare, self.turn()))
+            if self.of_ledger and kept is not None:
+                kept.take()  # as a save would
         raise SystemExit(0)
+
+    def turn(self) -> float:
+        """CPU seconds of so many steps of its own."""
+        Clock.began = 0.0
+        self.max_steps = self.step + self.steps_per_turn
+        with contextlib.closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
+            self.train(steps)
+        return Clock.took
 
 
 def bare_loop(trainer: Trainer, steps: int) -> float:
@@ -101,6 +114,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of one turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
+    parser.add_argument("--ledger", action="store_true", help="measure the pair ledger alone")
     parser.add_argument("--json", help="write what was found here")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,21 +126,22 @@ def main() -> None:
                 "model": {"init": {"model_type": "qwen2", "vocab_size": 4096, "config": MODEL}},
                 "data": {"train": str(data)},
                 "batch": {"global_batch_size": args.batch, "micro_batch_size": args.batch},
-                "training": {"max_steps": args.steps * args.rounds},
+                "training": {"max_steps": args.steps * args.rounds * (2 if args.ledger else 1)},
                 "reference": {"cache": "full"},
                 "callbacks": [f"{__name__}:Clock"],
                 "precision": "fp32",
                 "wandb": {"mode": "disabled"},
             }
         )
-        Alternating.steps_per_turn = args.steps
+        Alternating.steps_per_turn, Alternating.of_ledger = args.steps, args.ledger
         worker.Trainer = Alternating
         with contextlib.suppress(SystemExit):  # how Alternating ends
             worker.run(spec, World(0, 1, 0, torch.device("cpu")), LocalSession(RunDir(spec.run_dir), 0))
     ratios = [program / bare - 1 for bare, program in Alternating.turns]
+    what = "the ledger" if args.ledger else "the program"
     each = [bare / args.steps for bare, _ in Alternating.turns]
     print(
-        f"a bare step {statistics.median(each):.3f} CPU s; the program adds {statistics.median(ratios):+.2%} "
+        f"a step without {statistics.median(each):.3f} CPU s; {what} adds {statistics.median(ratios):+.2%} "
         f"({min(ratios):+.2%}..{max(ratios):+.2%} over {len(ratios)} turns of {args.steps} steps)"
     )
     if args.json:
