@@ -8,7 +8,7 @@ from typing import Any
 import engine_runs
 import pytest
 import torch
-from engine_runs import ENGINES, SAVED, UPTO, Case
+from engine_runs import ENGINES, SAVED, Case
 from forked import stops_at
 from support import losses, write_settings
 from tiny import pair_batch, tiny_model
@@ -19,6 +19,7 @@ from orchestrator.engines.precision import tf32_switched
 from orchestrator.models import logps
 from orchestrator.models.logps import PairSums, body_hidden, loss_in_head
 from orchestrator.settings.spec import Precision
+from orchestrator.training.ledger import SeenPairs
 from orchestrator.world import World
 
 GPU = torch.device("cuda", 0)
@@ -89,7 +90,7 @@ def test_it_goes_on_from_its_own_bit_for_bit(
     first = engine_runs.engine_of(case, alone)
     engine_runs.train(first, case, alone, range(SAVED))
     checkpoint = engine_runs.kept(first, alone, tmp_path, SAVED)
-    gone_on = engine_runs.train(first, case, alone, range(SAVED, UPTO))
+    gone_on = engine_runs.train(first, case, alone, range(SAVED, engine_runs.STEPS))
     first.close()
     again, resumed = engine_runs.resumed(alone, case, checkpoint)
     again.close()
@@ -103,15 +104,22 @@ def test_a_step_does_not_wait_for_the_gpu(alone: World, precision: Precision) ->
     engine = engine_runs.engine_of(case, alone)
     engine_runs.take_step(engine, case, 0, alone)  # makes the optimizer's state
     batches = engine_runs.micro_batches(case, 1, alone)
+    on_host = [batch.to(torch.device("cpu")) for batch in batches]
+    torch.cuda.synchronize()
+    seen = SeenPairs(engine.step.dpo)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for number, batch in enumerate(batches):
+        outputs = [
             engine.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1)
+            for number, batch in enumerate(batches)
+        ]
         finite = engine.finite()
         engine.optimizer_step(apply=True)
+        seen.add(1, 0, list(zip(on_host, outputs, strict=True)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert finite.item()
+    assert seen.take()["loss"].to_pylist() == torch.cat([output.losses for output in outputs]).tolist()
 
 
 @pytest.mark.parametrize("rows_at_once", [2**20, 8])
