@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,8 +47,8 @@ FORMAT = 4  # of the cache; raise it when the meaning of a cached number changes
 CHUNK = 512  # rows handed to a tokenising process at a time
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
-# Settings of `data` that decide which tokens there are; data.chat_template is in the tokenizer.
-OF_THE_TOKENS = (
+# Settings of `data` that decide what is in the cache; data.chat_template is in the tokenizer.
+CACHED = (
     "max_length",
     "truncation",
     "max_prompt_length",
@@ -55,9 +56,14 @@ OF_THE_TOKENS = (
     "system_prompt",
     "chat_template_kwargs",
     "on_bad_row",
+    "weight_column",
+    "margin_column",
 )
 # Arguments of apply_chat_template that a row may give although no template reads them as variables.
 NO_VARIABLES = ("chat_template", "continue_final_message", "sanitize_control_tokens")
+
+# What pairs have besides tokens, and the setting of `data` that names its column.
+NUMERIC = {"weights": "weight_column", "margins": "margin_column"}
 
 Row = dict[str, Any]
 DropReason = Literal["malformed rows", "ties", "empty completions", "prompts that fill data.max_length"]
@@ -125,7 +131,8 @@ class Pairs:
 
     `pair_ids` [N] ascend: they are the rows of the sources, counted from 1 and on from one source to the next, whether
     they hold a usable pair or not. `lengths` [N, 3] are the tokens of prompt, chosen and rejected; `hashes` [N, 2] 128
-    bits over the token ids of each; `dropped` counts the rows left out by reason.
+    bits over the token ids of each; `weights` and `margins` [N] fp64 are what data.weight_column and data.margin_column
+    say, if they are set; `dropped` counts the rows left out by reason.
     """
 
     def __init__(self, sets: Sequence[TokenizedSet]) -> None:
@@ -141,6 +148,10 @@ class Pairs:
         self.pair_ids: Integers = _joined([kept + before for kept, before in of_sets])
         self.lengths: Integers = _joined(lengths)
         self.hashes: NDArray[np.uint64] = _joined([np.load(folder / "hashes.npy", mmap_mode="r") for folder in folders])
+        kept = [name for name in NUMERIC if (folders[0] / f"{name}.npy").exists()]  # by all of them then
+        numeric = {name: _joined([np.load(folder / f"{name}.npy") for folder in folders]) for name in kept}
+        self.weights: NDArray[np.float64] | None = numeric.get("weights")
+        self.margins: NDArray[np.float64] | None = numeric.get("margins")
         self._starts: Integers = _joined([each.sum(axis=1).cumsum() - each.sum(axis=1) for each in lengths])
         self._tokens: list[NDArray[np.int32]] = [np.load(folder / "tokens.npy", mmap_mode="r") for folder in folders]
 
@@ -174,6 +185,8 @@ class Pairs:
         few, kept = copy.copy(self), np.sort(indices)
         few.dropped = {}
         few.pair_ids, few.lengths, few.hashes = self.pair_ids[kept], self.lengths[kept], self.hashes[kept]
+        few.weights = None if self.weights is None else self.weights[kept]
+        few.margins = None if self.margins is None else self.margins[kept]
         few._starts = self._starts[kept]
         return few
 
@@ -183,15 +196,25 @@ class Pairs:
         return self._tokens[self._set_of(self.pair_ids[index])][start : start + self.lengths[index].sum()]
 
     def __getitem__(self, index: int) -> Row:
-        """One pair as a collator takes it: pair_id and lists of token ids under TRL's names."""
+        """One pair as a collator takes it: pair_id and lists of token ids under TRL's names; weight and margin, where
+        they are set."""
         prompt, chosen, _ = self.lengths[index]
         tokens = self.tokens(index).tolist()
-        return {
+        row: Row = {
             "pair_id": int(self.pair_ids[index]),
             "prompt_ids": tokens[:prompt],
             "chosen_ids": tokens[prompt : prompt + chosen],
             "rejected_ids": tokens[prompt + chosen :],
         }
+        for name, numbers in (("weight", self.weights), ("margin", self.margins)):
+            if numbers is not None:
+                row[name] = float(numbers[index])
+        return row
+
+    def prompts(self) -> Iterator[bytes]:
+        """The token ids of each pair's prompt, 4 bytes each."""
+        for pair_id, start, length in zip(self.pair_ids, self._starts, self.lengths[:, 0], strict=True):
+            yield self._tokens[self._set_of(pair_id)][start : start + length].tobytes()
 
     def _set_of(self, pair_id: int) -> int:
         return bisect.bisect_left(self._rows_before, pair_id) - 1
@@ -221,6 +244,35 @@ def tokenized_pairs(
             TokenizedSet(key, source.path, source.weight if isinstance(source, TrainingSetSpec) else 1.0, folder)
         )
     return Pairs(sets)
+
+
+def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
+    """The pairs to train on, and those to evaluate instead: all pairs of some prompts, taken in the order of a hash of
+    their tokens and the seed, as near to that fraction as they go.
+
+    Raises:
+        UserError: nothing would be left to train on, in one of the sets perhaps, or to evaluate.
+    """
+    key = str(seed).encode()
+    hashes = (hashlib.blake2b(prompt, digest_size=8, key=key).digest() for prompt in pairs.prompts())
+    _, prompts, sizes = np.unique(np.frombuffer(b"".join(hashes), "<u8"), return_inverse=True, return_counts=True)
+    left, is_out = fraction * len(pairs), np.zeros(len(sizes), np.bool_)
+    for prompt, size in enumerate(sizes.tolist()):
+        if size <= left:
+            is_out[prompt], left = True, left - size
+    smallest = np.where(is_out, len(pairs) + 1, sizes).argmin()
+    if sizes[smallest] < 2 * left:  # nearer with it than without
+        is_out[smallest] = True
+    held = is_out[prompts]
+    train, held_out = pairs.only(np.flatnonzero(~held)), pairs.only(np.flatnonzero(held))
+    train.dropped = pairs.dropped
+    gone = next((each for each, share in zip(pairs.sets, train.shares, strict=True) if not share.pairs), None)
+    if gone is not None or not len(held_out):
+        which = f"every pair of {gone.source}" if gone else "none"
+        rule = f"holds out {which}, of {len(pairs)} pairs with {len(sizes)} prompts"
+        cure = "lower it, or set data.eval to a file" if gone else "raise it, or set data.eval to a file"
+        raise UserError("data.eval_fraction", fraction, rule, cure)
+    return train, held_out
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
@@ -284,6 +336,8 @@ def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str 
     Raises:
         UserError: a source is missing or unreadable.
     """
+    if data.eval_fraction is not None:
+        split = "train"  # where the evaluation pairs are from
     found: dict[int, RawRow] = {}
     wanted, before = sorted(set(pair_ids)), 0
     for key, source in data.sources(split, name).items():
@@ -610,7 +664,7 @@ def common_prefix(left: ArrayLike, right: ArrayLike) -> int:
 
 
 def _digest(identity: str, tokenizer: str, data: DataSpec) -> str:
-    key = [FORMAT, identity, tokenizer, *(getattr(data, name) for name in OF_THE_TOKENS)]
+    key = [FORMAT, identity, tokenizer, *(getattr(data, name) for name in CACHED)]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -618,6 +672,7 @@ class _TokenizedRow(NamedTuple):
     number: int
     result: TokenizedPair | BadRow
     uncut: tuple[int, int, int] | None  # tokens of prompt, chosen and rejected before truncation, if it has any
+    numbers: dict[str, float] = {}  # by the names of NUMERIC
 
 
 class _Worker(NamedTuple):
@@ -634,10 +689,28 @@ class _Worker(NamedTuple):
         try:
             whole, _ = tokenize_pair(row, self.tokenizer, self.data)
             uncut = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
-            return _TokenizedRow(number, truncated(whole, self.data), uncut)
+            return _TokenizedRow(number, truncated(whole, self.data), uncut, _numbers(row, self.data))
         except BadRow as bad:
             bad.row = row
             return _TokenizedRow(number, bad, uncut)
+
+
+def _numbers(row: Row, data: DataSpec) -> dict[str, float]:
+    """Weight and margin of a pair, if they are wanted, by the names of NUMERIC."""
+    found: dict[str, float] = {}
+    for name, setting in NUMERIC.items():
+        if (column := getattr(data, setting)) is None:
+            continue
+        if column not in row:
+            columns = ", ".join(map(repr, row))
+            raise BadRow("malformed rows", f"has no column {column!r} (data.{setting}); its columns are {columns}")
+        value: Any = row[column]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= sys.float_info.max or (name == "weights" and value <= 0):
+            wanted = "a finite number" + " more than 0" * (name == "weights")
+            raise BadRow("malformed rows", f"{column} is {value!r}, not {wanted} (data.{setting})")
+        found[name] = float(value)
+    return found
 
 
 def _build(
@@ -653,8 +726,9 @@ def _build(
     uncut_lengths: list[tuple[int, int, int]] = []
     tokens: list[np.ndarray] = []
     hashes: list[bytes] = []
+    numeric: dict[str, list[float]] = {name: [] for name, key in NUMERIC.items() if getattr(data, key) is not None}
     dropped: Counter[str] = Counter()
-    for number, result, uncut in _tokenized(rows, _Worker(tokenizer, data)):
+    for number, result, uncut, of_pair in _tokenized(rows, _Worker(tokenizer, data)):
         if uncut is not None:
             uncut_lengths.append(uncut)
         if isinstance(result, BadRow):
@@ -669,6 +743,8 @@ def _build(
         lengths.append((len(result.prompt_ids), len(result.chosen_ids), len(result.rejected_ids)))
         tokens.append(np.array(result.prompt_ids + result.chosen_ids + result.rejected_ids, np.int32))
         hashes.append(content_hash(lengths[-1], tokens[-1]))
+        for name, column in numeric.items():
+            column.append(of_pair[name])
     if not numbers:
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it has no rows"
         too_long = "prompts that fill data.max_length" in dropped
@@ -681,6 +757,8 @@ def _build(
     np.save(folder / "uncut.npy", np.array(uncut_lengths, np.int64))
     np.save(folder / "hashes.npy", np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2))
     np.save(folder / "rows.npy", np.array(numbers, np.int64))
+    for name, column in numeric.items():
+        np.save(folder / f"{name}.npy", np.array(column, np.float64))
     meta = {"source": source, "dropped": dict(dropped), "largest_id": max(int(ids.max()) for ids in tokens)}
     (folder / "meta.json").write_text(json.dumps(meta))
 

@@ -10,7 +10,8 @@ from orchestrator.settings.spec import RunSpec
 
 
 def planned(spec: RunSpec) -> dict[str, Any]:
-    """Facts of the run by name. Rows are counted before any is dropped; None where only loading would tell.
+    """Facts of the run by name. Rows are counted before any is dropped, and for data.eval_fraction as if each had a
+    prompt of its own; None where only loading would tell.
 
     Raises:
         UserError: a data file is missing or unreadable.
@@ -25,12 +26,11 @@ def planned(spec: RunSpec) -> dict[str, Any]:
         by_ranks["grad_accum"] = [batch.grad_accum(count) for count in each]
     counts = {key: count_rows(key, source) for key, source in sources.items()}
     sets = _training_sets(spec, counts)
-    per_epoch = _total(each["rows_per_epoch"] for each in sets)
-    eval_rows = {name: counts[key] for name in spec.data.eval_sets for key in spec.data.sources("eval", name)}
+    train_rows, per_epoch = (_total(each[name] for each in sets) for name in ("rows", "rows_per_epoch"))
     facts: dict[str, Any] = {
         "run_dir": str(spec.run_dir),
-        "train_rows": _total(each["rows"] for each in sets),
-        "eval_rows": (eval_rows or {"": 0}).get("", eval_rows),
+        "train_rows": train_rows,
+        "eval_rows": _eval_rows(spec, counts, train_rows),
         "ranks": ranks,
         "global_batch_size": batch.global_batch_size,
     }
@@ -38,7 +38,7 @@ def planned(spec: RunSpec) -> dict[str, Any]:
         if (size := getattr(batch, name)) is not None:
             facts[name] = size
     facts |= {name: values if isinstance(ranks, list) else values[0] for name, values in by_ranks.items()}
-    if len(sets) > 1 or facts["train_rows"] != per_epoch:
+    if len(sets) > 1 or train_rows != per_epoch:
         facts |= {"train_sets": sets, "rows_per_epoch": per_epoch}
     if per_epoch:
         length = run_length(per_epoch, batch.global_batch_size, spec.training)
@@ -57,13 +57,24 @@ def planned(spec: RunSpec) -> dict[str, Any]:
 
 
 def _training_sets(spec: RunSpec, counts: dict[str, int | None]) -> list[dict[str, Any]]:
-    """Each training set: its rows, and how many of them an epoch takes. counts: rows by the setting of a source."""
+    """Each training set: its rows, without those held out, and how many of them an epoch takes. counts: rows by the
+    setting of a source."""
     sets: list[dict[str, Any]] = []
     for key, source in zip(spec.data.sources("train"), spec.data.train, strict=True):
-        rows = counts[key]
-        taken = rows and Share.of(rows, source.weight).per_epoch
+        if (rows := counts[key]) is not None:
+            rows -= round(rows * (spec.data.eval_fraction or 0))
+        taken = None if rows is None else Share.of(rows, source.weight).per_epoch
         sets.append({"source": source.path, "rows": rows, "weight": source.weight, "rows_per_epoch": taken})
     return sets
+
+
+def _eval_rows(spec: RunSpec, counts: dict[str, int | None], train_rows: int | None) -> Any:
+    """Rows that are evaluated; of several sets by their names."""
+    if spec.data.eval_fraction is not None:
+        rows = _total(counts.values())
+        return None if rows is None or train_rows is None else rows - train_rows
+    by_name = {name: counts[key] for name, key in zip(spec.data.eval, spec.data.sources("eval"), strict=True)}
+    return by_name.get("", by_name or 0)
 
 
 def _total(counts: Iterable[int | None]) -> int | None:

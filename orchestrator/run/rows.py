@@ -67,7 +67,7 @@ def _tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
 
 def _lengths_of_sets(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, dict[str, Any]]]:
     """(its setting, its lengths) of every set; one that is not in the cache yet gets there, where the run finds it."""
-    splits: list[tuple[Split, str]] = [("train", ""), *(("eval", name) for name in spec.data.eval_sets)]
+    splits: list[tuple[Split, str]] = [("train", ""), *(("eval", name) for name in spec.data.eval)]
     for split, name in splits:
         for each in tokenized_pairs(spec.data, split, tokenizer, spec.cache_dir, name).sets:
             yield each.key, lengths(each.uncut_lengths, spec.data, each.dropped)

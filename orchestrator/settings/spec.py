@@ -281,6 +281,13 @@ class DataSpec(Block):
     eval: dict[str, SourceSpec] = {}
     """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets, whose metrics begin
     with eval_NAME_ instead of eval_; no evaluation when not set."""
+    eval_fraction: float | None = Field(None, gt=0, lt=1)
+    """Instead of eval: the part of the training pairs that is held out and evaluated, chosen by run.seed; pairs of one
+    prompt stay together, so that no prompt is trained on and evaluated."""
+    weight_column: str | None = None
+    """Column of every row with the weight of its pair in the loss, more than 0; 1 each when not set."""
+    margin_column: str | None = None
+    """Column of every row with the margin by which its chosen completion is to win; none when not set."""
     collator: UserCodeSpec | None = None
     """A user's collator of rows into TRL's input_ids, attention_mask and completion_mask, as module:attr or {path,
     kwargs}; trl.trainer.dpo_trainer:DataCollatorForPreference is one. A constructor that takes pad_token_id gets the
@@ -338,7 +345,7 @@ class DataSpec(Block):
     @property
     def eval_sets(self) -> list[str]:
         """Names of the evaluation sets; that of a single one is empty."""
-        return list(self.eval)
+        return list(self.eval) if self.eval_fraction is None else [""]
 
     def sources(self, split: Split, name: str | None = None) -> dict[str, SourceSpec]:
         """The sources of a split by their settings: data.train, or data.train.0 and on, where there are several;
@@ -1160,8 +1167,14 @@ def _evaluation(spec: RunSpec) -> None:
     for key, value in spec.evaluation:
         if value != EvaluationSpec.model_fields[key].default and not spec.data.eval_sets:
             raise UserError(
-                f"evaluation.{key}", value, "needs evaluation pairs", "set data.eval to a file of preference pairs"
+                f"evaluation.{key}",
+                value,
+                "needs evaluation pairs",
+                "set data.eval to a file of preference pairs, or data.eval_fraction=0.05",
             )
+    if spec.data.eval and spec.data.eval_fraction is not None:
+        rule = "data.eval already says what is evaluated"
+        raise UserError("data.eval_fraction", spec.data.eval_fraction, rule, "remove one of the two")
     for name in spec.data.eval_sets:
         if name and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             cure = "take letters, digits, _ and -"
@@ -1643,6 +1656,11 @@ TRL_NAMES = {
     "dataset_num_proc": "data.num_proc",
     "dataset_name": "data.train",
     "train_dataset": "data.train",
+    "dataset_config": "data.train as {path, name}",
+    "dataset_train_split": "data.train as {path, split}",
+    "dataset_test_split": "data.eval as {path, split}",
+    "datasets": "data.train, a list of {path, weight}",
+    "test_split_size": "data.eval_fraction",
     "chat_template": "data.chat_template",
     "chat_template_path": "data.chat_template",
     "chat_template_kwargs": "data.chat_template_kwargs",

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from orchestrator.data.collate import AdaptedCollator, Counts, PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_lengths, longest_sequences, run_length
-from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokenizer_identity
+from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokenizer_identity, without_held_out
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import Engine
@@ -139,11 +139,11 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     if spec.engine.shards_weights and spec.model.init is not None:
         made_weights(spec, tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
-    held_out = {
-        name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval_sets
-    }
+    held_out = {name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval}
     for key, pairs in zip(["data.train", *spec.data.sources("eval")], [train, *held_out.values()], strict=True):
         check_fit(config, pairs, key, spec)
+    if spec.data.eval_fraction is not None:
+        train, held_out[""] = without_held_out(train, spec.data.eval_fraction, spec.run.seed)
     return Prepared(tokenizer, config, train, held_out, collator)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from orchestrator.data.pairs import (
     tokenized_pairs,
     training_texts,
     truncated,
+    without_held_out,
 )
 from orchestrator.settings.spec import DataSpec, UserError
 
@@ -264,6 +267,7 @@ def test_a_template_that_does_not_do_is_refused(
 
 # --- rows --------------------------------------------------------------------------------------------------------
 
+GONE: Any = object()
 GOOD, TIE, MALFORMED = TEXT, {**TEXT, "chosen": " no"}, {"prompt": "no answers"}
 
 
@@ -538,6 +542,146 @@ def test_a_tokenizer_is_trained_on_all_sets(tmp_path: Path) -> None:
     assert identity not in {training_texts(data_spec(train=each.path))[1] for each in data.train}
 
 
+# --- a part that is held out -------------------------------------------------------------------------------------
+
+
+def of_prompts(folder: Path, *sets: list[str], **settings: Any) -> Pairs:
+    """Pairs with these prompts, no two of them alike."""
+    numbers = count()
+    contents = [
+        [{"prompt": prompt, "chosen": f" {next(numbers)}", "rejected": " no"} for prompt in each] for each in sets
+    ]
+    return several(folder, contents, **settings)[1]
+
+
+def prompts_of(pairs: Pairs) -> list[str]:
+    return [bytes(pairs[index]["prompt_ids"]).decode("latin-1") for index in range(len(pairs))]
+
+
+@pytest.fixture(scope="module")
+def fifty(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """50 pairs of 20 prompts, which have 1 to 4 pairs each, in both of two sets where they can."""
+    prompts = [letter * 3 for place, letter in enumerate("cdefghijklmnopqrstuv") for _ in range(1 + place % 4)]
+    return of_prompts(tmp_path_factory.mktemp("fifty"), prompts[::2], prompts[1::2])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.9])
+def test_a_fraction_is_held_out_by_prompt(fifty: Pairs, fraction: float, seed: int) -> None:
+    train, held_out = without_held_out(fifty, fraction, seed)
+    assert set(prompts_of(train)).isdisjoint(prompts_of(held_out))
+    assert sorted([*train.pair_ids, *held_out.pair_ids]) == fifty.pair_ids.tolist()
+    assert abs(len(held_out) - fraction * len(fifty)) <= 4 / 2  # half of the largest prompt
+    for part in (train, held_out):
+        whole = {int(pair_id): fifty[index] for index, pair_id in enumerate(fifty.pair_ids)}
+        assert [part[index] for index in range(len(part))] == [whole[int(pair_id)] for pair_id in part.pair_ids]
+    assert [share.pairs for share in train.shares] == [
+        sum(fifty.place(pair_id).key == each.key for pair_id in train.pair_ids) for each in fifty.sets
+    ]
+    again = without_held_out(fifty, fraction, seed)[1]
+    assert np.array_equal(again.pair_ids, held_out.pair_ids)
+    other = without_held_out(fifty, fraction, seed + 99)[1]
+    assert not np.array_equal(other.pair_ids, held_out.pair_ids)
+
+
+def test_what_is_held_out_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+    prompts = [f"prompt {number}" for number in range(12)]
+    found = [without_held_out(of_prompts(tmp_path, made), 0.25, 7)[1] for made in (prompts, prompts[::-1])]
+    assert set(prompts_of(found[0])) == set(prompts_of(found[1]))
+
+
+def test_a_large_prompt_is_left_where_others_come_nearer(tmp_path: Path) -> None:
+    made = of_prompts(tmp_path, ["large"] * 6 + ["a", "b", "c", "d"])
+    for seed in range(5):
+        assert "large" not in prompts_of(without_held_out(made, 0.2, seed)[1])
+        assert len(without_held_out(made, 0.2, seed)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("sets", "fraction", "words"),
+    [
+        ([["a"] * 5 + ["b"] * 5], 0.1, "holds out none, of 10 pairs with 2 prompts; raise it"),
+        ([["a"] * 5], 0.9, r"holds out every pair of \S+/0.jsonl, of 5 pairs with 1 prompts; lower it"),
+        ([["a"], ["a"] * 3 + ["b"]], 0.9, r"holds out every pair of \S+/0.jsonl, of 5 pairs with 2 prompts; lower it"),
+    ],
+)
+def test_a_fraction_that_leaves_nothing_is_refused(
+    tmp_path: Path, sets: list[list[str]], fraction: float, words: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^data\.eval_fraction = {fraction}: {words}"):
+        without_held_out(of_prompts(tmp_path, *sets), fraction, 7)
+
+
+def test_rows_that_are_held_out_are_found(tmp_path: Path) -> None:
+    data, found = several(tmp_path, SETS, on_bad_row="drop", eval_fraction=0.3)
+    _, held_out = without_held_out(found, 0.3, 7)
+    asked = raw_rows(data, "eval", held_out.pair_ids.tolist())
+    assert list(asked) == held_out.pair_ids.tolist()
+    assert {(row.source, row.number) for row in asked.values()} == {found.place(i)[1:] for i in asked}
+
+
+# --- weights and margins -----------------------------------------------------------------------------------------
+
+WEIGHED = [{**row, "w": weight, "m": -weight} for row, weight in zip(rows(3), (2.0, 0.5, 3.0), strict=True)]
+
+
+@pytest.mark.parametrize("columns", [["weight"], ["margin"], ["weight", "margin"]])
+@pytest.mark.parametrize("parquet", [False, True])
+def test_pairs_have_the_weights_and_margins_of_their_rows(tmp_path: Path, columns: list[str], parquet: bool) -> None:
+    import datasets
+
+    content = [{**TIE, "w": None, "m": None}, *WEIGHED]
+    path = tmp_path / "train.parquet"
+    datasets.Dataset.from_list(content).to_parquet(str(path))
+    named = {f"{column}_column": column[0] for column in columns}
+    source = str(path) if parquet else str(write_jsonl(tmp_path / "train.jsonl", content))
+    data = data_spec(train=[source, source], **named)
+    found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
+    expected = {"weight": [2.0, 0.5, 3.0] * 2, "margin": [-2.0, -0.5, -3.0] * 2}
+    for column, values in (("weight", found.weights), ("margin", found.margins)):
+        if column not in columns:
+            assert values is None
+            assert column not in found[0]
+            continue
+        assert values is not None
+        assert (values.dtype, values.tolist()) == (np.float64, expected[column])
+        assert [found[index][column] for index in range(6)] == expected[column]
+        assert [row[column] for row in map(found.only(np.array([4, 1])).__getitem__, range(2))] == [
+            expected[column][index] for index in (1, 4)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "words"),
+    [
+        ("weight", {"w": 0}, "w is 0, not a finite number more than 0 (data.weight_column)"),
+        ("weight", {"w": -1.5}, "w is -1.5, not a finite number more than 0"),
+        ("weight", {"w": float("inf")}, "w is inf, not a finite number"),
+        ("weight", {"w": float("nan")}, "w is nan, not a finite number"),
+        ("weight", {"w": 10**400}, "not a finite number"),
+        ("weight", {"w": True}, "w is True, not a finite number"),
+        ("weight", {"w": "3"}, "w is '3', not a finite number"),
+        ("margin", {"m": None}, "m is None, not a finite number (data.margin_column)"),
+        ("margin", {"m": float("-inf")}, "m is -inf, not a finite number"),
+        (
+            "margin",
+            {"m": GONE},
+            "has no column 'm' (data.margin_column); its columns are 'prompt', 'chosen', 'rejected', 'w'",
+        ),
+    ],
+)
+def test_a_row_without_a_usable_number_is_malformed(
+    tmp_path: Path, column: str, change: dict[str, Any], words: str
+) -> None:
+    changed = {name: value for name, value in {**WEIGHED[1], **change}.items() if value is not GONE}
+    content = [WEIGHED[0], changed, WEIGHED[2]]
+    with pytest.raises(UserError, match=f"data.train row 2 = .*{re.escape(words)}"):
+        made(tmp_path, content, **{f"{column}_column": column[0]})
+    left = made(tmp_path, content, on_bad_row="drop", **{f"{column}_column": column[0]})
+    assert left.pair_ids.tolist() == [1, 3]
+    assert left.dropped == {"malformed rows": 1}
+
+
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
@@ -564,6 +708,8 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         ({"max_prompt_length": 50}, True),
         ({"max_completion_length": 50}, True),
         ({"collator": "mine:collate"}, False),
+        ({"weight_column": "w"}, True),
+        ({"margin_column": "w"}, True),
         ({"num_proc": 1}, False),
         ({"eval": "elsewhere.jsonl"}, False),
         ({}, False),
@@ -572,8 +718,9 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_the_cache_is_used_until_a_setting_that_matters_changes(
     tmp_path: Path, builds: list[Path], change: dict[str, Any], is_new: bool
 ) -> None:
-    made(tmp_path, rows(4))
-    made(tmp_path, rows(4), **change)
+    content = [{**row, "w": 1} for row in rows(4)]
+    made(tmp_path, content)
+    made(tmp_path, content, **change)
     assert len(builds) == 1 + is_new
 
 

@@ -33,6 +33,10 @@ from orchestrator.settings.spec import UserError
             {"evaluations": 6},  # before, 3, 4, 6, 8, 9
         ),
         ({"data": {"eval": None}}, {"evaluations": 0, "eval_rows": 0}),
+        (
+            {"data": {"eval": None, "eval_fraction": 0.25}, "training": {"max_steps": None}},
+            {"train_rows": 24, "eval_rows": 8, "evaluations": 2, "steps": 3},
+        ),
         ({"scheduler": {"warmup_steps": 2}}, {"warmup_steps": 2, "micro_batch_size": 2}),
         (
             {"batch": {"micro_batch_size": None, "max_tokens_per_microbatch": 500}},

@@ -269,6 +269,12 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"data": {"eval": {"entropy": "x"}}}, "data.eval", ["= 'entropy'", "the name of a metric", "another name"]),
         ({"data": {"eval": {"easy": 3}}}, "data.eval.easy", ["= 3", "is a block of settings", "path, name, split"]),
         ({"data": {"eval": 3}}, "data.eval", ["= 3", "one source, or one for each name"]),
+        (
+            {"data": {"eval_fraction": 0.1}},
+            "data.eval_fraction",
+            ["= 0.1", "data.eval already says what is evaluated", "remove one of the two"],
+        ),
+        ({"data": {"eval": None, "eval_fraction": 1}}, "data.eval_fraction", ["= 1", "less than 1", "held out"]),
         ({"data": {"train": []}}, "data.train", ["= []", "at least 1 item", "JSONL"]),
         (
             {"data": {"train": [{"path": "a", "weight": 0}]}},
