@@ -1156,6 +1156,9 @@ def _known_scheduler(spec: RunSpec) -> None:
 
 
 def _sources(spec: RunSpec) -> None:
+    for name in ("weight_column", "margin_column"):
+        if (column := getattr(spec.data, name)) is not None:  # Pairs have what it says, and no loss looks at it
+            raise UserError(f"data.{name}", column, "does not act in the loss yet", "remove it")
     for key, source in {**spec.data.sources("train"), **spec.data.sources("eval")}.items():
         for part in ("name", "split"):
             if (value := getattr(source, part)) is not None and source.path.endswith(DATA_SUFFIXES):

@@ -274,6 +274,16 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
             "data.eval_fraction",
             ["= 0.1", "data.eval already says what is evaluated", "remove one of the two"],
         ),
+        (
+            {"data": {"weight_column": "w"}},
+            "data.weight_column",
+            ["= 'w'", "does not act in the loss yet", "remove it"],
+        ),
+        (
+            {"data": {"margin_column": "m"}},
+            "data.margin_column",
+            ["= 'm'", "does not act in the loss yet", "remove it"],
+        ),
         ({"data": {"eval": None, "eval_fraction": 1}}, "data.eval_fraction", ["= 1", "less than 1", "held out"]),
         ({"data": {"train": []}}, "data.train", ["= []", "at least 1 item", "JSONL"]),
         (
