@@ -207,9 +207,19 @@ def test_an_adapter_that_was_gone_on_from_is_merged_as_it_is_now(
 
 
 # int8 on a CPU quantises activations too, and bf16 rounds them, which the merged model does not
-@tied_or_not
-@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]], ids=["all", "some"])
-@pytest.mark.parametrize(("held", "tolerance"), [("bf16", 0.1), ("fp16", 0.015), ("int8", 0.2), ("nf4", 1e-5)])
+BASES = [("bf16", 0.1), ("fp16", 0.015), ("int8", 0.2), ("nf4", 1e-5)]
+TARGETS = {"all": None, "some": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("base", "held", "tolerance", "targets"),
+    [  # every two of them together: heads are tied and untied in turn
+        pytest.param(UNTIED if (number + which) % 2 else {}, *held, TARGETS[name], id=f"{held[0]}-{name}")
+        for number, held in enumerate(BASES)
+        for which, name in enumerate(TARGETS)
+    ],
+    indirect=["base"],
+)
 def test_an_adapter_is_merged_with_a_base_of_fewer_bits(
     base: Path, held: str, tolerance: float, targets: list[str] | None
 ) -> None:
