@@ -1,0 +1,125 @@
+"""The examples of configs/examples as they stand there, shortened: settings and Python give one loss curve, under debug
+and on Ray."""
+
+import json
+import os
+import runpy
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forked import free_port
+from nodes import RAY_START_S, wait_until
+from parity.parity_support import need_trl
+from support import ROOT, losses, metric_lines
+
+from orchestrator import cli
+
+FOLDER = Path("configs/examples")
+STEPS = 6
+EXAMPLES = {  # with what only a run with the example's own part says
+    "optimizers": "step 1/6: loss 0.6931",
+    "shared_layers": ", 0.283 MB of memory",  # a copy has 1.34
+    "int8_reference": "; reference int8;",
+    "callbacks": "\nStep 1: {'loss': ",
+    "precision": "1 ranks on cpu in fp16",
+    "collator": "DataCollatorForPreference is to truncate 0 of them",
+}
+OF_ITS_OWN = {"collator": ["data.truncation=keep_end"]}
+
+
+class Place:
+    """Where the examples run: at the root of the repository, on a few of its pairs."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.patch, self.capture = folder, patch, capture
+        patch.chdir(ROOT)
+        self.words = [f"run.dir={folder}", f"training.max_steps={STEPS}", "training.epochs=null"]
+        self.words += ["batch.global_batch_size=4", "batch.micro_batch_size=2", "evaluation.every_steps=null"]
+        for split, pairs in (("train", 32), ("eval", 4)):
+            few = (ROOT / "configs/sample" / f"{split}.jsonl").read_text().splitlines(keepends=True)[:pairs]
+            (folder / f"{split}.jsonl").write_text("".join(few))
+            self.words.append(f"data.{split}={folder / split}.jsonl")
+
+    def curve(self, example: str, language: str, verb: str) -> dict[int, float]:
+        """The losses of a run, by step, once it has said what it has to."""
+        name = f"{example}-{language}-{verb}"
+        words = [*self.words, *OF_ITS_OWN.get(example, []), f"run.name={name}"]
+        self.capture.readouterr()
+        if language == "yaml":
+            assert cli.main([verb, str(FOLDER / "base.yaml"), str(FOLDER / f"{example}.yaml"), *words]) == cli.DONE
+        else:
+            program = str(FOLDER / f"{example}.py")
+            self.patch.setattr(sys, "argv", [program, *(["--debug"] if verb == "debug" else []), *words])
+            runpy.run_path(program, run_name="__main__")
+        assert EXAMPLES[example] in self.capture.readouterr().out
+        found = losses(self.folder / name)
+        assert len(found) == STEPS
+        return found
+
+
+@pytest.fixture
+def place(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Place:
+    folder = tmp_path_factory.getbasetemp() / "examples"  # of all tests: the pairs are tokenised once
+    folder.mkdir(exist_ok=True)
+    return Place(folder, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_settings_and_python_give_one_curve(example: str, place: Place) -> None:
+    if example == "collator":
+        need_trl()
+    by_settings, in_python = (place.curve(example, language, "debug") for language in ("yaml", "python"))
+    assert in_python == pytest.approx(by_settings, abs=1e-5)
+    if example == "optimizers":
+        for language in ("yaml", "python"):
+            lines = metric_lines(place.folder / f"optimizers-{language}-debug")
+            assert [line["learning_rate"] for line in lines if "loss" in line] == pytest.approx([0.1] * 5 + [0.05])
+
+
+def test_every_example_is_here() -> None:
+    for language in ("yaml", "py"):
+        assert {path.stem for path in (ROOT / FOLDER).glob(f"*.{language}")} - {"base"} == set(EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray of this machine that stays from run to run."""
+    folder = tmp_path_factory.mktemp("ray")
+    token, log, port = folder / "token", folder / "log", free_port()
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    words += [f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        with open(log, "w") as file:
+            head = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: "Ray runtime started" in log.read_text() or head.poll() is not None, RAY_START_S)
+            assert head.poll() is None, log.read_text()
+            patch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+            yield os.environ["RAY_ADDRESS"]
+        finally:
+            head.terminate()
+            head.wait()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_on_ray_it_is_that_curve_too(example: str, place: Place, ray_address: str) -> None:
+    if example == "collator":
+        need_trl()
+    assert ray_address
+    here = place.curve(example, "yaml", "debug")
+    for language in ("yaml", "python"):
+        there = place.curve(example, language, "train")
+        print(json.dumps({example: {language: max(abs(there[step] - here[step]) for step in here)}}))
+        assert there == pytest.approx(here, abs=1e-5)
