@@ -1657,6 +1657,8 @@ TRL_NAMES = {
     "cutoff_len": "data.max_length",
     "sequence_len": "data.max_length",
     "dataset_num_proc": "data.num_proc",
+    "data_collator": "data.collator",
+    "gradient_checkpointing": "training.gradient_checkpointing",
     "dataset_name": "data.train",
     "train_dataset": "data.train",
     "dataset_config": "data.train as {path, name}",

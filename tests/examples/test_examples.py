@@ -22,7 +22,7 @@ FOLDER = Path("configs/examples")
 STEPS = 6
 EXAMPLES = {  # with what only a run with the example's own part says
     "optimizers": "step 1/6: loss 0.6931",
-    "shared_layers": ", 0.283 MB of memory",  # a copy has 1.34
+    "shared_layers": ", 0.283 MB of memory",  # a copy has more than 1
     "int8_reference": "; reference int8;",
     "callbacks": "\nStep 1: {'loss': ",
     "precision": "1 ranks on cpu in fp16",
