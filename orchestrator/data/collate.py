@@ -82,6 +82,9 @@ class PairBatch(NamedTuple):
     completion_labels: torch.Tensor  # [C] the token to predict there
     scored: tuple[int, ...]  # [2B] scored tokens of each sequence, on the host, in the order of the tokens
     ref_logps: torch.Tensor | None  # [2B] the reference's log-probs where they are known already
+    # [B, 3] of the losses over the whole global batch, once all of it was seen: the pair's loss, and its slope by the
+    # log-prob of the chosen and of the rejected completion
+    of_batch: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on another device."""

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from orchestrator.data.collate import Counts
-from orchestrator.settings.spec import DpoSpec, LossType
+from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType
 
 MAX_EXPONENT = 80.0
 """Exponents are capped here, as TRL caps those of its alpha divergence: a gradient is fp32 again in the head, and holds
@@ -45,19 +45,23 @@ class PairTerms(NamedTuple):
 
 
 Loss = Callable[[PairTerms, DpoSpec], torch.Tensor]
+BatchLoss = Callable[[PairTerms, DpoSpec, torch.Tensor], torch.Tensor]
+"""(all N pairs of the global batch, settings, the pairs' weights [N]) -> [N] the loss of each."""
 Both = tuple[torch.Tensor, torch.Tensor]
 """[B] of the chosen, [B] of the rejected."""
 
 
 def pair_losses(terms: PairTerms, dpo: DpoSpec, counts: Counts) -> torch.Tensor:
-    """[B] the weighted sum of the losses asked for, whose mean over the pairs of the GLOBAL batch, which has `counts`,
-    is the loss of the step. Several at once: MPO, Wang et al. 2024, arXiv 2411.10442.
+    """[B] the weighted sum of the losses asked for, less those of `batch_losses`, whose mean over the pairs of the
+    GLOBAL batch, which has `counts`, is the loss of the step. Several at once: MPO, Wang et al. 2024, arXiv 2411.10442.
 
     With dpo.use_weighting each is multiplied by how likely the policy itself would write the pair, w(y_w) w(y_l), where
     log w(y) is the mean over tokens of log p(token) - log(sum of p^2). WPO: Zhou et al. 2024, arXiv 2406.11827, eq. 2.
     """
     found = torch.zeros_like(terms.chosen_logps)
     for name, weight in zip(dpo.loss_types, dpo.weights, strict=True):
+        if name in OF_BATCH:
+            continue
         losses = LOSSES[name](terms, dpo)
         if name in TOKEN_MEANS:
             losses = losses * (counts.pairs / max(counts.chosen_tokens, 1))
@@ -239,6 +243,59 @@ def _log_odds(logp: torch.Tensor) -> torch.Tensor:
     return logp - torch.log(-torch.expm1(logp))
 
 
+# --- over the whole global batch ---------------------------------------------------------------------------------
+
+
+def aot(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
+    """[N] paired AOT: with d_(k) the k-th smallest log(p_w / p_l) of the policy and c_(k) that of the reference, m =
+    b (d_(k) - c_(k)): -(1 - e) log sigmoid(m) - e log sigmoid(-m). Melnyk et al. 2024, arXiv 2406.05882."""
+    policys, references = terms.chosen_logps - terms.rejected_logps, terms.ref_chosen_logps - terms.ref_rejected_logps
+    return _matched(policys, references, dpo, weights)
+
+
+def aot_unpaired(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
+    """[N] unpaired AOT: the same of the k-th smallest r_w and the k-th smallest r_l. Melnyk et al. 2024, arXiv
+    2406.05882."""
+    chosen, rejected = log_ratios(terms)
+    return _matched(chosen, rejected, dpo, weights)
+
+
+def _matched(upper: torch.Tensor, lower: torch.Tensor, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
+    """[N] the loss of each `upper`, which is to exceed the `lower` of its rank. Each stands there as often as its
+    weight says; where a part of one meets a part of another, that part of the loss is counted."""
+    uppers, lowers = upper.detach().argsort(stable=True), lower.detach().argsort(stable=True)
+    upper_ends, lower_ends = weights[uppers].cumsum(0), weights[lowers].cumsum(0)
+    ends = torch.cat([upper_ends, lower_ends]).unique()  # ascending
+    width = ends.diff(prepend=ends.new_zeros(1))
+    last = len(weights) - 1  # the two totals may differ in the last bit
+    i = uppers[torch.searchsorted(upper_ends, ends - width / 2).clamp(max=last)]
+    j = lowers[torch.searchsorted(lower_ends, ends - width / 2).clamp(max=last)]
+    losses = width * _smoothed(dpo.beta * (upper[i] - lower[j]), dpo)
+    return torch.zeros_like(weights).index_add(0, i, losses) / weights
+
+
+def batch_losses(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
+    """What the losses over the whole global batch come to for each of its pairs, none of which weighs 0.
+
+    Returns:
+        [N, 3] the weighted sum of the losses asked for, and its slope by the log-prob of the chosen and of the rejected
+        completion: d (mean of all pairs) / d logp times the pairs' weight and divided by the pair's own.
+    """
+    chosen, rejected = (logps.detach().requires_grad_() for logps in terms[:2])
+    with torch.enable_grad():
+        terms = terms._replace(chosen_logps=chosen, rejected_logps=rejected)
+        asked = zip(dpo.loss_types, dpo.weights, strict=True)
+        losses = sum(factor * BATCH_LOSSES[name](terms, dpo, weights) for name, factor in asked if name in OF_BATCH)
+        assert isinstance(losses, torch.Tensor)  # there is one, or nobody asks
+        slopes = torch.autograd.grad(losses @ weights, (chosen, rejected))
+    return torch.stack([losses.detach(), *(slope / weights for slope in slopes)], dim=1)
+
+
+def as_known(of_batch: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
+    """[b] the pairs' losses over the global batch, with their gradient by logps [b, 2]. of_batch: [b, 3]."""
+    return of_batch[:, 0] + (of_batch[:, 1:] * (logps - logps.detach())).sum(1)
+
+
 LOSSES: dict[LossType, Loss] = {
     "sigmoid": sigmoid,
     "hinge": hinge,
@@ -258,6 +315,9 @@ LOSSES: dict[LossType, Loss] = {
     "orpo": orpo,
 }
 """Each looks at one pair at a time, so that its gradient can be formed in the head."""
+
+BATCH_LOSSES: dict[LossType, BatchLoss] = {"aot": aot, "aot_unpaired": aot_unpaired}
+"""Each needs the log-probs of the whole global batch, which a step has to be gone through for once before."""
 
 TOKEN_MEANS: tuple[LossType, ...] = ("sft",)
 """Those that are a mean over chosen tokens of the global batch, not over its pairs."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from orchestrator.data.collate import Counts, PairBatch
-from orchestrator.dpo.losses import PairTerms, pair_losses, rewards
+from orchestrator.dpo.losses import PairTerms, as_known, pair_losses, rewards
 from orchestrator.models.layers import captured_at
 from orchestrator.models.logps import PairSums, TokenTerms, body_hidden, loss_in_head, sequence_sums
 from orchestrator.models.reference import Reference
@@ -92,15 +92,21 @@ class PairStep(nn.Module):
                 chosen_logps=chosen, rejected_logps=rejected, chosen_token_sum=sums.chosen, on_policy=on_policy
             )
 
-        def shares(pairs: slice, sums: PairSums) -> torch.Tensor:
+        of_batch = batch.of_batch
+        if self.dpo.sees_batch and of_batch is None:  # it is not known, before all of the batch was seen
+            of_batch = ref_logps.new_zeros(len(batch.pair_ids), 3)
+
+        def losses_of(pairs: slice, sums: PairSums) -> torch.Tensor:
             losses = pair_losses(terms_of(pairs, sums), self.dpo, counts)
-            return losses * batch.pair_weights[pairs] / counts.pairs
+            return losses if of_batch is None else losses + as_known(of_batch[pairs], sums.logps)
+
+        def shares(pairs: slice, sums: PairSums) -> torch.Tensor:
+            return losses_of(pairs, sums) * batch.pair_weights[pairs] / counts.pairs
 
         scored = loss_in_head(
             self.policy, hidden, batch, shares, self.token_metrics, self.dpo.ld_alpha, self.dpo.use_weighting
         )
-        terms = terms_of(slice(None), scored.sums)
-        losses = pair_losses(terms, self.dpo, counts)
+        terms, losses = terms_of(slice(None), scored.sums), losses_of(slice(None), scored.sums)
         metric_sums = self._metric_sums(batch, scored.tokens, terms, losses)
         return StepOutput(scored.loss, metric_sums, scored.logps, ref_logps, losses)
 

@@ -43,6 +43,8 @@ LossType = Literal[
     "robust",
     "bco_pair",
     "sppo_hard",
+    "aot",
+    "aot_unpaired",
     "apo_zero",
     "apo_down",
     "discopop",
@@ -52,8 +54,10 @@ LossType = Literal[
     "simpo",
     "orpo",
 ]  # TRL's names; the last three are not among its DPO losses
-SMOOTHED: tuple[LossType, ...] = ("exo_pair", "robust", "cdpo", "simpo")
+SMOOTHED: tuple[LossType, ...] = ("exo_pair", "robust", "aot", "aot_unpaired", "cdpo", "simpo")
 """Losses in which dpo.label_smoothing acts."""
+OF_BATCH: tuple[LossType, ...] = ("aot", "aot_unpaired")
+"""Losses that look at all pairs of the global batch at once, and for that run the policy twice."""
 OF_SCORES: tuple[LossType, ...] = (
     "sigmoid",
     "hinge",
@@ -393,8 +397,8 @@ class DpoSpec(Block):
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference: reward = beta * log(policy / reference). Dimensionless."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """robust, cdpo and simpo: the probability that a pair's label is wrong; exo_pair: the part of the label that goes
-    to the rejected completion, more than 0."""
+    """robust, aot, aot_unpaired, cdpo, simpo: the probability that a pair's label is wrong; exo_pair: the part of the
+    label that goes to the rejected completion, more than 0."""
     f_divergence_type: FDivergence = "reverse_kl"
     """Divergence that keeps the policy near its reference (f-DPO: Wang et al. 2023, arXiv 2309.16240), for the losses
     over the difference of a pair's scores."""
@@ -423,6 +427,11 @@ class DpoSpec(Block):
     def loss_types(self) -> list[LossType]:
         """The losses, also where there is one."""
         return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+
+    @property
+    def sees_batch(self) -> bool:
+        """Whether one of them looks at the whole global batch."""
+        return not set(OF_BATCH).isdisjoint(self.loss_types)
 
     @property
     def weights(self) -> list[float]:
@@ -942,6 +951,20 @@ def _loss_parts(spec: RunSpec) -> None:
                 dpo.ld_alpha,
                 "does not act in sft, which counts every token of the chosen alike",
                 "remove it",
+            ),
+            _Clash(
+                dpo.use_weighting and dpo.sees_batch,
+                "dpo.use_weighting",
+                dpo.use_weighting,
+                f"weighs pairs, and {listed} compares sorted pairs with one another",
+                "remove it, or take another dpo.loss_type",
+            ),
+            _Clash(
+                dpo.sees_batch and not spec.model.disable_dropout,
+                "model.disable_dropout",
+                spec.model.disable_dropout,
+                f"{listed} runs the policy twice a step, and dropout would differ between the two",
+                "set it to true, or take another dpo.loss_type",
             ),
             _Clash(
                 dpo.discopop_tau != 0.05 and "discopop" not in names,

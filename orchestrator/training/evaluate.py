@@ -10,6 +10,7 @@ import torch
 from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
 from orchestrator.data.loader import Loader
 from orchestrator.engines.base import Engine
+from orchestrator.training.batch_losses import SeenPairs
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.world import World
 
@@ -33,7 +34,8 @@ def evaluate(
     counts = loader.counts_of(np.arange(len(loader.pairs)))
     if by_token and isinstance(loader.collator, AdaptedCollator):
         counts = over_ranks(world, Counts.total(make(micro).counts for micro in micro_batches))
-    sums = MetricSums(world)
+    sums, dpo = MetricSums(world), engine.step.dpo
+    seen = SeenPairs(world) if dpo.sees_batch else None
     cached = loader.cache
     known = cached is not None and all(cached.known(micro.pairs) is not None for micro in micro_batches)
     ask_all = engine.meets_in_forward and not all_ranks(world, known)
@@ -42,9 +44,14 @@ def evaluate(
         batch = make(micro)
         if ask_all and cached is not None:
             batch = batch._replace(ref_logps=None)
-        output = engine.evaluate(batch.to(world.device), counts)
+        on_device = batch.to(world.device)
+        output = engine.evaluate(on_device, counts)
         sums.add(output.metric_sums)
+        if seen is not None:
+            seen.add(on_device, output)
         loader.remember(batch, output.ref_logps)
+    if seen is not None:
+        sums.add(seen.metric_sums(dpo))
     metrics = means(sums.totals())
     del metrics["num_tokens"]  # counts training only
     seconds = time.monotonic() - began

@@ -19,6 +19,7 @@ from orchestrator.engines.base import Engine, Updated
 from orchestrator.engines.optim import check_resumable, made_by
 from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
+from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.callbacks import Callbacks
 from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate, over_ranks
 from orchestrator.training.health import Session
@@ -251,10 +252,13 @@ class Trainer:
         counts = over_ranks(self.world, made.counts) if made.are_local else made.counts
         if self.engine.meets_in_forward:
             made = self._asked_together(made)
+        dpo, ready = self.spec.dpo, made.micro_batches
+        if dpo.sees_batch:
+            ready = first_pass(self.engine, made.micro_batches, counts, dpo, self.world)
         outputs: list[tuple[PairBatch, StepOutput]] = []
         last = len(made.micro_batches) - 1
         for i, batch in enumerate(made.micro_batches):
-            output = self.engine.micro_step(batch.to(self.world.device), counts, last=i == last)
+            output = self.engine.micro_step(ready[i].to(self.world.device), counts, last=i == last)
             outputs.append((batch, output))
             if i < last:
                 self.callbacks.fire("on_substep_end")

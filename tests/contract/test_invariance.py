@@ -90,16 +90,17 @@ def test_same_curve_and_weights(settings: Path, cut: str) -> None:
         assert (weights[name] - value).abs().max() < 1e-5, name
 
 
-MEANS_OVER_TOKENS = {
+OF_THE_GLOBAL_BATCH = {
     "sft": ["dpo.loss_type=sft"],
     "mpo": ["dpo.loss_type=[robust,bco_pair,sft]", "dpo.loss_weights=[0.8,0.2,1]", "dpo.label_smoothing=0.1"],
+    "aot": ["dpo.loss_type=[aot,aot_unpaired,sft]", "dpo.label_smoothing=0.1"],
 }
 
 
-@pytest.mark.parametrize("loss", MEANS_OVER_TOKENS)
-def test_a_mean_over_tokens_is_one_over_the_global_batch(settings: Path, loss: str) -> None:
-    """In TRL it is one over each micro-batch. Five steps of 8 and 6 pairs, evaluated before, within and after."""
-    short = [*MEANS_OVER_TOKENS[loss], "training.max_steps=5"]
+@pytest.mark.parametrize("loss", OF_THE_GLOBAL_BATCH)
+def test_what_is_of_a_micro_batch_in_trl_is_of_the_global_batch(settings: Path, loss: str) -> None:
+    """A mean over tokens, and the sorting of pairs. Five steps of 8 and 6 pairs, evaluated before, within and after."""
+    short = [*OF_THE_GLOBAL_BATCH[loss], "training.max_steps=5"]
     twin, *made = (run(settings, f"{loss} {cut}", CUTS[cut][0], [*CUTS[cut][1], *short]) for cut in ("1x4", *SPLITS))
     for each in made:
         assert losses(each) == pytest.approx(losses(twin), abs=1e-5)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,15 +22,17 @@ from parity.parity_support import need_trl, trl_trainer
 from parity.test_training import exact_model
 from support import TINY_MODEL, tiny_spec, write_jsonl
 from support import rows as made_rows
+from tiny import ALONE
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator, Row
-from orchestrator.dpo.losses import LOSSES, PairTerms
+from orchestrator.dpo.losses import BATCH_LOSSES, LOSSES, PairTerms
 from orchestrator.dpo.step import METRICS, PairStep
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.fused import fuse
 from orchestrator.models.policy import load_tokenizer
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import OF_SCORES, SMOOTHED, DpoSpec, LossType
+from orchestrator.settings.spec import OF_BATCH, OF_SCORES, SMOOTHED, DpoSpec, LossType
+from orchestrator.training.batch_losses import SeenPairs
 from orchestrator.training.metrics import means
 
 need_trl()
@@ -43,7 +45,8 @@ GRADIENT_FP32 = 2e-5
 TRL_GRADIENT_IS_NEAR = 1e-3  # of ipo with forward_kl, whose parts cancel, 9e-5; of any other 1e-5
 NOT_TRLS = ("cdpo", "simpo", "orpo")  # no losses of TRL's DPOTrainer
 NOT_WEIGHTED_BY_TRL = ("hinge", "sft")  # it raises: an in-place product would change what the backward pass needs
-SPLIT_IN_TRL = ("sft",)  # there of a micro-batch, here of the global batch: in one micro-batch they are the same
+# there of a micro-batch, here of the global batch: the same where that is all
+SPLIT_IN_TRL = ("sft", *OF_BATCH)
 
 
 # --- what is compared --------------------------------------------------------------------------------------------
@@ -65,7 +68,7 @@ TABLE: list[DpoSpec] = [
     *map(plain, get_args(LossType)),
     *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED),
     *(with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"),  # where it does not act
-    *(with_option(name, use_weighting=True) for name in get_args(LossType)),
+    *(with_option(name, use_weighting=True) for name in get_args(LossType) if name not in OF_BATCH),  # refused
     *(with_option(name, f_divergence_type="forward_kl") for name in OF_SCORES),
     *(with_option(name, f_divergence_type="js_divergence") for name in OF_SCORES),
     *(with_option(name, f_divergence_type="alpha_divergence") for name in OF_SCORES),
@@ -76,6 +79,7 @@ TABLE: list[DpoSpec] = [
     dpo_spec(["sigmoid", "sft"], loss_weights=[1, 0.5]),  # RPO
     dpo_spec(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1]),  # MPO
     dpo_spec(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1], ld_alpha=0.4),  # not in its last
+    dpo_spec(["aot", "hinge", "aot_unpaired"], loss_weights=[0.5, 0.2, 1], label_smoothing=0.1),
     dpo_spec(["hinge", "apo_zero"]),
     dpo_spec(["ipo", "apo_zero"], loss_weights=[1, 0.5], use_weighting=True, ld_alpha=0.4),
     dpo_spec(["sigmoid", "exo_pair"], loss_weights=[0.5, 1], label_smoothing=0.1),  # which acts in the second alone
@@ -241,6 +245,10 @@ def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
     simpo = b / n_w * w - b / n_x * x - gamma
     log_odds_ratio = torch.log(odds(w / n_w) / odds(x / n_x))
     scored = case.policy.sums[0, :PAIRS].sum()
+
+    def smoothed(margin: Tensor) -> Tensor:
+        return -(1 - e) * torch.log(sig(margin)) - e * torch.log(sig(-margin))
+
     values: dict[LossType, Callable[[], Tensor]] = {
         "sigmoid": lambda: -torch.log(sig(m)),
         "hinge": lambda: torch.where(m < 1, 1 - m, 0.0),
@@ -250,13 +258,15 @@ def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
         "robust": lambda: (-(1 - e) * torch.log(sig(m)) + e * torch.log(sig(-m))) / (1 - 2 * e),
         "bco_pair": lambda: -torch.log(sig(b * r_w)) - torch.log(1 - sig(b * r_x)),
         "sppo_hard": lambda: (r_w - 1 / (2 * b)) ** 2 + (r_x + 1 / (2 * b)) ** 2,
+        "aot": lambda: smoothed(b * ((w - x).sort().values - (w - x - r_w + r_x).sort().values)),
+        "aot_unpaired": lambda: smoothed(b * (r_w.sort().values - r_x.sort().values)),
         "apo_zero": lambda: 1 - sig(b * r_w) + sig(b * r_x),
         "apo_down": lambda: sig(b * r_w) + 1 - sig(b * (r_w - r_x)),
         "discopop": lambda: -(1 - g) * torch.log(sig(m)) + g * torch.exp(-m),
         "sft": lambda: -parts[:PAIRS].sum(1) / scored * PAIRS,
         "sigmoid_norm": lambda: -torch.log(sig(b * (s_w / n_w - s_x / n_x))),
-        "cdpo": lambda: -(1 - e) * torch.log(sig(m)) - e * torch.log(sig(-m)),
-        "simpo": lambda: -(1 - e) * torch.log(sig(simpo)) - e * torch.log(sig(-simpo)),
+        "cdpo": lambda: smoothed(m),
+        "simpo": lambda: smoothed(simpo),
         "orpo": lambda: -w / n_w - b * torch.log(sig(log_odds_ratio)),
     }
     by_pair = sum(weight * values[name]() for name, weight in zip(dpo.loss_types, dpo.weights, strict=True))
@@ -349,6 +359,7 @@ def trls(folder: Path, policy: Any, tokenizer: Any, rows: list[Row], reference: 
     kept = OneRowAStep(table)
     kept.trainer = trainer
     trainer.add_callback(kept)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     seen = zip(map(named, table), lines, kept.gradients, strict=True)
@@ -374,9 +385,17 @@ class Ours:
     def __call__(self, dpo: DpoSpec) -> Found:
         self.step.dpo, self.step.reference.ld_alpha = dpo, dpo.ld_alpha
         self.policy.zero_grad()
-        output: Any = self.step(self.batch, self.batch.counts)
+        output: Any = self.step(self._once_seen() if dpo.sees_batch else self.batch, self.batch.counts)
         output.loss.backward()
         return Found(output.loss.item(), flat_gradient(self.policy), means(output.metric_sums.tolist()))
+
+    def _once_seen(self) -> PairBatch:
+        """With what losses over the whole batch come to."""
+        seen = SeenPairs(ALONE)
+        with torch.no_grad():
+            output: Any = self.step(self.batch, self.batch.counts)
+        seen.add(self.batch, output)
+        return self.batch._replace(ref_logps=output.ref_logps, of_batch=seen.shares(self.step.dpo)[0])
 
 
 class Distances(NamedTuple):
@@ -439,7 +458,7 @@ def table(case: Case) -> Table:
 
 
 def test_the_rows_hold_what_matters(case: Case) -> None:
-    assert {name for dpo in TABLE for name in dpo.loss_types} == set(LOSSES)
+    assert {name for dpo in TABLE for name in dpo.loss_types} == {*LOSSES, *BATCH_LOSSES}
     assert any(not row["prompt_ids"] for row in case.rows)  # its first tokens are counted and not scored
     assert len({len(row["chosen_ids"]) for row in case.rows}) > 2
     chosen, rejected = (case.logps - case.ref_logps).chunk(2)

@@ -447,7 +447,7 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         (
             {"dpo": {"label_smoothing": 0.1}},
             "dpo.label_smoothing",
-            ["acts in exo_pair, robust, cdpo, simpo, not in sigmoid", "set dpo.loss_type=cdpo"],
+            ["acts in exo_pair, robust, aot, aot_unpaired, cdpo, simpo, not in sigmoid", "set dpo.loss_type=cdpo"],
         ),
         ({"dpo": {"label_smoothing": 0.1, "loss_type": ["ipo", "sft"]}}, "dpo.label_smoothing", ["not in ipo, sft"]),
         ({"dpo": {"loss_type": "exo_pair"}}, "dpo.label_smoothing", ["= 0.0", "its logarithm", "set it to 0.001"]),
@@ -474,6 +474,16 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ),
         ({"dpo": {"ld_alpha": 1.1}}, "dpo.ld_alpha", ["= 1.1", "less than or equal to 1"]),
         ({"dpo": {"ld_alpha": 0.5, "loss_type": "sft"}}, "dpo.ld_alpha", ["does not act in sft", "remove it"]),
+        (
+            {"dpo": {"use_weighting": True, "loss_type": ["sigmoid", "aot"]}},
+            "dpo.use_weighting",
+            ["weighs pairs, and sigmoid, aot compares sorted pairs", "remove it"],
+        ),
+        (
+            {"dpo": {"loss_type": "aot_unpaired"}, "model": {"disable_dropout": False}},
+            "model.disable_dropout",
+            ["= False", "aot_unpaired runs the policy twice a step", "set it to true"],
+        ),
         ({"dpo": {"discopop_tau": 0.1}}, "dpo.discopop_tau", ["does not act in sigmoid", "dpo.loss_type=discopop"]),
         ({"dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma", ["does not act in sigmoid", "set dpo.loss_type=simpo"]),
         ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "Letters, digits, dot"]),

@@ -14,6 +14,7 @@ from orchestrator.data.pairs import Pairs, tokenized_pairs
 from orchestrator.dpo.step import METRICS, PairStep
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
+from orchestrator.models.logps import sequence_logps
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import DpoSpec, EngineSpec, LossType, OptimizerSpec, SchedulerSpec
 from orchestrator.training.evaluate import evaluate
@@ -110,6 +111,23 @@ def token_mean(pairs: Pairs, at_most: int) -> float:
             log_probs = model(input_ids=ids).logits[0].log_softmax(-1)[start - 1 : -1]
         found += (-log_probs.gather(1, ids[0, start:, None])[:at_most, 0]).tolist()
     return sum(found) / len(found)
+
+
+def sorted_loss(pairs: Pairs) -> float:
+    """The loss of aot of all pairs at once."""
+    batch = collator(True)([pairs[index] for index in range(COUNT)])
+    w, x, ref_w, ref_x = (
+        half for seed in (0, 1) for half in sequence_logps(tiny_model(seed, torch.float64, True), batch).chunk(2)
+    )
+    margin = 0.1 * ((w - x).sort().values - (ref_w - ref_x).sort().values)
+    return float(-margin.sigmoid().log().mean())
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_where_a_loss_sorts_pairs_the_whole_set_is_the_batch(pairs: Pairs, ranks: int) -> None:
+    engines = [made_engine("aot") for _ in range(ranks)]
+    for found in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
+        assert found["eval_loss"] == pytest.approx(sorted_loss(pairs), rel=1e-10)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

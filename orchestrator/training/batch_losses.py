@@ -1,0 +1,76 @@
+"""Losses over all pairs of the global batch at once: log-probs from all ranks -> each pair's part of the loss.
+
+Legend: B pairs of a micro-batch, n of all micro-batches of a rank, N of all ranks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.dpo.losses import PairTerms, batch_losses
+from orchestrator.dpo.step import METRICS, StepOutput
+from orchestrator.engines.base import Engine
+from orchestrator.settings.spec import DpoSpec
+from orchestrator.world import World
+
+
+class SeenPairs:
+    """What was said of the pairs of one batch, gathered once, when all of its micro-batches have been seen."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.parts: list[torch.Tensor] = []  # [8, B] on the device, as `_losses` reads them
+
+    def add(self, batch: PairBatch, output: StepOutput) -> None:
+        """Take in a micro-batch (on the device)."""
+        of_sequences = (output.logps, output.ref_logps, batch.completion_tokens.double())
+        rows = [batch.pair_ids.double(), batch.pair_weights, *torch.cat([each.view(2, -1) for each in of_sequences])]
+        self.parts.append(torch.stack(rows))
+
+    def shares(self, dpo: DpoSpec) -> Sequence[torch.Tensor]:
+        """PairBatch.of_batch [B, 3] of each micro-batch, on the host. Collective; waits for the device."""
+        mine = torch.cat(self.parts, dim=1).cpu()
+        ranks = self.world.gather(mine)
+        # in the order of the ids, so that it does not matter who had which pair where two are equal
+        found, place = _losses_in_order(torch.cat(ranks, dim=1), dpo)
+        before = sum(part.shape[1] for part in ranks[: self.world.rank])
+        return found[place[before : before + mine.shape[1]]].split([part.shape[1] for part in self.parts])
+
+    def metric_sums(self, dpo: DpoSpec) -> torch.Tensor:
+        """What the loss of a batch that was only evaluated lacks: [len(METRICS), 2]. Collective."""
+        values = torch.cat([share[:, 0] for share in self.shares(dpo)])
+        weights = torch.cat([part[1] for part in self.parts])
+        sums = weights.new_zeros(len(METRICS), 2)
+        sums[METRICS.index("loss"), 0] = values.to(weights.device) @ weights
+        return sums
+
+
+def _losses_in_order(seen: torch.Tensor, dpo: DpoSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """[8, N] -> of_batch [N, 3] in the order of the ids, 0 of fillers, and where in it each column stands."""
+    order = seen[0].argsort(stable=True)
+    _, weights, *logps_and_tokens = seen[:, order]
+    real = weights > 0
+    logps, ref_logps, tokens = (each[:, real].flatten() for each in torch.stack(logps_and_tokens).view(3, 2, -1))
+    found = seen.new_zeros(len(weights), 3)
+    found[real] = batch_losses(PairTerms.split(logps, ref_logps, tokens), dpo, weights[real])
+    return found, order.argsort()
+
+
+def first_pass(engine: Engine, batches: list[PairBatch], counts: Counts, dpo: DpoSpec, world: World) -> list[PairBatch]:
+    """A rank's micro-batches of a step, each with its part of the losses over the global batch and with the reference's
+    log-probs, which the pass with gradient then need not ask for. Collective.
+
+    The log-probs are those of a forward pass without dropout: the settings see to it that there is none.
+    """
+    seen = SeenPairs(world)
+    outputs: list[StepOutput] = []
+    for batch in batches:
+        on_device = batch.to(world.device)
+        outputs.append(engine.evaluate(on_device, counts))
+        seen.add(on_device, outputs[-1])
+    shares = seen.shares(dpo)
+    return [
+        batch._replace(ref_logps=output.ref_logps, of_batch=share)
+        for batch, output, share in zip(batches, outputs, shares, strict=True)
+    ]
