@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import forked
@@ -9,7 +10,7 @@ import pytest
 import torch
 from support import ROOT, metric_lines, orchestrator
 
-from orchestrator.cli import STOPPED
+from orchestrator.cli import DONE, STOPPED, main
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,14 @@ def test_the_same_command_again_does_nothing(finished: tuple[Path, str]) -> None
 
 
 @pytest.mark.ray
-def test_verify_and_export(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_verify_and_export(
+    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which main() adds the current folder
     run_dir, _ = finished
-    assert orchestrator("verify", run_dir).stdout.count(": whole") == 2
-    assert orchestrator("export", run_dir, tmp_path / "out", "--dtype", "bf16").returncode == 0
+    assert main(["verify", str(run_dir)]) == DONE
+    assert capsys.readouterr().out.count(": whole") == 2
+    assert main(["export", str(run_dir), str(tmp_path / "out"), "--dtype", "bf16"]) == DONE
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 1_000_000
 
     broken = tmp_path / "broken"
@@ -83,11 +88,10 @@ def test_verify_and_export(finished: tuple[Path, str], tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1  # one flipped bit
     shard.write_bytes(content)
-    checked = orchestrator("verify", broken)
-    assert checked.returncode == 1
-    assert "is not what was written" in checked.stdout
-    exported = orchestrator("export", broken, tmp_path / "older")
-    assert exported.returncode == 0  # from the checkpoint before
+    capsys.readouterr()
+    assert main(["verify", str(broken)]) == 1
+    assert "is not what was written" in capsys.readouterr().out
+    assert main(["export", str(broken), str(tmp_path / "older")]) == DONE  # from the checkpoint before
     assert "Optimizer steps | 140" in (tmp_path / "older" / "README.md").read_text()
 
 
