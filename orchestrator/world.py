@@ -103,6 +103,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def collect(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, all of one shape, in rank order on rank zero; none elsewhere."""
+        if self.size == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.size)] if self.is_main else None
+        dist.gather(values.contiguous(), parts)
+        return parts or []
+
     @contextmanager
     def first_alone(self, what: str) -> Iterator[bool]:
         """Whether this rank is the first to come here; a later one waits until the first has left. No collective:

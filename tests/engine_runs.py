@@ -6,12 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from support import tiny_spec
-from tiny import collator, pair_rows, tiny_model
+from tiny import PAD, collator, data_spec, pair_rows, tiny_model, tokenizer
 from torch import nn
 
-from orchestrator.data.collate import Counts, PairBatch
+from orchestrator.data.collate import Counts, PairBatch, PreferenceCollator
+from orchestrator.data.loader import Loader
+from orchestrator.data.order import Order
+from orchestrator.data.pairs import Pairs, tokenized_pairs
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines import optim
 from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, Updated
@@ -23,6 +27,8 @@ from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.reference import Reference, hold
 from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
 from orchestrator.training.checkpoint import Reader, save
+from orchestrator.training.compute_metrics import UserMetrics
+from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World
 
 CUT_ALL = str(Path(__file__).parent / "cut_all.json")  # else weights as small as these would not be cut at stage 3
@@ -355,3 +361,29 @@ def seeds(world: World, engine: str, folder: Path) -> dict[str, Made]:
             made = optim.factories(spec, tiny_model(), SEED_STEPS, world.device, functions)
             found[f"{name} by {by}"] = run(world, case, folder / f"{name} {by}", SEED_STEPS, made)
     return found
+
+
+# --- on every rank, for tests/training/test_compute_metrics.py ---------------------------------------------------
+
+
+def loader(pairs: Pairs, world: World, packed: bool) -> Loader:
+    order = Order(pairs.lengths, 4, world.rank, world.size, 7, MICRO, packed=packed)
+    return Loader(pairs, order, collator(packed))
+
+
+def handed_over(world: World, engine: str, folder: Path, batch_size: int) -> list[Any] | None:
+    """What compute_metrics gets of the rows in a folder, on rank zero: the columns of pairs, then logits and labels."""
+    made = engine_of(Case(engine=engine), world)
+    pairs = tokenized_pairs(data_spec(train=str(folder / "train.jsonl")), "train", tokenizer(), folder)
+    found: list[Any] = []
+
+    def keep(eval_preds: Any) -> dict[str, float]:
+        predictions, labels = eval_preds
+        found.extend((predictions, labels) if isinstance(predictions, np.ndarray) else predictions)
+        return {}
+
+    for logits in (False, True):
+        padded = PreferenceCollator(PAD, data_spec())
+        user = UserMetrics(keep, "keep", logits, batched=False, batch_size=batch_size, padded=padded)
+        evaluate(made, loader(pairs, world, packed=True), world, 0, user=user)
+    return found if world.is_main else None

@@ -674,7 +674,6 @@ HERE = [
         "'losss'",
         "is not among the evaluated metrics",
         "did you mean loss?",
-        late=True,
     ),
     case(
         "no-model-folder",

@@ -150,6 +150,10 @@ class ThreadWorld(World):
     def gather(self, value: Any) -> list[Any]:
         return self.meeting.exchange(self.rank, next(self.rounds), value)
 
+    def collect(self, values: torch.Tensor) -> list[torch.Tensor]:
+        everyone = self.gather(values.clone())
+        return everyone if self.is_main else []
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values.copy_(torch.stack(self.gather(values.clone())).sum(0))
 

@@ -71,6 +71,10 @@ class Loader:
 
         return self.order.whole(), make
 
+    def batch(self, pairs: Integers, step: int) -> PairBatch:
+        """The pairs at these indices as one batch of an evaluation, without what the cache knows."""
+        return self._collate(MicroBatch(pairs), self._context(step, np.arange(self.order.pairs)))
+
     def counts_of(self, pairs: Integers) -> Counts:
         """Of these pairs, as our own collators lay them out; a user's may score other tokens."""
         return Counts(len(pairs), int(self._scored_chosen[pairs].sum()))

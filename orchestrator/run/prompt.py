@@ -37,8 +37,8 @@ class Prompt(pdb.Pdb):
 def debugger(world: World, post_mortem: bool) -> Iterator[None]:
     """Let breakpoint() open a Prompt, unless PYTHONBREAKPOINT says otherwise.
 
-    post_mortem: let any exception but a refusal open one too, at the line that raised it, before it goes on. Of
-    several ranks the first that fails does so; the others wait for it.
+    post_mortem: let any exception but a refusal open one too, at the line that raised it, before it goes on; a refusal
+    where a user's code has raised. Of several ranks the first that fails does so; the others wait for it.
 
     Raises:
         KeyboardInterrupt: someone quit at a breakpoint.
@@ -70,10 +70,11 @@ def _at_breakpoint(*, header: str | None = None) -> None:
 def _look_at(error: Exception, world: World) -> None:
     """The prompt at the line that raised it, on the rank that failed first: peers fail because of it, or alike."""
     with world.first_alone("failure") as is_first:
-        if not is_first or isinstance(error, UserError):
+        looked_at = error.__cause__ if isinstance(error, UserError) else error
+        if not is_first or looked_at is None:
             return
         prompt = Prompt()
         rank = f"rank {world.rank}: " if world.size > 1 else ""
-        prompt.message(f"\n{rank}{type(error).__name__}: {error}")
+        prompt.message(f"\n{rank}{type(looked_at).__name__}: {looked_at}")
         prompt.reset()
-        prompt.interaction(None, error.__traceback__)
+        prompt.interaction(None, looked_at.__traceback__)

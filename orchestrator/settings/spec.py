@@ -645,6 +645,16 @@ class EvaluationSpec(Block):
     that before the first step never is."""
     greater_is_better: bool | None = None
     """Direction of metric_for_best; when not set, false for names that end in loss and true otherwise."""
+    compute_metrics: str | None = Field(None, json_schema_extra=FREE)
+    """A user's function as module:attr, EvalPrediction -> {name: number}: metrics besides ours, with eval_ before their
+    names. Rank zero hands it the Predictions of orchestrator/training/compute_metrics.py; the other ranks wait for it,
+    cluster.collective_timeout_s at most."""
+    logits: bool = Field(False, json_schema_extra=FREE)
+    """Hand over what TRL does: logits and input_ids of padded sequences, for which the policy runs once more."""
+    batch_eval_metrics: bool = Field(False, json_schema_extra=FREE)
+    """Hand over a batch at a time, as tensors, with compute_result=True at the last, whose answer counts."""
+    batch_size: Positive | None = Field(None, json_schema_extra=FREE)
+    """Pairs in a batch of logits or of batch_eval_metrics; batch.micro_batch_size when not set, else 1."""
     early_stopping: EarlyStoppingSpec | None = Field(None, json_schema_extra=FREE)
     """End training early; not when not set."""
 
@@ -841,7 +851,6 @@ class RunSpec(Block):
             _known_scheduler,
             _sources,
             _evaluation,
-            _metric_for_best,
             _engine_parts,
             _engine_limits,
             _deepspeed_file,
@@ -860,6 +869,8 @@ class RunSpec(Block):
             _user_code("callbacks", entry.path)
         if self.data.collator:
             _user_code("data.collator", self.data.collator.path)
+        if self.evaluation.compute_metrics:
+            _user_code("evaluation.compute_metrics", self.evaluation.compute_metrics)
         return self
 
 
@@ -1216,12 +1227,21 @@ def _evaluation(spec: RunSpec) -> None:
         raise UserError("checkpoint.export", which, rule, by)
 
 
-def _metric_for_best(spec: RunSpec) -> None:
+def check_metric_for_best(spec: RunSpec, has_more: bool = False) -> None:
+    """Refuse a metric that no evaluation has.
+
+    has_more: a user's compute_metrics adds some, whose names are not known before it was asked.
+
+    Raises:
+        UserError: evaluation.metric_for_best is such a one.
+    """
     given = spec.evaluation.metric_for_best
     if given is None:
         return
     metrics = [f"{name}_{metric}" if name else metric for name in spec.data.eval_sets for metric in EVALUATED]
     bare = given.removeprefix("eval_")
+    if has_more and any(bare.startswith(f"{name}_" * bool(name)) for name in spec.data.eval_sets):
+        return
     if bare not in metrics:
         near = difflib.get_close_matches(bare, metrics, n=1)
         cure = f"did you mean {near[0]}?" if near else f"for example evaluation.metric_for_best={metrics[0]}"
@@ -1667,6 +1687,9 @@ TRL_NAMES = {
     "metric_for_best_model": "evaluation.metric_for_best",
     "greater_is_better": "evaluation.greater_is_better",
     "load_best_model_at_end": "checkpoint.export=best",
+    "compute_metrics": "evaluation.compute_metrics",
+    "batch_eval_metrics": "evaluation.batch_eval_metrics",
+    "per_device_eval_batch_size": "evaluation.batch_size",
     "early_stopping_patience": "evaluation.early_stopping.patience",
     "early_stopping_threshold": "evaluation.early_stopping.min_delta",
     "save_steps": "checkpoint.every_steps",

@@ -11,6 +11,7 @@ from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
 from orchestrator.data.loader import Loader
 from orchestrator.engines.base import Engine
 from orchestrator.training.batch_losses import SeenPairs
+from orchestrator.training.compute_metrics import PairTable, UserMetrics
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.world import World
 
@@ -22,13 +23,15 @@ def evaluate(
     step: int,
     each: Callable[[], None] = lambda: None,
     by_token: bool = False,
-    prefix: str = "eval_",
+    name: str = "",
+    user: UserMetrics | None = None,
 ) -> dict[str, float]:
-    """Metrics with the prefix before their names: exact for any world size, as fillers weigh nothing. Collective.
+    """Metrics with eval_ before their names: exact for any world size, as fillers weigh nothing. Collective.
 
     each: called before each micro-batch. by_token: the loss is a mean over tokens as well, which a user's collator has
-    to be asked for first.
+    to be asked for first. name: of the evaluation set, where it has one; eval_NAME_ then. user: more metrics.
     """
+    prefix = f"eval_{name}_" if name else "eval_"
     began = time.monotonic()
     micro_batches, make = loader.whole(step)
     counts = loader.counts_of(np.arange(len(loader.pairs)))
@@ -36,6 +39,7 @@ def evaluate(
         counts = over_ranks(world, Counts.total(make(micro).counts for micro in micro_batches))
     sums, dpo = MetricSums(world), engine.step.dpo
     seen = SeenPairs(world) if dpo.sees_batch else None
+    table = PairTable(dpo) if user is not None and not user.logits else None
     cached = loader.cache
     known = cached is not None and all(cached.known(micro.pairs) is not None for micro in micro_batches)
     ask_all = engine.meets_in_forward and not all_ranks(world, known)
@@ -49,14 +53,24 @@ def evaluate(
         sums.add(output.metric_sums)
         if seen is not None:
             seen.add(on_device, output)
+        if table is not None and not micro.is_filler:
+            table.add(micro.pairs, batch, output)
         loader.remember(batch, output.ref_logps)
     if seen is not None:
         sums.add(seen.metric_sums(dpo))
     metrics = means(sums.totals())
     del metrics["num_tokens"]  # counts training only
+    numbers: dict[str, float] = {}
+    if user is not None:
+        if table is None:
+            handed = user.of_logits(engine, loader, world, step, each)
+        else:
+            handed = user.of_pairs(table, world, len(loader.pairs))
+        where = f"evaluation{f' of {name}' * bool(name)} after step {step}"
+        numbers = user.numbers(world, handed, prefix, where)
     seconds = time.monotonic() - began
     timing = {"runtime": seconds, "samples_per_second": len(loader.pairs) / seconds}
-    return {f"{prefix}{name}": value for name, value in {**metrics, **timing}.items()}
+    return {f"{prefix}{metric}": value for metric, value in {**metrics, **timing}.items()} | numbers
 
 
 def fill_reference_cache(

@@ -21,6 +21,7 @@ from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.callbacks import Callbacks
+from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate, over_ranks
 from orchestrator.training.health import Session
 from orchestrator.training.ledger import Ledger, SeenPairs
@@ -83,6 +84,7 @@ class Trainer:
     total_pairs: int | None  # over all epochs; the data end here even if fp16 skipped steps
     precision: Precision
     identity: dict[str, Any]  # of the models and the tokenizer: a resumed run must find the same
+    user_metrics: UserMetrics | None
     near: Tolerance | None  # how near policy and reference must be before the first step; None: they may differ
 
     def __post_init__(self) -> None:
@@ -347,10 +349,11 @@ class Trainer:
         by_token = not set(TOKEN_MEANS).isdisjoint(self.spec.dpo.loss_types)
         found: dict[str, float] = {}
         for name, loader in self.eval_loaders.items():
-            prefix = f"eval_{name}_" if name else "eval_"
-            metrics = evaluate(
-                self.engine, loader, self.world, self.step, self._before_evaluated_batch, by_token, prefix
-            )
+            before = self._before_evaluated_batch
+            metrics = evaluate(self.engine, loader, self.world, self.step, before, by_token, name, self.user_metrics)
+            if twice := found.keys() & metrics.keys():
+                rule = f"two evaluation sets have a metric {min(twice)}"
+                raise UserError("data.eval", name, rule, "give that set another name")
             self._report(metrics)
             self.callbacks.fire("on_evaluate", metrics=metrics)
             found |= metrics

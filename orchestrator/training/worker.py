@@ -67,9 +67,11 @@ from orchestrator.settings.spec import (
     RunSpec,
     UserError,
     check_cache_with_collator,
+    check_metric_for_best,
 )
 from orchestrator.training import checkpoint, manifest
 from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
+from orchestrator.training.compute_metrics import UserMetrics, bytes_together, check_memory, user_metrics
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import export
 from orchestrator.training.given import NOTHING, Given
@@ -116,6 +118,7 @@ class Prepared:
     train: Pairs
     eval: dict[str, Pairs]  # by the name of the evaluation set
     collator: AdaptedCollator | None  # of a user
+    user_metrics: UserMetrics | None
 
 
 def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
@@ -131,6 +134,8 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     check_optim(spec.optimizer, spec.scheduler)
     tokenizer = load_tokenizer(spec)
     collator = _user_collator(spec, given, tokenizer)
+    metrics = user_metrics(spec, given, _pad(tokenizer))
+    check_metric_for_best(spec, has_more=metrics is not None)
     config = load_config(spec, tokenizer)
     check_frozen(config, spec)
     if spec.model.lora is not None:
@@ -144,7 +149,11 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
         check_fit(config, pairs, key, spec)
     if spec.data.eval_fraction is not None:
         train, held_out[""] = without_held_out(train, spec.data.eval_fraction, spec.run.seed)
-    return Prepared(tokenizer, config, train, held_out, collator)
+    if metrics is not None:
+        vocabulary = config.get_text_config().vocab_size
+        for name, pairs in held_out.items():
+            check_memory(metrics, pairs, vocabulary, f"data.eval.{name}".rstrip("."), spec)
+    return Prepared(tokenizer, config, train, held_out, collator, metrics)
 
 
 def _user_collator(spec: RunSpec, given: Given, tokenizer: Any) -> AdaptedCollator | None:
@@ -300,6 +309,7 @@ def _assembled(
         length.pairs,
         precision,
         identity,
+        prepared.user_metrics,
         near,
     )
     checkpoint.seed_everything(spec.run.seed + world.rank)
@@ -418,9 +428,13 @@ def _identity(
 
 
 def _collator(spec: RunSpec, prepared: Prepared, attention: AttentionName) -> PackedCollator | PreferenceCollator:
-    pad = prepared.tokenizer.pad_token_id
-    assert isinstance(pad, int)  # load_tokenizer refuses a tokenizer without one
+    pad = _pad(prepared.tokenizer)
     return PreferenceCollator(pad, spec.data) if attention == "padded" else PackedCollator(spec.data)
+
+
+def _pad(tokenizer: "PreTrainedTokenizerBase") -> int:
+    assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer refuses a tokenizer without one
+    return tokenizer.pad_token_id
 
 
 def _loaders(
@@ -606,6 +620,10 @@ def _say(
         if prepared.collator is not None and spec.data.keep_last is not None:
             long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
             print(f"{prepared.collator.name} is to truncate {long} of them, which are longer than data.max_length")
+    if (user := prepared.user_metrics) is not None and user.logits and not user.batched:
+        vocabulary = prepared.config.get_text_config().vocab_size
+        size = max(bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values())
+        print(f"each evaluation gathers {size / 2**20:,.1f} MB of logits in rank zero's memory", flush=True)
     engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
     where = f"{world.size} ranks on {world.device.type} in {precision}{engine}"
     print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)

@@ -10,7 +10,14 @@ from pydantic import ValidationError
 from support import ROOT, TINY_MODEL, raw_settings, tiny_spec
 
 from orchestrator.settings.load import SettingsError, make_spec
-from orchestrator.settings.spec import Block, RunSpec, UserError, changed_on_resume, optimizer_kind
+from orchestrator.settings.spec import (
+    Block,
+    RunSpec,
+    UserError,
+    changed_on_resume,
+    check_metric_for_best,
+    optimizer_kind,
+)
 
 MAY_CHANGE_ON_RESUME = {
     "run.dir",
@@ -38,6 +45,10 @@ MAY_CHANGE_ON_RESUME = {
     "evaluation.every_steps",
     "evaluation.every_epoch",
     "evaluation.at_start",
+    "evaluation.compute_metrics",
+    "evaluation.logits",
+    "evaluation.batch_eval_metrics",
+    "evaluation.batch_size",
     "evaluation.early_stopping",
     "checkpoint.every_steps",
     "checkpoint.keep",
@@ -298,16 +309,7 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ),
         ({"data": {"eval": {"easy": {"path": "b.json", "name": "x"}}}}, "data.eval.easy.name", ["= 'x'", "is a file"]),
         ({"data": {"eval": {}}}, "data.eval", ["= {}", "one source, or one for each name"]),
-        (
-            {"evaluation": {"metric_for_best": "rewards/accuracy"}},
-            "evaluation.metric_for_best",
-            ["is not among the evaluated metrics", "did you mean rewards/accuracies?"],
-        ),
-        (
-            {"data": {"eval": {"easy": "x", "hard": "y"}}, "evaluation": {"metric_for_best": "eval_loss"}},
-            "evaluation.metric_for_best",
-            ["= 'eval_loss'", "is not among the evaluated metrics", "_loss?"],
-        ),
+        ({"evaluation": {"compute_metrics": "mine"}}, "evaluation.compute_metrics", ["= 'mine'", "module:attr"]),
         ({"evaluation": {"eval_strategy": "epoch"}}, "evaluation.eval_strategy", ["evaluation.every_epoch=true?"]),
         (
             {"evaluation": {"early_stopping": {"patience": 2}}},
@@ -779,9 +781,38 @@ def test_a_time_of_slurm(tmp_path: Path, given: Any, time: str | None, seconds: 
     assert (slurm.time, slurm.time_s) == (time, seconds)
 
 
-@pytest.mark.parametrize("best", ["easy_loss", "eval_easy_loss", "eval_2024_rewards/margins"])
-def test_evaluation_sets_have_names(tmp_path: Path, best: str) -> None:
-    sets = {"easy": "a.jsonl", 2024: "b.jsonl"}  # as YAML reads a bare number
-    spec = tiny_spec(tmp_path, data={"eval": sets}, evaluation={"metric_for_best": best})
-    assert list(spec.data.eval_sets) == ["easy", "2024"]
+SETS = {"easy": "a.jsonl", 2024: "b.jsonl"}  # as YAML reads a bare number
+
+
+def test_evaluation_sets_have_names(tmp_path: Path) -> None:
+    assert list(tiny_spec(tmp_path, data={"eval": SETS}).data.eval_sets) == ["easy", "2024"]
     assert list(tiny_spec(tmp_path).data.eval_sets) == [""]
+
+
+@pytest.mark.parametrize(
+    ("best", "sets", "has_more", "says"),
+    [
+        ("loss", None, False, None),
+        ("eval_rewards/margins", None, False, None),
+        ("rewards/accuracy", None, False, "is not among the evaluated metrics; did you mean rewards/accuracies?"),
+        ("rewards/accuracy", None, True, None),
+        ("easy_loss", SETS, False, None),
+        ("eval_2024_rewards/margins", SETS, False, None),
+        ("eval_loss", SETS, False, "is not among the evaluated metrics; did you mean "),
+        ("easy_mine", SETS, False, "is not among the evaluated metrics; "),
+        ("easy_mine", SETS, True, None),
+        ("mine", SETS, True, "is not among the evaluated metrics; for example evaluation.metric_for_best=easy_loss"),
+    ],
+)
+def test_what_is_best_is_one_of_the_metrics(
+    tmp_path: Path, best: str, sets: Any, has_more: bool, says: str | None
+) -> None:
+    data = {"data": {"eval": sets}} if sets else {}
+    spec = tiny_spec(tmp_path, evaluation={"metric_for_best": best}, **data)
+    if says is None:
+        check_metric_for_best(spec, has_more)
+        return
+    with pytest.raises(UserError) as caught:
+        check_metric_for_best(spec, has_more)
+    assert caught.value.key == "evaluation.metric_for_best"
+    assert says in str(caught.value)

@@ -26,6 +26,11 @@ class Dies(TrainerCallback):
         if state.global_step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 
+def compute(eval_preds):
+    predictions, labels = eval_preds
+    margins = predictions.rewards[:, 0] - predictions.rewards[:, 1]
+    return {"margin": margins.mean(), "pairs": len(labels)}
+
 class NotesEvaluations(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         with open(Path(args.output_dir, "evaluations.jsonl"), "a") as file:
@@ -66,7 +71,12 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ranks=2,
         data={"eval": sets},
         training={"max_steps": None, "epochs": 2},
-        evaluation={"every_epoch": True, "at_start": False, "metric_for_best": "all_loss"},
+        evaluation={
+            "every_epoch": True,
+            "at_start": False,
+            "compute_metrics": "my_callbacks:compute",
+            "metric_for_best": "all_margin",
+        },
         reference={"cache": "full"},
         checkpoint={"every_steps": 4},
     )
@@ -75,7 +85,7 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_each_set_has_its_metrics_at_the_end_of_each_epoch(two_sets: Run) -> None:
     lines = {line["step"]: line for line in metric_lines(two_sets.dir) if "eval_easy_loss" in line}
     assert list(lines) == [4, 8]
-    wanted = {f"eval_{name}_{metric}" for name in ("easy", "all") for metric in EVALUATED}
+    wanted = {f"eval_{name}_{metric}" for name in ("easy", "all") for metric in (*EVALUATED, "margin", "pairs")}
     for line in lines.values():
         assert {name for name in line if name.startswith("eval_")} == wanted
     assert lines[8]["eval_easy_loss"] != lines[8]["eval_all_loss"]
@@ -85,8 +95,19 @@ def test_callbacks_hear_of_each_set_and_of_the_best_so_far(two_sets: Run) -> Non
     heard, lines = two_sets.evaluated, {line["step"]: line for line in metric_lines(two_sets.dir)}
     assert [(call["step"], call["epoch"]) for call in heard] == [(4, 1.0), (4, 1.0), (8, 2.0), (8, 2.0)]
     for call, name in zip(heard, ["easy", "all"] * 2, strict=True):
-        assert set(call["metrics"]) == {f"eval_{name}_{metric}" for metric in EVALUATED}
-    assert [call["best"] for call in heard] == [None, None, *[lines[4]["eval_all_loss"]] * 2]
+        assert set(call["metrics"]) == {f"eval_{name}_{metric}" for metric in (*EVALUATED, "margin", "pairs")}
+    assert [call["best"] for call in heard] == [None, None, *[lines[4]["eval_all_margin"]] * 2]
+
+
+def test_a_users_metrics_are_of_all_pairs_of_a_set_and_decide_what_is_best(two_sets: Run) -> None:
+    lines = {line["step"]: line for line in metric_lines(two_sets.dir) if "eval_easy_loss" in line}
+    for line in lines.values():
+        assert (line["eval_easy_pairs"], line["eval_all_pairs"]) == (3, 7)
+        for name in ("easy", "all"):
+            assert line[f"eval_{name}_margin"] == pytest.approx(line[f"eval_{name}_rewards/margins"])
+    result = json.loads((two_sets.dir / "result.json").read_text())
+    best = max(lines, key=lambda step: lines[step]["eval_all_margin"])
+    assert (result["best_step"], result["best_metric"]) == (best, lines[best]["eval_all_margin"])
 
 
 def test_what_is_said_names_the_set(two_sets: Run) -> None:

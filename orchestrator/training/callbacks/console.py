@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from orchestrator.settings.spec import EVALUATED
 from orchestrator.training.metrics import evaluated_sets
 
 
@@ -61,7 +62,7 @@ class ConsoleCallback(TrainerCallback):
         logs = logs or {}
         for name, prefix in evaluated_sets(logs).items():
             of = f" of {name}" if name else ""
-            self._say(f"evaluation{of} after step {state.global_step}: {_facts(logs, prefix)}")
+            self._say(f"evaluation{of} after step {state.global_step}: {_facts(logs, prefix)}{_more(logs, prefix)}")
         if "loss" not in logs:
             return
         now, step, tokens = time.monotonic(), state.global_step, float(logs.get("num_tokens", 0))
@@ -109,6 +110,12 @@ class ConsoleCallback(TrainerCallback):
 
 def _facts(logs: dict[str, Any], prefix: str) -> str:
     return f"loss {logs[f'{prefix}loss']:.4f}, accuracy {logs.get(f'{prefix}rewards/accuracies', 0):.3f}"
+
+
+def _more(logs: dict[str, Any], prefix: str) -> str:
+    """What a user's compute_metrics found."""
+    names = [name.removeprefix(prefix) for name in logs if name.startswith(prefix)]
+    return "".join(f", {name} {logs[prefix + name]:.4g}" for name in names if name not in EVALUATED)
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,293 @@
+"""A user's compute_metrics: what it is handed of an evaluation, on rank zero, and what it may return.
+
+Legend: N pairs of the evaluation set, B pairs of a batch, T tokens of the batch's longest sequence, V vocabulary.
+"""
+
+import inspect
+import traceback
+from bdb import BdbQuit
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from orchestrator.data.collate import AdaptedCollator, PairBatch, PreferenceCollator, user_attribute
+from orchestrator.data.loader import Loader
+from orchestrator.data.order import Integers, fed_lengths, longest_sequences
+from orchestrator.data.pairs import Pairs
+from orchestrator.dpo.losses import PairTerms, rewards
+from orchestrator.dpo.step import StepOutput
+from orchestrator.engines.base import Engine
+from orchestrator.models.logps import CHUNK_LOGITS, Head
+from orchestrator.settings.spec import EVALUATED, DpoSpec, RunSpec, UserError
+from orchestrator.training.given import Given
+from orchestrator.world import World
+
+KEY = "evaluation.compute_metrics"
+MOST_BYTES = 8 * 2**30  # of logits that may come together in rank zero's memory
+PADDING = -100  # behind what is shorter than the longest, as in transformers
+Asked = list[tuple[EvalPrediction, bool]]
+"""What the function is called with before ranks meet again, and whether it is the last; nothing but on rank zero."""
+
+
+class Predictions(NamedTuple):
+    """What is handed over as predictions without evaluation.logits: a row for each pair of the set, in its order, the
+    chosen completion in column 0 and the rejected one in column 1. The label of every pair is 0, the column of what
+    was preferred. With evaluation.batch_eval_metrics tensors, else arrays."""
+
+    logps: Any  # [N, 2] fp64 log-prob of the completion, in nats
+    ref_logps: Any  # [N, 2] fp64 the reference's
+    rewards: Any  # [N, 2] fp64
+    lengths: Any  # [N, 2] int64 tokens of the completion
+
+
+@dataclass(frozen=True)
+class UserMetrics:
+    """A user's function and how it is asked."""
+
+    function: Callable[..., Mapping[str, Any]]
+    name: str  # in errors
+    logits: bool
+    batched: bool
+    batch_size: int  # pairs
+    padded: PreferenceCollator  # as TRL lays out what logits are made of
+
+    def numbers(self, world: World, handed: Iterator[Asked], prefix: str, where: str) -> dict[str, float]:
+        """What it says, with the prefix before the names: on every rank what rank zero was told. Collective.
+
+        Raises:
+            UserError: on every rank, where it raises or does not return a dict of numbers.
+        """
+        numbers: dict[str, float] = {}
+        for asked in handed:
+            found, failure = self._answer(asked, prefix, where) if world.is_main else ({}, None)
+            numbers, error = world.gather((found, failure))[0]
+            if error is not None:
+                raise failure or error  # which here knows what was raised
+        return numbers
+
+    def _answer(self, asked: Asked, prefix: str, where: str) -> tuple[dict[str, float], UserError | None]:
+        made: Any = {}
+        try:
+            for prediction, is_last in asked:
+                made = self.function(prediction, **({"compute_result": is_last} if self.batched else {}))
+        except BdbQuit:  # who leaves the debugger in there wants the run to end
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[:2][-1]  # of the function itself
+            place = f"{Path(frame.filename).name} line {frame.lineno}"
+            reason = f"raised {type(error).__name__}: {error} ({place}; {where})"
+            failure = UserError(KEY, self.name, reason, "mend it, and give the same command again")
+            failure.__cause__ = error
+            return {}, failure
+        try:
+            return _checked(made, prefix) if asked and asked[-1][1] else {}, None
+        except ValueError as wrong:
+            cure = 'return a dict of numbers by name, for example {"accuracy": 0.5}'
+            return {}, UserError(KEY, self.name, f"returned {wrong} ({where})", cure)
+
+    def of_pairs(self, table: "PairTable", world: World, pairs: int) -> Iterator[Asked]:
+        """Handed over without logits, all at once or in batches. Collective."""
+        whole = table.gathered(world, pairs)
+        if whole is None:
+            yield []
+        elif not self.batched:
+            columns = [column.numpy() for column in whole]
+            yield [(EvalPrediction(Predictions(*columns), np.zeros(pairs, np.int64)), True)]  # pyright: ignore
+        else:
+            asked: Asked = []
+            for start in range(0, pairs, self.batch_size):
+                part = Predictions(*(column[start : start + self.batch_size] for column in whole))
+                labels: Any = torch.zeros(len(part.logps), dtype=torch.int64)
+                asked.append((EvalPrediction(part, labels), start + self.batch_size >= pairs))  # pyright: ignore
+            yield asked
+
+    def of_logits(
+        self, engine: Engine, loader: Loader, world: World, step: int, each: Callable[[], None]
+    ) -> Iterator[Asked]:
+        """Handed over as TRL's DPOTrainer hands over logits [2B, T, V] and input_ids [2B, T] of batches of B pairs in
+        the order of the set, a batch's chosen sequences first: together, with PADDING behind shorter batches, or each
+        when it is there. (Of a last batch that is not full TRL keeps as many rows as it has pairs.) Collective.
+
+        each: called before each batch.
+        """
+        kept: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        for start in range(0, len(loader.pairs), self.batch_size):
+            each()
+            end = min(start + self.batch_size, len(loader.pairs))
+            batch = self._collated(loader, np.arange(start, end), world, step)
+            logits: torch.Tensor | None = engine.inside(
+                partial(_gathered_logits, engine.step.policy, batch.to(world.device), world)
+            )
+            if not self.batched:
+                kept += [(logits, batch.input_ids)] if logits is not None else []
+            else:
+                made: Any = EvalPrediction(logits, batch.input_ids) if logits is not None else None  # pyright: ignore
+                yield [(made, end == len(loader.pairs))] if made else []
+        if not self.batched:
+            yield [(_joined(kept), True)] if kept else []
+
+    def _collated(self, loader: Loader, indices: Integers, world: World, step: int) -> PairBatch:
+        if not isinstance(loader.collator, AdaptedCollator):
+            return self.padded([loader.pairs[int(index)] for index in indices])
+        made = loader.batch(indices, step) if world.is_main else None  # once: it may draw random numbers
+        return world.gather(made)[0]
+
+
+class PairTable:
+    """What an evaluation has seen of each pair on this rank, on its device."""
+
+    def __init__(self, dpo: DpoSpec) -> None:
+        self.dpo = dpo
+        self._indices: list[Integers] = [np.zeros(0, np.int64)]
+        self._rows: list[torch.Tensor] = [torch.zeros(0, 4, 2, dtype=torch.float64)]
+
+    def add(self, indices: Integers, batch: PairBatch, output: StepOutput) -> None:
+        """The pairs at these indices of the set, as the step has seen them."""
+        tokens = batch.completion_tokens.to(output.logps)
+        of_pairs = torch.cat(rewards(PairTerms.split(output.logps, output.ref_logps, tokens), self.dpo))
+        columns = torch.stack([output.logps, output.ref_logps, of_pairs, tokens])
+        self._indices.append(indices)
+        self._rows.append(columns.unflatten(1, (2, -1)).permute(2, 0, 1))
+
+    def gathered(self, world: World, pairs: int) -> Predictions | None:
+        """All of the set, on rank zero alone. Collective."""
+        rows = torch.cat([rows.cpu() for rows in self._rows])
+        parts = world.gather((np.concatenate(self._indices), rows.numpy()))
+        if not world.is_main:
+            return None
+        whole = torch.empty(pairs, 4, 2, dtype=torch.float64)
+        for indices, rows in parts:
+            whole[torch.from_numpy(indices)] = torch.from_numpy(rows)
+        logps, ref_logps, of_pairs, lengths = whole.unbind(1)
+        return Predictions(logps, ref_logps, of_pairs, lengths.long())
+
+
+def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor | None:
+    """Of a padded batch [2B, T, V] on rank zero's host, each rank computing some pairs. Inside a forward pass.
+
+    Pair by pair, so that the numbers do not depend on how many ranks share them.
+    """
+    pairs, (_, width), whole = len(batch.pair_ids), batch.input_ids.shape, None
+    head = Head.of(model)
+    at_once = max(1, CHUNK_LOGITS // (2 * head.vocabulary * world.size))  # positions
+    for first in range(0, pairs, world.size):
+        mine = min(first + world.rank, pairs - 1)  # also where there is none left: a forward pass may be collective
+        rows = [mine, pairs + mine]
+        assert batch.attention_mask is not None
+        hidden = model.base_model(
+            input_ids=batch.input_ids[rows], attention_mask=batch.attention_mask[rows], use_cache=False
+        ).last_hidden_state
+        for start in range(0, width, at_once):
+            parts = world.collect(head(hidden[:, start : start + at_once]))
+            for pair, part in enumerate(parts[: pairs - first], first):
+                if whole is None:
+                    whole = torch.empty(2 * pairs, width, part.shape[-1], dtype=part.dtype)
+                whole[[pair, pairs + pair], start : start + at_once] = part.cpu()
+    return whole
+
+
+def _joined(kept: deque[tuple[torch.Tensor, torch.Tensor]]) -> EvalPrediction:
+    """The batches as one, and gone: memory that nobody has written to takes no room."""
+    first = kept[0][0]
+    rows, width = sum(len(ids) for _, ids in kept), max(ids.shape[1] for _, ids in kept)
+    logits = torch.empty(rows, width, first.shape[2], dtype=first.dtype)
+    labels = torch.full((rows, width), PADDING)
+    del first
+    at = 0
+    while kept:
+        made, ids = kept.popleft()
+        here, used = slice(at, at + len(ids)), ids.shape[1]
+        logits[here, :used], logits[here, used:], labels[here, :used] = made, PADDING, ids
+        at += len(ids)
+    return EvalPrediction(logits.numpy(), labels.numpy())
+
+
+def _checked(made: Any, prefix: str) -> dict[str, float]:
+    """
+    Raises:
+        ValueError: it is no dict of numbers, or names what every evaluation has; says what it is.
+    """
+    if not isinstance(made, Mapping):
+        raise ValueError(f"a {type(made).__name__}")
+    numbers: dict[str, float] = {}
+    for name, value in made.items():
+        if not isinstance(name, str):
+            raise ValueError(f"the name {name!r}, which is no text")
+        number = _number(value)
+        if number is None:
+            raise ValueError(f"{name} = {value!r:.60}, which is no number")
+        name = name.removeprefix(prefix)
+        if name in EVALUATED:
+            raise ValueError(f"{name}, which is the name of a metric of every evaluation")
+        numbers[prefix + name] = number
+    return numbers
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        value = value.item() if np.prod(value.shape) == 1 else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+# --- before any rank starts --------------------------------------------------------------------------------------
+
+
+def user_metrics(spec: RunSpec, given: Given, pad_token_id: int) -> UserMetrics | None:
+    """The function of the settings or of a Python user, which is not called here.
+
+    Raises:
+        UserError: there is none and something is said of it, or two, or it cannot be called as it will be.
+    """
+    wanted = spec.evaluation
+    function: Any = given.compute_metrics
+    name = getattr(function, "__name__", type(function).__name__)
+    if wanted.compute_metrics is not None:
+        name = wanted.compute_metrics
+        if function is not None:
+            raise UserError(KEY, name, "compute_metrics is given as well", "remove one of the two")
+        function = user_attribute(KEY, name)
+    if function is None:
+        for key in ("logits", "batch_eval_metrics", "batch_size"):
+            if value := getattr(wanted, key):
+                rule = "acts on what evaluation.compute_metrics is handed"
+                raise UserError(f"evaluation.{key}", value, rule, "set that to a function as module:attr, or remove it")
+        return None
+    batched = wanted.batch_eval_metrics
+    arguments: dict[str, Any] = {"compute_result": True} if batched else {}
+    try:
+        function = function() if inspect.isclass(function) else function
+        inspect.signature(function).bind(None, **arguments)
+    except (TypeError, ValueError) as error:
+        takes = "an EvalPrediction and compute_result" if batched else "an EvalPrediction"
+        cure = f"give a function of {takes}, or a class without arguments whose objects are such"
+        raise UserError(KEY, name, f"cannot be called ({error})", cure) from None
+    batch_size = wanted.batch_size or spec.batch.micro_batch_size or 1
+    return UserMetrics(function, name, wanted.logits, batched, batch_size, PreferenceCollator(pad_token_id, spec.data))
+
+
+def bytes_together(user: UserMetrics, pairs: Pairs, vocabulary: int, spec: RunSpec) -> int:
+    """Of logits of an evaluation set that are in rank zero's memory at a time."""
+    longest = int(longest_sequences(fed_lengths(pairs.lengths, spec.data.keep_last)).max())
+    at_a_time = min(user.batch_size, len(pairs)) if user.batched else len(pairs)
+    return 2 * at_a_time * longest * vocabulary * (8 if spec.precision == "fp64" else 4)
+
+
+def check_memory(user: UserMetrics, pairs: Pairs, vocabulary: int, key: str, spec: RunSpec) -> None:
+    """
+    Raises:
+        UserError: too many logits would come together.
+    """
+    if not user.logits or (size := bytes_together(user, pairs, vocabulary, spec)) <= MOST_BYTES:
+        return
+    cure = "set evaluation.batch_eval_metrics=true, or remove evaluation.logits"
+    if user.batched:
+        cure = f"set evaluation.batch_size below {user.batch_size}, or data.max_length lower"
+    rule = f"{size / 2**30:,.0f} GB of logits of {key} would come together on rank zero, and {MOST_BYTES >> 30} GB may"
+    raise UserError("evaluation.logits", True, rule, cure)
