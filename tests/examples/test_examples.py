@@ -25,6 +25,7 @@ EXAMPLES = {  # with what only a run with the example's own part says
     "shared_layers": ", 0.283 MB of memory",  # a copy has more than 1
     "int8_reference": "; reference int8;",
     "callbacks": "\nStep 1: {'loss': ",
+    "metrics": ", guessed_tokens 0",
     "precision": "1 ranks on cpu in fp16",
     "collator": "DataCollatorForPreference is to truncate 0 of them",
 }
