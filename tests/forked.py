@@ -168,6 +168,16 @@ def stops_at(step: int) -> str:
     return f"callbacks=[{{path: 'forked:StopsAt', kwargs: {{step: {step}}}}}]"
 
 
+class EndsEpoch(TrainerCallback):
+    """Asks for the end of the epoch after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_epoch_stop = state.global_step == self.step
+
+
 class NotesSaves(TrainerCallback):
     """Writes RUN_DIR/saves.jsonl: of which step it was told, before which one it had begun, in which thread, and what
     is wrong with the checkpoint. Lets a save in the background end while a step is under way; asks for one when there

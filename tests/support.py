@@ -121,6 +121,11 @@ def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_times(line: dict[str, Any]) -> dict[str, Any]:
+    """What is the same whenever a run is repeated."""
+    return {name: value for name, value in line.items() if not name.endswith(("runtime", "_per_second"))}
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step."""
     return {line["step"]: line["loss"] for line in metric_lines(run_dir) if "loss" in line}

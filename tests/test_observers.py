@@ -1,11 +1,17 @@
 """Callbacks and W&B on whole runs: the seed's callbacks as they are, requests on two ranks, and the offline file."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import forked
+import pytest
 from offline_wandb import read_run
 from support import losses, metric_lines, orchestrator, write_settings
+
+from orchestrator.run.replay import replay
+from orchestrator.settings.spec import UserError
+from orchestrator.training.rundir import RunDir
 
 CALLBACKS = '''
 import sys
@@ -129,3 +135,27 @@ def test_what_a_callback_asks_happens_on_all_ranks(tmp_path: Path) -> None:
     lines = {line["step"]: line for line in metric_lines(run_dir)}
     assert {step for step, line in lines.items() if "eval_loss" in line} == {0, 3, 5}
     assert {step for step, line in lines.items() if "loss" in line} == {4, 5}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_callback_ends_an_epoch_on_all_ranks(tmp_path: Path, killed: bool) -> None:
+    """Also where the process dies between what was asked and what is done."""
+    settings = write_settings(
+        tmp_path,
+        training={"max_steps": None, "epochs": 2, "logging_steps": 1},  # 4 steps each
+        evaluation={"every_epoch": True, "at_start": False},
+        checkpoint={"every_steps": 2, "keep": 9},
+        callbacks=[{"path": "forked:EndsEpoch", "kwargs": {"step": 2}}],
+    )
+    if killed:
+        ended = forked.run(settings, ranks=2, hook=partial(forked.dies_saving, "committed", 0, 2))
+        assert -9 in ended.codes, ended.log
+    forked.finished(settings, ranks=2)
+    run_dir = tmp_path / "runs" / "tiny"
+    epochs = [(line["step"], line["epoch"]) for line in metric_lines(run_dir)]
+    assert epochs == [(1, 0.25), (2, 0.5), (3, 1.25), (4, 1.5), (5, 1.75), (6, 2.0)]
+    assert {line["step"] for line in metric_lines(run_dir) if "eval_loss" in line} == {2, 6}
+    with pytest.raises(UserError, match="a callback ended an epoch after step 2, and no checkpoint is between"):
+        replay(RunDir(run_dir), 3)
+    assert replay(RunDir(run_dir), 2).loss == pytest.approx(losses(run_dir)[2])
+    assert replay(RunDir(run_dir), 5).loss == pytest.approx(losses(run_dir)[5])

@@ -101,6 +101,7 @@ def replay(
         ):
             if trainer.loader.cache is not None:
                 trainer.loader.cache.only_read()  # of the run, which may be running
+            _check_epochs(run_dir, trainer.step, step)
             with closing(trainer.loader.steps(trainer.pairs_seen, trainer.step)) as steps:
                 trainer.train(steps, upto=step - 1)
                 if trainer.step < step - 1:
@@ -215,6 +216,15 @@ def _check_readable(meta: dict[str, Any], step: int, world: World) -> None:
     if optimizer_kind(name) != "elementwise" and ranks != world.size:
         rule = f"the state of {name} of {ranks} ranks cannot be read by one"
         raise UserError("--replay-step", step, rule, "replay a run of one rank, or of torch.optim.AdamW")
+
+
+def _check_epochs(run_dir: RunDir, taken: int, step: int) -> None:
+    """Refuse a step before which a callback has ended an epoch early: no callback is called here, to ask for it."""
+    saved = committed(run_dir.checkpoints)
+    ended = Reader(saved[0]).meta["epochs_ended"] if saved else []
+    if cut := [after for after in ended if taken <= after < step]:
+        rule = f"a callback ended an epoch after step {cut[0]}, and no checkpoint is between"
+        raise UserError("--replay-step", step, rule, f"give one up to {cut[0]}")
 
 
 def _metrics(run_dir: RunDir) -> list[dict[str, Any]]:

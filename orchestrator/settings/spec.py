@@ -94,6 +94,22 @@ SchedulerName = Literal[
     "warmup_stable_decay",
     "wsd",
 ]  # transformers' names of schedules that need no metric, and a short one
+TRACKERS: dict[str, str | None] = {
+    "azure_ml": "azureml-sdk",
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "flyte": "flytekit",
+    "kubeflow": None,
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+}
+"""Names that transformers has for trackers (its report_to), and the package that each needs; W&B has a block."""
 OptimizerKind = Literal["elementwise", "whole", "unknown"]
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 EVALUATED = (
@@ -110,6 +126,7 @@ EVALUATED = (
     "mean_token_accuracy",
     "runtime",
     "samples_per_second",
+    "steps_per_second",
 )
 """Metrics of an evaluation, without the eval_ or eval_NAME_ that they are reported with."""
 Split = Literal["train", "eval"]
@@ -798,7 +815,8 @@ class RunSpec(Block):
     reference: ReferenceSpec = ReferenceSpec()  # pyright: ignore[reportCallIssue]
     """The frozen model the policy is measured against."""
     callbacks: list[UserCodeSpec] = Field([], json_schema_extra=FREE)
-    """User callbacks (transformers.TrainerCallback), each as module:attr or {path, kwargs}."""
+    """Trackers by name (tensorboard, mlflow, ...) and a user's transformers.TrainerCallback as module:attr, alone or as
+    {path, kwargs}."""
     evaluation: EvaluationSpec = EvaluationSpec()  # pyright: ignore[reportCallIssue]
     """When to evaluate."""
     checkpoint: CheckpointSpec = CheckpointSpec()  # pyright: ignore[reportCallIssue]
@@ -866,7 +884,7 @@ class RunSpec(Block):
         ):
             rule(self)
         for entry in self.callbacks:
-            _user_code("callbacks", entry.path)
+            _known_callback(entry.path)
         if self.data.collator:
             _user_code("data.collator", self.data.collator.path)
         if self.evaluation.compute_metrics:
@@ -1611,6 +1629,16 @@ def _slurm(spec: RunSpec) -> None:
     )
 
 
+def _known_callback(name: str) -> None:
+    if name in TRACKERS:
+        return
+    if name == "wandb":
+        raise UserError("callbacks", name, "has a block of settings", "remove it, and set wandb.mode=auto")
+    if near := difflib.get_close_matches(name, TRACKERS, n=1):
+        raise UserError("callbacks", name, "is no tracker", f"did you mean {near[0]}?")
+    _user_code("callbacks", name)
+
+
 def _user_code(key: str, value: str) -> None:
     module, colon, attribute = value.partition(":")
     if not (colon and module and attribute):
@@ -1729,6 +1757,7 @@ TRL_NAMES = {
     "simpo_gamma": "dpo.simpo_gamma",
     "rpo_alpha": "dpo.loss_type=[sigmoid, sft] with dpo.loss_weights=[1, rpo_alpha]",
     "seed": "run.seed",
+    "report_to": "callbacks=[tensorboard] for TensorBoard and others, wandb.mode for W&B",
     "peft_config": "model.lora",
     "lora_r": "model.lora.r",
     "lora_alpha": "model.lora.alpha",

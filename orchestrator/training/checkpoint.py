@@ -287,15 +287,7 @@ class Reader:
         if self.meta["world_size"] != world.size:
             seed_everything(seed + 1_000_003 * self.meta["step"] + world.rank)
             return
-        tensors = load_file(self.folder / f"rng_{world.rank:05d}.safetensors")
-        torch.set_rng_state(tensors["torch"])
-        if world.device.type == "cuda" and "cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["cuda"], world.device)
-        state = tensors["numpy"].numpy().astype(np.uint32)
-        has_gauss, cached = tensors["numpy_gauss"].tolist()  # randn makes two numbers and keeps one
-        np.random.set_state(("MT19937", state[:-1], int(state[-1]), int(has_gauss), cached))
-        version, words, gauss = json.loads(tensors["python"].numpy().tobytes())
-        random.setstate((version, tuple(words), gauss))
+        set_rng_state(load_file(self.folder / f"rng_{world.rank:05d}.safetensors"), world.device)
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
@@ -443,6 +435,18 @@ def rng_state() -> RngState:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def set_rng_state(state: RngState, device: torch.device) -> None:
+    """Put back what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    words = state["numpy"].numpy().astype(np.uint32)
+    has_gauss, cached = state["numpy_gauss"].tolist()  # randn makes two numbers and keeps one
+    np.random.set_state(("MT19937", words[:-1], int(words[-1]), int(has_gauss), cached))
+    version, python, gauss = json.loads(state["python"].numpy().tobytes())
+    random.setstate((version, tuple(python), gauss))
 
 
 def _encoded(value: Any) -> Any:

@@ -28,7 +28,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics with eval_ before their names: exact for any world size, as fillers weigh nothing. Collective.
 
-    each: called before each micro-batch. by_token: the loss is a mean over tokens as well, which a user's collator has
+    each: called after each micro-batch. by_token: the loss is a mean over tokens as well, which a user's collator has
     to be asked for first. name: of the evaluation set, where it has one; eval_NAME_ then. user: more metrics.
     """
     prefix = f"eval_{name}_" if name else "eval_"
@@ -44,7 +44,6 @@ def evaluate(
     known = cached is not None and all(cached.known(micro.pairs) is not None for micro in micro_batches)
     ask_all = engine.meets_in_forward and not all_ranks(world, known)
     for micro in micro_batches:
-        each()
         batch = make(micro)
         if ask_all and cached is not None:
             batch = batch._replace(ref_logps=None)
@@ -56,6 +55,7 @@ def evaluate(
         if table is not None and not micro.is_filler:
             table.add(micro.pairs, batch, output)
         loader.remember(batch, output.ref_logps)
+        each()
     if seen is not None:
         sums.add(seen.metric_sums(dpo))
     metrics = means(sums.totals())
@@ -69,7 +69,11 @@ def evaluate(
         where = f"evaluation{f' of {name}' * bool(name)} after step {step}"
         numbers = user.numbers(world, handed, prefix, where)
     seconds = time.monotonic() - began
-    timing = {"runtime": seconds, "samples_per_second": len(loader.pairs) / seconds}
+    timing = {
+        "runtime": seconds,
+        "samples_per_second": len(loader.pairs) / seconds,
+        "steps_per_second": len(micro_batches) / seconds,
+    }
     return {f"{prefix}{metric}": value for metric, value in {**metrics, **timing}.items()} | numbers
 
 

@@ -25,6 +25,8 @@ class RunDir:
         self.model = path / "model"
         self.wandb = path / "wandb"
         self.logs = path / "logs"
+        self.tensorboard = self.logs / "tensorboard"
+        self.mlflow = path / "mlflow"
         self.stop = path / "STOP"  # whoever makes this file asks the run to save and stop
         self.result = path / "result.json"
 

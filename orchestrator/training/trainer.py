@@ -3,6 +3,7 @@
 import difflib
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Trainer:
         self.step = 0  # optimizer steps taken
         self.pairs_seen = 0
         self.tokens_seen = 0.0
+        self.losses_seen = (0.0, 0.0)  # sum and count of what was logged, for their mean at the end
         self.window = MetricSums(self.world)  # since the last log
         self.last: Updated | None = None
         self.evaluated_at = self.saved_at = -1
@@ -103,6 +105,10 @@ class Trainer:
         self.rng: checkpoint.RngState | None = None  # before the step under way; what it has drawn will be drawn again
         self.stopping = False  # asked from outside: save, and be resumed later
         self.finishing = False  # asked by a callback: this is the end of training
+        self.ending_epoch = False  # asked by a callback: what is left of the epoch is not seen
+        self.epochs_ended: list[int] = []  # the steps after which that was done
+        self.in_epoch = False
+        self.callbacks.fire("on_init_end")
 
     # --- position ------------------------------------------------------------------------------------------------
 
@@ -133,7 +139,10 @@ class Trainer:
         self.engine.set_state(meta["engine"])
         self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
         self.evaluated_at, self.saved_at = meta["evaluated_at"], self.step
-        self.finishing = meta["finishing"]  # a callback had ended training when the process died
+        self.losses_seen = (meta["losses_seen"][0], meta["losses_seen"][1])
+        # a callback had ended training, or the epoch, when the process died
+        self.finishing, self.ending_epoch = meta["finishing"], meta["ending_epoch"]
+        self.epochs_ended = meta["epochs_ended"]
         self.resumed_from = reader.folder
         self.window.restore(meta["window"])
         self.callbacks.restore(meta["callbacks"])
@@ -151,9 +160,20 @@ class Trainer:
         """Whether every step was taken."""
         return self.step >= self.max_steps or (self.total_pairs is not None and self.pairs_seen >= self.total_pairs)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a step to take."""
+        return not (self.is_over or self.stopping or self.finishing)
+
+    @property
+    def _is_between_epochs(self) -> bool:
+        return self.pairs_seen % self.loader.order.pairs_per_epoch == 0
+
     def _update_state(self) -> None:
         state = self.callbacks.state
         state.global_step, state.epoch = self.step, self.pairs_seen / self.loader.order.pairs_per_epoch
+        state.num_input_tokens_seen = int(self.tokens_seen)
+        state.total_flos = 6.0 * self.loader.order.cost.token * self.tokens_seen  # as transformers counts them
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -162,25 +182,30 @@ class Trainer:
         if self.ledger is not None:
             self.ledger.go_on(self.resumed_from)
         self._update_state()
+        self.began, self.began_at = time.monotonic(), (self.step, self.pairs_seen)
         self.callbacks.fire("on_train_begin")
         with closing(self.saver):
             if self.step == 0 and self.spec.evaluation.at_start:
                 self.evaluate()
-            with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
-                self.train(steps)
+            while self.goes_on:
+                with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
+                    self.train(steps)
+                if self.ending_epoch:
+                    self._end_epoch_early()
             return self._end()
 
     def train(self, steps: Iterator[StepBatches], upto: int | None = None) -> None:
-        """Take steps until `upto` are taken (all, where it is not given), or until someone asks to stop."""
+        """Take steps until `upto` are taken (all, where it is not given), or until someone asks to stop, or a callback
+        to end the epoch."""
         callbacks = self.callbacks
         epoch, skipped = -1, 0
-        while not (self.is_over or self.stopping or self.finishing or self.step == upto):
+        while self.goes_on and not self.ending_epoch and self.step != upto:
             self._tell_saved()
             self.rng = checkpoint.rng_state()
             made = next(steps)
             if made.epoch != epoch:
-                epoch = made.epoch
-                callbacks.fire("on_epoch_begin")
+                epoch, self.in_epoch = made.epoch, True
+                callbacks.begin_epoch(resumed=not self._is_between_epochs)
             callbacks.fire("on_step_begin")
             outputs = self.micro_steps(made)
 
@@ -188,13 +213,15 @@ class Trainer:
             asked = self._agree(self.engine.finite())
             if not (self.stopping or self.finishing):
                 self._act_on(asked)
-            if self.stopping or self.finishing:  # an evaluation that was asked for may have asked for the end
+            if self.stopping or self.finishing or self.ending_epoch:  # or an evaluation that was asked for has asked
                 self.engine.discard()
+                checkpoint.set_rng_state(self.rng, self.world.device)  # as if the step had not been begun
                 break
 
             callbacks.fire("on_pre_optimizer_step")
             self.last = self.engine.optimizer_step(apply=not asked.non_finite)
             self.pairs_seen, self.rng = made.pairs_seen, None
+            self.in_epoch = not self._is_between_epochs
             if asked.non_finite:
                 skipped += 1
                 self._check_skipped(skipped)
@@ -203,15 +230,14 @@ class Trainer:
                 if self.seen is not None:
                     self.seen.add(self.step + 1, made.epoch, outputs)
                 self._after_update([output for _, output in outputs])
-            if self.pairs_seen % self.loader.order.pairs_per_epoch == 0:
-                callbacks.fire("on_epoch_end")
-                if self.spec.evaluation.every_epoch:
-                    self.evaluate()
-            if not asked.non_finite:
-                self._save_when_due()
+            if not self.in_epoch:
+                self._end_epoch()
+            # after what is due at the end of an epoch: a resumed run does not come back to it
+            if not asked.non_finite and self._due.save and not self.is_over:
+                self.save()
 
     def _after_update(self, outputs: list[StepOutput]) -> None:
-        """Count the step that was taken, and do what the schedule says for it: log, then evaluate."""
+        """Count the step that was taken, and log and evaluate where that is due."""
         self.callbacks.fire("on_optimizer_step")
         self.step += 1
         if self.spec.reference.sync_every and self.step % self.spec.reference.sync_every == 0:
@@ -220,27 +246,57 @@ class Trainer:
             self.window.add(output.metric_sums)
         self._update_state()
         self.session.heartbeat(self.step, "train")
-        self.callbacks.fire("on_step_end")
-        evaluate_every = self.spec.evaluation.every_steps
-        if self.step % self.spec.training.logging_steps == 0 or self.is_over:
+        due = self._due
+        self.callbacks.end_step(log=due.log, evaluate=due.evaluate, save=due.save, stop=self.is_over)
+        if due.log:
             self.log()
-        if evaluate_every and self.step % evaluate_every == 0:
+        if due.evaluate:
             self.evaluate()
 
-    def _save_when_due(self) -> None:
-        """After what is due at the end of an epoch: a resumed run does not come back to it."""
-        every = self.spec.checkpoint.every_steps
-        if every and self.step % every == 0 and not self.is_over:
-            self.save()
+    @property
+    def _due(self) -> Asked:
+        """What the schedule wants after the step that was taken."""
+        evaluation, over = self.spec.evaluation, self.is_over
+        by_epoch = evaluation.every_epoch and evaluation.every_steps is None  # then after the end of the epoch
+        evaluate = self._is_at(evaluation.every_steps) or (over and not by_epoch)
+        return Asked(
+            non_finite=False,
+            save=self._is_at(self.spec.checkpoint.every_steps) or over,
+            evaluate=bool(self.eval_loaders) and evaluate,
+            log=self._is_at(self.spec.training.logging_steps) or over,
+        )
+
+    def _is_at(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _end_epoch(self) -> None:
+        self.in_epoch = False
+        self.callbacks.fire("on_epoch_end")
+        if self.spec.evaluation.every_epoch:
+            self.evaluate()
+
+    def _end_epoch_early(self) -> None:
+        """As a callback has asked: go on with the next epoch, if the run has one."""
+        self._end_epoch()
+        per_epoch = self.loader.order.pairs_per_epoch
+        over = self.pairs_seen // per_epoch + 1
+        # only now: what is saved at the end of the epoch has not come to the next one
+        self.pairs_seen, self.ending_epoch = over * per_epoch, False
+        self.epochs_ended.append(self.step)
+        self.finishing |= over >= self.callbacks.state.num_train_epochs
 
     def _end(self) -> Ended:
         """Evaluate (unless the run is to be resumed) and save."""
         stopped = self.stopping and not self.finishing and not self.is_over
         if not stopped:
             self.log()  # what is left in the window when a callback ends the run
+            if self.in_epoch:
+                self._end_epoch()
             self.evaluate()
         self._finish_save()
         self.save(last=True)
+        if not stopped:
+            self._report_totals()
         self.callbacks.fire("on_train_end")
         folder, state = step_folder(self.run_dir.checkpoints, self.step), self.callbacks.state
         status, reason = "finished", "every step was taken" if self.is_over else "a callback asked"
@@ -297,14 +353,14 @@ class Trainer:
 
     def _agree(self, finite: torch.Tensor | None = None) -> Asked:
         """One small reduction: whatever one rank saw, all ranks do at the same step."""
-        finish, save, evaluate, log = self.callbacks.take_requests()
         stop = int(self.session.stop_requested() is not None)
-        flags = torch.tensor([0, stop, finish, save, evaluate, log], dtype=torch.int32, device=self.world.device)
+        flags = torch.tensor([0, stop, *self.callbacks.take_requests()], dtype=torch.int32, device=self.world.device)
         if finite is not None:
             flags[0] = ~finite
-        non_finite, stop, finish, save, evaluate, log = map(bool, self.world.max(flags).tolist())
+        non_finite, stop, finish, end_epoch, save, evaluate, log = map(bool, self.world.max(flags).tolist())
         self.stopping |= stop
         self.finishing |= finish
+        self.ending_epoch |= end_epoch and self.in_epoch
         return Asked(non_finite, save, evaluate, log)
 
     def _act_on(self, asked: Asked) -> None:
@@ -333,11 +389,13 @@ class Trainer:
         if not totals[0][1]:
             return  # nothing since the last log
         logs = means(totals)
+        self.losses_seen = (self.losses_seen[0] + totals[0][0], self.losses_seen[1] + totals[0][1])
         self.tokens_seen += logs["num_tokens"]
         logs["num_tokens"] = self.tokens_seen
         if self.last is not None:
             logs |= {"grad_norm": float(self.last.grad_norm), "learning_rate": self.last.lr}
         self.window.clear()
+        self._update_state()
         self._report(logs)
 
     def evaluate(self) -> None:
@@ -346,21 +404,21 @@ class Trainer:
         if not self.eval_loaders or self.evaluated_at == self.step:
             return
         self.evaluated_at = self.step
+        self.session.heartbeat(self.step, "evaluate")
         by_token = not set(TOKEN_MEANS).isdisjoint(self.spec.dpo.loss_types)
         found: dict[str, float] = {}
         for name, loader in self.eval_loaders.items():
-            before = self._before_evaluated_batch
-            metrics = evaluate(self.engine, loader, self.world, self.step, before, by_token, name, self.user_metrics)
+            after = self._after_evaluated_batch
+            metrics = evaluate(self.engine, loader, self.world, self.step, after, by_token, name, self.user_metrics)
             if twice := found.keys() & metrics.keys():
                 rule = f"two evaluation sets have a metric {min(twice)}"
                 raise UserError("data.eval", name, rule, "give that set another name")
-            self._report(metrics)
-            self.callbacks.fire("on_evaluate", metrics=metrics)
+            self.callbacks.fire("on_evaluate", metrics=self._report(metrics))
             found |= metrics
         self._remember_best(found)  # after on_evaluate, which compares with the best before
         self._act_on(self._agree()._replace(evaluate=False))
 
-    def _before_evaluated_batch(self) -> None:
+    def _after_evaluated_batch(self) -> None:
         self.session.heartbeat(self.step, "evaluate")
         self.callbacks.fire("on_prediction_step")
 
@@ -385,7 +443,10 @@ class Trainer:
             "pairs_seen": self.pairs_seen,
             "tokens_seen": self.tokens_seen,
             "evaluated_at": self.evaluated_at,
+            "losses_seen": self.losses_seen,
             "finishing": self.finishing,
+            "ending_epoch": self.ending_epoch,
+            "epochs_ended": self.epochs_ended,
             "window": window,
             "callbacks": self.callbacks.exported(),
             "data": self.loader.pairs.identity,
@@ -418,11 +479,27 @@ class Trainer:
         self.callbacks.fire("on_save")
         state.global_step, state.epoch = present
 
-    def _report(self, logs: dict[str, Any]) -> None:
+    def _report_totals(self) -> None:
+        """What transformers says at the end: of this process the time, of the run the mean loss."""
+        seconds, (step, pairs) = max(time.monotonic() - self.began, 1e-9), self.began_at
+        loss, count = self.losses_seen
+        self._report(
+            {
+                "train_runtime": seconds,
+                "train_samples_per_second": (self.pairs_seen - pairs) / seconds,
+                "train_steps_per_second": (self.step - step) / seconds,
+                "total_flos": self.callbacks.state.total_flos,
+                "train_loss": loss / max(count, 1.0),
+            }
+        )
+
+    def _report(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Tell the callbacks; returns what they were told."""
         logs = {**logs, "epoch": self.pairs_seen / self.loader.order.pairs_per_epoch}
         if self.world.is_main:
             self.callbacks.state.log_history.append({**logs, "step": self.step})
         self.callbacks.fire("on_log", logs=logs)
+        return logs
 
     def _remember_best(self, metrics: dict[str, float]) -> None:
         """Have this step saved if its weights are the best so far. As in transformers, those of the start never are.

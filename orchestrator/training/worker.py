@@ -289,12 +289,15 @@ def _assembled(
     if spec.reference.kind == "precomputed":
         reference = step.reference = Absent()
 
-    args = training_args(spec, run_dir, length.steps, length.epochs, world, precision)
+    resumed_from = str(found) if found else None
+    args = training_args(spec, run_dir, length.steps, length.epochs, world, precision, resumed_from)
     objects = {
         "model": None if cuts else policy,  # whose weights would be shards
         "processing_class": prepared.tokenizer,
         "optimizer": ReadOnlyOptimizer(engine.optimizer),
         "lr_scheduler": engine.scheduler,
+        "train_dataloader": None,  # batches come from an order of our own
+        "eval_dataloader": None,
     }
     trainer = Trainer(
         spec,

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support import metric_lines, orchestrator, write_settings
+from support import metric_lines, orchestrator, without_times, write_settings
 
 GOLDEN = Path(__file__).parent / "golden.json"
 SETTINGS: dict[str, Any] = {
@@ -23,14 +23,13 @@ SETTINGS: dict[str, Any] = {
     "optimizer": {"lr": 2e-3, "weight_decay": 0.01},
     "evaluation": {"every_steps": 10},
 }
-NOT_MATHS = ("eval_runtime", "eval_samples_per_second")
 
 
 def golden_run(folder: Path) -> list[dict[str, Any]]:
     ended = orchestrator("debug", write_settings(folder, **SETTINGS))
     assert ended.returncode == 0, ended.stderr
     lines = metric_lines(folder / "runs" / "tiny")
-    return [{name: value for name, value in line.items() if name not in NOT_MATHS} for line in lines]
+    return [without_times(line) for line in lines]
 
 
 def test_golden(tmp_path: Path) -> None:

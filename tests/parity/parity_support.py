@@ -21,6 +21,8 @@ def trl_trainer(
     rows: list[dict[str, Any]],
     ref_model: Any = None,
     peft_config: Any = None,
+    eval_dataset: Any = None,
+    callbacks: Any = None,
     **settings: Any,
 ) -> Any:
     """A DPOTrainer on the CPU in fp32 that logs every step and saves nothing. `folder` is for what it writes.
@@ -53,6 +55,8 @@ def trl_trainer(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft_config,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
     )
 
 

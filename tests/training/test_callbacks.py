@@ -115,17 +115,27 @@ def test_requests_are_collected_once(tmp_path: Path, names: list[str]) -> None:
     made = callbacks(tmp_path, Asking(*names[:1]), Asking(*names[1:]))
     made.fire("on_step_end")
     assert made.take_requests() == [int(name in names) for name in REQUESTS]
-    assert made.take_requests() == [0] * 4
+    assert made.take_requests() == [0] * len(REQUESTS)
 
 
-def test_the_request_that_has_no_effect_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = callbacks(tmp_path, Asking("should_epoch_stop"))
-    for _ in range(2):
-        made.fire("on_step_end")
-        assert made.take_requests() == [0] * 4
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
-        "a callback set control.should_epoch_stop"
-    ]
+def test_what_the_schedule_does_is_shown_and_not_asked(tmp_path: Path) -> None:
+    recording = Recording()
+    made = callbacks(tmp_path, Asking("should_save"), recording)
+    shown: list[dict[str, bool]] = []
+    recording.on_step_end = lambda args, state, control, **_: shown.append(dict(vars(control)))  # type: ignore
+    made.end_step(log=True, evaluate=False, save=False, stop=True)
+    assert [name for name in REQUESTS if shown[0][name]] == ["should_training_stop", "should_save", "should_log"]
+    assert made.take_requests() == [int(name == "should_save") for name in REQUESTS]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_end_of_an_epoch_is_asked_of_that_epoch_alone(tmp_path: Path, resumed: bool) -> None:
+    made = callbacks(tmp_path, Asking("should_epoch_stop", "should_log"))
+    made.fire("on_step_end")
+    other = callbacks(tmp_path)
+    other.restore(json.loads(json.dumps(made.exported())))  # what was asked is not lost when the process dies
+    other.begin_epoch(resumed)
+    assert other.take_requests() == [0, int(resumed), 0, 0, 1]
 
 
 def test_states_come_back_to_the_callbacks_of_their_class_in_order(tmp_path: Path) -> None:

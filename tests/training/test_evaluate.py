@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import rows, write_jsonl
+from support import rows, without_times, write_jsonl
 from tiny import ALONE, PAD, both_layouts, collator, data_spec, on_ranks, tiny_model, tokenizer
 
 from orchestrator.data.collate import AdaptedCollator, PreferenceCollator
@@ -55,17 +55,13 @@ def evaluated(
     return evaluate(engine, loader(pairs, world, micro_batch_size, packed), world, 3)
 
 
-def without_time(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if name not in ("eval_runtime", "eval_samples_per_second")}
-
-
 @pytest.fixture(scope="module")
 def whole(engine: DdpEngine, pairs: Pairs) -> dict[str, float]:
     return evaluated(engine, pairs, ALONE, COUNT)
 
 
 def test_metrics_have_their_names(whole: dict[str, float]) -> None:
-    assert set(without_time(whole)) == {f"eval_{name}" for name in METRICS if name != "num_tokens"}
+    assert set(without_times(whole)) == {f"eval_{name}" for name in METRICS if name != "num_tokens"}
     assert whole["eval_runtime"] > 0
     assert whole["eval_samples_per_second"] == pytest.approx(COUNT / whole["eval_runtime"])
 
@@ -76,14 +72,14 @@ def test_micro_batches_and_layout_change_nothing(
     engine: DdpEngine, pairs: Pairs, whole: dict[str, float], micro_batch_size: int, packed: bool
 ) -> None:
     found = evaluated(engine, pairs, ALONE, micro_batch_size, packed)
-    assert without_time(found) == pytest.approx(without_time(whole), rel=1e-10)
+    assert without_times(found) == pytest.approx(without_times(whole), rel=1e-10)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 16])
 def test_ranks_change_nothing(pairs: Pairs, whole: dict[str, float], ranks: int) -> None:
     engines = [made_engine() for _ in range(ranks)]  # a model runs one forward at a time
     for found in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
-        assert without_time(found) == pytest.approx(without_time(whole), rel=1e-10)
+        assert without_times(found) == pytest.approx(without_times(whole), rel=1e-10)
 
 
 def test_each_micro_batch_is_announced(engine: DdpEngine, pairs: Pairs) -> None:

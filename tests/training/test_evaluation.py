@@ -95,7 +95,8 @@ def test_callbacks_hear_of_each_set_and_of_the_best_so_far(two_sets: Run) -> Non
     heard, lines = two_sets.evaluated, {line["step"]: line for line in metric_lines(two_sets.dir)}
     assert [(call["step"], call["epoch"]) for call in heard] == [(4, 1.0), (4, 1.0), (8, 2.0), (8, 2.0)]
     for call, name in zip(heard, ["easy", "all"] * 2, strict=True):
-        assert set(call["metrics"]) == {f"eval_{name}_{metric}" for metric in (*EVALUATED, "margin", "pairs")}
+        said = {f"eval_{name}_{metric}" for metric in (*EVALUATED, "margin", "pairs")}
+        assert set(call["metrics"]) == {"epoch", *said}
     assert [call["best"] for call in heard] == [None, None, *[lines[4]["eval_all_margin"]] * 2]
 
 
@@ -128,7 +129,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_knows_its_evaluation(two_sets: Run)
 
 
 def test_the_settings_know_the_names_of_the_metrics() -> None:
-    assert set(EVALUATED) == {*METRICS, "runtime", "samples_per_second"} - {"num_tokens"}
+    assert set(EVALUATED) == {*METRICS, "runtime", "samples_per_second", "steps_per_second"} - {"num_tokens"}
 
 
 # --- the best step, and an early end -----------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 import inspect
 import json
 import logging
+import math
 from bdb import BdbQuit
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
@@ -13,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orchestrator.data.collate import user_attribute
-from orchestrator.settings.spec import LossType, RunSpec, UserError
+from orchestrator.settings.spec import TRACKERS, LossType, Precision, RunSpec, UserError
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback
@@ -22,7 +24,7 @@ from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
 
-REQUESTS = ("should_training_stop", "should_save", "should_evaluate", "should_log")
+REQUESTS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class TrainingArgs:
     optim: str
     bf16: bool
     fp16: bool
+    tf32: bool
     gradient_checkpointing: bool
     max_length: int | None
     beta: float
@@ -60,20 +63,56 @@ class TrainingArgs:
     load_best_model_at_end: bool
     metric_for_best_model: str | None
     greater_is_better: bool | None
+    report_to: tuple[str, ...]
+    project: str
+    resume_from_checkpoint: str | None
     logging_strategy: IntervalStrategy = IntervalStrategy.STEPS
     logging_first_step: bool = False
+    eval_delay: float = 0
     disable_tqdm: bool = True
-    report_to: tuple[str, ...] = ()
-    process_index: int = 0
+    push_to_hub: bool = False
+    hub_private_repo: bool | None = None
+    trackio_space_id: str | None = None
+    trackio_bucket_id: str | None = None
+    trackio_static_space_id: str | None = None
+    process_index: int = 0  # callbacks are on rank zero
     local_process_index: int = 0
+    should_log: bool = True
+    should_save: bool = True
+
+    @property
+    def train_batch_size(self) -> int:
+        """Pairs of a forward pass on one rank."""
+        return self.per_device_train_batch_size
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Evaluation takes the same micro-batches."""
+        return self.per_device_train_batch_size
 
     def to_dict(self) -> dict[str, Any]:
-        """As TrainingArguments.to_dict."""
-        return asdict(self)
+        """Plain values, as of TrainingArguments.to_dict."""
+        return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
+
+    def to_json_string(self) -> str:
+        """As TrainingArguments.to_json_string."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """Numbers and text alone, as of TrainingArguments.to_sanitized_dict."""
+        values = {**self.to_dict(), "train_batch_size": self.train_batch_size, "eval_batch_size": self.eval_batch_size}
+        plain = (bool, int, float, str)
+        return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
 
 
 def training_args(
-    spec: RunSpec, run_dir: RunDir, max_steps: int, epochs: float, world: World, precision: str
+    spec: RunSpec,
+    run_dir: RunDir,
+    max_steps: int,
+    epochs: float,
+    world: World,
+    precision: Precision,
+    resumed_from: str | None = None,
 ) -> TrainingArgs:
     """The settings of a run under TrainingArguments' names."""
     micro = spec.batch.micro_batch_size or 1
@@ -88,12 +127,13 @@ def training_args(
         world_size=world.size,
         learning_rate=spec.optimizer.lr,
         weight_decay=spec.optimizer.weight_decay,
-        warmup_steps=spec.scheduler.warmup_steps,
+        warmup_steps=spec.scheduler.warmup(max_steps),
         max_grad_norm=spec.training.max_grad_norm or 0.0,
         lr_scheduler_type=spec.scheduler.name,
         optim=spec.optimizer.name,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
+        tf32=precision == "tf32",
         gradient_checkpointing=spec.training.gradient_checkpointing,
         max_length=spec.data.max_length,
         beta=spec.dpo.beta,
@@ -109,7 +149,15 @@ def training_args(
         load_best_model_at_end=spec.checkpoint.export == "best",
         metric_for_best_model=spec.evaluation.metric_for_best,
         greater_is_better=spec.greater_is_better if spec.evaluation.metric_for_best else None,
+        report_to=_reports_to(spec),
+        project=spec.wandb.project,
+        resume_from_checkpoint=resumed_from,
     )
+
+
+def _reports_to(spec: RunSpec) -> tuple[str, ...]:
+    named = [entry.path for entry in spec.callbacks if entry.path in TRACKERS]
+    return (*named, *["wandb"] * (spec.wandb.mode != "disabled"))
 
 
 def _eval_strategy(spec: RunSpec) -> IntervalStrategy:
@@ -136,14 +184,13 @@ class Callbacks:
         self.control = TrainerControl()
         self.state = TrainerState(
             max_steps=args.max_steps,
-            num_train_epochs=round(args.num_train_epochs),
+            num_train_epochs=math.ceil(args.num_train_epochs),
             logging_steps=args.logging_steps,
             eval_steps=args.eval_steps or args.max_steps,
             save_steps=args.save_steps or args.max_steps,
             train_batch_size=args.per_device_train_batch_size,
             log_history=[],
         )
-        self._warned_epoch_stop = False
 
     def fire(self, event: str, **extra: Any) -> None:
         """Call `event` of each callback in turn, as transformers' CallbackHandler does."""
@@ -158,6 +205,22 @@ class Callbacks:
             if isinstance(returned, TrainerControl):
                 self.control = returned
 
+    def begin_epoch(self, resumed: bool) -> None:
+        """resumed: the epoch had begun, and what was asked in it holds."""
+        if not resumed:
+            self.control.should_epoch_stop = False
+        self.fire("on_epoch_begin")
+
+    def end_step(self, *, log: bool, evaluate: bool, save: bool, stop: bool) -> None:
+        """After an update: callbacks see what will happen now, as transformers' own flow shows it to them. It is asked
+        by nobody, and they cannot call it off."""
+        due = {"should_log": log, "should_evaluate": evaluate, "should_save": save, "should_training_stop": stop}
+        for name in (shown := [name for name, is_due in due.items() if is_due]):
+            setattr(self.control, name, True)
+        self.fire("on_step_end")
+        for name in shown:
+            setattr(self.control, name, False)
+
     def _drop(self, callback: TrainerCallback, event: str) -> None:
         """To be called where an exception is handled: it goes on only if the callback is essential."""
         if getattr(callback, "essential", False):
@@ -168,16 +231,12 @@ class Callbacks:
     def take_requests(self) -> list[int]:
         """What was asked since the last call, as flags in the order of REQUESTS."""
         asked = [int(getattr(self.control, name)) for name in REQUESTS]
-        if self.control.should_epoch_stop and not self._warned_epoch_stop:
-            self._warned_epoch_stop = True
-            logger.warning(
-                "a callback set control.should_epoch_stop, which has no effect here: set should_training_stop"
-            )
         self.control = TrainerControl()
         return asked
 
     def exported(self) -> dict[str, Any]:
-        """States of the callbacks that keep one (transformers' ExportableState), and what TrainerState remembers."""
+        """States of the callbacks that keep one (transformers' ExportableState), what they have asked and nobody has
+        answered yet, and what TrainerState remembers."""
         states: list[tuple[str, dict[str, Any]]] = []
         for callback in list(self.callbacks):
             if isinstance(callback, ExportableState):
@@ -187,6 +246,7 @@ class Callbacks:
                     self._drop(callback, "state")
         return {
             "callbacks": states,
+            "asked": [name for name in REQUESTS if getattr(self.control, name)],
             "best_metric": self.state.best_metric,
             "best_global_step": self.state.best_global_step,
             "log_history": self.state.log_history,
@@ -201,6 +261,8 @@ class Callbacks:
                 waiting.remove(found)
                 for name, value in found[1].get("attributes", {}).items():
                     setattr(callback, name, value)
+        for name in exported["asked"]:
+            setattr(self.control, name, True)
         self.state.best_metric, self.state.best_global_step = exported["best_metric"], exported["best_global_step"]
         self.state.log_history = exported["log_history"]
 
@@ -223,8 +285,16 @@ def build_callbacks(
 
 def _of_user(spec: RunSpec, given: Sequence[Any] | None) -> list[tuple[str, Any, dict[str, Any]]]:
     """Name, class or object, and keyword arguments of each callback: of the settings, then of a Python user."""
-    named = [(entry.path, user_attribute("callbacks", entry.path), entry.kwargs) for entry in spec.callbacks]
+    named = [(entry.path, _at(entry.path), entry.kwargs) for entry in spec.callbacks]
     return named + [(getattr(each, "__name__", type(each).__name__), each, {}) for each in given or ()]
+
+
+def _at(path: str) -> Any:
+    if path not in TRACKERS:
+        return user_attribute("callbacks", path)
+    from orchestrator.training.callbacks.trackers import tracker  # imports each tracker that is installed
+
+    return tracker(path)
 
 
 def _built(name: str, made: Any, kwargs: dict[str, Any]) -> TrainerCallback:
