@@ -14,9 +14,8 @@ from support import raw_settings, rows, write_jsonl
 from tiny import tiny_model, tokenizer
 from worker_runs import Left, curve, whole_run
 
-from orchestrator.dpo.losses import LOSSES
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import Precision, UserError
+from orchestrator.settings.spec import LossType, Precision, UserError
 
 STEPS, PAIRS = 3, 6  # steps of 4 and of 2 pairs; the third is in the second epoch, which asks a cache
 SHARED = 1  # layers of 2
@@ -116,7 +115,7 @@ def is_refused(row: Row) -> bool:
     return bool(refusals_of(row))
 
 
-NAMES = list(LOSSES)
+NAMES = get_args(LossType)
 FIRST = [
     {"loss": NAMES[number % len(NAMES)], **row} for number, row in enumerate(covering(PARTS, is_refused))
 ]  # every two values of all parts but the loss, which goes round

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import forked
 import pytest
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import losses, metric_lines, orchestrator, raw_settings, rows, write_jsonl, write_settings
 from tiny import tiny_model, tokenizer
 
-from orchestrator.dpo.losses import LOSSES
+from orchestrator.settings.spec import LossType
 
 # 30 pairs in batches of 8: the last batch of an epoch has 6, which neither 4 ranks nor micro-batches of 4 divide
 SETTINGS: dict[str, Any] = {
@@ -130,7 +130,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
     write_jsonl(folder / "train.jsonl", rows(14, longest=4))
     tiny_model(initializer_range=0.1, num_hidden_layers=1).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
-    cells = [(layout, loss) for layout in LAYOUTS for loss in LOSSES]
+    cells = [(layout, loss) for layout in LAYOUTS for loss in get_args(LossType)]
     made: Curves = {}
     for ranks, micro in RANKS.items():
         settings = [
@@ -154,7 +154,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
     return made
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", get_args(LossType))
 def test_every_loss_is_that_of_the_global_batch(curves: Curves, loss: str) -> None:
     expected = curves[1, "packed", loss]
     assert len(set(expected)) == 3
