@@ -1,6 +1,8 @@
 """Callbacks observe: one that raises is dropped, requests are collected, states come back, arguments are frozen."""
 
+import ast
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -13,6 +15,7 @@ import pytest
 from support import tiny_spec
 from tiny import ALONE
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.integrations import integration_utils
 from transformers.trainer_callback import ExportableState
 
 from orchestrator.settings.spec import UserError
@@ -166,6 +169,20 @@ def test_arguments_are_frozen_and_named_as_transformers_names_them(tmp_path: Pat
     assert args.to_dict()["seed"] == 7
 
 
+def test_arguments_have_all_that_transformers_trackers_read(tmp_path: Path) -> None:
+    args = callbacks(tmp_path).args
+    read = {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(integration_utils)))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    of_searches = {"process_index", "world_size", "local_rank", "device", "report_to"}  # of hyperparameters
+    assert {"output_dir", "to_json_string", "to_sanitized_dict", "load_best_model_at_end"} <= read
+    assert {name for name in read - of_searches if not hasattr(args, name)} == set()
+    assert json.loads(args.to_json_string()) == json.loads(json.dumps(args.to_dict()))
+    assert {type(value) for value in args.to_sanitized_dict().values()} == {bool, int, float, str}
+
+
 def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
     spec = tiny_spec(
         tmp_path,
@@ -173,6 +190,7 @@ def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
         evaluation={"every_steps": 3, "metric_for_best": "loss"},
         checkpoint={"every_steps": 5, "keep": 4},
         scheduler={"warmup_steps": 2},
+        callbacks=["tensorboard"],
     )
     args = training_args(spec, RunDir(spec.run_dir), 40, 2.5, ALONE, "bf16")
     expected = {
@@ -187,6 +205,8 @@ def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
         "max_grad_norm": 0.0,
         "bf16": True,
         "fp16": False,
+        "tf32": False,
+        "report_to": ("tensorboard",),
         "eval_steps": 3,
         "save_steps": 5,
         "save_total_limit": 4,
