@@ -79,6 +79,7 @@ def undisturbed(settings: Path) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)  # two starts of Ray beside another worker of the tests
 def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(settings: Path, undisturbed: Path) -> None:
     run_dir = settings.parent / "runs" / "on-ray"
     with started("train", settings, "run.name=on-ray") as process:
