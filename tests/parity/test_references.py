@@ -13,7 +13,7 @@ import pytest
 import torch
 from parity.parity_support import need_trl, trl_trainer
 from parity.test_training import METRICS, TOLERANCE, Trace, kept_signals, worst
-from support import TINY_MODEL, losses, metric_lines, raw_settings, tiny_spec, write_jsonl
+from support import TINY_MODEL, losses, metric_lines, raw_settings, tiny_spec, without_times, write_jsonl
 from support import rows as made_rows
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 
@@ -129,7 +129,7 @@ def run(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
 def ours(spec: RunSpec, ref_model: RefModel | None = None) -> Trace:
     """The metrics of each step of a run in this process."""
     assert run(spec, ref_model).status == "finished"
-    return [line for line in metric_lines(spec.run_dir) if "loss" in line]
+    return [without_times(line) for line in metric_lines(spec.run_dir) if "loss" in line]
 
 
 def exactly(spec: RunSpec) -> Trace:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from parity.parity_support import need_trl, trl_trainer
-from support import TINY_MODEL, metric_lines, tiny_spec, write_jsonl
+from support import TINY_MODEL, metric_lines, tiny_spec, without_times, write_jsonl
 from support import rows as made_rows
 from torch import nn
 
@@ -116,7 +116,7 @@ def ours(spec: RunSpec) -> Trace:
     run_dir.begin(spec)
     with kept_signals():
         worker.run(spec, World(0, 1, 0, torch.device("cpu")), LocalSession(run_dir, 0))
-    return [line for line in metric_lines(run_dir.path) if "loss" in line]
+    return [without_times(line) for line in metric_lines(run_dir.path) if "loss" in line]
 
 
 @contextmanager
