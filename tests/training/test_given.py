@@ -84,5 +84,5 @@ def test_callbacks_and_a_collator_act_as_those_of_the_settings(tmp_path: Path) -
     given = tiny_spec(tmp_path, run={"name": "given"})
     debug(given, callbacks=[counting], data_collator=padding)
     assert losses(given.run_dir) == losses(padded.run_dir)
-    assert counting.seen == {name: {"on_step_end": 4, "on_log": 6, "on_evaluate": 2}.get(name, 1) for name in EVENTS}
+    assert counting.seen == {name: {"on_step_end": 4, "on_log": 7, "on_evaluate": 2}.get(name, 1) for name in EVENTS}
     assert {context.step for context in padding.contexts} == {0, 1, 2, 3, 4}
