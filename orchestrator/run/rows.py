@@ -49,7 +49,7 @@ def lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
     tokenizer = _tokenizer(spec)
     yield LEGEND
     if spec.data.collator:
-        yield f"data.collator {spec.data.collator} may lay them out otherwise"
+        yield f"data.collator {spec.data.collator.path} may lay them out otherwise"
     for shown in shown_rows(spec.data, tokenizer, count):
         yield ""
         yield from row_lines(shown, tokenizer, colour)

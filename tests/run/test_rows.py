@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import rows, write_jsonl
+from support import rows, tiny_spec, write_jsonl
 from tiny import EOS, data_spec, ids, tokenizer
 
 from orchestrator.data.collate import PackedCollator
 from orchestrator.data.order import fed_lengths
 from orchestrator.data.pairs import tokenized_pairs
-from orchestrator.run.rows import Part, ShownRow, json_row, length_lines, lengths, row_lines, shown_rows
+from orchestrator.run.rows import Part, ShownRow, json_row, length_lines, lengths, lines, row_lines, shown_rows
 
 TEXT = {"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}
 ODD = {"prompt": "Say it. \nNow:\n", "chosen": "yes\n", "rejected": "no\x1b[2J"}
@@ -162,6 +162,11 @@ def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
         "            its first token has none before it, and is not scored",
         "row 4: left out, malformed rows: is a int, not an object with chosen and rejected",
     ]
+
+
+def test_a_users_collator_is_named(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path, data={"collator": "collators:plain"})
+    assert "data.collator collators:plain may lay them out otherwise" in lines(spec, 1, colour=False)
 
 
 def test_special_tokens_are_bold_where_there_are_colours(tmp_path: Path) -> None:
