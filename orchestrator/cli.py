@@ -279,9 +279,8 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
             facts = f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies {line[f'{prefix}rewards/accuracies']:.3f}"
             print(f"evaluation {when:<6}  {facts}{f' ({name})' * bool(name)}")
     if result.best_step is not None:
-        metric = f"eval_{(spec.evaluation.metric_for_best or '').removeprefix('eval_')}"
         best = step_folder(run_dir / "checkpoints", result.best_step)
-        print(f"best     {metric} {result.best_metric:.6f} after step {result.best_step}, {best}")
+        print(f"best     {spec.evaluation.best_metric} {result.best_metric:.6f} after step {result.best_step}, {best}")
     of_step = f", of step {result.model_step}" if result.best_step is not None else ""
     print(f"model    {result.model}{of_step}\nmetrics  {run_dir / 'metrics.jsonl'}")
     if spec.wandb.mode != "disabled":

@@ -513,9 +513,15 @@ def _with_implicit_prompt(row: Row) -> Row:
     return {**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
+def printable(text: str, keep: str = "") -> str:
+    """A text with its control characters written out, but those to keep."""
+    shown = (each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text)
+    return "".join(shown)
+
+
 def in_one_line(text: str, longest: int = 110) -> str:
     """A text for a line of a terminal, its middle left out where it is longer."""
-    line = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    line = printable(text)
     return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-longest // 2 :]}"
 
 

@@ -13,6 +13,7 @@ from orchestrator.data.pairs import (
     BadRow,
     Place,
     first_rows,
+    printable,
     tokenize_pair,
     tokenized_pairs,
     truncated,
@@ -236,11 +237,7 @@ class _Paint:
 
 def _visible(text: str) -> str:
     """With signs for what does not print: line breaks, blanks at the end of a line, control characters."""
-    text = "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
-    return re.sub(r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), text).replace("\n", "⏎\n")
+    return re.sub(r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), printable(text, keep="\n")).replace("\n", "⏎\n")
 
 
 def _block(name: str, text: str) -> Iterator[str]:

@@ -375,7 +375,12 @@ class DataSpec(Block):
             several = len(self.train) > 1
             return {f"data.train.{place}" if several else "data.train": each for place, each in enumerate(self.train)}
         wanted = self.eval if name is None else {name: self.eval[name]}
-        return {f"data.eval.{name}" if name else "data.eval": source for name, source in wanted.items()}
+        return {self.eval_key(name): source for name, source in wanted.items()}
+
+    @staticmethod
+    def eval_key(name: str) -> str:
+        """The setting of the evaluation set with that name."""
+        return f"data.eval.{name}" if name else "data.eval"
 
     @property
     def keep_last(self) -> int | None:
@@ -674,6 +679,11 @@ class EvaluationSpec(Block):
     """Pairs in a batch of logits or of batch_eval_metrics; batch.micro_batch_size when not set, else 1."""
     early_stopping: EarlyStoppingSpec | None = Field(None, json_schema_extra=FREE)
     """End training early; not when not set."""
+
+    @property
+    def best_metric(self) -> str | None:
+        """metric_for_best as evaluations report it."""
+        return None if self.metric_for_best is None else f"eval_{self.metric_for_best.removeprefix('eval_')}"
 
 
 class CheckpointSpec(Block):

@@ -15,7 +15,7 @@ from orchestrator.settings.spec import DpoSpec
 from orchestrator.world import World
 
 
-class SeenPairs:
+class GlobalBatch:
     """What was said of the pairs of one batch, gathered once, when all of its micro-batches have been seen."""
 
     def __init__(self, world: World) -> None:
@@ -63,7 +63,7 @@ def first_pass(engine: Engine, batches: list[PairBatch], counts: Counts, dpo: Dp
 
     The log-probs are those of a forward pass without dropout: the settings see to it that there is none.
     """
-    seen = SeenPairs(world)
+    seen = GlobalBatch(world)
     outputs: list[StepOutput] = []
     for batch in batches:
         on_device = batch.to(world.device)

@@ -10,7 +10,7 @@ import torch
 from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
 from orchestrator.data.loader import Loader
 from orchestrator.engines.base import Engine
-from orchestrator.training.batch_losses import SeenPairs
+from orchestrator.training.batch_losses import GlobalBatch
 from orchestrator.training.compute_metrics import PairTable, UserMetrics
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.world import World
@@ -38,7 +38,7 @@ def evaluate(
     if by_token and isinstance(loader.collator, AdaptedCollator):
         counts = over_ranks(world, Counts.total(make(micro).counts for micro in micro_batches))
     sums, dpo = MetricSums(world), engine.step.dpo
-    seen = SeenPairs(world) if dpo.sees_batch else None
+    seen = GlobalBatch(world) if dpo.sees_batch else None
     table = PairTable(dpo) if user is not None and not user.logits else None
     cached = loader.cache
     known = cached is not None and all(cached.known(micro.pairs) is not None for micro in micro_batches)

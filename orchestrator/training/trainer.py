@@ -507,10 +507,9 @@ class Trainer:
         Raises:
             UserError: what decides it was not evaluated.
         """
-        name, state = self.spec.evaluation.metric_for_best, self.callbacks.state
+        name, state = self.spec.evaluation.best_metric, self.callbacks.state
         if name is None:
             return
-        name = f"eval_{name.removeprefix('eval_')}"
         if name not in metrics:
             near = difflib.get_close_matches(name, metrics, n=1) or list(metrics)
             cure = f"did you mean {near[0].removeprefix('eval_')}?"

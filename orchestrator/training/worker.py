@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -145,14 +145,15 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
         made_weights(spec, tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
     held_out = {name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval}
-    for key, pairs in zip(["data.train", *spec.data.sources("eval")], [train, *held_out.values()], strict=True):
-        check_fit(config, pairs, key, spec)
+    check_fit(config, train, "data.train", spec)
+    for name, pairs in held_out.items():
+        check_fit(config, pairs, spec.data.eval_key(name), spec)
     if spec.data.eval_fraction is not None:
         train, held_out[""] = without_held_out(train, spec.data.eval_fraction, spec.run.seed)
     if metrics is not None:
         vocabulary = config.get_text_config().vocab_size
         for name, pairs in held_out.items():
-            check_memory(metrics, pairs, vocabulary, f"data.eval.{name}".rstrip("."), spec)
+            check_memory(metrics, pairs, vocabulary, spec.data.eval_key(name), spec)
     return Prepared(tokenizer, config, train, held_out, collator, metrics)
 
 
@@ -227,8 +228,9 @@ def built(
     """
     precision = resolved(spec.precision, world.device)
     with tf32_switched(precision == "tf32"):
-        parts = partial(_assembled, spec, precision, prepared, world, session, run_dir)
-        trainer = parts(given, found, callbacks, first_batch_only)
+        trainer = _assembled(
+            spec, precision, prepared, world, session, run_dir, given, found, callbacks, first_batch_only
+        )
         with closing(trainer.engine):
             yield trainer
 
@@ -257,10 +259,8 @@ def _assembled(
         reference.exact = None  # was measured when the run began
     # before any forward pass, in which bitsandbytes casts biases
     identity = _identity(spec, prepared, policy, reference, world, dtype)
-    cost, length = (
-        pair_cost(policy),
-        run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training),
-    )
+    cost = pair_cost(policy)
+    length = run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training)
     if found is None and world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
         _say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
@@ -592,14 +592,23 @@ def _keep_what_an_export_needs(run_dir: RunDir, policy: Any, tokenizer: Any) -> 
 
 
 def _concluded(spec: RunSpec, ended: Ended, run_dir: RunDir, world: World) -> RunResult:
-    result = RunResult(ended.status, ended.reason, ended.step, str(ended.checkpoint), None)
-    result = replace(result, best_step=ended.best_step, best_metric=ended.best_metric)
+    model_step = None
     if ended.status == "finished":
         wants_best = spec.checkpoint.export == "best" and ended.best_step is not None  # it is None where all were NaN
-        result = replace(result, model=str(run_dir.model), model_step=ended.best_step if wants_best else ended.step)
+        model_step = ended.best_step if wants_best else ended.step
+    result = RunResult(
+        ended.status,
+        ended.reason,
+        ended.step,
+        str(ended.checkpoint),
+        None if model_step is None else str(run_dir.model),
+        model_step,
+        ended.best_step,
+        ended.best_metric,
+    )
     if world.is_main:  # the others do not wait: an export can take longer than a collective may
-        if result.model_step is not None:
-            export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, result.model_step))
+        if model_step is not None:
+            export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
         run_dir.write_result(result.__dict__)
     return result
 

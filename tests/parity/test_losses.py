@@ -32,7 +32,7 @@ from orchestrator.models.fused import fuse
 from orchestrator.models.policy import load_tokenizer
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import OF_BATCH, OF_SCORES, SMOOTHED, DpoSpec, LossType
-from orchestrator.training.batch_losses import SeenPairs
+from orchestrator.training.batch_losses import GlobalBatch
 from orchestrator.training.metrics import means
 
 need_trl()
@@ -391,7 +391,7 @@ class Ours:
 
     def _once_seen(self) -> PairBatch:
         """With what losses over the whole batch come to."""
-        seen = SeenPairs(ALONE)
+        seen = GlobalBatch(ALONE)
         with torch.no_grad():
             output: Any = self.step(self.batch, self.batch.counts)
         seen.add(self.batch, output)
