@@ -24,10 +24,11 @@ UserCollator = Callable[..., dict[str, torch.Tensor]]
 
 
 class Counts(NamedTuple):
-    """What the sums of a step are divided by: counts of the GLOBAL batch, the same on every rank."""
+    """What the sums of a step are divided by: counts of the GLOBAL batch, the same on every rank. A pair counts as
+    often as its weight says."""
 
-    pairs: int
-    chosen_tokens: int  # of the chosen completions, those that are scored
+    pairs: float
+    chosen_tokens: float  # of the chosen completions, those that are scored
 
     @classmethod
     def total(cls, parts: Iterable["Counts"]) -> "Counts":
@@ -71,7 +72,7 @@ class PairBatch(NamedTuple):
     """
 
     pair_ids: torch.Tensor  # [B]
-    pair_weights: torch.Tensor  # [B] 1, or 0 in a filler
+    pair_weights: torch.Tensor  # [B] how often each counts: 1, or by data.weight_column; 0 in a filler alone
     input_ids: torch.Tensor  # [R, T]
     position_ids: torch.Tensor | None  # [1, T]
     attention_mask: torch.Tensor | None  # [2B, T] 0 on padding
@@ -85,6 +86,7 @@ class PairBatch(NamedTuple):
     # [B, 3] of the losses over the whole global batch, once all of it was seen: the pair's loss, and its slope by the
     # log-prob of the chosen and of the rejected completion
     of_batch: torch.Tensor | None = None
+    margins: torch.Tensor | None = None  # [B] by data.margin_column: by how much more the chosen is to win
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on another device."""
@@ -94,7 +96,7 @@ class PairBatch(NamedTuple):
     def counts(self) -> Counts:
         """Of this micro-batch alone, fillers left out; on the host."""
         weights = self.pair_weights.tolist()
-        return Counts(int(sum(weights)), int(sum(map(mul, self.scored[::2], weights))))
+        return Counts(sum(weights), sum(map(mul, self.scored[::2], weights)))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -193,10 +195,13 @@ class PackedCollator:
         )
 
 
-def _of_pairs(rows: list[Row], is_filler: bool) -> dict[str, torch.Tensor]:
+def _of_pairs(rows: list[Row], is_filler: bool) -> dict[str, Any]:
+    weights = [0.0 if is_filler else row.get("weight", 1.0) for row in rows]
+    margins = [row["margin"] for row in rows if "margin" in row]  # all rows of a data set have one, or none
     return {
         "pair_ids": torch.tensor([row["pair_id"] for row in rows]),
-        "pair_weights": torch.full((len(rows),), 0.0 if is_filler else 1.0, dtype=torch.float64),
+        "pair_weights": torch.tensor(weights, dtype=torch.float64),
+        "margins": torch.tensor(margins, dtype=torch.float64) if margins else None,
     }
 
 

@@ -77,7 +77,11 @@ class Loader:
 
     def counts_of(self, pairs: Integers) -> Counts:
         """Of these pairs, as our own collators lay them out; a user's may score other tokens."""
-        return Counts(len(pairs), int(self._scored_chosen[pairs].sum()))
+        scored = self._scored_chosen[pairs]
+        if self.pairs.weights is None:
+            return Counts(len(pairs), int(scored.sum()))
+        weights = self.pairs.weights[pairs]
+        return Counts(float(weights.sum()), float(weights @ scored))
 
     def remember(self, batch: PairBatch, ref_logps: torch.Tensor) -> None:
         """Keep what the reference said of a batch (still on the host) that came without; waits for the device.

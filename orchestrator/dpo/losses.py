@@ -7,13 +7,13 @@ dpo.f_divergence_type says otherwise), b is dpo.beta, e is dpo.label_smoothing a
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
 
-from orchestrator.data.collate import Counts
-from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType
+from orchestrator.data.collate import Counts, user_attribute
+from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType, UserError
 
 MAX_EXPONENT = 80.0
 """Exponents are capped here, as TRL caps those of its alpha divergence: a gradient is fp32 again in the head, and holds
@@ -31,13 +31,20 @@ class PairTerms(NamedTuple):
     chosen_tokens: torch.Tensor  # of the completion; an empty prompt leaves its first one unscored, yet counted here
     rejected_tokens: torch.Tensor
     chosen_token_sum: torch.Tensor  # chosen_logps with every token weighing 1
+    margins: torch.Tensor | None = None  # of data.margin_column, where it is set
     on_policy: torch.Tensor | None = None  # with dpo.use_weighting: the factor of the pair's loss, without gradient
 
     @classmethod
-    def split(cls, logps: torch.Tensor, ref_logps: torch.Tensor, tokens: torch.Tensor) -> "PairTerms":
-        """From [2B] tensors, chosen half first, where no token weighs less than another."""
+    def split(
+        cls,
+        logps: torch.Tensor,
+        ref_logps: torch.Tensor,
+        tokens: torch.Tensor,
+        margins: torch.Tensor | None = None,
+    ) -> "PairTerms":
+        """From [2B] tensors, chosen half first, where no token weighs less than another; margins: [B]."""
         halves = [half for both in (logps, ref_logps, tokens) for half in both.chunk(2)]
-        return cls(*halves, chosen_token_sum=halves[0])
+        return cls(*halves, chosen_token_sum=halves[0], margins=margins)
 
     def of(self, pairs: slice) -> "PairTerms":
         """The same of some pairs."""
@@ -62,11 +69,16 @@ def pair_losses(terms: PairTerms, dpo: DpoSpec, counts: Counts) -> torch.Tensor:
     for name, weight in zip(dpo.loss_types, dpo.weights, strict=True):
         if name in OF_BATCH:
             continue
-        losses = LOSSES[name](terms, dpo)
+        losses = loss_of(name)(terms, dpo)
         if name in TOKEN_MEANS:
-            losses = losses * (counts.pairs / max(counts.chosen_tokens, 1))
+            losses = losses * (counts.pairs / (counts.chosen_tokens or 1))
         found = found + weight * losses
     return found if terms.on_policy is None else terms.on_policy * found
+
+
+def loss_of(name: str) -> Loss:
+    """The loss of that name, or a user's of that module:attr."""
+    return LOSSES[name] if name in LOSSES else user_attribute("dpo.loss_type", name)
 
 
 def log_ratios(terms: PairTerms) -> Both:
@@ -103,9 +115,15 @@ def _capped(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def _margin(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
-    """[B] b (s_w - s_l)."""
+    """[B] b (s_w - s_l), less the pair's own margin."""
     chosen, rejected = scores(terms, dpo)
-    return dpo.beta * (chosen - rejected)
+    return _less_margin(dpo.beta * (chosen - rejected), terms)
+
+
+def _less_margin(margin: torch.Tensor, terms: PairTerms) -> torch.Tensor:
+    """ODPO, which wants the difference of rewards to be larger than what the data say. Amini et al. 2024, arXiv
+    2402.10571."""
+    return margin if terms.margins is None else margin - terms.margins
 
 
 def _per_token(both: Both, terms: PairTerms) -> Both:
@@ -210,7 +228,7 @@ def sigmoid_norm(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] length-normalised DPO: -log sigmoid(b (s_w / |y_w| - s_l / |y_l|)). Lambert et al. 2024 (Tülu 3), arXiv
     2411.15124."""
     chosen, rejected = _per_token(scores(terms, dpo), terms)
-    return -logsigmoid(dpo.beta * (chosen - rejected))
+    return -logsigmoid(_less_margin(dpo.beta * (chosen - rejected), terms))
 
 
 # --- by the names that users know --------------------------------------------------------------------------------
@@ -226,7 +244,7 @@ def simpo(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] SimPO: -log sigmoid(b (log p_w / |y_w| - log p_l / |y_l|) - gamma), smoothed as in cDPO, without a reference.
     Meng et al. 2024, arXiv 2405.14734, eq. 6; as TRL's CPOTrainer with cpo_alpha=0."""
     chosen, rejected = _per_token((terms.chosen_logps, terms.rejected_logps), terms)
-    return _smoothed(dpo.beta * (chosen - rejected) - dpo.simpo_gamma, dpo)
+    return _smoothed(_less_margin(dpo.beta * (chosen - rejected) - dpo.simpo_gamma, terms), dpo)
 
 
 def orpo(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
@@ -296,7 +314,7 @@ def as_known(of_batch: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
     return of_batch[:, 0] + (of_batch[:, 1:] * (logps - logps.detach())).sum(1)
 
 
-LOSSES: dict[LossType, Loss] = {
+LOSSES: dict[str, Loss] = {
     "sigmoid": sigmoid,
     "hinge": hinge,
     "ipo": ipo,
@@ -316,8 +334,51 @@ LOSSES: dict[LossType, Loss] = {
 }
 """Each looks at one pair at a time, so that its gradient can be formed in the head."""
 
-BATCH_LOSSES: dict[LossType, BatchLoss] = {"aot": aot, "aot_unpaired": aot_unpaired}
+BATCH_LOSSES: dict[str, BatchLoss] = {"aot": aot, "aot_unpaired": aot_unpaired}
 """Each needs the log-probs of the whole global batch, which a step has to be gone through for once before."""
 
 TOKEN_MEANS: tuple[LossType, ...] = ("sft",)
 """Those that are a mean over chosen tokens of the global batch, not over its pairs."""
+
+
+# --- a user's own ------------------------------------------------------------------------------------------------
+
+
+def check_losses(dpo: DpoSpec, with_margins: bool) -> None:
+    """Call each loss of a user's on made-up pairs (with margins, where the data have them), before anything is trained
+    with it.
+
+    Raises:
+        UserError: it cannot be imported, or returns what is no loss of each pair by itself that has a gradient.
+    """
+    cure = "return [B]: of each pair its loss, from its terms alone, differentiable in chosen_logps or rejected_logps"
+    for name in dpo.own_losses:
+        if wrong := _wrong_with(user_attribute("dpo.loss_type", name), dpo, with_margins):
+            raise UserError("dpo.loss_type", name, wrong, cure)
+
+
+def _wrong_with(loss: Loss, dpo: DpoSpec, with_margins: bool) -> str:
+    """What makes a function no loss; nothing where it is one."""
+    logps = torch.tensor([-9.0, -30.0, -12.0, -11.0, -24.0, -12.5], dtype=torch.float64, requires_grad=True)
+    ref_logps = torch.tensor([-10.0, -28.0, -12.0, -10.0, -25.0, -12.0], dtype=torch.float64)
+    margins = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if with_margins else None
+    terms = PairTerms.split(logps, ref_logps, torch.tensor([4, 9, 5, 3, 9, 6]), margins)
+    given = f"for {len(terms.chosen_logps)} made-up pairs"
+    try:
+        found: Any = loss(terms, dpo)
+        if not isinstance(found, torch.Tensor) or found.shape != terms.chosen_logps.shape:
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            return f"returns {shape} {given}"
+        if not found.isfinite().all():
+            return f"returns {found.tolist()} {given}, which are not finite"
+        alone = torch.cat([loss(terms.of(slice(i, i + 1)), dpo) for i in range(len(found))])
+    except Exception as error:  # it is a user's
+        return f"raises {type(error).__name__} ({error}) {given}"
+    if not torch.allclose(found, alone):
+        return f"returns {found.tolist()} {given}, but {alone.tolist()} for one at a time"
+    if not found.requires_grad:
+        return f"returns losses without a gradient {given}"
+    [slope] = torch.autograd.grad(found.sum(), logps, allow_unused=True)
+    if slope is None or not slope.isfinite().all():
+        return f"has the gradient {None if slope is None else slope.tolist()} {given}"
+    return ""

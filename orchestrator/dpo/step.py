@@ -83,7 +83,7 @@ class PairStep(nn.Module):
             hidden = body_hidden(self.policy, batch)
         if ref_logps is None:
             ref_logps = self.ask_reference(batch, *captured)
-        known = PairTerms.split(torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens)
+        known = PairTerms.split(torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens, batch.margins)
 
         def terms_of(pairs: slice, sums: PairSums) -> PairTerms:
             chosen, rejected = sums.logps.unbind(1)
@@ -148,7 +148,7 @@ class PairStep(nn.Module):
         )
         pair_sums = torch.stack([per_pair @ weights, weights.sum().expand(len(per_pair))], dim=1)
 
-        fed = (batch.sequence_tokens * weights.repeat(2)).sum().view(1)
+        fed = (batch.sequence_tokens * (weights > 0).double().repeat(2)).sum().view(1)  # whatever a pair weighs
         token_sums = self._token_sums(batch, tokens) if tokens is not None else fed.new_zeros(len(TOKEN_METRICS), 2)
         return torch.cat([pair_sums, token_sums, torch.stack([fed, torch.ones_like(fed)], dim=1)])
 

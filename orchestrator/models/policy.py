@@ -20,7 +20,7 @@ from orchestrator.models.logps import Head
 from orchestrator.models.mapped import load_made, load_mapped, save_made, weights_aside
 from orchestrator.models.quantized import quantized
 from orchestrator.settings.load import looks_local
-from orchestrator.settings.spec import Dtype, InitSpec, LoraSpec, Quantized, RunSpec, UserError
+from orchestrator.settings.spec import DpoSpec, Dtype, InitSpec, LoraSpec, Quantized, RunSpec, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -262,6 +262,19 @@ def check_frozen(config: Any, spec: RunSpec) -> None:
     if frozen is not None and frozen >= layers:
         key = "model.num_frozen_layers" if spec.model.num_frozen_layers else "reference.num_shared_layers"
         raise UserError(key, frozen, f"the model has {layers} layers", f"set it to {layers - 1} or less")
+
+
+def check_router(config: Any, dpo: DpoSpec) -> None:
+    """Refuse a mixture of experts whose load-balancing loss would count, by the rule of TRL: that is not computed here.
+
+    Raises:
+        UserError: the coefficient in the model's config is not 0, and the settings do not say that it is.
+    """
+    text = config.get_text_config()
+    coefficient = getattr(text, "router_aux_loss_coef", 0)
+    if hasattr(text, "output_router_logits") and coefficient and dpo.router_aux_loss_coef is None:
+        rule = f"in the model's config it is {coefficient}, of a load-balancing loss that is not computed here"
+        raise UserError("dpo.router_aux_loss_coef", None, rule, "set it to 0 to train without")
 
 
 def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:

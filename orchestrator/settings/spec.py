@@ -71,6 +71,17 @@ OF_SCORES: tuple[LossType, ...] = (
 )
 """Losses that dpo.f_divergence_type allows: in the difference of a pair's scores cancels what the others would need to
 know, a term of the prompt alone. sft has neither."""
+WITH_MARGIN: tuple[LossType, ...] = (
+    "sigmoid",
+    "hinge",
+    "exo_pair",
+    "robust",
+    "discopop",
+    "sigmoid_norm",
+    "cdpo",
+    "simpo",
+)
+"""Losses over the difference of a pair's rewards, from which its data.margin_column is taken away."""
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EngineKind = Literal["ddp", "deepspeed", "fsdp"]
 ZeroStage = Literal[1, 2, 3]
@@ -306,9 +317,11 @@ class DataSpec(Block):
     """Instead of eval: the part of the training pairs that is held out and evaluated, chosen by run.seed; pairs of one
     prompt stay together, so that no prompt is trained on and evaluated."""
     weight_column: str | None = None
-    """Column of every row with the weight of its pair in the loss, more than 0; 1 each when not set."""
+    """Column of every row with the weight of its pair in loss and metrics, more than 0: a pair of weight 2 counts as
+    two such rows; 1 each when not set."""
     margin_column: str | None = None
-    """Column of every row with the margin by which its chosen completion is to win; none when not set."""
+    """Column of every row with the margin by which its chosen completion is to win, in units of rewards (ODPO: Amini et
+    al. 2024, arXiv 2402.10571); none when not set."""
     collator: UserCodeSpec | None = None
     """A user's collator of rows into TRL's input_ids, attention_mask and completion_mask, as module:attr or {path,
     kwargs}; trl.trainer.dpo_trainer:DataCollatorForPreference is one. A constructor that takes pad_token_id gets the
@@ -411,9 +424,10 @@ def jinja_template(given: str) -> str:
 class DpoSpec(Block):
     """The loss. Names and defaults are TRL's."""
 
-    loss_type: LossType | list[LossType] = "sigmoid"
+    loss_type: str | list[str] = "sigmoid"
     """Loss, or list of losses that are added: sigmoid is DPO (Rafailov et al. 2023, eq. 7), [sigmoid, sft] RPO. The
-    functions of these names in orchestrator/dpo/losses.py have their papers and equations."""
+    functions of these names in orchestrator/dpo/losses.py have their papers and equations. One of your own as
+    module:attr: a function (terms: PairTerms, dpo: DpoSpec) -> [B] of that file's types."""
     loss_weights: list[Annotated[float, Field(allow_inf_nan=False)]] | None = None
     """Factor of each loss, in the order of loss_type; 1 each when not set. Dimensionless."""
     beta: float = Field(0.1, gt=0)
@@ -434,6 +448,9 @@ class DpoSpec(Block):
     2406.11827)."""
     discopop_tau: float = Field(0.05, gt=0)
     """Temperature of the modulation in discopop. Dimensionless."""
+    router_aux_loss_coef: float | None = None
+    """0: train a mixture of experts without its load-balancing loss, which is not computed here; a model whose config
+    weighs it is refused when this is not set."""
     simpo_gamma: float = Field(0.5, ge=0)
     """Margin that simpo wants, in units of its reward: beta times log-prob per token."""
 
@@ -441,14 +458,20 @@ class DpoSpec(Block):
     @classmethod
     def _one_or_several_losses(cls, value: Any) -> Any:
         names = list(value) if isinstance(value, list | tuple) else [value]
-        if not names or any(name not in get_args(LossType) for name in names):
+        own = [name for name in names if isinstance(name, str) and ":" in name]
+        if not names or any(name not in (*get_args(LossType), *own) for name in names):
             raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, get_args(LossType)))})
         return names[0] if len(names) == 1 else names  # a list of one is that one: it resumes a run that named it
 
     @property
-    def loss_types(self) -> list[LossType]:
+    def loss_types(self) -> list[str]:
         """The losses, also where there is one."""
         return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
+
+    @property
+    def own_losses(self) -> list[str]:
+        """Those that are a user's, as module:attr: each may read any setting of this block."""
+        return [name for name in self.loss_types if ":" in name]
 
     @property
     def sees_batch(self) -> bool:
@@ -939,7 +962,10 @@ def _loss_parts(spec: RunSpec) -> None:
     """What acts in some losses and not in others."""
     dpo, names = spec.dpo, spec.dpo.loss_types
     listed, smoothing = ", ".join(names), dpo.label_smoothing
-    not_of_scores = [name for name in names if name not in OF_SCORES]
+    own = dpo.own_losses
+    not_of_scores = [name for name in names if name not in (*OF_SCORES, *own)]
+    for name in own:
+        _user_code("dpo.loss_type", name)
     _refuse(
         [
             _Clash(
@@ -950,7 +976,7 @@ def _loss_parts(spec: RunSpec) -> None:
                 f"give {len(names)}, or remove it: then each is 1",
             ),
             _Clash(
-                smoothing > 0 and not set(SMOOTHED) & set(names),
+                smoothing > 0 and not {*SMOOTHED, *own} & set(names),
                 "dpo.label_smoothing",
                 smoothing,
                 f"acts in {', '.join(SMOOTHED)}, not in {listed}",
@@ -969,6 +995,13 @@ def _loss_parts(spec: RunSpec) -> None:
                 smoothing,
                 "robust divides by 1 - 2 * dpo.label_smoothing, and with more every label would be the wrong one",
                 "set it below 0.5, for example to 0.1",
+            ),
+            _Clash(
+                spec.data.margin_column is not None and not {*WITH_MARGIN, *own} & set(names),
+                "data.margin_column",
+                spec.data.margin_column,
+                f"acts in {', '.join(WITH_MARGIN)}, not in {listed}",
+                "remove it, or take one of these as dpo.loss_type",
             ),
             _Clash(
                 dpo.f_divergence_type != "reverse_kl" and not_of_scores != [],
@@ -992,6 +1025,13 @@ def _loss_parts(spec: RunSpec) -> None:
                 "remove it",
             ),
             _Clash(
+                dpo.router_aux_loss_coef not in (None, 0),
+                "dpo.router_aux_loss_coef",
+                dpo.router_aux_loss_coef,
+                "the load-balancing loss of a mixture of experts is not computed here",
+                "set it to 0",
+            ),
+            _Clash(
                 dpo.use_weighting and dpo.sees_batch,
                 "dpo.use_weighting",
                 dpo.use_weighting,
@@ -1006,14 +1046,14 @@ def _loss_parts(spec: RunSpec) -> None:
                 "set it to true, or take another dpo.loss_type",
             ),
             _Clash(
-                dpo.discopop_tau != 0.05 and "discopop" not in names,
+                dpo.discopop_tau != 0.05 and not own and "discopop" not in names,
                 "dpo.discopop_tau",
                 dpo.discopop_tau,
                 f"does not act in {listed}",
                 "remove it, or set dpo.loss_type=discopop",
             ),
             _Clash(
-                dpo.simpo_gamma != 0.5 and "simpo" not in names,
+                dpo.simpo_gamma != 0.5 and not own and "simpo" not in names,
                 "dpo.simpo_gamma",
                 dpo.simpo_gamma,
                 f"does not act in {listed}",
@@ -1218,9 +1258,6 @@ def _known_scheduler(spec: RunSpec) -> None:
 
 
 def _sources(spec: RunSpec) -> None:
-    for name in ("weight_column", "margin_column"):
-        if (column := getattr(spec.data, name)) is not None:  # Pairs have what it says, and no loss looks at it
-            raise UserError(f"data.{name}", column, "does not act in the loss yet", "remove it")
     for key, source in {**spec.data.sources("train"), **spec.data.sources("eval")}.items():
         for part in ("name", "split"):
             if (value := getattr(source, part)) is not None and source.path.endswith(DATA_SUFFIXES):
@@ -1764,6 +1801,7 @@ TRL_NAMES = {
     "discopop_tau": "dpo.discopop_tau",
     "ld_alpha": "dpo.ld_alpha",
     "use_weighting": "dpo.use_weighting",
+    "router_aux_loss_coef": "dpo.router_aux_loss_coef",
     "simpo_gamma": "dpo.simpo_gamma",
     "rpo_alpha": "dpo.loss_type=[sigmoid, sft] with dpo.loss_weights=[1, rpo_alpha]",
     "seed": "run.seed",

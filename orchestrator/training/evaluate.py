@@ -112,7 +112,7 @@ def all_ranks(world: World, true: bool) -> bool:
 def over_ranks(world: World, counts: Counts) -> Counts:
     """Their sum over all ranks. Collective."""
     local = torch.tensor(counts, dtype=torch.float64, device=world.device)
-    return Counts(*map(int, world.sum(local).tolist()))
+    return Counts(*world.sum(local).tolist())
 
 
 MEASURED = 4  # micro-batches of the first step on each rank, on which a reference is looked at before training

@@ -53,4 +53,4 @@ def evaluated_sets(logs: Collection[str]) -> dict[str, str]:
 def means(totals: list[list[float]]) -> dict[str, float]:
     """Totals -> the mean of each metric by name; num_tokens stays a sum. What was switched off is left out."""
     named = {name: total for name, total in zip(METRICS, totals, strict=True) if total[1] or name not in TOKEN_METRICS}
-    return {name: sum_ if name == "num_tokens" else sum_ / max(count, 1.0) for name, (sum_, count) in named.items()}
+    return {name: sum_ if name == "num_tokens" else sum_ / (count or 1.0) for name, (sum_, count) in named.items()}

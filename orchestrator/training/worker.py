@@ -22,6 +22,7 @@ from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_lengths, longest_sequences, run_length
 from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokenizer_identity, without_held_out
 from orchestrator.data.refcache import RefCache, cache_folder
+from orchestrator.dpo.losses import check_losses
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import Engine
 from orchestrator.engines.build import engine_class
@@ -44,6 +45,7 @@ from orchestrator.models.policy import (
     build_policy,
     check_fit,
     check_frozen,
+    check_router,
     load_config,
     load_tokenizer,
     made_weights,
@@ -138,6 +140,8 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     check_metric_for_best(spec, has_more=metrics is not None)
     config = load_config(spec, tokenizer)
     check_frozen(config, spec)
+    check_router(config, spec.dpo)
+    check_losses(spec.dpo, with_margins=spec.data.margin_column is not None)
     if spec.model.lora is not None:
         check_adapter(spec.model.lora)
     check_reference(spec, config, tokenizer)

@@ -1,7 +1,9 @@
 """Each loss equals its formula in fp64, in value and gradient, and keeps its head where numbers are extreme."""
 
 import math
+import sys
 from itertools import product
+from types import ModuleType
 from typing import Any, get_args
 
 import pytest
@@ -15,10 +17,20 @@ from orchestrator.dpo.losses import (
     PairTerms,
     as_known,
     batch_losses,
+    check_losses,
     pair_losses,
     rewards,
 )
-from orchestrator.settings.spec import OF_BATCH, OF_SCORES, SMOOTHED, DpoSpec, FDivergence, LossType
+from orchestrator.settings.spec import (
+    OF_BATCH,
+    OF_SCORES,
+    SMOOTHED,
+    WITH_MARGIN,
+    DpoSpec,
+    FDivergence,
+    LossType,
+    UserError,
+)
 
 LOGPS = torch.tensor([-10.0, -20.0, -7.0, -11.0, -18.0, -7.0], dtype=torch.float64)
 REFERENCE = torch.tensor([-12.0, -19.0, -7.0, -10.0, -20.0, -7.0], dtype=torch.float64)
@@ -47,7 +59,7 @@ def slopes(name: LossType, terms: PairTerms, dpo: DpoSpec) -> tuple[torch.Tensor
 def test_every_name_of_the_settings_has_a_loss_and_no_other() -> None:
     assert tuple(name for name in get_args(LossType) if name not in BATCH_LOSSES) == tuple(LOSSES)
     assert tuple(BATCH_LOSSES) == OF_BATCH
-    assert {*SMOOTHED, *OF_SCORES, *TOKEN_MEANS} <= {*LOSSES, *BATCH_LOSSES}
+    assert {*SMOOTHED, *OF_SCORES, *TOKEN_MEANS, *WITH_MARGIN} <= {*LOSSES, *BATCH_LOSSES}
 
 
 def test_the_chosen_half_comes_first() -> None:
@@ -63,7 +75,7 @@ def test_the_chosen_half_comes_first() -> None:
 def test_some_of_the_pairs_keep_their_order() -> None:
     some = PairTerms.split(LOGPS, REFERENCE, TOKENS).of(slice(1, 3))
     expected = [[-20, -7], [-18, -7], [-19, -7], [-20, -7], [1, 3], [5, 3], [-20, -7]]
-    assert [None if term is None else term.tolist() for term in some] == [*expected, None]
+    assert [None if term is None else term.tolist() for term in some] == [*expected, None, None]
 
 
 def test_rewards_are_beta_times_the_log_ratio() -> None:
@@ -246,6 +258,76 @@ def test_weighting_multiplies_the_loss_of_each_pair_and_takes_no_part_in_its_slo
 def test_sft_counts_every_token_alike_whatever_ld_alpha_is() -> None:
     terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)._replace(chosen_token_sum=torch.tensor([-11.0, -22.0, -8.0]))
     assert LOSSES["sft"](terms, spec(ld_alpha=0.5)).tolist() == [11, 22, 8]
+
+
+# --- margins of the data -----------------------------------------------------------------------------------------
+
+
+@NAMES
+def test_a_margin_is_what_the_chosen_is_to_win_by_in_rewards(name: LossType) -> None:
+    """It acts as if the chosen completion had earned as much less, or per token for a loss over means."""
+    terms, dpo = PairTerms.split(LOGPS, REFERENCE, TOKENS), spec(0.3)
+    margins = torch.tensor([0.6, -0.3, 1.5], dtype=torch.float64)
+    found = LOSSES[name](terms._replace(margins=margins), dpo)
+    if name not in WITH_MARGIN:
+        assert torch.equal(found, LOSSES[name](terms, dpo))
+        return
+    per_token = terms.chosen_tokens if name in ("sigmoid_norm", "simpo") else 1
+    lower = terms._replace(chosen_logps=terms.chosen_logps - margins / 0.3 * per_token)
+    assert torch.allclose(found, LOSSES[name](lower, dpo), rtol=1e-13)
+
+
+# --- a user's own ------------------------------------------------------------------------------------------------
+
+
+def users(monkeypatch: pytest.MonkeyPatch, loss: Any) -> DpoSpec:
+    """Settings that name a function of a user's beside another loss."""
+    module = ModuleType("a_users_losses")
+    module.mine = loss  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_users_losses", module)
+    return spec(loss_type=["a_users_losses:mine", "sigmoid"], loss_weights=[2, 0.5])
+
+
+def test_a_users_loss_stands_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    dpo = users(monkeypatch, lambda terms, dpo: dpo.label_smoothing * terms.chosen_logps**2)
+    check_losses(dpo, with_margins=False)
+    found = pair_losses(PairTerms.split(LOGPS, REFERENCE, TOKENS), dpo, Counts(3, 9))
+    expected = [2 * EPSILON * logp**2 + 0.5 * loss for logp, loss in zip([10, 20, 7], of("sigmoid"), strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_users_loss_is_given_margins_where_the_data_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    dpo = users(monkeypatch, lambda terms, _: terms.margins - terms.chosen_logps)
+    check_losses(dpo, with_margins=True)
+    with pytest.raises(UserError, match="raises TypeError"):
+        check_losses(dpo, with_margins=False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "complaint"),
+    [
+        (lambda terms, _: (-terms.chosen_logps).mean(), r"returns \(\) for 3 made-up pairs"),
+        (lambda _, __: 1.0, "returns float for 3 made-up pairs"),
+        (lambda terms, _: terms.chosen_logps.log(), "nan.*not finite"),
+        (lambda terms, _: terms.chosen_logps.detach(), "without a gradient"),
+        (lambda terms, _: terms.chosen_logps - terms.chosen_logps.mean(), "but .* for one at a time"),
+        (lambda terms: terms.chosen_logps, "raises TypeError"),
+        (lambda terms, _: (terms.chosen_logps * 0).sqrt(), "has the gradient .*(nan|inf)"),
+    ],
+)
+def test_a_users_loss_that_is_none_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch, loss: Any, complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        check_losses(users(monkeypatch, loss), with_margins=False)
+    assert str(caught.value).startswith("dpo.loss_type = 'a_users_losses:mine': ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_users_loss_that_is_not_there_is_refused() -> None:
+    for name, complaint in (("nowhere_at_all:loss", "cannot be imported"), ("math:loss", "module math has no loss")):
+        with pytest.raises(UserError, match=complaint):
+            check_losses(spec(loss_type=name), with_margins=False)
 
 
 # --- over the whole global batch ---------------------------------------------------------------------------------

@@ -117,6 +117,27 @@ def test_a_filler_contributes_exactly_nothing(packed: bool) -> None:
 
 
 @both_layouts
+def test_a_weight_of_two_is_the_row_twice(packed: bool) -> None:
+    """In loss, gradient and every metric but the tokens that were fed."""
+    dpo = DpoSpec(loss_type=["sigmoid", "sft"], beta=0.3)
+    weighed, repeated = made_step(dpo=dpo), made_step(dpo=dpo)
+    rows = [{**row, "margin": 0.1 * i} for i, row in enumerate(pair_rows(6))]
+    heavy = [{**row, "weight": 2.0 if i in (1, 4) else 1.0} for i, row in enumerate(rows)]
+    collate = collator(packed)
+    twice = collate([*rows, rows[1], rows[4]])
+    found, expected = collate(heavy), run(repeated, [twice], twice.counts)
+    assert found.counts == twice.counts
+    output = run(weighed, [found], found.counts)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    assert (gradients(weighed) - gradients(repeated)).norm() <= 1e-12 * gradients(repeated).norm()
+    assert torch.allclose(output.metric_sums[:-1], expected.metric_sums[:-1], rtol=1e-12)
+    assert output.metric_sums[-1, 0].item() == found.sequence_tokens.sum().item()
+    third = found._replace(pair_weights=found.pair_weights / 3)  # only their ratios count, also below 1
+    assert run(weighed, [third], third.counts).loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    assert metrics(run(weighed, [third], third.counts)) == pytest.approx(metrics(output), rel=1e-12)
+
+
+@both_layouts
 def test_a_filler_alone_has_a_gradient_of_zeros(packed: bool) -> None:
     step = made_step()
     output = run(step, [pair_batch(2, is_filler=True, packed=packed)])

@@ -286,15 +286,12 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
             ["= 0.1", "data.eval already says what is evaluated", "remove one of the two"],
         ),
         (
-            {"data": {"weight_column": "w"}},
-            "data.weight_column",
-            ["= 'w'", "does not act in the loss yet", "remove it"],
-        ),
-        (
-            {"data": {"margin_column": "m"}},
+            {"data": {"margin_column": "m"}, "dpo": {"loss_type": ["ipo", "sft"]}},
             "data.margin_column",
-            ["= 'm'", "does not act in the loss yet", "remove it"],
+            ["= 'm'", "acts in sigmoid, hinge", "not in ipo, sft"],
         ),
+        ({"dpo": {"loss_type": ["sigmoid", "mine:"]}}, "dpo.loss_type", ["'mine:'", "not of the form module:attr"]),
+        ({"dpo": {"router_aux_loss_coef": 0.1}}, "dpo.router_aux_loss_coef", ["= 0.1", "not computed", "set it to 0"]),
         ({"data": {"eval": None, "eval_fraction": 1}}, "data.eval_fraction", ["= 1", "less than 1", "held out"]),
         ({"data": {"train": []}}, "data.train", ["= []", "at least 1 item", "JSONL"]),
         (
@@ -702,6 +699,12 @@ def test_which_zero_stage_runs(tmp_path: Path) -> None:
         ({"loss_type": ["sigmoid", "exo_pair"], "label_smoothing": 0.1}, [("sigmoid", 1), ("exo_pair", 1)]),
         ({"loss_type": ["robust", "sft"], "loss_weights": [0.5, 2]}, [("robust", 0.5), ("sft", 2)]),
         ({"loss_type": "hinge", "loss_weights": [2]}, [("hinge", 2)]),
+        # a user's own may read any of them
+        ({"loss_type": "mine:loss", "label_smoothing": 0.1, "discopop_tau": 1, "simpo_gamma": 1}, [("mine:loss", 1)]),
+        (
+            {"loss_type": ["mine:loss", "ipo"], "f_divergence_type": "forward_kl", "loss_weights": [2, 1]},
+            [("mine:loss", 2), ("ipo", 1)],
+        ),
     ],
 )
 def test_losses_and_their_weights(tmp_path: Path, dpo: dict[str, Any], losses: list[tuple[str, float]]) -> None:

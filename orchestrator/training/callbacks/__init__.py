@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orchestrator.data.collate import user_attribute
-from orchestrator.settings.spec import TRACKERS, LossType, Precision, RunSpec, UserError
+from orchestrator.settings.spec import TRACKERS, Precision, RunSpec, UserError
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback
@@ -51,7 +51,7 @@ class TrainingArgs:
     gradient_checkpointing: bool
     max_length: int | None
     beta: float
-    loss_type: LossType | list[LossType]
+    loss_type: str | list[str]
     logging_dir: str
     logging_steps: int
     eval_steps: int | None

@@ -1,0 +1,83 @@
+"""Whole runs with what the data and the user say of the loss: weights and margins of pairs, a loss of one's own; and a
+mixture of experts without its load-balancing loss."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from support import TINY_MODEL, losses, metric_lines, rows, write_jsonl, write_settings
+
+from orchestrator import cli
+
+PAIRS = 6
+SETTINGS: dict[str, Any] = {
+    "data": {"eval": None, "weight_column": "w", "margin_column": "m"},
+    "dpo": {"loss_type": ["sigmoid", "sft", "aot_unpaired"], "ld_alpha": 0.5},
+    "training": {"max_steps": 3, "logging_steps": 1},
+    "optimizer": {"lr": 3e-3},
+}
+FREE = ("num_tokens", "epoch")  # of pairs that are fed, whatever they weigh
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_curve_of_a_weight_of_two_is_that_of_the_row_twice(tmp_path: Path, ranks: int) -> None:
+    weights = [2 if i in (1, 4) else 1 for i in range(PAIRS)]
+    content = [{**row, "w": w, "m": 0.1 * i} for i, (row, w) in enumerate(zip(rows(PAIRS), weights, strict=True))]
+    repeated = [{**row, "w": 1} for row in content for _ in range(row["w"])]
+    curves: list[list[dict[str, float]]] = []
+    for name, made in (("weighed", content), ("repeated", repeated)):
+        write_jsonl(tmp_path / f"{name}.jsonl", made)
+        words = (f"run.name={name}", f"data.train={tmp_path / name}.jsonl", f"batch.global_batch_size={len(made)}")
+        bytes_alone = "model.init.vocab_size=260"  # with more, the tokenizer would depend on how often a row is there
+        forked.finished(write_settings(tmp_path, **SETTINGS), *words, bytes_alone, ranks=ranks)
+        curves.append(metric_lines(tmp_path / "runs" / name))
+    assert len(curves[0]) == 3
+    for weighed, twice in zip(*curves, strict=True):
+        for key in weighed.keys() - set(FREE):
+            assert weighed[key] == pytest.approx(twice[key], rel=1e-4, abs=1e-5), key
+    assert curves[0][-1]["loss"] < curves[0][0]["loss"]
+
+
+MINE = """
+from torch.nn.functional import logsigmoid
+
+def dpo_again(terms, dpo):
+    chosen = terms.chosen_logps - terms.ref_chosen_logps
+    return -logsigmoid(dpo.beta * (chosen - terms.rejected_logps + terms.ref_rejected_logps))
+
+def of_all(terms, dpo):
+    return terms.chosen_logps.mean()
+"""
+
+
+def test_a_loss_of_a_users_trains_as_its_twin(tmp_path: Path) -> None:
+    (tmp_path / "my_losses.py").write_text(MINE)
+    settings = write_settings(tmp_path, data={"eval": None}, training={"max_steps": 3, "logging_steps": 1})
+    for name, loss in (("twin", "[sigmoid,sft]"), ("mine", "['my_losses:dpo_again',sft]")):
+        forked.finished(settings, f"run.name={name}", f"dpo.loss_type={loss}", ranks=2, cwd=tmp_path)
+    assert losses(tmp_path / "runs" / "mine") == losses(tmp_path / "runs" / "twin")
+    refused = forked.run(settings, "run.name=wrong", "dpo.loss_type=my_losses:of_all", cwd=tmp_path)
+    assert refused.codes == [cli.WRONG]
+    assert "dpo.loss_type = 'my_losses:of_all': returns () for 3 made-up pairs" in refused.stderr
+
+
+def test_experts_train_without_their_load_balancing_loss(tmp_path: Path) -> None:
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    settings = write_settings(
+        tmp_path,
+        model={"init": {"model_type": "qwen3_moe", "vocab_size": 300, "config": {**TINY_MODEL, **sizes}}},
+        data={"eval": None},
+        optimizer={"lr": 3e-3},
+    )
+    refused = forked.run(settings)
+    assert refused.codes == [cli.WRONG]
+    assert "dpo.router_aux_loss_coef = (not set): in the model's config it is 0.001" in refused.stderr
+    forked.finished(settings, "dpo.router_aux_loss_coef=0", ranks=2)
+    found = losses(tmp_path / "runs" / "tiny")
+    assert found[1] == pytest.approx(math.log(2), abs=1e-5)
+    assert found[4] < found[1]
+    config = json.loads((tmp_path / "runs" / "tiny" / "model" / "config.json").read_text())
+    assert config["model_type"] == "qwen3_moe"
