@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.ledger import read
 from orchestrator.training.rundir import RunDir
 
@@ -92,6 +93,13 @@ def raw_settings(folder: Path, **blocks: Any) -> dict[str, Any]:
 def tiny_spec(folder: Path, **blocks: Any) -> RunSpec:
     """`raw_settings`, validated."""
     return make_spec(raw_settings(folder, **blocks))
+
+
+def refused(folder: Path, **blocks: Any) -> UserError:
+    """The error that settings are refused with."""
+    with pytest.raises(UserError) as caught:
+        make_spec(raw_settings(folder, **blocks))
+    return caught.value
 
 
 def write_settings(folder: Path, name: str = "run.yaml", **blocks: Any) -> Path:

@@ -15,16 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from orchestrator.data.collate import user_attribute
 from orchestrator.engines.base import OptimizerFactory, ParamGroups, SchedulerFactory
-from orchestrator.settings.spec import (
-    OPTIMIZERS,
-    EngineSpec,
-    OptimizerSpec,
-    RunSpec,
-    SchedulerSpec,
-    UserError,
-    check_optimizer,
-    optimizer_kind,
-)
+from orchestrator.settings.optimizers import OPTIMIZERS, check_optimizer, optimizer_kind
+from orchestrator.settings.spec import EngineSpec, OptimizerSpec, RunSpec, SchedulerSpec, UserError
 
 Optimizers = tuple[OptimizerFactory | None, SchedulerFactory | None]
 """(parameter groups -> optimizer, optimizer -> schedule) of a Python user; where one is None the settings say."""

@@ -33,7 +33,8 @@ from orchestrator.run.probe import (
     side_by_side,
 )
 from orchestrator.settings.load import PATH_KEYS, SettingsError, looks_local, paths_in
-from orchestrator.settings.spec import RunSpec, UserError, optimizer_kind
+from orchestrator.settings.optimizers import optimizer_kind
+from orchestrator.settings.spec import RunSpec, UserError
 
 DEADLINE_S = 40.0  # seconds after which no node is waited for any more
 START_S = 25.0  # seconds that a node has for its first answer, before which its process must start

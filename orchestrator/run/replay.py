@@ -22,7 +22,8 @@ from orchestrator.run.debug import joined
 from orchestrator.run.prompt import debugger
 from orchestrator.run.trial import NothingToSave, nowhere
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume, optimizer_kind
+from orchestrator.settings.optimizers import optimizer_kind
+from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.manifest import committed, step_of, verify

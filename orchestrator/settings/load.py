@@ -10,7 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from orchestrator.settings.spec import DATA_SUFFIXES, RunSpec, Split, UserError, explain
+from orchestrator.settings.explain import explain
+from orchestrator.settings.spec import DATA_SUFFIXES, RunSpec, Split, UserError
 
 # Settings that hold paths: of rows, always one of ours, and what may be a hub name instead.
 DATA_KEYS: dict[str, Split] = {"data.train": "train", "data.eval": "eval"}

@@ -62,15 +62,8 @@ from orchestrator.models.reference import (
     identity_of,
 )
 from orchestrator.settings.load import DATA_KEYS, paths_in
-from orchestrator.settings.spec import (
-    AttentionName,
-    Precision,
-    Quantized,
-    RunSpec,
-    UserError,
-    check_cache_with_collator,
-    check_metric_for_best,
-)
+from orchestrator.settings.rules import check_cache_with_collator, check_metric_for_best
+from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
 from orchestrator.training import checkpoint, manifest
 from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
 from orchestrator.training.compute_metrics import UserMetrics, bytes_together, check_memory, user_metrics

@@ -17,14 +17,8 @@ from orchestrator.engines.base import Owned, Updated
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import (
-    ELEMENTWISE_OPTIMIZERS,
-    DpoSpec,
-    EngineSpec,
-    OptimizerSpec,
-    Precision,
-    SchedulerSpec,
-)
+from orchestrator.settings.optimizers import ELEMENTWISE_OPTIMIZERS
+from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
 from orchestrator.training.checkpoint import Reader, save
 
 COUNTS = Counts(4, 1)

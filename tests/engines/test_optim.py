@@ -33,16 +33,8 @@ from orchestrator.engines.optim import (
 )
 from orchestrator.models.reference import Reference
 from orchestrator.run.debug import debug
-from orchestrator.settings.spec import (
-    ELEMENTWISE_OPTIMIZERS,
-    OPTIMIZERS,
-    DpoSpec,
-    EngineSpec,
-    OptimizerSpec,
-    SchedulerName,
-    SchedulerSpec,
-    UserError,
-)
+from orchestrator.settings.optimizers import ELEMENTWISE_OPTIMIZERS, OPTIMIZERS
+from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, SchedulerName, SchedulerSpec, UserError
 from orchestrator.training.checkpoint import Reader, save
 
 

@@ -1,0 +1,765 @@
+"""The rules between settings: which of them cannot stand together, each in one line with key, value, rule and cure."""
+
+import difflib
+import math
+import re
+from typing import NamedTuple, get_args
+
+from orchestrator.settings.deepspeed import contradictions
+from orchestrator.settings.optimizers import (
+    ELEMENTWISE_OPTIMIZERS,
+    OPTIMIZERS,
+    TRL_OPTIMIZERS,
+    USELESS_OPTIMIZERS,
+    check_optimizer,
+    optimizer_kind,
+)
+from orchestrator.settings.spec import (
+    DATA_SUFFIXES,
+    EVALUATED,
+    OF_SCORES,
+    SMOOTHED,
+    TEMPLATE_CALL,
+    TRACKERS,
+    WITH_MARGIN,
+    EngineSpec,
+    EvaluationSpec,
+    LoraSpec,
+    Quantized,
+    ReferenceSpec,
+    RunSpec,
+    SchedulerName,
+    UserError,
+)
+
+
+def check_rules(spec: RunSpec) -> None:
+    """Refuse settings that contradict each other, before anything is loaded.
+
+    Raises:
+        UserError: the first rule that they break.
+    """
+    for rule in (
+        _one_model,
+        _one_micro_batch_key,
+        _one_length,
+        _row_tokens,
+        _known_optimizer,
+        _known_scheduler,
+        _sources,
+        _evaluation,
+        _engine_parts,
+        _engine_limits,
+        _deepspeed_file,
+        _loss_parts,
+        _model_parts,
+        _reference_parts,
+        _reference_sharded,
+        _reference_sync,
+        _reference_cache,
+        _resources,
+        _elastic,
+        _slurm,
+    ):
+        rule(spec)
+    for entry in spec.callbacks:
+        _known_callback(entry.path)
+    if spec.data.collator:
+        _user_code("data.collator", spec.data.collator.path)
+    if spec.evaluation.compute_metrics:
+        _user_code("evaluation.compute_metrics", spec.evaluation.compute_metrics)
+
+
+class _Clash(NamedTuple):
+    """Settings that contradict each other where `found`."""
+
+    found: bool
+    key: str
+    value: object
+    rule: str
+    cure: str
+
+
+def _refuse(clashes: list[_Clash]) -> None:
+    for clash in clashes:
+        if clash.found:
+            raise UserError(*clash[1:])
+
+
+def _one_model(spec: RunSpec) -> None:
+    if spec.model.path and spec.model.init:
+        raise UserError("model.path", spec.model.path, "model.init is set as well", "remove one of the two")
+    if not (spec.model.path or spec.model.init):
+        cure = "set it to a folder or hub name of a causal LM, or set model.init"
+        raise UserError("model.path", spec.model.path, "there is no model to train", cure)
+    if spec.model.init and spec.model.init.vocab_size < 260:
+        raise UserError(
+            "model.init.vocab_size",
+            spec.model.init.vocab_size,
+            "a byte-level tokenizer has 256 bytes and 4 special tokens",
+            "set it to 260 or more",
+        )
+
+
+def _one_micro_batch_key(spec: RunSpec) -> None:
+    batch = spec.batch
+    if (batch.micro_batch_size is None) == (batch.max_tokens_per_microbatch is None):
+        raise UserError(
+            "batch",
+            {"micro_batch_size": batch.micro_batch_size, "max_tokens_per_microbatch": batch.max_tokens_per_microbatch},
+            "exactly one of the two says how large a forward pass is",
+            "remove one, or set batch.micro_batch_size=1",
+        )
+    if batch.micro_batch_size and batch.micro_batch_size > batch.global_batch_size:
+        raise UserError(
+            "batch.micro_batch_size",
+            batch.micro_batch_size,
+            f"is more than batch.global_batch_size ({batch.global_batch_size})",
+            f"set it to {batch.global_batch_size} or less",
+        )
+
+
+def _loss_parts(spec: RunSpec) -> None:
+    """What acts in some losses and not in others."""
+    dpo, names = spec.dpo, spec.dpo.loss_types
+    listed, smoothing = ", ".join(names), dpo.label_smoothing
+    own = dpo.own_losses
+    not_of_scores = [name for name in names if name not in (*OF_SCORES, *own)]
+    for name in own:
+        _user_code("dpo.loss_type", name)
+    _refuse(
+        [
+            _Clash(
+                len(dpo.weights) != len(names),
+                "dpo.loss_weights",
+                dpo.loss_weights,
+                f"is not one number for each of {listed}",
+                f"give {len(names)}, or remove it: then each is 1",
+            ),
+            _Clash(
+                smoothing > 0 and not {*SMOOTHED, *own} & set(names),
+                "dpo.label_smoothing",
+                smoothing,
+                f"acts in {', '.join(SMOOTHED)}, not in {listed}",
+                "remove it, or set dpo.loss_type=cdpo (sigmoid with smoothed labels) or robust",
+            ),
+            _Clash(
+                smoothing == 0 and "exo_pair" in names,
+                "dpo.label_smoothing",
+                smoothing,
+                "exo_pair takes its logarithm",
+                "set it to 0.001, as its paper does",
+            ),
+            _Clash(
+                smoothing >= 0.5 and "robust" in names,
+                "dpo.label_smoothing",
+                smoothing,
+                "robust divides by 1 - 2 * dpo.label_smoothing, and with more every label would be the wrong one",
+                "set it below 0.5, for example to 0.1",
+            ),
+            _Clash(
+                spec.data.margin_column is not None and not {*WITH_MARGIN, *own} & set(names),
+                "data.margin_column",
+                spec.data.margin_column,
+                f"acts in {', '.join(WITH_MARGIN)}, not in {listed}",
+                "remove it, or take one of these as dpo.loss_type",
+            ),
+            _Clash(
+                dpo.f_divergence_type != "reverse_kl" and not_of_scores != [],
+                "dpo.f_divergence_type",
+                dpo.f_divergence_type,
+                f"is for losses over the difference of a pair's scores, which {', '.join(not_of_scores)} is not",
+                f"remove it, or take dpo.loss_type of {', '.join(OF_SCORES)}",
+            ),
+            _Clash(
+                dpo.f_alpha_divergence_coef != 0.5 and dpo.f_divergence_type != "alpha_divergence",
+                "dpo.f_alpha_divergence_coef",
+                dpo.f_alpha_divergence_coef,
+                f"does not act on {dpo.f_divergence_type}",
+                "remove it, or set dpo.f_divergence_type=alpha_divergence",
+            ),
+            _Clash(
+                dpo.ld_alpha is not None and set(names) == {"sft"},
+                "dpo.ld_alpha",
+                dpo.ld_alpha,
+                "does not act in sft, which counts every token of the chosen alike",
+                "remove it",
+            ),
+            _Clash(
+                dpo.router_aux_loss_coef not in (None, 0),
+                "dpo.router_aux_loss_coef",
+                dpo.router_aux_loss_coef,
+                "the load-balancing loss of a mixture of experts is not computed here",
+                "set it to 0",
+            ),
+            _Clash(
+                dpo.use_weighting and dpo.sees_batch,
+                "dpo.use_weighting",
+                dpo.use_weighting,
+                f"weighs pairs, and {listed} compares sorted pairs with one another",
+                "remove it, or take another dpo.loss_type",
+            ),
+            _Clash(
+                dpo.sees_batch and not spec.model.disable_dropout,
+                "model.disable_dropout",
+                spec.model.disable_dropout,
+                f"{listed} runs the policy twice a step, and dropout would differ between the two",
+                "set it to true, or take another dpo.loss_type",
+            ),
+            _Clash(
+                dpo.discopop_tau != 0.05 and not own and "discopop" not in names,
+                "dpo.discopop_tau",
+                dpo.discopop_tau,
+                f"does not act in {listed}",
+                "remove it, or set dpo.loss_type=discopop",
+            ),
+            _Clash(
+                dpo.simpo_gamma != 0.5 and not own and "simpo" not in names,
+                "dpo.simpo_gamma",
+                dpo.simpo_gamma,
+                f"does not act in {listed}",
+                "remove it, or set dpo.loss_type=simpo",
+            ),
+        ]
+    )
+
+
+def _one_length(spec: RunSpec) -> None:
+    if spec.training.max_steps is not None and spec.training.epochs is not None:
+        raise UserError(
+            "training",
+            {"max_steps": spec.training.max_steps, "epochs": spec.training.epochs},
+            "only one of the two says how long to train",
+            "remove training.epochs or training.max_steps",
+        )
+
+
+def _row_tokens(spec: RunSpec) -> None:
+    """How a row becomes tokens."""
+    data, whole = spec.data, spec.data.max_length or math.inf
+    taken = next((name for name in data.chat_template_kwargs if name in TEMPLATE_CALL), "")
+    _refuse(
+        [
+            _Clash(
+                (data.max_prompt_length or 0) >= whole,
+                "data.max_prompt_length",
+                data.max_prompt_length,
+                f"leaves no room for a completion in data.max_length ({whole})",
+                "lower it, or raise data.max_length",
+            ),
+            _Clash(
+                (data.max_completion_length or 0) > whole,
+                "data.max_completion_length",
+                data.max_completion_length,
+                f"is more than data.max_length ({whole}), which counts the prompt as well",
+                "remove it, or raise data.max_length",
+            ),
+            _Clash(
+                taken != "",
+                f"data.chat_template_kwargs.{taken}",
+                data.chat_template_kwargs.get(taken),
+                "is no variable of a template, and said already where rows become tokens",
+                "remove it",
+            ),
+        ]
+    )
+
+
+def _known_optimizer(spec: RunSpec) -> None:
+    name, kwargs = spec.optimizer.name, spec.optimizer.kwargs
+    module, _, last = name.rpartition(".")
+    if ":" in name:
+        _user_code("optimizer.name", name)
+    elif last not in OPTIMIZERS.get(module, ()) and name not in USELESS_OPTIMIZERS:
+        dotted = {end: f"{home}.{end}" for home, ends in OPTIMIZERS.items() if module in ("", home) for end in ends}
+        near = [dotted[end] for end in difflib.get_close_matches(last, dotted, n=1)]
+        meant = TRL_OPTIMIZERS.get(name) or (near[0] if near else "")
+        rule = "is neither an optimizer of torch, bitsandbytes or deepspeed whose maths is known here nor a module:attr"
+        cure = f"did you mean {meant}?" if meant else "take one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS)
+        raise UserError("optimizer.name", name, rule, cure)
+    check_optimizer("optimizer.name", name, spec.engine)
+    for key in {"lr", "weight_decay"} & kwargs.keys():
+        cure = f"set optimizer.{key} instead"
+        raise UserError(f"optimizer.kwargs.{key}", kwargs[key], "has a setting of its own", cure)
+
+
+def _known_scheduler(spec: RunSpec) -> None:
+    scheduler, name = spec.scheduler, spec.scheduler.name
+    dotted, last = name.startswith("torch.optim.lr_scheduler."), name.rpartition(".")[2]
+    in_python = "in Python give it as train(spec, optimizers=(None, optimizer -> schedule))"
+    near = difflib.get_close_matches(name, get_args(SchedulerName), n=1)
+    meant = near[0] if near else f"torch.optim.lr_scheduler.{last}" if last.endswith("LR") else ""
+    warmup = "warmup_steps" if scheduler.warmup_ratio is None else "warmup_ratio"
+    _refuse(
+        [
+            _Clash(
+                last in ("ReduceLROnPlateau", "reduce_lr_on_plateau", "greedy", "GreedyLR"),
+                "scheduler.name",
+                name,
+                "needs a metric at every step",
+                "take linear, cosine or another that needs the step alone",
+            ),
+            _Clash(
+                last in ("SequentialLR", "ChainedScheduler"),
+                "scheduler.name",
+                name,
+                "takes other schedulers as arguments",
+                in_python,
+            ),
+            _Clash(last in ("LambdaLR", "MultiplicativeLR"), "scheduler.name", name, "takes a function", in_python),
+            _Clash(
+                name not in get_args(SchedulerName) and not dotted,
+                "scheduler.name",
+                name,
+                "is neither a schedule of transformers nor a torch.optim.lr_scheduler.NAME",
+                f"did you mean {meant}?" if meant else "take one of " + ", ".join(get_args(SchedulerName)),
+            ),
+            _Clash(
+                bool(scheduler.warmup_steps and scheduler.warmup_ratio is not None),
+                "scheduler.warmup_ratio",
+                scheduler.warmup_ratio,
+                f"scheduler.warmup_steps ({scheduler.warmup_steps}) says it already",
+                "remove one of the two",
+            ),
+            _Clash(
+                dotted and bool(getattr(scheduler, warmup)),
+                f"scheduler.{warmup}",
+                getattr(scheduler, warmup),
+                f"does not act on {name}",
+                "remove it, or take linear, cosine or constant",
+            ),
+            _Clash(
+                name in ("linear", "constant", "constant_with_warmup") and bool(scheduler.kwargs),
+                "scheduler.kwargs",
+                scheduler.kwargs,
+                f"{name} takes none",
+                "remove scheduler.kwargs",
+            ),
+        ]
+    )
+    said = {
+        "num_warmup_steps": ("has a setting of its own", "set scheduler.warmup_steps instead"),
+        "num_training_steps": ("is the length of the run", "remove it"),
+        "last_epoch": ("is where the schedule was, which a checkpoint says", "remove it"),
+    }
+    for key in said.keys() & scheduler.kwargs.keys():
+        raise UserError(f"scheduler.kwargs.{key}", scheduler.kwargs[key], *said[key])
+
+
+def _sources(spec: RunSpec) -> None:
+    for key, source in {**spec.data.sources("train"), **spec.data.sources("eval")}.items():
+        for part in ("name", "split"):
+            if (value := getattr(source, part)) is not None and source.path.endswith(DATA_SUFFIXES):
+                rule = f"{source.path} is a file, which has no such part"
+                raise UserError(f"{key}.{part}", value, rule, "remove it, or give a hub name")
+
+
+def _evaluation(spec: RunSpec) -> None:
+    for key, value in spec.evaluation:
+        if value != EvaluationSpec.model_fields[key].default and not spec.data.eval_sets:
+            raise UserError(
+                f"evaluation.{key}",
+                value,
+                "needs evaluation pairs",
+                "set data.eval to a file of preference pairs, or data.eval_fraction=0.05",
+            )
+    if spec.data.eval and spec.data.eval_fraction is not None:
+        rule = "data.eval already says what is evaluated"
+        raise UserError("data.eval_fraction", spec.data.eval_fraction, rule, "remove one of the two")
+    for name in spec.data.eval_sets:
+        if name and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            cure = "take letters, digits, _ and -"
+            raise UserError("data.eval", name, "cannot be a part of the names of metrics", cure)
+        if name in EVALUATED:
+            raise UserError("data.eval", name, "is the name of a metric", "give that set another name")
+    no_best, by = spec.evaluation.metric_for_best is None, "for example evaluation.metric_for_best=loss"
+    which, stopping = spec.checkpoint.export, spec.evaluation.early_stopping
+    rule = "needs evaluation.metric_for_best, which says what is better"
+    if no_best and stopping is not None:
+        raise UserError("evaluation.early_stopping", stopping.model_dump(), rule, by)
+    if no_best and which == "best":
+        raise UserError("checkpoint.export", which, rule, by)
+
+
+def check_metric_for_best(spec: RunSpec, has_more: bool = False) -> None:
+    """Refuse a metric that no evaluation has.
+
+    has_more: a user's compute_metrics adds some, whose names are not known before it was asked.
+
+    Raises:
+        UserError: evaluation.metric_for_best is such a one.
+    """
+    given = spec.evaluation.metric_for_best
+    if given is None:
+        return
+    metrics = [f"{name}_{metric}" if name else metric for name in spec.data.eval_sets for metric in EVALUATED]
+    bare = given.removeprefix("eval_")
+    if has_more and any(bare.startswith(f"{name}_" * bool(name)) for name in spec.data.eval_sets):
+        return
+    if bare not in metrics:
+        near = difflib.get_close_matches(bare, metrics, n=1)
+        cure = f"did you mean {near[0]}?" if near else f"for example evaluation.metric_for_best={metrics[0]}"
+        raise UserError("evaluation.metric_for_best", given, "is not among the evaluated metrics", cure)
+
+
+def _engine_parts(spec: RunSpec) -> None:
+    """What one engine has and another has not."""
+    engine, kind = spec.engine, spec.engine.kind
+    no_buckets = kind == "fsdp" and engine.bucket_size is not None
+    owners = {
+        "deepspeed": ("zero_stage", "deepspeed_config", "overlap_comm"),
+        "fsdp": ("reshard_after_forward",),
+        "ddp": ("shard_optimizer",),
+    }
+    others = [(name, owner) for owner, names in owners.items() for name in names if owner != kind]
+    defaults = {name: EngineSpec.model_fields[name].default for name, _ in others}
+    _refuse(
+        [
+            _Clash(
+                getattr(engine, name) != defaults[name],
+                f"engine.{name}",
+                getattr(engine, name),
+                f"does not act on engine.kind {kind}",
+                f"set engine.kind={owner}, or remove it",
+            )
+            for name, owner in others
+        ]
+        + [
+            _Clash(
+                no_buckets,
+                "engine.bucket_size",
+                engine.bucket_size,
+                "does not act on engine.kind fsdp, where the gradient of a layer travels by itself",
+                "remove it",
+            ),
+            _Clash(
+                engine.offload == "optimizer" and kind != "deepspeed",
+                "engine.offload",
+                engine.offload,
+                "under fsdp the state lies where the weights are" if kind == "fsdp" else "ddp has no offload",
+                "set engine.offload=parameters" if kind == "fsdp" else "set engine.kind=deepspeed",
+            ),
+            _Clash(
+                engine.offload == "parameters" and not engine.shards_weights,
+                "engine.offload",
+                engine.offload,
+                f"under {_named(engine)} every rank computes with whole weights that stay on its device",
+                "set engine.zero_stage=3, or engine.offload=optimizer"
+                if kind == "deepspeed"
+                else "set engine.kind=fsdp, or engine.kind=deepspeed and engine.zero_stage=3",
+            ),
+        ]
+    )
+
+
+def _engine_limits(spec: RunSpec) -> None:
+    """What an engine cannot do without changing numbers."""
+    engine, lora = spec.engine, spec.model.lora
+    base = lora.base if lora else None
+    _refuse(
+        [
+            _Clash(
+                spec.precision == "fp64" and engine.kind == "deepspeed",
+                "precision",
+                spec.precision,
+                "deepspeed adds gradients and keeps the weights that it updates in fp32",
+                "set engine.kind=ddp or fsdp, or precision=fp32",
+            ),
+            _Clash(
+                base in get_args(Quantized) and engine.shards_weights,
+                "model.lora.base",
+                base,
+                f"the codes of a quantised layer cannot be cut into the shards of {_named(engine)}",
+                "set engine.kind=ddp, or engine.kind=deepspeed and engine.zero_stage=2, or model.lora.base=bf16",
+            ),
+        ]
+    )
+
+
+def _named(engine: EngineSpec) -> str:
+    return f"deepspeed at stage {engine.stage}" if engine.kind == "deepspeed" else engine.kind
+
+
+def _deepspeed_file(spec: RunSpec) -> None:
+    for found in contradictions(spec):
+        raise UserError(f"engine.deepspeed_config.{found.path}", found.value, found.rule, found.cure)
+
+
+def _model_parts(spec: RunSpec) -> None:
+    model, lora = spec.model, spec.model.lora or LoraSpec()  # pyright: ignore[reportCallIssue]
+    own = {name: getattr(lora, name) for name in ("r", "alpha", "target_modules") if getattr(lora, name) is not None}
+    _refuse(
+        [
+            _Clash(
+                bool(model.lora and model.num_frozen_layers),
+                "model.num_frozen_layers",
+                model.num_frozen_layers,
+                "model.lora freezes every layer of the base already",
+                "remove one of the two",
+            ),
+            _Clash(
+                bool(lora.adapter_path and own),
+                "model.lora",
+                own,
+                "the adapter at model.lora.adapter_path has these already",
+                "remove them, or model.lora.adapter_path",
+            ),
+            _Clash(
+                spec.precision == "fp64" and lora.base is not None,
+                "model.lora.base",
+                lora.base,
+                "precision fp64 would compute with what these bits have left",
+                "remove it, or set precision=fp32",
+            ),
+        ]
+    )
+
+
+def _reference_parts(spec: RunSpec) -> None:
+    reference, model, kind = spec.reference, spec.model, spec.reference.kind
+    shared, quantised, copied = kind == "shared_layers", kind in get_args(Quantized), kind == "copy"
+    own_start = reference.path is None
+    base = model.lora.base if model.lora else None
+    _refuse(
+        [
+            _Clash(
+                shared and reference.num_shared_layers is None,
+                "reference.num_shared_layers",
+                None,
+                "kind shared_layers needs the number of lowest layers that both models share",
+                "set it, for example to half of the model's layers",
+            ),
+            _Clash(
+                not shared and reference.num_shared_layers is not None,
+                "reference.num_shared_layers",
+                reference.num_shared_layers,
+                f"does not act on kind {kind}",
+                "set reference.kind=shared_layers; model.num_frozen_layers freezes without sharing",
+            ),
+            _Clash(
+                shared and not own_start,
+                "reference.path",
+                reference.path,
+                "the layers that kind shared_layers shares are the policy's own, which another model does not have",
+                "remove it, or set reference.kind=copy",
+            ),
+            _Clash(
+                shared and model.lora is not None,
+                "reference.kind",
+                kind,
+                "with model.lora every layer of the base can be shared",
+                "set reference.kind=adapter_off",
+            ),
+            _Clash(
+                shared and model.num_frozen_layers not in (None, reference.num_shared_layers),
+                "model.num_frozen_layers",
+                model.num_frozen_layers,
+                f"the shared layers are the frozen ones, and reference.num_shared_layers is "
+                f"{reference.num_shared_layers}",
+                "remove it",
+            ),
+            _Clash(
+                kind in ("shared_layers", "adapter_off") and not model.disable_dropout,
+                "model.disable_dropout",
+                model.disable_dropout,
+                f"with kind {kind} the policy's dropout would reach the reference",
+                "set it to true, or reference.kind=copy",
+            ),
+            _Clash(
+                kind == "adapter_off" and model.lora is None,
+                "reference.kind",
+                kind,
+                "there is no adapter to switch off",
+                "set model.lora, or reference.kind=copy",
+            ),
+            _Clash(
+                kind == "adapter_off" and not own_start,
+                "reference.path",
+                reference.path,
+                "kind adapter_off judges by the policy's own base, not by another model",
+                "remove it, or set reference.kind=copy",
+            ),
+            _Clash(
+                (copied or quantised) and own_start and base in get_args(Quantized),
+                "reference.kind",
+                kind,
+                f"a base in {base} has no second set of weights to copy: its own are frozen",
+                "set reference.kind=adapter_off",
+            ),
+            _Clash(
+                quantised and spec.precision == "fp64",
+                "precision",
+                spec.precision,
+                f"a reference in {kind} computes in 16 or 32 bits",
+                "set precision=fp32, or reference.kind=copy",
+            ),
+            _Clash(
+                reference.dtype is not None and not (copied or (kind == "precomputed" and not own_start)),
+                "reference.dtype",
+                reference.dtype,
+                "the policy itself makes the log-probs, in its own type"
+                if kind == "precomputed"
+                else f"the weights of kind {kind} have a type already",
+                "remove it, or set reference.kind=copy",
+            ),
+            _Clash(
+                reference.offload and not copied,
+                "reference.offload",
+                reference.offload,
+                f"kind {kind} has no copy of the weights in the device's memory",
+                "remove it, or set reference.kind=copy",
+            ),
+            _Clash(
+                reference.max_reward_error is not None and not reference.is_approximate,
+                "reference.max_reward_error",
+                reference.max_reward_error,
+                f"kind {kind} computes as the model it stands for, so no error is measured",
+                "remove it",
+            ),
+        ]
+    )
+
+
+def _reference_sharded(spec: RunSpec) -> None:
+    reference, engine = spec.reference, spec.engine
+    why, cure = "", "remove it, or set reference.kind=copy"
+    if not reference.sharded:
+        return
+    if not engine.shards_weights:
+        why, cure = f"{_named(engine)} shards no weights", "remove it, or set engine.kind=fsdp"
+    elif reference.kind not in ("copy", "shared_layers"):
+        why = f"kind {reference.kind} has no weights that could be cut"
+    elif reference.dtype is not None:
+        why, cure = f"the shards are of the policy's type, not {reference.dtype}", "remove it, or reference.dtype"
+    elif reference.offload:
+        why, cure = "engine.offload says where shards lie", "remove it, or reference.offload"
+    if why:
+        raise UserError("reference.sharded", reference.sharded, why, cure)
+
+
+def _reference_sync(spec: RunSpec) -> None:
+    reference, why = spec.reference, ""
+    if reference.sync_every is None:
+        return
+    if spec.model.lora is not None:
+        why = "mixing the factors of two adapters is not mixing their weights"
+    elif reference.kind in get_args(Quantized):
+        why = f"weights in {reference.kind} cannot move by small steps"
+    elif reference.dtype in ("bf16", "fp16"):
+        why = f"weights in {reference.dtype} lose small steps"
+    elif reference.kind == "precomputed":
+        why = "log-probs that are made once are those of one reference"
+    elif reference.cache == "full":
+        why = "what reference.cache=full knows of the reference is wrong once it has moved"
+    if why:
+        cure = "remove it, or train without model.lora" if spec.model.lora else "remove it, or set reference.kind=copy"
+        if reference.kind in ("copy", "shared_layers") and not spec.model.lora:
+            cure = "remove reference.dtype" if reference.dtype in ("bf16", "fp16") else "set reference.cache=off"
+        raise UserError("reference.sync_every", reference.sync_every, why, cure)
+
+
+def _reference_cache(spec: RunSpec) -> None:
+    reference = spec.reference
+    if reference.kind == "precomputed" and reference.cache == "off":
+        cure = "remove reference.cache, or set reference.kind=copy"
+        raise UserError("reference.cache", reference.cache, "kind precomputed keeps its log-probs there", cure)
+    if spec.data.collator:
+        check_cache_with_collator(reference, "data.collator")
+
+
+def check_cache_with_collator(reference: ReferenceSpec, collator: str) -> None:
+    """Refuse log-probs that are wanted before a user's collator, given under that name, has run.
+
+    Raises:
+        UserError: reference.kind or reference.cache.
+    """
+    if reference.kind != "precomputed" and reference.cache != "full":
+        return
+    key, value = ("kind", reference.kind) if reference.kind == "precomputed" else ("cache", reference.cache)
+    rule = f"what {collator} will feed is not known beforehand"
+    cure = "remove it, or let the collator return ref_chosen_logps and ref_rejected_logps"
+    raise UserError(f"reference.{key}", value, rule, cure)
+
+
+def _resources(spec: RunSpec) -> None:
+    resources = spec.cluster.resources
+    if resources and not any(resources.values()):
+        raise UserError(
+            "cluster.resources",
+            resources,
+            "asks for nothing, so nothing would limit the workers",
+            "for example {CPU: 1}",
+        )
+
+
+def _elastic(spec: RunSpec) -> None:
+    name, cluster = spec.optimizer.name, spec.cluster
+    if cluster.min_workers < cluster.max_workers and optimizer_kind(name) != "elementwise":
+        raise UserError(
+            "cluster.num_workers",
+            cluster.num_workers,
+            f"the state of {name} is not elementwise, so that only as many ranks as wrote it can go on from it",
+            f"set cluster.num_workers={cluster.max_workers}, or take torch.optim.AdamW",
+        )
+
+
+def _slurm(spec: RunSpec) -> None:
+    slurm, cluster = spec.slurm, spec.cluster
+    each = slurm.workers_per_node
+    no_flag = next((entry for entry in slurm.args if not entry.startswith("--")), None)
+    exported = next((entry for entry in slurm.args if entry.startswith("--export=") and entry.count("=") > 1), None)
+    _refuse(
+        [
+            _Clash(
+                slurm.time_s is not None and slurm.signal_s >= slurm.time_s,
+                "slurm.signal_s",
+                slurm.signal_s,
+                f"is not less than slurm.time ({slurm.time}), so that every start would be asked to stop at once",
+                "lower it, or raise slurm.time",
+            ),
+            _Clash(
+                cluster.placement == "STRICT_PACK" and each is not None and each < cluster.max_workers,
+                "slurm.workers_per_node",
+                each,
+                f"cluster.placement STRICT_PACK wants all {cluster.max_workers} workers on one node",
+                "remove it, or set cluster.placement=PACK",
+            ),
+            _Clash(
+                cluster.placement == "STRICT_SPREAD" and each is not None and each > 1,
+                "slurm.workers_per_node",
+                each,
+                "cluster.placement STRICT_SPREAD wants each worker on a node of its own",
+                "remove it, or set cluster.placement=PACK",
+            ),
+            _Clash(
+                no_flag is not None,
+                "slurm.args",
+                no_flag,
+                "is not a flag of the form --name or --name=value",
+                "for example slurm.args=[--mem=0]",
+            ),
+            _Clash(
+                exported is not None,
+                "slurm.args",
+                "=".join((exported or "").split("=")[:2]) + "=...",
+                "would leave the value in the run directory, for all to read",
+                "remove it, and set the variable where you submit: the job's environment is that one",
+            ),
+        ]
+    )
+
+
+def _known_callback(name: str) -> None:
+    if name in TRACKERS:
+        return
+    if name == "wandb":
+        raise UserError("callbacks", name, "has a block of settings", "remove it, and set wandb.mode=auto")
+    if near := difflib.get_close_matches(name, TRACKERS, n=1):
+        raise UserError("callbacks", name, "is no tracker", f"did you mean {near[0]}?")
+    _user_code("callbacks", name)
+
+
+def _user_code(key: str, value: str) -> None:
+    module, colon, attribute = value.partition(":")
+    if not (colon and module and attribute):
+        raise UserError(key, value, "is not of the form module:attr", "for example my_package.my_module:my_name")
