@@ -139,6 +139,14 @@ def _table(steps: list[_Step], dpo: DpoSpec) -> pa.Table:
     return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
+def _each_once(table: pa.Table) -> pa.Table:
+    """In one order for any number of ranks, and without the second row of a pair that its step saw twice, as a step may
+    where the weight of a data set is above 1; both rows say the same."""
+    ordered = table.sort_by([("step", "ascending"), ("pair_id", "ascending")])
+    keys = np.stack([ordered["step"].to_numpy(), ordered["pair_id"].to_numpy()])
+    return ordered.filter(np.diff(keys, prepend=-1).any(axis=0))
+
+
 def write_rows(table: pa.Table, path: Path) -> None:
     """One Parquet file, about 50 bytes a row: numbers of 64 bits have their likeness in their first bytes."""
     pq.write_table(table, path, compression="zstd", use_dictionary=False, use_byte_stream_split=True)
@@ -172,8 +180,7 @@ class Ledger:
         new = pa.concat_tables([SCHEMA.empty_table(), *(_read(draft / name) for name in names)])
         for name in names:
             (draft / name).unlink()
-        # sorted: the same for any number of ranks
-        self._tail = pa.concat_tables([self._tail, new.sort_by([("step", "ascending"), ("pair_id", "ascending")])])
+        self._tail = pa.concat_tables([self._tail, _each_once(new)])
         if not self._tail.num_rows:
             return []
         write_rows(self._tail, draft / TAIL)

@@ -127,6 +127,17 @@ def test_parts_stay_when_checkpoints_go(run_dir: RunDir, ranks: int, in_backgrou
     assert verify(run_dir) == []
 
 
+def test_a_pair_that_a_step_saw_twice_is_one_row(run_dir: RunDir) -> None:
+    """As one of a data set whose weight is above 1 may be, on any ranks."""
+
+    def work(world: World) -> None:
+        saves = goes_on(run_dir, world=world)
+        saves.save(2, [], {}, in_background=False, seen=pa.concat_tables([seen(range(1, 3)), seen(range(2, 3))]))
+
+    on_ranks(2, work)
+    assert steps(run_dir) == [1, 2]
+
+
 @pytest.mark.parametrize("found", [4, 5, 6])
 def test_what_came_after_the_checkpoint_that_is_resumed_is_forgotten(run_dir: RunDir, found: int) -> None:
     saves = goes_on(run_dir, keep=9)
