@@ -1,58 +1,81 @@
-"""Every loss of ours, in value and gradient: against an fp64 computation of its own and against live TRL.
+"""Every loss of ours, in value, gradient and metrics: against an fp64 computation of its own and against live TRL.
 
-`python tests/parity/test_losses.py` prints the table.
+Both trainers take one step of each row of the table, all pairs in one micro-batch, and numbers are those of
+state.log_history. `python tests/parity/test_losses.py` prints the table.
 """
 
-import functools
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+from unittest.mock import patch
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from parity.parity_support import need_trl, trl_trainer
-from parity.test_training import exact_model
+from parity.parity_support import need_trl, trl_tokens, trl_trainer
+from parity.test_training import exact_model, kept_signals
 from support import TINY_MODEL, tiny_spec, write_jsonl
 from support import rows as made_rows
 from tiny import ALONE
 
-from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator, Row
+from orchestrator.data.collate import Row
 from orchestrator.dpo.losses import BATCH_LOSSES, LOSSES, PairTerms
-from orchestrator.dpo.step import METRICS, PairStep
-from orchestrator.models.attention import use_packed_attention
-from orchestrator.models.fused import fuse
+from orchestrator.dpo.step import METRICS
 from orchestrator.models.policy import load_tokenizer
-from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import OF_BATCH, OF_SCORES, SMOOTHED, DpoSpec, LossType
-from orchestrator.training.batch_losses import GlobalBatch
-from orchestrator.training.metrics import means
+from orchestrator.settings.spec import (
+    OF_BATCH,
+    OF_SCORES,
+    SMOOTHED,
+    WITH_MARGIN,
+    AttentionName,
+    DpoSpec,
+    LossType,
+    Precision,
+)
+from orchestrator.training import worker
+from orchestrator.training.health import LocalSession
+from orchestrator.training.rundir import RunDir
+from orchestrator.training.trainer import Trainer
 
 need_trl()
 
 BETA, LR, STEPS, PAIRS, MAX_LENGTH = 0.3, 0.03, 3, 6, 40
+NO_RATE, NO_CLIPPING = 1e-30, 1e9
+WEIGHTS = (0.5, 1.0, 0.5, 1.5, 1.0, 0.5)  # of pairs; in TRL, each of them stands there twice as often
+MARGINS = (0.4, -0.2, 0.0, 0.9, 0.1, 0.6)
 EXACT = 1e-9  # relative, of our fp64 and the computation here
+EXACT_EXPERTS = 1e-6  # transformers' router is in fp32 whatever the model
 FP32 = 2e-6  # of our fp32; TRL's distance from the truth comes on top
 TRL_IS_NEAR = 1e-4  # how far TRL may be from the truth; what is further is another loss
 GRADIENT_FP32 = 2e-5
 TRL_GRADIENT_IS_NEAR = 1e-3  # of ipo with forward_kl, whose parts cancel, 9e-5; of any other 1e-5
+LOGGED = (*METRICS, "grad_norm", "epoch")  # by both, of every step; and learning_rate, which is NO_RATE in the table
 NOT_TRLS = ("cdpo", "simpo", "orpo")  # no losses of TRL's DPOTrainer
 NOT_WEIGHTED_BY_TRL = ("hinge", "sft")  # it raises: an in-place product would change what the backward pass needs
 # there of a micro-batch, here of the global batch: the same where that is all
 SPLIT_IN_TRL = ("sft", *OF_BATCH)
+TWINS: dict[str, LossType] = {  # a user's own losses, and those of TRL that they are
+    "parity.own_losses:logistic": "sigmoid",
+    "parity.own_losses:squared": "ipo",
+    "parity.own_losses:absolute": "bco_pair",
+}
+LOGISTIC, SQUARED, ABSOLUTE = TWINS
 
 
 # --- what is compared --------------------------------------------------------------------------------------------
 
 
-def dpo_spec(loss_type: LossType | list[LossType], **settings: Any) -> DpoSpec:
+def dpo_spec(loss_type: str | list[str], **settings: Any) -> DpoSpec:
     return DpoSpec(loss_type=loss_type, **{"beta": BETA, **settings})
 
 
@@ -64,53 +87,95 @@ def with_option(name: LossType, **option: Any) -> DpoSpec:
     return dpo_spec(name, label_smoothing=plain(name).label_smoothing, **option)
 
 
-TABLE: list[DpoSpec] = [
-    *map(plain, get_args(LossType)),
-    *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED),
-    *(with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"),  # where it does not act
-    *(with_option(name, use_weighting=True) for name in get_args(LossType) if name not in OF_BATCH),  # refused
-    *(with_option(name, f_divergence_type="forward_kl") for name in OF_SCORES),
-    *(with_option(name, f_divergence_type="js_divergence") for name in OF_SCORES),
-    *(with_option(name, f_divergence_type="alpha_divergence") for name in OF_SCORES),
-    *(dpo_spec("sigmoid", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=a) for a in (-0.5, 1.0, 1.7)),
-    *(dpo_spec("sigmoid", ld_alpha=alpha) for alpha in (0.0, 1.0)),
-    dpo_spec("discopop", discopop_tau=1.5),
-    dpo_spec("simpo", simpo_gamma=1.2),
-    dpo_spec(["sigmoid", "sft"], loss_weights=[1, 0.5]),  # RPO
-    dpo_spec(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1]),  # MPO
-    dpo_spec(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1], ld_alpha=0.4),  # not in its last
-    dpo_spec(["aot", "hinge", "aot_unpaired"], loss_weights=[0.5, 0.2, 1], label_smoothing=0.1),
-    dpo_spec(["hinge", "apo_zero"]),
-    dpo_spec(["ipo", "apo_zero"], loss_weights=[1, 0.5], use_weighting=True, ld_alpha=0.4),
-    dpo_spec(["sigmoid", "exo_pair"], loss_weights=[0.5, 1], label_smoothing=0.1),  # which acts in the second alone
-    dpo_spec(["robust", "sft"], label_smoothing=0.2, f_divergence_type="js_divergence"),
-]
+Kind = Literal["plain", "margin", "weight", "experts"]
+"""Pairs alone; with the margins or with the weights above, whose columns have these names; a mixture of experts."""
+MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1]}
+TABLE: dict[Kind, list[DpoSpec]] = {
+    "plain": [
+        *map(plain, get_args(LossType)),
+        *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED),
+        *(with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"),  # where it does not act
+        *(with_option(name, use_weighting=True) for name in get_args(LossType) if name not in OF_BATCH),  # refused
+        *(with_option(name, f_divergence_type="forward_kl") for name in OF_SCORES),
+        *(with_option(name, f_divergence_type="js_divergence") for name in OF_SCORES),
+        *(with_option(name, f_divergence_type="alpha_divergence") for name in OF_SCORES),
+        *(
+            dpo_spec("sigmoid", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=a)
+            for a in (-0.5, 1.0, 1.7)
+        ),
+        *(dpo_spec("sigmoid", ld_alpha=alpha) for alpha in (0.0, 1.0)),
+        dpo_spec("discopop", discopop_tau=1.5),
+        dpo_spec("simpo", simpo_gamma=1.2),
+        dpo_spec(["sigmoid", "sft"], loss_weights=[1, 0.5]),  # RPO
+        dpo_spec(**MPO),
+        dpo_spec(**MPO, ld_alpha=0.4),  # not in its last
+        dpo_spec(["aot", "hinge", "aot_unpaired"], loss_weights=[0.5, 0.2, 1], label_smoothing=0.1),
+        dpo_spec(["hinge", "apo_zero"]),
+        dpo_spec(["ipo", "apo_zero"], loss_weights=[1, 0.5], use_weighting=True, ld_alpha=0.4),
+        dpo_spec(["sigmoid", "exo_pair"], loss_weights=[0.5, 1], label_smoothing=0.1),  # which acts in the second alone
+        dpo_spec(["robust", "sft"], label_smoothing=0.2, f_divergence_type="js_divergence"),
+        *(dpo_spec(own) for own in TWINS),
+        dpo_spec(LOGISTIC, use_weighting=True),
+        dpo_spec(SQUARED, ld_alpha=0.4),
+        dpo_spec([LOGISTIC, ABSOLUTE, "sft"], loss_weights=[0.8, 0.2, 1]),
+    ],
+    "margin": [
+        *map(plain, WITH_MARGIN),
+        *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED if name in WITH_MARGIN),
+        *(with_option(name, f_divergence_type="js_divergence") for name in WITH_MARGIN if name in OF_SCORES),
+        dpo_spec("discopop", discopop_tau=1.5),
+        dpo_spec("sigmoid", ld_alpha=0.4, use_weighting=True),
+        dpo_spec(**MPO),  # in its first alone
+    ],
+    "weight": [
+        *map(plain, get_args(LossType)),
+        dpo_spec("sigmoid", use_weighting=True),
+        dpo_spec(**MPO, ld_alpha=0.4),
+        dpo_spec(["aot", "hinge", "aot_unpaired"], loss_weights=[0.5, 0.2, 1], label_smoothing=0.1),
+        dpo_spec(SQUARED),
+    ],
+    "experts": [dpo_spec(["sigmoid", "sft"], router_aux_loss_coef=0)],
+}
+ROWS: list[tuple[Kind, DpoSpec]] = [(kind, dpo) for kind, dpos in TABLE.items() for dpo in dpos]
 
 
-def named(dpo: DpoSpec) -> str:
-    """The settings that differ from their defaults."""
+def named(kind: Kind, dpo: DpoSpec) -> str:
+    """The settings that differ from their defaults, and what stands beside them."""
     weights = [f"{weight:g} " if dpo.loss_weights else "" for weight in dpo.weights]
     words = [" + ".join(weight + name for weight, name in zip(weights, dpo.loss_types, strict=True))]
     for name, field in DpoSpec.model_fields.items():
         value = getattr(dpo, name)
         if value != field.default and name not in ("loss_type", "loss_weights", "beta"):
             words.append(str(value) if name == "f_divergence_type" else f"{name}={value}")
-    return ", ".join(words)
+    beside = {"plain": [], "margin": ["data.margin_column"], "weight": ["data.weight_column"], "experts": ["experts"]}
+    return ", ".join(words + beside[kind])
 
 
-def is_trls(dpo: DpoSpec) -> bool:
+def is_trls(kind: Kind, dpo: DpoSpec) -> bool:
     """Whether TRL can say what the loss is."""
     beyond = {*NOT_TRLS, *(NOT_WEIGHTED_BY_TRL if dpo.use_weighting else ())}
-    return beyond.isdisjoint(dpo.loss_types)
+    return kind != "margin" and beyond.isdisjoint(dpo.loss_types)
 
 
-def remark(dpo: DpoSpec) -> str:
+def in_trl(dpo: DpoSpec) -> list[str]:
+    """The losses by the names that TRL has for them."""
+    return [TWINS.get(name, name) for name in dpo.loss_types]
+
+
+def remark(kind: Kind, dpo: DpoSpec) -> str:
     """What the table says of TRL besides numbers."""
+    if kind == "margin":
+        return "TRL has no margins"
     if dpo.use_weighting and not set(NOT_WEIGHTED_BY_TRL).isdisjoint(dpo.loss_types):
         return "TRL raises"
-    if not is_trls(dpo):
+    if not is_trls(kind, dpo):
         return "no loss of TRL's DPOTrainer"
-    return "" if set(SPLIT_IN_TRL).isdisjoint(dpo.loss_types) else "depends on the split in TRL, here one micro-batch"
+    said = [f"a user's own, in TRL {TWINS[name]}" for name in dpo.own_losses]
+    if kind == "weight":
+        said.append("in TRL each pair as often as its weight says")
+    if not set(SPLIT_IN_TRL).isdisjoint(dpo.loss_types):
+        said.append("depends on the split in TRL, here one micro-batch")
+    return "; ".join(said)
 
 
 class Seen(NamedTuple):
@@ -118,20 +183,23 @@ class Seen(NamedTuple):
 
     parts: Tensor  # [2B, 2] log-probs of as many tokens as both completions of the pair have, and of the rest
     aligned: Tensor  # [2B] mean of log p - log(sum of p^2), of WPO
-    sums: Tensor  # [4, 2B] over scored tokens: of ones, of the entropy, of the mean logit, of being the likeliest
+    sums: Tensor  # [2B, 4] over scored tokens: of ones, of the entropy, of the mean logit, of being the likeliest
+
+    def of(self, sequences: Tensor) -> "Seen":
+        """The same of some sequences."""
+        return Seen(*(each[sequences] for each in self))
 
 
 class Case(NamedTuple):
-    """A policy and its reference, TRL's rows of token ids and what its trainer says of them, and what an fp64
-    computation does."""
+    """A policy and its reference in folders of these names, pairs, and what an fp64 computation says of them."""
 
     folder: Path
-    rows: list[Row]
-    trainer: Any
-    trls: "dict[str, Found]"  # by the name of the settings
+    texts: list[dict[str, Any]]
+    rows: list[Row]  # TRL's token ids
+    margins: Tensor  # [B]
     policy: Seen
     reference: Seen
-    jacobian: Tensor  # [2B, 2, parameters] of the policy's parts, fp64
+    jacobian: Tensor  # [2B, 2, parameters] of the policy's parts
 
     @property
     def tokens(self) -> Tensor:
@@ -148,47 +216,68 @@ class Case(NamedTuple):
         """[2B] of the reference."""
         return self.reference.parts.sum(1)
 
+    def repeated(self) -> "Case":
+        """With each pair twice as often as its weight says."""
+        pairs = [pair for pair, weight in enumerate(WEIGHTS) for _ in range(int(2 * weight))]
+        both = torch.tensor(pairs + [PAIRS + pair for pair in pairs])
+        return self._replace(
+            texts=[self.texts[pair] for pair in pairs],
+            rows=[self.rows[pair] for pair in pairs],
+            margins=self.margins[pairs],
+            policy=self.policy.of(both),
+            reference=self.reference.of(both),
+            jacobian=self.jacobian[both],
+        )
+
+    def loaded(self, name: str) -> Any:
+        """A model, in fp32 and training."""
+        return AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32).train()
+
 
 SIDES = ("chosen_ids", "rejected_ids")
 
 
-def make_case(folder: Path) -> Case:
-    rows = [*made_rows(PAIRS - 1, seed=11), {"prompt": "", "chosen": "green river", "rejected": "blue"}]
-    write_jsonl(folder / "train.jsonl", made_rows(64))
+def make_case(folder: Path, model_type: str = "qwen2", **config: Any) -> Case:
+    texts = [*made_rows(PAIRS - 1, seed=11), {"prompt": "", "chosen": "green river", "rejected": "blue"}]
+    columns = zip(texts, WEIGHTS, MARGINS, strict=True)
+    write_jsonl(folder / "pairs.jsonl", [{**text, "weight": w, "margin": m} for text, w, m in columns])
+    write_jsonl(folder / "train.jsonl", made_rows(64))  # of the tokenizer
     tokenizer = load_tokenizer(tiny_spec(folder, data={"eval": None}))
-    config = AutoConfig.for_model("qwen2", initializer_range=0.1, **{**TINY_MODEL, "vocab_size": len(tokenizer)})
+    shape = {**TINY_MODEL, **config, "vocab_size": len(tokenizer)}
+    config_made = AutoConfig.for_model(model_type, initializer_range=0.1, **shape)
     for seed, name in enumerate(("policy", "reference")):
         torch.manual_seed(5)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config_made, dtype=torch.float32)
         torch.manual_seed(seed)
         for p in model.parameters():
             p.data += 0.05 * torch.randn_like(p)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    policy, reference = (loaded(folder, name, torch.float32) for name in ("policy", "reference"))
-    trainer, found = trls(folder / "trl", policy, tokenizer, rows, reference)
-    trl_rows = [{**row, "pair_id": number} for number, row in enumerate(trainer.train_dataset)]
+    tokenized = trl_tokens(Dataset.from_list(texts), tokenizer, MAX_LENGTH)
+    # as TRL's collator cuts them; keep_start
+    rows = [
+        {"prompt_ids": row["prompt_ids"], **{side: row[side][: MAX_LENGTH - len(row["prompt_ids"])] for side in SIDES}}
+        for row in tokenized
+    ]
 
     exact_policy, exact_reference = (exact_model(folder / name) for name in ("policy", "reference"))
-    seen = looked_at(exact_policy, trl_rows)
+    seen = looked_at(exact_policy, rows)
     parameters = [p for _, p in sorted(exact_policy.named_parameters())]
-    gradient = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True, materialize_grads=True)
+    gradient = partial(torch.autograd.grad, retain_graph=True, allow_unused=True, materialize_grads=True)
     jacobian = torch.stack([flat(gradient(part, parameters)) for part in seen.parts.flatten()]).unflatten(0, (-1, 2))
     with torch.no_grad():
-        reference = looked_at(exact_reference, trl_rows)
-    return Case(folder, trl_rows, trainer, found, seen._replace(parts=seen.parts.detach()), reference, jacobian)
-
-
-def loaded(folder: Path, name: str, dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype).train()
+        reference = looked_at(exact_reference, rows)
+    policy = seen._replace(parts=seen.parts.detach())
+    return Case(folder, texts, rows, torch.zeros(PAIRS).double(), policy, reference, jacobian)
 
 
 def flat(gradients: Any) -> Tensor:
-    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def flat_gradient(model: torch.nn.Module) -> Tensor:
-    return flat([p.grad for _, p in sorted(model.named_parameters())])
+    named_parameters = sorted(model.named_parameters())
+    return flat([torch.zeros_like(p) if p.grad is None else p.grad for _, p in named_parameters])
 
 
 def looked_at(model: Any, rows: list[Row]) -> Seen:
@@ -206,7 +295,7 @@ def looked_at(model: Any, rows: list[Row]) -> Seen:
             aligned.append((logps - log_probs.exp().square().sum(-1).log()).mean().detach())
             entropy, top1 = -(log_probs.exp() * log_probs).sum(), (logits.argmax(-1) == labels).sum()
             sums.append(torch.stack([torch.tensor(len(labels)), entropy, logits.mean(-1).sum(), top1]).detach())
-    return Seen(torch.stack(parts), torch.stack(aligned), torch.stack(sums, dim=1))
+    return Seen(torch.stack(parts), torch.stack(aligned), torch.stack(sums))
 
 
 # --- the losses once more, as their papers have them -------------------------------------------------------------
@@ -241,15 +330,16 @@ def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
     logps, ratios = log_ratios(case, dpo, parts)
     (w, x), (r_w, r_x), (n_w, n_x) = (each.chunk(2) for each in (logps, ratios, case.tokens.double()))
     s_w, s_x = derivative_of_f(torch.exp(r_w), dpo), derivative_of_f(torch.exp(r_x), dpo)
-    m, g = b * (s_w - s_x), sig(b * (s_w - s_x) / tau)
-    simpo = b / n_w * w - b / n_x * x - gamma
+    m = b * s_w - b * s_x - case.margins
+    g = sig(m / tau)
+    simpo = b / n_w * w - b / n_x * x - gamma - case.margins
     log_odds_ratio = torch.log(odds(w / n_w) / odds(x / n_x))
-    scored = case.policy.sums[0, :PAIRS].sum()
+    scored = case.policy.sums[: len(case.rows), 0].sum()
 
     def smoothed(margin: Tensor) -> Tensor:
         return -(1 - e) * torch.log(sig(margin)) - e * torch.log(sig(-margin))
 
-    values: dict[LossType, Callable[[], Tensor]] = {
+    values: dict[str, Callable[[], Tensor]] = {
         "sigmoid": lambda: -torch.log(sig(m)),
         "hinge": lambda: torch.where(m < 1, 1 - m, 0.0),
         "ipo": lambda: (s_w / n_w - s_x / n_x - 1 / (2 * b)) ** 2,
@@ -263,22 +353,23 @@ def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
         "apo_zero": lambda: 1 - sig(b * r_w) + sig(b * r_x),
         "apo_down": lambda: sig(b * r_w) + 1 - sig(b * (r_w - r_x)),
         "discopop": lambda: -(1 - g) * torch.log(sig(m)) + g * torch.exp(-m),
-        "sft": lambda: -parts[:PAIRS].sum(1) / scored * PAIRS,
-        "sigmoid_norm": lambda: -torch.log(sig(b * (s_w / n_w - s_x / n_x))),
+        "sft": lambda: -parts[: len(case.rows)].sum(1) / scored * len(case.rows),
+        "sigmoid_norm": lambda: -torch.log(sig(b * (s_w / n_w - s_x / n_x) - case.margins)),
         "cdpo": lambda: smoothed(m),
         "simpo": lambda: smoothed(simpo),
         "orpo": lambda: -w / n_w - b * torch.log(sig(log_odds_ratio)),
     }
-    by_pair = sum(weight * values[name]() for name, weight in zip(dpo.loss_types, dpo.weights, strict=True))
-    on_policy = torch.exp(case.policy.aligned[:PAIRS] + case.policy.aligned[PAIRS:])  # of the tokens, not LD-DPO's
+    weighted = [weight * values[name]() for name, weight in zip(in_trl(dpo), dpo.weights, strict=True)]
+    by_pair, aligned = torch.stack(weighted).sum(0), case.policy.aligned.view(2, -1).sum(0)
+    on_policy = torch.exp(aligned)  # of the tokens, not LD-DPO's
     return (on_policy * by_pair if dpo.use_weighting else by_pair).mean()
 
 
 def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
-    """What is logged besides the loss."""
+    """What is logged besides the loss and its gradient."""
     logps, ratios = log_ratios(case, dpo, case.policy.parts)
     (w, x), (r_w, r_x) = logps.chunk(2), (dpo.beta * ratios).chunk(2)
-    ones, entropy, logits, top1 = case.policy.sums
+    ones, entropy, logits, top1 = case.policy.sums.t().unflatten(1, (2, -1)).sum(2)  # of chosen and of rejected
     fed = [len(row["prompt_ids"]) + len(row[side]) for side in SIDES for row in case.rows]
     found = {
         "rewards/chosen": r_w.mean(),
@@ -287,11 +378,12 @@ def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
         "rewards/margins": (r_w - r_x).mean(),
         "logps/chosen": w.mean(),
         "logps/rejected": x.mean(),
-        "logits/chosen": logits[:PAIRS].sum() / ones[:PAIRS].sum(),
-        "logits/rejected": logits[PAIRS:].sum() / ones[PAIRS:].sum(),
+        "logits/chosen": logits[0] / ones[0],
+        "logits/rejected": logits[1] / ones[1],
         "entropy": entropy.sum() / ones.sum(),
-        "mean_token_accuracy": top1[:PAIRS].sum() / ones[:PAIRS].sum(),
+        "mean_token_accuracy": top1[0] / ones[0],
         "num_tokens": sum(fed),
+        "epoch": 1,
     }
     return {name: float(value) for name, value in found.items()}
 
@@ -302,9 +394,8 @@ def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
 class Found(NamedTuple):
     """What one side says of the case."""
 
-    loss: float
-    gradient: Tensor  # of all parameters
     metrics: dict[str, float]  # with the loss
+    gradient: Tensor  # of all parameters
 
 
 def exactly(case: Case, dpo: DpoSpec) -> Found:
@@ -312,95 +403,126 @@ def exactly(case: Case, dpo: DpoSpec) -> Found:
     loss = truth(case, dpo, leaf)
     [slope] = torch.autograd.grad(loss, leaf)
     gradient = torch.einsum("sp,spn->n", slope, case.jacobian)
-    return Found(loss.item(), gradient, {"loss": loss.item(), **true_metrics(case, dpo)})
+    norm = gradient.norm().item()
+    return Found({"loss": loss.item(), "grad_norm": norm, **true_metrics(case, dpo)}, gradient)
 
 
 class OneRowAStep(TrainerCallback):
-    """Gives TRL's trainer the settings of one row of the table a step, and keeps the gradient it makes of them."""
+    """Has a trainer, TRL's or ours, take each step with the settings of another row of the table, and keeps the
+    gradient that it makes. restart: after as many steps the weights are again what they were."""
 
-    def __init__(self, table: list[DpoSpec]) -> None:
-        self.table = table
-        self.trainer: Any = None
+    def __init__(self, table: list[DpoSpec], take: Callable[[DpoSpec], None], restart: int = 0) -> None:
+        self.table, self.take, self.restart = table, take, restart
         self.gradients: list[Tensor] = []
+        self.start: dict[str, Tensor] = {}
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        set_in(self.trainer, self.table[state.global_step])
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.start = {name: weight.clone() for name, weight in given["model"].state_dict().items()}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self.restart and state.global_step % self.restart == 0:
+            given["model"].load_state_dict(self.start)
+        self.take(self.table[state.global_step])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.gradients.append(flat_gradient(given["model"]))
 
+    def found(self, log_history: list[dict[str, float]]) -> list[Found]:
+        """Of each step; what is counted from the start of training, for a step."""
+        lines = [line for line in log_history if "loss" in line]
+        found: list[Found] = []
+        for line, gradient in zip(lines, self.gradients, strict=True):
+            assert line.keys() == {*LOGGED, "learning_rate", "step"}
+            counted = {name: line[name] / line["step"] for name in ("num_tokens", "epoch")}
+            found.append(Found({**line, **counted}, gradient))
+        assert len(found) == len(self.table)
+        return found
 
-def set_in(trainer: Any, dpo: DpoSpec) -> None:
-    trainer.loss_types, trainer.loss_weights = dpo.loss_types, dpo.weights
+
+def their_trainer(case: Case, policy: str = "policy", **settings: Any) -> Any:
+    return trl_trainer(
+        case.folder / "trl",
+        case.loaded(policy),
+        AutoTokenizer.from_pretrained(case.folder / "policy"),
+        case.texts,
+        case.loaded("reference"),
+        **{"loss_type": ["sigmoid"], "beta": BETA, "max_length": MAX_LENGTH, **settings},
+    )
+
+
+def set_in_theirs(trainer: Any, dpo: DpoSpec) -> None:
+    trainer.loss_types, trainer.loss_weights = in_trl(dpo), dpo.weights
     for name in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha"):
         setattr(trainer, name, getattr(dpo, name))
     trainer.use_weighting, trainer.args.discopop_tau = dpo.use_weighting, dpo.discopop_tau
 
 
-def trls(folder: Path, policy: Any, tokenizer: Any, rows: list[Row], reference: Any) -> tuple[Any, dict[str, Found]]:
-    """TRL's trainer, and what it logs of each row of the table that it can say: all pairs in one micro-batch, a step
-    each, of a rate of 0."""
-    table = [dpo for dpo in TABLE if is_trls(dpo)]
-    trainer = trl_trainer(
-        folder,
+def their_steps(
+    case: Case, table: list[DpoSpec], policy: str = "policy", rate: float = NO_RATE, restart: int = 0
+) -> list[Found]:
+    trainer = their_trainer(
+        case,
         policy,
-        tokenizer,
-        rows,
-        reference,
-        loss_type=["sigmoid"],
-        max_length=MAX_LENGTH,
-        per_device_train_batch_size=len(rows),
+        per_device_train_batch_size=len(case.texts),
         max_steps=len(table),
-        learning_rate=0.0,
+        learning_rate=rate,
+        lr_scheduler_type="constant",
         optim="sgd",
-        max_grad_norm=0,
+        max_grad_norm=NO_CLIPPING,
         use_weighting=True,  # so that its head makes what the rows with it need
+        router_aux_loss_coef=table[0].router_aux_loss_coef,
     )
-    kept = OneRowAStep(table)
-    kept.trainer = trainer
-    trainer.add_callback(kept)
+    steps = OneRowAStep(table, partial(set_in_theirs, trainer), restart)
+    trainer.add_callback(steps)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    seen = zip(map(named, table), lines, kept.gradients, strict=True)
-    found = {name: Found(line["loss"], gradient, line) for name, line, gradient in seen}
-    for number, each in enumerate(found.values()):
-        each.metrics["num_tokens"] /= number + 1  # of all steps up to this one
-    return trainer, found
+    return steps.found(trainer.state.log_history)
 
 
-class Ours:
-    """Our step over the case's pairs."""
+def set_in_ours(trainer: Trainer, dpo: DpoSpec) -> None:
+    trainer.spec = trainer.spec.model_copy(update={"dpo": dpo})
+    step = trainer.engine.step
+    step.dpo, step.reference.ld_alpha = dpo, dpo.ld_alpha
 
-    def __init__(self, case: Case, dtype: torch.dtype, packed: bool = True, policy: str = "policy") -> None:
-        self.policy, reference = loaded(case.folder, policy, dtype), loaded(case.folder, "reference", dtype)
-        for model in (self.policy, reference):
-            fuse(model)
-            if packed:
-                use_packed_attention(model, "cpu")
-        self.step = PairStep(self.policy, Reference(reference), plain("sigmoid"))
-        data = tiny_spec(case.folder).data.model_copy(update={"max_length": MAX_LENGTH})
-        self.batch: PairBatch = (PackedCollator(data) if packed else PreferenceCollator(0, data))(case.rows)
 
-    def __call__(self, dpo: DpoSpec) -> Found:
-        self.step.dpo, self.step.reference.ld_alpha = dpo, dpo.ld_alpha
-        self.policy.zero_grad()
-        output: Any = self.step(self._once_seen() if dpo.sees_batch else self.batch, self.batch.counts)
-        output.loss.backward()
-        return Found(output.loss.item(), flat_gradient(self.policy), means(output.metric_sums.tolist()))
-
-    def _once_seen(self) -> PairBatch:
-        """With what losses over the whole batch come to."""
-        seen = GlobalBatch(ALONE)
-        with torch.no_grad():
-            output: Any = self.step(self.batch, self.batch.counts)
-        seen.add(self.batch, output)
-        return self.batch._replace(ref_logps=output.ref_logps, of_batch=seen.shares(self.step.dpo)[0])
+def our_steps(
+    case: Case,
+    table: list[DpoSpec],
+    precision: Precision,
+    kind: Kind = "plain",
+    policy: str = "policy",
+    rate: float = NO_RATE,
+    restart: int = 0,
+    attention: AttentionName = "auto",
+) -> list[Found]:
+    columns = {f"{kind}_column": kind} if kind in ("margin", "weight") else {}
+    spec = tiny_spec(
+        case.folder,
+        run={"dir": tempfile.mkdtemp(dir=case.folder), "name": kind},
+        model={"init": None, "path": str(case.folder / policy), "attention": attention},
+        data={"train": str(case.folder / "pairs.jsonl"), "eval": None, "max_length": MAX_LENGTH, **columns},
+        dpo=table[0].model_dump(exclude_defaults=True),
+        reference={"path": str(case.folder / "reference"), "cache": "off"},
+        batch={"global_batch_size": PAIRS, "micro_batch_size": PAIRS},
+        optimizer={"name": "torch.optim.SGD", "lr": rate},
+        scheduler={"name": "constant"},
+        training={"max_steps": len(table), "logging_steps": 1, "max_grad_norm": NO_CLIPPING, "pair_ledger": False},
+        precision=precision,
+    )
+    run_dir = RunDir(spec.run_dir)
+    run_dir.begin(spec)
+    trainer: Any = None
+    steps = OneRowAStep(table, lambda dpo: set_in_ours(trainer, dpo), restart)
+    with kept_signals():
+        parts = worker.built(spec, worker.prepare(spec), ALONE, LocalSession(run_dir, 0), run_dir, callbacks=[steps])
+        with parts as trainer:
+            trainer.fit()
+            return steps.found(trainer.callbacks.state.log_history)
 
 
 class Distances(NamedTuple):
-    """How far two are from each other: values by max(1, |truth|), gradients by the truth's norm, metrics as values,
-    the one that is farthest."""
+    """How far two are from each other: values by max(1, |truth|), gradients and their logged norm by the truth's norm,
+    the other metrics as values, the one that is farthest."""
 
     loss: float
     gradient: float
@@ -416,31 +538,51 @@ class Line(NamedTuple):
 
 
 def apart(left: Found, right: Found, true: Found) -> Distances:
-    far = [abs(left.metrics[name] - right.metrics[name]) / max(1.0, abs(true.metrics[name])) for name in METRICS]
-    gradient = float((left.gradient.double() - right.gradient.double()).norm() / true.gradient.norm())
-    return Distances(abs(left.loss - right.loss) / max(1.0, abs(true.loss)), gradient, max(far))
+    scales = {name: max(1.0, abs(value)) for name, value in true.metrics.items()}
+    scales["grad_norm"] = true.metrics["grad_norm"]
+    far = {name: abs(left.metrics[name] - right.metrics[name]) / scale for name, scale in scales.items()}
+    gradient = (left.gradient.double() - right.gradient.double()).norm().item() / scales["grad_norm"]
+    return Distances(far["loss"], max(gradient, far.pop("grad_norm")), max(far.values()))
 
 
 Table = dict[str, Line]
 
 
-def table_of(case: Case) -> Table:
-    exact, single = Ours(case, torch.float64), Ours(case, torch.float32)
-    table: Table = {}
-    for dpo in TABLE:
-        true, theirs = exactly(case, dpo), case.trls.get(named(dpo))
-        ours64, ours32 = apart(exact(dpo), true, true), apart(single(dpo), theirs or true, true)
-        table[named(dpo)] = Line(ours64, apart(theirs, true, true) if theirs else None, ours32)
-    return table
+def lines_of(case: Case, kind: Kind) -> Table:
+    table = TABLE[kind]
+    comparable = [dpo for dpo in table if is_trls(kind, dpo)]
+    if kind == "margin":
+        case = case._replace(margins=torch.tensor(MARGINS, dtype=torch.float64))
+    at_once = case.repeated() if kind == "weight" else case
+    theirs = dict(zip(map(str, comparable), their_steps(at_once, comparable) if comparable else [], strict=True))
+    lines: Table = {}
+    for dpo, exact, single in zip(table, *(our_steps(case, table, p, kind) for p in ("fp64", "fp32")), strict=True):
+        true, trl = exactly(at_once, dpo), theirs.get(str(dpo))
+        if kind == "weight":
+            del true.metrics["num_tokens"]  # are fed once, whatever a pair weighs
+        far = apart(trl, true, true) if trl else None
+        lines[named(kind, dpo)] = Line(apart(exact, true, true), far, apart(single, trl or true, true))
+    return lines
+
+
+def table_of(folder: Path, case: Case) -> Table:
+    lines: Table = {}
+    for kind in ("plain", "margin", "weight"):
+        lines |= lines_of(case, kind)
+    # the grouped product of transformers' experts takes no fp64
+    with patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False):
+        sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+        return lines | lines_of(make_case(folder, "qwen3_moe", **sizes), "experts")
 
 
 def printed(table: Table) -> str:
     """In Markdown; each cell the distance of the loss, of its gradient and of the metric that is farthest."""
     lines = ["| loss | our fp64 from the truth | TRL from the truth | our fp32 from TRL | |", "|---|---|---|---|---|"]
-    for dpo in TABLE:
-        ours64, trl, ours32 = (", ".join(f"{x:.0e}" for x in cell) if cell else "-" for cell in table[named(dpo)])
-        far = ours32 if is_trls(dpo) else f"{ours32} from the truth"
-        lines.append(f"| {named(dpo)} | {ours64} | {trl} | {far} | {remark(dpo)} |")
+    for kind, dpo in ROWS:
+        line = table[named(kind, dpo)]
+        ours64, trl, ours32 = (", ".join(f"{x:.0e}" for x in cell) if cell else "-" for cell in line)
+        far = ours32 if is_trls(kind, dpo) else f"{ours32} from the truth"
+        lines.append(f"| {named(kind, dpo)} | {ours64} | {trl} | {far} | {remark(kind, dpo)} |")
     return "\n".join(lines)
 
 
@@ -450,32 +592,34 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def table(case: Case) -> Table:
-    return table_of(case)
+def table(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return table_of(tmp_path_factory.mktemp("experts"), case)
 
 
 # --- the tests ---------------------------------------------------------------------------------------------------
 
 
 def test_the_rows_hold_what_matters(case: Case) -> None:
-    assert {name for dpo in TABLE for name in dpo.loss_types} == {*LOSSES, *BATCH_LOSSES}
+    assert {name for dpo in TABLE["plain"] for name in in_trl(dpo)} == {*LOSSES, *BATCH_LOSSES}
     assert any(not row["prompt_ids"] for row in case.rows)  # its first tokens are counted and not scored
     assert len({len(row["chosen_ids"]) for row in case.rows}) > 2
     chosen, rejected = (case.logps - case.ref_logps).chunk(2)
     assert {bool(margin > 0) for margin in chosen - rejected} == {True, False}
     assert 1 < float((chosen - rejected).abs().max()) < 30
+    assert exactly(case, plain("sigmoid")).metrics.keys() == {*LOGGED}
 
 
 def test_the_table_is_of_settings_that_are_allowed(case: Case) -> None:
-    for dpo in TABLE:
-        assert tiny_spec(case.folder, dpo=dpo.model_dump(exclude_defaults=True)).dpo == dpo
+    for kind, dpo in ROWS:
+        data = {"margin_column": "margin"} if kind == "margin" else {}
+        assert tiny_spec(case.folder, dpo=dpo.model_dump(exclude_defaults=True), data=data).dpo == dpo
 
 
-@pytest.mark.parametrize("dpo", TABLE, ids=named)
-def test_value_gradient_and_metrics(table: Table, dpo: DpoSpec) -> None:
-    ours64, trl, ours32 = table[named(dpo)]
-    assert max(ours64) < EXACT
-    assert (trl is not None) == is_trls(dpo)
+@pytest.mark.parametrize(("kind", "dpo"), ROWS, ids=[named(*row) for row in ROWS])
+def test_value_gradient_and_metrics(table: Table, kind: Kind, dpo: DpoSpec) -> None:
+    ours64, trl, ours32 = table[named(kind, dpo)]
+    assert max(ours64) < (EXACT_EXPERTS if kind == "experts" else EXACT)
+    assert (trl is not None) == is_trls(kind, dpo)
     far = trl or Distances(0.0, 0.0, 0.0)
     assert far.loss < TRL_IS_NEAR
     assert far.gradient < TRL_GRADIENT_IS_NEAR
@@ -488,42 +632,26 @@ def test_value_gradient_and_metrics(table: Table, dpo: DpoSpec) -> None:
 
 def test_the_table_can_be_read(table: Table) -> None:
     print(printed(table))
-    assert len(printed(table).splitlines()) == len(TABLE) + 2
+    assert len(printed(table).splitlines()) == len(table) + 2
 
 
 @pytest.mark.parametrize("name", NOT_WEIGHTED_BY_TRL)
 def test_trl_raises_where_the_table_says_so(case: Case, name: LossType) -> None:
-    inputs = case.trainer.data_collator([dict(row) for row in case.trainer.train_dataset])
-    set_in(case.trainer, dpo_spec(name, use_weighting=True))
+    trainer = their_trainer(case, loss_type=[name], use_weighting=True)
+    inputs = trainer.data_collator([dict(row) for row in trainer.train_dataset])
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation|single memory location"):
-        case.trainer.compute_loss(case.trainer.model, inputs).backward()
+        trainer.compute_loss(trainer.model, inputs).backward()
 
 
 @pytest.mark.parametrize("name", [name for name in get_args(LossType) if name not in (*OF_SCORES, *NOT_TRLS)])
 def test_trl_refuses_an_f_divergence_where_our_settings_do(case: Case, name: LossType) -> None:
     with pytest.raises(ValueError, match="is only supported for the following loss types"):
-        trl_trainer(
-            case.folder / "refused",
-            case.trainer.model,
-            case.trainer.processing_class,
-            made_rows(2),
-            case.trainer.ref_model,
-            loss_type=name,
-            f_divergence_type="js_divergence",
-        )
+        their_trainer(case, loss_type=name, f_divergence_type="js_divergence")
 
 
 def test_trl_takes_an_f_divergence_where_our_settings_do(case: Case) -> None:
-    trl_trainer(
-        case.folder / "taken",
-        case.trainer.model,
-        case.trainer.processing_class,
-        made_rows(2),
-        case.trainer.ref_model,
-        loss_type=[name for name in OF_SCORES if name not in NOT_TRLS],
-        f_divergence_type="js_divergence",
-        label_smoothing=0.1,
-    )
+    taken = [name for name in OF_SCORES if name not in NOT_TRLS]
+    their_trainer(case, loss_type=taken, f_divergence_type="js_divergence", label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -552,63 +680,31 @@ def test_the_odds_ratio_of_orpo_is_that_of_trls_orpo_trainer(case: Case) -> None
 
 TRAINED = [
     dpo_spec("ipo", beta=0.1),
-    dpo_spec(["sigmoid", "bco_pair", "sft"], beta=0.1, loss_weights=[0.8, 0.2, 1]),
+    dpo_spec(**MPO, beta=0.1),
     dpo_spec("sigmoid", beta=0.1, ld_alpha=0.4, use_weighting=True),
 ]
-Trace = list[dict[str, float]]
-NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+STEPS_TAKEN = [dpo for dpo in TRAINED for _ in range(STEPS)]
 
 
-def trl_trace(case: Case, dpo: DpoSpec) -> Trace:
-    trainer = trl_trainer(
-        case.folder / "trained",
-        loaded(case.folder, "reference", torch.float32),
-        case.trainer.processing_class,
-        [*made_rows(PAIRS - 1, seed=11), {"prompt": "", "chosen": "green river", "rejected": "blue"}],
-        loaded(case.folder, "reference", torch.float32),
-        loss_type=dpo.loss_types,
-        loss_weights=dpo.loss_weights,
-        beta=dpo.beta,
-        ld_alpha=dpo.ld_alpha,
-        use_weighting=dpo.use_weighting,
-        max_steps=STEPS,
-        per_device_train_batch_size=PAIRS,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0,
-        max_length=MAX_LENGTH,
-    )
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def our_trace(case: Case, dpo: DpoSpec, dtype: torch.dtype, packed: bool) -> Trace:
-    """The same steps by plain SGD, from the reference."""
-    ours, trace = Ours(case, dtype, packed, policy="reference"), []
-    for _ in range(STEPS):
-        trace.append(ours(dpo).metrics)
-        with torch.no_grad():
-            for p in ours.policy.parameters():
-                p -= LR * torch.zeros_like(p) if p.grad is None else LR * p.grad
-    return trace
-
-
-@pytest.mark.parametrize("dpo", TRAINED, ids=named)
-def test_three_steps_are_trls(case: Case, dpo: DpoSpec) -> None:
-    trl, exact = trl_trace(case, dpo), our_trace(case, dpo, torch.float64, packed=True)
-    assert trl[-1]["loss"] < 0.95 * trl[0]["loss"]
-    assert set(NAMES) <= set(METRICS)
-    for packed in (True, False):
-        found = our_trace(case, dpo, torch.float32, packed)
-        for step in range(STEPS):
-            for name in NAMES:
-                ours, theirs, true = found[step][name], trl[step][name], exact[step][name]
+def test_three_steps_are_trls(case: Case) -> None:
+    """From the reference, which is where TRL begins."""
+    begun = {"policy": "reference", "rate": LR, "restart": STEPS}
+    trl, exact = their_steps(case, STEPS_TAKEN, **begun), our_steps(case, STEPS_TAKEN, "fp64", **begun)
+    for i in range(0, len(trl), STEPS):
+        assert trl[i + STEPS - 1].metrics["loss"] < 0.95 * trl[i].metrics["loss"]
+    for attention in ("auto", "padded"):
+        found = our_steps(case, STEPS_TAKEN, "fp32", attention=attention, **begun)
+        for step, sides in enumerate(zip(found, trl, exact, strict=True)):
+            for name in (*LOGGED, "learning_rate"):
+                ours, theirs, true = (side.metrics[name] for side in sides)
+                where = (named("plain", STEPS_TAKEN[step]), step % STEPS, name, attention)
                 # no farther from TRL than TRL is from the truth
-                assert abs(ours - theirs) <= FP32 * max(1.0, abs(true)) + abs(theirs - true), (step, name, packed)
-                assert abs(theirs - true) <= TRL_IS_NEAR * max(1.0, abs(true)), (step, name)
+                assert abs(ours - theirs) <= FP32 * max(1.0, abs(true)) + abs(theirs - true), where
+                assert abs(theirs - true) <= TRL_IS_NEAR * max(1.0, abs(true)), where
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        print(printed(table_of(make_case(Path(folder)))))
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+        with redirect_stdout(sys.stderr):  # what runs say of themselves
+            made = table_of(Path(other), make_case(Path(folder)))
+        print(printed(made))
