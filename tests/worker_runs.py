@@ -13,8 +13,9 @@ from orchestrator.engines import scale
 from orchestrator.run.trial import NothingToSave
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec
+from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import built, prepare, run
+from orchestrator.training.worker import built, run
 from orchestrator.world import World
 
 NO_OVERFLOW = 2.0**6

@@ -23,8 +23,9 @@ from orchestrator.training.callbacks.profiler import ProfilerCallback
 from orchestrator.training.given import ComputeMetrics, Given, GivenCallback
 from orchestrator.training.health import LocalSession
 from orchestrator.training.manifest import committed, step_of
+from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import RunResult, finished_already, prepare, run
+from orchestrator.training.worker import RunResult, finished_already, run
 from orchestrator.world import A_WEEK, World
 
 POLL_S = 0.1

@@ -33,9 +33,10 @@ from orchestrator.training.checkpoint import SaveFailed
 from orchestrator.training.given import ComputeMetrics, Given, GivenCallback
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.manifest import ReadFailed, committed, step_of
+from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
-from orchestrator.training.worker import RunResult, finished_already, prepare, run
+from orchestrator.training.worker import RunResult, finished_already, run
 from orchestrator.world import World, use_interface
 
 logger = logging.getLogger(__name__)

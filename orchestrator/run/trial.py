@@ -17,9 +17,10 @@ from orchestrator.settings.spec import CheckpointSpec, EvaluationSpec, RunSpec, 
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.metrics import MetricSums, means
+from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Trainer
-from orchestrator.training.worker import built, prepare
+from orchestrator.training.worker import built
 from orchestrator.world import World
 
 

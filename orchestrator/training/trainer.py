@@ -489,7 +489,7 @@ class Trainer:
                 "train_samples_per_second": (self.pairs_seen - pairs) / seconds,
                 "train_steps_per_second": (self.step - step) / seconds,
                 "total_flos": self.callbacks.state.total_flos,
-                "train_loss": loss / max(count, 1.0),
+                "train_loss": loss / (count or 1.0),
             }
         )
 

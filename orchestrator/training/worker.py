@@ -4,80 +4,47 @@ import gc
 import hashlib
 import json
 import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from orchestrator.data.collate import AdaptedCollator, Counts, PackedCollator, PairBatch, PreferenceCollator
+from orchestrator.data.collate import Counts, PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_lengths, longest_sequences, run_length
-from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, tokenizer_identity, without_held_out
+from orchestrator.data.pairs import Pairs, tokenizer_identity
 from orchestrator.data.refcache import RefCache, cache_folder
-from orchestrator.dpo.losses import check_losses
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import Engine
 from orchestrator.engines.build import engine_class
-from orchestrator.engines.optim import ReadOnlyOptimizer, check_optim, factories
-from orchestrator.engines.precision import (
-    autocast,
-    dtype_held,
-    dtype_of,
-    is_16_bit,
-    name_of,
-    resolved,
-    tf32_switched,
-)
-from orchestrator.models.adapters import adapter_layers, check_adapter
+from orchestrator.engines.optim import ReadOnlyOptimizer, factories
+from orchestrator.engines.precision import autocast, dtype_held, dtype_of, is_16_bit, resolved, tf32_switched
+from orchestrator.models.adapters import adapter_layers
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.logps import packed_error
 from orchestrator.models.mapped import types_when_cut
-from orchestrator.models.policy import (
-    DTYPES,
-    build_policy,
-    check_fit,
-    check_frozen,
-    check_router,
-    load_config,
-    load_tokenizer,
-    made_weights,
-    pair_cost,
-)
+from orchestrator.models.policy import DTYPES, build_policy, pair_cost
 from orchestrator.models.quantized import is_int8, is_quantized
-from orchestrator.models.reference import (
-    Absent,
-    PolicyStart,
-    Reference,
-    build_reference,
-    check_reference,
-    hold,
-    identity_of,
-)
-from orchestrator.settings.load import DATA_KEYS, paths_in
-from orchestrator.settings.rules import check_cache_with_collator, check_metric_for_best
+from orchestrator.models.reference import Absent, PolicyStart, Reference, build_reference, hold, identity_of
 from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
 from orchestrator.training import checkpoint, manifest
-from orchestrator.training.callbacks import Callbacks, build_callbacks, check_callbacks, training_args
-from orchestrator.training.compute_metrics import UserMetrics, bytes_together, check_memory, user_metrics
+from orchestrator.training.announce import evaluation_named, say_models, say_run, say_types
+from orchestrator.training.callbacks import Callbacks, build_callbacks, training_args
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import export
 from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.health import Session
 from orchestrator.training.manifest import step_folder
+from orchestrator.training.prepare import Prepared, pad_id, prepare, quiet
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Ended, Tolerance, Trainer
 from orchestrator.world import World
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows pay per operation, longer ones fall out of its caches
 # Of what packed_error measures.
@@ -104,67 +71,6 @@ class RunResult:
     best_metric: float | None = None
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What can be made, and refused, before any rank starts."""
-
-    tokenizer: "PreTrainedTokenizerBase"
-    config: Any
-    train: Pairs
-    eval: dict[str, Pairs]  # by the name of the evaluation set
-    collator: AdaptedCollator | None  # of a user
-    user_metrics: UserMetrics | None
-
-
-def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
-    """Tokenizer, model config and tokenised data, from the cache where they are there already. No collective.
-
-    Raises:
-        UserError: whatever is wrong with the data, the tokenizer, the model's config or the user's code.
-    """
-    _quiet()
-    for key, source in paths_in(spec, DATA_KEYS).items():
-        check_source(key, source)
-    check_callbacks(spec, given.callbacks)
-    check_optim(spec.optimizer, spec.scheduler)
-    tokenizer = load_tokenizer(spec)
-    collator = _user_collator(spec, given, tokenizer)
-    metrics = user_metrics(spec, given, _pad(tokenizer))
-    check_metric_for_best(spec, has_more=metrics is not None)
-    config = load_config(spec, tokenizer)
-    check_frozen(config, spec)
-    check_router(config, spec.dpo)
-    check_losses(spec.dpo, with_margins=spec.data.margin_column is not None)
-    if spec.model.lora is not None:
-        check_adapter(spec.model.lora)
-    check_reference(spec, config, tokenizer)
-    if spec.engine.shards_weights and spec.model.init is not None:
-        made_weights(spec, tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
-    train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
-    held_out = {name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval}
-    check_fit(config, train, "data.train", spec)
-    for name, pairs in held_out.items():
-        check_fit(config, pairs, spec.data.eval_key(name), spec)
-    if spec.data.eval_fraction is not None:
-        train, held_out[""] = without_held_out(train, spec.data.eval_fraction, spec.run.seed)
-    if metrics is not None:
-        vocabulary = config.get_text_config().vocab_size
-        for name, pairs in held_out.items():
-            check_memory(metrics, pairs, vocabulary, spec.data.eval_key(name), spec)
-    return Prepared(tokenizer, config, train, held_out, collator, metrics)
-
-
-def _user_collator(spec: RunSpec, given: Given, tokenizer: Any) -> AdaptedCollator | None:
-    """That of the settings, or of a Python user."""
-    named, collator = spec.data.collator, given.data_collator
-    if named is not None and collator is not None:
-        raise UserError("data.collator", named.path, "data_collator is given as well", "remove one of the two")
-    if collator is not None:
-        check_cache_with_collator(spec.reference, "data_collator")
-    found = named if collator is None else collator
-    return None if found is None else AdaptedCollator(found, tokenizer.pad_token_id)
-
-
 def run(
     spec: RunSpec,
     world: World,
@@ -182,7 +88,7 @@ def run(
         ReadFailed: the newest checkpoint cannot be read now.
         TrainingError: training cannot go on.
     """
-    _quiet()
+    quiet()
     run_dir = RunDir(spec.run_dir)
     ended = _trained(spec, world, session, run_dir, given, observed_by)
     gc.collect()  # before the export makes the model once more, whole
@@ -260,7 +166,7 @@ def _assembled(
     length = run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training)
     if found is None and world.is_main:
         _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
-        _say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
+        say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
     step = _pair_step(spec, policy, reference, world, precision, dtype)
     engine = _engine(spec, world, precision, dtype)
     engine.wrap(step, *factories(spec, policy, length.steps, world.device, given.optimizers))
@@ -276,8 +182,8 @@ def _assembled(
             arithmetic["ld_alpha"] = spec.dpo.ld_alpha
         _open_caches(spec, loader, eval_loaders, {"reference": identity["reference"], **arithmetic})
     if found is None and world.is_main:
-        _say(spec, prepared, world, precision, length.steps, why_padded)
-        _say_types(engine, precision)
+        say_run(spec, prepared, world, precision, length.steps, why_padded)
+        say_types(engine, precision)
     _settle(engine, loader, collator, world)
 
     near = _start_tolerance(spec, engine, loader, policy, reference, world, precision) if found is None else None
@@ -428,13 +334,8 @@ def _identity(
 
 
 def _collator(spec: RunSpec, prepared: Prepared, attention: AttentionName) -> PackedCollator | PreferenceCollator:
-    pad = _pad(prepared.tokenizer)
+    pad = pad_id(prepared.tokenizer)
     return PreferenceCollator(pad, spec.data) if attention == "padded" else PackedCollator(spec.data)
-
-
-def _pad(tokenizer: "PreTrainedTokenizerBase") -> int:
-    assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer refuses a tokenizer without one
-    return tokenizer.pad_token_id
 
 
 def _loaders(
@@ -567,7 +468,7 @@ def _fill_caches(
     Raises:
         UserError: on every rank, where one has not found all of it on disk and there will be no reference to ask.
     """
-    for name, each in (("training", loader), *((_evaluation(name), each) for name, each in eval_loaders.items())):
+    for name, each in (("training", loader), *((evaluation_named(name), each) for name, each in eval_loaders.items())):
         if each.cache is None:
             continue
         beat = partial(session.heartbeat, 0, "reference cache")
@@ -608,87 +509,6 @@ def _concluded(spec: RunSpec, ended: Ended, run_dir: RunDir, world: World) -> Ru
             export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
         run_dir.write_result(result.__dict__)
     return result
-
-
-def _say(
-    spec: RunSpec,
-    prepared: Prepared,
-    world: World,
-    precision: str,
-    max_steps: int,
-    why_padded: str | None,
-) -> None:
-    """What is about to happen, in a few lines."""
-    held_out = ((_evaluation(name), pairs) for name, pairs in prepared.eval.items())
-    for name, pairs in (("training", prepared.train), *held_out):
-        dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
-        print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
-        for each, share in zip(pairs.sets, pairs.shares, strict=True):
-            if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
-                print(f"  {each.source}: {share.pairs} pairs, {share.per_epoch} an epoch", flush=True)
-        if prepared.collator is not None and spec.data.keep_last is not None:
-            long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
-            print(f"{prepared.collator.name} is to truncate {long} of them, which are longer than data.max_length")
-    if (user := prepared.user_metrics) is not None and user.logits and not user.batched:
-        vocabulary = prepared.config.get_text_config().vocab_size
-        size = max(bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values())
-        print(f"each evaluation gathers {size / 2**20:,.1f} MB of logits in rank zero's memory", flush=True)
-    engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
-    where = f"{world.size} ranks on {world.device.type} in {precision}{engine}"
-    print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
-    if spec.reference_cache == "lazy" and any(share.per_epoch != share.pairs for share in prepared.train.shares):
-        print("the reference runs in every step: of weighted sets reference.cache=full alone keeps what it says")
-    if why_padded is not None:
-        print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
-
-
-def _evaluation(name: str) -> str:
-    return f"{name} evaluation" if name else "evaluation"
-
-
-def _say_types(engine: Engine, precision: Precision) -> None:
-    """One line: what is held, computed and added in which type."""
-    types, step, judge = engine.types, engine.step, engine.step.reference
-    own = [p for module in judge.own_modules(step.policy) for p in module.parameters()]
-    if isinstance(judge, PolicyStart) or not own:
-        reference = "as the policy"
-    else:
-        held = "int8" if is_int8(judge.model) else "nf4" if is_quantized(judge.model) else name_of(own[0].dtype)
-        casts = is_16_bit(precision) and (types.arithmetic != precision or step.reference_arithmetic is not nullcontext)
-        reference = f"{held}, arithmetic {precision} by autocast" if casts else held
-    softmax = "fp64" if precision == "fp64" else "fp32"
-    print(
-        f"types: weights {types.weights}, arithmetic {types.arithmetic}, gradients {types.gradients}, "
-        f"optimizer state {types.state}; softmax {softmax}, log-probs and loss summed in fp64; reference {reference}; "
-        f"TF32 {'on' if precision == 'tf32' else 'off'}",
-        flush=True,
-    )
-
-
-def _say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World) -> None:
-    """What trains, and what the reference costs."""
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    own = reference.own_bytes(policy) / 2**20
-    if spec.reference.sharded:
-        own = sum(p.nbytes for m in reference.own_modules(policy) for p in m.parameters()) / 2**20 / world.size
-    where = "of the host's memory" if spec.reference.offload else "of memory"
-    print(f"{trained:,} parameters train; reference: {kind}, ", end="")
-    print(
-        "gone before the first step" if spec.reference.kind == "precomputed" else f"{own:.3g} MB {where} on each rank"
-    )
-    if getattr(prepared.config, "tie_word_embeddings", False) and not policy.config.tie_word_embeddings:
-        print("the output head was one with the embeddings, which are frozen: it trains on with weights of its own")
-
-
-def _quiet() -> None:
-    """Libraries' progress bars and advice would bury our lines."""
-    import transformers
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of that, and accelerate imports it in any run
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch.*")
 
 
 def finished_already(run_dir: RunDir) -> RunResult | None:

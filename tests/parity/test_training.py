@@ -26,6 +26,7 @@ from orchestrator.models.reference import build_reference
 from orchestrator.settings.spec import RunSpec
 from orchestrator.training import worker
 from orchestrator.training.health import LocalSession
+from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
@@ -352,7 +353,7 @@ def test_five_steps_in_fp64(case: Case) -> None:
 
 def first_gradient(case: Case, spec: RunSpec) -> dict[str, torch.Tensor]:
     """The gradient of a run's first step before clipping, in one micro-batch."""
-    prepared = worker.prepare(spec)
+    prepared = prepare(spec)
     policy = build_policy(spec, prepared.tokenizer, torch.float32)
     reference = build_reference(spec, policy, torch.float32)
     for model in (policy, reference.model):

@@ -11,8 +11,8 @@ from support import losses, metric_lines, rows, write_jsonl, write_settings
 from orchestrator.data.order import epoch_order
 from orchestrator.run.replay import replay
 from orchestrator.settings.load import load_spec
+from orchestrator.training.prepare import Prepared, prepare
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import Prepared, prepare
 
 CALLBACKS = """
 import json

@@ -1,0 +1,85 @@
+"""What rank zero says before the first step: data, models, ranks, and what is computed in which type."""
+
+from contextlib import nullcontext
+from typing import Any
+
+from orchestrator.data.order import longest_sequences
+from orchestrator.engines.base import Engine
+from orchestrator.engines.precision import is_16_bit, name_of
+from orchestrator.models.quantized import is_int8, is_quantized
+from orchestrator.models.reference import PolicyStart, Reference
+from orchestrator.settings.spec import Precision, RunSpec
+from orchestrator.training.compute_metrics import bytes_together
+from orchestrator.training.prepare import Prepared
+from orchestrator.world import World
+
+
+def say_run(
+    spec: RunSpec,
+    prepared: Prepared,
+    world: World,
+    precision: str,
+    max_steps: int,
+    why_padded: str | None,
+) -> None:
+    """What is about to happen, in a few lines."""
+    held_out = ((evaluation_named(name), pairs) for name, pairs in prepared.eval.items())
+    for name, pairs in (("training", prepared.train), *held_out):
+        dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
+        print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
+        for each, share in zip(pairs.sets, pairs.shares, strict=True):
+            if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
+                print(f"  {each.source}: {share.pairs} pairs, {share.per_epoch} an epoch", flush=True)
+        if prepared.collator is not None and spec.data.keep_last is not None:
+            long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
+            print(f"{prepared.collator.name} is to truncate {long} of them, which are longer than data.max_length")
+    if (user := prepared.user_metrics) is not None and user.logits and not user.batched:
+        vocabulary = prepared.config.get_text_config().vocab_size
+        size = max(bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values())
+        print(f"each evaluation gathers {size / 2**20:,.1f} MB of logits in rank zero's memory", flush=True)
+    engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
+    where = f"{world.size} ranks on {world.device.type} in {precision}{engine}"
+    print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
+    if spec.reference_cache == "lazy" and any(share.per_epoch != share.pairs for share in prepared.train.shares):
+        print("the reference runs in every step: of weighted sets reference.cache=full alone keeps what it says")
+    if why_padded is not None:
+        print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
+
+
+def evaluation_named(name: str) -> str:
+    """What lines call the evaluation set with that name, which may be empty."""
+    return f"{name} evaluation" if name else "evaluation"
+
+
+def say_types(engine: Engine, precision: Precision) -> None:
+    """One line: what is held, computed and added in which type."""
+    types, step, judge = engine.types, engine.step, engine.step.reference
+    own = [p for module in judge.own_modules(step.policy) for p in module.parameters()]
+    if isinstance(judge, PolicyStart) or not own:
+        reference = "as the policy"
+    else:
+        held = "int8" if is_int8(judge.model) else "nf4" if is_quantized(judge.model) else name_of(own[0].dtype)
+        casts = is_16_bit(precision) and (types.arithmetic != precision or step.reference_arithmetic is not nullcontext)
+        reference = f"{held}, arithmetic {precision} by autocast" if casts else held
+    softmax = "fp64" if precision == "fp64" else "fp32"
+    print(
+        f"types: weights {types.weights}, arithmetic {types.arithmetic}, gradients {types.gradients}, "
+        f"optimizer state {types.state}; softmax {softmax}, log-probs and loss summed in fp64; reference {reference}; "
+        f"TF32 {'on' if precision == 'tf32' else 'off'}",
+        flush=True,
+    )
+
+
+def say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World) -> None:
+    """What trains, and what the reference costs."""
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    own = reference.own_bytes(policy) / 2**20
+    if spec.reference.sharded:
+        own = sum(p.nbytes for m in reference.own_modules(policy) for p in m.parameters()) / 2**20 / world.size
+    where = "of the host's memory" if spec.reference.offload else "of memory"
+    print(f"{trained:,} parameters train; reference: {kind}, ", end="")
+    print(
+        "gone before the first step" if spec.reference.kind == "precomputed" else f"{own:.3g} MB {where} on each rank"
+    )
+    if getattr(prepared.config, "tie_word_embeddings", False) and not policy.config.tie_word_embeddings:
+        print("the output head was one with the embeddings, which are frozen: it trains on with weights of its own")

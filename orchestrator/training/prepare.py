@@ -1,0 +1,111 @@
+"""What can be made, and refused, before any rank starts: tokenizer, model config, tokenised data, a user's code."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from orchestrator.data.collate import AdaptedCollator
+from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, without_held_out
+from orchestrator.dpo.losses import check_losses
+from orchestrator.engines.optim import check_optim
+from orchestrator.engines.precision import dtype_held
+from orchestrator.models.adapters import check_adapter
+from orchestrator.models.policy import (
+    check_fit,
+    check_frozen,
+    check_router,
+    load_config,
+    load_tokenizer,
+    made_weights,
+)
+from orchestrator.models.reference import check_reference
+from orchestrator.settings.load import DATA_KEYS, paths_in
+from orchestrator.settings.rules import check_cache_with_collator, check_metric_for_best
+from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.training.callbacks import check_callbacks
+from orchestrator.training.compute_metrics import UserMetrics, check_memory, user_metrics
+from orchestrator.training.given import NOTHING, Given
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be made, and refused, before any rank starts."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    config: Any
+    train: Pairs
+    eval: dict[str, Pairs]  # by the name of the evaluation set
+    collator: AdaptedCollator | None  # of a user
+    user_metrics: UserMetrics | None
+
+
+def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
+    """Tokenizer, model config and tokenised data, from the cache where they are there already. No collective.
+
+    Raises:
+        UserError: whatever is wrong with the data, the tokenizer, the model's config or the user's code.
+    """
+    quiet()
+    for key, source in paths_in(spec, DATA_KEYS).items():
+        check_source(key, source)
+    check_callbacks(spec, given.callbacks)
+    check_optim(spec.optimizer, spec.scheduler)
+    tokenizer = load_tokenizer(spec)
+    collator = _user_collator(spec, given, tokenizer)
+    metrics = user_metrics(spec, given, pad_id(tokenizer))
+    check_metric_for_best(spec, has_more=metrics is not None)
+    config = load_config(spec, tokenizer)
+    check_frozen(config, spec)
+    check_router(config, spec.dpo)
+    check_losses(spec.dpo, with_margins=spec.data.margin_column is not None)
+    if spec.model.lora is not None:
+        check_adapter(spec.model.lora)
+    check_reference(spec, config, tokenizer)
+    if spec.engine.shards_weights and spec.model.init is not None:
+        made_weights(spec, tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
+    train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
+    held_out = {name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval}
+    check_fit(config, train, "data.train", spec)
+    for name, pairs in held_out.items():
+        check_fit(config, pairs, spec.data.eval_key(name), spec)
+    if spec.data.eval_fraction is not None:
+        train, held_out[""] = without_held_out(train, spec.data.eval_fraction, spec.run.seed)
+    if metrics is not None:
+        vocabulary = config.get_text_config().vocab_size
+        for name, pairs in held_out.items():
+            check_memory(metrics, pairs, vocabulary, spec.data.eval_key(name), spec)
+    return Prepared(tokenizer, config, train, held_out, collator, metrics)
+
+
+def _user_collator(spec: RunSpec, given: Given, tokenizer: Any) -> AdaptedCollator | None:
+    """That of the settings, or of a Python user."""
+    named, collator = spec.data.collator, given.data_collator
+    if named is not None and collator is not None:
+        raise UserError("data.collator", named.path, "data_collator is given as well", "remove one of the two")
+    if collator is not None:
+        check_cache_with_collator(spec.reference, "data_collator")
+    found = named if collator is None else collator
+    return None if found is None else AdaptedCollator(found, tokenizer.pad_token_id)
+
+
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that padded rows are filled up with."""
+    assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer refuses a tokenizer without one
+    return tokenizer.pad_token_id
+
+
+def quiet() -> None:
+    """Libraries' progress bars and advice would bury our lines."""
+    import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of that, and accelerate imports it in any run
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.*")
