@@ -60,7 +60,8 @@ Both = tuple[torch.Tensor, torch.Tensor]
 
 def pair_losses(terms: PairTerms, dpo: DpoSpec, counts: Counts) -> torch.Tensor:
     """[B] the weighted sum of the losses asked for, less those of `batch_losses`, whose mean over the pairs of the
-    GLOBAL batch, which has `counts`, is the loss of the step. Several at once: MPO, Wang et al. 2024, arXiv 2411.10442.
+    GLOBAL batch, which has `counts`, is the loss of the step. Several at once: MPO, Wang et al. 2024, arXiv 2411.10442,
+    section 3.2.
 
     With dpo.use_weighting each is multiplied by how likely the policy itself would write the pair, w(y_w) w(y_l), where
     log w(y) is the mean over tokens of log p(token) - log(sum of p^2). WPO: Zhou et al. 2024, arXiv 2406.11827, eq. 2.
@@ -121,8 +122,8 @@ def _margin(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
 
 
 def _less_margin(margin: torch.Tensor, terms: PairTerms) -> torch.Tensor:
-    """ODPO, which wants the difference of rewards to be larger than what the data say. Amini et al. 2024, arXiv
-    2402.10571."""
+    """ODPO: [B] the difference of rewards, which is to be larger than an offset, here what the data say. Amini et al.
+    2024, arXiv 2402.10571, the loss of that name."""
     return margin if terms.margins is None else margin - terms.margins
 
 
@@ -147,7 +148,7 @@ def sigmoid(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
 
 def hinge(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] SLiC: max(0, 1 - b (s_w - s_l)). Zhao et al. 2023, arXiv 2305.10425, over log-ratios as in RSO, Liu et al.
-    2023, arXiv 2309.06657."""
+    2023, arXiv 2309.06657, eq. 10."""
     return torch.relu(1 - _margin(terms, dpo))
 
 
@@ -168,21 +169,21 @@ def exo_pair(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
 
 def nca_pair(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] NCA: -log sigmoid(b r_w) - (log sigmoid(-b r_w) + log sigmoid(-b r_l)) / 2. Chen et al. 2024, arXiv
-    2402.05369."""
+    2402.05369, table 1."""
     chosen, rejected = rewards(terms, dpo)
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 def robust(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] Robust DPO: with m = b (s_w - s_l), (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e), where a label
-    is wrong with probability e < 1/2. Chowdhury et al. 2024, arXiv 2403.00409."""
+    is wrong with probability e < 1/2. Chowdhury et al. 2024, arXiv 2403.00409, its de-biased loss."""
     margin, flipped = _margin(terms, dpo), dpo.label_smoothing
     return (flipped * logsigmoid(-margin) - (1 - flipped) * logsigmoid(margin)) / (1 - 2 * flipped)
 
 
 def bco_pair(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] BCO without its shift of rewards: -log sigmoid(b r_w) - log sigmoid(-b r_l). Jung et al. 2024, arXiv
-    2404.04656."""
+    2404.04656, eq. 6."""
     chosen, rejected = rewards(terms, dpo)
     return -logsigmoid(chosen) - logsigmoid(-rejected)
 
@@ -226,7 +227,7 @@ def sft(terms: PairTerms, _: DpoSpec) -> torch.Tensor:
 
 def sigmoid_norm(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] length-normalised DPO: -log sigmoid(b (s_w / |y_w| - s_l / |y_l|)). Lambert et al. 2024 (Tülu 3), arXiv
-    2411.15124."""
+    2411.15124, eq. 6."""
     chosen, rejected = _per_token(scores(terms, dpo), terms)
     return -logsigmoid(_less_margin(dpo.beta * (chosen - rejected), terms))
 
@@ -236,7 +237,8 @@ def sigmoid_norm(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
 
 def cdpo(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] conservative DPO: with m = b (s_w - s_l), -(1 - e) log sigmoid(m) - e log sigmoid(-m). Mitchell 2023, A note
-    on DPO with noisy preferences. Earlier releases of TRL had it as sigmoid with label_smoothing, now ignored there."""
+    on DPO with noisy preferences & relationship to IPO, https://ericmitchell.ai/cdpo.pdf, eq. 3. Earlier releases of
+    TRL had it as sigmoid with label_smoothing, now ignored there."""
     return _smoothed(_margin(terms, dpo), dpo)
 
 
@@ -266,21 +268,23 @@ def _log_odds(logp: torch.Tensor) -> torch.Tensor:
 
 def aot(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
     """[N] paired AOT: with d_(k) the k-th smallest log(p_w / p_l) of the policy and c_(k) that of the reference, m =
-    b (d_(k) - c_(k)): -(1 - e) log sigmoid(m) - e log sigmoid(-m). Melnyk et al. 2024, arXiv 2406.05882."""
+    b (d_(k) - c_(k)): -(1 - e) log sigmoid(m) - e log sigmoid(-m). Melnyk et al. 2024, arXiv 2406.05882, the paired
+    objective in its closed form, by sorting."""
     policys, references = terms.chosen_logps - terms.rejected_logps, terms.ref_chosen_logps - terms.ref_rejected_logps
     return _matched(policys, references, dpo, weights)
 
 
 def aot_unpaired(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
     """[N] unpaired AOT: the same of the k-th smallest r_w and the k-th smallest r_l. Melnyk et al. 2024, arXiv
-    2406.05882."""
+    2406.05882, the unpaired objective in its closed form, by sorting."""
     chosen, rejected = log_ratios(terms)
     return _matched(chosen, rejected, dpo, weights)
 
 
 def _matched(upper: torch.Tensor, lower: torch.Tensor, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
-    """[N] the loss of each `upper`, which is to exceed the `lower` of its rank. Each stands there as often as its
-    weight says; where a part of one meets a part of another, that part of the loss is counted."""
+    """[N] the loss of each `upper`, which is to exceed the `lower` of its rank. Both sides are laid out in their order,
+    each pair as wide as its weight; the loss of an upper one is the mean over its width of that against the lower one
+    beside it. Of whole weights it is as if a pair stood there as often."""
     uppers, lowers = upper.detach().argsort(stable=True), lower.detach().argsort(stable=True)
     upper_ends, lower_ends = weights[uppers].cumsum(0), weights[lowers].cumsum(0)
     ends = torch.cat([upper_ends, lower_ends]).unique()  # ascending

@@ -42,7 +42,7 @@ class StepOutput(NamedTuple):
     metric_sums: torch.Tensor  # [len(METRICS), 2] fp64 sums and counts
     logps: torch.Tensor  # [2B] fp64
     ref_logps: torch.Tensor  # [2B] fp64
-    losses: torch.Tensor  # [B] fp64, each pair's as it enters the mean
+    losses: torch.Tensor  # [B] fp64, each pair's as it enters the mean, without its weight
 
 
 class PairStep(nn.Module):

@@ -66,8 +66,8 @@ def _pair_sums(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
 
 
 class _Tails(NamedTuple):
-    """How the tokens of a pair beyond its shorter completion count. LD-DPO: Liu et al. 2024, arXiv 2409.06411: with n
-    tokens in the shorter one, log p(y) is sum(log p of the first n) + ld_alpha * sum(log p of the rest)."""
+    """How the tokens of a pair beyond its shorter completion count. LD-DPO: Liu et al. 2024, arXiv 2409.06411, eq. 10:
+    with n tokens in the shorter one, log p(y) is sum(log p of the first n) + ld_alpha * sum(log p of the rest)."""
 
     ld_alpha: float | None  # None: as the others, and a sequence is summed in one part
 

@@ -37,9 +37,9 @@ Asked = list[tuple[EvalPrediction, bool]]
 
 
 class Predictions(NamedTuple):
-    """What is handed over as predictions without evaluation.logits: a row for each pair of the set, in its order, the
-    chosen completion in column 0 and the rejected one in column 1. The label of every pair is 0, the column of what
-    was preferred. With evaluation.batch_eval_metrics tensors, else arrays."""
+    """What is handed over as predictions without evaluation.logits: a row for each pair of the set, whatever its
+    weight, in its order, the chosen completion in column 0 and the rejected one in column 1. The label of every pair is
+    0, the column of what was preferred. With evaluation.batch_eval_metrics tensors, else arrays."""
 
     logps: Any  # [N, 2] fp64 log-prob of the completion, in nats
     ref_logps: Any  # [N, 2] fp64 the reference's

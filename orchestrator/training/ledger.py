@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
         ("ref_chosen_logps", pa.float64()),
         ("ref_rejected_logps", pa.float64()),
         ("margin", pa.float64()),  # of the rewards
-        ("loss", pa.float64()),  # as it enters the mean over the global batch
+        ("loss", pa.float64()),  # as it enters the mean over the global batch, without its weight
         ("chosen_tokens", pa.int32()),  # of the completion
         ("rejected_tokens", pa.int32()),
     ]

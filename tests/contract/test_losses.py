@@ -15,12 +15,12 @@ from orchestrator.dpo.step import METRICS
 
 PAIRS = 6
 SETTINGS: dict[str, Any] = {
-    "data": {"eval": None, "weight_column": "w", "margin_column": "m"},
+    "data": {"weight_column": "w", "margin_column": "m"},
     "dpo": {"loss_type": ["sigmoid", "sft", "aot_unpaired"], "ld_alpha": 0.5},
     "training": {"max_steps": 3, "logging_steps": 1},
     "optimizer": {"lr": 3e-3},
 }
-SAME = (*(name for name in METRICS if name != "num_tokens"), "grad_norm")  # tokens are fed, whatever a pair weighs
+SAME = tuple(name for name in METRICS if name != "num_tokens")  # tokens are fed, whatever a pair weighs
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -31,15 +31,18 @@ def test_the_curve_of_a_weight_of_two_is_that_of_the_row_twice(tmp_path: Path, r
     curves: list[list[dict[str, float]]] = []
     for name, made in (("weighed", content), ("repeated", repeated)):
         write_jsonl(tmp_path / f"{name}.jsonl", made)
-        words = (f"run.name={name}", f"data.train={tmp_path / name}.jsonl", f"batch.global_batch_size={len(made)}")
+        file = tmp_path / f"{name}.jsonl"
+        words = (f"run.name={name}", f"data.train={file}", f"data.eval={file}", f"batch.global_batch_size={len(made)}")
         bytes_alone = "model.init.vocab_size=260"  # with more, the tokenizer would depend on how often a row is there
         forked.finished(write_settings(tmp_path, **SETTINGS), *words, bytes_alone, ranks=ranks)
-        curves.append([line for line in metric_lines(tmp_path / "runs" / name) if "loss" in line])
-    assert len(curves[0]) == 3
-    for weighed, twice in zip(*curves, strict=True):
-        for key in SAME:
-            assert weighed[key] == pytest.approx(twice[key], rel=1e-4, abs=1e-5), key
-    assert curves[0][-1]["loss"] < curves[0][0]["loss"]
+        curves.append(metric_lines(tmp_path / "runs" / name))
+    for prefix, names, count in (("", (*SAME, "grad_norm"), 3), ("eval_", SAME, 2)):
+        lines = [[line for line in curve if f"{prefix}loss" in line] for curve in curves]
+        assert len(lines[0]) == count
+        for weighed, twice in zip(*lines, strict=True):
+            for key in (prefix + name for name in names):
+                assert weighed[key] == pytest.approx(twice[key], rel=1e-4, abs=1e-5), key
+        assert lines[0][-1][f"{prefix}loss"] < lines[0][0][f"{prefix}loss"]
 
 
 MINE = """

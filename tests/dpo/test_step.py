@@ -131,6 +131,7 @@ def test_a_weight_of_two_is_the_row_twice(packed: bool) -> None:
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
     assert (gradients(weighed) - gradients(repeated)).norm() <= 1e-12 * gradients(repeated).norm()
     assert torch.allclose(output.metric_sums[:-1], expected.metric_sums[:-1], rtol=1e-12)
+    assert torch.allclose(output.losses, expected.losses[:6], rtol=1e-12)  # a pair's own, whatever it weighs
     assert output.metric_sums[-1, 0].item() == found.sequence_tokens.sum().item()
     third = found._replace(pair_weights=found.pair_weights / 3)  # only their ratios count, also below 1
     assert run(weighed, [third], third.counts).loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
