@@ -33,13 +33,14 @@ OF_ITS_OWN = {"collator": ["data.truncation=keep_end"]}
 
 
 class Place:
-    """Where the examples run: at the root of the repository, on a few of its pairs."""
+    """Where the examples of one test run: at the root of the repository, on a few of its pairs."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
         self.folder, self.patch, self.capture = folder, patch, capture
         patch.chdir(ROOT)
         self.words = [f"run.dir={folder}", f"training.max_steps={STEPS}", "training.epochs=null"]
         self.words += ["batch.global_batch_size=4", "batch.micro_batch_size=2", "evaluation.every_steps=null"]
+        self.words += ["reference.cache=off"]  # each run asks its own, and not what its twin has kept
         for split, pairs in (("train", 32), ("eval", 4)):
             few = (ROOT / "configs/sample" / f"{split}.jsonl").read_text().splitlines(keepends=True)[:pairs]
             (folder / f"{split}.jsonl").write_text("".join(few))
@@ -63,12 +64,8 @@ class Place:
 
 
 @pytest.fixture
-def place(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Place:
-    folder = tmp_path_factory.getbasetemp() / "examples"  # of all tests: the pairs are tokenised once
-    folder.mkdir(exist_ok=True)
-    return Place(folder, monkeypatch, capfd)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Place:
+    return Place(tmp_path, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
