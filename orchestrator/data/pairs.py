@@ -43,7 +43,7 @@ from orchestrator.settings.spec import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 4  # of the cache; raise it when the meaning of a cached number changes
+FORMAT = 5  # of the cache; raise it when the meaning of a cached number changes
 CHUNK = 512  # rows handed to a tokenising process at a time
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
@@ -120,6 +120,11 @@ class TokenizedSet(NamedTuple):
         return json.loads((self.folder / "meta.json").read_text())["dropped"]
 
     @property
+    def unread(self) -> dict[str, int]:
+        """Rows with a variable that their chat template does not read, by its name."""
+        return json.loads((self.folder / "meta.json").read_text())["unread"]
+
+    @property
     def uncut_lengths(self) -> Integers:
         """[M, 3] tokens of prompt, chosen and rejected before truncation, of every row that could be tokenised, left
         out or not."""
@@ -132,14 +137,17 @@ class Pairs:
     `pair_ids` [N] ascend: they are the rows of the sources, counted from 1 and on from one source to the next, whether
     they hold a usable pair or not. `lengths` [N, 3] are the tokens of prompt, chosen and rejected; `hashes` [N, 2] 128
     bits over the token ids of each; `weights` and `margins` [N] fp64 are what data.weight_column and data.margin_column
-    say, if they are set; `dropped` counts the rows left out by reason.
+    say, if they are set; `dropped` counts the rows left out by reason, `unread` those with a variable of their own that
+    the chat template does not read, by its name.
     """
 
     def __init__(self, sets: Sequence[TokenizedSet]) -> None:
         self.sets = list(sets)
         folders = [each.folder for each in sets]
         metas = [json.loads((folder / "meta.json").read_text()) for folder in folders]
-        self.dropped: dict[str, int] = dict(sum((Counter(meta["dropped"]) for meta in metas), Counter[str]()))
+        self.dropped, self.unread = (
+            dict(sum((Counter(meta[name]) for meta in metas), Counter[str]())) for name in ("dropped", "unread")
+        )
         self.largest_id: int = max(meta["largest_id"] for meta in metas)
         numbers, lengths = ([np.load(folder / f"{name}.npy") for folder in folders] for name in ("rows", "lengths"))
         rows = [len(kept) + sum(meta["dropped"].values()) for kept, meta in zip(numbers, metas, strict=True)]
@@ -183,7 +191,7 @@ class Pairs:
     def only(self, indices: Integers) -> "Pairs":
         """The pairs at some indices, in the order of their rows."""
         few, kept = copy.copy(self), np.sort(indices)
-        few.dropped = {}
+        few.dropped, few.unread = {}, {}
         few.pair_ids, few.lengths, few.hashes = self.pair_ids[kept], self.lengths[kept], self.hashes[kept]
         few.weights = None if self.weights is None else self.weights[kept]
         few.margins = None if self.margins is None else self.margins[kept]
@@ -265,7 +273,7 @@ def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, P
         is_out[smallest] = True
     held = is_out[prompts]
     train, held_out = pairs.only(np.flatnonzero(~held)), pairs.only(np.flatnonzero(held))
-    train.dropped = pairs.dropped
+    train.dropped, train.unread = pairs.dropped, pairs.unread
     gone = next((each for each, share in zip(pairs.sets, train.shares, strict=True) if not share.pairs), None)
     if gone is not None or not len(held_out):
         which = f"every pair of {gone.source}" if gone else "none"
@@ -596,7 +604,12 @@ def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpe
             + ", but the data are conversations",
             "set data.chat_template, take an instruct model's tokenizer, or give the rows as plain text",
         ) from None
-    _check_read(template, arguments, data)
+    _check_settings_read(template, data)
+    if arguments["tools"] and "tools" not in _words(template):
+        # what the answers rest on would be missing; of a row's own variables no letter is: see unread_variables
+        raise BadRow(
+            "malformed rows", "has tools, not read by the chat template", "set data.chat_template to one that does"
+        )
     yield _chat(tokenizer, data, prompt, add_generation_prompt=True, **arguments)
     for side in ("chosen", "rejected"):
         yield _chat(tokenizer, data, prompt + row[side], **arguments)
@@ -622,19 +635,33 @@ def _template_arguments(row: Row, data: DataSpec) -> Row:
     return {"tools": None, **own, **data.chat_template_kwargs, **said}
 
 
-def _check_read(template: str, arguments: Row, data: DataSpec) -> None:
-    """Refuse what the template would leave out in silence: tools that it does not know, a variable misspelt."""
-    for name in arguments.keys() - _words(template) - set(NO_VARIABLES):
-        value = arguments[name]
-        if value is None or value == []:
-            continue
-        near = difflib.get_close_matches(name, _words(template), n=1)
-        if data.chat_template_kwargs.get(name) == value:
-            cure = f"did you mean {near[0]}?" if near else "remove it, or set data.chat_template to one that does"
+def _check_settings_read(template: str, data: DataSpec) -> None:
+    """Refuse a variable of the settings that the template would leave out in silence, misspelt perhaps."""
+    for name, value in data.chat_template_kwargs.items():
+        if value not in (None, []) and not _reads(template, name):
+            near = _nearest(template, name)
+            cure = f"did you mean {near}?" if near else "remove it, or set data.chat_template to one that does"
             raise UserError(f"data.chat_template_kwargs.{name}", value, "is not read by the chat template", cure)
-        meant = f", which reads {near[0]}" if near else ""
-        cure = "set data.chat_template to one that does"
-        raise BadRow("malformed rows", f"has {name}, not read by the chat template{meant}", cure)
+
+
+def unread_variables(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> list[str]:
+    """Names of a conversation's own chat_template_kwargs that its chat template does not read, with the nearest that it
+    does. It trains without them, as in TRL: one set of rows may be meant for several models' templates."""
+    if not row.get("chat_template_kwargs") or isinstance(row["chosen"], str):
+        return []
+    arguments = _template_arguments(row, data)
+    template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
+    own = (name for name, value in row["chat_template_kwargs"].items() if value is not None)
+    unread = [name for name in own if not _reads(template, name)]
+    return [f"{name} (it reads {near})" if (near := _nearest(template, name)) else name for name in unread]
+
+
+def _reads(template: str, name: str) -> bool:
+    return name in NO_VARIABLES or name in _words(template)
+
+
+def _nearest(template: str, name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name, _words(template), n=1)), None)
 
 
 @lru_cache
@@ -679,6 +706,7 @@ class _TokenizedRow(NamedTuple):
     result: TokenizedPair | BadRow
     uncut: tuple[int, int, int] | None  # tokens of prompt, chosen and rejected before truncation, if it has any
     numbers: dict[str, float] = {}  # by the names of NUMERIC
+    unread: list[str] = []  # variables that the chat template does not read
 
 
 class _Worker(NamedTuple):
@@ -695,7 +723,8 @@ class _Worker(NamedTuple):
         try:
             whole, _ = tokenize_pair(row, self.tokenizer, self.data)
             uncut = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
-            return _TokenizedRow(number, truncated(whole, self.data), uncut, _numbers(row, self.data))
+            unread = unread_variables(row, self.tokenizer, self.data)
+            return _TokenizedRow(number, truncated(whole, self.data), uncut, _numbers(row, self.data), unread)
         except BadRow as bad:
             bad.row = row
             return _TokenizedRow(number, bad, uncut)
@@ -733,8 +762,8 @@ def _build(
     tokens: list[np.ndarray] = []
     hashes: list[bytes] = []
     numeric: dict[str, list[float]] = {name: [] for name, key in NUMERIC.items() if getattr(data, key) is not None}
-    dropped: Counter[str] = Counter()
-    for number, result, uncut, of_pair in _tokenized(rows, _Worker(tokenizer, data)):
+    dropped, unread = Counter[str](), Counter[str]()
+    for number, result, uncut, of_pair, unread_here in _tokenized(rows, _Worker(tokenizer, data)):
         if uncut is not None:
             uncut_lengths.append(uncut)
         if isinstance(result, BadRow):
@@ -749,6 +778,7 @@ def _build(
         lengths.append((len(result.prompt_ids), len(result.chosen_ids), len(result.rejected_ids)))
         tokens.append(np.array(result.prompt_ids + result.chosen_ids + result.rejected_ids, np.int32))
         hashes.append(content_hash(lengths[-1], tokens[-1]))
+        unread.update(unread_here)
         for name, column in numeric.items():
             column.append(of_pair[name])
     if not numbers:
@@ -765,7 +795,8 @@ def _build(
     np.save(folder / "rows.npy", np.array(numbers, np.int64))
     for name, column in numeric.items():
         np.save(folder / f"{name}.npy", np.array(column, np.float64))
-    meta = {"source": source, "dropped": dict(dropped), "largest_id": max(int(ids.max()) for ids in tokens)}
+    largest_id = max(int(ids.max()) for ids in tokens)
+    meta = {"source": source, "dropped": dict(dropped), "unread": dict(unread), "largest_id": largest_id}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

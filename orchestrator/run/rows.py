@@ -71,7 +71,7 @@ def _lengths_of_sets(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Ite
     splits: list[tuple[Split, str]] = [("train", ""), *(("eval", name) for name in spec.data.eval)]
     for split, name in splits:
         for each in tokenized_pairs(spec.data, split, tokenizer, spec.cache_dir, name).sets:
-            yield each.key, lengths(each.uncut_lengths, spec.data, each.dropped)
+            yield each.key, lengths(each.uncut_lengths, spec.data, each.dropped, each.unread)
 
 
 class Part(NamedTuple):
@@ -154,10 +154,11 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def lengths(uncut: Integers, data: DataSpec, dropped: dict[str, int]) -> dict[str, Any]:
+def lengths(uncut: Integers, data: DataSpec, dropped: dict[str, int], unread: dict[str, int]) -> dict[str, Any]:
     """How many tokens rows have, and what truncation does to them, by name; JSON's types only.
 
-    uncut: [M, 3] tokens of prompt, chosen and rejected before truncation. dropped: rows by reason.
+    uncut: [M, 3] tokens of prompt, chosen and rejected before truncation. dropped: rows by reason. unread: rows by
+    the variable that they bring and their chat template does not read.
     """
     parts: dict[str, Integers] = dict(zip(("prompt", "chosen", "rejected"), uncut.T, strict=True))
     parts["longer_sequence"] = longest_sequences(uncut)
@@ -182,6 +183,7 @@ def lengths(uncut: Integers, data: DataSpec, dropped: dict[str, int]) -> dict[st
             "max_length": int(((prompt + completions.max(axis=1) > whole) & ~fills).sum()),
         },
         "dropped": dropped,
+        "unread": unread,
     }
 
 
@@ -261,6 +263,8 @@ def length_lines(key: str, found: dict[str, Any], data: DataSpec) -> Iterator[st
             yield f"rows cut by data.{limit}={value}{how}: {rows}"
     for reason, rows in found["dropped"].items():
         yield f"rows left out, {reason}: {rows}"
+    for variable, rows in found["unread"].items():
+        yield f"rows with {variable}, which the chat template does not read: {rows}"
 
 
 def _bars(counts: list[int]) -> str:

@@ -26,7 +26,9 @@ def say_run(
     held_out = ((evaluation_named(name), pairs) for name, pairs in prepared.eval.items())
     for name, pairs in (("training", prepared.train), *held_out):
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
-        print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}", flush=True)
+        bring = (f"; {rows} rows have {variable}" for variable, rows in pairs.unread.items())
+        unread = "".join(f"{each}, not read by the chat template" for each in bring)
+        print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}{unread}", flush=True)
         for each, share in zip(pairs.sets, pairs.shares, strict=True):
             if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
                 print(f"  {each.source}: {share.pairs} pairs, {share.per_epoch} an epoch", flush=True)

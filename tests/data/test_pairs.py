@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from orchestrator.data.order import Share
 from orchestrator.data.pairs import (
     BadRow,
     Pairs,
+    TokenizedPair,
     build_once,
     count_rows,
     raw_rows,
@@ -53,9 +54,9 @@ assert len(os.listdir(folder)) == 1
 """
 
 
-def tokenized(row: dict[str, Any], **settings: Any) -> tuple[list[int], list[int], list[int]]:
+def tokenized(row: dict[str, Any], **settings: Any) -> TokenizedPair:
     data = data_spec(**settings)
-    return tuple(truncated(tokenize_pair(row, tokenizer(), data)[0], data))
+    return truncated(tokenize_pair(row, tokenizer(), data)[0], data)
 
 
 def made(folder: Path, content: list[Any], **settings: Any) -> Pairs:
@@ -208,11 +209,6 @@ def test_keep_end_is_left_to_the_collator() -> None:
         ({**CHAT, "tools": '["f"]'}, "malformed rows", "tools is not a list of objects"),
         ({**CHAT, "chat_template_kwargs": "text"}, "malformed rows", "chat_template_kwargs"),
         ({**CHAT, "chat_template_kwargs": {"padding": True}}, "malformed rows", "'padding', which is no variable"),
-        (
-            {**CHAT, "chat_template_kwargs": {"moood": 1}},
-            "malformed rows",
-            "has moood, not read by the chat template, which reads mood",
-        ),
         ({**TEXT, "rejected": " yes"}, "ties", "chosen equals rejected"),
         ({**TEXT, "prompt": "long " * 9}, "prompts that fill data.max_length", "45 tokens, data.max_length is 40"),
         ({**CHAT, "chosen": []}, "empty completions", "chosen has no token of its own"),
@@ -223,6 +219,14 @@ def test_an_unusable_row_says_why(row: Any, kind: str, reason: str) -> None:
         tokenized(row, max_length=40)
     assert caught.value.kind == kind
     assert reason in caught.value.reason
+
+
+def test_a_rows_variable_that_its_template_does_not_read_is_counted(tmp_path: Path) -> None:
+    variables = [{"moood": 1, "x9": 1}, {"moood": 2, "mood": "sad"}, {"moood": None}, {}]
+    found = made(tmp_path, [{**CHAT, "chat_template_kwargs": each} for each in variables])
+    assert found.unread == found.sets[0].unread == {"moood (it reads mood)": 2, "x9": 1}
+    moods = [{**CHAT, "chat_template_kwargs": {"mood": each.get("mood")}} for each in variables]
+    assert [found.tokens(index).tolist() for index in range(4)] == [[*chain(*tokenized(row))] for row in moods]
 
 
 def test_a_pair_that_truncation_makes_alike_is_a_tie() -> None:
@@ -343,7 +347,7 @@ def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
         datasets.Dataset.from_list(content).save_to_disk(str(path))
     else:
         other = datasets.Dataset.from_list(rows(3, seed=9))
-        datasets.DatasetDict(train=datasets.Dataset.from_list(content), test=other).save_to_disk(str(path))
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(content), "test": other}).save_to_disk(str(path))
     return path
 
 

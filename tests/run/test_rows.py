@@ -94,7 +94,7 @@ def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) 
     data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), **settings)
     (made,) = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache").sets
     uncut = made.uncut_lengths
-    found = lengths(uncut, data, made.dropped)
+    found = lengths(uncut, data, made.dropped, made.unread)
     json.dumps(found)
 
     assert found["rows"] == 40
@@ -179,7 +179,7 @@ def test_special_tokens_are_bold_where_there_are_colours(tmp_path: Path) -> None
 def test_lengths_on_a_terminal() -> None:
     uncut = np.array([[2, 1, 3], [4, 9, 1], [30, 1, 1], [3, 2, 2]])
     data = data_spec(max_length=20, max_completion_length=8)
-    assert list(length_lines("data.train", lengths(uncut, data, {"ties": 1}), data)) == [
+    assert list(length_lines("data.train", lengths(uncut, data, {"ties": 1}, {"mood": 2}), data)) == [
         "data.train: tokens of 4 rows before truncation",
         "                     min    50%    90%    99%    max   0 to 31",
         "prompt                 2      4     30     30     30    █▅            ▅",
@@ -189,4 +189,5 @@ def test_lengths_on_a_terminal() -> None:
         "rows cut by data.max_completion_length=8: 1",
         "rows cut by data.max_length=20 (keep_start): 0",
         "rows left out, ties: 1",
+        "rows with mood, which the chat template does not read: 2",
     ]
