@@ -117,7 +117,8 @@ def test_on_ray_it_is_that_curve_too(example: str, place: Place, ray_address: st
         need_trl()
     assert ray_address
     here = place.curve(example, "yaml", "debug")
-    for language in ("yaml", "python"):
-        there = place.curve(example, language, "train")
-        print(json.dumps({example: {language: max(abs(there[step] - here[step]) for step in here)}}))
-        assert there == pytest.approx(here, abs=1e-5)
+    there = {language: place.curve(example, language, "train") for language in ("yaml", "python")}
+    far = {language: max(abs(curve[step] - here[step]) for step in here) for language, curve in there.items()}
+    print(json.dumps({example: far}))
+    for curve in there.values():
+        assert curve == pytest.approx(here, abs=1e-5)
