@@ -20,7 +20,7 @@ class GlobalBatch:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.parts: list[torch.Tensor] = []  # [8, B] on the device, as `_losses` reads them
+        self.parts: list[torch.Tensor] = []  # [8, B] on the device, as `_losses_in_order` reads them
 
     def add(self, batch: PairBatch, output: StepOutput) -> None:
         """Take in a micro-batch (on the device)."""
