@@ -22,7 +22,7 @@ exp(80) but not exp(89). What lies beyond has no gradient."""
 
 class PairTerms(NamedTuple):
     """What a loss may see of the pairs, all [B]: log-probs summed over completion tokens, those beyond the shorter one
-    of a pair weighing dpo.ld_alpha."""
+    of a pair weighing dpo.ld_alpha (LD-DPO: Liu et al. 2024, arXiv 2409.06411, eq. 10)."""
 
     chosen_logps: torch.Tensor
     rejected_logps: torch.Tensor
