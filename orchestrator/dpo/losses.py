@@ -268,23 +268,23 @@ def _log_odds(logp: torch.Tensor) -> torch.Tensor:
 
 def aot(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
     """[N] paired AOT: with d_(k) the k-th smallest log(p_w / p_l) of the policy and c_(k) that of the reference, m =
-    b (d_(k) - c_(k)): -(1 - e) log sigmoid(m) - e log sigmoid(-m). Melnyk et al. 2024, arXiv 2406.05882, the paired
-    objective in its closed form, by sorting."""
+    b (d_(k) - c_(k)): -(1 - e) log sigmoid(m) - e log sigmoid(-m). Melnyk et al. 2024, arXiv 2406.05882, the AOT
+    objective of paired data, in its closed form by sorting, with the logistic penalty."""
     policys, references = terms.chosen_logps - terms.rejected_logps, terms.ref_chosen_logps - terms.ref_rejected_logps
     return _matched(policys, references, dpo, weights)
 
 
 def aot_unpaired(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
     """[N] unpaired AOT: the same of the k-th smallest r_w and the k-th smallest r_l. Melnyk et al. 2024, arXiv
-    2406.05882, the unpaired objective in its closed form, by sorting."""
+    2406.05882, the AOT objective of unpaired data."""
     chosen, rejected = log_ratios(terms)
     return _matched(chosen, rejected, dpo, weights)
 
 
 def _matched(upper: torch.Tensor, lower: torch.Tensor, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
-    """[N] the loss of each `upper`, which is to exceed the `lower` of its rank. Both sides are laid out in their order,
-    each pair as wide as its weight; the loss of an upper one is the mean over its width of that against the lower one
-    beside it. Of whole weights it is as if a pair stood there as often."""
+    """[N] the loss of each `upper`, which is to exceed the `lower` of its rank: the mean of loss(U(t) - L(t)) over the
+    part of t in [0, 1] that is its own, where U and L are the quantiles of both sides, each pair as wide as its weight.
+    Of whole weights it is as if a pair stood there as often."""
     uppers, lowers = upper.detach().argsort(stable=True), lower.detach().argsort(stable=True)
     upper_ends, lower_ends = weights[uppers].cumsum(0), weights[lowers].cumsum(0)
     ends = torch.cat([upper_ends, lower_ends]).unique()  # ascending
