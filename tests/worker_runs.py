@@ -23,6 +23,28 @@ NO_OVERFLOW = 2.0**6
 fp32, and runs that have skipped other steps cannot be compared."""
 
 
+LOSS_NEEDS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}}
+"""Settings that a loss cannot do without."""
+LORA: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "lora": {"r": 4},
+    "lora on bf16": {"r": 4, "base": "bf16"},
+    "lora on int8": {"r": 4, "base": "int8"},
+    "lora on nf4": {"r": 4, "base": "nf4"},
+}
+WITH_LORA, QUANTISED_BASE = set(LORA) - {"none"}, {"lora on int8", "lora on nf4"}
+# How far the losses of twins may be apart, by whatever in a run computes most coarsely. Seen of each: fp64 5e-14, fp32
+# 7e-7, fp16 1.5e-3, bf16 6e-3, and int8, which rounds activations to a scale that the micro-batch shares, 1.1e-2.
+# Weights in nf4 are multiplied in the precision of the run.
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2, "int8": 3e-2}
+
+
+def tolerance(precision: str, reference: str, lora: str) -> float:
+    """How far the losses of a run may be from its twin's; lora: a key of LORA."""
+    parts = {precision, reference, (LORA[lora] or {}).get("base")}
+    return max(TOLERANCE[part] for part in parts & TOLERANCE.keys())
+
+
 class Left(NamedTuple):
     """What a run leaves."""
 

@@ -109,43 +109,54 @@ def test_what_is_of_a_micro_batch_in_trl_is_of_the_global_batch(settings: Path, 
     assert losses(twin)[5] < losses(twin)[1]
 
 
-# --- every loss --------------------------------------------------------------------------------------------------
+# --- every objective -----------------------------------------------------------------------------------------------
 
-OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}}  # what a loss cannot do without
-RANKS = {
-    1: 2,
-    2: 2,
-    4: 2,
-    3: 1,
-}  # pairs of a micro-batch, of 8 in a step: 1x4, 2x2, 4x1 (ranks x accumulation), 3 ranks
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    **{loss: {"loss_type": loss, **worker_runs.LOSS_NEEDS.get(loss, {})} for loss in get_args(LossType)},
+    "ld_alpha, use_weighting": {"loss_type": ["hinge", "sft"], "ld_alpha": 0.3, "use_weighting": True},
+    "own, f-divergence, weighed pairs": {
+        "loss_type": ["own_losses:demanding", "sigmoid", "sft"],
+        "f_divergence_type": "forward_kl",
+        "use_weighting": True,
+    },
+    "aot, sft, ld_alpha, weighed pairs": {
+        "loss_type": ["aot", "sigmoid_norm", "sft", "aot_unpaired"],
+        "loss_weights": [0.5, 1.0, 0.2, 2.0],
+        "ld_alpha": 0.6,
+    },
+}
+WEIGHED = {"weight_column": "weight", "margin_column": "margin"}
+RANKS = {1: 2, 2: 2, 4: 2, 3: 1}
+"""Pairs of a micro-batch, of 8 in a step: 1x4, 2x2, 4x1 (ranks x accumulation), 3 ranks."""
 LAYOUTS = {"packed": "cpu", "padded": "padded"}
 Curves = dict[tuple[int, str, str], list[float]]
-"""By ranks, layout and loss."""
+"""By ranks, layout and objective."""
 
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
-    """Three steps of 8, 6 and 8 pairs in fp64, of every loss, on ranks that stay."""
+    """Three steps of 8, 6 and 8 pairs in fp64, of every objective, on ranks that stay."""
     folder = tmp_path_factory.mktemp("losses")
-    write_jsonl(folder / "train.jsonl", rows(14, longest=4))
+    weighed = [{**row, "weight": 0.25 + i % 5, "margin": 0.1 * i} for i, row in enumerate(rows(14, longest=4))]
+    write_jsonl(folder / "train.jsonl", weighed)
     tiny_model(initializer_range=0.1, num_hidden_layers=1).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
-    cells = [(layout, loss) for layout in LAYOUTS for loss in get_args(LossType)]
+    cells = [(layout, name) for layout in LAYOUTS for name in OBJECTIVES]
     made: Curves = {}
     for ranks, micro in RANKS.items():
         settings = [
             raw_settings(
                 folder,
-                run={"dir": str(folder), "name": f"{ranks}-{layout}-{loss}"},
+                run={"dir": str(folder), "name": f"{ranks}-{layout}-{name}".replace(", ", "-").replace(" ", "_")},
                 model={"init": None, "path": str(folder / "base"), "attention": LAYOUTS[layout]},
-                data={"eval": None},
-                dpo={"loss_type": loss, **OPTIONS.get(loss, {})},
+                data={"eval": None, **(WEIGHED if "weighed pairs" in name else {})},
+                dpo=OBJECTIVES[name],
                 batch={"global_batch_size": 8, "micro_batch_size": micro},
                 training={"max_steps": 3, "logging_steps": 1},
                 optimizer={"lr": 3e-3},
                 precision="fp64",
             )
-            for layout, loss in cells
+            for layout, name in cells
         ]
         with Ranks(ranks) as group:
             found = group.call(worker_runs.curves, settings)
@@ -154,13 +165,13 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
     return made
 
 
-@pytest.mark.parametrize("loss", get_args(LossType))
-def test_every_loss_is_that_of_the_global_batch(curves: Curves, loss: str) -> None:
-    expected = curves[1, "packed", loss]
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_loss_and_what_changes_it_is_that_of_the_global_batch(curves: Curves, name: str) -> None:
+    expected = curves[1, "packed", name]
     assert len(set(expected)) == 3
     for ranks in RANKS:
         for layout in LAYOUTS:
-            assert curves[ranks, layout, loss] == pytest.approx(expected, rel=1e-9), (ranks, layout)
+            assert curves[ranks, layout, name] == pytest.approx(expected, rel=1e-9), (ranks, layout)
 
 
 # --- collators ---------------------------------------------------------------------------------------------------
