@@ -51,9 +51,11 @@ def check_rules(spec: RunSpec) -> None:
         _engine_parts,
         _engine_limits,
         _deepspeed_file,
-        _loss_parts,
+        _losses,
+        _loss_options,
         _model_parts,
-        _reference_parts,
+        _reference_shares,
+        _reference_weights,
         _reference_sharded,
         _reference_sync,
         _reference_cache,
@@ -119,13 +121,11 @@ def _one_micro_batch_key(spec: RunSpec) -> None:
         )
 
 
-def _loss_parts(spec: RunSpec) -> None:
-    """What acts in some losses and not in others."""
+def _losses(spec: RunSpec) -> None:
+    """What the losses that were named cannot do without, or do not bear."""
     dpo, names = spec.dpo, spec.dpo.loss_types
     listed, smoothing = ", ".join(names), dpo.label_smoothing
-    own = dpo.own_losses
-    not_of_scores = [name for name in names if name not in (*OF_SCORES, *own)]
-    for name in own:
+    for name in dpo.own_losses:
         _user_code("dpo.loss_type", name)
     _refuse(
         [
@@ -135,13 +135,6 @@ def _loss_parts(spec: RunSpec) -> None:
                 dpo.loss_weights,
                 f"is not one number for each of {listed}",
                 f"give {len(names)}, or remove it: then each is 1",
-            ),
-            _Clash(
-                smoothing > 0 and not {*SMOOTHED, *own} & set(names),
-                "dpo.label_smoothing",
-                smoothing,
-                f"acts in {', '.join(SMOOTHED)}, not in {listed}",
-                "remove it, or set dpo.loss_type=cdpo (sigmoid with smoothed labels) or robust",
             ),
             _Clash(
                 smoothing == 0 and "exo_pair" in names,
@@ -156,34 +149,6 @@ def _loss_parts(spec: RunSpec) -> None:
                 smoothing,
                 "robust divides by 1 - 2 * dpo.label_smoothing, and with more every label would be the wrong one",
                 "set it below 0.5, for example to 0.1",
-            ),
-            _Clash(
-                spec.data.margin_column is not None and not {*WITH_MARGIN, *own} & set(names),
-                "data.margin_column",
-                spec.data.margin_column,
-                f"acts in {', '.join(WITH_MARGIN)}, not in {listed}",
-                "remove it, or take one of these as dpo.loss_type",
-            ),
-            _Clash(
-                dpo.f_divergence_type != "reverse_kl" and not_of_scores != [],
-                "dpo.f_divergence_type",
-                dpo.f_divergence_type,
-                f"is for losses over the difference of a pair's scores, which {', '.join(not_of_scores)} is not",
-                f"remove it, or take dpo.loss_type of {', '.join(OF_SCORES)}",
-            ),
-            _Clash(
-                dpo.f_alpha_divergence_coef != 0.5 and dpo.f_divergence_type != "alpha_divergence",
-                "dpo.f_alpha_divergence_coef",
-                dpo.f_alpha_divergence_coef,
-                f"does not act on {dpo.f_divergence_type}",
-                "remove it, or set dpo.f_divergence_type=alpha_divergence",
-            ),
-            _Clash(
-                dpo.ld_alpha is not None and set(names) == {"sft"},
-                "dpo.ld_alpha",
-                dpo.ld_alpha,
-                "does not act in sft, which counts every token of the chosen alike",
-                "remove it",
             ),
             _Clash(
                 dpo.router_aux_loss_coef not in (None, 0),
@@ -205,6 +170,52 @@ def _loss_parts(spec: RunSpec) -> None:
                 spec.model.disable_dropout,
                 f"{listed} runs the policy twice a step, and dropout would differ between the two",
                 "set it to true, or take another dpo.loss_type",
+            ),
+        ]
+    )
+
+
+def _loss_options(spec: RunSpec) -> None:
+    """What acts in some losses, where none of those was named; a user's own may read any of it."""
+    dpo, own = spec.dpo, spec.dpo.own_losses
+    names, listed = set(dpo.loss_types), ", ".join(dpo.loss_types)
+    not_of_scores = [name for name in dpo.loss_types if name not in (*OF_SCORES, *own)]
+    _refuse(
+        [
+            _Clash(
+                dpo.label_smoothing > 0 and not {*SMOOTHED, *own} & names,
+                "dpo.label_smoothing",
+                dpo.label_smoothing,
+                f"acts in {', '.join(SMOOTHED)}, not in {listed}",
+                "remove it, or set dpo.loss_type=cdpo (sigmoid with smoothed labels) or robust",
+            ),
+            _Clash(
+                spec.data.margin_column is not None and not {*WITH_MARGIN, *own} & names,
+                "data.margin_column",
+                spec.data.margin_column,
+                f"acts in {', '.join(WITH_MARGIN)}, not in {listed}",
+                "remove it, or take one of these as dpo.loss_type",
+            ),
+            _Clash(
+                dpo.f_divergence_type != "reverse_kl" and not_of_scores != [],
+                "dpo.f_divergence_type",
+                dpo.f_divergence_type,
+                f"is for losses over the difference of a pair's scores, which {', '.join(not_of_scores)} is not",
+                f"remove it, or take dpo.loss_type of {', '.join(OF_SCORES)}",
+            ),
+            _Clash(
+                dpo.f_alpha_divergence_coef != 0.5 and dpo.f_divergence_type != "alpha_divergence",
+                "dpo.f_alpha_divergence_coef",
+                dpo.f_alpha_divergence_coef,
+                f"does not act on {dpo.f_divergence_type}",
+                "remove it, or set dpo.f_divergence_type=alpha_divergence",
+            ),
+            _Clash(
+                dpo.ld_alpha is not None and names == {"sft"},
+                "dpo.ld_alpha",
+                dpo.ld_alpha,
+                "does not act in sft, which counts every token of the chosen alike",
+                "remove it",
             ),
             _Clash(
                 dpo.discopop_tau != 0.05 and not own and "discopop" not in names,
@@ -515,11 +526,10 @@ def _model_parts(spec: RunSpec) -> None:
     )
 
 
-def _reference_parts(spec: RunSpec) -> None:
+def _reference_shares(spec: RunSpec) -> None:
+    """What of the policy a reference can share."""
     reference, model, kind = spec.reference, spec.model, spec.reference.kind
-    shared, quantised, copied = kind == "shared_layers", kind in get_args(Quantized), kind == "copy"
-    own_start = reference.path is None
-    base = model.lora.base if model.lora else None
+    shared, own_start = kind == "shared_layers", reference.path is None
     _refuse(
         [
             _Clash(
@@ -579,6 +589,17 @@ def _reference_parts(spec: RunSpec) -> None:
                 "kind adapter_off judges by the policy's own base, not by another model",
                 "remove it, or set reference.kind=copy",
             ),
+        ]
+    )
+
+
+def _reference_weights(spec: RunSpec) -> None:
+    """What can be done with the weights that a reference has, or has not."""
+    reference, kind = spec.reference, spec.reference.kind
+    quantised, copied, own_start = kind in get_args(Quantized), kind == "copy", reference.path is None
+    base = spec.model.lora.base if spec.model.lora else None
+    _refuse(
+        [
             _Clash(
                 (copied or quantised) and own_start and base in get_args(Quantized),
                 "reference.kind",
