@@ -152,11 +152,9 @@ def _assembled(
 ) -> Trainer:
     """The parts of `built`, in reading order. Collective."""
     dtype = dtype_held(precision)
-
-    cuts = spec.engine.shards_weights
     # DeepSpeed casts and moves weights itself: on the device there may be no room for them in fp32
     built_on = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
-    policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=cuts)
+    policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=spec.engine.shards_weights)
     reference = build_reference(spec, policy, dtype, given.ref_model, world.device)
     if found is not None:
         reference.exact = None  # was measured when the run began
@@ -175,12 +173,8 @@ def _assembled(
     collator = _collator(spec, prepared, attention)
     loader, eval_loaders = _loaders(spec, prepared, world, cost, collator, first_batch_only)
     if spec.reference_cache != "off" and prepared.collator is None:
-        arithmetic: dict[str, Any] = {"precision": precision, "attention": attention, "device": world.device.type}
-        if _casts(spec, precision):
-            arithmetic["weights"] = precision
-        if spec.dpo.ld_alpha is not None:
-            arithmetic["ld_alpha"] = spec.dpo.ld_alpha
-        _open_caches(spec, loader, eval_loaders, {"reference": identity["reference"], **arithmetic})
+        said_by = {"reference": identity["reference"], **_arithmetic(spec, precision, attention, world)}
+        _open_caches(spec, loader, eval_loaders, said_by)
     if found is None and world.is_main:
         say_run(spec, prepared, world, precision, length.steps, why_padded)
         say_types(engine, precision)
@@ -192,16 +186,7 @@ def _assembled(
     if spec.reference.kind == "precomputed":
         reference = step.reference = Absent()
 
-    resumed_from = str(found) if found else None
-    args = training_args(spec, run_dir, length.steps, length.epochs, world, precision, resumed_from)
-    objects = {
-        "model": None if cuts else policy,  # whose weights would be shards
-        "processing_class": prepared.tokenizer,
-        "optimizer": ReadOnlyOptimizer(engine.optimizer),
-        "lr_scheduler": engine.scheduler,
-        "train_dataloader": None,  # batches come from an order of our own
-        "eval_dataloader": None,
-    }
+    args = training_args(spec, run_dir, length.steps, length.epochs, world, precision, str(found) if found else None)
     trainer = Trainer(
         spec,
         world,
@@ -210,7 +195,7 @@ def _assembled(
         engine,
         loader,
         eval_loaders,
-        Callbacks(list(callbacks), args, objects),
+        Callbacks(list(callbacks), args, _handed_to_callbacks(spec, prepared, engine)),
         length.steps,
         length.pairs,
         precision,
@@ -222,6 +207,28 @@ def _assembled(
     if found is not None:
         trainer.resume(checkpoint.Reader(found))
     return trainer
+
+
+def _arithmetic(spec: RunSpec, precision: Precision, attention: AttentionName, world: World) -> dict[str, Any]:
+    """What log-probs of one reference depend on besides its weights and the tokens."""
+    made: dict[str, Any] = {"precision": precision, "attention": attention, "device": world.device.type}
+    if _casts(spec, precision):
+        made["weights"] = precision
+    if spec.dpo.ld_alpha is not None:
+        made["ld_alpha"] = spec.dpo.ld_alpha
+    return made
+
+
+def _handed_to_callbacks(spec: RunSpec, prepared: Prepared, engine: Engine) -> dict[str, Any]:
+    """The keyword arguments that transformers gives to every hook."""
+    return {
+        "model": None if spec.engine.shards_weights else engine.step.policy,  # whose weights would be shards
+        "processing_class": prepared.tokenizer,
+        "optimizer": ReadOnlyOptimizer(engine.optimizer),
+        "lr_scheduler": engine.scheduler,
+        "train_dataloader": None,  # batches come from an order of our own
+        "eval_dataloader": None,
+    }
 
 
 def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
