@@ -208,7 +208,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def pairs(args: argparse.Namespace) -> int:
     """Say what training made of each pair."""
-    from orchestrator.data.pairs import raw_rows
+    from orchestrator.data.sources import raw_rows
     from orchestrator.insight import pairs as insight
     from orchestrator.training import ledger
     from orchestrator.training.rundir import RunDir

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import TINY_MODEL
+from support import TINY_MODEL, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
+from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.tokens import TokenizedPair, tokenize_pair, truncated
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.fused import fuse
 from orchestrator.settings.spec import DataSpec
@@ -28,6 +30,12 @@ CHAT = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}~{% endfor %}"
     "{% if add_generation_prompt %}[a]{% endif %}"
 )
+TEXT_ROW = {"prompt": "Say it.", "chosen": " yes", "rejected": " no"}
+CHAT_ROW = {
+    "prompt": [{"role": "user", "content": "Say it."}],
+    "chosen": [{"role": "assistant", "content": "yes"}],
+    "rejected": [{"role": "assistant", "content": "no"}],
+}
 
 
 @lru_cache
@@ -46,6 +54,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def ids(text: str) -> list[int]:
     """The tokens of a text."""
     return tokenizer()(text)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def tokenized(row: dict[str, Any], **settings: Any) -> TokenizedPair:
+    """What is left of a row, with other settings of `data` perhaps."""
+    data = data_spec(**settings)
+    return truncated(tokenize_pair(row, tokenizer(), data)[0], data)
+
+
+def pairs_of(folder: Path, content: list[Any], **settings: Any) -> Pairs:
+    """The pairs of a JSONL file of these rows."""
+    path = write_jsonl(folder / "train.jsonl", content)
+    return tokenized_pairs(data_spec(train=str(path), **settings), "train", tokenizer(), folder / "cache")
 
 
 def tiny_model(

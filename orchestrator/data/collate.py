@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from orchestrator.data.order import Integers
-from orchestrator.data.pairs import common_prefix
+from orchestrator.data.tokens import common_prefix
 from orchestrator.settings.spec import DataSpec, UserCodeSpec, UserError
 
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.pairs import RawRow, in_one_line
+from orchestrator.data.sources import RawRow, in_one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa

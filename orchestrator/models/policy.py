@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from orchestrator.data.order import PairCost, fed_lengths, longest_sequences
-from orchestrator.data.pairs import Pairs, build_once, check_source, training_texts
+from orchestrator.data.pairs import Pairs, build_once
+from orchestrator.data.sources import check_source, training_texts
 from orchestrator.models.adapters import add_adapter
 from orchestrator.models.fused import fuse
 from orchestrator.models.layers import freeze_lowest

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from orchestrator.data.order import Share, run_length
-from orchestrator.data.pairs import check_source, count_rows
+from orchestrator.data.sources import check_source, count_rows
 from orchestrator.settings.load import DATA_KEYS, paths_in
 from orchestrator.settings.spec import RunSpec
 

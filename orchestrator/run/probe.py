@@ -255,7 +255,7 @@ def bytes_at(key: str, path: str) -> int:
         UserError: nothing is there.
         OSError: it cannot be read.
     """
-    from orchestrator.data.pairs import check_source
+    from orchestrator.data.sources import check_source
 
     if key.startswith("data."):
         check_source(key, path)

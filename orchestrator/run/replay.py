@@ -15,7 +15,7 @@ import torch
 from orchestrator.data.collate import PairBatch
 from orchestrator.data.loader import StepBatches
 from orchestrator.data.order import run_length
-from orchestrator.data.pairs import in_one_line
+from orchestrator.data.sources import in_one_line
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.run.debug import joined

@@ -9,15 +9,9 @@ import numpy as np
 
 from orchestrator.data.collate import fed_sequences
 from orchestrator.data.order import Integers, longest_sequences
-from orchestrator.data.pairs import (
-    BadRow,
-    Place,
-    first_rows,
-    printable,
-    tokenize_pair,
-    tokenized_pairs,
-    truncated,
-)
+from orchestrator.data.pairs import tokenized_pairs
+from orchestrator.data.sources import BadRow, Place, first_rows, printable
+from orchestrator.data.tokens import tokenize_pair, truncated
 from orchestrator.models.policy import load_tokenizer
 from orchestrator.settings.spec import DataSpec, RunSpec, Split
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orchestrator.data.collate import AdaptedCollator
-from orchestrator.data.pairs import Pairs, check_source, tokenized_pairs, without_held_out
+from orchestrator.data.pairs import Pairs, tokenized_pairs, without_held_out
+from orchestrator.data.sources import check_source
 from orchestrator.dpo.losses import check_losses
 from orchestrator.engines.optim import check_optim
 from orchestrator.engines.precision import dtype_held

@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 from orchestrator.data.collate import Counts, PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_lengths, longest_sequences, run_length
-from orchestrator.data.pairs import Pairs, tokenizer_identity
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.refcache import RefCache, cache_folder
+from orchestrator.data.tokens import tokenizer_identity
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import Engine
 from orchestrator.engines.build import engine_class

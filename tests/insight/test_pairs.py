@@ -12,7 +12,7 @@ from support import rows, tiny_spec, write_jsonl
 from tiny import ALONE
 
 from orchestrator import cli
-from orchestrator.data.pairs import RawRow
+from orchestrator.data.sources import RawRow
 from orchestrator.insight.pairs import (
     accuracies,
     as_json,

@@ -10,7 +10,7 @@ from support import TINY_MODEL, tiny_spec
 from tiny import both_layouts, pair_batch, tiny_model, tokenizer
 
 from orchestrator.data.order import PairCost
-from orchestrator.data.pairs import Place
+from orchestrator.data.sources import Place
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.logps import Head, body_hidden
 from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer, pair_cost

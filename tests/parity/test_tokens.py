@@ -19,7 +19,9 @@ from support import tiny_spec, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
-from orchestrator.data.pairs import BadRow, Pairs, tokenize_pair, tokenized_pairs
+from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.sources import BadRow
+from orchestrator.data.tokens import tokenize_pair
 from orchestrator.models.policy import CHAT_TEMPLATE, load_tokenizer
 from orchestrator.settings.spec import DataSpec
 

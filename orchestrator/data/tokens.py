@@ -1,0 +1,196 @@
+"""One row -> the token ids of its prompt and both completions, exactly as TRL 1.16 makes them."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from orchestrator.data.sources import BadRow, Row, checked
+from orchestrator.settings.spec import TEMPLATE_CALL, DataSpec, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Arguments of apply_chat_template that a row may give although no template reads them as variables.
+NO_VARIABLES = ("chat_template", "continue_final_message", "sanitize_control_tokens")
+
+
+class TokenizedPair(NamedTuple):
+    """Token ids of one pair. A sequence of the model is prompt + chosen, or prompt + rejected."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash of everything in a tokenizer that decides ids: vocabulary, merges, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [state, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+
+
+def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
+    """Token ids exactly as TRL 1.16 makes them: EOS on plain text only, completion from where the ids diverge.
+
+    Also returns the last tokens of the prompt alone that neither sequence has, because they merge with the
+    completion's first, or because the template renders a prompt otherwise where an answer follows.
+
+    Raises:
+        BadRow: the row is malformed.
+        UserError: the chat template does not fit the settings.
+    """
+    row = checked(row)
+    if isinstance(row["prompt"], list):
+        prompt, chosen, rejected = _conversations(row, tokenizer, data)
+    else:
+        for key in ("system_prompt", "chat_template_kwargs"):
+            if getattr(data, key):
+                raise BadRow("malformed rows", f"is plain text, on which data.{key} does not act", f"remove data.{key}")
+        eos = str(tokenizer.eos_token)
+        ends = [text if text.endswith(eos) else text + eos for text in (row["chosen"], row["rejected"])]
+        prompt, chosen, rejected = (
+            tokenizer(text=text)["input_ids"] for text in (row["prompt"], *(row["prompt"] + end for end in ends))
+        )
+    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+    return TokenizedPair(prompt[:start], chosen[start:], rejected[start:]), prompt[start:]
+
+
+def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
+    """What the settings leave of a pair: the prompt's end, the completions' start, and then max_length of both.
+
+    keep_end is left to the collator: the prompts of the two sides would differ.
+
+    Raises:
+        BadRow: nothing is left to learn.
+    """
+    prompt = pair.prompt_ids[-data.max_prompt_length :] if data.max_prompt_length else pair.prompt_ids
+    room = data.max_completion_length
+    if data.truncation == "keep_start" and data.max_length is not None:
+        left = data.max_length - len(prompt)
+        if left <= 0:
+            raise BadRow(
+                "prompts that fill data.max_length",
+                f"its prompt alone has {len(prompt)} tokens, data.max_length is {data.max_length}",
+            )
+        room = min(left, room or left)
+    pair = TokenizedPair(prompt, pair.chosen_ids[:room], pair.rejected_ids[:room])
+    if not pair.chosen_ids or not pair.rejected_ids:
+        raise BadRow("empty completions", f"{'chosen' if not pair.chosen_ids else 'rejected'} has no token of its own")
+    if pair.chosen_ids == pair.rejected_ids:
+        raise BadRow("ties", "chosen equals rejected")
+    return pair
+
+
+def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> Iterator[list[int]]:
+    """Token ids of the prompt, which an answer is to follow, and of the prompt with each of the two answers."""
+    prompt, arguments = row["prompt"], _template_arguments(row, data)
+    if data.system_prompt and not any(message["role"] in ("system", "developer") for message in prompt):
+        prompt = [{"role": "system", "content": data.system_prompt}, *prompt]
+    try:
+        template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
+    except ValueError:
+        raise UserError(
+            "model.tokenizer",
+            tokenizer.name_or_path,
+            "has no chat template"
+            + (" that is the default" if tokenizer.chat_template else "")
+            + ", but the data are conversations",
+            "set data.chat_template, take an instruct model's tokenizer, or give the rows as plain text",
+        ) from None
+    _check_settings_read(template, data)
+    if arguments["tools"] and "tools" not in _words(template):
+        # what the answers rest on would be missing; of a row's own variables no letter is: see unread_variables
+        raise BadRow(
+            "malformed rows", "has tools, not read by the chat template", "set data.chat_template to one that does"
+        )
+    yield _chat(tokenizer, data, prompt, add_generation_prompt=True, **arguments)
+    for side in ("chosen", "rejected"):
+        yield _chat(tokenizer, data, prompt + row[side], **arguments)
+
+
+def _template_arguments(row: Row, data: DataSpec) -> Row:
+    """Keyword arguments of the chat template: those of all rows, and over them a row's tools (a list, or JSON of one)
+    and its own."""
+    tools, own = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise BadRow("malformed rows", f"tools is not JSON ({error.msg})") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise BadRow("malformed rows", "tools is not a list of objects, or JSON of one")
+    if not isinstance(own, Mapping):
+        raise BadRow("malformed rows", f"chat_template_kwargs is {type(own).__name__}, not an object")
+    if taken := own.keys() & set(TEMPLATE_CALL):
+        raise BadRow("malformed rows", f"chat_template_kwargs has {min(taken)!r}, which is no variable of a template")
+    # Arrow gives every row the keys of all, as null: they take nothing from the settings
+    said = {key: value for key, value in {"tools": tools, **own}.items() if value is not None}
+    return {"tools": None, **own, **data.chat_template_kwargs, **said}
+
+
+def _check_settings_read(template: str, data: DataSpec) -> None:
+    """Refuse a variable of the settings that the template would leave out in silence, misspelt perhaps."""
+    for name, value in data.chat_template_kwargs.items():
+        if value not in (None, []) and not _reads(template, name):
+            near = _nearest(template, name)
+            cure = f"did you mean {near}?" if near else "remove it, or set data.chat_template to one that does"
+            raise UserError(f"data.chat_template_kwargs.{name}", value, "is not read by the chat template", cure)
+
+
+def unread_variables(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> list[str]:
+    """Names of a conversation's own chat_template_kwargs that its chat template does not read, with the nearest that it
+    does. It trains without them, as in TRL: one set of rows may be meant for several models' templates."""
+    if not row.get("chat_template_kwargs") or isinstance(row["chosen"], str):
+        return []
+    arguments = _template_arguments(row, data)
+    template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
+    own = (name for name, value in row["chat_template_kwargs"].items() if value is not None)
+    unread = [name for name in own if not _reads(template, name)]
+    return [f"{name} (it reads {near})" if (near := _nearest(template, name)) else name for name in unread]
+
+
+def _reads(template: str, name: str) -> bool:
+    return name in NO_VARIABLES or name in _words(template)
+
+
+@lru_cache
+def _nearest(template: str, name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name, _words(template), n=1)), None)
+
+
+@lru_cache
+def _words(template: str) -> frozenset[str]:
+    """Every name that a template could read a variable by, and more."""
+    return frozenset(re.findall(r"\w+", template))
+
+
+def _chat(tokenizer: "PreTrainedTokenizerBase", data: DataSpec, messages: list[Row], **options: Any) -> list[int]:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]  # pyright: ignore
+    except TemplateSyntaxError as error:
+        key, value = "data.chat_template", data.chat_template
+        if value is None:
+            key, value = "model.tokenizer", tokenizer.name_or_path
+        rule = f"has a chat template that is not Jinja: {error.message} (line {error.lineno})"
+        raise UserError(key, value, rule, "mend that line") from None
+    except Exception as error:  # a template raises what it likes (roles must alternate, ...)
+        raise BadRow("malformed rows", f"the chat template refuses it: {' '.join(str(error).split())}") from None
+
+
+def common_prefix(left: ArrayLike, right: ArrayLike) -> int:
+    """How many token ids two sequences begin with in common."""
+    left, right = np.asarray(left), np.asarray(right)
+    shorter = min(len(left), len(right))
+    differs = left[:shorter] != right[:shorter]
+    return int(differs.argmax()) if differs.any() else shorter
