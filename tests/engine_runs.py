@@ -294,6 +294,20 @@ def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
     return found
 
 
+def scales_that_fit(world: World) -> dict[str, float]:
+    """By engine, the loss scale at which a step of one pair, which is the first rank's, overflows no more."""
+    found = {}
+    for engine in ENGINES:
+        case = Case(engine=engine, pairs=1, precision="fp16")
+        made = engine_of(case, world)
+        made.scale.value = OVERFLOWING
+        while take_step(made, case, 0, world)[1].skipped:
+            pass
+        found[engine] = made.scale.value
+        made.close()
+    return found
+
+
 def types(world: World, engine: str) -> dict[str, tuple[Types, list[set[torch.dtype]]]]:
     """By precision, what an engine says it holds and adds in, and what it does: weights, gradients, state."""
     found = {}

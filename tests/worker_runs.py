@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from support import losses
 
 from orchestrator.data.refcache import RECORD
-from orchestrator.engines import scale
 from orchestrator.run.trial import NothingToSave
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec
@@ -17,11 +16,6 @@ from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import built, run
 from orchestrator.world import World
-
-NO_OVERFLOW = 2.0**6
-"""A loss scale at which no fp16 step is skipped: where gradients themselves are fp16 more overflow than where they are
-fp32, and runs that have skipped other steps cannot be compared."""
-
 
 LOSS_NEEDS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}}
 """Settings that a loss cannot do without."""
@@ -81,7 +75,6 @@ def curves(world: World, raws: list[dict[str, Any]]) -> list[list[float]]:
 @contextmanager
 def begun(world: World, raw: dict[str, Any]) -> Iterator[tuple[RunSpec, RunDir]]:
     """Settings and directory of a run that starts where no other has left log-probs of its reference."""
-    scale.START = NO_OVERFLOW
     spec = make_spec(raw)
     run_dir = RunDir(spec.run_dir)
     if world.is_main:

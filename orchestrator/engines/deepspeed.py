@@ -34,6 +34,7 @@ class DeepSpeedEngine(SteppingEngine):
         self.world.meet()
         deepspeed = _imported(self.world)
         self.step = step
+        self.averaged_over = self.world.size
         self.stage = self.settings.stage
         self.config = config = self._config(sum(p.numel() for p in step.parameters() if p.requires_grad))
         checked = _checked(config)
@@ -140,7 +141,8 @@ class DeepSpeedEngine(SteppingEngine):
         self.module.set_gradient_accumulation_boundary(last)
 
     def _backward(self, loss: torch.Tensor) -> None:
-        self.module.backward(loss * self.world.size)  # it will be averaged over ranks
+        # it will be averaged over ranks, which is undone: in fp16 when it is unscaled, for want of range before
+        self.module.backward(loss if self.precision == "fp16" else loss * self.world.size)
 
     def _gradients(self) -> list[torch.Tensor]:
         if self.stage < 3 and self.zero.cpu_offload:

@@ -49,6 +49,7 @@ class SteppingEngine:
     optimizer: Optimizer
     scheduler: LRScheduler
     shards_gradients = True  # whether the norms of all ranks' gradients are parts of the whole
+    averaged_over = 1  # in fp16: ranks of which the gradient is the mean until it is unscaled, and then the sum
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class SteppingEngine:
     def finite(self) -> torch.Tensor:
         gradients = self._gradients()
         if self.scale.enabled and gradients:  # unscaled here, once
-            torch._foreach_mul_(gradients, 1 / self.scale.value)  # pyright: ignore - exact: a power of two
+            torch._foreach_mul_(gradients, self.averaged_over / self.scale.value)  # pyright: ignore
         self.grad_norm = self._norm(gradients)
         return self.grad_norm.isfinite()
 

@@ -185,6 +185,11 @@ def test_a_skipped_fp16_step_counts_nowhere(in_16_bits: Any, engine: str) -> Non
     assert [made.losses[step] for step in taken] == pytest.approx(expected, rel=0.1)
 
 
+def test_an_fp16_step_overflows_on_many_ranks_where_it_does_on_one() -> None:
+    [alone], [first, *_] = on_gloo(1, engine_runs.scales_that_fit), on_gloo(4, engine_runs.scales_that_fit)
+    assert first == alone
+
+
 SAID = {
     "ddp": Types("fp32", "bf16 by autocast", "fp32", "fp32"),
     "fsdp": Types("fp32 (gathered in bf16)", "bf16", "fp32", "fp32"),
