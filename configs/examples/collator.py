@@ -2,9 +2,10 @@
 
 import sys
 
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from orchestrator import debug, load_spec, train  # first: it quiets what bitsandbytes says when TRL imports it
 
-from orchestrator import debug, load_spec, train
+# isort: split
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 run = debug if "--debug" in sys.argv else train
 overrides = [word for word in sys.argv if "=" in word]
