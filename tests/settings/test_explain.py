@@ -1,12 +1,15 @@
 """A key or value that pydantic refuses is explained in one line, with what was meant."""
 
+import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import raw_settings, refused
+from support import raw_settings, refused, tiny_spec
 
 from orchestrator.settings.load import SettingsError, make_spec
+from orchestrator.settings.trl_names import NOT_NEEDED, RECIPES, TRL_NAMES
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,13 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
     assert error.key == key
     assert "is not a setting" in str(error)
     assert cure in str(error)
+
+
+def test_what_an_answer_to_a_name_of_trl_names_is_a_setting(tmp_path: Path) -> None:
+    given = tiny_spec(tmp_path, model={"lora": {}}, evaluation={"early_stopping": {}, "metric_for_best": "loss"})
+    for said in (*TRL_NAMES.values(), *RECIPES.values(), *NOT_NEEDED.values()):
+        for dotted in re.findall(r"\b[a-z]+(?:\.[a-z_]+)+", said):
+            attrgetter(dotted)(given)
 
 
 def test_a_missing_setting_is_named_with_its_description(tmp_path: Path) -> None:
