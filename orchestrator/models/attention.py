@@ -198,9 +198,11 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     del scoring_only  # dropping the few prompt queries would cost another gather
-    keys, values = _KeysOfRuns.apply(key[0].transpose(0, 1), value[0].transpose(0, 1), segments)  # pyright: ignore
+    # squeezed, not indexed: the derivative of query[0] would be written into zeros
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    keys, values = _KeysOfRuns.apply(key, value, segments)  # pyright: ignore
     made = varlen_attn(
-        query[0].transpose(0, 1),
+        query,
         keys,
         values,
         segments.query_bounds,
@@ -352,7 +354,7 @@ class _Skipping:
         if self.scoring is None:
             return inputs
         self.tokens = inputs[0].shape[1]
-        return (inputs[0][:, self.scoring],)
+        return (inputs[0].index_select(1, self.scoring),)
 
     def put_back(self, _: nn.Module, __: Any, made: torch.Tensor) -> torch.Tensor:
         """[1, N, features] -> [1, T, features], zeros elsewhere: finite, and nobody reads them."""

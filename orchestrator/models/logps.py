@@ -237,7 +237,7 @@ def sequence_logps(
 
 def _selected(hidden: torch.Tensor, batch: PairBatch) -> torch.Tensor:
     """The hidden state before each completion token: [C, H]."""
-    return hidden.flatten(0, 1)[batch.completion_index]
+    return hidden.flatten(0, 1).index_select(0, batch.completion_index)
 
 
 def _rows_at_once(vocabulary: int, device: torch.device) -> int:
