@@ -1,7 +1,10 @@
-"""RMSNorm and SwiGLU with their derivatives written down: fewer passes over memory, fewer saved tensors, true fp64.
+"""RMSNorm, rotary embedding and SwiGLU with their derivatives written down: fewer passes over memory and fewer kernels,
+fewer saved tensors, true fp64.
 
-transformers' modules leave both to autograd, operation by operation, and its RMSNorm computes in fp32 whatever its
-input, which in fp64 would leave 1e-8 in the loss. Legend: T tokens, H hidden size, I intermediate size.
+transformers' modules leave all three to autograd, operation by operation, and its RMSNorm computes in fp32 whatever its
+input, which in fp64 would leave 1e-8 in the loss.
+
+Legend: R rows, T tokens, H hidden size, h heads, D their size, I intermediate size.
 """
 
 from functools import partial
@@ -9,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, rms_norm, silu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm", "GemmaRMSNorm")
+ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "MistralAttention", "GemmaAttention")
 MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 
 
 def fuse(model: "PreTrainedModel", dtype: torch.dtype | None = None) -> None:
-    """Replace the forward of the norms and MLPs known here; weights, names and hooks stay as they are.
+    """Replace the forward of the norms, attentions and MLPs known here; weights, names and hooks stay as they are.
 
     A model with weights of 16 bits keeps its own, whose order of rounding other programs reproduce; one that was cast
     to them is given its own again. dtype: of the weights it will train with, where it is not theirs yet.
@@ -30,21 +34,77 @@ def fuse(model: "PreTrainedModel", dtype: torch.dtype | None = None) -> None:
     for module in model.modules():
         kind = type(module).__name__
         if not precise:
-            if getattr(module.__dict__.get("forward"), "func", None) in (_norm, _mlp):
+            if getattr(module.__dict__.get("forward"), "func", None) in (_norm, _attend, _mlp):
                 del module.forward
         elif kind in NORMS:
             module.forward = partial(_norm, module, kind == "GemmaRMSNorm")
+        elif kind in ATTENTIONS:
+            module.forward = partial(_attend, module)
         elif kind in MLPS and isinstance(module.act_fn, nn.SiLU | type(ACT2FN["silu"])):
             module.forward = partial(_mlp, module)
 
 
 def _norm(norm: Any, is_gemma: bool, hidden: torch.Tensor) -> torch.Tensor:
-    if is_gemma:  # its weight is what is added to 1
-        return _RmsNorm.apply(hidden, 1 + norm.weight, norm.eps)  # pyright: ignore[reportReturnType]
-    return _RmsNorm.apply(hidden, norm.weight, norm.variance_epsilon)  # pyright: ignore[reportReturnType]
+    # Gemma's weight is what is added to 1
+    weight, epsilon = (1 + norm.weight, norm.eps) if is_gemma else (norm.weight, norm.variance_epsilon)
+    if hidden.is_cuda:  # where torch has a kernel for it, and another for its derivative
+        return rms_norm(hidden.to(weight.dtype), weight.shape, weight, epsilon)
+    return _RmsNorm.apply(hidden, weight, epsilon)  # pyright: ignore[reportReturnType]
+
+
+def _attend(
+    attention: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **options: Any,
+) -> tuple[torch.Tensor, Any]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    kernel = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
+    if kernel is None or past_key_values is not None:  # transformers' own, of that model; or generation
+        given = hidden_states, position_embeddings, attention_mask, past_key_values
+        return type(attention).forward(attention, *given, **options)
+    rows = hidden_states.shape[:-1]
+    made = _products(hidden_states, attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (x.view(*rows, -1, attention.head_dim) for x in made)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    cos, sin = (x.unsqueeze(-2) for x in position_embeddings)
+    query, key = _Rotation.apply(query, key, cos, sin[..., : attention.head_dim // 2])  # pyright: ignore
+    found, weights = kernel(
+        attention,
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        attention_mask,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        sliding_window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+        **options,
+    )
+    return attention.o_proj(found.reshape(*rows, -1)), weights
+
+
+def _products(hidden: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    """What several linear layers make of one input; under autocast, which would cast each one's weight, bias and input
+    and their gradients back again, in one product."""
+    if not torch.is_autocast_enabled(hidden.device.type) or not all(map(_is_bare, layers)):
+        return tuple(layer(hidden) for layer in layers)
+    weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+    bias = None if biases[0] is None else torch.cat(biases)
+    return linear(hidden, torch.cat(weights), bias).split([len(weight) for weight in weights], -1)
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether to call it is to multiply by its weight: no adapter, no 8 bits, nobody who fetches it or looks on."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not watched and "forward" not in vars(layer)
 
 
 def _mlp(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and _is_bare(mlp.gate_proj) and _is_bare(mlp.up_proj):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))  # once, not in each
     return mlp.down_proj(_SwiGlu.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
 
 
@@ -73,6 +133,45 @@ class _RmsNorm(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             mean = torch.linalg.vecdot(d_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
         return d_normed.addcmul_(normed, mean, value=-1).mul_(scale), d_weight, None
+
+
+class _Rotation(torch.autograd.Function):
+    """With x1, x2 the halves of a head: x1 cos - x2 sin, x2 cos + x1 sin. Su et al. 2021, arXiv 2104.09864.
+
+    query, key: [R, T, h, D]; cos: [R or 1, T, 1, D]; sin: [R or 1, T, 1, D/2], as both halves have the same angles.
+    Under autocast what comes out has its type, which attention will want.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtypes = query.dtype, key.dtype
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return tuple(_turn(x, cos, sin, dtype or x.dtype, 1) for x in (query, key))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        turned_back = (_turn(x, cos, sin, dtype, -1) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return (*turned_back, None, None)
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, sign: int) -> torch.Tensor:
+    """Back again with sign -1."""
+    x1, x2 = x.chunk(2, -1)
+    made = x * cos
+    first, second = made.chunk(2, -1)
+    if made.dtype == dtype:
+        first.addcmul_(x2, sin, value=-sign)
+        second.addcmul_(x1, sin, value=sign)
+        return made
+    turned = torch.empty_like(made, dtype=dtype)  # rounded once, as it is stored
+    for half, (own, other, by) in zip(turned.chunk(2, -1), ((first, x2, -sign), (second, x1, sign)), strict=True):
+        torch.addcmul(own, other, sin, value=by, out=half)
+    return turned
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Our norms and MLPs compute what transformers' compute, in value and gradient, and stay with their own weights."""
+"""Our norms, attentions and MLPs compute what transformers' compute, value and gradient, with their own weights."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from orchestrator.models.fused import MLPS, NORMS, fuse
+from orchestrator.models.fused import ATTENTIONS, MLPS, NORMS, fuse
 
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
 
@@ -35,7 +35,7 @@ def test_the_same_as_transformers_own(kind: str) -> None:
     fused = copy.deepcopy(plain)
     fuse(fused)
     names = {type(m).__name__ for m in fused.modules() if "forward" in vars(m)}
-    assert names == {n for n in (*NORMS, *MLPS) if n.lower().startswith(kind) and (kind, n) != ("gemma", "GemmaMLP")}
+    assert names == {n for n in (*NORMS, *ATTENTIONS, *MLPS) if n.lower().startswith(kind)}
     for mine, theirs in zip(loss_and_gradients(fused), loss_and_gradients(plain), strict=True):
         assert (mine - theirs).norm() <= 2e-6 * theirs.norm() + 1e-9
 
@@ -70,7 +70,7 @@ def test_another_activation_and_16_bit_weights_are_left_alone() -> None:
     gelu, half = model("llama", torch.float32, hidden_act="gelu"), model("llama", torch.bfloat16)
     fuse(gelu)
     fuse(half)
-    assert {type(m).__name__ for m in gelu.modules() if "forward" in vars(m)} == {"LlamaRMSNorm"}
+    assert {type(m).__name__ for m in gelu.modules() if "forward" in vars(m)} == {"LlamaRMSNorm", "LlamaAttention"}
     assert not any("forward" in vars(m) for m in half.modules())
 
 
@@ -83,6 +83,21 @@ def test_frozen_norms_get_no_gradient() -> None:
     norm(x).sum().backward()
     assert norm.weight.grad is None
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_no_further_from_fp64_than_transformers_own(kind: str) -> None:
+    plain = model(kind, torch.float32)
+    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    fuse(fused)
+    _, *wanted = loss_and_gradients(exact)
+    errors: list[float] = []
+    for built in (fused, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, *found = loss_and_gradients(built)
+        squares = [(mine - theirs).square().sum() for mine, theirs in zip(found, wanted, strict=True)]
+        errors.append(torch.stack(squares).sum().sqrt().item())
+    assert errors[0] < 1.3 * errors[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
