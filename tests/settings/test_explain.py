@@ -47,7 +47,8 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
 
 
 def test_what_an_answer_to_a_name_of_trl_names_is_a_setting(tmp_path: Path) -> None:
-    given = tiny_spec(tmp_path, model={"lora": {}}, evaluation={"early_stopping": {}, "metric_for_best": "loss"})
+    stopping = {"metric_for_best": "loss", "early_stopping": {"patience": 1}}
+    given = tiny_spec(tmp_path, model={"lora": {}}, evaluation=stopping)
     for said in (*TRL_NAMES.values(), *RECIPES.values(), *NOT_NEEDED.values()):
         for dotted in re.findall(r"\b[a-z]+(?:\.[a-z_]+)+", said):
             attrgetter(dotted)(given)
