@@ -18,6 +18,8 @@ Answer = TypeVar("Answer")
 ReadRange = Callable[[str, str, int, int], torch.Tensor]
 """(name, key, start, stop) -> the flat range of that tensor, 1-D, on the CPU; raises where it is not fully covered."""
 
+IMPLEMENTATIONS = ("fused", "foreach", "differentiable")
+"""Keys of torch's parameter groups that say how an update is computed, which is no state: it depends on the device."""
 
 SCALAR = "scalar:"
 """Prefix of a key whose value is one number for the whole parameter (Adam's step, NAdam's mu_product), not a range."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from orchestrator.data.collate import user_attribute
-from orchestrator.engines.base import OptimizerFactory, ParamGroups, SchedulerFactory
+from orchestrator.engines.base import IMPLEMENTATIONS, OptimizerFactory, ParamGroups, SchedulerFactory
 from orchestrator.settings.optimizers import OPTIMIZERS, check_optimizer, optimizer_kind
 from orchestrator.settings.spec import EngineSpec, OptimizerSpec, RunSpec, SchedulerSpec, UserError
 
@@ -32,6 +32,8 @@ NOT_IN_KWARGS = {
     "num_warmup_steps",
     "num_training_steps",
 }  # arguments that come from elsewhere
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW)  # one pass over the weights, and no temporary copy of them
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
@@ -85,8 +87,9 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
                 raise UserError("optimizer.weight_decay", spec.weight_decay, f"{spec.name} has none", "set it to 0")
             for group in groups:
                 group.pop("weight_decay", None)
+        fused = {"fused": True} if kind in FUSED and spec.kwargs.keys().isdisjoint(IMPLEMENTATIONS) else {}
         try:
-            made = kind(groups, lr=spec.lr, **spec.kwargs)
+            made = kind(groups, lr=spec.lr, **fused, **spec.kwargs)
         except REFUSALS as error:
             raise _refused("optimizer.kwargs", spec, error, kind) from None
         # the settings allow code of a user's only where each rank holds all

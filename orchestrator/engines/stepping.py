@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep, StepOutput
 from orchestrator.engines.base import (
+    IMPLEMENTATIONS,
     NUMBER,
     SCALAR,
     SHAPED,
@@ -196,7 +197,7 @@ class SteppingEngine:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scale.set_state(state["scale"])
         for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
-            group.update(saved)
+            group.update({k: v for k, v in saved.items() if k not in IMPLEMENTATIONS})
 
     def owned(self) -> Iterator[Owned]:
         for name, shape, start, stop, weight, holder, offset, is_mine in self._fragments():

@@ -90,6 +90,12 @@ def test_every_optimizer_of_the_settings_exists_and_moves_weights(name: str) -> 
     )
 
 
+def test_adam_is_fused_unless_the_settings_say_how_it_computes() -> None:
+    assert all(group["fused"] for group in optimizer(name="torch.optim.AdamW").param_groups)
+    foreach = optimizer(name="torch.optim.AdamW", kwargs={"foreach": True})
+    assert not any(group["fused"] for group in foreach.param_groups)
+
+
 def test_arguments_reach_the_optimizer_and_decay_its_groups() -> None:
     made = optimizer(name="torch.optim.AdamW", lr=1e-3, kwargs={"betas": [0.8, 0.9]})
     assert [tuple(group["betas"]) for group in made.param_groups] == [(0.8, 0.9)] * 2
@@ -237,7 +243,7 @@ def test_every_schedule_under_an_engine_is_plain_torch(schedule: dict[str, Any],
 
     policy = tiny_model(0)
     weights = [p for group in param_groups(policy, 0.1) for p in group["params"]]
-    adamw = torch.optim.AdamW(param_groups(policy, 0.1), lr=PEAK)
+    adamw = torch.optim.AdamW(param_groups(policy, 0.1), lr=PEAK, fused=True)
     plain, expected = plain_schedule(adamw, **schedule), []
     for number in range(STEPS):
         expected.append(adamw.param_groups[0]["lr"])
@@ -276,7 +282,7 @@ def test_schedules_find_the_peak_and_the_momentum_of_a_sharded_optimizer() -> No
         sharded, whole = Small(), Small()
         make = optimizer_factory(OptimizerSpec(lr=PEAK))  # pyright: ignore[reportCallIssue]
         dealt = ZeroRedundancyOptimizer(param_groups(sharded, 0.1), optimizer_class=make)  # pyright: ignore
-        adamw = torch.optim.AdamW(param_groups(whole, 0.1), lr=PEAK)
+        adamw = torch.optim.AdamW(param_groups(whole, 0.1), lr=PEAK, fused=True)
         ours, plain = scheduler_factory(SchedulerSpec(**schedule), STEPS)(dealt), plain_schedule(adamw, **schedule)
         for _ in range(STEPS):
             for each, after in ((dealt, ours), (adamw, plain)):
