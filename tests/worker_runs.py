@@ -4,19 +4,20 @@ import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from support import losses
 
 from orchestrator.data.refcache import RECORD
 from orchestrator.run.trial import NothingToSave
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import built, run
 from orchestrator.world import World
 
+PRECISIONS = [name for name in get_args(Precision) if name not in ("auto", "tf32")]  # no CPU has TF32
 LOSS_NEEDS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}}
 """Settings that a loss cannot do without."""
 LORA: dict[str, dict[str, Any] | None] = {

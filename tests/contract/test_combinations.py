@@ -13,10 +13,10 @@ from engine_runs import ENGINES
 from ranks import Ranks
 from support import raw_settings, rows, write_jsonl
 from tiny import tiny_model, tokenizer
-from worker_runs import LORA, LOSS_NEEDS, QUANTISED_BASE, WITH_LORA, Left, curve, tolerance, whole_run
+from worker_runs import LORA, LOSS_NEEDS, PRECISIONS, QUANTISED_BASE, WITH_LORA, Left, curve, tolerance, whole_run
 
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import OF_BATCH, OF_SCORES, LossType, Precision, UserError
+from orchestrator.settings.spec import OF_BATCH, OF_SCORES, LossType, UserError
 
 STEPS, PAIRS = 3, 6  # steps of 4 and of 2 pairs; the third is in the second epoch, which asks a cache
 SHARED = 1  # layers of 2
@@ -51,7 +51,7 @@ PARTS: dict[str, Sequence[str]] = {
     "objective": list(OBJECTIVES),
     "reference": list(REFERENCES),
     "engine": list(ENGINES),
-    "precision": [name for name in get_args(Precision) if name not in ("auto", "tf32")],  # no CPU has TF32
+    "precision": PRECISIONS,
     "layout": [
         "cpu",
         "sdpa",

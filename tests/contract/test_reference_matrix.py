@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 from support import TINY_MODEL, losses, rows, tiny_spec, write_jsonl
-from worker_runs import LORA, QUANTISED_BASE, WITH_LORA, tolerance
+from worker_runs import LORA, PRECISIONS, QUANTISED_BASE, WITH_LORA, tolerance
 
 from orchestrator.data.refcache import RECORD
 from orchestrator.run.debug import debug
-from orchestrator.settings.spec import CacheMode, Precision, Quantized, ReferenceKind, RunSpec, UserError
+from orchestrator.settings.spec import CacheMode, Quantized, ReferenceKind, RunSpec, UserError
 
 QUANTISED = set(get_args(Quantized))
 
@@ -32,7 +32,7 @@ MATRIX = [
     Combination(*cell)
     for cell in product(
         get_args(ReferenceKind),
-        [precision for precision in get_args(Precision) if precision != "auto"],
+        PRECISIONS,
         ["padded", "auto"],  # model.attention; auto packs
         LORA,
         get_args(CacheMode),
@@ -50,7 +50,7 @@ class Refusal(NamedTuple):
     instead: dict[str, str]  # the parts after the cure
 
 
-# In the order of the rules in spec.py: of several the first speaks.
+# In the order of the rules in rules.py: of several the first speaks.
 REFUSED = [
     Refusal(
         {"precision": {"fp64"}, "lora": {"lora on bf16"} | QUANTISED_BASE},
