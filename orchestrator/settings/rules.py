@@ -137,6 +137,13 @@ def _losses(spec: RunSpec) -> None:
                 f"give {len(names)}, or remove it: then each is 1",
             ),
             _Clash(
+                not any(dpo.weights),
+                "dpo.loss_weights",
+                dpo.loss_weights,
+                "no loss has a weight, and nothing would train",
+                "give one that is not 0, or remove it: then each is 1",
+            ),
+            _Clash(
                 smoothing == 0 and "exo_pair" in names,
                 "dpo.label_smoothing",
                 smoothing,
@@ -782,5 +789,8 @@ def _known_callback(name: str) -> None:
 
 def _user_code(key: str, value: str) -> None:
     module, colon, attribute = value.partition(":")
+    if colon and attribute and (module.endswith(".py") or "/" in module):
+        meant = module.removesuffix(".py").lstrip("./").replace("/", ".")
+        raise UserError(key, value, "names a file, not a module", f"did you mean {meant}:{attribute}?")
     if not (colon and module and attribute):
         raise UserError(key, value, "is not of the form module:attr", "for example my_package.my_module:my_name")

@@ -160,7 +160,9 @@ FREE: dict[str, Any] = {"resume": "free"}
 class Block(BaseModel):
     """A frozen group of settings that refuses unknown keys; the docstring under a field is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class IdentitySpec(Block):
@@ -261,7 +263,7 @@ class SourceSpec(Block):
 class TrainingSetSpec(SourceSpec):
     """A training set."""
 
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(1.0, gt=0)
     """How often its pairs are seen in an epoch: 2 is twice; 0.5 is one half of them, and in the next the other."""
 
 
@@ -389,7 +391,7 @@ class DpoSpec(Block):
     """Loss, or list of losses that are added: sigmoid is DPO (Rafailov et al. 2023, eq. 7), [sigmoid, sft] RPO. The
     functions of these names in orchestrator/dpo/losses.py have their papers and equations. One of your own as
     module:attr: a function (terms: PairTerms, dpo: DpoSpec) -> [B] of that file's types."""
-    loss_weights: list[Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    loss_weights: list[float] | None = None
     """Factor of each loss, in the order of loss_type; 1 each when not set. Dimensionless."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference: reward = beta * log(policy / reference). Dimensionless."""
@@ -399,7 +401,7 @@ class DpoSpec(Block):
     f_divergence_type: FDivergence = "reverse_kl"
     """Divergence that keeps the policy near its reference (f-DPO: Wang et al. 2023, arXiv 2309.16240), for the losses
     over the difference of a pair's scores."""
-    f_alpha_divergence_coef: float = Field(0.5, allow_inf_nan=False)
+    f_alpha_divergence_coef: float = 0.5
     """Alpha of alpha_divergence; 1 is reverse_kl. Dimensionless."""
     ld_alpha: float | None = Field(None, ge=0, le=1)
     """Weight of the tokens of a completion beyond as many as the other one of its pair has, in the log-probs of policy

@@ -1,5 +1,6 @@
 """Settings that cannot stand together are refused; each rule names key, value, rule and cure."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,10 @@ from orchestrator.settings.spec import UserError
             ["[1.0, 2.0]", "is not one number for each of sigmoid", "give 1, or remove it: then each is 1"],
         ),
         ({"dpo": {"loss_weights": ["inf"]}}, "dpo.loss_weights.0", ["'inf'", "finite"]),
+        ({"dpo": {"loss_weights": [0]}}, "dpo.loss_weights", ["= [0.0]", "nothing would train"]),
+        ({"dpo": {"beta": math.inf}}, "dpo.beta", ["= inf", "a finite number"]),
+        ({"dpo": {"loss_type": "mine.py:loss"}}, "dpo.loss_type", ["names a file", "did you mean mine:loss?"]),
+        ({"data": {"collator": "./my/own.py:f"}}, "data.collator", ["names a file", "did you mean my.own:f?"]),
         (
             {"dpo": {"label_smoothing": 0.1}},
             "dpo.label_smoothing",
