@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -335,6 +336,8 @@ class ReadOnlyOptimizer:
         self._optimizer = optimizer
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """A copy of each group's hyperparameters, without its parameters."""
-        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+    def param_groups(self) -> list[Mapping[str, Any]]:
+        """A copy of each group's hyperparameters, without its parameters. It cannot be written to: an edit without
+        effect would go unnoticed."""
+        groups = ({k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups)
+        return [MappingProxyType(group) for group in groups]

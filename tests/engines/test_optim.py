@@ -461,6 +461,7 @@ def test_callbacks_cannot_change_the_optimizer() -> None:
     seen = ReadOnlyOptimizer(made)
     assert [group["lr"] for group in seen.param_groups] == [0.5, 0.5]
     assert all("params" not in group for group in seen.param_groups)
-    seen.param_groups[0]["lr"] = 9.0
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        seen.param_groups[0]["lr"] = 9.0  # pyright: ignore[reportIndexIssue]
     assert made.param_groups[0]["lr"] == 0.5
     assert not hasattr(seen, "step")
