@@ -4,12 +4,16 @@ Legend: B pairs, 2B sequences (all chosen, then all rejected), R rows, T tokens 
 scored, N positions that score them.
 """
 
+import hashlib
 import inspect
-from collections.abc import Callable, Iterable
+import traceback
+from bdb import BdbQuit
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from operator import mul
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -312,26 +316,63 @@ class AdaptedCollator:
 
     def __call__(self, rows: list[Row], context: CollateContext, *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch, by the user's code; a filler's pairs weigh nothing."""
-        made = self.collator(rows, context=context) if self.wants_context else self.collator(rows)
+        made = self._made(rows, context)
         self._check(made, len(rows))
         known = [made[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in made]
         ref_logps = torch.cat(known).double() if len(known) == 2 else None
         masks = made["attention_mask"], made["completion_mask"]
         return batch_from_masks(rows, made["input_ids"], *masks, is_filler, ref_logps)
 
+    def _made(self, rows: list[Row], context: CollateContext) -> Any:
+        try:
+            return self.collator(rows, context=context) if self.wants_context else self.collator(rows)
+        except NOT_OF_THE_CODE:
+            raise
+        except Exception as error:
+            numbers = ", ".join(str(row["pair_id"]) for row in rows)
+            where = f"step {context.step}, rank {context.rank}, pairs {numbers:.60}"
+            raise raised_by_user(self.key, self.name, error, where) from error
+
     def _check(self, made: Any, pairs: int) -> None:
-        """Refuse what does not have TRL's keys and shapes: it would train on something else in silence."""
-        shapes = {key: tuple(value.shape) for key, value in made.items() if hasattr(value, "shape")} if made else made
-        width = shapes["input_ids"][-1:] if shapes and shapes.get("input_ids") else ()
+        """Refuse what does not have TRL's keys, shapes and types: it would train on something else in silence."""
+        is_dict = isinstance(made, Mapping)
+        shapes = {key: _shape(value) for key, value in made.items()} if is_dict else {}
+        ids = made.get("input_ids") if is_dict else None
+        width = ids.shape[-1:] if isinstance(ids, torch.Tensor) else ()
         wanted = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), (2 * pairs, *width))
-        wanted |= {key: (pairs,) for key in ("ref_chosen_logps", "ref_rejected_logps") if shapes and key in shapes}
-        if not shapes or any(shapes.get(key) != shape for key, shape in wanted.items()):
+        wanted |= {key: (pairs,) for key in ("ref_chosen_logps", "ref_rejected_logps") if key in shapes}
+        if not isinstance(ids, torch.Tensor) or any(shapes.get(key) != shape for key, shape in wanted.items()):
             raise UserError(
                 self.key,
                 self.name,
-                f"returned {shapes} for {pairs} pairs",
-                "return input_ids, attention_mask and completion_mask of shape [2 * pairs, tokens], chosen half first",
+                f"returned {shapes if is_dict else type(made).__name__} for {pairs} pairs",
+                "return tensors of shape [2 * pairs, tokens], chosen half first: input_ids, attention_mask and "
+                "completion_mask",
             )
+        if ids.is_floating_point() or (ids < 0).any():
+            rule = f"returned input_ids of {ids.dtype}, the least {ids.min().item()}"
+            raise UserError(self.key, self.name, rule, "return integers from 0 on, on padding as well")
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    """Of a tensor; of anything else the name of its type."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""What a user's code may raise that is no fault of it: who debugs it has quit, or the machine has failed, which
+another attempt may not meet."""
+
+
+MEND = "mend it, and give the same command again"
+
+
+def raised_by_user(key: str, name: str, error: Exception, where: str, cure: str = MEND) -> UserError:
+    """The line that ends a run in which a user's code has raised. To be called where it was called."""
+    called = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
+    places = [f"{Path(frame.filename).name} line {frame.lineno}" for frame in called[:1]]
+    reason = f"raised {type(error).__name__}: {error} ({'; '.join([*places, where])})"
+    return UserError(key, name, reason, cure)
 
 
 def user_attribute(key: str, path: str) -> Any:
@@ -340,9 +381,9 @@ def user_attribute(key: str, path: str) -> Any:
     Raises:
         UserError: the module cannot be imported, or has no such attribute.
     """
-    module, _, attribute = path.partition(":")
+    name, _, attribute = path.partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        module = import_module(name)
     except ImportError as error:
         raise UserError(
             key,
@@ -350,5 +391,15 @@ def user_attribute(key: str, path: str) -> Any:
             f"cannot be imported ({error})",
             "give the command in the folder that holds the module, or install it",
         ) from None
+    except Exception as error:
+        raise raised_by_user(key, path, error, "when imported") from error
+    try:
+        return getattr(module, attribute)
     except AttributeError:
-        raise UserError(key, path, f"module {module} has no {attribute}", "check the name after the colon") from None
+        raise UserError(key, path, f"module {name} has no {attribute}", "check the name after the colon") from None
+
+
+def source_hash(path: str) -> str:
+    """Of the file that holds a user's module:attr, which can be imported."""
+    file = getattr(import_module(path.partition(":")[0]), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()

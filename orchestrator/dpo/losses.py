@@ -7,12 +7,13 @@ dpo.f_divergence_type says otherwise), b is dpo.beta, e is dpo.label_smoothing a
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
 
-from orchestrator.data.collate import Counts, user_attribute
+from orchestrator.data.collate import NOT_OF_THE_CODE, Counts, raised_by_user, user_attribute
 from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType, UserError
 
 MAX_EXPONENT = 80.0
@@ -79,7 +80,18 @@ def pair_losses(terms: PairTerms, dpo: DpoSpec, counts: Counts) -> torch.Tensor:
 
 def loss_of(name: str) -> Loss:
     """The loss of that name, or a user's of that module:attr."""
-    return LOSSES[name] if name in LOSSES else user_attribute("dpo.loss_type", name)
+    return LOSSES[name] if name in LOSSES else partial(_of_user, name)
+
+
+def _of_user(name: str, terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    loss = user_attribute("dpo.loss_type", name)
+    try:
+        return loss(terms, dpo)
+    except NOT_OF_THE_CODE:
+        raise
+    except Exception as error:
+        where = f"for {len(terms.chosen_logps)} pairs"
+        raise raised_by_user("dpo.loss_type", name, error, where) from error
 
 
 def log_ratios(terms: PairTerms) -> Both:

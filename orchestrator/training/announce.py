@@ -35,7 +35,11 @@ def say_run(
         if prepared.collator is not None and spec.data.keep_last is not None:
             long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
             print(f"{prepared.collator.name} is to truncate {long} of them, which are longer than data.max_length")
-    if (user := prepared.user_metrics) is not None and user.logits and not user.batched:
+    if (user := prepared.user_metrics) is not None and not user.logits:
+        print(
+            f"{user.name} is handed log-probs, rewards and lengths of pairs; evaluation.logits=true: logits, as by TRL"
+        )
+    if user is not None and user.logits and not user.batched:
         vocabulary = prepared.config.get_text_config().vocab_size
         size = max(bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values())
         print(f"each evaluation gathers {size / 2**20:,.1f} MB of logits in rank zero's memory", flush=True)

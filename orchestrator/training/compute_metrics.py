@@ -4,20 +4,25 @@ Legend: N pairs of the evaluation set, B pairs of a batch, T tokens of the batch
 """
 
 import inspect
-import traceback
 from bdb import BdbQuit
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from orchestrator.data.collate import AdaptedCollator, PairBatch, PreferenceCollator, user_attribute
+from orchestrator.data.collate import (
+    MEND,
+    AdaptedCollator,
+    PairBatch,
+    PreferenceCollator,
+    raised_by_user,
+    user_attribute,
+)
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Integers, fed_lengths, longest_sequences
 from orchestrator.data.pairs import Pairs
@@ -80,10 +85,8 @@ class UserMetrics:
         except BdbQuit:  # who leaves the debugger in there wants the run to end
             raise
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[:2][-1]  # of the function itself
-            place = f"{Path(frame.filename).name} line {frame.lineno}"
-            reason = f"raised {type(error).__name__}: {error} ({place}; {where})"
-            failure = UserError(KEY, self.name, reason, "mend it, and give the same command again")
+            cure = MEND if self.logits else f"{MEND}; or set evaluation.logits=true to be handed logits, as by TRL"
+            failure = raised_by_user(KEY, self.name, error, where, cure)
             failure.__cause__ = error
             return {}, failure
         try:
@@ -259,6 +262,8 @@ def user_metrics(spec: RunSpec, given: Given, pad_token_id: int) -> UserMetrics 
                 rule = "acts on what evaluation.compute_metrics is handed"
                 raise UserError(f"evaluation.{key}", value, rule, "set that to a function as module:attr, or remove it")
         return None
+    if not spec.data.eval_sets:
+        raise UserError("compute_metrics", name, "needs evaluation pairs", "set data.eval, or data.eval_fraction=0.05")
     batched = wanted.batch_eval_metrics
     arguments: dict[str, Any] = {"compute_result": True} if batched else {}
     try:

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -334,7 +335,8 @@ def test_a_users_reference_log_probs_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", ["no mask", "half the rows", "a mask of another shape", "log-probs of one side twice"]
+    "broken",
+    ["no mask", "half the rows", "a mask of another shape", "log-probs of one side twice", "an array", "no dict"],
 )
 def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
@@ -345,10 +347,57 @@ def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
             made["completion_mask"] = made["completion_mask"][:, 1:]
         if broken == "log-probs of one side twice":
             made["ref_chosen_logps"] = made["ref_rejected_logps"] = torch.zeros(4)
-        return made
+        if broken == "an array":
+            made["attention_mask"] = made["attention_mask"].numpy()  # type: ignore[assignment]
+        return list(made.values()) if broken == "no dict" else made  # type: ignore[return-value]
 
     with pytest.raises(UserError, match=r"data_collator = 'collate': returned .*for 2 pairs.*\[2 \* pairs, tokens\]"):
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"), [((-100, torch.int64), "int64, the least -100"), ((1, torch.float32), "float32")]
+)
+def test_ids_that_are_none_are_refused(ids: tuple[int, torch.dtype], said: str) -> None:
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        made = trl_shaped(rows)
+        return made | {"input_ids": made["input_ids"].masked_fill(made["attention_mask"] == 0, ids[0]).to(ids[1])}
+
+    with pytest.raises(UserError, match=f"'collate': returned input_ids of torch.{said}.*; return integers from 0 on"):
+        AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
+
+
+def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_not_its_fault() -> None:
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        raise raised
+
+    raised: Exception = KeyError("label")
+    line = r"'collate': raised KeyError: 'label' \(test_collate.py line \d+; step 5, rank 1, pairs 11, 12\)"
+    with pytest.raises(UserError, match=line) as caught:
+        AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
+    assert caught.value.__cause__ is raised
+    raised = OSError("the file system is gone")
+    with pytest.raises(OSError, match="is gone"):
+        AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import math\n1 / 0", r"raised ZeroDivisionError: division by zero \(broken_{}.py line 2; when imported\)"),
+        ("def f(:", r"raised SyntaxError: invalid syntax \(broken_{}.py, line 1\)"),
+        ("import math\nmath.nothing", r"raised AttributeError: .*nothing.*line 2; when imported"),
+    ],
+    ids=["raises", "no_python", "lacks"],
+)
+def test_a_module_that_raises_is_said_in_a_line(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id
+    (tmp_path / f"broken_{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=said.format(name)):
+        user_attribute("dpo.loss_type", f"broken_{name}:loss")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Each loss equals its formula in fp64, in value and gradient, and keeps its head where numbers are extreme."""
 
 import math
+import re
 import sys
 from itertools import product
 from types import ModuleType
@@ -322,6 +323,19 @@ def test_a_users_loss_that_is_none_is_refused_before_training(
         check_losses(users(monkeypatch, loss), with_margins=False)
     assert str(caught.value).startswith("dpo.loss_type = 'a_users_losses:mine': ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_users_loss_that_raises_later_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(terms: PairTerms, _: DpoSpec) -> torch.Tensor:
+        raise ValueError("not\nthese")
+
+    line = (
+        r"dpo.loss_type = 'a_users_losses:mine': raised ValueError: not these \(test_losses.py line \d+; for 3 pairs\)"
+    )
+    with pytest.raises(UserError) as caught:
+        pair_losses(PairTerms.split(LOGPS, REFERENCE, TOKENS), users(monkeypatch, loss), Counts(3, 9))
+    assert re.match(line, str(caught.value))
+    assert isinstance(caught.value.__cause__, ValueError)
 
 
 def test_a_users_loss_that_is_not_there_is_refused() -> None:

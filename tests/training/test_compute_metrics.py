@@ -211,6 +211,7 @@ def test_anything_else_ends_every_rank_with_the_same_line(
     assert str(first).startswith("evaluation.compute_metrics = 'mine': ")
     assert says in str(first)
     assert "evaluation of odd after step 3" in str(first)
+    assert ("evaluation.logits=true" in str(first)) == (function is raising and not logits)
     assert isinstance(first.__cause__, IndexError if function is raising else type(None))
 
 
@@ -225,14 +226,21 @@ def test_anything_else_ends_every_rank_with_the_same_line(
         ({"compute_metrics": "math:none"}, NOTHING, KEY, "has no none"),
         ({"compute_metrics": "math:pi"}, NOTHING, KEY, "cannot be called"),
         ({"compute_metrics": "math:fabs"}, Given(compute_metrics=math.fabs), KEY, "compute_metrics is given as well"),
+        (
+            {"without_pairs": True},
+            Given(compute_metrics=raising),
+            "compute_metrics",
+            "needs evaluation pairs; set data.eval",
+        ),
         ({"batch_eval_metrics": True}, Given(compute_metrics=raising), KEY, "an EvalPrediction and compute_result"),
     ],
 )
 def test_a_function_that_cannot_be_asked_is_refused(
     tmp_path: Path, evaluation: dict[str, Any], given: Given, key: str, says: str
 ) -> None:
+    data = {"data": {"eval": None}} if evaluation.pop("without_pairs", False) else {}
     with pytest.raises(UserError) as caught:
-        user_metrics(tiny_spec(tmp_path, evaluation=evaluation), given, PAD)
+        user_metrics(tiny_spec(tmp_path, evaluation=evaluation, **data), given, PAD)
     assert caught.value.key == key
     assert says in str(caught.value)
 
