@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from orchestrator.data.collate import AdaptedCollator, PairBatch
+from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch, source_hash
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.dpo.losses import TOKEN_MEANS
 from orchestrator.dpo.step import StepOutput
@@ -107,6 +107,8 @@ class Trainer:
         self.finishing = False  # asked by a callback: this is the end of training
         self.ending_epoch = False  # asked by a callback: what is left of the epoch is not seen
         self.epochs_ended: list[int] = []  # the steps after which that was done
+        self.said_unscored = False
+        self.sources = _sources(self.spec)  # now: a file that is edited later is not what runs
         self.in_epoch = False
         self.callbacks.fire("on_init_end")
 
@@ -135,6 +137,10 @@ class Trainer:
                 "put them back to resume it, or choose another run.name",
             )
         check_resumable(meta["made_by"], self.made_by)
+        before = meta.get("sources", self.sources)
+        for name in self.sources.keys() & before.keys():
+            if self.world.is_main and self.sources[name] != before[name]:
+                logger.warning("the file of %s was edited: steps after %d are not as those before", name, meta["step"])
         self.engine.put(reader.read, reader.keys)
         self.engine.set_state(meta["engine"])
         self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
@@ -308,6 +314,7 @@ class Trainer:
         """Forward and backward over this rank's micro-batches, each of which (on the host) is returned with its
         output; the engine has the gradient then."""
         counts = over_ranks(self.world, made.counts) if made.are_local else made.counts
+        self._look_at(counts)
         if self.engine.meets_in_forward:
             made = self._asked_together(made)
         dpo, ready = self.spec.dpo, made.micro_batches
@@ -325,6 +332,17 @@ class Trainer:
         if self.step == 0 and self.near is not None:
             self._check_start(outputs, self.near)
         return outputs
+
+    def _look_at(self, counts: Counts) -> None:
+        """Say once that a step has nothing to learn from."""
+        if counts.chosen_tokens or self.said_unscored or not self.world.is_main:
+            return
+        self.said_unscored = True
+        logger.warning(
+            "step %d: no token of a chosen completion is scored; raise data.max_length, or look at the completion_mask "
+            "of data.collator",
+            self.step + 1,
+        )
 
     def _asked_together(self, made: StepBatches) -> StepBatches:
         """Where one rank asks the reference, all do: layers that it shares with the policy are gathered by all."""
@@ -375,10 +393,11 @@ class Trainer:
         """fp16 lowers its loss scale and goes on; a non-finite gradient in any other precision is the end."""
         if self.precision == "fp16" and in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
-        fp32 = " or precision=fp32" if self.precision in ("bf16", "fp16") else ""
+        other = " or precision=fp32" if self.precision in ("bf16", "fp16") else ""
+        other += "".join(f", or mend {name}" for name in self.spec.dpo.own_losses)
         raise TrainingError(
             f"step {self.step + 1} (rank {self.world.rank}): the gradient is not finite after pair {self.pairs_seen}; "
-            f"choose another run.name with a lower optimizer.lr{fp32}"
+            f"choose another run.name with a lower optimizer.lr{other}"
         )
 
     # --- what is done between steps ------------------------------------------------------------------------------
@@ -440,6 +459,7 @@ class Trainer:
         meta = {
             "engine": self.engine.state(),
             "made_by": self.made_by,
+            "sources": self.sources,
             "pairs_seen": self.pairs_seen,
             "tokens_seen": self.tokens_seen,
             "evaluated_at": self.evaluated_at,
@@ -532,6 +552,12 @@ class Trainer:
         if self.world.is_main:
             logger.warning("%s was the best and is gone; the next evaluation takes its place", folder)
         state.best_metric = state.best_global_step = None
+
+
+def _sources(spec: RunSpec) -> dict[str, str]:
+    """A hash of each file of a user's that makes numbers, by its module:attr."""
+    named = [*spec.dpo.own_losses, spec.optimizer.name, spec.data.collator.path if spec.data.collator else ""]
+    return {name: source_hash(name) for name in named if ":" in name}
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -128,6 +128,32 @@ def test_other_rows_under_the_same_name_are_refused(tmp_path: Path) -> None:
     assert "not those that this run was started with" in again.stderr
 
 
+SCORES_NOTHING = """
+from collators import plain
+
+def collate(rows):
+    made = plain(rows)
+    made["completion_mask"].zero_()
+    return made
+"""
+
+
+def test_code_that_was_edited_and_a_step_that_scores_nothing_are_said(tmp_path: Path) -> None:
+    settings = write_settings(tmp_path, data={"collator": "my_collator:collate"}, training={"max_steps": 2})
+    (tmp_path / "my_collator.py").write_text(SCORES_NOTHING)
+    ended = forked.run(settings, cwd=tmp_path)
+    assert ended.codes == [0], ended.stderr
+    assert ended.stderr.count("no token of a chosen completion is scored") == 1
+    (tmp_path / "runs" / "tiny" / "result.json").unlink()
+    for edited in (False, True):
+        (tmp_path / "my_collator.py").write_text(SCORES_NOTHING + "\n" * edited)
+        again = forked.run(settings, cwd=tmp_path)
+        assert again.codes == [0], again.stderr
+        said = "the file of my_collator:collate was edited: steps after 2 are not as those before"
+        assert (said in again.stderr) == edited
+        (tmp_path / "runs" / "tiny" / "result.json").unlink()
+
+
 DRAWS = """
 from transformers import TrainerCallback
 
