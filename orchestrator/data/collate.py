@@ -316,8 +316,10 @@ class AdaptedCollator:
 
     def __call__(self, rows: list[Row], context: CollateContext, *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch, by the user's code; a filler's pairs weigh nothing."""
+        pairs, whole = len(rows), {id(row): dict(row) for row in rows}
         made = self._made(rows, context)
-        self._check(made, len(rows))
+        self._check(made, pairs)
+        rows = [whole.get(id(row), row) for row in rows]  # it may have sorted them, and taken out keys
         known = [made[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in made]
         ref_logps = torch.cat(known).double() if len(known) == 2 else None
         masks = made["attention_mask"], made["completion_mask"]

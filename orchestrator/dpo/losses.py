@@ -379,12 +379,15 @@ def _wrong_with(loss: Loss, dpo: DpoSpec, with_margins: bool) -> str:
     ref_logps = torch.tensor([-10.0, -28.0, -12.0, -10.0, -25.0, -12.0], dtype=torch.float64)
     margins = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if with_margins else None
     terms = PairTerms.split(logps, ref_logps, torch.tensor([4, 9, 5, 3, 9, 6]), margins)
+    terms = terms._replace(on_policy=torch.full_like(ref_logps[:3], 0.5)) if dpo.use_weighting else terms
     given = f"for {len(terms.chosen_logps)} made-up pairs"
     try:
         found: Any = loss(terms, dpo)
         if not isinstance(found, torch.Tensor) or found.shape != terms.chosen_logps.shape:
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             return f"returns {shape} {given}"
+        if not found.is_floating_point():
+            return f"returns {found.dtype} {given}"
         if not found.isfinite().all():
             return f"returns {found.tolist()} {given}, which are not finite"
         alone = torch.cat([loss(terms.of(slice(i, i + 1)), dpo) for i in range(len(found))])

@@ -514,6 +514,10 @@ def _concluded(spec: RunSpec, ended: Ended, run_dir: RunDir, world: World) -> Ru
     )
     if world.is_main:  # the others do not wait: an export can take longer than a collective may
         if model_step is not None:
+            if spec.checkpoint.export == "best" and ended.best_step is None:
+                logger.warning(
+                    "no evaluation after a step had a number as %s: the last is exported", spec.evaluation.best_metric
+                )
             export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
         run_dir.write_result(result.__dict__)
     return result

@@ -367,6 +367,21 @@ def test_ids_that_are_none_are_refused(ids: tuple[int, torch.dtype], said: str) 
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
 
 
+def test_a_collator_may_sort_its_rows_and_take_out_keys() -> None:
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        rows.sort(key=lambda row: len(row["prompt_ids"]))
+        made = trl_shaped(rows)
+        for row in rows:
+            row.clear()
+        return made
+
+    weighed = [{**row, "weight": weight, "margin": weight - 1} for row, weight in zip(EXAMPLE, (2.0, 3.0), strict=True)]
+    batch = AdaptedCollator(collate, PAD)(weighed, CONTEXT)
+    assert (batch.pair_ids.tolist(), batch.pair_weights.tolist()) == ([12, 11], [3, 2])
+    assert batch.margins is not None
+    assert batch.margins.tolist() == [2, 1]
+
+
 def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_not_its_fault() -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         raise raised

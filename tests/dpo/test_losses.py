@@ -297,6 +297,13 @@ def test_a_users_loss_stands_beside_others(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.tolist() == pytest.approx(expected, rel=1e-14)
 
 
+def test_a_users_loss_is_given_what_weighting_needs_where_that_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    dpo = users(monkeypatch, lambda terms, _: -terms.on_policy * terms.chosen_logps)
+    check_losses(dpo.model_copy(update={"use_weighting": True}), with_margins=False)
+    with pytest.raises(UserError, match="raises TypeError"):
+        check_losses(dpo, with_margins=False)
+
+
 def test_a_users_loss_is_given_margins_where_the_data_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     dpo = users(monkeypatch, lambda terms, _: terms.margins - terms.chosen_logps)
     check_losses(dpo, with_margins=True)
@@ -308,6 +315,7 @@ def test_a_users_loss_is_given_margins_where_the_data_have_them(monkeypatch: pyt
     ("loss", "complaint"),
     [
         (lambda terms, _: (-terms.chosen_logps).mean(), r"returns \(\) for 3 made-up pairs"),
+        (lambda terms, _: terms.chosen_logps * 1j, "returns torch.complex128 for"),
         (lambda _, __: 1.0, "returns float for 3 made-up pairs"),
         (lambda terms, _: terms.chosen_logps.log(), "nan.*not finite"),
         (lambda terms, _: terms.chosen_logps.detach(), "without a gradient"),

@@ -180,6 +180,16 @@ def test_the_best_becomes_the_model(stopped_early: Run) -> None:
     assert f"| eval_loss | {loss:.4f} |" in (stopped_early.dir / "model" / "README.md").read_text()
 
 
+def test_where_no_evaluation_had_a_number_the_last_is_exported_and_a_line_says_so(tmp_path: Path) -> None:
+    (tmp_path / "my_metrics.py").write_text("def nothing(_): return {'odd': float('nan')}")
+    evaluation = {"compute_metrics": "my_metrics:nothing", "metric_for_best": "odd"}
+    settings = write_settings(tmp_path, training={"max_steps": 1}, evaluation=evaluation, checkpoint={"export": "best"})
+    ended = forked.run(settings, cwd=tmp_path)
+    assert ended.codes == [0], ended.stderr
+    assert "no evaluation after a step had a number as eval_odd: the last is exported" in ended.stderr
+    assert "is handed log-probs, rewards and lengths of pairs; evaluation.logits=true" in ended.stdout
+
+
 def test_what_the_export_verb_writes_can_be_chosen(stopped_early: Run, tmp_path: Path) -> None:
     for which, step in ((None, 2), ("best", 2), ("last", 8)):
         out = export(RunDir(stopped_early.dir), tmp_path / f"{which}", which=which)
