@@ -571,7 +571,7 @@ HERE = [
         "data.collator=mine:collate",
         "data.collator",
         "'mine:collate'",
-        "returned None for 2 pairs",
+        "returned NoneType for 2 pairs",
         "return input_ids, attention_mask and completion_mask",
         files={"mine.py": NONE_COLLATOR},
         late=True,

@@ -348,8 +348,8 @@ class AdaptedCollator:
                 self.key,
                 self.name,
                 f"returned {shapes if is_dict else type(made).__name__} for {pairs} pairs",
-                "return tensors of shape [2 * pairs, tokens], chosen half first: input_ids, attention_mask and "
-                "completion_mask",
+                "return input_ids, attention_mask and completion_mask of shape [2 * pairs, tokens], chosen half first, "
+                "as tensors",
             )
         if ids.is_floating_point() or (ids < 0).any():
             rule = f"returned input_ids of {ids.dtype}, the least {ids.min().item()}"
