@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
-from orchestrator.data.collate import NOT_OF_THE_CODE, Counts, raised_by_user, user_attribute
+from orchestrator.data.collate import Counts
+from orchestrator.data.user_code import NOT_OF_THE_CODE, raised_by_user, user_attribute
 from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType, UserError
 
 MAX_EXPONENT = 80.0

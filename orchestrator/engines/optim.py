@@ -14,7 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from orchestrator.data.collate import user_attribute
+from orchestrator.data.user_code import user_attribute
 from orchestrator.engines.base import IMPLEMENTATIONS, OptimizerFactory, ParamGroups, SchedulerFactory
 from orchestrator.settings.optimizers import OPTIMIZERS, check_optimizer, optimizer_kind
 from orchestrator.settings.spec import EngineSpec, OptimizerSpec, RunSpec, SchedulerSpec, UserError

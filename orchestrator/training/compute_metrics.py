@@ -15,17 +15,11 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from orchestrator.data.collate import (
-    MEND,
-    AdaptedCollator,
-    PairBatch,
-    PreferenceCollator,
-    raised_by_user,
-    user_attribute,
-)
+from orchestrator.data.collate import AdaptedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Integers, fed_lengths, longest_sequences
 from orchestrator.data.pairs import Pairs
+from orchestrator.data.user_code import MEND, raised_by_user, user_attribute
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine

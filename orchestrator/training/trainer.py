@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch, source_hash
+from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
 from orchestrator.data.loader import Loader, StepBatches
+from orchestrator.data.user_code import source_hash
 from orchestrator.dpo.losses import TOKEN_MEANS
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine, Updated

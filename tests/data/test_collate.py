@@ -2,7 +2,6 @@
 
 import random
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +17,6 @@ from orchestrator.data.collate import (
     PairBatch,
     PreferenceCollator,
     Segments,
-    user_attribute,
 )
 from orchestrator.settings.spec import UserCodeSpec, UserError
 
@@ -394,32 +392,3 @@ def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_n
     raised = OSError("the file system is gone")
     with pytest.raises(OSError, match="is gone"):
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("import math\n1 / 0", r"raised ZeroDivisionError: division by zero \(broken_{}.py line 2; when imported\)"),
-        ("def f(:", r"raised SyntaxError: invalid syntax \(broken_{}.py, line 1\)"),
-        ("import math\nmath.nothing", r"raised AttributeError: .*nothing.*line 2; when imported"),
-    ],
-    ids=["raises", "no_python", "lacks"],
-)
-def test_a_module_that_raises_is_said_in_a_line(
-    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    name = request.node.callspec.id
-    (tmp_path / f"broken_{name}.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=said.format(name)):
-        user_attribute("dpo.loss_type", f"broken_{name}:loss")
-
-
-@pytest.mark.parametrize(
-    ("path", "rule"),
-    [("no_such_module:x", "cannot be imported"), ("orchestrator.data.collate:nothing", "has no nothing")],
-)
-def test_user_code_that_is_not_there_is_refused(path: str, rule: str) -> None:
-    with pytest.raises(UserError, match=rule) as caught:
-        user_attribute("callbacks", path)
-    assert caught.value.key == "callbacks"

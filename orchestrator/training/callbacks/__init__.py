@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from orchestrator.data.collate import user_attribute
+from orchestrator.data.user_code import user_attribute
 from orchestrator.settings.spec import TRACKERS, Precision, RunSpec, UserError
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
