@@ -20,7 +20,7 @@ from orchestrator.models.reference import RefModel
 from orchestrator.run.prompt import debugger
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks.profiler import ProfilerCallback
-from orchestrator.training.given import ComputeMetrics, Given, GivenCallback
+from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, check_spec
 from orchestrator.training.health import LocalSession
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
@@ -57,6 +57,7 @@ def debug(
         UserError: the settings or the data are wrong.
         TrainingError: training cannot go on.
     """
+    check_spec(spec)
     given = Given(ref_model, optimizers, callbacks, compute_metrics, data_collator)
     run_dir = RunDir(spec.run_dir)
     with joined(spec, post_mortem) as world, ExitStack() as held:

@@ -30,7 +30,7 @@ from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.checkpoint import SaveFailed
-from orchestrator.training.given import ComputeMetrics, Given, GivenCallback
+from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, check_spec
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.manifest import ReadFailed, committed, step_of
 from orchestrator.training.prepare import prepare
@@ -75,6 +75,7 @@ def train(
         TrainingError: training cannot go on.
         RunDied: the workers died too often.
     """
+    check_spec(spec)
     given = Given(ref_model, optimizers, callbacks, compute_metrics, data_collator)
     sent = _pickled(spec, given)
     if spec.cluster.preflight:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from orchestrator.data.collate import UserCollator
 from orchestrator.engines.optim import Optimizers, check_functions
 from orchestrator.models.reference import RefModel, check_function
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.spec import RunSpec, UserError
 
 GivenCallback = TrainerCallback | type[TrainerCallback]
 ComputeMetrics = Callable[[Any], Mapping[str, float]]
@@ -53,3 +53,14 @@ class Given:
 
 
 NOTHING = Given()
+
+
+def check_spec(spec: object) -> None:
+    """Refuse the path of a file, or a dict, where settings belong.
+
+    Raises:
+        UserError: it is no RunSpec.
+    """
+    if not isinstance(spec, RunSpec):
+        cure = "give load_spec(FILE), which reads and checks it"
+        raise UserError("spec", spec, f"is {type(spec).__name__}, no RunSpec", cure)

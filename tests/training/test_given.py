@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from orchestrator.data.collate import CollateContext
 from orchestrator.run.debug import debug
+from orchestrator.run.driver import train
 from orchestrator.settings.spec import UserError
 from orchestrator.training.given import Given
 
@@ -61,6 +62,13 @@ class Padding:
 def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Given(**parts)
+
+
+@pytest.mark.parametrize("call", [debug, train])
+@pytest.mark.parametrize("given", ["run.yaml", {"run": {"name": "a"}}])
+def test_what_are_no_settings_is_refused(call: Any, given: Any) -> None:
+    with pytest.raises(UserError, match=f"is {type(given).__name__}, no RunSpec; give load_spec"):
+        call(given)
 
 
 def test_a_collator_of_python_and_one_of_the_settings_contradict(tmp_path: Path) -> None:
