@@ -16,7 +16,7 @@ import torch
 
 from orchestrator.data.order import Integers
 from orchestrator.data.tokens import common_prefix
-from orchestrator.data.user_code import NOT_OF_THE_CODE, raised_by_user, user_attribute
+from orchestrator.data.user_code import called, user_attribute
 from orchestrator.settings.spec import DataSpec, UserCodeSpec, UserError
 
 Row = dict[str, Any]
@@ -313,23 +313,16 @@ class AdaptedCollator:
     def __call__(self, rows: list[Row], context: CollateContext, *, is_filler: bool = False) -> PairBatch:
         """B rows -> a batch, by the user's code; a filler's pairs weigh nothing."""
         pairs, whole = len(rows), {id(row): dict(row) for row in rows}
-        made = self._made(rows, context)
+        told = {"context": context} if self.wants_context else {}
+        numbers = ", ".join(str(row["pair_id"]) for row in rows)
+        where = f"step {context.step}, rank {context.rank}, pairs {numbers:.60}"
+        made = called(self.key, self.name, where, self.collator, rows, **told)
         self._check(made, pairs)
         rows = [whole.get(id(row), row) for row in rows]  # it may have sorted them, and taken out keys
         known = [made[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in made]
         ref_logps = torch.cat(known).double() if len(known) == 2 else None
         masks = made["attention_mask"], made["completion_mask"]
         return batch_from_masks(rows, made["input_ids"], *masks, is_filler, ref_logps)
-
-    def _made(self, rows: list[Row], context: CollateContext) -> Any:
-        try:
-            return self.collator(rows, context=context) if self.wants_context else self.collator(rows)
-        except NOT_OF_THE_CODE:
-            raise
-        except Exception as error:
-            numbers = ", ".join(str(row["pair_id"]) for row in rows)
-            where = f"step {context.step}, rank {context.rank}, pairs {numbers:.60}"
-            raise raised_by_user(self.key, self.name, error, where) from error
 
     def _check(self, made: Any, pairs: int) -> None:
         """Refuse what does not have TRL's keys, shapes and types: it would train on something else in silence."""

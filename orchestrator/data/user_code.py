@@ -3,6 +3,7 @@
 import hashlib
 import traceback
 from bdb import BdbQuit
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,20 @@ def raised_by_user(key: str, name: str, error: Exception, where: str, cure: str 
     places = [f"{Path(frame.filename).name} line {frame.lineno}" for frame in called[:1]]
     reason = f"raised {type(error).__name__}: {error} ({'; '.join([*places, where])})"
     return UserError(key, name, reason, cure)
+
+
+def called(key: str, name: str, where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a user's function returns.
+
+    Raises:
+        UserError: it raised what is a fault of its own.
+    """
+    try:
+        return function(*args, **kwargs)
+    except NOT_OF_THE_CODE:
+        raise
+    except Exception as error:
+        raise raised_by_user(key, name, error, where) from error
 
 
 def user_attribute(key: str, path: str) -> Any:

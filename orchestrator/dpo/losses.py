@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from orchestrator.data.collate import Counts
-from orchestrator.data.user_code import NOT_OF_THE_CODE, raised_by_user, user_attribute
+from orchestrator.data.user_code import called, user_attribute
 from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType, UserError
 
 MAX_EXPONENT = 80.0
@@ -86,13 +86,7 @@ def loss_of(name: str) -> Loss:
 
 def _of_user(name: str, terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     loss = user_attribute("dpo.loss_type", name)
-    try:
-        return loss(terms, dpo)
-    except NOT_OF_THE_CODE:
-        raise
-    except Exception as error:
-        where = f"for {len(terms.chosen_logps)} pairs"
-        raise raised_by_user("dpo.loss_type", name, error, where) from error
+    return called("dpo.loss_type", name, f"for {len(terms.chosen_logps)} pairs", loss, terms, dpo)
 
 
 def log_ratios(terms: PairTerms) -> Both:

@@ -392,3 +392,13 @@ def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_n
     raised = OSError("the file system is gone")
     with pytest.raises(OSError, match="is gone"):
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
+
+
+def test_a_collator_that_raises_after_it_took_the_ids_out_is_said_with_them() -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for row in rows:
+            del row["pair_id"]
+        raise ValueError("no ids left")
+
+    with pytest.raises(UserError, match=r"no ids left .*pairs 11, 12"):
+        AdaptedCollator(collate, PAD)([dict(row) for row in EXAMPLE], CONTEXT)

@@ -65,9 +65,9 @@ NOT_WEIGHTED_BY_TRL = ("hinge", "sft")  # it raises: an in-place product would c
 # there of a micro-batch, here of the global batch: the same where that is all
 SPLIT_IN_TRL = ("sft", *OF_BATCH)
 TWINS: dict[str, LossType] = {  # a user's own losses, and those of TRL that they are
-    "parity.own_losses:logistic": "sigmoid",
-    "parity.own_losses:squared": "ipo",
-    "parity.own_losses:absolute": "bco_pair",
+    "own_losses:logistic": "sigmoid",
+    "own_losses:squared": "ipo",
+    "own_losses:absolute": "bco_pair",
 }
 LOGISTIC, SQUARED, ABSOLUTE = TWINS
 
