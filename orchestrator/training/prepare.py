@@ -10,6 +10,7 @@ import torch
 from orchestrator.data.collate import AdaptedCollator
 from orchestrator.data.pairs import Pairs, tokenized_pairs, without_held_out
 from orchestrator.data.sources import check_source
+from orchestrator.data.user_code import user_attribute
 from orchestrator.dpo.losses import check_losses
 from orchestrator.engines.optim import check_optim
 from orchestrator.engines.precision import dtype_held
@@ -35,28 +36,63 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What can be made, and refused, before any rank starts."""
+class Parts:
+    """The parts of a run that need no tokenised row."""
 
     tokenizer: "PreTrainedTokenizerBase"
     config: Any
-    train: Pairs
-    eval: dict[str, Pairs]  # by the name of the evaluation set
     collator: AdaptedCollator | None  # of a user
     user_metrics: UserMetrics | None
+
+
+@dataclass(frozen=True)
+class Prepared(Parts):
+    """What can be made, and refused, before any rank starts."""
+
+    train: Pairs
+    eval: dict[str, Pairs]  # by the name of the evaluation set
 
 
 def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     """Tokenizer, model config and tokenised data, from the cache where they are there already. No collective.
 
+    These are the checks of a run before it starts, in three lists. `orchestrator plan` makes the first two as they
+    stand and the third on small data or on the first rows: a new check belongs into the first list that can make it.
+
     Raises:
         UserError: whatever is wrong with the data, the tokenizer, the model's config or the user's code.
+    """
+    check_code(spec, given)
+    parts = load_parts(spec, given)
+    if spec.engine.shards_weights and spec.model.init is not None:
+        made_weights(spec, parts.tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
+    return tokenize(spec, parts)
+
+
+def check_code(spec: RunSpec, given: Given = NOTHING) -> None:
+    """Check what needs neither model nor rows: that the sources exist, and all code that the settings name.
+
+    Raises:
+        UserError: the first check that fails.
     """
     quiet()
     for key, source in paths_in(spec, DATA_KEYS).items():
         check_source(key, source)
     check_callbacks(spec, given.callbacks)
     check_optim(spec.optimizer, spec.scheduler)
+    check_losses(spec.dpo, with_margins=spec.data.margin_column is not None)
+    if spec.data.collator is not None:
+        user_attribute("data.collator", spec.data.collator.path)
+    if spec.evaluation.compute_metrics is not None:
+        user_attribute("evaluation.compute_metrics", spec.evaluation.compute_metrics)
+
+
+def load_parts(spec: RunSpec, given: Given = NOTHING) -> Parts:
+    """Load tokenizer and model config, and check all that follows from them and from the files of the models.
+
+    Raises:
+        UserError: the first check that fails.
+    """
     tokenizer = load_tokenizer(spec)
     collator = _user_collator(spec, given, tokenizer)
     metrics = user_metrics(spec, given, pad_id(tokenizer))
@@ -64,12 +100,19 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     config = load_config(spec, tokenizer)
     check_frozen(config, spec)
     check_router(config, spec.dpo)
-    check_losses(spec.dpo, with_margins=spec.data.margin_column is not None)
     if spec.model.lora is not None:
         check_adapter(spec.model.lora)
     check_reference(spec, config, tokenizer)
-    if spec.engine.shards_weights and spec.model.init is not None:
-        made_weights(spec, tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
+    return Parts(tokenizer, config, collator, metrics)
+
+
+def tokenize(spec: RunSpec, parts: Parts) -> Prepared:
+    """Tokenise all sets, and check what follows from the tokens.
+
+    Raises:
+        UserError: the first check that fails.
+    """
+    tokenizer, config = parts.tokenizer, parts.config
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
     held_out = {name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval}
     check_fit(config, train, "data.train", spec)
@@ -77,11 +120,11 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
         check_fit(config, pairs, spec.data.eval_key(name), spec)
     if spec.data.eval_fraction is not None:
         train, held_out[""] = without_held_out(train, spec.data.eval_fraction, spec.run.seed)
-    if metrics is not None:
+    if parts.user_metrics is not None:
         vocabulary = config.get_text_config().vocab_size
         for name, pairs in held_out.items():
-            check_memory(metrics, pairs, vocabulary, spec.data.eval_key(name), spec)
-    return Prepared(tokenizer, config, train, held_out, collator, metrics)
+            check_memory(parts.user_metrics, pairs, vocabulary, spec.data.eval_key(name), spec)
+    return Prepared(**vars(parts), train=train, eval=held_out)
 
 
 def _user_collator(spec: RunSpec, given: Given, tokenizer: Any) -> AdaptedCollator | None:
