@@ -160,11 +160,11 @@ SETTINGS = [
     case("type-integer", "batch.global_batch_size=8.5", "batch.global_batch_size", "8.5", "valid integer", "Pairs per"),
     case("trl-name", "learning_rate=1", "learning_rate = 1", "1", "is not a setting", "did you mean optimizer.lr?"),
     case("type-list", "callbacks=mine:Mine", "callbacks", "'mine:Mine'", "valid list", "callbacks=[mine:Mine]"),
-    case("type-block", "optimizer=adam", "optimizer", "'adam'", "is a block of settings", "its keys are name, lr"),
+    case("type-block", "optimizer=adam", "optimizer", "'adam'", "is a block of settings", "optimizer.name=adam?"),
     case("type-name", "scheduler.name=5", "scheduler.name = 5", "5", "string", "linear, cosine, constant"),
     case("out-of-range", "dpo.beta=0", "dpo.beta", "0", "greater than 0", "Strength"),
     case("no-name", "", "run.name", "(not set)", "is required", "Name of the run", edits={"run.name": GONE}),
-    case("name-with-slash", "run.name=a/b", "run.name", "'a/b'", "match", "Letters, digits, dot, dash"),
+    case("name-with-slash", "run.name=a/b", "run.name", "'a/b'", "must be 1 to 200 letters", "run.name=llama-dpo"),
     case("no-block", "", "batch", "(not set)", "is required", "Pairs per step", edits={"batch": GONE}),
     case(
         "both-micro-batch-keys",
@@ -278,7 +278,8 @@ SETTINGS = [
         "for example configs/deepspeed/zero2.json",
     ),
     case("wandb-mode", "wandb.mode=ofline", "wandb.mode", "'ofline'", "auto, online, offline", "did you mean offline?"),
-    case("wandb-off", "wandb.mode=off", "wandb.mode", "False", "auto, online, offline", "did you mean disabled?"),
+    case("wandb-off", "wandb.mode=off", "wandb.mode", "False", "auto, online, offline", "set wandb.mode=disabled"),
+    case("name-above", "run.name=..", "run.name", "'..'", "start with a letter", "for example run.name=llama-dpo"),
     case("precision", "precision=bf61", "precision", "'bf61'", "must be one of auto, bf16", "did you mean bf16?"),
     case("callback-form", "callbacks=[mine.Mine]", "callbacks", "'mine.Mine'", "module:attr", "my_package.my_module:"),
     case(

@@ -1,83 +1,156 @@
-"""What pydantic says of wrong settings -> errors of ours, one line for each key, with what was meant."""
+"""Turn pydantic's complaints about settings into errors of ours, one line for each key, with what was meant."""
 
-import difflib
-from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.settings.catalogue import block_at, by_last_name, settings
+from orchestrator.settings.near import folded, nearest
+from orchestrator.settings.other_names import NO_COUNTERPART, OTHER_NAMES, OTHER_VALUES
 from orchestrator.settings.spec import Block, RunSpec, UserError
-from orchestrator.settings.trl_names import NOT_NEEDED, RECIPES, TRL_NAMES
+from orchestrator.settings.trl_names import NOT_NEEDED, TRL_NAMES
+
+# What a value means that is given to a whole block; of several the first that accepts it.
+MAIN_SETTINGS = {
+    "run": ("name",),
+    "model": ("path",),
+    "model.init": ("model_type",),
+    "model.lora": ("r", "adapter_path"),
+    "data": ("train",),
+    "dpo": ("beta", "loss_type"),
+    "batch": ("global_batch_size",),
+    "optimizer": ("lr", "name"),
+    "scheduler": ("warmup_steps", "name"),
+    "training": ("max_steps", "epochs"),
+    "engine": ("zero_stage", "kind"),
+    "reference": ("kind", "path"),
+    "evaluation": ("every_steps", "metric_for_best"),
+    "evaluation.early_stopping": ("patience",),
+    "checkpoint": ("every_steps", "export"),
+    "cluster": ("num_workers",),
+    "slurm": ("workers_per_node", "partition"),
+    "wandb": ("mode", "project"),
+}
 
 
 def explain(error: ValidationError) -> list[UserError]:
-    """Pydantic's complaints as errors of ours, one per key, each with its rule and cure."""
+    """Return pydantic's complaints as errors of ours, one per key, each with its rule and fix."""
     return [_explain_one(details) for details in error.errors()]
 
 
 def _explain_one(details: Any) -> UserError:
     location, kind, value = details["loc"], details["type"], details["input"]
-    key, name = _dotted(location), str(location[-1])
-    block = _block_at(location[:-1])
-    field = block.model_fields.get(name) if block else None
+    key = _dotted(location)
+    block = block_at(location[:-1])
+    field = block.model_fields.get(str(location[-1])) if block else None
     if kind == "extra_forbidden" and block:
-        return UserError(key, value, "is not a setting", _cure_of_unknown(block, location))
-    if kind == "model_type" and (inner := _block_at(location)):
-        return UserError(key, value, "is a block of settings", "its keys are " + ", ".join(inner.model_fields))
+        return UserError(key, value, "is not a setting", meant_by(location, block))
+    if kind == "model_type" and (inner := block_at(location)):
+        return _explain_block(location, value, inner)
     described = f"it is: {field.description}" if field and field.description else "see orchestrator/settings/spec.py"
-    if kind == "missing":
+    if kind == "missing" or (value is None and field and field.is_required()):
         return UserError(key, None, "is required", described)
+    setting = ".".join(part for part in location if isinstance(part, str))
+    fix = _other_value(setting, value) or _fix_of_type(key, kind, value)
     if kind == "literal_error":
         allowed = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        meant = "disabled" if value is False and "disabled" in allowed else str(value)  # YAML reads off as false
-        if isinstance(value, list):
-            meant = next((str(entry) for entry in value if entry not in allowed), "")
-        near = difflib.get_close_matches(meant, allowed, n=1)
-        cure = f"did you mean {near[0]}?" if near else f"set it to {allowed[0]}"
-        if name == "loss_type" and meant in RECIPES:
-            cure = f"set {RECIPES[meant]}"
-        return UserError(key, value, f"must be one of {', '.join(allowed)}", cure)
+        return UserError(key, value, f"must be one of {', '.join(allowed)}", fix or _allowed_value(value, allowed))
     default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
-    cure = f"for example {key}={default} ({described})" if default not in (None, {}, []) else described
-    if key == "callbacks":
-        cure = f"for example callbacks=[{value}]" if isinstance(value, str) else "give a list of module:attr"
-    return UserError(key, value, details["msg"][0].lower() + details["msg"][1:], cure)
+    example = f"for example {key}={default} ({described})" if default not in (None, {}, []) else described
+    rule = details["msg"][0].lower() + details["msg"][1:]
+    return UserError(key, value, rule, fix or example)
 
 
-def _cure_of_unknown(block: type[Block], location: tuple[int | str, ...]) -> str:
-    name = str(location[-1])
-    if name in TRL_NAMES:
-        return f"did you mean {TRL_NAMES[name]}?"
-    if name in NOT_NEEDED:
-        return f"remove it: {NOT_NEEDED[name]}"
-    if near := difflib.get_close_matches(name, block.model_fields, n=1, cutoff=0.6):
-        return f"did you mean {_dotted((*location[:-1], near[0]))}?"
+def meant_by(location: tuple[int | str, ...], block: type[Block] = RunSpec) -> str:
+    """Return what was meant by the last name of a path, which is not a setting of `block`, as the fix of an error."""
+    name, parent = folded(str(location[-1])), str(location[-2]) if len(location) > 1 else ""
+    if answer := _name_elsewhere(name, parent):
+        return answer
+    if (near := nearest(name, block.model_fields, cutoff=0.7)) and (folded(near) == name or len(name) > 3):
+        return f"did you mean {_dotted((*location[:-1], near))}?"
+    if homes := by_last_name().get(name):
+        return f"did you mean {' or '.join(homes[:3])}?"
+    names = [*by_last_name(), *TRL_NAMES, *OTHER_NAMES]
+    if (near := nearest(name, names, cutoff=0.85)) and (answer := _name_elsewhere(near, "") or _homes_of(near)):
+        return answer
+    if block is RunSpec:
+        return "`orchestrator help settings` lists all settings; for example optimizer.lr=1e-6"
     return "the keys here are " + ", ".join(block.model_fields)
+
+
+def _name_elsewhere(name: str, parent: str) -> str | None:
+    """Return what another trainer's name is here, or why there is none."""
+    for each in (f"{parent}.{name}", name):
+        if each in TRL_NAMES or each in OTHER_NAMES:
+            return f"did you mean {TRL_NAMES.get(each) or OTHER_NAMES[each]}?"
+        if each in NOT_NEEDED or each in NO_COUNTERPART:
+            return f"remove it: {NOT_NEEDED.get(each) or NO_COUNTERPART[each]}"
+    return None
+
+
+def _homes_of(name: str) -> str:
+    return f"did you mean {' or '.join(by_last_name()[name][:3])}?"
+
+
+def _explain_block(location: tuple[int | str, ...], value: Any, block: type[Block]) -> UserError:
+    """Explain a plain value where a block of settings stands."""
+    key = _dotted(location)
+    setting = ".".join(part for part in location if isinstance(part, str))
+    if value in (None, ""):
+        held = settings().get(setting)
+        about = f"it is: {held.description}" if held else "remove it"
+        return UserError(key if not isinstance(location[-1], int) else setting, None, "is empty", about)
+    for name in MAIN_SETTINGS.get(setting, ()):
+        if fix := _other_value(f"{setting}.{name}", value):
+            return UserError(key, value, "is a block of settings", fix)
+    if isinstance(value, bool):
+        fix = f"write {key}={{}} for its defaults, or remove it" if value else "remove it"
+        return UserError(key, value, "is a block of settings", fix)
+    for name in MAIN_SETTINGS.get(setting, ()):
+        if _accepts(block, name, value) or name == MAIN_SETTINGS[setting][-1]:
+            return UserError(key, value, "is a block of settings", f"did you mean {key}.{name}={value}?")
+    return UserError(key, value, "is a block of settings", "its keys are " + ", ".join(block.model_fields))
+
+
+def _accepts(block: type[Block], name: str, value: Any) -> bool:
+    """Return whether a setting of a block accepts a value, whatever else the block needs."""
+    try:
+        block.model_validate({name: value})
+    except UserError:
+        return False
+    except ValidationError as error:
+        return all(details["loc"][:1] != (name,) for details in error.errors())
+    return True
+
+
+def _other_value(setting: str, value: Any) -> str | None:
+    """Return what a value under another trainer's name is here; of a list, of the first such entry."""
+    known = OTHER_VALUES.get(setting, {})
+    entries = value if isinstance(value, list) else [value]
+    return next((known[name] for name in map(folded, map(str, entries)) if name in known), None)
+
+
+def _fix_of_type(key: str, kind: str, value: Any) -> str | None:
+    """Return how to write a value of the wrong type."""
+    if kind in ("list_type", "dict_type") and isinstance(value, str):
+        return f"for example {key}=[{value}]" if kind == "list_type" else f"for example {key}={{name: {value}}}"
+    if kind == "int_from_float" and 0 < value < 1 and "steps" in key:
+        part = f"a part of the run is scheduler.warmup_ratio={value}" if "warmup" in key else f"for example {key}=100"
+        return f"steps are counted; {part}"
+    if kind == "run_name":
+        return "for example run.name=llama-dpo"
+    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"YAML reads {value} as a number; quote it: \"{key}='{value}'\""
+    return None
+
+
+def _allowed_value(value: Any, allowed: list[str]) -> str:
+    """Return the allowed value that was probably meant, as the fix of an error."""
+    entries = value if isinstance(value, list) else [value]
+    meant = next((str(entry) for entry in entries if entry not in allowed), "")
+    near = nearest(meant, allowed)
+    return f"did you mean {near}?" if near else f"set it to {allowed[0]}"
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location if part != "")  # which a single evaluation set has as its name
-
-
-def _block_at(location: tuple[int | str, ...]) -> type[Block] | None:
-    """The block of settings that a path of keys leads to, if it leads to one."""
-    block: type[Block] = RunSpec
-    parts = iter(location)
-    for part in parts:
-        if isinstance(part, int):  # an entry of a list of blocks
-            continue
-        field = block.model_fields.get(part)
-        if field and get_origin(field.annotation) is dict:  # blocks by name
-            next(parts, None)
-        blocks = [kind for kind in _types_in(field.annotation) if issubclass(kind, Block)] if field else []
-        if not blocks:
-            return None
-        block = blocks[0]
-    return block
-
-
-def _types_in(annotation: Any) -> Iterator[type]:
-    if isinstance(annotation, type):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _types_in(part)

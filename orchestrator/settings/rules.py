@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple, get_args
 
 from orchestrator.settings.deepspeed import contradictions
+from orchestrator.settings.near import folded, nearest
 from orchestrator.settings.optimizers import (
     ELEMENTWISE_OPTIMIZERS,
     OPTIMIZERS,
@@ -31,6 +32,9 @@ from orchestrator.settings.spec import (
     SchedulerName,
     UserError,
 )
+
+# What people call Ray's own resources, in lower case; any other name is one that a cluster defines for itself.
+RAY_NAMES = {"gpu": "GPU", "gpus": "GPU", "num_gpus": "GPU", "cpu": "CPU", "cpus": "CPU", "num_cpus": "CPU"}
 
 
 def check_rules(spec: RunSpec) -> None:
@@ -290,8 +294,8 @@ def _known_optimizer(spec: RunSpec) -> None:
         _user_code("optimizer.name", name)
     elif last not in OPTIMIZERS.get(module, ()) and name not in USELESS_OPTIMIZERS:
         dotted = {end: f"{home}.{end}" for home, ends in OPTIMIZERS.items() if module in ("", home) for end in ends}
-        near = [dotted[end] for end in difflib.get_close_matches(last, dotted, n=1)]
-        meant = TRL_OPTIMIZERS.get(name) or (near[0] if near else "")
+        near = nearest(last, dotted)
+        meant = TRL_OPTIMIZERS.get(folded(name)) or (dotted[near] if near else "")
         rule = "is neither an optimizer of torch, bitsandbytes or deepspeed whose maths is known here nor a module:attr"
         cure = f"did you mean {meant}?" if meant else "take one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS)
         raise UserError("optimizer.name", name, rule, cure)
@@ -305,8 +309,8 @@ def _known_scheduler(spec: RunSpec) -> None:
     scheduler, name = spec.scheduler, spec.scheduler.name
     dotted, last = name.startswith("torch.optim.lr_scheduler."), name.rpartition(".")[2]
     in_python = "in Python give it as train(spec, optimizers=(None, optimizer -> schedule))"
-    near = difflib.get_close_matches(name, get_args(SchedulerName), n=1)
-    meant = near[0] if near else f"torch.optim.lr_scheduler.{last}" if last.endswith("LR") else ""
+    near = nearest(name, get_args(SchedulerName))
+    meant = near or (f"torch.optim.lr_scheduler.{last}" if last.endswith("LR") else "")
     warmup = "warmup_steps" if scheduler.warmup_ratio is None else "warmup_ratio"
     _refuse(
         [
@@ -711,6 +715,10 @@ def check_cache_with_collator(reference: ReferenceSpec, collator: str) -> None:
 
 def _resources(spec: RunSpec) -> None:
     resources = spec.cluster.resources
+    for name in resources:
+        if (ray_name := RAY_NAMES.get(name.lower(), name)) != name:
+            fix = f"did you mean cluster.resources.{ray_name}={resources[name]:g}?"
+            raise UserError(f"cluster.resources.{name}", resources[name], "is not the name of a resource of Ray", fix)
     if resources and not any(resources.values()):
         raise UserError(
             "cluster.resources",

@@ -138,8 +138,10 @@ EVALUATED = (
 """Metrics of an evaluation, without the eval_ or eval_NAME_ that they are reported with."""
 Split = Literal["train", "eval"]
 Exported = Literal["last", "best"]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+MOST = 10**12  # of anything that is counted; larger numbers overflow where they meet tensors
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+NonNegative = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # torch takes 64 bits, and each rank adds its own number
 # Arguments of transformers' apply_chat_template that are no variables of a template, and are given here already.
 TEMPLATE_CALL = (
     "conversation",
@@ -170,10 +172,18 @@ class IdentitySpec(Block):
 
     dir: str = Field("runs", json_schema_extra=FREE)
     """Folder of run directories, on a file system that every node shares. Relative to where the command is given."""
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str
     """Name of the run: the same name resumes the same run. Letters, digits, dot, dash, underscore."""
-    seed: NonNegative = 42
+    seed: Seed = 42
     """Seed of the data order, of weights made on the spot and of dropout. An integer."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value):  # neither .., .cache nor a flag
+            rule = "must be 1 to 200 letters, digits, '.', '-' and '_', and start with a letter, digit or '_'"
+            raise PydanticCustomError("run_name", rule)  # pyright: ignore[reportArgumentType]
+        return value
 
 
 class InitSpec(Block):

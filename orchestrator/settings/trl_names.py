@@ -1,13 +1,5 @@
-"""What users of TRL will type first, and what it is here: names of its settings, and of losses."""
+"""The settings of TRL: where each is here, or why there is none."""
 
-# Losses that are others here, and how to have them.
-RECIPES = {
-    "dpo": "dpo.loss_type=sigmoid",
-    "rpo": "dpo.loss_type=[sigmoid, sft] and dpo.loss_weights=[1, alpha]",
-    "mpo": "dpo.loss_type=[sigmoid, bco_pair, sft] and dpo.loss_weights=[0.8, 0.2, 1]",
-    "slic": "dpo.loss_type=hinge",
-}
-# What users of TRL will type first, and where it is here.
 TRL_NAMES = {
     "learning_rate": "optimizer.lr",
     "lr": "optimizer.lr",

@@ -243,7 +243,7 @@ from orchestrator.settings.spec import UserError
         (
             {"reference": {"kind": "int4"}},
             "reference.kind",
-            ["must be one of copy, shared_layers", "did you mean int8?"],
+            ["must be one of copy, shared_layers", "set reference.kind=nf4"],
         ),
         ({"reference": {"cache": "lasy"}}, "reference.cache", ["did you mean lazy?"]),
         ({"model": {"attention": "pad"}}, "model.attention", ["did you mean padded?"]),
@@ -310,7 +310,7 @@ from orchestrator.settings.spec import UserError
         ),
         ({"dpo": {"discopop_tau": 0.1}}, "dpo.discopop_tau", ["does not act in sigmoid", "dpo.loss_type=discopop"]),
         ({"dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma", ["does not act in sigmoid", "set dpo.loss_type=simpo"]),
-        ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "Letters, digits, dot"]),
+        ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "must be 1 to 200 letters, digits"]),
         ({"run": {"name": None}}, "run.name", ["(not set)"]),
         ({"run": {"seed": -1}}, "run.seed", ["-1"]),
         (
@@ -452,9 +452,9 @@ from orchestrator.settings.spec import UserError
             ["lie on the GPU", "engine.offload is optimizer", "take deepspeed.ops.adam.DeepSpeedCPUAdam"],
         ),
         ({"cluster": {"resources": {"GPU": -1}}}, "cluster.resources.GPU", ["-1"]),
-        ({"run": "tiny"}, "run", ["'tiny'", "is a block of settings", "its keys are dir, name, seed"]),
+        ({"run": "tiny"}, "run", ["'tiny'", "is a block of settings", "did you mean run.name=tiny?"]),
         ({"cluster": {"resources": {"CPU": 0}}}, "cluster.resources", ["asks for nothing", "for example {CPU: 1}"]),
-        ({"wandb": {"mode": False}}, "wandb.mode", ["did you mean disabled?"]),
+        ({"wandb": {"mode": False}}, "wandb.mode", ["set wandb.mode=disabled"]),
         ({"callbacks": "a.b:C"}, "callbacks", ["for example callbacks=[a.b:C]"]),
     ],
 )
