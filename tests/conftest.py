@@ -1,9 +1,13 @@
 """Every test runs without a hub and without a W&B account; the project needs neither. With `-n`, which tests share a
-worker, and in what order they are dealt out."""
+worker, and in what order they are dealt out. A test's time-out grows with the machine's load, and skipped tests are
+listed by reason at the end."""
 
 import os
+from collections import Counter
+from collections.abc import Generator
 
 import pytest
+from patience import patience
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,3 +43,23 @@ def group_of(item: pytest.Item) -> str | None:
     """The name of its group."""
     mark = item.get_closest_marker("xdist_group")
     return mark and mark.args[0]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-timeout reads the mark
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """Scale the time-out of the test by the load of the moment, unless --timeout sets it."""
+    if item.config.getoption("timeout") is None:
+        mark = item.get_closest_marker("timeout")
+        seconds = mark.args[0] if mark else float(item.config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the reasons for which tests were skipped, with the number of tests."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[-1]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped tests by reason")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count} x {reason}")

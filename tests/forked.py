@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from patience import patience, slowdown
 from tiny import pair_batch
 from transformers import TrainerCallback
 
@@ -41,7 +42,7 @@ FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = ["orchestrator.cli", "orchestrator.run.debug", "transformers.models.qwen2.modeling_qwen2"]
 # deepspeed: transformers imports all of it, where it is installed, to save a model
 FORKS.set_forkserver_preload([*IMPORTED, "accelerate", "bitsandbytes", "deepspeed", "peft", "pytest", "warmed"])
-GRACE_S = 5.0  # seconds that other ranks get to end after one has failed
+GRACE_S = 5.0  # seconds on an idle machine that other ranks get to end after one has failed
 TIMEOUT_S = 120.0
 # Below the ports that a system deals out, and a range for each process of the tests: between the moment in which a port
 # is found free and the one in which rank zero listens there, nothing that other tests start can take it.
@@ -125,10 +126,10 @@ def free_port() -> int:
 
 def _codes(processes: list[Any]) -> list[int]:
     """Wait for every rank; one that waits in vain for a rank that failed is ended."""
-    deadline, failed = time.monotonic() + TIMEOUT_S, False
+    deadline, failed = time.monotonic() + patience(TIMEOUT_S), False
     while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
         if not failed and any(process.exitcode not in (None, cli.DONE, cli.STOPPED) for process in processes):
-            failed, deadline = True, time.monotonic() + GRACE_S
+            failed, deadline = True, time.monotonic() + GRACE_S * slowdown()
         time.sleep(0.01)
     for process in processes:
         process.kill()

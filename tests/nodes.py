@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from patience import patience
+
 NETWORK = "10.77.0"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 RAY_START_S = 120.0  # seconds that a node has to join; on a busy machine it needs 10 to 30
@@ -129,7 +131,7 @@ class Nodes:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a node to its end; stdout and stderr as text."""
         words = self._there(name, command, cwd)
-        return subprocess.run(words, text=True, capture_output=True, timeout=timeout, check=False, **options)
+        return subprocess.run(words, text=True, capture_output=True, timeout=patience(timeout), check=False, **options)
 
     def _there(self, name: str, command: Sequence[str | Path], cwd: Path | None) -> list[str]:
         return [*self._enter(name), "env", "-C", str(cwd or Path.cwd()), *map(str, command)]
@@ -244,7 +246,7 @@ def kill_and_wait(pid: int) -> None:
 
 def wait_until(done: Any, seconds: float = 30.0) -> None:
     """Ask until it is so."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not done():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from forked import FORKS, free_port, start_forking
+from patience import patience
 
 from orchestrator.world import World
 
@@ -39,7 +40,7 @@ class Ranks:
         if not self._running:
             self._start()
         results: list[Any] = [None] * self.size
-        waiting, deadline = set(range(self.size)), time.monotonic() + seconds
+        waiting, deadline = set(range(self.size)), time.monotonic() + patience(seconds)
         try:
             for _, pipe in self._running:
                 pipe.send_bytes(pickle.dumps((run, args)))
@@ -98,7 +99,7 @@ def _rank(pipe: Any, env: dict[str, str]) -> None:
         except EOFError:
             os._exit(0)
         try:
-            world = world or World.join(60, use_gpu=False)
+            world = world or World.join(patience(60), use_gpu=False)
             made = False, run(world, *args)
         except BaseException:
             made = True, traceback.format_exc()

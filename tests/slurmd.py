@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nodes import Nodes, wait_until, why_not
+from patience import patience
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ps")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
@@ -157,7 +158,7 @@ class Slurm:
 
     def ended(self, number: int, seconds: float = 240) -> dict[str, str]:
         """Wait until a job has ended and none of its processes is left; what scontrol then says."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patience(seconds)
         while (job := self.job(number)).get("JobState") not in ENDED:
             assert time.monotonic() < deadline, job
             time.sleep(0.2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from patience import patience
 
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
@@ -117,7 +118,7 @@ def orchestrator(
         [sys.executable, "-m", "orchestrator.cli", *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=patience(timeout),
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         check=False,

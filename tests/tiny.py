@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import patience
 from support import TINY_MODEL, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
@@ -148,7 +149,7 @@ class Meeting:
             values = self.rounds.setdefault(number, {})
             values[rank] = value
             self.changed.notify_all()
-            self.changed.wait_for(lambda: len(values) == self.size or self.ended - values.keys(), timeout=60)
+            self.changed.wait_for(lambda: len(values) == self.size or self.ended - values.keys(), timeout=patience(60))
             if len(values) < self.size:
                 raise LeftAlone
             return [values[other] for other in range(self.size)]

@@ -18,9 +18,9 @@ from torch import nn
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
-from orchestrator.engines.precision import Types, dtype_of, is_16_bit
+from orchestrator.engines.precision import Types, device_name, dtype_of, is_16_bit
 from orchestrator.engines.stepping import Fragment, SteppingEngine
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.spec import Precision, UserError
 from orchestrator.world import World
 
 
@@ -33,6 +33,7 @@ class DeepSpeedEngine(SteppingEngine):
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
         self.world.meet()
         deepspeed = _imported(self.world)
+        _check_precision(self.precision, self.world.device, deepspeed.accelerator.get_accelerator())
         self.step = step
         self.averaged_over = self.world.size
         self.stage = self.settings.stage
@@ -280,12 +281,27 @@ def _imported(world: World) -> Any:
     if world.device.type == "cpu":
         # an operator for ranks of one machine, which takes minutes to compile at the first start
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+        # DeepSpeed refuses fp16 where oneDNN has no fp16 kernels for the CPU (AVX512-FP16). torch computes every
+        # operator in fp16 on any CPU, and DeepSpeed calls no kernel of its own here.
+        accelerator: Any = deepspeed.accelerator.get_accelerator()
+        accelerator.is_fp16_supported = lambda: True
     # the group of all ranks itself, where it would make another one with a time-out of its own
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.group.WORLD  # pyright: ignore[reportPrivateImportUsage]
     deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")  # names it still calls
     return deepspeed
+
+
+def _check_precision(precision: Precision, device: torch.device, accelerator: Any) -> None:
+    """Check that DeepSpeed trains in this precision on this device, its accelerator.
+
+    Raises:
+        UserError: it does not: fp16 on a GPU before Volta.
+    """
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        rule = f"DeepSpeed does not train in fp16 on {device_name(device)}"
+        raise UserError("precision", precision, rule, "set precision=fp32, or engine.kind=ddp or fsdp")
 
 
 def _forget() -> None:

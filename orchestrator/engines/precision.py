@@ -29,7 +29,7 @@ def resolved(asked: Precision, device: torch.device) -> Precision:
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "auto":
         return "bf16" if has_bf16 else "fp32"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    name = device_name(device)
     if asked == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError("precision", asked, f"{name} does not compute in bf16", "set precision=fp16 or fp32")
     # TF32 came with Ampere, as bf16 did
@@ -37,6 +37,11 @@ def resolved(asked: Precision, device: torch.device) -> Precision:
         cure = "set precision=fp32, or auto" if device.type == "cpu" else "set precision=fp32 or fp16"
         raise UserError("precision", asked, f"{name} does not compute in TF32", cure)
     return asked
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device for a message."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import patience
 from support import rows, write_jsonl
 from tiny import PAD, both_layouts, collator, data_spec, tokenizer
 
@@ -127,7 +128,7 @@ def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
 
     steps = loader(pairs, collator=Counting(data_spec())).steps(0, 0)
     next(steps)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patience(20)
     while len(made) < 11 and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.1)
@@ -152,5 +153,5 @@ def test_the_thread_ends_with_its_use(pairs: Pairs) -> None:
     [thread] = [thread for thread in loader_threads() if thread not in before]
     assert thread.daemon
     steps.close()  # type: ignore[attr-defined]
-    thread.join(timeout=5)
+    thread.join(timeout=patience(5))
     assert not thread.is_alive()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import patience
 from support import rows, write_jsonl
 from tiny import CHAT_ROW, TEXT_ROW, data_spec, pairs_of, tokenized, tokenizer
 
@@ -377,7 +378,7 @@ def test_a_build_that_fails_leaves_no_cache(tmp_path: Path) -> None:
 def test_several_processes_build_once(tmp_path: Path) -> None:
     folder, log = tmp_path / "cache" / "folder", tmp_path / "log"
     processes = [builder(folder, log, 0.5) for _ in range(3)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert [process.wait(timeout=patience(60)) for process in processes] == [0, 0, 0]
     assert len(log.read_text().splitlines()) == 1
 
 

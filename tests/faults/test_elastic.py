@@ -11,6 +11,7 @@ from typing import Any
 
 import forked
 import pytest
+from patience import patience
 from support import losses, metric_lines, write_settings
 
 STEPS, STOPS, GROWS = 8, 3, 5  # two epochs of 32 pairs; after which steps the run goes on with other workers
@@ -71,7 +72,7 @@ def started(code: str, *words: str | Path, cwd: Path, **env: str) -> Iterator[su
         if process.poll() is None:
             process.terminate()  # by which Ray ends what it has started
             try:
-                process.communicate(timeout=20)
+                process.communicate(timeout=patience(20))
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -103,7 +104,7 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         assert ray.stdout is not None
         there = {"cwd": tmp_path, "RAY_ADDRESS": ray.stdout.readline().strip()}
         with started(TRAIN, *words, "callbacks=[mine:Stops]", **there) as process:
-            out, errors = process.communicate(timeout=240)
+            out, errors = process.communicate(timeout=patience(240))
         assert process.returncode == 3, errors
         assert "workers: 2 (cluster.num_workers = [1, 2])" in out
         assert max(losses(run_dir)) == STOPS
@@ -112,9 +113,9 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         with started(TRAIN, *words, "callbacks=[mine:Waits]", **there) as process:
             waits_for_step(STOPS + 1, run_dir, process)
             told(ray)
-            out, errors = process.communicate(timeout=240)
+            out, errors = process.communicate(timeout=patience(240))
         assert process.returncode == 0, errors
-        ray.communicate(timeout=60)
+        ray.communicate(timeout=patience(60))
     shrunk = ["workers: 1 (cluster.num_workers = [1, 2])", f"resumed after step {STOPS}"]
     grown = [
         "workers: room for 2; saving, to go on with them",
@@ -133,7 +134,7 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
 
 def waits_for_step(step: int, run_dir: Path, process: subprocess.Popen[str]) -> None:
     """Until the run, which this process drives, has taken it."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + patience(240)
     while max(losses(run_dir)) < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

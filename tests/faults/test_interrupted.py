@@ -14,6 +14,7 @@ from typing import Any
 
 import forked
 import pytest
+from patience import patience
 from safetensors.torch import load_file
 from support import ledger_rows, losses, metric_lines, orchestrator, without_times, write_settings
 
@@ -47,7 +48,7 @@ def started(*words: str | Path) -> Iterator[subprocess.Popen[str]]:
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until the run has logged a step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience(120)
     while not ((run_dir / "metrics.jsonl").exists() and max(losses(run_dir), default=0) >= step):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the run did not get there"
@@ -88,7 +89,7 @@ def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(settings: Path, undist
         os.kill(worker["pid"], signal.SIGKILL)
         wait_for_step(run_dir, 3 * EVERY + 5, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everything in the group gets it
-        out, errors = process.communicate(timeout=240)
+        out, errors = process.communicate(timeout=patience(240))
     assert process.returncode == 3, errors
     assert "a worker died" in errors  # it really was killed in the middle
     assert f"resumed after step {2 * EVERY}" in out
@@ -117,7 +118,7 @@ def test_sigterm_in_debug_saves_and_resumes(settings: Path, undisturbed: Path) -
     with started("debug", settings, "--nproc", "2", "run.name=terminated") as process:
         wait_for_step(run_dir, EVERY + 5, process)
         process.send_signal(signal.SIGTERM)  # to the parent alone, which passes it on
-        process.communicate(timeout=60)
+        process.communicate(timeout=patience(60))
     assert process.returncode == 3
     assert "resumed after step" in forked.finished(settings, "run.name=terminated", ranks=2)
     assert_same_run(run_dir, undisturbed)

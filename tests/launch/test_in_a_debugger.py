@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import patience
 from support import ROOT, losses, readme_blocks
 
 
@@ -15,7 +16,12 @@ def test_the_commands_of_the_readme_give_one_curve(tmp_path: Path) -> None:
     for command in commands:
         called = command.replace("orchestrator", f"{sys.executable} -m orchestrator.cli", 1)
         done = subprocess.run(
-            [*called.split(), f"run.dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+            [*called.split(), f"run.dir={tmp_path}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=patience(240),
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         assert "finished after step 21" in done.stdout

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import forked
 import pytest
 from nodes import Nodes, RayCluster, wait_until, why_not
+from patience import patience, slowdown
 from support import ROOT, losses, readme_blocks, write_settings
 
 from orchestrator.run.replay import replay
@@ -27,9 +28,9 @@ pytestmark = [
 CANARY = "canary-89abcdef0123456789abcdef0123456789"
 # How soon a head takes a node for dead; it would be a minute. RAY_health_check_* are its own names.
 IMPATIENT = {
-    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_period_ms": str(round(1000 * slowdown())),
     "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": str(round(2000 * slowdown())),
 }
 USERS_CODE = """
 import json, os, time, torch
@@ -114,7 +115,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def said(process: subprocess.Popen[str], seconds: float = 240) -> str:
-    return process.communicate(timeout=seconds)[0]
+    return process.communicate(timeout=patience(seconds))[0]
 
 
 def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Place) -> None:

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import PAD, data_spec, pair_rows
 from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.data.collate import Counts, PackedCollator, PairBatch, PreferenceCollator, Row
-from orchestrator.dpo.step import PairStep, StepOutput
+from orchestrator.dpo.step import METRICS, PairStep, StepOutput
 from orchestrator.engines.precision import autocast
 from orchestrator.models import attention
 from orchestrator.models.attention import CHECKED, LAYOUT, choose_kernel, not_exact, use_packed_attention
@@ -117,11 +117,23 @@ def both(rows: list[Row], keep_last: int | None = None) -> tuple[PairBatch, Pair
     return PreferenceCollator(PAD, data)(rows), PackedCollator(data)(rows)
 
 
+WINS = METRICS.index("rewards/accuracies")
+
+
 def assert_equal(packed: Made, padded: Made) -> None:
     for name in ("loss", "logps", "ref_logps", "metric_sums"):
         left, right = getattr(packed.output, name), getattr(padded.output, name)
-        assert torch.allclose(left, right, rtol=1e-10, atol=1e-10), (name, (left - right).abs().max())
+        allowed = torch.full_like(right, 1e-10)
+        if name == "metric_sums":
+            allowed[WINS, 0] += ties(padded.output)
+        assert ((left - right).abs() <= allowed + 1e-10 * right.abs()).all(), (name, (left - right).abs().max())
     assert torch.allclose(packed.gradient, padded.gradient, rtol=1e-10, atol=1e-10)
+
+
+def ties(output: StepOutput) -> int:
+    """Return the number of pairs with equal rewards: rounding, which differs between CPUs, decides who wins."""
+    chosen, rejected = (output.logps - output.ref_logps).chunk(2)
+    return int(((chosen - rejected).abs() <= 1e-10).sum())
 
 
 def far(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -163,6 +175,8 @@ def batches(draw: st.DrawFn) -> list[Row]:
     for number in range(draw(st.integers(1, 4))):
         prompt, chosen, rest = some(0, 12), some(1, 7), some(1, 5)
         rejected = [*chosen, *rest] if draw(st.booleans()) else rest
+        # else the two gradients cancel, and what is left is rounding; 6: the longest that they are cut to
+        assume(chosen[-6:] != rejected[-6:])
         rows.append({"pair_id": number, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     return rows
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from parity.parity_support import need_trl, trl_trainer
 from parity.test_training import METRICS, Trace, kept_signals, worst
+from patience import patience
 from support import TINY_MODEL, losses, metric_lines, raw_settings, tiny_spec, without_times, write_jsonl
 from support import rows as made_rows
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
@@ -427,7 +428,7 @@ def test_functions_of_the_users_own_module_reach_the_workers(home: Home, tmp_pat
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=patience(240),
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

@@ -14,6 +14,7 @@ import forked
 import pexpect
 import pytest
 import torch
+from patience import patience
 from support import tiny_spec, write_settings
 
 from orchestrator import cli
@@ -169,7 +170,7 @@ def typing(folder: Path, *words: str) -> Iterator[Any]:
     (folder / "mine.py").write_text(MINE)
     command = ["-m", "orchestrator.cli", "debug", str(write_settings(folder)), *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = pexpect.spawn(sys.executable, command, cwd=str(folder), env=env, encoding="utf-8", timeout=240)
+    child = pexpect.spawn(sys.executable, command, cwd=str(folder), env=env, encoding="utf-8", timeout=patience(240))
     try:
         yield child
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patience
 from support import tiny_spec
 from tiny import ALONE
 from transformers import TrainerCallback
@@ -252,7 +253,7 @@ def test_a_run_is_saved_when_it_can_have_more_workers(
 
     def trains() -> None:
         run_dir.heartbeat(0).touch()
-        deadline = time.monotonic() + (30 if grows else 3 * driver.POLL_S)
+        deadline = time.monotonic() + (patience(30) if grows else 3 * driver.POLL_S)
         while not run_dir.stop.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patience
 
 from orchestrator.training import health
 from orchestrator.training.health import LocalSession
@@ -96,7 +97,7 @@ def test_one_signal_asks_and_a_second_one_ends(tmp_path: Path, number: signal.Si
         assert process.stdout.readline() == f"received {number.name}\n"
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(timeout=10) == -number
+        assert process.wait(timeout=patience(10)) == -number
 
 
 def test_a_local_process_knows_no_deadline(session: LocalSession, tmp_path: Path) -> None:
