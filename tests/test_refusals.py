@@ -334,7 +334,7 @@ MASK_COLLATOR = (
     "    return {'input_ids': ids, 'attention_mask': ids[:, :3], 'completion_mask': ids}\n"
 )
 NOT_A_CALLBACK = "class Mine:\n    pass\n"
-MEND = "mend that row of train.jsonl, or set data.on_bad_row=drop to leave such rows out"
+MEND = "fix that row of train.jsonl, or set data.on_bad_row=drop to leave such rows out"
 
 
 def bad_row(name: str, row: Any, reason: str, cure: str = "") -> Any:
@@ -357,14 +357,14 @@ IN_A_PROCESS = [
 ]
 
 HERE = [
-    case("no-data", "data.train=nope.jsonl", "data.train", "nope.jsonl", "does not exist", "give a JSONL, JSON or"),
+    case("no-data", "data.train=nope.jsonl", "data.train", "nope.jsonl", "does not exist", "give a JSONL, JSON, CSV"),
     case(
         "not-json",
         "",
         "data.train row 3",
         '{"prompt": "a", ',
         "is not JSON (",
-        "mend that line of train.jsonl",
+        "fix that line of train.jsonl",
         rows=[*GOOD[:2], '{"prompt": "a", chosen}', *GOOD[3:]],
     ),
     case(
@@ -445,8 +445,10 @@ HERE = [
         "set model.pad_token='<|im_end|>'",
         model="no-pad",
     ),
-    case("no-eval-data", "data.eval=nope.jsonl", "data.eval", "nope.jsonl", "does not exist", "give a JSONL, JSON or"),
-    case("hub-data-offline", "data.train=some/pairs", "data.train", "'some/pairs'", "Couldn't reach", "can reach"),
+    case(
+        "no-eval-data", "data.eval=nope.jsonl", "data.eval", "nope.jsonl", "does not exist", "give a JSONL, JSON, CSV"
+    ),
+    case("hub-data-offline", "data.train=some/pairs", "data.train", "'some/pairs'", "Couldn't reach", "can be reached"),
     bad_row("not-an-object", [1], "is a list, not an object"),
     bad_row("text-and-messages", {"prompt": "a", "chosen": [SAID], "rejected": "b"}, "mixes text and messages"),
     bad_row(
@@ -466,7 +468,7 @@ HERE = [
         "data.train row 1",
         repr(GOOD[0])[:100],
         "is plain text, on which data.system_prompt does not act",
-        "remove data.system_prompt, or " + MEND,
+        "remove data.system_prompt",
         rows=GOOD,
     ),
     bad_row(
@@ -503,7 +505,7 @@ HERE = [
         rows=[TIE] * 3,
     ),
     case("no-rows", "", "data.train", "train.jsonl", "it has no rows", "give a file with rows", rows=[]),
-    case("json-cut-short", "data.train=a.json", "data.train", "a.json", "is not JSON", "mend", files={"a.json": "[{}"}),
+    case("json-cut-short", "data.train=a.json", "data.train", "a.json", "is not JSON", "fix", files={"a.json": "[{}"}),
     case(
         "prompts-fill",
         "data.max_length=2",

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,15 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.order import Integers, Share
-from orchestrator.data.sources import BadRow, Place, Row, check_source, one_of, open_source
-from orchestrator.data.tokens import TokenizedPair, tokenize_pair, tokenizer_identity, truncated, unread_variables
+from orchestrator.data.shapes import NUMERIC, BadRow, Row, checked, numbers_of
+from orchestrator.data.sources import Place, bad_row_error, check_source, one_of, open_source
+from orchestrator.data.tokens import TokenizedPair, tokenize_checked, tokenizer_identity, truncated, unread_variables
 from orchestrator.settings.spec import DataSpec, Split, TrainingSetSpec, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 5  # of the cache; raise it when the meaning of a cached number changes
+FORMAT = 6  # of the cache; raise it when the meaning of a cached number changes
 CHUNK = 512  # rows handed to a tokenising process at a time
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
@@ -47,12 +47,14 @@ CACHED = (
     "system_prompt",
     "chat_template_kwargs",
     "on_bad_row",
+    "ignore_columns",
     "weight_column",
     "margin_column",
 )
 
-# What pairs have besides tokens, and the setting of `data` that names its column.
-NUMERIC = {"weights": "weight_column", "margins": "margin_column"}
+
+# Counts of rows, in the cache and of Pairs.
+COUNTED = ("dropped", "unread", "unread_columns", "notes")
 
 
 class TokenizedSet(NamedTuple):
@@ -66,12 +68,26 @@ class TokenizedSet(NamedTuple):
     @property
     def dropped(self) -> dict[str, int]:
         """Rows left out, by reason."""
-        return json.loads((self.folder / "meta.json").read_text())["dropped"]
+        return self._meta["dropped"]
 
     @property
     def unread(self) -> dict[str, int]:
         """Rows with a variable that their chat template does not read, by its name."""
-        return json.loads((self.folder / "meta.json").read_text())["unread"]
+        return self._meta["unread"]
+
+    @property
+    def unread_columns(self) -> dict[str, int]:
+        """Rows that fill a column that nothing reads, by its name."""
+        return self._meta["unread_columns"]
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """Rows by a note of data/shapes.py."""
+        return self._meta["notes"]
+
+    @property
+    def _meta(self) -> dict[str, Any]:
+        return json.loads((self.folder / "meta.json").read_text())
 
     @property
     def uncut_lengths(self) -> Integers:
@@ -87,15 +103,16 @@ class Pairs:
     they hold a usable pair or not. `lengths` [N, 3] are the tokens of prompt, chosen and rejected; `hashes` [N, 2] 128
     bits over the token ids of each; `weights` and `margins` [N] fp64 are what data.weight_column and data.margin_column
     say, if they are set; `dropped` counts the rows left out by reason, `unread` those with a variable of their own that
-    the chat template does not read, by its name.
+    the chat template does not read, by its name; `unread_columns` and `notes` count as those of a TokenizedSet;
+    `swapped` [N] are the first half of what `hashes` were with chosen and rejected exchanged.
     """
 
     def __init__(self, sets: Sequence[TokenizedSet]) -> None:
         self.sets = list(sets)
         folders = [each.folder for each in sets]
         metas = [json.loads((folder / "meta.json").read_text()) for folder in folders]
-        self.dropped, self.unread = (
-            dict(sum((Counter(meta[name]) for meta in metas), Counter[str]())) for name in ("dropped", "unread")
+        self.dropped, self.unread, self.unread_columns, self.notes = (
+            dict(sum((Counter(meta[name]) for meta in metas), Counter[str]())) for name in COUNTED
         )
         self.largest_id: int = max(meta["largest_id"] for meta in metas)
         numbers, lengths = ([np.load(folder / f"{name}.npy") for folder in folders] for name in ("rows", "lengths"))
@@ -105,6 +122,7 @@ class Pairs:
         self.pair_ids: Integers = _joined([kept + before for kept, before in of_sets])
         self.lengths: Integers = _joined(lengths)
         self.hashes: NDArray[np.uint64] = _joined([np.load(folder / "hashes.npy", mmap_mode="r") for folder in folders])
+        self.swapped: NDArray[np.uint64] = _joined([np.load(folder / "swapped.npy") for folder in folders])
         kept = [name for name in NUMERIC if (folders[0] / f"{name}.npy").exists()]  # by all of them then
         numeric = {name: _joined([np.load(folder / f"{name}.npy") for folder in folders]) for name in kept}
         self.weights: NDArray[np.float64] | None = numeric.get("weights")
@@ -140,7 +158,8 @@ class Pairs:
     def only(self, indices: Integers) -> "Pairs":
         """The pairs at some indices, in the order of their rows."""
         few, kept = copy.copy(self), np.sort(indices)
-        few.dropped, few.unread = {}, {}
+        few.dropped, few.unread, few.unread_columns, few.notes = {}, {}, {}, {}
+        few.swapped = self.swapped[kept]
         few.pair_ids, few.lengths, few.hashes = self.pair_ids[kept], self.lengths[kept], self.hashes[kept]
         few.weights = None if self.weights is None else self.weights[kept]
         few.margins = None if self.margins is None else self.margins[kept]
@@ -222,7 +241,8 @@ def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, P
         is_out[smallest] = True
     held = is_out[prompts]
     train, held_out = pairs.only(np.flatnonzero(~held)), pairs.only(np.flatnonzero(held))
-    train.dropped, train.unread = pairs.dropped, pairs.unread
+    for name in COUNTED:  # of all rows: which part they would have been in is not known
+        setattr(train, name, getattr(pairs, name))
     gone = next((each for each, share in zip(pairs.sets, train.shares, strict=True) if not share.pairs), None)
     if gone is not None or not len(held_out):
         which = f"every pair of {gone.source}" if gone else "none"
@@ -265,6 +285,8 @@ class _TokenizedRow(NamedTuple):
     uncut: tuple[int, int, int] | None  # tokens of prompt, chosen and rejected before truncation, if it has any
     numbers: dict[str, float] = {}  # by the names of NUMERIC
     unread: list[str] = []  # variables that the chat template does not read
+    unread_columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class _Worker(NamedTuple):
@@ -279,31 +301,17 @@ class _Worker(NamedTuple):
     def _tokenized(self, number: int, row: Any) -> _TokenizedRow:
         uncut = None
         try:
-            whole, _ = tokenize_pair(row, self.tokenizer, self.data)
+            result = checked(row, self.data)
+            is_tie = result.row["chosen"] == result.row["rejected"]  # and is dropped, whatever its numbers are
+            numbers = {} if is_tie else numbers_of(result.row, self.data)
+            whole, _ = tokenize_checked(result.row, self.tokenizer, self.data)
             uncut = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
-            unread = unread_variables(row, self.tokenizer, self.data)
-            return _TokenizedRow(number, truncated(whole, self.data), uncut, _numbers(row, self.data), unread)
+            unread = unread_variables(result.row, self.tokenizer, self.data)
+            pair = truncated(whole, self.data)
+            return _TokenizedRow(number, pair, uncut, numbers, unread, result.unread, result.notes)
         except BadRow as bad:
             bad.row = row
             return _TokenizedRow(number, bad, uncut)
-
-
-def _numbers(row: Row, data: DataSpec) -> dict[str, float]:
-    """Weight and margin of a pair, if they are wanted, by the names of NUMERIC."""
-    found: dict[str, float] = {}
-    for name, setting in NUMERIC.items():
-        if (column := getattr(data, setting)) is None:
-            continue
-        if column not in row:
-            columns = ", ".join(map(repr, row))
-            raise BadRow("malformed rows", f"has no column {column!r} (data.{setting}); its columns are {columns}")
-        value: Any = row[column]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value) <= sys.float_info.max or (name == "weights" and value <= 0):
-            wanted = "a finite number" + " more than 0" * (name == "weights")
-            raise BadRow("malformed rows", f"{column} is {value!r}, not {wanted} (data.{setting})")
-        found[name] = float(value)
-    return found
 
 
 def _build(
@@ -319,43 +327,61 @@ def _build(
     uncut_lengths: list[tuple[int, int, int]] = []
     tokens: list[np.ndarray] = []
     hashes: list[bytes] = []
+    swapped: list[bytes] = []
     numeric: dict[str, list[float]] = {name: [] for name, key in NUMERIC.items() if getattr(data, key) is not None}
-    dropped, unread = Counter[str](), Counter[str]()
-    for number, result, uncut, of_pair, unread_here in _tokenized(rows, _Worker(tokenizer, data)):
+    counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
+    first_bad: dict[str, str] = {}  # by the reason that rows are left out for
+    for number, result, uncut, of_pair, *noted in _tokenized(rows, _Worker(tokenizer, data)):
         if uncut is not None:
             uncut_lengths.append(uncut)
         if isinstance(result, BadRow):
-            is_error = result.kind == "malformed rows" if data.on_bad_row is None else data.on_bad_row == "error"
-            if is_error:
-                mend = f"mend that row of {source}, or set data.on_bad_row=drop to leave such rows out"
-                cure = f"{result.cure}, or {mend}" if result.cure else mend
-                raise UserError(f"{key} row {number}", result.row, result.reason, cure)
-            dropped[result.kind] += 1
+            if error := bad_row_error(key, source, number, result, data):
+                raise error
+            counts["dropped"][result.kind] += 1
+            first_bad.setdefault(result.kind, f"row {number} {result.reason}")
             continue
         numbers.append(number)
         lengths.append((len(result.prompt_ids), len(result.chosen_ids), len(result.rejected_ids)))
         tokens.append(np.array(result.prompt_ids + result.chosen_ids + result.rejected_ids, np.int32))
         hashes.append(content_hash(lengths[-1], tokens[-1]))
-        unread.update(unread_here)
+        swapped.append(_swapped_hash(result))
+        for name, values in zip(COUNTED[1:], noted, strict=True):
+            counts[name].update(values)
         for name, column in numeric.items():
             column.append(of_pair[name])
     if not numbers:
-        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it has no rows"
-        too_long = "prompts that fill data.max_length" in dropped
-        cure = "raise data.max_length" if too_long else "check that its chosen and rejected differ"
-        raise UserError(
-            key, source, f"leaves no pair to train on ({counts})", cure if dropped else "give a file with rows"
-        )
+        raise _no_pair(key, source, counts["dropped"], first_bad)
     np.save(folder / "tokens.npy", np.concatenate(tokens))
     np.save(folder / "lengths.npy", np.array(lengths, np.int64))
     np.save(folder / "uncut.npy", np.array(uncut_lengths, np.int64))
     np.save(folder / "hashes.npy", np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2))
+    np.save(folder / "swapped.npy", np.frombuffer(b"".join(swapped), "<u8").reshape(-1, 2)[:, 0])
     np.save(folder / "rows.npy", np.array(numbers, np.int64))
     for name, column in numeric.items():
         np.save(folder / f"{name}.npy", np.array(column, np.float64))
     largest_id = max(int(ids.max()) for ids in tokens)
-    meta = {"source": source, "dropped": dict(dropped), "unread": dict(unread), "largest_id": largest_id}
+    meta = {"source": source, "largest_id": largest_id, **{name: dict(counts[name]) for name in COUNTED}}
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _no_pair(key: str, source: str, dropped: Counter[str], first: dict[str, str]) -> UserError:
+    """Return the error of a source of which no row is left. first: the first row of each reason."""
+    if not dropped:
+        return UserError(key, source, "leaves no pair to train on (it has no rows)", "give a file with rows")
+    counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    cure = "check that its chosen and rejected differ"
+    if "prompts that fill data.max_length" in dropped:
+        cure = "raise data.max_length"
+    elif "malformed rows" in first:
+        cure = f"fix them: {first['malformed rows']}"
+    return UserError(key, source, f"leaves no pair to train on ({counts})", cure)
+
+
+def _swapped_hash(pair: TokenizedPair) -> bytes:
+    """Return the content hash of the pair whose chosen and rejected are exchanged."""
+    prompt, chosen, rejected = pair
+    tokens = np.array(prompt + rejected + chosen, np.int32)
+    return content_hash((len(prompt), len(rejected), len(chosen)), tokens)
 
 
 def content_hash(lengths: Iterable[int], tokens: NDArray[np.int32]) -> bytes:

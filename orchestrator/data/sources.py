@@ -4,28 +4,26 @@ The home of `datasets`.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain, islice
-from typing import IO, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from orchestrator.settings.load import looks_local
+from orchestrator.data.files import check_no_lfs_pointer
+from orchestrator.data.readers import arrow_table, is_data_file, is_text_file, rows_in_file, text_rows
+from orchestrator.data.shapes import BadRow, Row, checked, numbers_of, printable, without_nulls
+from orchestrator.settings.load import looks_local, scheme_of
 from orchestrator.settings.spec import DATA_SUFFIXES, DataSpec, SourceSpec, Split, UserError
 
-Row = dict[str, Any]
-DropReason = Literal["malformed rows", "ties", "empty completions", "prompts that fill data.max_length"]
-
-
-class BadRow(Exception):
-    """A row that cannot be trained on; `kind` decides whether it is dropped, `reason` says what is wrong with it, and
-    `cure` what to do about it besides mending or dropping the row."""
-
-    def __init__(self, kind: DropReason, reason: str, cure: str = "") -> None:
-        super().__init__(kind, reason, cure)
-        self.kind, self.reason, self.cure = kind, reason, cure
-        self.row: Any = None  # as it was read
+READABLE = "give a JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a saved dataset or a hub name"
+SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder written by save_to_disk
+HUB = re.compile(r"(?:hf://|https://huggingface\.co/)datasets/([\w.-]+/[\w.-]+)")
+UNKNOWN_SPLIT = re.compile(r"Unknown split .*Should be one of \[(.*?)\]")
 
 
 class RawRow(NamedTuple):
@@ -47,19 +45,129 @@ class Place(NamedTuple):
         return f"{self.key} row {self.row}"
 
 
+class SourceRows(NamedTuple):
+    """What the rows of a source are, as far as a tokenizer is not needed to say it."""
+
+    key: str  # the setting that names the source
+    source: str
+    rows: int
+    malformed: int  # rows that data.on_bad_row=drop leaves out
+    unread: dict[str, int]  # rows by the column that they fill and that nothing reads
+    notes: dict[str, int]  # rows by a note of data/shapes.py
+
+
 def check_source(key: str, source: str) -> None:
-    """Refuse a missing file before anything heavy is loaded."""
-    if looks_local(source) and not os.path.exists(source):
-        raise UserError(
-            key, source, "does not exist", "give a JSONL, JSON or Parquet file, a saved dataset or a hub name"
-        )
+    """Refuse a source that cannot be read, before anything heavy is loaded.
+
+    Raises:
+        UserError: it is missing, empty, not a file of a kind that can be read, or not on this machine's disks.
+    """
+    if scheme := scheme_of(source):
+        hub = HUB.match(source)
+        local = f"write the path alone: {source.removeprefix('file://')}"
+        copy = "copy it to a disk that every node reads, and give its path"
+        cure = f"write {hub[1]}" if hub else local if scheme == "file" else copy
+        raise UserError(key, source, f"{scheme}:// is not supported", cure)
+    if not looks_local(source):
+        return
+    if not os.path.exists(source):
+        raise UserError(key, source, "does not exist", _cure_of_missing(source))
+    files = [source] if not os.path.isdir(source) else _files_below(key, source)
+    for file in files:
+        _check_file(key, source, file)
 
 
-def count_rows(key: str, source: str) -> int | None:
-    """Rows of a local file, without loading it; None where only `datasets` could tell."""
-    if source.endswith((".jsonl", ".json")) and os.path.isfile(source):
-        return sum(1 for _ in _json_rows(key, source))
-    return None
+def count_rows(key: str, source: SourceSpec, split: Split) -> int | None:
+    """Count the rows of a local source; None for a hub name, which only loading could tell.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    if not looks_local(source.path):
+        return None
+    check_source(key, source.path)
+    if os.path.isdir(source.path):
+        return len(_with_datasets(key, source, split))
+    return rows_in_file(key, source.path)
+
+
+def check_rows(data: DataSpec, split: Split, name: str = "") -> list[SourceRows]:
+    """Check all rows of the local sources of a split as tokenising would, but without a tokenizer.
+
+    name: of the evaluation set. Hub names are left out.
+
+    Raises:
+        UserError: a source cannot be read, or a row cannot be used and is not to be dropped.
+    """
+    sources = {key: source for key, source in data.sources(split, name).items() if looks_local(source.path)}
+    return [_check_rows_of(key, source, split, data) for key, source in sources.items()]
+
+
+def bad_row_error(key: str, source: str, number: int, bad: BadRow, data: DataSpec) -> UserError | None:
+    """Return the error that a row ends a run with; None where it is dropped and counted instead."""
+    is_error = bad.kind == "malformed rows" if data.on_bad_row is None else data.on_bad_row == "error"
+    if not is_error:
+        return None
+    fix = f"fix that row of {source}, or set data.on_bad_row=drop to leave such rows out"
+    # in the first row it is the shape of all rows that is wrong
+    cure = fix if not bad.cure else bad.cure if number == 1 else f"{bad.cure}, or {fix}"
+    return UserError(f"{key} row {number}", bad.row, bad.reason, cure)
+
+
+def _check_rows_of(key: str, source: SourceSpec, split: Split, data: DataSpec) -> SourceRows:
+    check_source(key, source.path)
+    rows, malformed, unread, notes = 0, 0, Counter[str](), Counter[str]()
+    for number, row in open_source(key, source, split)[0]:
+        rows += 1
+        try:
+            result = checked(row, data)
+            if result.row["chosen"] != result.row["rejected"]:  # a tie is dropped, whatever its numbers are
+                numbers_of(result.row, data)
+        except BadRow as bad:
+            bad.row = row
+            if error := bad_row_error(key, source.path, number, bad, data):
+                raise error from None
+            malformed += 1
+            continue
+        unread.update(result.unread)
+        notes.update(result.notes)
+    return SourceRows(key, source.path, rows, malformed, dict(unread), dict(notes))
+
+
+def _files_below(key: str, folder: str) -> list[str]:
+    """Return the data files of a folder; all files of one that has none of them are named."""
+    files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in sorted(names)]
+    if not files:
+        raise UserError(key, folder, "is a folder without files", READABLE)
+    if any(os.path.exists(os.path.join(folder, name)) for name in SAVED):
+        return [file for file in files if file.endswith(".arrow")]
+    if not (data := [file for file in files if is_data_file(file)]):
+        names = ", ".join(os.path.relpath(file, folder) for file in files[:3]) + ", ..." * (len(files) > 3)
+        raise UserError(key, folder, f"is a folder without data files (it holds {names})", READABLE)
+    return data
+
+
+def _check_file(key: str, source: str, file: str) -> None:
+    is_alone = file == source
+    name = "it" if is_alone else os.path.relpath(file, source)
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(key, source, f"{name} is not a regular file (a pipe, a socket or a device)", READABLE)
+    if not os.access(file, os.R_OK):
+        raise UserError(key, source, f"{name} may not be read by this user", "change its permissions")
+    if not status.st_size and is_alone:
+        raise UserError(key, source, "leaves no pair to train on (the file is empty)", "give a file with rows")
+    check_no_lfs_pointer(key, source, file)
+    if is_alone and not is_data_file(file):
+        ending = "".join(Path(file).suffixes[-2:])
+        rule = f"is a {ending} file, which cannot be read" if ending else "is a file whose name does not say its kind"
+        raise UserError(key, source, rule, f"convert it to JSONL or Parquet; known are {', '.join(DATA_SUFFIXES)}")
+
+
+def _cure_of_missing(source: str) -> str:
+    if any(letter in source for letter in "*?["):
+        return "a pattern is not expanded: give the folder of the files, or a list of files"
+    return READABLE
 
 
 def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
@@ -70,7 +178,7 @@ def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
     def texts() -> Iterator[str]:
         for _, row in chain.from_iterable(open_source(key, source, "train")[0] for key, source in sources.items()):
             try:
-                whole = checked(row)
+                whole = checked(row, data).row
             except BadRow:
                 continue  # tokenising the pairs is what complains, with the row's number
             for part in (whole["prompt"], whole["chosen"], whole["rejected"]):
@@ -98,7 +206,7 @@ def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str 
         rows, read = _rows_at(key, source, split, numbers)
         for number, row in rows.items():
             with suppress(BadRow):
-                found[before + number] = RawRow(source.path, number, checked(row))
+                found[before + number] = RawRow(source.path, number, checked(row, data).row)
         before += read
     return found
 
@@ -116,15 +224,17 @@ def first_rows(data: DataSpec, count: int) -> Iterator[tuple[Place, Any]]:
 
 
 def open_source(key: str, source: SourceSpec, split: Split) -> tuple[Iterable[tuple[int, Any]], str]:
-    """(row number, row) of a source, and a hash of its content."""
+    """Return (row number, row) of a source, and a hash of its content."""
     identity = None
-    if source.path.endswith(DATA_SUFFIXES):
+    if os.path.isfile(source.path):
         with open(source.path, "rb") as file:
             identity = hashlib.file_digest(file, "sha256").hexdigest()
-    if source.path.endswith((".jsonl", ".json")):
-        return _json_rows(key, source.path), str(identity)
+    if is_text_file(source.path):
+        return text_rows(key, source.path), str(identity)
     rows = _with_datasets(key, source, split)
-    return enumerate(rows, 1), identity or rows._fingerprint  # of a single file `datasets` would hash its date too
+    return enumerate(
+        map(_as_written, rows), 1
+    ), identity or rows._fingerprint  # of a single file `datasets` would hash its date too
 
 
 def one_of(identities: list[str]) -> str:
@@ -135,49 +245,23 @@ def one_of(identities: list[str]) -> str:
 def _rows_at(key: str, source: SourceSpec, split: Split, numbers: list[int]) -> tuple[dict[int, Any], int]:
     """The rows with these numbers, which ascend, of a source that has them; and how many rows it has, or were read up
     to the last of them."""
-    if source.path.endswith((".jsonl", ".json")):
+    if is_text_file(source.path):
         found, wanted, read = dict[int, Any](), set(numbers), 0
-        for read, row in islice(_json_rows(key, source.path), numbers[-1]):
+        for read, row in islice(text_rows(key, source.path), numbers[-1]):
             if read in wanted:
                 found[read] = row
         return found, read
     rows = _with_datasets(key, source, split)
-    return {number: rows[number - 1] for number in numbers if number <= len(rows)}, len(rows)
+    return {number: _as_written(rows[number - 1]) for number in numbers if number <= len(rows)}, len(rows)
 
 
-def _json_rows(key: str, source: str) -> Iterator[tuple[int, Any]]:
-    """Rows of JSON lines (blank lines do not count), or of one JSON array."""
-    with open(source, encoding="utf-8-sig") as file:
-        try:
-            if source.endswith(".json") and _first_letter(file) == "[":
-                file.seek(0)
-                yield from enumerate(json.load(file), 1)
-                return
-            file.seek(0)
-            for number, line in enumerate((line for line in file if line.strip()), 1):
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{key} row {number}",
-                        line.strip(),
-                        f"is not JSON ({error.msg}, column {error.colno})",
-                        f"mend that line of {source}",
-                    ) from None
-        except json.JSONDecodeError as error:
-            raise UserError(key, source, f"is not JSON ({error})", "mend it, or write one object per line") from None
-        except UnicodeDecodeError as error:
-            raise UserError(key, source, f"is not UTF-8 text ({error.reason})", "convert the file to UTF-8") from None
-
-
-def _first_letter(file: IO[str]) -> str:
-    while (letter := file.read(1)).isspace():
-        pass
-    return letter
+def _as_written(row: Row) -> Row:
+    """Return a row of Arrow without the nulls inside its values: every object of a column gets the keys of all."""
+    return {column: without_nulls(value) for column, value in row.items()}
 
 
 def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
-    """A datasets.Dataset from Parquet, from a folder written by save_to_disk or of several files, or from the hub."""
+    """Return a datasets.Dataset from Parquet, Arrow, a folder (of save_to_disk, or of files) or the hub."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -185,74 +269,29 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
     try:
         if path.endswith(".parquet"):
             return datasets.Dataset.from_parquet(path)
-        if os.path.isdir(path) and any(
-            os.path.exists(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")
-        ):
+        if path.endswith(".arrow"):
+            return datasets.Dataset(arrow_table(path))
+        if os.path.isdir(path) and any(os.path.exists(os.path.join(path, file)) for file in SAVED):
             loaded = datasets.load_from_disk(path)
             if isinstance(loaded, datasets.DatasetDict):
-                return loaded[part]
+                return loaded[part] if part in loaded else _refuse_split(key, path, part, list(map(str, loaded)))
             if source.split:
-                raise ValueError("it is one data set, without splits")
+                raise UserError(f"{key}.split", part, f"{path} is one data set, without splits", "remove it")
             return loaded
         return datasets.load_dataset(path, name, split=part)
+    except UserError:
+        raise
     except Exception as error:  # datasets raises a dozen types here; all mean that the source cannot be read
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            key,
-            path,
-            f"cannot be read by `datasets` ({type(error).__name__}: {reason})",
-            f"give a file, a folder written by save_to_disk (./{path}), or a hub name that this machine can reach",
-        ) from None
+        if splits := UNKNOWN_SPLIT.search(str(error)):
+            _refuse_split(key, path, part, re.findall(r"[\w.-]+", splits[1]))
+        cure = "check that it is whole" if os.path.exists(path) else "give a path, or a hub name that can be reached"
+        raise UserError(key, path, f"cannot be read by `datasets` ({type(error).__name__}: {reason})", cure) from None
 
 
-def checked(row: Any) -> Row:
-    """The row with an explicit prompt, strings or messages throughout; BadRow when its shape is wrong."""
-    if not isinstance(row, Mapping):
-        raise BadRow("malformed rows", f"is a {type(row).__name__}, not an object with chosen and rejected")
-    for column in ("chosen", "rejected"):
-        if row.get(column) is None:
-            raise BadRow("malformed rows", f"has no column {column!r}; its columns are {', '.join(map(repr, row))}")
-    row = dict(row) if row.get("prompt") is not None else _with_implicit_prompt(dict(row))
-    kinds = {column: _kind(column, row[column]) for column in ("prompt", "chosen", "rejected")}
-    if len(set(kinds.values())) > 1:
-        raise BadRow("malformed rows", "mixes text and messages: " + ", ".join(f"{c} is {k}" for c, k in kinds.items()))
-    return row
-
-
-def _kind(column: str, value: Any) -> str:
-    if isinstance(value, str):
-        return "text"
-    if not isinstance(value, list):
-        raise BadRow("malformed rows", f"{column} is {type(value).__name__}, neither text nor a list of messages")
-    for number, message in enumerate(value, 1):
-        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
-            raise BadRow("malformed rows", f"message {number} of {column} has no role")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise BadRow("malformed rows", f"message {number} of {column} has no text in its content")
-    if column == "prompt" and not value:
-        raise BadRow("malformed rows", "prompt is an empty list of messages")
-    return "messages"
-
-
-def _with_implicit_prompt(row: Row) -> Row:
-    """The longest common beginning of chosen and rejected becomes the prompt, as in TRL's extract_prompt.
-
-    Where one side is the beginning of the other, TRL leaves the last common element to the completions; so do we.
-    """
-    chosen, rejected = row["chosen"], row["rejected"]
-    if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
-        raise BadRow("malformed rows", f"chosen is {type(chosen).__name__} and rejected {type(rejected).__name__}")
-    shorter = min(len(chosen), len(rejected))
-    cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), max(shorter - 1, 0))
-    if cut and chosen[cut] != rejected[cut] and chosen[cut - 1] == " ":
-        cut -= 1  # a space belongs to the word that follows it
-    return {**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-
-
-def printable(text: str, keep: str = "") -> str:
-    """A text with its control characters written out, but those to keep."""
-    shown = (each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text)
-    return "".join(shown)
+def _refuse_split(key: str, path: str, part: str, splits: list[str]) -> NoReturn:
+    cure = f"name one of them: {key}={{path: {path}, split: {splits[0]}}}"
+    raise UserError(key, path, f"has no split {part!r}; its splits are {', '.join(splits)}", cure)
 
 
 def in_one_line(text: str, longest: int = 110) -> str:

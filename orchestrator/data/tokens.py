@@ -4,15 +4,15 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from orchestrator.data.sources import BadRow, Row, checked
-from orchestrator.settings.spec import TEMPLATE_CALL, DataSpec, UserError
+from orchestrator.data.shapes import BadRow, Row, checked, template_arguments
+from orchestrator.settings.spec import DataSpec, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,22 +39,33 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
-    """Token ids exactly as TRL 1.16 makes them: EOS on plain text only, completion from where the ids diverge.
-
-    Also returns the last tokens of the prompt alone that neither sequence has, because they merge with the
-    completion's first, or because the template renders a prompt otherwise where an answer follows.
+    """Return `tokenize_checked` of a row as its source has it.
 
     Raises:
         BadRow: the row is malformed.
         UserError: the chat template does not fit the settings.
     """
-    row = checked(row)
+    return tokenize_checked(checked(row, data).row, tokenizer, data)
+
+
+def tokenize_checked(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
+    """Return token ids exactly as TRL 1.16: EOS on plain text only, completion from where the ids diverge.
+
+    Also returns the last tokens of the prompt alone that neither sequence has, because they merge with the
+    completion's first, or because the template renders a prompt otherwise where an answer follows.
+
+    Args:
+        row: a row of `checked`.
+        tokenizer: that of the model.
+        data: the settings of the data.
+
+    Raises:
+        BadRow: the chat template does not accept the row.
+        UserError: the chat template does not fit the settings.
+    """
     if isinstance(row["prompt"], list):
         prompt, chosen, rejected = _conversations(row, tokenizer, data)
     else:
-        for key in ("system_prompt", "chat_template_kwargs"):
-            if getattr(data, key):
-                raise BadRow("malformed rows", f"is plain text, on which data.{key} does not act", f"remove data.{key}")
         eos = str(tokenizer.eos_token)
         ends = [text if text.endswith(eos) else text + eos for text in (row["chosen"], row["rejected"])]
         prompt, chosen, rejected = (
@@ -92,7 +103,7 @@ def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
 
 def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> Iterator[list[int]]:
     """Token ids of the prompt, which an answer is to follow, and of the prompt with each of the two answers."""
-    prompt, arguments = row["prompt"], _template_arguments(row, data)
+    prompt, arguments = row["prompt"], template_arguments(row, data)
     if data.system_prompt and not any(message["role"] in ("system", "developer") for message in prompt):
         prompt = [{"role": "system", "content": data.system_prompt}, *prompt]
     try:
@@ -117,26 +128,6 @@ def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpe
         yield _chat(tokenizer, data, prompt + row[side], **arguments)
 
 
-def _template_arguments(row: Row, data: DataSpec) -> Row:
-    """Keyword arguments of the chat template: those of all rows, and over them a row's tools (a list, or JSON of one)
-    and its own."""
-    tools, own = row.get("tools"), row.get("chat_template_kwargs") or {}
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise BadRow("malformed rows", f"tools is not JSON ({error.msg})") from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise BadRow("malformed rows", "tools is not a list of objects, or JSON of one")
-    if not isinstance(own, Mapping):
-        raise BadRow("malformed rows", f"chat_template_kwargs is {type(own).__name__}, not an object")
-    if taken := own.keys() & set(TEMPLATE_CALL):
-        raise BadRow("malformed rows", f"chat_template_kwargs has {min(taken)!r}, which is no variable of a template")
-    # Arrow gives every row the keys of all, as null: they take nothing from the settings
-    said = {key: value for key, value in {"tools": tools, **own}.items() if value is not None}
-    return {"tools": None, **own, **data.chat_template_kwargs, **said}
-
-
 def _check_settings_read(template: str, data: DataSpec) -> None:
     """Refuse a variable of the settings that the template would leave out in silence, misspelt perhaps."""
     for name, value in data.chat_template_kwargs.items():
@@ -147,14 +138,16 @@ def _check_settings_read(template: str, data: DataSpec) -> None:
 
 
 def unread_variables(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> list[str]:
-    """Names of a conversation's own chat_template_kwargs that its chat template does not read, with the nearest that it
-    does. It trains without them, as in TRL: one set of rows may be meant for several models' templates."""
+    """Return names of a conversation's own chat_template_kwargs that its chat template does not read.
+
+    Each comes with the nearest variable that the template reads. The row trains without them, as in TRL: one set of
+    rows may be meant for several models' templates. row: one of `checked`.
+    """
     if not row.get("chat_template_kwargs") or isinstance(row["chosen"], str):
         return []
-    arguments = _template_arguments(row, data)
+    arguments = template_arguments(row, data)
     template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
-    own = (name for name, value in row["chat_template_kwargs"].items() if value is not None)
-    unread = [name for name in own if not _reads(template, name)]
+    unread = [name for name in row["chat_template_kwargs"] if not _reads(template, name)]
     return [f"{name} (it reads {near})" if (near := _nearest(template, name)) else name for name in unread]
 
 

@@ -24,7 +24,11 @@ def planned(spec: RunSpec) -> dict[str, Any]:
     by_ranks: dict[str, list[Any]] = {"pairs_per_rank": [batch.pairs_per_rank(count) for count in each]}
     if batch.micro_batch_size:
         by_ranks["grad_accum"] = [batch.grad_accum(count) for count in each]
-    counts = {key: count_rows(key, source) for key, source in sources.items()}
+    counts = {
+        key: count_rows(key, source, split)
+        for split in DATA_KEYS.values()
+        for key, source in spec.data.sources(split).items()
+    }
     sets = _training_sets(spec, counts)
     train_rows, per_epoch = (_total(each[name] for each in sets) for name in ("rows", "rows_per_epoch"))
     facts: dict[str, Any] = {

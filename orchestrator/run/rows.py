@@ -9,11 +9,13 @@ import numpy as np
 
 from orchestrator.data.collate import fed_sequences
 from orchestrator.data.order import Integers, longest_sequences
-from orchestrator.data.pairs import tokenized_pairs
-from orchestrator.data.sources import BadRow, Place, first_rows, printable
+from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.repeats import repeat_counts, repeat_lines
+from orchestrator.data.shapes import BadRow, note_lines, printable
+from orchestrator.data.sources import Place, first_rows
 from orchestrator.data.tokens import tokenize_pair, truncated
 from orchestrator.models.policy import load_tokenizer
-from orchestrator.settings.spec import DataSpec, RunSpec, Split
+from orchestrator.settings.spec import DataSpec, RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,9 @@ def facts(spec: RunSpec, count: int) -> dict[str, Any]:
     """
     tokenizer = _tokenizer(spec)
     shown = [json_row(row) for row in shown_rows(spec.data, tokenizer, count)]
-    return {"rows": shown, "lengths": dict(_lengths_of_sets(spec, tokenizer))}
+    train, held_out = _pairs_of_sets(spec, tokenizer)
+    sets = dict(_lengths_of_sets([train, *held_out.values()], spec.data))
+    return {"rows": shown, "lengths": sets, "repeats": repeat_counts(train, held_out)}
 
 
 def lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
@@ -48,9 +52,13 @@ def lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
     for shown in shown_rows(spec.data, tokenizer, count):
         yield ""
         yield from row_lines(shown, tokenizer, colour)
-    for key, found in _lengths_of_sets(spec, tokenizer):
+    train, held_out = _pairs_of_sets(spec, tokenizer)
+    for key, found in _lengths_of_sets([train, *held_out.values()], spec.data):
         yield ""
         yield from length_lines(key, found, spec.data)
+    for line in repeat_lines(train, held_out):
+        yield ""
+        yield line
 
 
 def _tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
@@ -60,12 +68,22 @@ def _tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     return load_tokenizer(spec)
 
 
-def _lengths_of_sets(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(its setting, its lengths) of every set; one that is not in the cache yet gets there, where the run finds it."""
-    splits: list[tuple[Split, str]] = [("train", ""), *(("eval", name) for name in spec.data.eval)]
-    for split, name in splits:
-        for each in tokenized_pairs(spec.data, split, tokenizer, spec.cache_dir, name).sets:
-            yield each.key, lengths(each.uncut_lengths, spec.data, each.dropped, each.unread)
+def _pairs_of_sets(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> tuple[Pairs, dict[str, Pairs]]:
+    """Return the training pairs, and the evaluation pairs by the name of their set.
+
+    A set that is not in the cache yet is written there, where the run finds it.
+    """
+    data, cache = spec.data, spec.cache_dir
+    held_out = {name: tokenized_pairs(data, "eval", tokenizer, cache, name) for name in data.eval}
+    return tokenized_pairs(data, "train", tokenizer, cache), held_out
+
+
+def _lengths_of_sets(sets: list[Pairs], data: DataSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (setting, lengths and counts) of every source."""
+    for pairs in sets:
+        for each in pairs.sets:
+            counts = {"unread_columns": each.unread_columns, "notes": each.notes}
+            yield each.key, lengths(each.uncut_lengths, data, each.dropped, each.unread) | counts
 
 
 class Part(NamedTuple):
@@ -259,6 +277,7 @@ def length_lines(key: str, found: dict[str, Any], data: DataSpec) -> Iterator[st
         yield f"rows left out, {reason}: {rows}"
     for variable, rows in found["unread"].items():
         yield f"rows with {variable}, which the chat template does not read: {rows}"
+    yield from note_lines(found.get("unread_columns", {}), found.get("notes", {}))
 
 
 def _bars(counts: list[int]) -> str:

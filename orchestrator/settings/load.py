@@ -1,6 +1,7 @@
 """YAML files and dotted overrides -> one validated RunSpec, and a RunSpec -> one YAML file."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,29 @@ def load_spec(files: Sequence[str | Path] | str | Path, overrides: Sequence[str]
 
 def make_spec(raw: dict[str, Any]) -> RunSpec:
     """Validate plain nested dicts; raises SettingsError with one line per wrong key."""
+    _check_unicode(raw)
     _make_paths_absolute(raw)
     try:
         return RunSpec.model_validate(raw)
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
+
+
+def _check_unicode(value: Any, key: str = "") -> None:
+    """Refuse text that no file of the run could hold, as config.yaml."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            rule = f"is not Unicode text: {value[error.start]!r} at character {error.start + 1} is half of a pair"
+            raise UserError(key or "settings", value, rule, "write it as UTF-8 text") from None
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            _check_unicode(str(name), key)
+            _check_unicode(entry, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for entry in value:
+            _check_unicode(entry, key)
 
 
 def save_spec(spec: RunSpec, path: Path) -> None:
@@ -100,8 +119,16 @@ def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def scheme_of(path: str) -> str:
+    """Return the scheme of an address such as s3://bucket/file; empty for a path or a hub name."""
+    scheme, colon, _ = path.partition("://")
+    return scheme.lower() if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) else ""
+
+
 def looks_local(source: str) -> bool:
-    """Whether a data or model setting names a path rather than a repository of the hub."""
+    """Return whether a data or model setting names a path rather than a repository of the hub or an address."""
+    if scheme_of(source):
+        return False
     return source.startswith((".", "/", "~")) or source.endswith(DATA_SUFFIXES) or os.path.exists(source)
 
 

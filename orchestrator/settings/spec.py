@@ -118,7 +118,10 @@ TRACKERS: dict[str, str | None] = {
     "trackio": "trackio",
 }
 """Names that transformers has for trackers (its report_to), and the package that each needs; W&B has a block."""
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
+TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
+DATA_SUFFIXES = (*(kind + packed for kind in TEXT_SUFFIXES for packed in COMPRESSIONS), ".parquet", ".arrow")
+"""Ends of the names of data files that can be read."""
 EVALUATED = (
     "loss",
     "rewards/chosen",
@@ -258,7 +261,8 @@ class SourceSpec(Block):
     """A place that holds preference pairs."""
 
     path: str
-    """JSONL, JSON or Parquet file, a folder saved by `datasets` or of such files, or a hub name."""
+    """JSONL, JSON, CSV, TSV (also .gz, .bz2, .xz, .zst), Parquet or Arrow file, a folder saved by `datasets` or of such
+    files, or a hub name."""
     name: str | None = None
     """Configuration of a hub data set; its default when not set."""
     split: str | None = None
@@ -281,8 +285,8 @@ class DataSpec(Block):
     """The preference pairs."""
 
     train: list[TrainingSetSpec] = Field(min_length=1)
-    """JSONL, JSON or Parquet file, a folder saved by `datasets`, or a hub name (split train); {path, name, split} for
-    another configuration or split; a list of these, with a weight each, for several sets."""
+    """JSONL, JSON, CSV, Parquet or Arrow file, a folder saved by `datasets`, or a hub name (split train); {path, name,
+    split} for another configuration or split; a list of these, with a weight each, for several sets."""
     eval: dict[str, SourceSpec] = {}
     """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets, whose metrics begin
     with eval_NAME_ instead of eval_; no evaluation when not set."""
@@ -295,6 +299,9 @@ class DataSpec(Block):
     margin_column: str | None = None
     """Column of every row with the margin by which its chosen completion is to win, in units of rewards (ODPO: Amini et
     al. 2024, arXiv 2402.10571); none when not set."""
+    ignore_columns: list[str] = []
+    """Columns to leave unread although they look like a part of the prompt (system, history, images, ...), which is an
+    error otherwise."""
     collator: UserCodeSpec | None = None
     """A user's collator of rows into TRL's input_ids, attention_mask and completion_mask, as module:attr or {path,
     kwargs}; trl.trainer.dpo_trainer:DataCollatorForPreference is one. A constructor that takes pad_token_id gets the

@@ -4,6 +4,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from orchestrator.data.order import longest_sequences
+from orchestrator.data.repeats import repeat_lines
+from orchestrator.data.shapes import note_lines
 from orchestrator.engines.base import Engine
 from orchestrator.engines.precision import is_16_bit, name_of
 from orchestrator.models.quantized import is_int8, is_quantized
@@ -29,12 +31,16 @@ def say_run(
         bring = (f"; {rows} rows have {variable}" for variable, rows in pairs.unread.items())
         unread = "".join(f"{each}, not read by the chat template" for each in bring)
         print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}{unread}", flush=True)
+        for line in note_lines(pairs.unread_columns, pairs.notes):
+            print(f"  {line}", flush=True)
         for each, share in zip(pairs.sets, pairs.shares, strict=True):
             if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
                 print(f"  {each.source}: {share.pairs} pairs, {share.per_epoch} an epoch", flush=True)
         if prepared.collator is not None and spec.data.keep_last is not None:
             long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
             print(f"{prepared.collator.name} is to truncate {long} of them, which are longer than data.max_length")
+    for line in repeat_lines(prepared.train, prepared.eval):
+        print(line, flush=True)
     if (user := prepared.user_metrics) is not None and not user.logits:
         print(
             f"{user.name} is handed log-probs, rewards and lengths of pairs; evaluation.logits=true: logits, as by TRL"

@@ -155,7 +155,7 @@ def test_the_identity_of_several_sets_is_of_all_of_them(tmp_path: Path) -> None:
 
 
 def test_a_bad_row_of_several_sets_is_named_with_its_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.train\.1 row 2 = .*; mend that row of \S+/1\.jsonl"):
+    with pytest.raises(UserError, match=r"data\.train\.1 row 2 = .*; fix that row of \S+/1\.jsonl"):
         several(tmp_path, [[GOOD], [GOOD, MALFORMED]])
     with pytest.raises(UserError, match=r"data\.train\.1 = .*/1\.jsonl': leaves no pair"):
         several(tmp_path, [[GOOD], [TIE]])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import CHAT_ROW, EOS, TEXT_ROW, ids, pairs_of, tokenized, tokenizer
 
-from orchestrator.data.sources import BadRow
+from orchestrator.data.shapes import BadRow
 from orchestrator.settings.spec import UserError
 
 
@@ -133,16 +133,19 @@ def test_keep_end_is_left_to_the_collator() -> None:
     [
         (["not", "an object"], "malformed rows", "is a list"),
         ({"prompt": "a", "chosen": "b"}, "malformed rows", "no column 'rejected'; its columns are 'prompt', 'chosen'"),
-        ({**TEXT_ROW, "chosen": None}, "malformed rows", "no column 'chosen'"),
+        ({**TEXT_ROW, "chosen": None}, "malformed rows", "chosen is null"),
         ({**TEXT_ROW, "chosen": 3}, "malformed rows", "chosen is int"),
-        ({**TEXT_ROW, "prompt": CHAT_ROW["prompt"]}, "malformed rows", "mixes text and messages"),
-        ({"chosen": "text", "rejected": CHAT_ROW["rejected"]}, "malformed rows", "chosen is str and rejected list"),
+        (
+            {"chosen": "text", "rejected": CHAT_ROW["rejected"]},
+            "malformed rows",
+            "mixes text and messages: chosen is text, rejected is messages",
+        ),
         ({**CHAT_ROW, "prompt": []}, "malformed rows", "empty list"),
         ({**CHAT_ROW, "chosen": [{"content": "x"}]}, "malformed rows", "message 1 of chosen has no role"),
         (
             {**CHAT_ROW, "chosen": [{"role": "assistant", "content": 3}]},
             "malformed rows",
-            "message 1 of chosen has no text",
+            "message 1 of chosen has int, no text, as content",
         ),
         ({**CHAT_ROW, "tools": "[not JSON"}, "malformed rows", "tools"),
         ({**CHAT_ROW, "tools": {"name": "f"}}, "malformed rows", "tools is not a list of objects"),
