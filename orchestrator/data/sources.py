@@ -156,7 +156,9 @@ def _check_file(key: str, source: str, file: str) -> None:
     if not os.access(file, os.R_OK):
         raise UserError(key, source, f"{name} may not be read by this user", "change its permissions")
     if not status.st_size and is_alone:
-        raise UserError(key, source, "leaves no pair to train on (the file is empty)", "give a file with rows")
+        raise UserError(
+            key, source, "leaves no pair to train on (it has no rows: the file is empty)", "give a file with rows"
+        )
     check_no_lfs_pointer(key, source, file)
     if is_alone and not is_data_file(file):
         ending = "".join(Path(file).suffixes[-2:])
@@ -232,9 +234,8 @@ def open_source(key: str, source: SourceSpec, split: Split) -> tuple[Iterable[tu
     if is_text_file(source.path):
         return text_rows(key, source.path), str(identity)
     rows = _with_datasets(key, source, split)
-    return enumerate(
-        map(_as_written, rows), 1
-    ), identity or rows._fingerprint  # of a single file `datasets` would hash its date too
+    # of a single file `datasets` would hash its date too
+    return enumerate(map(_as_written, rows), 1), identity or rows._fingerprint
 
 
 def one_of(identities: list[str]) -> str:
