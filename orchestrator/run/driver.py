@@ -1,22 +1,17 @@
 """RunSpec -> Ray Train: start or join a cluster, run the worker on every rank, resume it when workers die."""
 
-import atexit
-import functools
 import json
 import logging
 import os
 import pickle
-import secrets
-import shutil
 import signal
-import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +20,9 @@ from orchestrator.data.collate import UserCollator
 from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference import RefModel
 from orchestrator.run import preflight
-from orchestrator.run.probe import CONNECT_S, Probe, one_line
+from orchestrator.run.cluster import authenticate, entered, is_joined, usable_cores
+from orchestrator.run.deaths import reason_of_death
+from orchestrator.run.probe import Probe
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
@@ -90,7 +87,7 @@ def train(
             _refuse(preflight.look_here(spec) + preflight.space_checks(spec, optimizers is not None))
         prepare(spec, given)  # a bad run is refused here, before Ray starts
         run_dir.begin(spec)
-        with _cluster(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
+        with entered(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
             return _supervised(spec, run_dir, lambda wait_s: _fit(spec, run_dir, sent, wait_s, looked_at))
 
 
@@ -130,11 +127,11 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
             raise UserError(*result["error"])
         if result["status"] == "failed":
             raise TrainingError(result["reason"])
-        reason = " ".join(str(error).split())[-300:]
+        reason = reason_of_death(error, partial(rank_log, run_dir))
         where = f"step {newest_step}" if newest else "the start"
         if action == "give up":
             raise RunDied(
-                f"{supervisor.deaths} deaths without a new checkpoint ({reason}); see {run_dir.logs}, "
+                f"deaths without a new checkpoint: {supervisor.deaths} ({reason}); see {run_dir.logs}, "
                 f"or raise cluster.max_failures (now {spec.cluster.max_failures}); "
                 f"the same command goes on from {where}"
             )
@@ -203,7 +200,7 @@ def _fit(
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     run_dir.heartbeat(0).unlink(missing_ok=True)
     thread.start()
-    if workers < spec.cluster.max_workers and _joined():
+    if workers < spec.cluster.max_workers and is_joined():
         _seek_growth(spec, run_dir, workers, thread)
     while thread.is_alive():
         thread.join(POLL_S)
@@ -277,7 +274,7 @@ def _pickled(spec: RunSpec, given: Given) -> dict[str, bytes]:
     """
     if not given.parts:
         return {}
-    _authenticate(spec)
+    authenticate(spec)
     from ray import cloudpickle
 
     sent: dict[str, bytes] = {}
@@ -348,23 +345,13 @@ def _resources(spec: RunSpec) -> dict[str, float]:
     return {"GPU": 1, "CPU": 1} if ray.cluster_resources().get("GPU", 0) else {"CPU": 1}
 
 
-def _joined() -> bool:
-    """Whether the cluster is there already, and others may use it too."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
 def _check_local_size(spec: RunSpec) -> None:
     """Refuse before Ray starts what this machine alone cannot hold."""
-    if _joined():
+    if is_joined():
         return
-    cores, each = _cores(), spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0)
+    cores, each = usable_cores(), spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0)
     if spec.cluster.min_workers * each > cores:
         raise _too_small(spec, f"{each:g} CPU each, and this machine has {cores} CPUs", int(cores // each))
-
-
-def _cores() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
@@ -378,49 +365,6 @@ def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
     )
 
 
-@contextmanager
-def _cluster(spec: RunSpec | None) -> Iterator[None]:
-    """The cluster at RAY_ADDRESS, or one of our own on this machine; left or closed afterwards."""
-    options: Any = {} if _joined() else {"address": "local", "include_dashboard": False, "num_cpus": _cores()}
-    _authenticate(spec)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that its default will change
-    _check_head()
-    import ray
-
-    try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError) as error:
-        if not _joined():
-            raise
-        rule = f"cannot be joined ({one_line(error)})"
-        cure = "run this by the Python, the ray and the RAY_AUTH_TOKEN of that cluster, or unset RAY_ADDRESS"
-        raise UserError("RAY_ADDRESS", os.environ["RAY_ADDRESS"], rule, cure) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _authenticate(spec: RunSpec | None) -> None:
-    """How a Ray of our own is entered; before ray is imported, which reads it then."""
-    if _joined() or spec is None:
-        return  # one that is joined has its own
-    os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
-    if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
-
-
-@functools.cache  # Ray reads it once in a process
-def _token_file() -> Path:
-    """A token that only this user can read, until this process ends; Ray's own default is readable by the world."""
-    folder = Path(tempfile.mkdtemp(prefix="orchestrator-"))  # 0700
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    return token
-
-
 def _workers(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int:
     """How many workers to start: of an elastic run as many as there is room for now.
 
@@ -432,7 +376,7 @@ def _workers(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int
         StoppedWaiting: run_dir has the file STOP.
     """
     cluster, count = spec.cluster, min(_capacity(spec, wait_s, run_dir), spec.cluster.max_workers)
-    if _joined() and cluster.placement in FREE_PLACEMENTS:  # of the others Ray cannot be asked one by one
+    if is_joined() and cluster.placement in FREE_PLACEMENTS:  # of the others Ray cannot be asked one by one
         with _places(spec, cluster.max_workers) as granted:
             began, told = time.monotonic(), False
             while (count := granted()) < cluster.max_workers:
@@ -515,7 +459,7 @@ def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> in
         fits = _placeable(per_node, spec.cluster.placement)
         if fits >= spec.cluster.min_workers:
             return fits
-        if not _joined() or time.monotonic() > began + wait_s:
+        if not is_joined() or time.monotonic() > began + wait_s:
             break
         if not told and time.monotonic() > began + CLUSTER_WAIT_S:
             told = True
@@ -561,9 +505,9 @@ def doctor(spec: RunSpec | None) -> list[preflight.Check]:
         UserError: the cluster cannot be joined.
     """
     checks = preflight.space_checks(spec) if spec is not None else []
-    if not _joined():
+    if not is_joined():
         return preflight.look_here(spec, spec.cluster.resources.get("GPU", 0) if spec is not None else 0) + checks
-    with _cluster(spec):
+    with entered(spec):
         if spec is not None:
             try:
                 _capacity(spec, CLUSTER_WAIT_S)
@@ -633,26 +577,6 @@ def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.C
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def _check_head() -> None:
-    """Refuse a RAY_ADDRESS at which nobody listens: Ray would try for minutes.
-
-    Raises:
-        UserError: nobody does.
-    """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith("http"):
-        cure = "give that one to orchestrator submit --to ray --address, or set RAY_ADDRESS=HEAD:6379"
-        raise UserError("RAY_ADDRESS", address, "is the address of a job server, which starts no workers", cure)
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    except OSError as error:
-        cure = "start the cluster's head there (ray start --head), or unset RAY_ADDRESS"
-        raise UserError("RAY_ADDRESS", address, f"no Ray answers there ({one_line(error)})", cure) from None
 
 
 @contextmanager

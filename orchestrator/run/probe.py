@@ -17,6 +17,7 @@ from datetime import timedelta
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from orchestrator.settings.spec import UserError
@@ -234,7 +235,7 @@ def one_line(error: Exception) -> str:
     """An exception in short."""
     error = getattr(error, "cause", None) or error  # what Ray hands on has the traceback of the other process in it
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return " ".join(reason.split())[:200]
+    return shorten(reason, 200, placeholder=" ...")
 
 
 def versions() -> dict[str, str]:

@@ -124,7 +124,7 @@ def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Pla
     crashed = place.submit("callbacks=[users_code:Dies]")
     log = said(crashed)
     assert crashed.returncode == 1, log
-    assert re.search(r"error: 1 deaths without a new checkpoint .* raise cluster\.max_failures", log), log
+    assert re.search(r"error: deaths without a new checkpoint: 1 .* raise cluster\.max_failures", log), log
     assert re.search(
         r"ranks: (0-1 on 10\.77\.0\.11 \(n1\); 2 on 10\.77\.0\.12 \(n2\)"
         r"|0 on 10\.77\.0\.12 \(n2\); 1-2 on 10\.77\.0\.11 \(n1\))\n",

@@ -15,6 +15,7 @@ from tiny import ALONE
 from transformers import TrainerCallback
 
 from orchestrator.run import driver
+from orchestrator.run.cluster import check_head
 from orchestrator.run.driver import _pickled, _placeable, _unpickled
 from orchestrator.settings.spec import UserError
 from orchestrator.training.given import Given
@@ -104,7 +105,7 @@ def test_who_asks_a_waiting_run_to_stop_does_not_wait_with_it(tmp_path: Path, ru
 def test_the_address_of_a_job_server_is_not_that_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
     with pytest.raises(UserError, match=r"is the address of a job server, .* orchestrator submit --to ray --address"):
-        driver._check_head()
+        check_head()
 
 
 # --- elastic runs ------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def test_shares_of_a_gpu_are_counted_without_rounding_down(
 
 
 def test_on_this_machine_the_fewest_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_cores", lambda: 2)
+    monkeypatch.setattr(driver, "usable_cores", lambda: 2)
     driver._check_local_size(elastic(tmp_path, 1, 4))
     with pytest.raises(UserError, match=r"num_workers = \[3, 4\]: workers need 1 CPU each, .* 2 CPUs; set .*=2"):
         driver._check_local_size(elastic(tmp_path, 3, 4))

@@ -1,0 +1,31 @@
+"""Say in one line which worker of a Ray Train run died, why, and which log to read."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from textwrap import shorten
+
+KEPT = 300  # characters of a reason
+RAYS_NAMES = re.compile(r"\s(class_name|actor_id|namespace|pid|ip): \S*")
+PROCESS_GONE = "its worker process has died"  # of which Ray knows nothing more, and says so at length
+
+
+def reason_of_death(error: Exception | None, log_of: Callable[[int], Path]) -> str:
+    """Return the rank that died first, the reason in short, and its log.
+
+    error: what TorchTrainer.fit raised. A rank whose process is gone comes before ranks that raised, as these
+    usually lost their connection to it.
+    """
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
+    if not failures:
+        return _in_short(str(error))
+    gone = [rank for rank, failure in failures.items() if hasattr(failure, "health_check_failure")]
+    rank = min(gone or failures)
+    return f"rank {rank}: {_in_short(str(failures[rank]))}; its log is {log_of(rank)}"
+
+
+def _in_short(text: str) -> str:
+    """Return a text of Ray's on one line, cut at a word."""
+    if PROCESS_GONE in text:
+        return "its process is gone: killed by a signal, out of memory, or crashed"
+    return shorten(RAYS_NAMES.sub("", " ".join(text.split())), KEPT, placeholder=" ...")
