@@ -257,6 +257,8 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
 
     The lock dies with its holder, so a killed builder is simply replaced by the next process.
     """
+    if folder.exists():
+        return  # whoever may read the cache need not be allowed to write the lock
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         while not folder.exists():

@@ -15,6 +15,7 @@ from orchestrator.dpo.losses import PairTerms, as_known, pair_losses, rewards
 from orchestrator.models.layers import captured_at
 from orchestrator.models.logps import PairSums, TokenTerms, body_hidden, loss_in_head, sequence_sums
 from orchestrator.models.reference import Reference
+from orchestrator.models.storage import stored_tensors
 from orchestrator.settings.spec import DpoSpec
 
 if TYPE_CHECKING:
@@ -122,9 +123,10 @@ class PairStep(nn.Module):
             return self.reference(batch, *captured)
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps, by name: the policy's parameters, of a LoRA policy those of its adapters (the base
-        can be had again, and is known by its hash); and of a reference that moves its own weights."""
-        policy: dict[str, torch.Tensor] = dict(self.policy.named_parameters())
+        """Return what a checkpoint keeps, by name: the policy's parameters and persistent buffers, of a LoRA policy the
+        parameters of its adapters (the base can be loaded again, and is known by its hash); and the weights of a
+        reference that moves."""
+        policy = stored_tensors(self.policy)
         if adapters := {name: p for name, p in policy.items() if ".lora_" in name}:
             policy = adapters
         return policy | {f"reference.{name}": value for name, value in self.reference.moving().items()}

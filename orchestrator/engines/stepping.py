@@ -25,6 +25,7 @@ from orchestrator.engines.base import (
 )
 from orchestrator.engines.precision import Types, dtype_held, is_16_bit, name_of
 from orchestrator.engines.scale import LossScale
+from orchestrator.models.storage import persistent_buffers
 from orchestrator.settings.spec import EngineSpec, Precision
 from orchestrator.world import World
 
@@ -222,7 +223,10 @@ class SteppingEngine:
         keeper = self._keeper()
         groups = {p: group for group in keeper.param_groups for p in group["params"]}
         keeper.state.clear()
+        buffers = persistent_buffers(self.step.policy)
         for name, _, start, stop, weight, holder, offset, _ in self._fragments():
+            if name in buffers and not keys(name):
+                continue  # an older version left them out: they are as when the model was loaded
             weight.copy_(read(name, "param", start, stop))
             if holder is None:
                 continue

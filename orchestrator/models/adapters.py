@@ -92,7 +92,7 @@ def scalings(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def base_name(parameter: str) -> str:
     """The name that a parameter of the base has in a model without adapters."""
-    return parameter.replace(".base_layer.", ".")
+    return parameter.replace("base_layer.", "")  # adapters of several parameters of a module stand in each other
 
 
 @contextmanager
@@ -118,12 +118,12 @@ def adapter_off(layers: list[Any]) -> Iterator[None]:
 def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel":
     """The same model, changed in place, with plain layers again; merged: the adapter's product is added to them, and
     layers in 8 or 4 bits, with an adapter or without, become ones of fp32."""
-    for name, layer in adapter_layers(model).items():
-        plain = layer.get_base_layer()
-        if merged:
-            plain, delta = unquantized(plain), layer.get_delta_weight(POLICY)
-            plain.weight = nn.Parameter((plain.weight + delta).to(plain.weight.dtype), requires_grad=False)
-        model.set_submodule(name, plain)
+    layers = adapter_layers(model)
+    for layer in layers.values() if merged else ():
+        _merge(layer)
+    for name, layer in layers.items():
+        if name.removesuffix(".base_layer") not in layers.keys() - {name}:  # else it stands in another adapter
+            model.set_submodule(name, layer.get_base_layer())
     for name, layer in list(model.named_modules()) if merged else ():
         if (plain := unquantized(layer)) is not layer:
             model.set_submodule(name, plain)
@@ -132,6 +132,45 @@ def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel"
             delattr(model, flag)
     model._hf_peft_config_loaded = False
     return model
+
+
+def _merge(layer: Any) -> None:
+    """Add an adapter to the weight below it: that of a linear layer, or the parameter of a module, such as experts."""
+    base, delta = layer.get_base_layer(), layer.get_delta_weight(POLICY)
+    plain = unquantized(base)
+    if plain is not base:
+        layer.base_layer = plain
+        delta = delta if isinstance(plain, nn.Linear) else delta.T  # a Conv1D is stored [in, out], its bits [out, in]
+    name = _adapted_parameter(layer)
+    weight = getattr(plain, name)
+    setattr(plain, name, nn.Parameter((weight + delta).to(weight.dtype), requires_grad=False))
+
+
+def _adapted_parameter(layer: Any) -> str:
+    """Return the name of the parameter that an adapter changes, in its base layer."""
+    return getattr(layer, "parameter_name", "weight")  # of peft's ParamWrapper
+
+
+@torch.no_grad()
+def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
+    """Refuse an adapter that could not be merged after training: one layer of each kind is tried.
+
+    Raises:
+        UserError: peft cannot say what it adds to a weight, or that has another shape.
+    """
+    kinds = {(type(layer), _adapted_parameter(layer)): name for name, layer in adapter_layers(model).items()}
+    for name in kinds.values():
+        layer: Any = model.get_submodule(name)
+        try:
+            delta = layer.get_delta_weight(POLICY)
+            weight = getattr(layer.get_base_layer(), _adapted_parameter(layer))
+            fits = delta.shape == weight.shape or not weight.is_floating_point()  # bits have a shape of their own
+        except Exception:  # whatever peft, or a library below it, raises for a layer that it does not support
+            fits = False
+        if not fits:
+            key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
+            rule = f"the adapter on {name} ({type(layer).__name__}) cannot be merged when the model is exported"
+            raise UserError(key, spec.adapter_path or spec.target_modules, rule, "name linear layers below the head")
 
 
 def check_adapter(spec: LoraSpec) -> Any:

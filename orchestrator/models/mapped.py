@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from orchestrator.models.adapters import base_name
+from orchestrator.models.storage import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,12 +41,9 @@ def load_mapped(path: str, config: Any, dtype: torch.dtype) -> "PreTrainedModel"
 
 def save_made(model: "PreTrainedModel", folder: Path) -> None:
     """Write weights for `load_made`: as named and shaped in the model, tied ones once."""
-    from safetensors.torch import save_file
-
     state = model.state_dict()
-    save_file(
-        {name: state[name].contiguous() for name in state if name not in _tied(model)}, folder / "model.safetensors"
-    )
+    weights = {name: state[name].contiguous() for name in state if name not in _tied(model)}
+    save_tensors(weights, folder / "model.safetensors")
 
 
 def load_made(folder: Path, config: Any, dtype: torch.dtype) -> "PreTrainedModel":

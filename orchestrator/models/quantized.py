@@ -41,7 +41,7 @@ def is_int8(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def unquantized(layer: Any) -> Any:
-    """A linear layer of fp32 in the place of one in 8 or 4 bits; any other module as it is."""
+    """A linear layer of fp32, or a Conv1D, in the place of one in 8 or 4 bits; any other module as it is."""
     weight = getattr(layer, "weight", None)
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -54,10 +54,23 @@ def unquantized(layer: Any) -> Any:
         full = int8_vectorwise_dequant(held.weight.data, held.state.SCB if held.weight.SCB is None else held.weight.SCB)
     else:
         return layer
+    if getattr(layer, "was_conv1d", False):
+        return _conv1d(full, layer.bias)
     plain = nn.Linear(full.shape[1], full.shape[0], bias=layer.bias is not None, device=full.device)
     plain.weight = nn.Parameter(full, requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    return plain
+
+
+def _conv1d(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """Return GPT-2's kind of linear layer, which is stored [in, out], from a weight [out, in]."""
+    from transformers.pytorch_utils import Conv1D
+
+    plain = Conv1D(*weight.shape).to(weight.device)
+    plain.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
     return plain
 
 
@@ -70,6 +83,7 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
     weight = weight if isinstance(linear, nn.Linear) else weight.t().contiguous()  # GPT-2's Conv1D is [in, out]
     options: Any = {"bias": linear.bias is not None, "device": "meta"}
     made: Any
+    was_conv1d = not isinstance(linear, nn.Linear)
     if kind == "int8":
         made = bnb.Linear8bitLt(weight.shape[1], weight.shape[0], has_fp16_weights=False, **options)
         made.state.threshold, made.state.use_pool = OUTLIER, True
@@ -83,6 +97,7 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
         made.support_avx512bf16_for_cpu = False  # it repacks the weight when it first judges, and training then fails
     made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     made = made.to(device)
+    made.was_conv1d = was_conv1d
     # on a CPU an int8 layer computes otherwise in training: policy and reference, train and eval, must agree
     made.training = False
     made.train = _stays

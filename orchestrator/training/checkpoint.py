@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from orchestrator.engines.base import SCALAR, Owned
+from orchestrator.models.storage import save_tensors
 from orchestrator.settings.spec import UserError
 from orchestrator.training.ledger import Ledger, write_rows
 from orchestrator.training.manifest import (
@@ -367,8 +368,8 @@ class _Draft:
                 is_whole = key.startswith(SCALAR) or value.numel() != part.stop - part.start  # has a shape of its own
                 begin, end = (0, value.numel()) if is_whole else (part.start, part.stop)
                 ranges.append((file, label, part.name, key, begin, end))
-        save_file(tensors, self.partial / file)
-        save_file(rng, self.partial / rng_file)
+        save_tensors(tensors, self.partial / file)
+        save_tensors(rng, self.partial / rng_file)
         files = {name: synced_sha256(self.partial / name) for name in (file, rng_file)}
         if seen is not None:
             write_rows(seen, self.partial / seen_file)

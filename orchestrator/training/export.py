@@ -1,16 +1,22 @@
 """A checkpoint -> a Hugging Face model folder that from_pretrained loads, with a card that says how it was trained."""
 
+import copy
 import json
+import logging
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from orchestrator.models.adapters import without_adapter
+from orchestrator.models.adapters import base_name, check_mergeable, without_adapter
 from orchestrator.models.policy import DTYPES, build_policy, cast_to
+from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import PolicyStart, identity_of
+from orchestrator.models.storage import persistent_buffers, stored_tensors
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import Dtype, Exported, RunSpec, SourceSpec, UserError
 from orchestrator.training.checkpoint import Reader, newest_valid
@@ -19,7 +25,11 @@ from orchestrator.training.metrics import evaluated_sets
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of a multimodal model that training does not read."""
 TRAINED_BY = "Trained with preference pairs by dpo-orchestrator."
+
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -42,9 +52,6 @@ def export(
             an earlier export.
         ReadFailed: the newest checkpoint cannot be read now.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model: Any
     spec = load_spec(run_dir.config)
     if checkpoint is None:
         checkpoint = _chosen(run_dir, which or spec.checkpoint.export)
@@ -53,22 +60,109 @@ def export(
     if out.exists() and any(out.iterdir()) and not _is_export(out):
         raise UserError("OUT", str(out), "is a folder with other things in it", "choose a new folder")
     reader = Reader(checkpoint)
-    if spec.model.lora is not None:
-        model = cast_to(_merged(run_dir, spec, reader), dtype)
-    else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run_dir.tokenizer), dtype=DTYPES[dtype])
-        _fill(model, reader, "")
+    model = _merged(run_dir, spec, reader, dtype) if spec.model.lora else _trained(run_dir, spec, reader, dtype)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
-    for file in run_dir.tokenizer.iterdir():  # after it: save_pretrained writes a generation config of defaults
-        if file.name != "config.json":
-            shutil.copy(file, partial)
-    (partial / "README.md").write_text(_card(spec, reader.meta, _last_metrics(run_dir, reader.meta["step"])))
+    # after it: save_pretrained writes a generation config of defaults
+    shutil.copytree(run_dir.tokenizer, partial, ignore=_only_config, dirs_exist_ok=True)
+    card = partial / "README.md"
+    card.write_text(_card(spec, reader.meta, _last_metrics(run_dir, reader.meta["step"])))
+    for file in filter(Path.is_file, partial.rglob("*")):
+        file.chmod(card.stat().st_mode)  # that of any new file: safetensors writes with 0600
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out
+
+
+def keep_for_export(run_dir: RunDir, policy: Any, tokenizer: Any, config: Any, source: str | None) -> None:
+    """Write what an export needs besides weights: the config, the tokenizer, how to generate, how to read images.
+
+    config: see exported_config. source: the folder or hub name that the policy was loaded from.
+    """
+    run_dir.tokenizer.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(run_dir.tokenizer)
+    config.save_pretrained(run_dir.tokenizer)
+    if policy.generation_config is not None:
+        # not save_pretrained, which refuses values that only warn when they are loaded
+        policy.generation_config.to_json_file(run_dir.tokenizer / "generation_config.json")
+    for name in PROCESSOR_FILES if source else ():
+        if (path := _file_at(str(source), name)) is not None:
+            shutil.copyfile(path, run_dir.tokenizer / name)
+
+
+def exported_config(policy: Any, loaded: Any) -> Any:
+    """Return the config of an export: the one that was loaded, with what the policy's weights say of ties.
+
+    Training has a copy of its own, in which dropout and other noise may be off. Where a checkpoint holds a head of its
+    own, transformers loads it whatever the config says, and training with frozen embeddings unties the two.
+    """
+    config = loaded if type(loaded) is type(policy.config) else loaded.get_text_config()
+    config = copy.deepcopy(config)
+    head, embeddings = policy.get_output_embeddings(), policy.get_input_embeddings()
+    if isinstance(getattr(head, "weight", None), torch.nn.Parameter):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = head.weight is embeddings.weight
+    config.architectures = [type(policy).__name__]
+    config.dtype = policy.dtype
+    config.__dict__.pop("quantization_config", None)  # what is exported is in full precision
+    for name in config._get_generation_parameters():  # of old files; the generation config has them by now
+        delattr(config, name)
+    return config
+
+
+def check_exportable(policy: Any, config: Any, spec: RunSpec) -> None:
+    """Refuse, before anything is trained, a policy for which the model that an export builds has no place.
+
+    Raises:
+        UserError: names of weights that one of the two lacks, or that have another shape there; or an adapter that
+            cannot be merged.
+    """
+    if spec.model.lora is not None:
+        check_mergeable(policy, spec.model.lora)
+    with torch.device("meta"):
+        built = _new_model(config, torch.float32)
+    theirs = {name: tuple(value.shape) for name, value in stored_tensors(built).items()}
+    ours = {base_name(name): tuple(value.shape) for name, value in stored_tensors(policy).items() if not _is_lora(name)}
+    if is_quantized(policy):  # whose bits have shapes of their own
+        theirs, ours = dict.fromkeys(theirs, ()), dict.fromkeys(ours, ())
+    if different := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+        rule = f"an export would not hold what is trained: {_some(different)} of it are not as its config says"
+        fix = "save the model once with transformers' save_pretrained, and take that"
+        key = "model.path" if spec.model.path else "model.init"
+        raise UserError(key, spec.model.path or config.model_type, rule, fix)
+
+
+def _new_model(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _is_lora(name: str) -> bool:
+    return ".lora_" in name
+
+
+def _some(names: list[str]) -> str:
+    """Return a few of many names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
+def _file_at(source: str, name: str) -> str | None:
+    """Return the path of a file of a model, in a folder or from the hub, if it has one."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        return cached_file(source, name)
+    except OSError:  # it has none, or the hub cannot be reached
+        return None
+
+
+def _only_config(_: str, names: list[str]) -> list[str]:
+    """Leave out the config, which save_pretrained has written."""
+    return ["config.json"] if "config.json" in names else []
 
 
 def _chosen(run_dir: RunDir, which: Exported) -> Path:
@@ -87,24 +181,70 @@ def _chosen(run_dir: RunDir, which: Exported) -> Path:
 
 
 @torch.no_grad()
-def _fill(model: torch.nn.Module, reader: Reader, part: str) -> None:
-    """Fill the parameters whose name holds `part` from the checkpoint."""
-    for name, parameter in model.named_parameters():
-        if part in name:
-            parameter.copy_(reader.parameter(name))
+def _trained(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any:
+    """Return the model of a run that trained its weights, from the checkpoint alone.
+
+    Raises:
+        UserError: the checkpoint does not hold all of it.
+    """
+    from transformers import AutoConfig
+
+    model = _new_model(AutoConfig.from_pretrained(run_dir.tokenizer), DTYPES[dtype])
+    _untie(model, reader)
+    parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
+    if missing := sorted(parameters.keys() - reader.shapes.keys()):
+        rule = f"does not hold {_some(missing)} of a {type(model).__name__}"
+        raise UserError("checkpoint", str(reader.folder), rule, "export a checkpoint of this run")
+    keeps = _kept_in_fp32(model, DTYPES[dtype])
+    for name, parameter in parameters.items():
+        parameter.data = reader.parameter(name).to(torch.float32 if keeps(name) else parameter.dtype)
+    if old := sorted(buffers.keys() - reader.shapes.keys()):
+        logger.warning(
+            "%s was written by a version that left out %s: taken from the start of the run", reader.folder, _some(old)
+        )
+        start = persistent_buffers(build_policy(spec, _tokenizer(run_dir), torch.float32))
+    for name, buffer in buffers.items():
+        buffer.data = reader.parameter(name) if name in reader.shapes else start[name]
+    return model
 
 
-def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader) -> Any:
-    """The base made as for training, quantised and all, with the trained adapter merged into it, in fp32.
+def _untie(model: Any, reader: Reader) -> None:
+    """Give each weight that the checkpoint holds apart a parameter of its own, and have the config say so."""
+    first: dict[int, str] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if first.setdefault(id(parameter), name) != name and name in reader.shapes:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty_like(parameter)))
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False
+
+
+def _kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Return whether transformers holds a weight in fp32 when it loads the model in 16 bits."""
+    patterns = list(model._get_dtype_plan(dtype))
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def _tokenizer(run_dir: RunDir) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(run_dir.tokenizer)
+
+
+@torch.no_grad()
+def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any:
+    """Return the base as it was built for training, quantised and all, with the trained adapter merged into it in fp32.
 
     Raises:
         UserError: the base is not the one that the adapter was trained on.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(run_dir.tokenizer)
-    model: Any = build_policy(spec, tokenizer, torch.float64 if spec.precision == "fp64" else torch.float32)
-    _fill(model, reader, ".lora_")
+    held = torch.float64 if spec.precision == "fp64" else torch.float32
+    model: Any = build_policy(spec, _tokenizer(run_dir), held)
+    for name, parameter in model.named_parameters():
+        if _is_lora(name):
+            parameter.copy_(reader.parameter(name))
     trained_on = reader.meta["identity"].get("base", reader.meta["identity"]["reference"])["weights"]
     found = identity_of(PolicyStart(model).tensors(), model.config, World(0, 1, 0, torch.device("cpu")))["weights"]
     if found != trained_on:
@@ -112,7 +252,13 @@ def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader) -> Any:
         raise UserError("model.path", spec.model.path, rule, "put them back")
     if spec.model.lora is not None and spec.model.lora.base in DTYPES:
         model = cast_to(model, "fp32")  # to add in fp32
-    return without_adapter(model, merged=True)
+    model = without_adapter(model, merged=True)
+    keeps = _kept_in_fp32(model, DTYPES[dtype])
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if keeps(name) else DTYPES[dtype])
+    model.config = AutoConfig.from_pretrained(run_dir.tokenizer)
+    model.generation_config = GenerationConfig()  # the file of the run replaces it
+    return model
 
 
 def _is_export(folder: Path) -> bool:

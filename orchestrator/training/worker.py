@@ -38,7 +38,7 @@ from orchestrator.training import checkpoint, manifest
 from orchestrator.training.announce import evaluation_named, say_models, say_run, say_types
 from orchestrator.training.callbacks import Callbacks, build_callbacks, training_args
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
-from orchestrator.training.export import export
+from orchestrator.training.export import check_exportable, export, exported_config, keep_for_export
 from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.health import Session
 from orchestrator.training.manifest import step_folder
@@ -163,8 +163,11 @@ def _assembled(
     identity = _identity(spec, prepared, policy, reference, world, dtype)
     cost = pair_cost(policy)
     length = run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training)
+    config = exported_config(policy, prepared.config)
+    check_exportable(policy, config, spec)
+    if world.is_main:
+        keep_for_export(run_dir, policy, prepared.tokenizer, config, spec.model.path)
     if found is None and world.is_main:
-        _keep_what_an_export_needs(run_dir, policy, prepared.tokenizer)
         say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
     step = _pair_step(spec, policy, reference, world, precision, dtype)
     engine = _engine(spec, world, precision, dtype)
@@ -487,14 +490,6 @@ def _fill_caches(
         if missing and spec.reference.kind == "precomputed":
             rule = f"the log-probs of {missing} {name} pairs could not be kept in {each.cache.folder}"
             raise UserError("reference.kind", "precomputed", rule, "make room there, or set data.cache_dir to another")
-
-
-def _keep_what_an_export_needs(run_dir: RunDir, policy: Any, tokenizer: Any) -> None:
-    run_dir.tokenizer.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(run_dir.tokenizer)
-    policy.config.save_pretrained(run_dir.tokenizer)
-    if policy.generation_config is not None:
-        policy.generation_config.save_pretrained(run_dir.tokenizer)
 
 
 def _concluded(spec: RunSpec, ended: Ended, run_dir: RunDir, world: World) -> RunResult:
