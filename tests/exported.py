@@ -112,3 +112,8 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def _has_router(base: Path) -> bool:
     return "router" in json.dumps(json.loads((base / "config.json").read_text()))
+
+
+def export_error_on_ranks(world: World, folder: Path, base: Path, settings: dict[str, Any]) -> float:
+    """`export_error`, for ranks.Ranks; data files have to be there."""
+    return export_error(folder, base, world, **settings)

@@ -1,0 +1,277 @@
+"""from_pretrained(export) computes what the policy computed at its last step, whatever the model stores and how."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import (
+    TOLERANCE,
+    changed_file,
+    export_error,
+    export_error_on_ranks,
+    logits,
+    random_base,
+    trained_logits,
+)
+from ranks import on_gloo
+from safetensors.torch import load_file
+from support import raw_settings
+from tiny import ALONE
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from orchestrator.models.storage import persistent_buffers
+from orchestrator.run.trial import NothingToSave
+from orchestrator.settings.load import make_spec
+from orchestrator.settings.spec import UserError
+from orchestrator.training.checkpoint import Reader
+from orchestrator.training.export import export
+from orchestrator.training.manifest import sha256_of
+from orchestrator.training.prepare import prepare
+from orchestrator.training.worker import built
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {**SIZES, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 8}
+ROUTED["first_k_dense_replace"] = 1
+GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+LORA = {"model": {"lora": {"r": 4}}, "reference": {"kind": "adapter_off"}}
+
+
+def config(model_type: str, sizes: dict[str, Any] = SIZES, **more: Any) -> Any:
+    return AutoConfig.for_model(model_type, **sizes, **more)
+
+
+@pytest.fixture
+def separate_head(tmp_path: Path) -> Path:
+    """A model whose config ties head and embeddings, and whose file holds a head of its own."""
+    base = random_base(tmp_path / "base", config("llama", tie_word_embeddings=True))
+    changed_file(base, lm_head__weight=torch.randn(300, 32, generator=torch.Generator().manual_seed(1)))
+    return base
+
+
+@pytest.mark.parametrize(
+    ("of", "settings"),
+    [
+        (config("llama", tie_word_embeddings=True), {}),
+        (config("glm4_moe", ROUTED), {}),
+        (config("qwen3_moe", EXPERTS), LORA),
+        (config("gpt2", GPT2), LORA),
+    ],
+    ids=["tied", "router biases", "adapter on experts", "adapter on Conv1D"],
+)
+def test_export_computes_what_the_policy_computed(tmp_path: Path, of: Any, settings: dict[str, Any]) -> None:
+    assert export_error(tmp_path, random_base(tmp_path / "base", of), **settings) <= TOLERANCE
+
+
+# --- more kinds, and engines --------------------------------------------------------------------------------------
+
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+HYBRID = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2}
+HYBRID |= {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "moe_shared_expert_intermediate_size": 16}
+KINDS: dict[str, Any] = {
+    "untied": config("llama", tie_word_embeddings=False),
+    "window": config("mistral", sliding_window=8),
+    "soft cap": config("gemma2", sliding_window=8, head_dim=8),
+    "mixtral": config("mixtral", EXPERTS),
+    "qwen2_moe": config("qwen2_moe", EXPERTS, shared_expert_intermediate_size=16),
+    "olmoe": config("olmoe", EXPERTS),
+    "granitemoe": config("granitemoe", EXPERTS),
+    "gpt_oss": config("gpt_oss", EXPERTS, head_dim=8),
+    "ernie4_5_moe": config("ernie4_5_moe", EXPERTS, moe_num_experts=4, moe_k=2, moe_layer_start_index=1),
+    "minimax_m2": config("minimax_m2", EXPERTS, head_dim=8),
+    "deepseek_v3": config("deepseek_v3", {**ROUTED, **MLA}),
+    "dots1": config("dots1", ROUTED),
+    "lfm2_moe": config("lfm2_moe", EXPERTS, num_dense_layers=1, layer_types=["full_attention", "conv"]),
+    "nemotron_h": config("nemotron_h", {**ROUTED, **HYBRID}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_of_many_kinds_computes_what_the_policy_computed(
+    tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    assert export_error(tmp_path, random_base(tmp_path / "base", KINDS[kind]), **settings) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [{"kind": "ddp"}, {"kind": "fsdp"}, {"kind": "deepspeed", "zero_stage": 3}], ids=str)
+@pytest.mark.parametrize(
+    ("of", "settings"),
+    [(config("glm4_moe", ROUTED), {}), (config("qwen3_moe", EXPERTS), LORA)],
+    ids=["router biases", "adapter on experts"],
+)
+def test_export_of_two_ranks_computes_what_the_policy_computed(
+    tmp_path: Path, engine: dict[str, Any], of: Any, settings: dict[str, Any]
+) -> None:
+    raw_settings(tmp_path)  # writes the data
+    base = random_base(tmp_path / "base", of)
+    errors = on_gloo(2, export_error_on_ranks, tmp_path, base, {**settings, "engine": engine})
+    assert max(errors) <= TOLERANCE
+
+
+# --- heads ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_only_the_file_has_is_trained_and_exported(tmp_path: Path, separate_head: Path) -> None:
+    policy, run_dir = trained_logits(tmp_path, separate_head)
+    exported = AutoModelForCausalLM.from_pretrained(run_dir.model)
+    assert (logits(exported) - policy).abs().max() <= TOLERANCE * policy.abs().max()
+    assert not exported.config.tie_word_embeddings
+    head = load_file(separate_head / "model.safetensors")["lm_head.weight"]
+    assert 0 < (exported.lm_head.weight - head).abs().max() < 0.1  # three steps of 0.01
+
+
+def test_an_old_run_whose_config_ties_a_separate_head_is_exported_with_it(tmp_path: Path, separate_head: Path) -> None:
+    policy, run_dir = trained_logits(tmp_path, separate_head)
+    old = run_dir.tokenizer / "config.json"
+    old.write_text(json.dumps({**json.loads(old.read_text()), "tie_word_embeddings": True}))
+    exported = AutoModelForCausalLM.from_pretrained(export(run_dir, tmp_path / "again"))
+    assert (logits(exported) - policy).abs().max() <= TOLERANCE * policy.abs().max()
+    assert not exported.config.tie_word_embeddings
+
+
+# --- persistent buffers ------------------------------------------------------------------------------------------
+
+
+def without_buffers(checkpoint: Path, names: set[str]) -> None:
+    """Make a checkpoint one of a version that left buffers out."""
+    index, manifest = (json.loads((checkpoint / f"{name}.json").read_text()) for name in ("index", "manifest"))
+    index["shapes"] = {name: shape for name, shape in index["shapes"].items() if name not in names}
+    index["ranges"] = [entry for entry in index["ranges"] if entry[2] not in names]
+    (checkpoint / "index.json").write_text(json.dumps(index))
+    manifest["files"]["index.json"] = sha256_of(checkpoint / "index.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_without_buffers_takes_them_from_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = random_base(tmp_path / "base", config("glm4_moe", ROUTED))
+    policy, run_dir = trained_logits(tmp_path, base)
+    [checkpoint] = run_dir.checkpoints.glob("step_*")
+    start = AutoModelForCausalLM.from_pretrained(base)
+    buffers = persistent_buffers(start)
+    assert buffers.keys() <= Reader(checkpoint).shapes.keys()
+    without_buffers(checkpoint, set(buffers))
+    exported = AutoModelForCausalLM.from_pretrained(export(run_dir, tmp_path / "again"))
+    assert (logits(exported) - policy).abs().max() <= TOLERANCE * policy.abs().max()
+    assert "was written by a version that left out model.layers.1.mlp.gate.e_score_correction_bias" in caplog.text
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_resumed_policy_has_the_buffers_of_the_run(tmp_path: Path, is_old: bool) -> None:
+    base = random_base(tmp_path / "base", config("glm4_moe", ROUTED))
+    _, run_dir = trained_logits(tmp_path, base)
+    [checkpoint] = run_dir.checkpoints.glob("step_*")
+    expected = persistent_buffers(AutoModelForCausalLM.from_pretrained(base))
+    assert all(buffer.abs().max() > 0 for buffer in expected.values())
+    if is_old:
+        without_buffers(checkpoint, set(expected))
+    blocks = {"model": {"init": None, "path": str(base)}, "data": {"eval": None}, "training": {"max_steps": 3}}
+    spec = make_spec(raw_settings(tmp_path, **blocks))
+    with built(spec, prepare(spec), ALONE, NothingToSave(), run_dir, found=checkpoint) as trainer:
+        found = persistent_buffers(trainer.engine.step.policy)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], buffer) for name, buffer in expected.items())
+
+
+def test_router_biases_stay_in_fp32_in_a_16_bit_export(tmp_path: Path) -> None:
+    base = random_base(tmp_path / "base", config("glm4_moe", ROUTED))
+    _, run_dir = trained_logits(tmp_path, base)
+    half = load_file(export(run_dir, tmp_path / "half", "bf16") / "model.safetensors")
+    whole = load_file(run_dir.model / "model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(half.pop(name), whole[name])
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+
+
+# --- what stands beside the weights ------------------------------------------------------------------------------
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        _, run_dir = trained_logits(tmp_path, random_base(tmp_path / "base", config("llama")))
+    finally:
+        os.umask(before)
+    folders = (run_dir.model, run_dir.checkpoints, run_dir.tokenizer, run_dir.pairs, tmp_path / "cache")
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert any(file.name == "rank_00000.safetensors" for file in files)
+    modes = {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in files}
+    assert {name: mode for name, mode in modes.items() if mode != "0o640"} == {}
+
+
+def test_the_config_is_exported_as_it_was_loaded(tmp_path: Path) -> None:
+    base = random_base(tmp_path / "base", config("llama", attention_dropout=0.25, use_cache=True))
+    _, run_dir = trained_logits(tmp_path, base)
+    exported, loaded = (json.loads((folder / "config.json").read_text()) for folder in (run_dir.model, base))
+    assert exported == loaded
+
+
+def test_what_stands_beside_a_base_is_exported(tmp_path: Path) -> None:
+    base = random_base(tmp_path / "base", config("llama"))
+    sampling = {"do_sample": False, "temperature": 0.6, "max_new_tokens": 9}  # which transformers refuses to save anew
+    (base / "generation_config.json").write_text(json.dumps(sampling))
+    (base / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    _, run_dir = trained_logits(tmp_path, base)
+    exported = json.loads((run_dir.model / "generation_config.json").read_text())
+    assert exported.items() >= sampling.items()
+    assert (run_dir.model / "preprocessor_config.json").read_text() == '{"image_mean": [0.5]}'
+    assert AutoTokenizer.from_pretrained(run_dir.model).chat_template == tokenizer.chat_template
+
+
+# --- what cannot be exported -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import ParamWrapper
+
+    def unsupported(*_: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    monkeypatch.setattr(ParamWrapper, "get_delta_weight", unsupported)
+    base = random_base(tmp_path / "base", config("qwen3_moe", EXPERTS))
+    with pytest.raises(UserError, match=r"the adapter on .* \(ParamWrapper\) cannot be merged when the model is"):
+        trained_logits(tmp_path, base, **LORA)
+    assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
+
+
+def test_a_model_that_its_config_does_not_describe_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.training import worker
+
+    build = worker.build_policy
+
+    def with_a_bias(*args: Any, **options: Any) -> Any:
+        model: Any = build(*args, **options)
+        model.model.norm.bias = torch.nn.Parameter(torch.zeros(32))
+        return model
+
+    monkeypatch.setattr(worker, "build_policy", with_a_bias)
+    base = random_base(tmp_path / "base", config("llama"))
+    with pytest.raises(UserError, match=r"model.path = .*an export would not hold what is trained: model.norm.bias"):
+        trained_logits(tmp_path, base)
+    assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
