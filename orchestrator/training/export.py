@@ -191,21 +191,28 @@ def _trained(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> An
 
     model = _new_model(AutoConfig.from_pretrained(run_dir.tokenizer), DTYPES[dtype])
     _untie(model, reader)
-    parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
+    parameters = dict(model.named_parameters())
     if missing := sorted(parameters.keys() - reader.shapes.keys()):
         rule = f"does not hold {_some(missing)} of a {type(model).__name__}"
         raise UserError("checkpoint", str(reader.folder), rule, "export a checkpoint of this run")
     keeps = _kept_in_fp32(model, DTYPES[dtype])
     for name, parameter in parameters.items():
         parameter.data = reader.parameter(name).to(torch.float32 if keeps(name) else parameter.dtype)
-    if old := sorted(buffers.keys() - reader.shapes.keys()):
-        logger.warning(
-            "%s was written by a version that left out %s: taken from the start of the run", reader.folder, _some(old)
-        )
+    _fill_buffers(model, run_dir, spec, reader)
+    return model
+
+
+def _fill_buffers(model: Any, run_dir: RunDir, spec: RunSpec, reader: Reader) -> None:
+    """Take the persistent buffers from the checkpoint, or, where an older version left them out, from the start."""
+    buffers = persistent_buffers(model)
+    left_out = sorted(buffers.keys() - reader.shapes.keys())
+    start: dict[str, torch.Tensor] = {}
+    if left_out:
+        said = "%s was written by a version that left out %s: taken from the model that the run started with"
+        logger.warning(said, reader.folder, _some(left_out))
         start = persistent_buffers(build_policy(spec, _tokenizer(run_dir), torch.float32))
     for name, buffer in buffers.items():
-        buffer.data = reader.parameter(name) if name in reader.shapes else start[name]
-    return model
+        buffer.data = start[name] if name in left_out else reader.parameter(name)
 
 
 def _untie(model: Any, reader: Reader) -> None:
