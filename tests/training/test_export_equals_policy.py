@@ -80,7 +80,14 @@ def test_export_computes_what_the_policy_computed(tmp_path: Path, of: Any, setti
 
 # --- more kinds, and engines --------------------------------------------------------------------------------------
 
-MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 HYBRID = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2}
 HYBRID |= {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "moe_shared_expert_intermediate_size": 16}
 KINDS: dict[str, Any] = {
