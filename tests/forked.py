@@ -334,7 +334,7 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
 
     stages: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
         "begun": (checkpoint._Draft, "write", lambda draft, *_: draft.step == step, "before"),
-        "half written": (checkpoint, "save_file", is_file("rank_"), "in the middle"),
+        "half written": (checkpoint, "save_tensors", is_file("rank_"), "in the middle"),
         "written": (checkpoint, "synced_sha256", is_file("rank_"), "before"),
         "rows half written": (checkpoint, "write_rows", is_file("pairs_"), "in the middle"),
         "part begun": (ledger, "write_rows", lambda _, path: path.name.startswith(".steps_"), "in the middle"),

@@ -286,7 +286,7 @@ def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch:
 # --- errors while writing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails", ["save_file", "synced_sha256", "write_atomically", "sync_folder"])
+@pytest.mark.parametrize("fails", ["save_tensors", "synced_sha256", "write_atomically", "sync_folder"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_error_while_writing_is_raised_everywhere_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, ranks: int
@@ -458,7 +458,7 @@ def test_no_two_saves_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("then", ["the next save", "the end"])
-@pytest.mark.parametrize("fails", ["save_file", "synced_sha256", "write_atomically", "sync_folder"])
+@pytest.mark.parametrize("fails", ["save_tensors", "synced_sha256", "write_atomically", "sync_folder"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_error_in_the_background_is_raised_everywhere_at_the_next_save_or_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, ranks: int, then: str
