@@ -1,18 +1,18 @@
-"""The verbs of the command line; each only parses, calls one function and says how it ended."""
+"""The verbs of the command line; each calls one function and says how it ended."""
 
 import argparse
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
+from orchestrator import terminal
+from orchestrator.arguments import files_and_overrides, parse
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import Exported, RunSpec, UserError
+from orchestrator.settings.spec import RunSpec, UserError
 
 if TYPE_CHECKING:
     from orchestrator.training.worker import RunResult
@@ -21,13 +21,30 @@ DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns its exit code: 0 done, 2 settings or data are wrong, 3 stopped and resumable, 1 else."""
-    args = _parsed(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    sys.path.insert(0, os.getcwd())  # the user's callbacks and collators, as `python -m` would find them
-    verb: Callable[[argparse.Namespace], int] = args.verb
+    """Run one verb; returns its exit code: 0 done, 2 settings or data are wrong, 3 stopped and resumable, 1 else.
+
+    Without argv this is a process of its own: its words are those of the command line, and its streams are prepared.
+    """
+    if argv is not None:
+        return _run(argv)
+    words = sys.argv[1:]
+    terminal.prepare(keeps_going=words[:1] in (["train"], ["debug"]))
+    code = _run(words)
     try:
-        return verb(args)
+        terminal.flush()
+    except OSError as error:  # a full disk
+        if code == DONE:
+            print(f"error: {error}", file=sys.stderr)
+        return code or FAILED
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
+    try:
+        args = parse(words)
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        sys.path.insert(0, os.getcwd())  # the user's callbacks and collators, as `python -m` would find them
+        return VERBS[args.verb](args)
     except UserError as error:
         print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
         return WRONG
@@ -111,10 +128,9 @@ def _replay(args: argparse.Namespace) -> int:
     from orchestrator.run.replay import lines, replay
     from orchestrator.training.rundir import RunDir
 
-    folders = [word for word in args.settings if "=" not in word]
+    folders, overrides = files_and_overrides(args.settings)
     if len(folders) != 1:
-        raise UserError("RUN_DIR", " ".join(folders) or None, "one run is replayed", "give the folder run.dir/run.name")
-    overrides = [word for word in args.settings if "=" in word]
+        raise UserError("RUN_DIR", " ".join(folders), "one run is replayed", "give the folder run.dir/run.name")
     print("\n".join(lines(replay(RunDir.existing(folders[0]), args.replay_step, overrides, args.pdb))))
     return DONE
 
@@ -143,9 +159,13 @@ def plan(args: argparse.Namespace) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     """Check the run here and hand it to a cluster."""
+    if args.to is None:
+        raise UserError("--to", None, "says what takes the run", "write --to ray or --to slurm")
     if args.to == "slurm" and (args.address or not args.wait):
         flag = "--address" if args.address else "--no-wait"
-        raise UserError("--to", "slurm", f"{flag} is of a Ray cluster's job server", f"remove {flag}, or say --to ray")
+        raise UserError(
+            "--to", "slurm", f"{flag} is for a Ray cluster's job server", f"remove {flag}, or write --to ray"
+        )
     spec = _spec(args)
     from orchestrator.run import submit as to
     from orchestrator.run.plan import planned
@@ -241,17 +261,19 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _spec(args: argparse.Namespace) -> RunSpec:
-    files = [word for word in args.settings if "=" not in word]
-    overrides = [word for word in args.settings if "=" in word]
-    for word in files:
-        if not word.endswith((".yaml", ".yml")) and not os.path.isfile(word):
-            rule = "is neither a YAML file nor of the form key=value"
-            raise UserError("override", word, rule, f"for example {word}=VALUE")
-    if not files:
-        raise UserError(
-            "FILE", None, "no settings file was given", "for example orchestrator train configs/quickstart.yaml"
-        )
-    return load_spec(files, overrides)
+    files, overrides = files_and_overrides(args.settings)
+    spec = load_spec(files, overrides)
+    if len(files) == 1 and os.path.isdir(files[0]) and not any(word.startswith("run.") for word in overrides):
+        _check_not_moved(files[0], spec)
+    return spec
+
+
+def _check_not_moved(folder: str, spec: RunSpec) -> None:
+    """Refuse a run directory whose settings are those of a run elsewhere."""
+    if os.path.realpath(folder) != os.path.realpath(spec.run_dir):
+        path = Path(folder).absolute()
+        rule = f"holds the settings of the run in {spec.run_dir}: it was moved or copied"
+        raise UserError("RUN_DIR", folder, rule, f"write run.dir={path.parent} run.name={path.name} as well")
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -288,113 +310,9 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
     return DONE
 
 
-def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The words of the command line; settings may stand before and after options, which argparse alone refuses, and
-    after a bare --profile, which it would take for its range."""
-    parser = _parser()
-    words = list(sys.argv[1:] if argv is None else argv)
-    for at, (word, following) in enumerate(pairwise([*words, ""])):
-        if word == "--profile" and not re.fullmatch(r"\d+(:\d+)?", following):
-            words[at] = "--profile="
-    args, rest = parser.parse_known_args(words)
-    if rest and (not hasattr(args, "settings") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.settings += rest
-    return args
-
-
-def _whole(what: str) -> Callable[[str], int]:
-    """Reads a whole number from 1 on, which is `what`."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return int(text)
-
-    return read
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    ends = [int(end) if end.isdecimal() else 0 for end in text.split(":") if text]
-    if len(ends) > 2 or 0 in ends or ends != sorted(ends):
-        raise argparse.ArgumentTypeError(f"{text!r} is no range of steps, which are counted from 1; for example 3:5")
-    return tuple(ends)
-
-
-def _add_debug_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--pdb", action="store_true", help="a debugger where an exception is raised")
-    sub.add_argument("--overfit", action="store_true", help="learn the first global batch by heart; keep nothing")
-    sub.add_argument("--dry-run", action="store_true", help="build all, one forward and backward pass; keep nothing")
-    trace = "write a trace of these steps (the third to the fifth) into RUN_DIR/profile"
-    sub.add_argument("--profile", type=_steps, nargs="?", metavar="FIRST:LAST", help=trace)
-    sub.add_argument(
-        "--replay-step",
-        type=_whole("a step; they are counted from 1"),
-        metavar="N",
-        help="of the run in RUN_DIR, given as FILE: every pair of step N",
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="orchestrator", description="Distributed preference training, described by one YAML."
-    )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    def add(verb: Callable[[argparse.Namespace], int], description: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(verb.__name__, help=description, description=description)
-        sub.set_defaults(verb=verb)
-        return sub
-
-    takes_settings = [
-        add(train, "train on Ray: a local one, or the cluster at RAY_ADDRESS"),
-        add(debug, "the same worker in this process, without Ray; breakpoints work"),
-        add(plan, "validate the settings and print the batch arithmetic"),
-        add(submit, "check the run here, then hand it to a Ray cluster's job server or to Slurm"),
-    ]
-    for sub in takes_settings:
-        sub.add_argument(
-            "settings", nargs="+", metavar="FILE|key=value", help="YAML files, merged left to right, then overrides"
-        )
-    takes_settings[1].add_argument(
-        "--nproc",
-        type=_whole("a number of processes, 1 or more"),
-        default=1,
-        metavar="N",
-        help="ranks, one process each",
-    )
-    _add_debug_flags(takes_settings[1])
-    takes_settings[2].add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    shown = "the first N training rows as the model will see them, and how long all rows are; tokenises the data"
-    takes_settings[2].add_argument("--show-rows", type=_whole("a number of rows, 1 or more"), metavar="N", help=shown)
-    submits = takes_settings[3]
-    submits.add_argument("--to", choices=("ray", "slurm"), required=True, help="what takes the run")
-    submits.add_argument("--address", metavar="URL", help="Ray's job server, http://HEAD:8265; RAY_API_SERVER_ADDRESS")
-    submits.add_argument(
-        "--no-wait", dest="wait", action="store_false", help="of Ray: do not follow the log to the run's exit code"
-    )
-    doctors = add(doctor, "look at every node of the cluster at RAY_ADDRESS, or at this machine, as before a run")
-    doctors.add_argument("settings", nargs="*", metavar="FILE|key=value", help="of the run; without: what needs none")
-    stops = add(stop, "ask a run to save and stop; the command that started it resumes it")
-    stops.add_argument("run_dir", metavar="RUN_DIR")
-    checks = add(verify, "check every file of every checkpoint, and of the pair ledger, against its manifest")
-    checks.add_argument("run_dir", metavar="RUN_DIR")
-    looks = add(pairs, "which pairs a run never learned, which look mislabelled, and what length has to do with it")
-    looks.add_argument("run_dir", metavar="RUN_DIR")
-    number = _whole("a number of pairs")
-    looks.add_argument("--top", type=number, default=5, metavar="N", help="pairs that are shown of each kind")
-    looks.add_argument("--json", action="store_true", help="one JSON object, texts whole")
-    exports = add(export, "write a checkpoint as a Hugging Face model folder")
-    exports.add_argument("run_dir", metavar="RUN_DIR")
-    exports.add_argument("out", metavar="OUT")
-    exports.add_argument(
-        "--checkpoint", choices=get_args(Exported), help="the newest that is whole, or the best; as checkpoint.export"
-    )
-    exports.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the written weights"
-    )
-    return parser
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    verb.__name__: verb for verb in (train, debug, plan, submit, doctor, stop, verify, pairs, export)
+}
 
 
 if __name__ == "__main__":

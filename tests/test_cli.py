@@ -13,7 +13,7 @@ import pytest
 from support import tiny_spec, write_settings
 from tiny import ALONE
 
-from orchestrator import cli
+from orchestrator import __version__, cli
 from orchestrator.run import debug as here
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import save
@@ -118,12 +118,68 @@ def test_wrong_settings_end_with_2(tmp_path: Path, capsys: Output, words: list[s
         assert text in captured.err
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["verify"], ["plan"], ["plan", "a.yaml", "--nproc", "2"]])
-def test_a_wrong_command_ends_with_2(capsys: Output, words: list[str]) -> None:
+def test_without_words_the_whole_help_is_shown(capsys: Output) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 2
+    assert "check every file of every checkpoint" in capsys.readouterr().err
+
+
+def test_a_missing_argument_ends_with_2_and_one_line(capsys: Output) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["verify"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: the following arguments are required: RUN_DIR; see orchestrator verify --help"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["help"], "check every file of every checkpoint"),
+        (["help", "debug"], "--nproc N"),
+        (["help", "settings"], "wandb.key_file"),
+        (["help", "optimizer.lr"], "optimizer.lr (1e-06)  Peak learning rate."),
+        (["--version"], f"orchestrator {__version__}"),
+    ],
+)
+def test_help_is_shown_and_ends_with_0(capsys: Output, words: list[str], shown: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
-    assert ended.value.code == 2
-    assert "usage: orchestrator" in capsys.readouterr().err
+    assert ended.value.code == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_a_run_directory_is_planned_by_its_own_settings(run_dir: RunDir, tmp_path: Path, capsys: Output) -> None:
+    assert cli.main(["plan", str(run_dir.path), "batch.micro_batch_size=1", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["run_dir"], facts["micro_batch_size"]) == (str(run_dir.path), 1)
+    run_dir.path.rename(tmp_path / "moved")
+    assert cli.main(["plan", str(tmp_path / "moved")]) == 2
+    assert f"write run.dir={tmp_path} run.name=moved as well" in capsys.readouterr().err
+    assert cli.main(["plan", str(tmp_path / "moved"), f"run.dir={tmp_path}", "run.name=moved"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["stop", "verify", "pairs", "export"])
+@pytest.mark.parametrize(
+    ("typed", "fix"),
+    [
+        ("run.yaml", "give {runs}/tiny, the directory of the run that it describes"),
+        ("runs", "for example runs/tiny"),
+        ("runs/tiny/checkpoints/step_00000001", "give the directory of the run, runs/tiny"),
+        ("tiny", "did you mean runs/tiny?"),
+        ("runs/tinny", "did you mean runs/tiny?"),
+    ],
+)
+def test_what_is_not_a_run_directory_is_answered_with_it(
+    run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, verb: str, typed: str, fix: str
+) -> None:
+    write_settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([verb, typed, *["out"] * (verb == "export")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: RUN_DIR = '{typed}': ")
+    assert line.endswith(fix.format(runs=run_dir.path.parent))
 
 
 def test_a_plan_as_lines_and_as_json(tmp_path: Path, capsys: Output) -> None:
@@ -196,13 +252,15 @@ def test_flags_of_a_job_server_mean_nothing_to_slurm(
     tmp_path: Path, capsys: Output, flags: list[str], named: str
 ) -> None:
     assert cli.main(["submit", "--to", "slurm", str(write_settings(tmp_path)), *flags]) == 2
-    assert f"error: --to = 'slurm': {named} is of a Ray cluster's job server; remove {named}" in capsys.readouterr().err
+    assert (
+        f"error: --to = 'slurm': {named} is for a Ray cluster's job server; remove {named}" in capsys.readouterr().err
+    )
 
 
 def test_a_run_is_asked_to_stop_while_someone_holds_it(tmp_path: Path, capsys: Output) -> None:
     run_dir = RunDir(tmp_path / "run")
     assert cli.main(["stop", str(run_dir.path)]) == 2
-    assert "holds no config.yaml, so it is no run" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     with run_dir.owned():  # its data are still read: it has no config.yaml yet
         assert cli.main(["stop", str(run_dir.path)]) == 0
         assert run_dir.stop.exists()

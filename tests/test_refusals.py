@@ -291,11 +291,11 @@ SETTINGS = [
         "kwargs",
     ),
     case("collator-form", "data.collator=mine", "data.collator", "'mine'", "module:attr", "my_package"),
-    case("no-file", "no.yaml", "settings file", "no.yaml", "does not exist", "path of a YAML file"),
-    case("not-yaml", "", "settings file", "run.yaml", "line 2, column 9", "mend that line", text="run:\n  dir: b: c\n"),
+    case("no-file", "no.yaml", "settings file", "no.yaml", "does not exist", "in its folder: run.yaml"),
+    case("not-yaml", "", "settings file", "run.yaml", "line 2, column 9", "fix that line", text="run:\n  dir: b: c\n"),
     case("empty-file", "", *NO_KEYS, text=""),
     case("list-file", "", *NO_KEYS, text="- a\n- b\n"),
-    case("interpolation", "run.name=${nope}", "settings", "run.yaml", "'nope' not found", "mend that key"),
+    case("interpolation", "run.name=${nope}", "settings", "run.yaml", "'nope' not found", "fix that key"),
     case(
         "override-without-equals",
         "optimizer.lr",
@@ -935,10 +935,14 @@ def test_a_run_that_is_running_is_refused(tmp_path: Path) -> None:
     assert_refused(code, stderr, said)
 
 
-@pytest.mark.parametrize("words", [("verify", "nowhere"), ("export", ".", "out")], ids=["verify", "export"])
-def test_a_folder_that_is_no_run_is_refused(words: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [(("verify", "nowhere"), "does not exist"), (("export", ".", "out"), "so it is not the directory of a run")],
+    ids=["verify", "export"],
+)
+def test_a_folder_that_is_no_run_is_refused(words: tuple[str, ...], rule: str, tmp_path: Path) -> None:
     code, _, stderr = in_a_process(f"{words[0]} of no run", tmp_path, *words)
-    assert_refused(code, stderr, Said("RUN_DIR", repr(words[1]), "so it is no run", "give the folder run.dir/run.name"))
+    assert_refused(code, stderr, Said("RUN_DIR", repr(words[1]), rule, "give the folder run.dir/run.name"))
     assert list(tmp_path.iterdir()) == []
 
 

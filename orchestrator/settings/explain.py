@@ -32,6 +32,9 @@ MAIN_SETTINGS = {
     "wandb": ("mode", "project"),
 }
 
+# Settings that may be any text, also digits, which YAML reads as a number.
+FREE_TEXT = ("run.name", "wandb.project", "wandb.group", "slurm.partition", "slurm.account", "slurm.qos")
+
 
 def explain(error: ValidationError) -> list[UserError]:
     """Return pydantic's complaints as errors of ours, one per key, each with its rule and fix."""
@@ -66,7 +69,7 @@ def meant_by(location: tuple[int | str, ...], block: type[Block] = RunSpec) -> s
     name, parent = folded(str(location[-1])), str(location[-2]) if len(location) > 1 else ""
     if answer := _name_elsewhere(name, parent):
         return answer
-    if (near := nearest(name, block.model_fields, cutoff=0.7)) and (folded(near) == name or len(name) > 3):
+    if near := nearest(name, block.model_fields, cutoff=0.7):
         return f"did you mean {_dotted((*location[:-1], near))}?"
     if homes := by_last_name().get(name):
         return f"did you mean {' or '.join(homes[:3])}?"
@@ -139,7 +142,7 @@ def _fix_of_type(key: str, kind: str, value: Any) -> str | None:
         return f"steps are counted; {part}"
     if kind == "run_name":
         return "for example run.name=llama-dpo"
-    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind == "string_type" and key in FREE_TEXT and isinstance(value, int | float) and not isinstance(value, bool):
         return f"YAML reads {value} as a number; quote it: \"{key}='{value}'\""
     return None
 

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
 from orchestrator.settings.explain import explain
 from orchestrator.settings.spec import DATA_SUFFIXES, RunSpec, Split, UserError
+from orchestrator.settings.wrong_file import folder_error, missing_file, no_settings, unreadable_file
+
+RUN_CONFIG = "config.yaml"  # in a run directory: the settings of the run
+FLATTEN = "no setting is deeper than a few levels"
 
 # Settings that hold paths: of rows, always one of ours, and what may be a hub name instead.
 DATA_KEYS: dict[str, Split] = {"data.train": "train", "data.eval": "eval"}
@@ -54,7 +58,9 @@ def load_spec(files: Sequence[str | Path] | str | Path, overrides: Sequence[str]
         raw: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise UserError("settings", " ".join(map(str, paths)), f"cannot be merged: {reason}", "mend that key") from None
+        raise UserError("settings", " ".join(map(str, paths)), f"cannot be merged: {reason}", "fix that key") from None
+    except RecursionError:
+        raise UserError("settings", " ".join(map(str, paths)), "are nested too deeply", FLATTEN) from None
     except TypeError:  # how OmegaConf says it
         rule = "cannot be merged: one has a list where a later file or override has a block"
         raise UserError("settings", " ".join(map(str, paths)), rule, "give a list there, too") from None
@@ -133,21 +139,34 @@ def looks_local(source: str) -> bool:
 
 
 def _read(path: Path) -> DictConfig:
+    """Read a settings file, or the one in a run directory."""
+    if path.is_dir():
+        if not (path / RUN_CONFIG).is_file():
+            raise folder_error(path)
+        path = path / RUN_CONFIG
     if not path.is_file():
-        raise UserError("settings file", str(path), "does not exist", "give the path of a YAML file")
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(
-            "settings file", str(path), f"is not YAML: {' '.join(str(error).split())}", "mend that line"
-        ) from None
-    if (
-        not isinstance(config, DictConfig) or not config or all(value is None for value in config.values())
-    ):  # OmegaConf: text -> {text: None}
-        raise UserError(
-            "settings file", str(path), "holds no keys at its top", "write blocks such as `run:` and `data:`"
-        )
+        raise missing_file(path)
+    if error := unreadable_file(path):
+        raise error
+    config = _parsed(path)
+    plain = OmegaConf.to_container(config) if isinstance(config, DictConfig | ListConfig) else config
+    if error := no_settings(path, plain):
+        raise error
+    # OmegaConf: text -> {text: None}
+    if not isinstance(config, DictConfig) or not config or all(value is None for value in config.values()):
+        fix = "write blocks such as `run:` and `data:`"
+        raise UserError("settings file", str(path), "holds no keys at its top", fix)
     return config
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return OmegaConf.load(path)
+    except RecursionError:
+        raise UserError("settings file", str(path), "is nested too deeply", FLATTEN) from None
+    except (YAMLError, ValueError, OSError, OmegaConfBaseException) as error:  # ValueError: not UTF-8, no such date
+        rule = f"is not YAML: {' '.join(str(error).split())}"
+        raise UserError("settings file", str(path), rule, "fix that line") from None
 
 
 def _dotlist(overrides: Sequence[str]) -> DictConfig:
@@ -157,7 +176,9 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
             raise UserError("override", override, "is not of the form key=value", "for example optimizer.lr=1e-6")
     try:
         return OmegaConf.from_dotlist(list(overrides))
-    except (OmegaConfBaseException, YAMLError) as error:
+    except RecursionError:
+        raise UserError("override", " ".join(overrides), "is nested too deeply", FLATTEN) from None
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: not UTF-8, too long a number
         reason = " ".join(str(error).split())
         raise UserError("override", " ".join(overrides), f"cannot be read: {reason}", "quote the value") from None
 

@@ -4,12 +4,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.settings.load import load_spec, save_spec
+from orchestrator.settings.near import nearest
 from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
+from orchestrator.settings.wrong_file import run_around
 
 
 class RunDir:
@@ -43,9 +45,7 @@ class RunDir:
         """
         run_dir = cls(Path(path))
         if not run_dir.config.is_file():
-            raise UserError(
-                "RUN_DIR", path, "holds no config.yaml, so it is no run", "give the folder run.dir/run.name"
-            )
+            raise _not_a_run(Path(path))
         return run_dir
 
     def check(self, spec: RunSpec) -> None:
@@ -109,7 +109,7 @@ class RunDir:
         try:
             with open(self.path / ".owner") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except BlockingIOError:
             return (self.path / ".owner").read_text().strip()
@@ -118,6 +118,26 @@ class RunDir:
     def write_result(self, result: dict[str, Any]) -> None:
         """How the run ended, for whoever started the process that ended it."""
         write_atomically(self.result, json.dumps(result))
+
+
+def _not_a_run(path: Path) -> UserError:
+    """Return the error of a path that is not a run directory, with the directory that was probably meant."""
+    rule, fix = "holds no config.yaml, so it is not the directory of a run", "give the folder run.dir/run.name"
+    runs = [str(config.parent) for config in sorted(path.glob("*/config.yaml"))] if path.is_dir() else []
+    if path.is_file():
+        rule = "is a file, not the directory of a run"
+        with suppress(UserError):
+            fix = f"give {load_spec(path).run_dir}, the directory of the run that it describes"
+    elif (run := run_around(path)) is not None:
+        rule, fix = "is a part of a run", f"give the directory of the run, {run}"
+    elif runs:
+        rule, fix = "holds runs, and is not one", f"for example {runs[-1]}"
+    elif not path.exists():
+        rule, siblings = "does not exist", [*path.parent.glob("*/config.yaml"), *Path("runs").glob("*/config.yaml")]
+        near = {config.parent.name: str(config.parent) for config in siblings}
+        if meant := nearest(path.name, near):
+            fix = f"did you mean {near[meant]}?"
+    return UserError("RUN_DIR", str(path), rule, fix)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -140,7 +140,7 @@ def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
         (["--dry-run", "--profile"], "--dry-run = True: takes no step, where --profile has no meaning; remove"),
         (["--replay-step", "3", "--nproc", "2"], "--replay-step = 3: looks at one step, in one process, where --nproc"),
         (["--replay-step", "3", "--dry-run"], "--replay-step = 3: looks at one step, in one process, where --dry-run"),
-        (["--replay-step", "3"], "RUN_DIR = '{file}': holds no config.yaml, so it is no run"),
+        (["--replay-step", "3"], "RUN_DIR = '{file}': is a file, not the directory of a run"),
         (["--profile"], "--profile = True: the run has finished after step 4, so that none is left to look at; choose"),
         (["--profile=4:9", "run.name=new"], "--profile = '4:9': the steps ahead of this run are 1 to 4; for example"),
     ],

@@ -1,0 +1,186 @@
+"""The command line: its verbs, flags, settings files and overrides."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NoReturn, get_args
+
+from orchestrator import __version__
+from orchestrator.mistyped import Verbs, is_file, wrong_flag, wrong_help, wrong_verb, wrong_word
+from orchestrator.settings.catalogue import described
+from orchestrator.settings.spec import Exported, UserError
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed words, with the name of the verb as `verb`. Help is printed here, and ends the process.
+
+    Settings may stand before and after flags, which argparse alone refuses, and after a bare --profile, which it would
+    take for its range.
+
+    Raises:
+        UserError: a word is neither a verb nor a flag.
+        SystemExit: help or the version was asked for, or a flag has a wrong value.
+    """
+    parser, verbs = _parser()
+    words = list(words)
+    if not words:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if words[0] == "help":
+        _print_help(words[1:], parser, verbs)
+        raise SystemExit(0)
+    if words[0] not in verbs and not words[0].startswith("-"):
+        raise wrong_verb(words[0], verbs)
+    for at, (word, following) in enumerate(pairwise([*words, ""])):
+        if word == "--profile" and not re.fullmatch(r"\d+(:\d+)?", following):
+            words[at] = "--profile="
+    args, rest = parser.parse_known_args(words)
+    if unknown := [word for word in rest if word.startswith("-")]:
+        raise wrong_flag(words, unknown[0], verbs)
+    if rest and not hasattr(args, "settings"):
+        raise UserError(args.verb, " ".join(rest), "is one word too many", f"see orchestrator help {args.verb}")
+    if rest:
+        args.settings += rest
+    return args
+
+
+def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the settings files and the key=value words.
+
+    Raises:
+        UserError: a word is neither, or there is no file.
+    """
+    for at, (before, word) in enumerate(pairwise(["", *words])):
+        key, equals, _ = word.partition("=")
+        if not key or not (equals or is_file(word)):
+            raise wrong_word(before, word, words[at + 1 :])
+    files = [word for word in words if "=" not in word]
+    if not files:
+        fix = "for example orchestrator train configs/quickstart.yaml"
+        raise UserError("FILE", None, "no settings file was given", fix)
+    return files, [word for word in words if "=" in word]
+
+
+def _print_help(words: Sequence[str], parser: argparse.ArgumentParser, verbs: Verbs) -> None:
+    """Print help about the program, a verb, all settings, a block or a setting."""
+    if not words:
+        parser.print_help()
+    elif words[0] in verbs:
+        verbs[words[0]].print_help()
+    elif lines := described("" if words[0] == "settings" else words[0]):
+        print("\n".join(lines))
+    else:
+        raise wrong_help(words[0], verbs)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser, and those of its verbs by their names."""
+    parser = _Parser(
+        prog="orchestrator",
+        description="Distributed preference training, described by one YAML.",
+        epilog="orchestrator help settings lists every setting; orchestrator help optimizer those of a block.",
+    )
+    parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="VERB")
+    verbs: dict[str, argparse.ArgumentParser] = {}
+
+    def add(verb: str, description: str) -> argparse.ArgumentParser:
+        verbs[verb] = subparsers.add_parser(verb, help=description, description=description)
+        verbs[verb].set_defaults(verb=verb)
+        return verbs[verb]
+
+    _add_verbs_of_settings(add)
+    _add_verbs_of_runs(add)
+    return parser, verbs
+
+
+Add = Callable[[str, str], argparse.ArgumentParser]
+
+
+def _add_verbs_of_settings(add: Add) -> None:
+    """Add the verbs that take settings files and overrides."""
+    _takes_settings(add("train", "train on Ray: a local one, or the cluster at RAY_ADDRESS"))
+    debug = add("debug", "the same worker in this process, without Ray; breakpoints work")
+    _takes_settings(debug)
+    _add_debug_flags(debug)
+    plan = add("plan", "validate the settings and print the batch arithmetic")
+    _takes_settings(plan)
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    shown = "the first N training rows as the model will see them, and how long all rows are; tokenises the data"
+    plan.add_argument("--show-rows", type=_whole("a number of rows, 1 or more"), metavar="N", help=shown)
+    submit = add("submit", "check the run here, then hand it to a Ray cluster's job server or to Slurm")
+    _takes_settings(submit)
+    submit.add_argument("--to", choices=("ray", "slurm"), help="what takes the run")
+    submit.add_argument("--address", metavar="URL", help="Ray's job server, http://HEAD:8265; RAY_API_SERVER_ADDRESS")
+    no_wait = "of Ray: do not follow the log to the run's exit code"
+    submit.add_argument("--no-wait", dest="wait", action="store_false", help=no_wait)
+    doctor = add("doctor", "look at every node of the cluster at RAY_ADDRESS, or at this machine, as before a run")
+    without = "settings of the run to check; without them, only the checks that need no settings"
+    doctor.add_argument("settings", nargs="*", metavar="FILE|key=value", help=without)
+
+
+def _takes_settings(verb: argparse.ArgumentParser) -> None:
+    files = "YAML files, or the directory of a run, merged left to right, then overrides"
+    verb.add_argument("settings", nargs="*", metavar="FILE|key=value", help=files)
+
+
+def _add_verbs_of_runs(add: Add) -> None:
+    """Add the verbs that take the directory of a run."""
+    add("stop", "ask a run to save and stop; the command that started it resumes it").add_argument(
+        "run_dir", metavar="RUN_DIR"
+    )
+    checks = "check every file of every checkpoint, and of the pair ledger, against its manifest"
+    add("verify", checks).add_argument("run_dir", metavar="RUN_DIR")
+    pairs = add("pairs", "which pairs a run never learned, which look mislabelled, and what length has to do with it")
+    pairs.add_argument("run_dir", metavar="RUN_DIR")
+    number = _whole("a number of pairs")
+    pairs.add_argument("--top", type=number, default=5, metavar="N", help="pairs that are shown of each kind")
+    pairs.add_argument("--json", action="store_true", help="one JSON object, texts whole")
+    export = add("export", "write a checkpoint as a Hugging Face model folder")
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("out", metavar="OUT")
+    which = "the newest that is whole, or the best; as checkpoint.export"
+    export.add_argument("--checkpoint", choices=get_args(Exported), help=which)
+    dtypes, what = ("fp32", "bf16", "fp16"), "type of the written weights"
+    export.add_argument("--dtype", choices=dtypes, default="fp32", help=what)
+
+
+def _add_debug_flags(debug: argparse.ArgumentParser) -> None:
+    ranks = _whole("a number of processes, 1 or more")
+    debug.add_argument("--nproc", type=ranks, default=1, metavar="N", help="ranks, one process each")
+    debug.add_argument("--pdb", action="store_true", help="a debugger where an exception is raised")
+    debug.add_argument("--overfit", action="store_true", help="learn the first global batch by heart; keep nothing")
+    dry_run = "build all, one forward and backward pass; keep nothing"
+    debug.add_argument("--dry-run", action="store_true", help=dry_run)
+    trace = "write a trace of these steps (the third to the fifth) into RUN_DIR/profile"
+    debug.add_argument("--profile", type=_steps, nargs="?", metavar="FIRST:LAST", help=trace)
+    step = _whole("a step; they are counted from 1")
+    replay = "of the run in RUN_DIR, given as FILE: every pair of step N"
+    debug.add_argument("--replay-step", type=step, metavar="N", help=replay)
+
+
+def _whole(what: str) -> Callable[[str], int]:
+    """Return a reader of whole numbers from 1 on. what: such a number, for the error."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(text)
+
+    return read
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    ends = [int(end) if end.isdecimal() else 0 for end in text.split(":") if text]
+    if len(ends) > 2 or 0 in ends or ends != sorted(ends):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of steps, counted from 1; for example 3:5")
+    return tuple(ends)

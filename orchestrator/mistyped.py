@@ -1,0 +1,97 @@
+"""Turn a word of the command line that nothing takes into an error that says what to type instead."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from orchestrator.settings.catalogue import by_last_name, settings
+from orchestrator.settings.explain import meant_by
+from orchestrator.settings.near import folded, nearest
+from orchestrator.settings.other_names import OTHER_NAMES
+from orchestrator.settings.spec import UserError
+from orchestrator.settings.trl_names import TRL_NAMES
+from orchestrator.settings.wrong_file import folder_error, is_data, missing_file, yaml_files
+
+FOR_EXAMPLE = "for example orchestrator train my.yaml optimizer.lr=1e-6"
+Verbs = Mapping[str, argparse.ArgumentParser]
+
+
+def is_file(word: str) -> bool:
+    """Return whether a word names a settings file, which may be missing, or a run directory."""
+    return word.endswith((".yaml", ".yml")) or os.path.isfile(word) or os.path.isfile(f"{word}/config.yaml")
+
+
+def wrong_verb(word: str, verbs: Verbs) -> UserError:
+    """Return the error of a first word that is not a verb."""
+    near = nearest(word, [*verbs, "help"])
+    fix = f"did you mean {near}?" if near else "see orchestrator help"
+    if is_file(word) or "=" in word:
+        fix = f"write orchestrator train {word}"
+    return UserError("VERB", word, f"is not one of {', '.join(verbs)}", fix)
+
+
+def wrong_help(word: str, verbs: Verbs) -> UserError:
+    """Return the error of a word that there is no help about."""
+    near = nearest(word, [*verbs, *settings()])
+    fix = f"did you mean {near}?" if near else meant_by((word.rpartition(".")[2],))
+    return UserError("help", word, "is neither a verb nor a setting", fix)
+
+
+def wrong_word(before: str, word: str, following: Sequence[str]) -> UserError:
+    """Return the error of a word that is neither a file nor key=value. before, following: the words around it."""
+    key = word.partition("=")[0]
+    if following and following[0].startswith("="):  # key = value, key =value
+        typed = following[: 1 if following[0] != "=" else 2]
+        fix = f"write {word}{''.join(typed)}, without them"
+        return UserError("override", " ".join([word, *typed]), "has blanks around its =", fix)
+    if not key:
+        return UserError("override", word, "is not of the form key=value", "for example optimizer.lr=1e-6")
+    if before.endswith("="):  # key= value
+        return UserError("override", f"{before} {word}", "has a blank after its =", f"write {before}{word}")
+    if os.path.isdir(word):
+        return folder_error(word)
+    if is_data(Path(word)):
+        return missing_file(Path(word))
+    rule = "is neither a YAML file nor of the form key=value"
+    if word in settings() and not os.path.exists(f"{word}.yaml"):
+        return UserError("override", word, rule, f"for example {word}=VALUE")
+    files = yaml_files(word)
+    near = f"{word}.yaml" if f"{word}.yaml" in files else nearest(word, files)
+    return UserError("FILE", word, rule, f"did you mean {near}?" if near else FOR_EXAMPLE)
+
+
+def wrong_flag(words: Sequence[str], flag: str, verbs: Verbs) -> UserError:
+    """Return the error of a flag that its verb does not have: mostly a setting in the form of a flag."""
+    verb = next((word for word in words if word in verbs), "orchestrator")
+    name, has_value, value = flag.partition("=")
+    if verb in verbs and name in flags_of(verbs[verb]):
+        return UserError("VERB", flag, "is a flag, and stands before its verb", f"write orchestrator {verb} {flag}")
+    if not has_value and flag in words:
+        following = [*words[words.index(flag) + 1 :], ""][0]
+        value = "" if "=" in following or following.startswith("-") or is_file(following) else following
+    return UserError(
+        name, value or None, f"is not a flag of {verb}", _meant_by_flag(name, value or "VALUE", verb, verbs)
+    )
+
+
+def _meant_by_flag(name: str, value: str, verb: str, verbs: Verbs) -> str:
+    if verb in verbs and (near := nearest(name, flags_of(verbs[verb]), cutoff=0.75)):
+        return f"did you mean {near}?"
+    bare = folded(name.lstrip("-"))
+    owners = [other for other in verbs if name in flags_of(verbs[other])]
+    also = f"; {name} is a flag of {' and '.join(owners)}" if owners else ""
+    homes = by_last_name().get(bare, [])
+    candidates = [bare, TRL_NAMES.get(bare), OTHER_NAMES.get(bare), *(homes if len(homes) == 1 else [])]
+    if setting := next((each for each in candidates if each in settings()), None):
+        return f"write {setting}={value}: settings have no dashes{also}"
+    if answer := TRL_NAMES.get(bare) or OTHER_NAMES.get(bare):
+        return f"did you mean {answer}?"
+    if owners:
+        return also.removeprefix("; ")
+    return f"settings have no dashes, {FOR_EXAMPLE}; flags: orchestrator help {verb}"
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the flags of a verb."""
+    return list(parser._option_string_actions)  # argparse has no public list of them
