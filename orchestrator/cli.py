@@ -168,12 +168,12 @@ def submit(args: argparse.Namespace) -> int:
         )
     spec = _spec(args)
     from orchestrator.run import submit as to
-    from orchestrator.run.plan import planned
+    from orchestrator.run.plan import counted, planned
 
     if args.to == "ray" and (elsewhere := to.not_on_this_machine(spec)):
         print(f"{elsewhere} is not on this machine: its rows are looked at where the run starts")
     else:
-        _print_facts(planned(spec))
+        _print_facts(counted(spec) if args.to == "ray" else planned(spec))
     if args.to == "slurm":
         return to.to_slurm(spec)
     return to.to_ray(spec, args.address, args.wait)
@@ -279,9 +279,13 @@ def _check_not_moved(folder: str, spec: RunSpec) -> None:
 def _print_facts(facts: dict[str, Any]) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
+        if name == "notes":
+            continue
         for entry in value if isinstance(value, list) and isinstance(value[0], dict) else [value]:
             said = ", ".join(f"{key} {each}" for key, each in entry.items()) if isinstance(entry, dict) else entry
             print(f"{name:<{width}}  {said}")
+    for line in facts["notes"]:
+        print(f"note: {line}")
 
 
 def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:

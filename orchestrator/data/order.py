@@ -165,13 +165,17 @@ class RunLength(NamedTuple):
 
 
 def run_length(pairs: int, global_batch_size: int, training: TrainingSpec) -> RunLength:
-    """The length of a run whose epochs have so many pairs: max_steps or epochs is set, the other follows; 1 epoch if
-    neither."""
+    """Return the length of a run whose epochs have so many pairs: it ends with whichever of max_steps and epochs is
+    reached first; after 1 epoch where neither is set."""
+    by_epochs = _length_of_epochs(pairs, global_batch_size, training.epochs or 1.0)
+    if training.max_steps is None or (training.epochs is not None and by_epochs.steps <= training.max_steps):
+        return by_epochs
+    whole, rest = divmod(training.max_steps, -(-pairs // global_batch_size))
+    return RunLength(whole + min(rest * global_batch_size, pairs) / pairs, training.max_steps, None)
+
+
+def _length_of_epochs(pairs: int, global_batch_size: int, epochs: float) -> RunLength:
     per_epoch = -(-pairs // global_batch_size)
-    if training.max_steps is not None:
-        whole, rest = divmod(training.max_steps, per_epoch)
-        return RunLength(whole + min(rest * global_batch_size, pairs) / pairs, training.max_steps, None)
-    epochs = training.epochs or 1.0
     whole = int(epochs)
     rest = round((epochs - whole) * pairs)
     if whole + rest == 0:

@@ -201,19 +201,29 @@ def _joined(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+class NoPairs(UserError):
+    """No row of a source is left to train on."""
+
+
 def tokenized_pairs(
-    data: DataSpec, split: Split, tokenizer: "PreTrainedTokenizerBase", cache_dir: Path, name: str = ""
+    data: DataSpec,
+    split: Split,
+    tokenizer: "PreTrainedTokenizerBase",
+    cache_dir: Path,
+    name: str = "",
+    first: int | None = None,
 ) -> Pairs:
     """The pairs of data.train or of the evaluation set with that name, from the cache, which is built first where it
-    is not there yet.
+    is not there yet. first: only those of so many rows of each source.
 
     Raises:
-        UserError: a source is missing or unreadable, a row cannot be used, or no row is left.
+        UserError: a source is missing or unreadable, a row cannot be used, or (NoPairs) no row is left.
     """
     of_tokenizer, sets = tokenizer_identity(tokenizer), list[TokenizedSet]()
     for key, source in data.sources(split, name).items():
         check_source(key, source.path)
         rows, identity = open_source(key, source, split)
+        rows, identity = (rows, identity) if first is None else (islice(rows, first), f"{identity} first {first}")
         folder = cache_dir / "pairs" / _digest(identity, of_tokenizer, data)
         build_once(folder, partial(_build, key=key, source=source.path, rows=rows, tokenizer=tokenizer, data=data))
         sets.append(
@@ -366,17 +376,17 @@ def _build(
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _no_pair(key: str, source: str, dropped: Counter[str], first: dict[str, str]) -> UserError:
+def _no_pair(key: str, source: str, dropped: Counter[str], first: dict[str, str]) -> NoPairs:
     """Return the error of a source of which no row is left. first: the first row of each reason."""
     if not dropped:
-        return UserError(key, source, "leaves no pair to train on (it has no rows)", "give a file with rows")
+        return NoPairs(key, source, "leaves no pair to train on (it has no rows)", "give a file with rows")
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     cure = "check that its chosen and rejected differ"
     if "prompts that fill data.max_length" in dropped:
         cure = "raise data.max_length"
     elif "malformed rows" in first:
         cure = f"fix them: {first['malformed rows']}"
-    return UserError(key, source, f"leaves no pair to train on ({counts})", cure)
+    return NoPairs(key, source, f"leaves no pair to train on ({counts})", cure)
 
 
 def _swapped_hash(pair: TokenizedPair) -> bytes:

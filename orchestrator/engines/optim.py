@@ -129,8 +129,10 @@ def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory
     return make
 
 
-def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec) -> None:
+def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec, total_steps: int = 1) -> None:
     """Try both on one parameter, so that a wrong name or argument is refused before anything is loaded.
+
+    total_steps: of the run, where they are known already.
 
     Raises:
         UserError: which argument, in the library's words.
@@ -145,7 +147,7 @@ def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec) -> None:
         made: Optimizer = torch.optim.AdamW(lone, lr=optimizer.lr)
     else:
         made = optimizer_factory(optimizer)(lone)
-    scheduler_factory(scheduler, 1)(made)
+    scheduler_factory(scheduler, total_steps)(made)
 
 
 def _check_matrices(name: str, policy: nn.Module) -> None:

@@ -1,34 +1,114 @@
-"""What a run would be, from its settings and data files alone: the rules checked and the batch arithmetic done."""
+"""What a run would be, without starting it: every check of its start that needs no cluster, and its arithmetic."""
 
 from collections.abc import Iterable
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.data.order import Share, run_length
 from orchestrator.data.sources import check_source, count_rows
+from orchestrator.run.reach import unreachable_models, unread_sources
 from orchestrator.settings.load import DATA_KEYS, paths_in
+from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.spec import RunSpec
+
+if TYPE_CHECKING:
+    from orchestrator.training.prepare import Parts
+
+
+SMALL_ROWS = 2048  # rows of all sources up to which all are tokenised, and a small model takes a step with some
+FIRST_ROWS = 256  # rows of each source that are tokenised where there are more
+
+
+class _Outlook(NamedTuple):
+    """What the checks of a run have found out about it."""
+
+    per_epoch: int | None = None  # pairs, where all rows were tokenised
+    positions: int | None = None  # of the model
+    gpus: int | None = None  # of this machine
+    notes: tuple[str, ...] = ()  # what was not looked at, and why
 
 
 def planned(spec: RunSpec) -> dict[str, Any]:
-    """Facts of the run by name. Rows are counted before any is dropped, and for data.eval_fraction as if each had a
-    prompt of its own; None where only loading would tell.
+    """Check a run as it would be checked where it starts, and return its facts by name.
+
+    "notes" are odd settings, and what was not looked at. Other facts are None where only loading would tell them.
+
+    Raises:
+        UserError: what the run, started here, would be refused with before its first step.
+    """
+    for key, source in paths_in(spec, DATA_KEYS).items():
+        check_source(key, source)
+    counts = {key: count_rows(key, source) for key, source in paths_in(spec, DATA_KEYS).items()}
+    return _facts(spec, counts, _checked(spec, counts))
+
+
+def counted(spec: RunSpec) -> dict[str, Any]:
+    """Return the facts of a run that starts elsewhere: of what it needs only the data are looked at.
 
     Raises:
         UserError: a data file is missing or unreadable.
     """
-    sources = paths_in(spec, DATA_KEYS)
-    for key, source in sources.items():
+    for key, source in paths_in(spec, DATA_KEYS).items():
         check_source(key, source)
+    counts = {key: count_rows(key, source) for key, source in paths_in(spec, DATA_KEYS).items()}
+    return _facts(spec, counts, _Outlook())
+
+
+def _checked(spec: RunSpec, counts: dict[str, int | None]) -> _Outlook:
+    """Make the checks of a run's start, in a cache that is gone afterwards.
+
+    Raises:
+        UserError: the first that fails.
+    """
+    import torch
+
+    from orchestrator.run.rehearsal import scratch_cache
+    from orchestrator.training.prepare import check_code, load_parts
+
+    check_code(spec)
+    gpus = torch.cuda.device_count()
+    if names := unreachable_models(spec):
+        why = "is not looked at; it is not cached here, and the hub does not answer"
+        return _Outlook(gpus=gpus, notes=tuple(f"{key} = {name}: {why}" for key, name in names.items()))
+    names = unread_sources(spec)
+    unread = tuple(f"{key} = {name}: its rows are looked at where the run starts" for key, name in names.items())
+    if unread and spec.model.init is not None:  # whose tokenizer is trained on the rows
+        return _Outlook(gpus=gpus, notes=unread)
+    with scratch_cache(spec) as scratch:
+        parts = load_parts(scratch)
+        positions = getattr(parts.config.get_text_config(), "max_position_embeddings", None)
+        if unread:
+            return _Outlook(None, positions, gpus, unread)
+        return _tokenized(scratch, parts, counts)._replace(positions=positions, gpus=gpus)
+
+
+def _tokenized(spec: RunSpec, parts: "Parts", counts: dict[str, int | None]) -> _Outlook:
+    """Tokenise all rows or the first, and try a step where data and models are small.
+
+    Raises:
+        UserError: what the run would be refused with.
+    """
+    from orchestrator.data.pairs import NoPairs
+    from orchestrator.run.rehearsal import is_small, rehearse
+    from orchestrator.training.prepare import tokenize
+
+    if (rows := _total(counts.values())) is None or rows > SMALL_ROWS:
+        with suppress(NoPairs):  # later rows may have some
+            tokenize(spec, parts, first=FIRST_ROWS)
+        return _Outlook(notes=(f"the first {FIRST_ROWS} rows of each source were tokenised, the run tokenises all",))
+    prepared = tokenize(spec, parts)
+    per_epoch = prepared.train.pairs_per_epoch
+    if not is_small(spec, parts.config):
+        return _Outlook(per_epoch, notes=("the weights were not loaded: `orchestrator debug --dry-run` does",))
+    return _Outlook(per_epoch, notes=tuple(rehearse(spec, prepared)))
+
+
+def _facts(spec: RunSpec, counts: dict[str, int | None], outlook: _Outlook) -> dict[str, Any]:
     batch, ranks = spec.batch, spec.cluster.num_workers
     each = ranks if isinstance(ranks, list) else [ranks]  # the fewest and the most
     by_ranks: dict[str, list[Any]] = {"pairs_per_rank": [batch.pairs_per_rank(count) for count in each]}
     if batch.micro_batch_size:
         by_ranks["grad_accum"] = [batch.grad_accum(count) for count in each]
-    counts = {
-        key: count_rows(key, source, split)
-        for split in DATA_KEYS.values()
-        for key, source in spec.data.sources(split).items()
-    }
     sets = _training_sets(spec, counts)
     train_rows, per_epoch = (_total(each[name] for each in sets) for name in ("rows", "rows_per_epoch"))
     facts: dict[str, Any] = {
@@ -44,20 +124,29 @@ def planned(spec: RunSpec) -> dict[str, Any]:
     facts |= {name: values if isinstance(ranks, list) else values[0] for name, values in by_ranks.items()}
     if len(sets) > 1 or train_rows != per_epoch:
         facts |= {"train_sets": sets, "rows_per_epoch": per_epoch}
-    if per_epoch:
-        length = run_length(per_epoch, batch.global_batch_size, spec.training)
-        facts |= {
-            "steps_per_epoch": -(-per_epoch // batch.global_batch_size),
-            "last_batch_of_epoch": per_epoch % batch.global_batch_size or batch.global_batch_size,
-            "epochs": round(length.epochs, 4),
-            "steps": length.steps,
-            "warmup_steps": spec.scheduler.warmup(length.steps),
-        }
-        wanted, epoch = spec.evaluation, facts["steps_per_epoch"] if spec.evaluation.every_epoch else None
-        evaluations = _times(length.steps, wanted.every_steps, epoch) + wanted.at_start
-        facts["evaluations"] = evaluations if spec.data.eval_sets else 0
-        facts["checkpoints"] = _times(length.steps, spec.checkpoint.every_steps)
-    return facts
+    if outlook.per_epoch not in (None, per_epoch):
+        per_epoch = facts["pairs_per_epoch"] = outlook.per_epoch
+    length = _length(spec, per_epoch) if per_epoch else {}
+    known = Known(length.get("steps"), per_epoch, length.get("epochs"), outlook.positions, outlook.gpus)
+    return facts | length | {"notes": [*notes(spec, known), *outlook.notes]}
+
+
+def _length(spec: RunSpec, per_epoch: int) -> dict[str, Any]:
+    """Return how long a run with so many pairs an epoch is, and how often what happens in it."""
+    batch, evaluation = spec.batch, spec.evaluation
+    length = run_length(per_epoch, batch.global_batch_size, spec.training)
+    steps_per_epoch = -(-per_epoch // batch.global_batch_size)
+    epoch = steps_per_epoch if evaluation.every_epoch else None
+    evaluations = _times(length.steps, evaluation.every_steps, epoch) + evaluation.at_start
+    return {
+        "steps_per_epoch": steps_per_epoch,
+        "last_batch_of_epoch": per_epoch % batch.global_batch_size or batch.global_batch_size,
+        "epochs": round(length.epochs, 4),
+        "steps": length.steps,
+        "warmup_steps": spec.scheduler.warmup(length.steps),
+        "evaluations": evaluations if spec.data.eval_sets else 0,
+        "checkpoints": _times(length.steps, spec.checkpoint.every_steps),
+    }
 
 
 def _training_sets(spec: RunSpec, counts: dict[str, int | None]) -> list[dict[str, Any]]:

@@ -46,7 +46,6 @@ def check_rules(spec: RunSpec) -> None:
     for rule in (
         _one_model,
         _one_micro_batch_key,
-        _one_length,
         _row_tokens,
         _known_optimizer,
         _known_scheduler,
@@ -244,16 +243,6 @@ def _loss_options(spec: RunSpec) -> None:
             ),
         ]
     )
-
-
-def _one_length(spec: RunSpec) -> None:
-    if spec.training.max_steps is not None and spec.training.epochs is not None:
-        raise UserError(
-            "training",
-            {"max_steps": spec.training.max_steps, "epochs": spec.training.epochs},
-            "only one of the two says how long to train",
-            "remove training.epochs or training.max_steps",
-        )
 
 
 def _row_tokens(spec: RunSpec) -> None:
@@ -683,11 +672,25 @@ def _reference_sync(spec: RunSpec) -> None:
         why = "log-probs that are made once are those of one reference"
     elif reference.cache == "full":
         why = "what reference.cache=full knows of the reference is wrong once it has moved"
+    if not why and reference.sharded and spec.engine.kind == "deepspeed" and spec.precision in ("bf16", "fp16"):
+        refuse_moving_shards(reference, spec.precision)
     if why:
         cure = "remove it, or train without model.lora" if spec.model.lora else "remove it, or set reference.kind=copy"
         if reference.kind in ("copy", "shared_layers") and not spec.model.lora:
             cure = "remove reference.dtype" if reference.dtype in ("bf16", "fp16") else "set reference.cache=off"
         raise UserError("reference.sync_every", reference.sync_every, why, cure)
+
+
+def refuse_moving_shards(reference: ReferenceSpec, precision: str) -> None:
+    """Raise: a reference whose shards DeepSpeed holds in 16 bits cannot move by small steps.
+
+    precision: as it is on the device, where the settings leave it at auto.
+
+    Raises:
+        UserError: reference.sync_every.
+    """
+    rule, cure = f"a reference that deepspeed holds in {precision} loses small steps", "set reference.sharded=false"
+    raise UserError("reference.sync_every", reference.sync_every, rule, cure)
 
 
 def _reference_cache(spec: RunSpec) -> None:

@@ -522,9 +522,9 @@ class TrainingSpec(Block):
     """How long to train, and how a step is taken."""
 
     max_steps: Positive | None = None
-    """Optimizer steps; instead of epochs."""
+    """Optimizer steps after which training ends, if its epochs have not ended before."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training pairs; 1 when neither this nor max_steps is set."""
+    """Passes over the training pairs after which training ends; 1 when neither this nor max_steps is set."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: float | None = Field(1.0, gt=0)

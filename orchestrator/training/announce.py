@@ -3,13 +3,16 @@
 from contextlib import nullcontext
 from typing import Any
 
-from orchestrator.data.order import longest_sequences
+import torch
+
+from orchestrator.data.order import longest_sequences, run_length
 from orchestrator.data.repeats import repeat_lines
 from orchestrator.data.shapes import note_lines
 from orchestrator.engines.base import Engine
 from orchestrator.engines.precision import is_16_bit, name_of
 from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import PolicyStart, Reference
+from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training.compute_metrics import bytes_together
 from orchestrator.training.prepare import Prepared
@@ -54,6 +57,11 @@ def say_run(
     print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
     if spec.reference_cache == "lazy" and any(share.per_epoch != share.pairs for share in prepared.train.shares):
         print("the reference runs in every step: of weighted sets reference.cache=full alone keeps what it says")
+    positions = getattr(prepared.config.get_text_config(), "max_position_embeddings", None)
+    per_epoch, gpus = prepared.train.pairs_per_epoch, torch.cuda.device_count()
+    epochs = run_length(per_epoch, spec.batch.global_batch_size, spec.training).epochs
+    for line in notes(spec, Known(max_steps, per_epoch, epochs, positions, gpus)):
+        print(f"note: {line}", flush=True)
     if why_padded is not None:
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
 

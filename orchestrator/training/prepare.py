@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orchestrator.data.collate import AdaptedCollator
+from orchestrator.data.order import run_length
 from orchestrator.data.pairs import Pairs, tokenized_pairs, without_held_out
 from orchestrator.data.sources import check_source
 from orchestrator.data.user_code import user_attribute
@@ -106,25 +107,35 @@ def load_parts(spec: RunSpec, given: Given = NOTHING) -> Parts:
     return Parts(tokenizer, config, collator, metrics)
 
 
-def tokenize(spec: RunSpec, parts: Parts) -> Prepared:
+def tokenize(spec: RunSpec, parts: Parts, first: int | None = None) -> Prepared:
     """Tokenise all sets, and check what follows from the tokens.
+
+    first: read only so many rows of each source, and hold none of them out.
 
     Raises:
         UserError: the first check that fails.
     """
     tokenizer, config = parts.tokenizer, parts.config
-    train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir)
-    held_out = {name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name) for name in spec.data.eval}
+    train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir, first=first)
+    held_out = {
+        name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name, first) for name in spec.data.eval
+    }
     check_fit(config, train, "data.train", spec)
     for name, pairs in held_out.items():
         check_fit(config, pairs, spec.data.eval_key(name), spec)
-    if spec.data.eval_fraction is not None:
+    if spec.data.eval_fraction is not None and first is None:
         train, held_out[""] = without_held_out(train, spec.data.eval_fraction, spec.run.seed)
+    if first is None:
+        check_optim(spec.optimizer, spec.scheduler, _steps(spec, train))
     if parts.user_metrics is not None:
         vocabulary = config.get_text_config().vocab_size
         for name, pairs in held_out.items():
             check_memory(parts.user_metrics, pairs, vocabulary, spec.data.eval_key(name), spec)
     return Prepared(**vars(parts), train=train, eval=held_out)
+
+
+def _steps(spec: RunSpec, train: Pairs) -> int:
+    return run_length(train.pairs_per_epoch, spec.batch.global_batch_size, spec.training).steps
 
 
 def _user_collator(spec: RunSpec, given: Given, tokenizer: Any) -> AdaptedCollator | None:

@@ -33,6 +33,7 @@ from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import DTYPES, build_policy, pair_cost
 from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import Absent, PolicyStart, Reference, build_reference, hold, identity_of
+from orchestrator.settings.rules import refuse_moving_shards
 from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
 from orchestrator.training import checkpoint, manifest
 from orchestrator.training.announce import evaluation_named, say_models, say_run, say_types
@@ -259,8 +260,7 @@ def _pair_step(
     wanted, casts = spec.reference, _casts(spec, precision)
     stays = wanted.sync_every is not None or wanted.dtype is not None or wanted.offload
     if wanted.sync_every is not None and wanted.sharded and casts and spec.engine.kind == "deepspeed":
-        rule, cure = f"a reference that deepspeed holds in {precision} loses small steps", "set reference.sharded=false"
-        raise UserError("reference.sync_every", wanted.sync_every, rule, cure)
+        refuse_moving_shards(wanted, precision)
     if not wanted.sharded and not wanted.offload:
         as_file = None if spec.model.lora and spec.model.lora.base else dtype
         of_weights = dtype_of(precision) if casts and not stays else as_file if spec.engine.shards_weights else None

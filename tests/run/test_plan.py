@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from support import rows, tiny_spec, write_jsonl
 
+from orchestrator.run import reach
 from orchestrator.run.plan import planned
 from orchestrator.settings.spec import UserError
 
@@ -69,13 +70,21 @@ def test_each_training_set_has_its_share_of_an_epoch(tmp_path: Path) -> None:
     ]
     assert (facts["train_rows"], facts["rows_per_epoch"], facts["steps_per_epoch"], facts["steps"]) == (38, 47, 6, 12)
     assert "train_sets" not in planned(tiny_spec(tmp_path))
-    assert planned(tiny_spec(tmp_path, data={"train": [many, "org/dataset"]}))["train_rows"] is None
 
 
-def test_where_only_loading_would_tell_the_rows_are_unknown(tmp_path: Path) -> None:
-    facts = planned(tiny_spec(tmp_path, data={"train": "org/dataset", "eval": None}))
+
+@pytest.mark.parametrize("train", ["org/dataset", [{"path": "org/dataset"}, {"path": "org/other"}]])
+def test_rows_on_the_hub_are_left_to_the_start_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Any
+) -> None:
+    spec = tiny_spec(tmp_path, data={"train": train, "eval": None})
+    with pytest.raises(UserError, match=r"data\.train.* = 'org/dataset'"):
+        planned(spec)  # HF_HUB_OFFLINE: the run could not read it either
+    monkeypatch.setattr(reach, "_is_offline", lambda: False)
+    facts = planned(spec)
     assert facts["train_rows"] is None
     assert "steps" not in facts
+    assert any("org/dataset: its rows are looked at where the run starts" in line for line in facts["notes"])
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])

@@ -1,0 +1,61 @@
+"""Which names in the settings this machine cannot look at: of the hub, neither cached here nor reachable."""
+
+import os
+import socket
+from urllib.parse import urlsplit
+
+from orchestrator.settings.load import DATA_KEYS, looks_local, paths_in
+from orchestrator.settings.spec import RunSpec
+
+MODEL_KEYS = ("model.path", "model.tokenizer", "model.lora.adapter_path", "reference.path")
+CACHED_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
+TIMEOUT_S = 3.0  # the hub's own client tries for 46 s a name
+
+
+def unreachable_models(spec: RunSpec) -> dict[str, str]:
+    """Return the hub names of models and tokenizers, by setting, that are not cached here, if the hub does not answer.
+
+    With HF_HUB_OFFLINE there are none: a run started here would not ask the hub either.
+    """
+    names = {key: name for key, name in paths_in(spec, MODEL_KEYS).items() if not looks_local(name)}
+    names = {key: name for key, name in names.items() if not _is_cached(name)}
+    return {} if not names or _is_offline() or _hub_answers() else names
+
+
+def unread_sources(spec: RunSpec) -> dict[str, str]:
+    """Return the hub names of data sets, by setting: their rows are read where the run starts.
+
+    With HF_HUB_OFFLINE there are none: nothing would be downloaded, so they can be read here.
+    """
+    sources = paths_in(spec, DATA_KEYS).items()
+    return {} if _is_offline() else {key: name for key, name in sources if not looks_local(name)}
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in CACHED_FILES)
+    except HFValidationError:
+        return True  # not a hub name at all, as whoever loads it says
+
+
+def _hub_answers() -> bool:
+    """Return whether the hub's host takes connections; a proxy is trusted to reach it."""
+    from huggingface_hub import constants
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        with socket.create_connection((url.hostname or "", url.port or 443), timeout=TIMEOUT_S):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,123 @@
+"""A small run's parts built on the CPU, and one step of them taken, so that `plan` refuses what the run would."""
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.data.order import Integers
+from orchestrator.data.pairs import Pairs
+from orchestrator.run.trial import NothingToSave, nowhere
+from orchestrator.settings.load import looks_local
+from orchestrator.settings.spec import EngineSpec, RunSpec, SchedulerSpec, UserError
+from orchestrator.training.prepare import Prepared
+from orchestrator.training.trainer import TrainingError
+from orchestrator.training.worker import built
+from orchestrator.world import World
+
+MOST_BYTES = 128 * 2**20  # of weight files, or of weights in fp32
+STEP_PAIRS, EVALUATED_PAIRS = 4, 16  # the shortest
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+def is_small(spec: RunSpec, config: Any) -> bool:
+    """Return whether the models of a run are small enough to be built while a user waits."""
+    folders = [path for path in (spec.model.path, spec.reference.path) if path is not None]
+    if not all(looks_local(path) for path in folders):
+        return False
+    sizes = [_bytes_of_weights(path) for path in folders]
+    return sum(sizes) + (_bytes_of_config(config) if spec.model.init else 0) <= MOST_BYTES
+
+
+def rehearse(spec: RunSpec, prepared: Prepared) -> list[str]:
+    """Build policy, reference, optimizer and collator, evaluate and take one step, on a few of the shortest pairs.
+
+    The engine is a single process on the CPU, whatever the settings say: an engine does not decide what is refused
+    here. Nothing is kept, and no callback is called. Returns a line where that fails for a reason of this machine.
+
+    Raises:
+        UserError: what the run would be refused with.
+    """
+    few = replace(
+        prepared,
+        train=_shortest(prepared.train, STEP_PAIRS),
+        eval={name: _shortest(pairs, EVALUATED_PAIRS) for name, pairs in prepared.eval.items()},
+    )
+    world = World(0, 1, 0, torch.device("cpu"))
+    try:
+        with redirect_stdout(io.StringIO()):
+            _try_a_step(spec, few, world)
+    except (UserError, TrainingError):
+        raise
+    except Exception as error:  # a kernel or a library that this machine lacks may be where the run starts
+        reason = " ".join(str(error).split())[:160]
+        return [f"a step could not be tried on this machine's CPU ({type(error).__name__}: {reason})"]
+    finally:
+        world.leave()
+    return []
+
+
+def _try_a_step(spec: RunSpec, few: Prepared, world: World) -> None:
+    with nowhere(spec) as (bare, run_dir):
+        bare = _on_cpu(bare.model_copy(update={"evaluation": spec.evaluation}), len(few.train))
+        with (
+            built(bare, few, world, NothingToSave(), run_dir) as trainer,
+            closing(trainer.loader.steps(0, 0)) as steps,
+        ):
+            trainer.evaluate()
+            trainer.micro_steps(next(steps))
+            trainer.engine.finite()
+            trainer.engine.optimizer_step(apply=False)
+
+
+def _on_cpu(spec: RunSpec, pairs: int) -> RunSpec:
+    """Return the settings without what needs a GPU, an engine's library or the length of the run."""
+    updates: dict[str, Any] = {
+        "engine": EngineSpec(shard_optimizer=spec.engine.shard_optimizer and spec.engine.kind == "ddp"),  # pyright: ignore
+        "scheduler": SchedulerSpec(),
+        "batch": spec.batch.model_copy(update={"global_batch_size": pairs}),
+        "reference": spec.reference.model_copy(update={"sharded": False}),
+        "precision": "fp64" if spec.precision == "fp64" else "fp32",
+    }
+    if spec.model.attention in ("varlen", "cpu"):
+        updates["model"] = spec.model.model_copy(update={"attention": "auto"})
+    if spec.optimizer.name.startswith("deepspeed."):
+        updates["optimizer"] = spec.optimizer.model_copy(update={"name": "torch.optim.AdamW", "kwargs": {}})
+    return spec.model_copy(update=updates)
+
+
+def _shortest(pairs: Pairs, count: int) -> Pairs:
+    order: Integers = np.argsort(pairs.lengths.sum(axis=1), kind="stable")
+    return pairs.only(order[:count])
+
+
+def _bytes_of_weights(folder: str) -> int:
+    files = (Path(folder) / name for name in os.listdir(folder) if name.endswith(WEIGHT_SUFFIXES))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _bytes_of_config(config: Any) -> int:
+    """Return the bytes in fp32 of a model that is made on the spot; 0 where its class cannot say without memory."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, RuntimeError, TypeError, ArithmeticError):  # as the rehearsal will say in a line
+        return 0
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def scratch_cache(spec: RunSpec) -> Iterator[RunSpec]:
+    """The same settings with a cache of their own, which is gone afterwards: a plan leaves nothing behind."""
+    with tempfile.TemporaryDirectory(prefix="orchestrator-plan-") as folder:
+        yield spec.model_copy(update={"data": spec.data.model_copy(update={"cache_dir": folder})})
