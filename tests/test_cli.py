@@ -189,7 +189,18 @@ def test_a_plan_as_lines_and_as_json(tmp_path: Path, capsys: Output) -> None:
     assert cli.main(["plan", "--json", file, "cluster.num_workers=2"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (lines["grad_accum"], facts["grad_accum"]) == ("4", 2)
+    assert facts.pop("notes") == []
     assert lines.keys() == facts.keys()
+
+
+def test_a_plan_prints_a_note_for_each_odd_setting(tmp_path: Path, capsys: Output) -> None:
+    file = str(write_settings(tmp_path))
+    odd = ["optimizer.lr=5e7", "scheduler.warmup_steps=50"]
+    assert cli.main(["plan", file, *odd]) == 0
+    noted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert cli.main(["plan", file, *odd, "--json"]) == 0
+    assert noted == [f"note: {line}" for line in json.loads(capsys.readouterr().out)["notes"]]
+    assert [line.split(" = ")[0] for line in noted] == ["note: optimizer.lr", "note: scheduler.warmup_steps"]
 
 
 def test_a_plan_shows_rows(tmp_path: Path, capsys: Output) -> None:

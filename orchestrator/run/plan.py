@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from orchestrator.data.order import Share, run_length
 from orchestrator.data.sources import check_source, count_rows
 from orchestrator.run.reach import unreachable_models, unread_sources
-from orchestrator.settings.load import DATA_KEYS, paths_in
+from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.spec import RunSpec
 
@@ -36,9 +36,8 @@ def planned(spec: RunSpec) -> dict[str, Any]:
     Raises:
         UserError: what the run, started here, would be refused with before its first step.
     """
-    for key, source in paths_in(spec, DATA_KEYS).items():
-        check_source(key, source)
-    counts = {key: count_rows(key, source) for key, source in paths_in(spec, DATA_KEYS).items()}
+    check_model_names(spec)  # before anything heavy is imported
+    counts = _counts(spec)
     return _facts(spec, counts, _checked(spec, counts))
 
 
@@ -48,10 +47,15 @@ def counted(spec: RunSpec) -> dict[str, Any]:
     Raises:
         UserError: a data file is missing or unreadable.
     """
-    for key, source in paths_in(spec, DATA_KEYS).items():
+    return _facts(spec, _counts(spec), _Outlook())
+
+
+def _counts(spec: RunSpec) -> dict[str, int | None]:
+    """Return the rows of each source by its setting, once all are known to exist."""
+    sources = paths_in(spec, DATA_KEYS)
+    for key, source in sources.items():
         check_source(key, source)
-    counts = {key: count_rows(key, source) for key, source in paths_in(spec, DATA_KEYS).items()}
-    return _facts(spec, counts, _Outlook())
+    return {key: count_rows(key, source) for key, source in sources.items()}
 
 
 def _checked(spec: RunSpec, counts: dict[str, int | None]) -> _Outlook:

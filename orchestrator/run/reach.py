@@ -4,10 +4,9 @@ import os
 import socket
 from urllib.parse import urlsplit
 
-from orchestrator.settings.load import DATA_KEYS, looks_local, paths_in
+from orchestrator.settings.load import DATA_KEYS, MODEL_KEYS, looks_local, paths_in
 from orchestrator.settings.spec import RunSpec
 
-MODEL_KEYS = ("model.path", "model.tokenizer", "model.lora.adapter_path", "reference.path")
 CACHED_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 TIMEOUT_S = 3.0  # the hub's own client tries for 46 s a name
 

@@ -21,13 +21,10 @@ FLATTEN = "no setting is deeper than a few levels"
 # Settings that hold paths: of rows, always one of ours, and what may be a hub name instead.
 DATA_KEYS: dict[str, Split] = {"data.train": "train", "data.eval": "eval"}
 FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path", "wandb.key_file")
-PATH_KEYS = (
-    "model.path",
-    "model.tokenizer",
-    "model.lora.adapter_path",
-    "reference.path",
-    *DATA_KEYS,
-)
+MODEL_KEYS = ("model.path", "model.tokenizer", "model.lora.adapter_path", "reference.path")
+PATH_KEYS = (*MODEL_KEYS, *DATA_KEYS)
+WITHOUT_OWNER = ("ctrl", "distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
+"""Causal LMs that the hub still knows by names from before all had owners."""
 
 
 class SettingsError(UserError):
@@ -129,6 +126,20 @@ def scheme_of(path: str) -> str:
     """Return the scheme of an address such as s3://bucket/file; empty for a path or a hub name."""
     scheme, colon, _ = path.partition("://")
     return scheme.lower() if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) else ""
+
+
+def check_model_names(spec: RunSpec) -> None:
+    """Refuse names of models and tokenizers that are neither folders here nor names on the hub.
+
+    Raises:
+        UserError: a folder that does not exist, or a name without the owner that all names on the hub have by now.
+    """
+    for key, name in paths_in(spec, MODEL_KEYS).items():
+        if looks_local(name) and not os.path.isdir(name):
+            raise UserError(key, name, "is not a folder", "give an existing folder, or a hub name")
+        if not looks_local(name) and "/" not in name and name not in WITHOUT_OWNER:
+            rule = "is not a folder here, and a hub name has an owner, OWNER/NAME"
+            raise UserError(key, name, rule, f"give an existing folder (./{name}), or the whole hub name")
 
 
 def looks_local(source: str) -> bool:

@@ -25,7 +25,7 @@ from orchestrator.models.policy import (
     made_weights,
 )
 from orchestrator.models.reference import check_reference
-from orchestrator.settings.load import DATA_KEYS, paths_in
+from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.rules import check_cache_with_collator, check_metric_for_best
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks import check_callbacks
@@ -77,6 +77,7 @@ def check_code(spec: RunSpec, given: Given = NOTHING) -> None:
         UserError: the first check that fails.
     """
     quiet()
+    check_model_names(spec)
     for key, source in paths_in(spec, DATA_KEYS).items():
         check_source(key, source)
     check_callbacks(spec, given.callbacks)

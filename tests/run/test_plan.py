@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support import rows, tiny_spec, write_jsonl
 
-from orchestrator.run import reach
+from orchestrator.run import plan, reach
 from orchestrator.run.plan import planned
 from orchestrator.settings.spec import UserError
 
@@ -72,7 +72,6 @@ def test_each_training_set_has_its_share_of_an_epoch(tmp_path: Path) -> None:
     assert "train_sets" not in planned(tiny_spec(tmp_path))
 
 
-
 @pytest.mark.parametrize("train", ["org/dataset", [{"path": "org/dataset"}, {"path": "org/other"}]])
 def test_rows_on_the_hub_are_left_to_the_start_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Any
@@ -98,3 +97,94 @@ def test_a_line_that_is_not_json_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{oh")
     with pytest.raises(UserError, match=r"data\.train row 4"):
         planned(tiny_spec(tmp_path, data={"train": str(path)}))
+
+
+@pytest.mark.parametrize(
+    ("training", "steps", "epochs"),
+    [
+        ({"max_steps": 3, "epochs": 2}, 3, 0.75),  # an epoch has 4 steps
+        ({"max_steps": 9, "epochs": 2}, 8, 2.0),
+        ({"max_steps": 9, "epochs": 1.5}, 6, 1.5),
+    ],
+)
+def test_the_first_of_max_steps_and_epochs_ends_the_run(
+    tmp_path: Path, training: dict[str, Any], steps: int, epochs: float
+) -> None:
+    facts = planned(tiny_spec(tmp_path, training=training))
+    assert (facts["steps"], facts["epochs"]) == (steps, epochs)
+
+
+def test_dropped_rows_do_not_count_in_the_steps(tmp_path: Path) -> None:
+    tie = {"prompt": "Say", "chosen": " one", "rejected": " one"}
+    path = str(write_jsonl(tmp_path / "ties.jsonl", [*rows(16), *[tie] * 16]))
+    facts = planned(tiny_spec(tmp_path, data={"train": path}, training={"max_steps": None, "epochs": 1}))
+    assert (facts["train_rows"], facts["pairs_per_epoch"], facts["steps"]) == (32, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "key"),
+    [
+        ({"model": {"init": None, "path": "nonexistent"}}, "model.path"),
+        ({"model": {"init": None, "path": "./nonexistent"}}, "model.path"),
+        ({"dpo": {"loss_type": "own_losses:nothere"}}, "dpo.loss_type"),
+        ({"dpo": {"loss_type": "no_such_module:loss"}}, "dpo.loss_type"),
+        ({"callbacks": ["json:dumps"]}, "callbacks"),
+        ({"data": {"collator": "no_such_module:collator"}}, "data.collator"),
+        ({"evaluation": {"compute_metrics": "json:nothere"}}, "evaluation.compute_metrics"),
+        (
+            {"evaluation": {"compute_metrics": "json:loads"}},
+            "evaluation.compute_metrics",
+        ),
+        ({"evaluation": {"batch_size": 2}}, "evaluation.batch_size"),
+        ({"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"oops": 1}}}, "scheduler.kwargs"),
+        (
+            {
+                "scheduler": {
+                    "name": "torch.optim.lr_scheduler.OneCycleLR",
+                    "kwargs": {"max_lr": 1, "total_steps": 2},
+                }
+            },
+            "scheduler.kwargs.total_steps",
+        ),
+        ({"model": {"num_frozen_layers": 2}}, "model.num_frozen_layers"),
+        ({"model": {"lora": {"target_modules": ["nothere"]}}}, "model.lora.target_modules"),
+        ({"optimizer": {"name": "torch.optim.Muon"}}, "optimizer.name"),
+        ({"data": {"max_length": 4, "max_prompt_length": None}}, "data.train"),
+        ({"reference": {"path": "./nonexistent"}}, "reference.path"),
+    ],
+)
+def test_what_the_run_refuses_is_refused(tmp_path: Path, blocks: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(tiny_spec(tmp_path, **blocks))
+    assert caught.value.key == key
+
+
+def test_a_plan_leaves_nothing_behind(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    planned(spec)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_models_that_the_hub_would_have_are_not_looked_at_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_is_offline", lambda: False)
+    monkeypatch.setattr(reach, "_hub_answers", lambda: False)
+    facts = planned(tiny_spec(tmp_path, model={"init": None, "path": "org/model"}))
+    assert any(line.startswith("model.path = org/model: is not looked at") for line in facts["notes"])
+    with pytest.raises(UserError, match=r"model\.path = 'nonexistent': is not a folder"):
+        planned(tiny_spec(tmp_path, model={"init": None, "path": "nonexistent"}))
+
+
+def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "SMALL_ROWS", 10)
+    monkeypatch.setattr(plan, "FIRST_ROWS", 4)
+    made = rows(32)
+    made[2]["chosen"] = 3
+    spec = tiny_spec(tmp_path)
+    write_jsonl(Path(spec.data.train[0].path), made)
+    with pytest.raises(UserError, match=r"data\.train row 3"):
+        planned(spec)
+    write_jsonl(Path(spec.data.train[0].path), [{**row, "chosen": row["rejected"]} for row in made[:4]] + rows(20))
+    assert "the first 4 rows of each source were tokenised" in planned(spec)["notes"][-1]

@@ -20,7 +20,6 @@ from orchestrator.settings.spec import UserError
         ({"batch": {"micro_batch_size": None}}, "batch", ["exactly one of the two", "batch.micro_batch_size=1"]),
         ({"batch": {"max_tokens_per_microbatch": 9}}, "batch", ["exactly one of the two"]),
         ({"batch": {"micro_batch_size": 9}}, "batch.micro_batch_size", ["= 9", "batch.global_batch_size (8)"]),
-        ({"training": {"epochs": 2}}, "training", ["only one of the two", "remove"]),
         ({"training": {"epochs": 0, "max_steps": None}}, "training.epochs", ["greater than 0"]),
         ({"optimizer": {"name": "torch.optim.AdamV"}}, "optimizer.name", ["did you mean torch.optim.Adam"]),
         ({"optimizer": {"name": "Adam"}}, "optimizer.name", ["did you mean torch.optim.Adam?"]),
