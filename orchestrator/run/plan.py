@@ -1,11 +1,12 @@
 """What a run would be, without starting it: every check of its start that needs no cluster, and its arithmetic."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.data.order import Share, run_length
-from orchestrator.data.sources import check_source, count_rows
+from orchestrator.data.shapes import note_lines
+from orchestrator.data.sources import check_rows, check_source, count_rows
 from orchestrator.run.reach import unreachable_models, unread_sources
 from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.notes import Known, notes
@@ -22,10 +23,11 @@ FIRST_ROWS = 256  # rows of each source that are tokenised where there are more
 class _Outlook(NamedTuple):
     """What the checks of a run have found out about it."""
 
+    counts: dict[str, int | None]  # rows by the setting of a source; None where only loading would tell
     per_epoch: int | None = None  # pairs, where all rows were tokenised
     positions: int | None = None  # of the model
     gpus: int | None = None  # of this machine
-    notes: tuple[str, ...] = ()  # what was not looked at, and why
+    notes: tuple[str, ...] = ()  # of the data, and what was not looked at and why
 
 
 def planned(spec: RunSpec) -> dict[str, Any]:
@@ -37,8 +39,9 @@ def planned(spec: RunSpec) -> dict[str, Any]:
         UserError: what the run, started here, would be refused with before its first step.
     """
     check_model_names(spec)  # before anything heavy is imported
-    counts = _counts(spec)
-    return _facts(spec, counts, _checked(spec, counts))
+    for key, source in paths_in(spec, DATA_KEYS).items():
+        check_source(key, source)
+    return _facts(spec, _checked(spec))
 
 
 def counted(spec: RunSpec) -> dict[str, Any]:
@@ -47,19 +50,16 @@ def counted(spec: RunSpec) -> dict[str, Any]:
     Raises:
         UserError: a data file is missing or unreadable.
     """
-    return _facts(spec, _counts(spec), _Outlook())
+    return _facts(spec, _Outlook(_counts(spec)))
 
 
 def _counts(spec: RunSpec) -> dict[str, int | None]:
-    """Return the rows of each source by its setting, once all are known to exist."""
-    sources = paths_in(spec, DATA_KEYS)
-    for key, source in sources.items():
-        check_source(key, source)
-    return {key: count_rows(key, source) for key, source in sources.items()}
+    splits = DATA_KEYS.values()
+    return {key: count_rows(key, each, split) for split in splits for key, each in spec.data.sources(split).items()}
 
 
-def _checked(spec: RunSpec, counts: dict[str, int | None]) -> _Outlook:
-    """Make the checks of a run's start, in a cache that is gone afterwards.
+def _checked(spec: RunSpec) -> _Outlook:
+    """Make the checks of a run's start, in its order and in a cache that is gone afterwards.
 
     Raises:
         UserError: the first that fails.
@@ -73,47 +73,67 @@ def _checked(spec: RunSpec, counts: dict[str, int | None]) -> _Outlook:
     gpus = torch.cuda.device_count()
     if names := unreachable_models(spec):
         why = "is not looked at; it is not cached here, and the hub does not answer"
-        return _Outlook(gpus=gpus, notes=tuple(f"{key} = {name}: {why}" for key, name in names.items()))
+        notes = tuple(f"{key} = {name}: {why}" for key, name in names.items())
+        return _Outlook(_counts(spec), gpus=gpus, notes=notes)
     names = unread_sources(spec)
     unread = tuple(f"{key} = {name}: its rows are looked at where the run starts" for key, name in names.items())
     if unread and spec.model.init is not None:  # whose tokenizer is trained on the rows
-        return _Outlook(gpus=gpus, notes=unread)
+        return _Outlook(_counts(spec), gpus=gpus, notes=unread)
     with scratch_cache(spec) as scratch:
         parts = load_parts(scratch)
         positions = getattr(parts.config.get_text_config(), "max_position_embeddings", None)
-        if unread:
-            return _Outlook(None, positions, gpus, unread)
-        return _tokenized(scratch, parts, counts)._replace(positions=positions, gpus=gpus)
+        outlook = _Outlook(_counts(spec), notes=unread) if unread else _tokenized(scratch, parts)
+        return outlook._replace(positions=positions, gpus=gpus)
 
 
-def _tokenized(spec: RunSpec, parts: "Parts", counts: dict[str, int | None]) -> _Outlook:
+def _tokenized(spec: RunSpec, parts: "Parts") -> _Outlook:
     """Tokenise all rows or the first, and try a step where data and models are small.
 
     Raises:
         UserError: what the run would be refused with.
     """
-    from orchestrator.data.pairs import NoPairs
+    from orchestrator.data.repeats import repeat_lines
     from orchestrator.run.rehearsal import is_small, rehearse
     from orchestrator.training.prepare import tokenize
 
+    counts = _counts(spec)
     if (rows := _total(counts.values())) is None or rows > SMALL_ROWS:
-        with suppress(NoPairs):  # later rows may have some
-            tokenize(spec, parts, first=FIRST_ROWS)
-        return _Outlook(notes=(f"the first {FIRST_ROWS} rows of each source were tokenised, the run tokenises all",))
+        return _Outlook(counts, notes=tuple(_large_data(spec, parts)))
     prepared = tokenize(spec, parts)
-    per_epoch = prepared.train.pairs_per_epoch
-    if not is_small(spec, parts.config):
-        return _Outlook(per_epoch, notes=("the weights were not loaded: `orchestrator debug --dry-run` does",))
-    return _Outlook(per_epoch, notes=tuple(rehearse(spec, prepared)))
+    sets = {"data.train": prepared.train} | {spec.data.eval_key(name): each for name, each in prepared.eval.items()}
+    lines = [f"{key}: {line}" for key, pairs in sets.items() for line in note_lines(pairs.unread_columns, pairs.notes)]
+    lines += repeat_lines(prepared.train, prepared.eval)
+    if is_small(spec, parts.config):
+        lines += rehearse(spec, prepared)
+    else:
+        lines.append("the weights were not loaded: orchestrator debug --dry-run does, and tries a step")
+    return _Outlook(counts, prepared.train.pairs_per_epoch, notes=tuple(lines))
 
 
-def _facts(spec: RunSpec, counts: dict[str, int | None], outlook: _Outlook) -> dict[str, Any]:
+def _large_data(spec: RunSpec, parts: "Parts") -> Iterator[str]:
+    """Check all rows without the tokenizer and the first ones with it; yield a line for what is odd or not looked at.
+
+    Raises:
+        UserError: a row that the run would be refused with.
+    """
+    from orchestrator.data.pairs import NoPairs
+    from orchestrator.training.prepare import tokenize
+
+    with suppress(NoPairs):  # later rows may have some
+        tokenize(spec, parts, first=FIRST_ROWS)
+    for rows in (check_rows(spec.data, "train"), *(check_rows(spec.data, "eval", name) for name in spec.data.eval)):
+        for each in rows:
+            yield from (f"{each.key}: {line}" for line in note_lines(each.unread, each.notes))
+    yield f"the first {FIRST_ROWS} rows of each source were tokenised, the run tokenises all"
+
+
+def _facts(spec: RunSpec, outlook: _Outlook) -> dict[str, Any]:
     batch, ranks = spec.batch, spec.cluster.num_workers
     each = ranks if isinstance(ranks, list) else [ranks]  # the fewest and the most
     by_ranks: dict[str, list[Any]] = {"pairs_per_rank": [batch.pairs_per_rank(count) for count in each]}
     if batch.micro_batch_size:
         by_ranks["grad_accum"] = [batch.grad_accum(count) for count in each]
-    sets = _training_sets(spec, counts)
+    sets, counts = _training_sets(spec, outlook.counts), outlook.counts
     train_rows, per_epoch = (_total(each[name] for each in sets) for name in ("rows", "rows_per_epoch"))
     facts: dict[str, Any] = {
         "run_dir": str(spec.run_dir),

@@ -203,7 +203,26 @@ def _make_paths_absolute(raw: dict[str, Any]) -> None:
         if dotted == "run.dir" and isinstance(block, dict):
             block.setdefault("dir", "runs")
         if isinstance(block, dict) and key in block:
+            if dotted not in DATA_KEYS:
+                _check_scheme(dotted, block[key])
             block[key] = _absolute(block[key], is_ours=dotted in FOLDER_KEYS)
+
+
+def _check_scheme(key: str, value: Any) -> None:
+    """Refuse an address where a folder is needed: as a path it would make a folder named after the scheme.
+
+    Raises:
+        UserError: the setting has a scheme.
+    """
+    if not isinstance(value, str) or not (scheme := scheme_of(value)):
+        return
+    if scheme == "file":
+        fix = f"write the path alone: {value.removeprefix('file://')}"
+    elif key in FOLDER_KEYS:
+        fix = "give a folder that every node can write, and copy it from there"
+    else:
+        fix = "give the hub name alone, OWNER/NAME" if "hf" in scheme or "huggingface" in value else "give a folder"
+    raise UserError(key, value, f"{scheme}:// is not supported", fix)
 
 
 def _absolute(value: Any, is_ours: bool) -> Any:
