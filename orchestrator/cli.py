@@ -15,7 +15,7 @@ from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import RunSpec, UserError
 
 if TYPE_CHECKING:
-    from orchestrator.training.worker import RunResult
+    from orchestrator.training.result import RunResult
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3  # exit codes
 
@@ -64,6 +64,8 @@ def _run(words: Sequence[str]) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train on Ray."""
     spec = _spec(args)
+    if (done := _finished_already(spec)) is not None:
+        return _say_how_it_ended(spec, done)
     from orchestrator.run import driver
 
     return _say_how_it_ended(spec, driver.train(spec))
@@ -75,12 +77,16 @@ def debug(args: argparse.Namespace) -> int:
     if args.replay_step is not None:
         return _replay(args)
     spec = _spec(args)
-    from orchestrator.run import debug as here
+    from orchestrator.training.result import last_result
     from orchestrator.training.rundir import RunDir
-    from orchestrator.training.worker import last_result
     from orchestrator.world import is_one_of_many
 
     leaves_nothing = args.overfit or args.dry_run
+    looks_at_steps = leaves_nothing or args.profile is not None
+    if not looks_at_steps and not is_one_of_many() and (done := _finished_already(spec)) is not None:
+        return _say_how_it_ended(spec, done)
+    from orchestrator.run import debug as here
+
     if args.nproc > 1 and not is_one_of_many():
         command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings, *_flags(args)]
         code = here.debug_ranks(spec, args.nproc, command, args.profile, keeps_run=not leaves_nothing)
@@ -95,6 +101,19 @@ def debug(args: argparse.Namespace) -> int:
     if is_one_of_many():  # whoever started this rank says how it ended
         return STOPPED if result.status == "stopped" else DONE
     return _say_how_it_ended(spec, result)
+
+
+def _finished_already(spec: RunSpec) -> "RunResult | None":
+    """Return the result of a run that is complete, and say so; torch and ray are not needed for that."""
+    from orchestrator.training.result import finished_already, finished_line
+    from orchestrator.training.rundir import RunDir
+
+    run_dir = RunDir(spec.run_dir)
+    done = finished_already(run_dir)
+    if done is not None:
+        run_dir.check(spec)
+        print(finished_line(run_dir), flush=True)
+    return done
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -289,28 +308,12 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 
 def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
-    run_dir = spec.run_dir
     if result.status == "stopped":
         print(f"stopped after step {result.step} ({result.reason}) and saved; the same command resumes")
         return STOPPED
-    from orchestrator.training.manifest import step_folder
-    from orchestrator.training.metrics import evaluated_sets
+    from orchestrator.insight.summary import summary
 
-    lines = list(map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()))
-    print(f"\nfinished after step {result.step} ({result.reason})")
-    for name, prefix in evaluated_sets(dict.fromkeys(key for line in lines for key in line)).items():
-        evaluations = [line for line in lines if f"{prefix}loss" in line]
-        before = [line for line in evaluations if not line["step"]]
-        for when, line in zip(["before"] * len(before) + ["after"], [*before, evaluations[-1]], strict=True):
-            facts = f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies {line[f'{prefix}rewards/accuracies']:.3f}"
-            print(f"evaluation {when:<6}  {facts}{f' ({name})' * bool(name)}")
-    if result.best_step is not None:
-        best = step_folder(run_dir / "checkpoints", result.best_step)
-        print(f"best     {spec.evaluation.best_metric} {result.best_metric:.6f} after step {result.best_step}, {best}")
-    of_step = f", of step {result.model_step}" if result.best_step is not None else ""
-    print(f"model    {result.model}{of_step}\nmetrics  {run_dir / 'metrics.jsonl'}")
-    if spec.wandb.mode != "disabled":
-        print(f"W&B      {run_dir / 'wandb'}")
+    print("\n" + "\n".join(summary(spec, result)))
     return DONE
 
 

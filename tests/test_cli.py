@@ -18,9 +18,9 @@ from orchestrator.run import debug as here
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import save
 from orchestrator.training.manifest import FORMAT
+from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
-from orchestrator.training.worker import RunResult
 
 Output = pytest.CaptureFixture[str]
 

@@ -24,8 +24,9 @@ from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, ch
 from orchestrator.training.health import LocalSession
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
+from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import RunResult, finished_already, run
+from orchestrator.training.worker import run
 from orchestrator.world import A_WEEK, World
 
 POLL_S = 0.1
@@ -68,6 +69,8 @@ def debug(
         if world.is_main:
             run_dir.check(spec)
             done = _finished_already(run_dir, profile)
+            if done is not None:
+                print(finished_line(run_dir), flush=True)
         done = world.gather(done)[0]
         if done is not None:
             return done
@@ -147,6 +150,7 @@ def debug_ranks(
             held.enter_context(run_dir.owned())
             run_dir.check(spec)
             if _finished_already(run_dir, profile) is not None:
+                print(finished_line(run_dir), flush=True)
                 return 0
         prepared = prepare(spec)
         if profile is not None:

@@ -31,9 +31,10 @@ from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, ch
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.manifest import ReadFailed, committed, step_of
 from orchestrator.training.prepare import prepare
+from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
-from orchestrator.training.worker import RunResult, finished_already, run
+from orchestrator.training.worker import run
 from orchestrator.world import World, use_interface
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def train(
     with run_dir.owned():
         run_dir.check(spec)
         if (done := finished_already(run_dir)) is not None:
+            print(finished_line(run_dir), flush=True)
             return done
         _check_local_size(spec)
         if spec.cluster.preflight:
@@ -112,7 +114,7 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
             step, folder = (step_of(newest[0]), str(newest[0])) if newest else (0, "")
             return RunResult("stopped", "asked while it waited for nodes", step, folder, None)
         result: dict[str, Any] = {"status": "died"}
-        if run_dir.result.is_file():
+        with suppress(FileNotFoundError, ValueError):  # half a file of a rank that was killed
             result = json.loads(run_dir.result.read_text())
         if _is_for_growth(run_dir):
             run_dir.stop.unlink()

@@ -28,9 +28,10 @@ from orchestrator.training.checkpoint import Reader
 from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.manifest import committed, step_of, verify
 from orchestrator.training.prepare import prepare
+from orchestrator.training.result import last_result
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
-from orchestrator.training.worker import built, last_result
+from orchestrator.training.worker import built
 from orchestrator.world import World, is_one_of_many
 
 logger = logging.getLogger(__name__)

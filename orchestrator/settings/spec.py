@@ -680,6 +680,9 @@ class EvaluationSpec(Block):
     """Hand over a batch at a time, as tensors, with compute_result=True at the last, whose answer counts."""
     batch_size: Positive | None = Field(None, json_schema_extra=FREE)
     """Pairs in a batch of logits or of batch_eval_metrics; batch.micro_batch_size when not set, else 1."""
+    samples: NonNegative = Field(0, json_schema_extra=FREE)
+    """Prompts of the first evaluation set that rank zero answers at the end of the run, by the model before and after
+    training, each whole on one device: greedily, 64 tokens at most."""
     early_stopping: EarlyStoppingSpec | None = Field(None, json_schema_extra=FREE)
     """End training early; not when not set."""
 

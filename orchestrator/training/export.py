@@ -1,12 +1,10 @@
 """A checkpoint -> a Hugging Face model folder that from_pretrained loads, with a card that says how it was trained."""
 
 import copy
-import json
 import logging
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import Dtype, Exported, RunSpec, SourceSpec, UserError
 from orchestrator.training.checkpoint import Reader, newest_valid
 from orchestrator.training.manifest import step_folder, verify
-from orchestrator.training.metrics import evaluated_sets
+from orchestrator.training.result import evaluated_sets
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
@@ -277,11 +275,8 @@ def _is_export(folder: Path) -> bool:
 def _last_metrics(run_dir: RunDir, step: int) -> dict[str, Any]:
     """What was last measured up to a step."""
     last: dict[str, Any] = {}
-    if run_dir.metrics.is_file():
-        for line in run_dir.metrics.read_text().splitlines():
-            with suppress(ValueError):  # half a line of a run that was killed
-                measured = json.loads(line)
-                last |= measured if measured["step"] <= step else {}
+    for measured in run_dir.metric_lines():
+        last |= measured if measured.get("step", step + 1) <= step else {}
     return last
 
 

@@ -1,7 +1,5 @@
 """Named (sum, count) pairs on the device, in one flat vector, reduced over ranks once per log."""
 
-from collections.abc import Collection
-
 import torch
 
 from orchestrator.dpo.step import METRICS, TOKEN_METRICS
@@ -40,14 +38,6 @@ class MetricSums:
             self.sums += sums[self.world.rank]
         elif self.world.is_main:
             self.sums += sums.sum(0)
-
-
-def evaluated_sets(logs: Collection[str]) -> dict[str, str]:
-    """Names of the evaluation sets whose metrics are among those in `logs`, and what these begin with: eval_ for the
-    only one, without a name, else eval_NAME_."""
-    suffix = "rewards/accuracies"  # which every evaluation has, as it has a loss
-    prefixes = [name.removesuffix(suffix) for name in logs if name.startswith("eval_") and name.endswith(suffix)]
-    return {prefix[len("eval_") : -1]: prefix for prefix in prefixes if f"{prefix}loss" in logs}
 
 
 def means(totals: list[list[float]]) -> dict[str, float]:

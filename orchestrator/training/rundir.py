@@ -115,6 +115,15 @@ class RunDir:
             return (self.path / ".owner").read_text().strip()
         return None
 
+    def metric_lines(self) -> list[dict[str, Any]]:
+        """Return what metrics.jsonl holds; a line that a full disk or a kill has damaged is left out."""
+        lines: list[dict[str, Any]] = []
+        if self.metrics.is_file():
+            for line in self.metrics.read_text(errors="replace").splitlines():
+                with suppress(ValueError):
+                    lines.append(json.loads(line))
+        return [line for line in lines if isinstance(line, dict)]
+
     def write_result(self, result: dict[str, Any]) -> None:
         """How the run ended, for whoever started the process that ended it."""
         write_atomically(self.result, json.dumps(result))

@@ -2,11 +2,10 @@
 
 import gc
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -44,7 +43,9 @@ from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.health import Session
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.prepare import Prepared, pad_id, prepare, quiet
+from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.samples import answered_samples
 from orchestrator.training.trainer import Ended, Tolerance, Trainer
 from orchestrator.world import World
 
@@ -57,20 +58,6 @@ PACKED_TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "tf32": 0.02, "bf16": 0.05, "fp
 SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-3, "tf32": 0.03, "bf16": 0.1, "fp16": 0.03, "int8": 0.5}
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended; also RUN_DIR/result.json."""
-
-    status: str  # finished: the model is exported; stopped: saved, the same command resumes
-    reason: str
-    step: int
-    checkpoint: str
-    model: str | None
-    model_step: int | None = None
-    best_step: int | None = None  # by evaluation.metric_for_best
-    best_metric: float | None = None
 
 
 def run(
@@ -92,13 +79,15 @@ def run(
     """
     quiet()
     run_dir = RunDir(spec.run_dir)
-    ended = _trained(spec, world, session, run_dir, given, observed_by)
+    prepared = prepare(spec, given)
+    ended = _trained(spec, prepared, world, session, run_dir, given, observed_by)
     gc.collect()  # before the export makes the model once more, whole
-    return _concluded(spec, ended, run_dir, world)
+    return _concluded(spec, prepared, ended, run_dir, world)
 
 
 def _trained(
     spec: RunSpec,
+    prepared: Prepared,
     world: World,
     session: Session,
     run_dir: RunDir,
@@ -106,7 +95,6 @@ def _trained(
     observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]],
 ) -> Ended:
     """Go on from the newest checkpoint; what was built is gone from memory when this returns."""
-    prepared = prepare(spec, given)
     found = _newest_checkpoint(run_dir, world)
     callbacks = observed_by(build_callbacks(spec, run_dir, given.callbacks) if world.is_main else [])
     with built(spec, prepared, world, session, run_dir, given, found, callbacks) as trainer:
@@ -492,7 +480,7 @@ def _fill_caches(
             raise UserError("reference.kind", "precomputed", rule, "make room there, or set data.cache_dir to another")
 
 
-def _concluded(spec: RunSpec, ended: Ended, run_dir: RunDir, world: World) -> RunResult:
+def _concluded(spec: RunSpec, prepared: Prepared, ended: Ended, run_dir: RunDir, world: World) -> RunResult:
     model_step = None
     if ended.status == "finished":
         wants_best = spec.checkpoint.export == "best" and ended.best_step is not None  # it is None where all were NaN
@@ -514,21 +502,6 @@ def _concluded(spec: RunSpec, ended: Ended, run_dir: RunDir, world: World) -> Ru
                     "no evaluation after a step had a number as %s: the last is exported", spec.evaluation.best_metric
                 )
             export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
+            result = replace(result, samples=answered_samples(spec, run_dir, prepared, world.device))
         run_dir.write_result(result.__dict__)
     return result
-
-
-def finished_already(run_dir: RunDir) -> RunResult | None:
-    """The result of a run that is complete, so that the same command again does nothing."""
-    result = last_result(run_dir)
-    if result is None or result.status != "finished":
-        return None
-    return result if run_dir.model.is_dir() and Path(result.checkpoint).is_dir() else None
-
-
-def last_result(run_dir: RunDir) -> RunResult | None:
-    """How the last attempt ended, if it came to an end."""
-    if not run_dir.result.is_file():
-        return None
-    result = json.loads(run_dir.result.read_text())
-    return RunResult(**result) if result["status"] in ("finished", "stopped") else None

@@ -27,8 +27,8 @@ from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training import worker
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import step_folder
+from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import RunResult
 
 need_trl()
 

@@ -17,7 +17,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from orchestrator.settings.spec import EVALUATED
-from orchestrator.training.metrics import evaluated_sets
+from orchestrator.training.result import evaluated_sets
 
 
 class ConsoleCallback(TrainerCallback):

@@ -1,0 +1,65 @@
+"""Say how a run ended: evaluations, sample answers, where everything is, and what to do next. Loads no torch."""
+
+from collections.abc import Iterator
+from textwrap import shorten
+from typing import Any
+
+from orchestrator.settings.spec import RunSpec
+from orchestrator.training.manifest import step_folder
+from orchestrator.training.result import RunResult, evaluated_sets
+from orchestrator.training.rundir import RunDir
+
+ANSWER = 100  # characters of an answer that are shown
+
+
+def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
+    """Yield the lines about a finished run."""
+    run_dir = RunDir(spec.run_dir)
+    yield f"finished after step {result.step} ({result.reason})"
+    yield from _evaluations(run_dir.metric_lines())
+    if result.best_step is not None:
+        best = step_folder(run_dir.checkpoints, result.best_step)
+        yield f"best     {spec.evaluation.best_metric} {result.best_metric:.6f} after step {result.best_step}, {best}"
+    yield from _answers(result.samples)
+    of_step = f", of step {result.model_step}" if result.best_step is not None else ""
+    yield f"model    {result.model}{of_step}"
+    yield f"metrics  {run_dir.metrics}"
+    if spec.wandb.mode != "disabled":
+        yield _wandb(run_dir)
+    yield from _next(spec, result)
+
+
+def _evaluations(lines: list[dict[str, Any]]) -> Iterator[str]:
+    for name, prefix in evaluated_sets(dict.fromkeys(key for line in lines for key in line)).items():
+        evaluations = [line for line in lines if f"{prefix}loss" in line]
+        before = [line for line in evaluations if not line["step"]]
+        for when, line in zip(["before"] * len(before) + ["after"], [*before, evaluations[-1]], strict=True):
+            facts = f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies {line[f'{prefix}rewards/accuracies']:.3f}"
+            yield f"evaluation {when:<6}  {facts}{f' ({name})' * bool(name)}"
+
+
+def _answers(samples: list[dict[str, str]]) -> Iterator[str]:
+    for sample in samples:
+        yield ""
+        for part in ("prompt", "before", "after"):
+            text = "".join(letter for letter in sample[part] if letter.isprintable() or letter.isspace())
+            yield f"{part:<8} {shorten(text, ANSWER, placeholder=' ...') or '(nothing)'}"
+    if samples:
+        yield ""
+
+
+def _wandb(run_dir: RunDir) -> str:
+    """Return where W&B keeps the run, and how to upload what was recorded offline."""
+    offline = sorted(run_dir.wandb.glob("offline-run-*"))
+    if not offline:
+        return f"W&B      {run_dir.wandb}"
+    return f"W&B      recorded offline; to upload it: wandb sync {' '.join(map(str, offline))}"
+
+
+def _next(spec: RunSpec, result: RunResult) -> Iterator[str]:
+    """Yield what to do with the result, and after a model made on the spot, how to go on to a real one."""
+    yield f"use it   transformers.pipeline('text-generation', '{result.model}')"
+    if spec.training.pair_ledger:
+        yield f"look     orchestrator pairs {spec.run_dir}   # which pairs were learned, which look mislabelled"
+    if spec.model.init is not None:
+        yield "next     your own model and pairs: README.md, the chapter of that name"

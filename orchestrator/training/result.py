@@ -1,0 +1,56 @@
+"""How a run ended: RUN_DIR/result.json, written by rank zero and read by whoever starts the run again."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from orchestrator.training.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended; also RUN_DIR/result.json."""
+
+    status: str  # finished: the model is exported; stopped: saved, the same command resumes
+    reason: str
+    step: int
+    checkpoint: str
+    model: str | None
+    model_step: int | None = None
+    best_step: int | None = None  # by evaluation.metric_for_best
+    best_metric: float | None = None
+    samples: list[dict[str, str]] = field(default_factory=list)  # prompt, before, after
+
+
+def last_result(run_dir: RunDir) -> RunResult | None:
+    """Return how the last attempt ended; None if it has not, or if the file is damaged."""
+    try:
+        result = json.loads(run_dir.result.read_text())
+        return RunResult(**result) if result["status"] in ("finished", "stopped") else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def finished_already(run_dir: RunDir) -> RunResult | None:
+    """Return the result of a run that is complete; None where the same command still has something to do."""
+    result = last_result(run_dir)
+    if result is None or result.status != "finished" or not Path(result.checkpoint).is_dir():
+        return None
+    return result if any(run_dir.model.glob("*.safetensors")) else None
+
+
+def finished_line(run_dir: RunDir) -> str:
+    """Return a line that says since when a complete run is finished, and how to train once more."""
+    when = datetime.fromtimestamp(run_dir.result.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    name = run_dir.path.name
+    return f"{name} has finished already, on {when}: nothing to do; run.name={name}-2 trains once more"
+
+
+def evaluated_sets(logs: Collection[str]) -> dict[str, str]:
+    """Names of the evaluation sets whose metrics are among those in `logs`, and what these begin with: eval_ for the
+    only one, without a name, else eval_NAME_."""
+    suffix = "rewards/accuracies"  # which every evaluation has, as it has a loss
+    prefixes = [name.removesuffix(suffix) for name in logs if name.startswith("eval_") and name.endswith(suffix)]
+    return {prefix[len("eval_") : -1]: prefix for prefix in prefixes if f"{prefix}loss" in logs}

@@ -1,0 +1,73 @@
+"""Answer a few prompts at the end of a run, by the model before and after training."""
+
+import logging
+from typing import Any
+
+import torch
+
+from orchestrator.data.pairs import Pairs
+from orchestrator.data.sources import raw_rows
+from orchestrator.models.policy import build_policy
+from orchestrator.settings.spec import RunSpec
+from orchestrator.training.prepare import Prepared
+from orchestrator.training.rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 64  # of an answer, which is here to be looked at
+
+
+def answered_samples(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device: torch.device) -> list[dict[str, str]]:
+    """Return the first evaluation prompts with the answers of the start of the run and of its exported model.
+
+    On rank zero alone, and without collectives. The run has finished: whatever goes wrong here is only a warning.
+    """
+    if not spec.evaluation.samples:
+        return []
+    try:
+        return _answered(spec, run_dir, prepared, device)
+    except Exception as error:  # generation has many ways to fail, and none of them concerns the trained model
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("evaluation.samples: no prompt was answered (%s: %s)", type(error).__name__, reason)
+        return []
+
+
+def _answered(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device: torch.device) -> list[dict[str, str]]:
+    from transformers import AutoModelForCausalLM
+
+    name, pairs = next(iter(prepared.eval.items()))  # there is one: the settings refuse samples without
+    prompts = [pairs[index]["prompt_ids"] for index in range(min(spec.evaluation.samples, len(pairs)))]
+    start = build_policy(spec, prepared.tokenizer, torch.float32)
+    before = greedy_answers(start, prepared.tokenizer, prompts, device)
+    del start
+    after = greedy_answers(AutoModelForCausalLM.from_pretrained(run_dir.model), prepared.tokenizer, prompts, device)
+    texts = _prompt_texts(spec, name, pairs, len(prompts))
+    return [
+        dict(zip(("prompt", "before", "after"), each, strict=True)) for each in zip(texts, before, after, strict=True)
+    ]
+
+
+@torch.no_grad()
+def greedy_answers(model: Any, tokenizer: Any, prompts: list[list[int]], device: torch.device) -> list[str]:
+    """Return the text that a model continues each prompt with, always taking the most probable token."""
+    model = model.to(device).eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip())
+    return answers
+
+
+def _prompt_texts(spec: RunSpec, name: str, pairs: Pairs, count: int) -> list[str]:
+    """Return the text of the first prompts: of a conversation, its last message."""
+    ids = [int(pair_id) for pair_id in pairs.pair_ids[:count]]
+    rows = raw_rows(spec.data, "eval", ids, name)
+    prompts = (rows[pair_id].row["prompt"] for pair_id in ids)
+    return [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in prompts]
