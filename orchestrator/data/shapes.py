@@ -42,7 +42,7 @@ SHOWN_COLUMNS = 12
 SHOWN_LETTERS = 40
 
 # Notes on a row that trains, counted over all rows; each reads after "N rows".
-IMPLICIT = "have no prompt: it is what chosen and rejected begin with in common"
+IMPLICIT = "have no prompt: the common beginning of chosen and rejected is taken as prompt"
 NO_PROMPT = "have an empty prompt"
 EMPTY = "have an empty chosen or rejected completion"
 TWICE = "repeat the prompt at the start of chosen and rejected, so that it is in the sequence twice"
@@ -181,13 +181,16 @@ def _foreign_shape(row: Row) -> tuple[str, str] | None:
     if {"completion", "label"} <= columns:
         return (
             "unpaired answers (KTO)",
-            "write one row per pair: prompt, a good completion as chosen, a bad as rejected",
+            "write a good and a bad completion of one prompt as chosen and rejected",
         )
     if {"preferred_output", "non_preferred_output"} <= columns:
         pair = "preferred_output as chosen, non_preferred_output as rejected"
         return "OpenAI's preference format", f"write input.messages as prompt, {pair}"
     if {"human_ref_A", "human_ref_B"} <= columns:
         return "SHP", "write history as prompt, the answer that labels prefers (1: A) as chosen, the other as rejected"
+    is_one = columns & {"messages", "conversations", "completion", "text"} and not columns & {"chosen", "rejected"}
+    if is_one and not _similar(row):
+        return "one answer, not a pair", "give pairs: prompt, chosen and rejected"
     if len(row) == 1 and _is_list_of(next(iter(row.values())), Mapping):
         name = next(iter(columns))
         return f"one object that wraps rows under {name!r}", f"write the list under {name!r} alone"
@@ -198,8 +201,6 @@ def _foreign_shape(row: Row) -> tuple[str, str] | None:
             "several answers, perhaps with scores",
             "write a better one of them as chosen and a worse one as rejected",
         )
-    if columns & {"messages", "conversations", "completion", "text"} and not _similar(row):
-        return "one answer, not a pair", "give pairs: prompt, chosen and rejected"
     if similar := _similar(row):
         return "", f"rename {' and '.join(f'{old!r} to {new!r}' for new, old in similar.items())}"
     return None
@@ -235,23 +236,21 @@ def _check_media(row: Row, data: DataSpec) -> None:
 
 
 def _check_context(row: Row, shaped: Row, data: DataSpec) -> None:
-    """Refuse a column with a part of the question that the prompt does not have."""
+    """Refuse columns with a part of the question that the prompt does not have."""
     prompt = _squeezed("\n".join(_texts(shaped["prompt"])))
+    known = (*PAIR, *TEMPLATE_COLUMNS, *_numeric(data), *data.ignore_columns)
     is_bare = row.get("prompt") is None and not prompt
-    for column in row:
-        if column in data.ignore_columns or column in (*PAIR, *TEMPLATE_COLUMNS) or column in _numeric(data):
-            continue
-        if column not in CONTEXT and not (is_bare and _is_sentence(row[column])):
-            continue
-        if all(_squeezed(text) in prompt for text in _asked(row[column])):
-            continue
-        if row.get("prompt") is None:
-            reason = f"has no prompt, and {column!r}, which looks like a part of it, is not read; {_columns_of(row)}"
-            cure = f"write the question into a column 'prompt', or set data.ignore_columns=[{column}] to train without"
-        else:
-            reason = f"has {column!r} beside prompt, which does not contain it; it would not be read"
-            cure = f"write it into prompt, or set data.ignore_columns=[{column}] to train without it"
-        raise BadRow("malformed rows", reason, cure)
+    columns = [column for column in row if column not in known]
+    suspects = [column for column in columns if column in CONTEXT or (is_bare and _is_sentence(row[column]))]
+    lost = [column for column in suspects if any(_squeezed(text) not in prompt for text in _asked(row[column]))]
+    if not lost:
+        return
+    names, settings = ", ".join(map(repr, map(str, lost))), ", ".join(map(str, lost))
+    reason = f"has {names} beside prompt, which does not contain it; it would not be read"
+    if row.get("prompt") is None:
+        reason = f"has no prompt, and {names}, which could be a part of it, would not be read; {_columns_of(row)}"
+    cure = f"write what is asked into prompt, or set data.ignore_columns=[{settings}] to train without it"
+    raise BadRow("malformed rows", reason, cure)
 
 
 def _numeric(data: DataSpec) -> tuple[str | None, ...]:

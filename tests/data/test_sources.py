@@ -1,15 +1,29 @@
 """Rows are the same from any format, folder or split, and what cannot be read is refused."""
 
+import gzip
 import json
+import lzma
+import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow as pa
 import pytest
-from support import rows, write_jsonl
+from support import raw_settings, rows, write_jsonl
 from tiny import CHAT_ROW, TEXT_ROW, data_spec, tokenized, tokenizer
 
 from orchestrator.data.pairs import tokenized_pairs
-from orchestrator.data.sources import count_rows, raw_rows, training_texts
+from orchestrator.data.sources import (
+    SourceRows,
+    check_rows,
+    check_source,
+    count_rows,
+    open_source,
+    raw_rows,
+    training_texts,
+)
+from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import SourceSpec, UserError
 
 MALFORMED = {"prompt": "no answers"}
@@ -31,6 +45,15 @@ def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
     path = folder / form
     if form in texts:
         path.write_text(texts[form], encoding="utf-8")
+    elif form in ("packed.jsonl.gz", "packed.jsonl.xz"):
+        pack = gzip.compress if form.endswith("gz") else lzma.compress
+        path.write_bytes(pack(texts["lines.jsonl"].encode()))
+    elif form == "file.arrow":
+        table = datasets.Dataset.from_list(content).data.table
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    elif form == "file.csv":
+        pd.DataFrame(content).to_csv(path, index=False)
     elif form == "file.parquet":
         datasets.Dataset.from_list(content).to_parquet(str(path))
     elif form == "saved folder":
@@ -51,6 +74,9 @@ def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
         "lines.json",
         "array.json",
         "indented array.json",
+        "packed.jsonl.gz",
+        "packed.jsonl.xz",
+        "file.arrow",
         "file.parquet",
         "saved folder",
         "saved folder of splits",
@@ -67,6 +93,16 @@ def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversati
         assert (found[index]["prompt_ids"], found[index]["chosen_ids"], found[index]["rejected_ids"]) == tokenized(row)
     asked = raw_rows(data, "train", [7, 2, 2, 8])
     assert asked == {number: (str(path), number, content[number - 1]) for number in (2, 7)}
+
+
+def test_a_csv_file_holds_the_same_pairs(tmp_path: Path) -> None:
+    content = [{**row, "w": 0.5} for row in rows(4)]
+    path = written(tmp_path, "file.csv", content)
+    found = tokenized_pairs(data_spec(train=str(path), weight_column="w"), "train", tokenizer(), tmp_path / "cache")
+    assert [found[index]["prompt_ids"] for index in range(4)] == [tokenized(row).prompt_ids for row in content]
+    assert found.weights is not None
+    assert found.weights.tolist() == [0.5] * 4
+    assert count_rows("data.train", SourceSpec(path=str(path)), "train") == 4
 
 
 def test_a_row_has_its_prompt_and_one_that_is_no_pair_any_more_is_left_out(tmp_path: Path) -> None:
@@ -155,6 +191,93 @@ def test_rows_are_counted_without_loading(tmp_path: Path) -> None:
     path = written(tmp_path, "blank lines.jsonl", rows(6))
     assert count_rows("data.train", SourceSpec(path=str(path)), "train") == 6
     assert count_rows("data.train", SourceSpec(path="org/dataset"), "train") is None
+    for form in ("packed.jsonl.gz", "file.arrow", "file.parquet", "saved folder", "splits"):
+        source = SourceSpec(path=str(written(tmp_path, form, rows(6))))
+        assert count_rows("data.train", source, "train") == 6
+    assert count_rows("data.eval", source, "eval") == 3
+
+
+def test_splits_of_a_folder_or_the_hub_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    parts = {"train_prefs": datasets.Dataset.from_list(rows(2)), "test_prefs": datasets.Dataset.from_list(rows(1))}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "test.jsonl", rows(2))
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise ValueError("Unknown split \"train\". Should be one of ['train_prefs', 'test_prefs'].")
+
+    words = r"data\.train = .*: has no split 'train'; its splits are {}; name one of them: .*, split: {}}}"
+    with pytest.raises(UserError, match=words.format("train_prefs, test_prefs", "train_prefs")):
+        count_rows("data.train", SourceSpec(path=str(tmp_path / "saved")), "train")
+    with pytest.raises(UserError, match=words.format("test", "test")):
+        count_rows("data.train", SourceSpec(path=str(tmp_path / "files")), "train")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=words.format("train_prefs, test_prefs", "train_prefs")):
+        open_source("data.train", SourceSpec(path="org/pairs"), "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("s3://bucket/a.jsonl", "s3:// is not supported; copy it to a disk that every node reads"),
+        ("GS://bucket/folder", "gs:// is not supported"),
+        ("file:///data/a.jsonl", "write the path alone: /data/a.jsonl"),
+        ("hf://datasets/org/pairs", "hf:// is not supported; write org/pairs"),
+        ("https://huggingface.co/datasets/org/pairs", "write org/pairs"),
+        ("parts/*.jsonl", "does not exist; a pattern is not expanded"),
+        ("empty.jsonl", "it has no rows: the file is empty"),
+        ("notes.txt", "is a .txt file, which cannot be read; convert it"),
+        ("book.tar.gz", "is a .tar.gz file"),
+        ("plain", "is a file whose name does not say its kind"),
+        ("nothing", "is a folder without files"),
+        ("model", r"is a folder without data files \(it holds weights.bin\)"),
+        ("pipe.jsonl", "it is not a regular file"),
+        ("pointer.parquet", "it is a git-lfs pointer"),
+        ("shards", "a.parquet is a git-lfs pointer"),
+    ],
+)
+def test_a_source_of_another_kind_is_named(
+    tmp_path: Path, source: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("nothing", "model", "shards"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "model" / "weights.bin").write_bytes(b"0")
+    for pointer in ("pointer.parquet", "shards/a.parquet"):
+        (tmp_path / pointer).write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "empty.jsonl").touch()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("notes.txt", "book.tar.gz", "plain"):
+        (tmp_path / name).write_text("text")
+    spec = make_spec({**raw_settings(tmp_path), "data": {"train": source}})
+    with pytest.raises(UserError, match=words) as caught:
+        check_source("data.train", spec.data.train[0].path)
+    assert caught.value.value in (source, str(tmp_path / source))
+
+
+def test_all_rows_are_checked_without_a_tokenizer_as_tokenising_does(tmp_path: Path) -> None:
+    good = {**TEXT_ROW, "score": 1, "w": 1}
+    tie = {**TEXT_ROW, "chosen": TEXT_ROW["rejected"], "w": None}
+    for content, words in (
+        ([good, {**good, "chosen": None}], "row 2 = .*: chosen is null"),
+        ([good, {**good, "w": -1}], "row 2 = .*: w is -1, not a finite number"),
+        ([{**good, "tools": 3, "prompt": CHAT_ROW["prompt"]}], "row 1 = .*: tools is not a list"),
+    ):
+        data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), weight_column="w")
+        errors = []
+        for check in (
+            lambda data: check_rows(data, "train"),
+            lambda data: tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache"),
+        ):
+            with pytest.raises(UserError, match=words) as caught:
+                check(data)
+            errors.append(str(caught.value))
+        assert errors[0] == errors[1]
+    path = write_jsonl(tmp_path / "train.jsonl", [good, tie, MALFORMED])
+    data = data_spec(train=[str(path), "org/pairs"], weight_column="w", on_bad_row="drop")
+    assert check_rows(data, "train") == [SourceRows("data.train.0", str(path), 3, 1, {"score": 1}, {})]
 
 
 def test_the_texts_a_tokenizer_is_trained_on(tmp_path: Path) -> None:

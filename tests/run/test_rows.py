@@ -14,7 +14,7 @@ from tiny import EOS, data_spec, ids, tokenizer
 from orchestrator.data.collate import PackedCollator
 from orchestrator.data.order import fed_lengths
 from orchestrator.data.pairs import tokenized_pairs
-from orchestrator.run.rows import Part, ShownRow, json_row, length_lines, lengths, lines, row_lines, shown_rows
+from orchestrator.run.rows import Part, ShownRow, facts, json_row, length_lines, lengths, lines, row_lines, shown_rows
 
 TEXT = {"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}
 ODD = {"prompt": "Say it. \nNow:\n", "chosen": "yes\n", "rejected": "no\x1b[2J"}
@@ -162,6 +162,20 @@ def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
         "            its first token has none before it, and is not scored",
         "row 4: left out, malformed rows: is a int, not an object with chosen and rejected",
     ]
+
+
+def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
+    content = [{**row, "score": 1} for row in rows(6)]
+    write_jsonl(tmp_path / "eval.jsonl", [*rows(2), *rows(2, seed=1)])
+    write_jsonl(tmp_path / "train.jsonl", [*content, content[0]])
+    spec = tiny_spec(tmp_path)
+    shown_lines = list(lines(spec, 1, colour=False))
+    assert shown_lines.count("columns not read: score") == 1
+    assert shown_lines[-1] == "1 training pairs repeat an earlier one; 2 evaluation pairs are also training pairs"
+    found = facts(spec, 1)
+    assert list(found["repeats"].values()) == [1, 2]
+    assert found["lengths"]["data.train"]["unread_columns"] == {"score": 7}
+    json.dumps(found)
 
 
 def test_a_users_collator_is_named(tmp_path: Path) -> None:
