@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from orchestrator.data.collate import PairSpan, Segments
 from orchestrator.models.layers import decoder_layers
+from orchestrator.models.rope import fixed_up_to
 from orchestrator.settings.spec import AttentionName, Precision, UserError
 
 if TYPE_CHECKING:
@@ -276,10 +277,8 @@ def not_exact(config: Any, longest: int) -> str | None:
         return f"{text.model_type} is not among the architectures checked for it ({', '.join(CHECKED)})"
     if window is not None and longest > window:
         return f"its attention slides over {window} tokens and the longest sequence has {longest}"
-    rope = getattr(text, "rope_parameters", None) or {}
-    trained = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", longest)
-    if rope.get("rope_type") in ("dynamic", "longrope") and longest > trained:
-        return f"its rotary embedding depends on the longest sequence of a batch, beyond {trained} tokens"
+    if (fixed := fixed_up_to(config)) is not None and longest > fixed:
+        return f"its rotary embedding depends on a sequence's length beyond {fixed} tokens, and a pair has two"
     if getattr(text, "use_bidirectional_attention", None):
         return "its attention looks ahead"
     if any(value for name, value in vars(text).items() if name in ("attention_dropout", "attn_pdrop")):

@@ -17,14 +17,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def body_of(model: "PreTrainedModel") -> Any:
+    """Return the part of a causal LM whose forward gives the last hidden states: all but its head.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    embeddings = model.get_input_embeddings()  # Llama 4's base_model_prefix names an attribute that it does not have
+    for child in model.children():
+        if child is not embeddings and any(module is embeddings for module in child.modules()):
+            return child
+    cure = "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
+    raise UserError("model", type(model).__name__, "has no part that gives hidden states without logits", cure)
+
+
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
     """The layers that a token's hidden state passes one after the other.
 
     Raises:
         UserError: the model has no list of as many layers as its config says.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():  # parents come first: the experts of a layer are lists, too
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    text: nn.Module = model.get_decoder()  # a vision tower may have as many layers
+    for module in text.modules():  # parents come first: the experts of a layer are lists, too
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     cure = "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
@@ -106,7 +123,7 @@ class UpperLayers:
     def __init__(self, model: "PreTrainedModel", first: int) -> None:
         layers = decoder_layers(model)
         self.entered = layers[first]
-        self.body = _with_layers(model.base_model, layers, nn.ModuleList([_Passed(x) for x in layers[:first]]))
+        self.body = _with_layers(body_of(model), layers, nn.ModuleList([_Passed(x) for x in layers[:first]]))
 
     def __call__(self, captured: torch.Tensor, **options: Any) -> torch.Tensor:
         """captured: [R, T, H] what entered layer `first`; options: of the body's forward -> [R, T, H]."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.models.attention import packed_arguments
+from orchestrator.models.layers import body_of
 from orchestrator.settings.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 CHUNK_LOGITS = 2**26  # logits alive at once (256 MB in fp32); what needs more chunks is computed twice
 ON_GPU = 4  # times as many there: fewer launches, and a pair's logits are seldom computed twice
+
+
+# What configs call a factor of the logits, or a bound of them: Cohere, Falcon-H1; Granite, Inkling; Gemma, xLSTM.
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class PairSums(NamedTuple):
@@ -44,7 +51,7 @@ class TokenTerms(NamedTuple):
 
 def body_hidden(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
     """The last hidden states of the model without its head: [R, T, H]."""
-    return model.base_model(input_ids=batch.input_ids, use_cache=False, **layout_of(batch)).last_hidden_state
+    return body_of(model)(input_ids=batch.input_ids, use_cache=False, **layout_of(batch)).last_hidden_state
 
 
 def layout_of(batch: PairBatch) -> dict[str, Any]:
@@ -136,13 +143,12 @@ class Head(NamedTuple):
         module = model.get_output_embeddings()
         assert module is not None  # every causal LM has one
         text = model.config.get_text_config()
-        scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
-        return cls(
-            module,
-            text.vocab_size,
-            scale / (getattr(text, "logits_scaling", None) or 1.0),  # Granite
-            getattr(text, "final_logit_softcapping", None),  # Gemma 2
-        )
+        scale = math.prod(getattr(text, name, None) or 1.0 for name in MULTIPLIERS)
+        divisor = math.prod(getattr(text, name, None) or 1.0 for name in DIVISORS)
+        if text.model_type == "hyperclovax":  # which multiplies by what Granite divides by
+            divisor = 1 / divisor
+        caps = [cap for name in CAPS if (cap := getattr(text, name, None))]
+        return cls(module, text.vocab_size, scale / divisor, caps[0] if caps else None)
 
     @property
     def is_plain(self) -> bool:

@@ -15,11 +15,13 @@ from orchestrator.data.order import PairCost, fed_lengths, longest_sequences
 from orchestrator.data.pairs import Pairs, build_once
 from orchestrator.data.sources import check_source, training_texts
 from orchestrator.models.adapters import add_adapter
+from orchestrator.models.behaviour import check_causal, silence, still_noise
 from orchestrator.models.fused import fuse
-from orchestrator.models.layers import freeze_lowest
+from orchestrator.models.layers import body_of, freeze_lowest
 from orchestrator.models.logps import Head
 from orchestrator.models.mapped import load_made, load_mapped, save_made, weights_aside
 from orchestrator.models.quantized import quantized
+from orchestrator.models.rope import most_positions
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import DpoSpec, Dtype, InitSpec, LoraSpec, Quantized, RunSpec, UserError
 
@@ -31,6 +33,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CANNOT_RUN = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    ImportError,
+)  # sizes that misfit
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -150,7 +161,10 @@ def build_policy(
         model.activation_checkpointing_enable({"use_reentrant": False})
         # transformers gives the embeddings' output a gradient for reentrant checkpointing; ours does not need it
         model.disable_input_require_grads()
-    return model.to(device or model.device).train()  # pyright: ignore[reportArgumentType]
+    model = model.to(device or model.device).train()  # pyright: ignore[reportArgumentType]
+    if spec.model.disable_dropout:
+        still_noise(model)
+    return model
 
 
 def made_weights(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype = torch.float32) -> Path:
@@ -190,8 +204,8 @@ def _random_model(spec: RunSpec, config: Any, dtype: torch.dtype) -> "PreTrained
         torch.manual_seed(spec.run.seed)
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            check_head(model)
-        except (ValueError, RuntimeError, TypeError) as error:  # sizes that do not fit each other
+            _check_head(model)
+        except CANNOT_RUN as error:  # sizes that do not fit each other
             reason = " ".join(str(error).split())[:160]
             given = spec.model.init.config if spec.model.init else None
             raise UserError(
@@ -243,13 +257,14 @@ def load_model(
 def pair_cost(model: "PreTrainedModel") -> PairCost:
     """What a token costs in this model, in multiplications."""
     text = model.config.get_text_config()
-    body = [m for m in model.base_model.modules() if not isinstance(m, torch.nn.Embedding)]
+    body = [m for m in body_of(model).modules() if not isinstance(m, torch.nn.Embedding)]
     matrices = {p for module in body for p in module.parameters(recurse=False) if p.ndim >= 2}
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # of the layers, not of the config: in some models heads differ by layer, others have no attention
+    queries = sum(getattr(m, "out_features", 0) for name, m in model.named_modules() if name.endswith("q_proj"))
     return PairCost(
         token=sum(p.numel() for p in matrices),
         scored=text.vocab_size * text.hidden_size,
-        seen=2 * text.num_hidden_layers * text.num_attention_heads * size,
+        seen=2 * (queries or getattr(text, "num_hidden_layers", 0) * text.hidden_size),
     )
 
 
@@ -259,7 +274,7 @@ def check_frozen(config: Any, spec: RunSpec) -> None:
     Raises:
         UserError: the model has no layer left above the frozen ones.
     """
-    layers, frozen = config.get_text_config().num_hidden_layers, spec.frozen_layers
+    layers, frozen = getattr(config.get_text_config(), "num_hidden_layers", 0), spec.frozen_layers
     if frozen is not None and frozen >= layers:
         key = "model.num_frozen_layers" if spec.model.num_frozen_layers else "reference.num_shared_layers"
         raise UserError(key, frozen, f"the model has {layers} layers", f"set it to {layers - 1} or less")
@@ -293,7 +308,7 @@ def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
             f"the model's vocabulary has {vocabulary} tokens, the tokenizer gave token {pairs.largest_id} for {key}",
             "leave vocab_size out of it" if made else "take the model's own tokenizer",
         )
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = most_positions(config)
     longest = longest_sequences(fed_lengths(pairs.lengths, spec.data.keep_last))
     worst = int(longest.argmax())
     if limit is not None and longest[worst] > limit:
@@ -307,9 +322,7 @@ def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
 
 def _no_dropout(config: Any, disable: bool) -> None:
     if disable:
-        for name, value in vars(config.get_text_config()).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-                setattr(config.get_text_config(), name, 0.0)
+        silence(config)
 
 
 @contextmanager
@@ -322,28 +335,47 @@ def _at_least_fp32(head: torch.nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-@torch.no_grad()
 def check_head(model: "PreTrainedModel") -> None:
-    """The step runs body and head apart: refuse a model that does something in between which Head does not know.
+    """Refuse a model that is not causal, or does something between body and head that Head does not know: the step runs
+    the two apart.
 
     Raises:
-        UserError: its own logits are others.
+        UserError: it looks ahead, its own logits differ, or it cannot run at all.
     """
+    try:
+        _check_head(model)
+    except CANNOT_RUN as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        cure = "check the sizes in its config.json, or take another model"
+        raise UserError("model", type(model).__name__, f"its forward pass fails ({reason})", cure) from None
+
+
+@torch.no_grad()
+def _check_head(model: "PreTrainedModel") -> None:
     training, head = model.training, Head.of(model)
     model.eval()
     ids = torch.tensor([[0, 1]])
     with _at_least_fp32(head.module):
+        check_causal(model, lambda ids: model(input_ids=ids, use_cache=False).logits)
         whole = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         apart = head(hidden)
     model.train(training)
-    if not torch.allclose(whole.to(apart.dtype), apart, rtol=1e-4, atol=1e-4):
-        raise UserError(
-            "model",
-            type(model).__name__,
-            "does something to its logits after the head that is not supported",
-            "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model",
-        )
+    if whole.shape != apart.shape or not torch.allclose(whole.to(apart.dtype), apart, rtol=1e-4, atol=1e-4):
+        rule = f"does something to its logits after the head that is not supported ({_difference(whole, apart)})"
+        cure = "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
+        raise UserError("model", type(model).__name__, rule, cure)
+
+
+def _difference(whole: torch.Tensor, apart: torch.Tensor) -> str:
+    """Say how a model's own logits differ from those of its head."""
+    if whole.shape != apart.shape:
+        return f"{whole.shape[-1]} logits where its head gives {apart.shape[-1]}"
+    whole, apart = whole.double(), apart.double()
+    factor = ((whole * apart).sum() / (apart * apart).sum()).item()
+    if torch.allclose(whole, factor * apart, rtol=1e-3, atol=1e-4):
+        return f"they are multiplied by {factor:.4g}"
+    return f"they differ by {(whole - apart).abs().max().item():.2g} of at most {whole.abs().max().item():.2g}"
 
 
 def _check_folder(key: str, path: str) -> None:

@@ -98,6 +98,8 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
     made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     made = made.to(device)
     made.was_conv1d = was_conv1d
+    made.register_forward_pre_hook(_as_matrix)
+    made.register_forward_hook(_as_before)
     # on a CPU an int8 layer computes otherwise in training: policy and reference, train and eval, must agree
     made.training = False
     made.train = _stays
@@ -108,6 +110,17 @@ def _own_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Te
     """On a CPU bitsandbytes takes outliers out of an fp16 input for a while, which autograd holds to be a change."""
     there, *rest = inputs
     return (there.clone() if there.dtype == torch.float16 and there.device.type == "cpu" else there, *rest)
+
+
+def _as_matrix(layer: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Flatten the rows of an input of four dimensions or more, which bitsandbytes does not take on a CPU."""
+    x, *rest = inputs
+    layer.rows_before = x.shape[:-1] if x.ndim > 3 else None
+    return (x if layer.rows_before is None else x.flatten(0, -2), *rest)
+
+
+def _as_before(layer: Any, _: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return output if layer.rows_before is None else output.view(*layer.rows_before, -1)
 
 
 def _stays(mode: bool = True) -> None:

@@ -103,3 +103,10 @@ def say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Refere
     )
     if getattr(prepared.config, "tie_word_embeddings", False) and not policy.config.tie_word_embeddings:
         print("the output head was one with the embeddings, which are frozen: it trains on with weights of its own")
+
+
+def say_frozen(names: list[str]) -> None:
+    """Say which parameters were frozen because no row of text gives them a gradient."""
+    if names:
+        modules = sorted({".".join(name.split(".")[:2]) for name in names})
+        print(f"frozen: {len(names)} parameters that text gives no gradient, in {', '.join(modules)}", flush=True)

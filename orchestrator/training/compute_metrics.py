@@ -23,6 +23,7 @@ from orchestrator.data.user_code import MEND, raised_by_user, user_attribute
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine
+from orchestrator.models.layers import body_of
 from orchestrator.models.logps import CHUNK_LOGITS, Head
 from orchestrator.settings.spec import EVALUATED, DpoSpec, RunSpec, UserError
 from orchestrator.training.given import Given
@@ -178,7 +179,7 @@ def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor
         mine = min(first + world.rank, pairs - 1)  # also where there is none left: a forward pass may be collective
         rows = [mine, pairs + mine]
         assert batch.attention_mask is not None
-        hidden = model.base_model(
+        hidden = body_of(model)(
             input_ids=batch.input_ids[rows], attention_mask=batch.attention_mask[rows], use_cache=False
         ).last_hidden_state
         for start in range(0, width, at_once):

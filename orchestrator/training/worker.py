@@ -27,15 +27,17 @@ from orchestrator.engines.optim import ReadOnlyOptimizer, factories
 from orchestrator.engines.precision import autocast, dtype_held, dtype_of, is_16_bit, resolved, tf32_switched
 from orchestrator.models.adapters import adapter_layers
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
+from orchestrator.models.behaviour import freeze_unreached, padding_error
 from orchestrator.models.logps import packed_error
 from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import DTYPES, build_policy, pair_cost
 from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import Absent, PolicyStart, Reference, build_reference, hold, identity_of
+from orchestrator.models.rope import fixed_up_to, use_own_lengths
 from orchestrator.settings.rules import refuse_moving_shards
 from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
 from orchestrator.training import checkpoint, manifest
-from orchestrator.training.announce import evaluation_named, say_models, say_run, say_types
+from orchestrator.training.announce import evaluation_named, say_frozen, say_models, say_run, say_types
 from orchestrator.training.callbacks import Callbacks, build_callbacks, training_args
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import check_exportable, export, exported_config, keep_for_export
@@ -145,6 +147,7 @@ def _assembled(
     # DeepSpeed casts and moves weights itself: on the device there may be no room for them in fp32
     built_on = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
     policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=spec.engine.shards_weights)
+    frozen = freeze_unreached(policy)
     reference = build_reference(spec, policy, dtype, given.ref_model, world.device)
     if found is not None:
         reference.exact = None  # was measured when the run began
@@ -158,6 +161,7 @@ def _assembled(
         keep_for_export(run_dir, policy, prepared.tokenizer, config, spec.model.path)
     if found is None and world.is_main:
         say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
+        say_frozen(frozen)
     step = _pair_step(spec, policy, reference, world, precision, dtype)
     engine = _engine(spec, world, precision, dtype)
     engine.wrap(step, *factories(spec, policy, length.steps, world.device, given.optimizers))
@@ -275,17 +279,26 @@ def _casts(spec: RunSpec, precision: Precision) -> bool:
 def _attention(
     spec: RunSpec, prepared: Prepared, engine: Engine, world: World, precision: Precision
 ) -> tuple[AttentionName, str | None]:
-    """Give both models the attention of the run; its name, and why it is padded where that was not asked for."""
-    if prepared.collator is not None or spec.model.attention == "padded":
-        return "padded", None
-    kernel = choose_kernel(spec.model.attention, world.device, precision)
+    """Give both models the attention of the run; its name, and why it is padded where that was not asked for.
+
+    Raises:
+        UserError: the rows are padded, and the model's answer for one depends on the others.
+    """
     fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, *prepared.eval.values())]
     longest = max(int(longest_sequences(lengths).max()) for lengths in fed)
     policy, reference = engine.step.policy, engine.step.reference
     judges = [reference.model] + ([reference.exact.model] if reference.exact is not None else [])
-    models = list(dict.fromkeys((policy, *judges)))  # one, where the policy judges itself
+    models = [model for model in dict.fromkeys((policy, *judges)) if model is not None]  # one, if it judges itself
+    for model in models:
+        if longest > (fixed_up_to(model.config) or longest):
+            use_own_lengths(model)
+    if prepared.collator is not None or spec.model.attention == "padded":
+        _check_padding(models, engine, world, precision)
+        return "padded", None
+    kernel = choose_kernel(spec.model.attention, world.device, precision)
     for model in models:
         if reason := not_exact(model.config, longest):
+            _check_padding(models, engine, world, precision)
             return "padded", reason
     found: list[float] = []
     for name in dict.fromkeys((kernel, "sdpa")):
@@ -300,6 +313,17 @@ def _attention(
         if all(error <= 1 for error in found):
             return name, None
     return "padded", f"packed and padded differ here, {max(found):.1e} times as much as rounding explains"
+
+
+def _check_padding(models: list[Any], engine: Engine, world: World, precision: Precision) -> None:
+    """Refuse a model whose log-probs of a sequence depend on the padding beside it. Collective."""
+    for model in models:
+        error = engine.inside(partial(padding_error, model, world.device)) / _packed_tolerance(model, precision)
+        if not max(world.gather(error)) <= 1:
+            rule = (
+                f"log-probs of a sequence depend on the rows beside it: they differ by {error:.1e} times the rounding"
+            )
+            raise UserError("model", type(model).__name__, rule, "take another model")
 
 
 def _packed_tolerance(model: Any, precision: Precision) -> float:

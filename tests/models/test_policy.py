@@ -202,6 +202,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, packed: bool
         ("qwen2", {}),
         ("cohere", {"logit_scale": 0.25}),
         ("granite", {"logits_scaling": 8.0}),
+        ("hyperclovax", {"logits_scaling": 8.0}),
         ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.01}),
     ],
 )
