@@ -239,6 +239,59 @@ def test_what_is_called_trls_here_is_what_its_trainer_trains_on(
     )
 
 
+def as_parts(messages: list[Row]) -> list[Row]:
+    """Messages whose contents are cut into two parts."""
+    cut = [(message["content"][:3], message["content"][3:]) for message in messages]
+    parts = [[{"type": "text", "text": text} for text in texts] for texts in cut]
+    return [{**message, "content": content} for message, content in zip(messages, parts, strict=True)]
+
+
+PARTS_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+JSON_TEMPLATE = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}\n{% endfor %}"
+
+
+def test_contents_of_parts_give_trls_ids_where_the_template_reads_parts(tokenizer: Any) -> None:
+    """Ours joins them for every template; of one that does not read parts TRL trains on Python's repr of the list."""
+    rows = [{side: as_parts(messages) for side, messages in row.items()} for row in (*CHATS, *IMPLICIT_CHATS[:2])]
+    for row in rows:
+        assert_trls(row, with_template(tokenizer, PARTS_TEMPLATE))
+        plain, _ = tokenize_pair(row, tokenizer, settings())
+        assert plain == tokenize_pair(row, with_template(tokenizer, PARTS_TEMPLATE), settings())[0]
+
+
+def test_a_prompt_text_beside_whole_conversations_gives_what_trl_makes_without_it(tokenizer: Any) -> None:
+    for row in IMPLICIT_CHATS[:2]:
+        question = row["chosen"][-2]["content"]
+        expected, _ = tokenize_pair(row, tokenizer, settings())
+        assert tokenize_pair({"prompt": question, **row}, tokenizer, settings())[0] == expected
+        assert_trls(row, tokenizer)
+
+
+def test_nulls_that_a_table_adds_are_left_out_as_by_trls_own_function(tokenizer: Any) -> None:
+    from datasets import Dataset
+    from trl.trainer.utils import remove_none_values
+
+    tokenizer, rows = with_template(tokenizer, JSON_TEMPLATE), []
+    for row, arguments in zip(CHATS, ({"city": "Rome"}, {"zone": "CET"}), strict=False):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        answer = [{**turn("assistant", "so"), "tool_calls": [call]}]
+        rows.append({**row, "chosen": answer, "tools": [{"name": "f", "parameters": arguments}]})
+
+    def without_nulls(batch: Row) -> Row:
+        return {name: [remove_none_values(value) for value in column] for name, column in batch.items()}
+
+    table = Dataset.from_list(rows)
+    assert "None" in str(table[0])
+    expected = trl_tokens(table.with_transform(without_nulls), tokenizer)
+    for row, theirs_of_row in zip(table, expected, strict=True):
+        pair, _ = tokenize_pair(row, tokenizer, settings())
+        assert pair._asdict() == {name: theirs_of_row[name] for name in pair._fields}
+
+
 def test_prompts_that_fill_max_length_are_dropped(tokenizer: Any, tmp_path: Path) -> None:
     """The comparison above would also hold if no row were long enough: some are, and some only just fit."""
     pairs = ours(tmp_path, LONG_ROWS, tokenizer, settings(max_length=24))

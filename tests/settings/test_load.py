@@ -215,3 +215,19 @@ def test_every_wrong_setting_has_its_line(tmp_path: Path) -> None:
 def test_json_is_yaml(tmp_path: Path) -> None:
     path = yaml(tmp_path / "run.json", json.dumps(raw_settings(tmp_path)))
     assert load_spec(path) == tiny_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "key"),
+    [
+        ({"data": {"system_prompt": "a \ud83d"}}, "data.system_prompt"),
+        ({"data": {"train": ["b.jsonl", "a\udcff.jsonl"]}}, "data.train"),
+        ({"data": {"chat_template_kwargs": {"a": {"b": ["\ud83d"]}}}}, "data.chat_template_kwargs.a.b"),
+        ({"data": {"chat_template_kwargs": {"\ud83d": 1}}}, "data.chat_template_kwargs"),
+    ],
+)
+def test_text_that_is_not_unicode_is_refused_by_its_setting(tmp_path: Path, blocks: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=r"is not Unicode text: .* is half of a pair") as caught:
+        make_spec(raw_settings(tmp_path, **blocks))
+    assert caught.value.key == key
+    assert str(caught.value).isascii()
