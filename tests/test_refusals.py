@@ -291,7 +291,7 @@ SETTINGS = [
         "kwargs",
     ),
     case("collator-form", "data.collator=mine", "data.collator", "'mine'", "module:attr", "my_package"),
-    case("no-file", "no.yaml", "settings file", "no.yaml", "does not exist", "in its folder: run.yaml"),
+    case("no-file", "no.yaml", "settings file", "no.yaml", "does not exist", "did you mean run.yaml?"),
     case("not-yaml", "", "settings file", "run.yaml", "line 2, column 9", "fix that line", text="run:\n  dir: b: c\n"),
     case("empty-file", "", *NO_KEYS, text=""),
     case("list-file", "", *NO_KEYS, text="- a\n- b\n"),

@@ -158,6 +158,48 @@ def test_states_come_back_to_the_callbacks_of_their_class_in_order(tmp_path: Pat
     assert other.state.log_history == [{"loss": 0.5, "step": 1}]
 
 
+class Cooling(TrainerCallback, ExportableState):
+    """Changes an argument of its own while it trains."""
+
+    def __init__(self, heat: float, floor: float = 0.0) -> None:
+        self.heat, self.floor, self.steps = heat, floor, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.heat, self.steps = self.heat / 2, self.steps + 1
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"heat": self.heat, "floor": self.floor}, "attributes": {"steps": self.steps}}
+
+
+@pytest.mark.parametrize(
+    ("settings_now", "heat"),
+    [({"heat": 8.0}, 4.0), ({"heat": 6.0}, 6.0), ({"heat": 8.0, "floor": 1.0}, 8.0)],
+    ids=["unchanged", "changed", "another-argument-changed"],
+)
+def test_arguments_that_a_run_changed_come_back_unless_the_user_changed_them_too(
+    tmp_path: Path, settings_now: dict[str, float], heat: float
+) -> None:
+    before = callbacks(tmp_path, Cooling(heat=8.0))
+    before.fire("on_step_end")
+    exported = json.loads(json.dumps(before.exported()))
+    resumed = Cooling(**settings_now)
+    callbacks(tmp_path, resumed).restore(exported)
+    assert (resumed.heat, resumed.steps) == (heat, 1)
+    of_before = {**exported, "callbacks": [entry[:2] for entry in exported["callbacks"]]}  # an older checkpoint
+    older = Cooling(**settings_now)
+    callbacks(tmp_path, older).restore(of_before)
+    assert (older.heat, older.steps) == (settings_now["heat"], 1)
+
+
+def test_a_patience_changed_in_the_settings_holds_in_a_resumed_run(tmp_path: Path) -> None:
+    before = EarlyStoppingCallback(early_stopping_patience=3)
+    before.early_stopping_patience_counter = 2
+    exported = json.loads(json.dumps(callbacks(tmp_path, before).exported()))
+    resumed = EarlyStoppingCallback(early_stopping_patience=5)
+    callbacks(tmp_path, resumed).restore(exported)
+    assert (resumed.early_stopping_patience, resumed.early_stopping_patience_counter) == (5, 2)
+
+
 def test_arguments_are_frozen_and_named_as_transformers_names_them(tmp_path: Path) -> None:
     args = callbacks(tmp_path).args
     with pytest.raises(dataclasses.FrozenInstanceError):

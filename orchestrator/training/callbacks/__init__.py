@@ -191,6 +191,7 @@ class Callbacks:
             train_batch_size=args.per_device_train_batch_size,
             log_history=[],
         )
+        self._built_with = {id(callback): _arguments(callback) for callback in callbacks}
 
     def fire(self, event: str, **extra: Any) -> None:
         """Call `event` of each callback in turn, as transformers' CallbackHandler does."""
@@ -237,11 +238,12 @@ class Callbacks:
     def exported(self) -> dict[str, Any]:
         """States of the callbacks that keep one (transformers' ExportableState), what they have asked and nobody has
         answered yet, and what TrainerState remembers."""
-        states: list[tuple[str, dict[str, Any]]] = []
+        states: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
         for callback in list(self.callbacks):
             if isinstance(callback, ExportableState):
                 try:
-                    states.append((type(callback).__qualname__, json.loads(json.dumps(callback.state()))))
+                    state = json.loads(json.dumps(callback.state()))
+                    states.append((type(callback).__qualname__, state, self._built_with.get(id(callback))))
                 except Exception:
                     self._drop(callback, "state")
         return {
@@ -255,16 +257,42 @@ class Callbacks:
     def restore(self, exported: dict[str, Any]) -> None:
         """Put back what `exported` gave, to the callbacks of the same class, in order."""
         waiting = list(exported["callbacks"])
-        for callback in self.callbacks:
+        for callback in list(self.callbacks):
             found = next((entry for entry in waiting if entry[0] == type(callback).__qualname__), None)
             if found and isinstance(callback, ExportableState):
                 waiting.remove(found)
-                for name, value in found[1].get("attributes", {}).items():
-                    setattr(callback, name, value)
+                _, state, *built_with = found  # checkpoints of before have no third entry
+                try:
+                    self._restore_state(callback, state, built_with[0] if built_with else None)
+                except Exception:
+                    self._drop(callback, "from_state")
         for name in exported["asked"]:
             setattr(self.control, name, True)
         self.state.best_metric, self.state.best_global_step = exported["best_metric"], exported["best_global_step"]
         self.state.log_history = exported["log_history"]
+
+    def _restore_state(
+        self, callback: TrainerCallback, state: dict[str, Any], built_with: dict[str, Any] | None
+    ) -> None:
+        """Restore a state, as ExportableState.from_state does, into the callback that the settings have built.
+
+        Its arguments are restored where the run changed them; arguments that the user has changed since then win.
+        """
+        arguments = state.get("args")
+        if arguments and built_with is not None and built_with == self._built_with.get(id(callback)) != arguments:
+            vars(callback).update(vars(type(callback)(**arguments)))
+        for name, value in state.get("attributes", {}).items():
+            setattr(callback, name, value)
+
+
+def _arguments(callback: TrainerCallback) -> dict[str, Any] | None:
+    """Return the constructor's arguments that a callback keeps in its state, as JSON's types; None if it has none."""
+    if not isinstance(callback, ExportableState):
+        return None
+    try:
+        return json.loads(json.dumps(callback.state().get("args")))
+    except Exception:  # a state that is complete only once training has begun
+        return None
 
 
 def build_callbacks(
