@@ -234,7 +234,11 @@ def worker_loop(config: dict[str, Any]) -> None:
     spec = make_spec(config["spec"])
     run_dir = RunDir(spec.run_dir)
     world = World.join(spec.cluster.collective_timeout_s, config["use_gpu"])
-    with open(rank_log(run_dir, world.rank), "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+    with (
+        open(rank_log(run_dir, world.rank), "a", buffering=1, encoding="utf-8", errors="backslashreplace") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
         logging.basicConfig(stream=log, level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         try:
             _say_where(world)
@@ -316,7 +320,7 @@ def _following(path: Path) -> Iterator[None]:
     over = threading.Event()
 
     def follow() -> None:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
             while True:
                 ending = over.is_set()  # read once more after the end: the last lines are the important ones
@@ -508,7 +512,9 @@ def doctor(spec: RunSpec | None) -> list[preflight.Check]:
     """
     checks = preflight.space_checks(spec) if spec is not None else []
     if not is_joined():
-        return preflight.look_here(spec, spec.cluster.resources.get("GPU", 0) if spec is not None else 0) + checks
+        # without a cluster all workers are on this machine
+        gpus = spec.cluster.resources.get("GPU", 0) * spec.cluster.min_workers if spec is not None else 0
+        return preflight.look_here(spec, gpus) + checks
     with entered(spec):
         if spec is not None:
             try:

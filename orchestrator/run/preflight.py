@@ -308,12 +308,13 @@ def gpu_checks(facts: Mapping[str, Facts], expected: Mapping[str, float], idle: 
 
 def _usable_by(said: Facts) -> str:
     """How to give torch the GPUs of a node."""
+    if not said.gpus.cards:
+        elsewhere = "run where there are some (RAY_ADDRESS), or remove GPU from cluster.resources"
+        return f"nvidia-smi shows no GPU there: fix its NVIDIA driver, {elsewhere}"
     if "compiled" in said.gpus.reason:
         return f"run {said.python} -m pip install torch=={_public(said.versions['torch'])} there, a build with CUDA"
     if "too old" in said.gpus.reason:
         return "update the NVIDIA driver there, or install the build of torch for its CUDA"
-    if not said.gpus.cards:
-        return "mend the NVIDIA driver there until nvidia-smi shows them, or ask for no GPU in cluster.resources"
     return f"start its Ray without CUDA_VISIBLE_DEVICES, or with --num-gpus={said.gpus.to_torch}"
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,13 +94,27 @@ def _client(address: str | None) -> "JobSubmissionClient":
     if address:
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray prefers to the address that it is given
     try:
-        return JobSubmissionClient(address)
+        with _quiet():
+            return JobSubmissionClient(address)
     except Exception as error:  # Ray has no type of its own for a server that is not there, or that refuses us
         cure = (
             "give --address http://HEAD:8265; the head wants ray[default] and ray start --dashboard-host=0.0.0.0, "
             "and with RAY_AUTH_MODE=token its token stands in RAY_AUTH_TOKEN_PATH here"
         )
         raise UserError("--address", address, f"no job server lets us in ({one_line(error)})", cure) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what Ray's C++ writes to stderr meanwhile: it has no setting that reaches a client."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 async def _follow(client: "JobSubmissionClient", job: str) -> None:

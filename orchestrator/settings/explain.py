@@ -140,6 +140,8 @@ def _fix_of_type(key: str, kind: str, value: Any) -> str | None:
     if kind == "int_from_float" and 0 < value < 1 and "steps" in key:
         part = f"a part of the run is scheduler.warmup_ratio={value}" if "warmup" in key else f"for example {key}=100"
         return f"steps are counted; {part}"
+    if value is None and ":" in key.rpartition(".")[2]:
+        return f"write a blank after the colon: {{{key.rpartition('.')[2].replace(':', ': ')}}}"
     if kind == "run_name":
         return "for example run.name=llama-dpo"
     if kind == "string_type" and key in FREE_TEXT and isinstance(value, int | float) and not isinstance(value, bool):

@@ -205,7 +205,7 @@ def as_it_is(cluster: Cluster) -> Iterator[None]:
         pytest.param(
             as_it_is,
             ["cluster.num_workers=1", "cluster.resources={GPU: 1}"],
-            rf"GPUs on {N2} = '0 for torch': there should be 1 \(.+\); (run \S+ -m pip install torch|mend the NVIDIA)",
+            rf"GPUs on {N2} = '0 for torch': there should be 1 \(.+\); (run \S+ -m pip|nvidia-smi shows no GPU)",
             id="no GPU where one is asked",
         ),
         pytest.param(

@@ -106,12 +106,13 @@ IDLE, BUSY = Card("H100", 80 * GB, GB), Card("H100", 80 * GB, 40 * GB)
         (Gpus(2, "", (IDLE, BUSY)), True, "others use 40 GB of 80 GB of a GPU that Ray has", "end the processes that"),
         (Gpus(1, "", (IDLE,)), True, "there should be 2 (the rest is hidden)", "or with --num-gpus=1"),
         (Gpus(0, "Torch not compiled with CUDA enabled", (IDLE,)), True, "there should be 2", "torch==2.13.0 there"),
+        (Gpus(0, "Torch not compiled with CUDA enabled"), True, "there should be 2", "nvidia-smi shows no GPU there"),
         (Gpus(0, "The NVIDIA driver on your system is too old", (IDLE,)), True, "too old", "update the NVIDIA driver"),
         (
             Gpus(0, "Found no NVIDIA driver"),
             True,
             "there should be 2 (Found no NVIDIA driver)",
-            "mend the NVIDIA driver",
+            "nvidia-smi shows no GPU there: fix its NVIDIA driver, run where there are some",
         ),
     ],
 )

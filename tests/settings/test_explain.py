@@ -78,6 +78,7 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ("scheduler.warmup_steps=0.1", "a part of the run is scheduler.warmup_ratio=0.1"),
         ("evaluation.every_steps=0.1", "steps are counted; for example evaluation.every_steps=100"),
         ("run.name=2024", "quote it: \"run.name='2024'\""),
+        ("cluster.resources={GPU:1}", "write a blank after the colon: {GPU: 1}"),
         ("cluster.resources.gpu=1", "did you mean cluster.resources.GPU=1?"),
         # names
         ("model.lora.target_parameters=[a]", "remove it: adapters go on linear layers"),
