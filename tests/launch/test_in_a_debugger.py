@@ -24,5 +24,5 @@ def test_the_commands_of_the_readme_give_one_curve(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert "finished after step 21" in done.stdout
+        assert "finished after step 42" in done.stdout
     assert losses(tmp_path / "two-ranks") == pytest.approx(losses(tmp_path / "debugged"), rel=1e-5)

@@ -13,7 +13,7 @@ from slurmd import Slurm
 from support import ROOT, losses, metric_lines, orchestrator
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.timeout(1200)]
-SHORT = {"epochs: 10": "epochs: 0.5", "logging_steps: 10": "logging_steps: 1"}  # 11 of 210 steps
+SHORT = {"epochs: 10": "epochs: 0.5", "logging_steps: 10": "logging_steps: 1"}  # 21 of 420 steps
 
 
 def checkout(folder: Path, changes: dict[str, str]) -> Path:
@@ -58,7 +58,7 @@ def test_every_way_gives_the_losses_of_debug(slurm: Slurm, tmp_path: Path) -> No
     over_two_nodes = start(slurm, submit, folder, "quickstart")
     finish(over_two_nodes)
     assert hosts(over_two_nodes.run_dir) == ["n1", "n2"]
-    assert "finished after step 11" in over_two_nodes.log()
+    assert "finished after step 21" in over_two_nodes.log()
 
     torchrun = start(slurm, on_one_node, folder, "on-one-node")
     finish(torchrun)
@@ -66,7 +66,7 @@ def test_every_way_gives_the_losses_of_debug(slurm: Slurm, tmp_path: Path) -> No
 
     assert orchestrator("debug", "configs/quickstart.yaml", "run.name=here", cwd=folder).returncode == 0
     here = losses(folder / "runs/here")
-    assert sorted(here) == list(range(1, 12))
+    assert sorted(here) == list(range(1, 22))
     assert losses(over_two_nodes.run_dir) == pytest.approx(here, abs=1e-5)
     assert losses(torchrun.run_dir) == pytest.approx(here, abs=1e-5)
 
@@ -79,12 +79,12 @@ def test_a_requeue_in_the_middle_changes_no_bit(slurm: Slurm, tmp_path: Path) ->
         (tmp_path / name).mkdir()
         job = start(slurm, submit, checkout(tmp_path / name, {}), "quickstart")
         if name == "requeued":
-            wait_until(lambda job=job: "step 100/210" in job.log(), 400)
+            wait_until(lambda job=job: "step 200/420" in job.log(), 400)
             job.signal("USR1")
             job.requeued()
         finish(job)
         assert job.slurm.job(job.number)["Restarts"] == str(int(name == "requeued"))
         last = metric_lines(job.run_dir)[-1]
-        assert (last["step"], last["eval_rewards/accuracies"]) == (210, 1.0)
+        assert (last["step"], last["eval_rewards/accuracies"]) == (420, 1.0)
         weights.append((job.run_dir / "model" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]

@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from orchestrator.settings.spec import UserError
 from orchestrator.training.callbacks import REQUESTS, Callbacks, build_callbacks, check_callbacks, training_args
+from orchestrator.training.callbacks import wandb as wandb_callback
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback, without_secrets
@@ -391,3 +392,15 @@ def test_the_console_says_where_the_run_stands(tmp_path: Path, capsys: pytest.Ca
         "evaluation of odd after step 3: loss 0.5000, accuracy 0.250",
         "saved after step 3",
     ]
+
+
+def test_online_without_a_key_says_how_to_give_one_and_records_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(wandb_callback, "_has_credentials", lambda _: False)
+    monkeypatch.setattr(WandbCallback, "_init", lambda _, __, mode: modes.append(mode))
+    spec = tiny_spec(tmp_path, wandb={"mode": "online"})
+    WandbCallback(spec, RunDir(spec.run_dir)).on_train_begin(None, None, None)
+    assert modes == ["offline"]
+    assert "no key (set WANDB_API_KEY or wandb.key_file, or run `wandb login`)" in caplog.text

@@ -34,8 +34,15 @@ class WandbCallback(TrainerCallback):
         import wandb.errors
 
         mode = self.spec.wandb.mode
-        if mode == "auto":
-            mode = "online" if _has_credentials(wandb) else "offline"
+        if mode in ("auto", "online") and not _has_credentials(wandb):
+            if mode == "online":
+                cure = "set WANDB_API_KEY or wandb.key_file, or run `wandb login`"
+                logger.warning(
+                    "wandb.mode=online, but there is no key (%s); recorded offline in %s", cure, self.run_dir.wandb
+                )
+            mode = "offline"
+        elif mode == "auto":
+            mode = "online"
         try:
             self.run = self._init(wandb, mode)
         except wandb.errors.Error as error:
