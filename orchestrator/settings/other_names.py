@@ -17,6 +17,9 @@ OTHER_NAMES = {
     "grad_clip": "training.max_grad_norm",
     "clip_grad_norm": "training.max_grad_norm",
     "lr_scheduler": "scheduler.name",
+    "generate_during_eval": "evaluation.samples=2 (answered at the end of the run)",
+    "dpo_generate_during_eval": "evaluation.samples=2 (answered at the end of the run)",
+    "predict_with_generate": "evaluation.samples=2 (answered at the end of the run)",
     "num_warmup_steps": "scheduler.warmup_steps",
     "warmup": "scheduler.warmup_steps",
     "betas": "optimizer.kwargs={betas: [0.9, 0.999]}",
@@ -209,12 +212,7 @@ OTHER_NAMES = {
 }
 # Names without a counterpart here, by the reason.
 _REASONS = {
-    "evaluation computes losses and rewards; to see texts, generate from RUN_DIR/model after the run": (
-        "generate_during_eval",
-        "predict_with_generate",
-        "do_sample",
-        "dpo_generate_during_eval",
-    ),
+    "answers are greedy, and given at the end of the run (evaluation.samples)": ("do_sample",),
     "training generates nothing": ("use_vllm", "vllm_mode", "generation", "generation_kwargs"),
     "a pair is one packed row already (model.attention)": (
         "packing",
