@@ -1,6 +1,7 @@
 """Say how a run ended: evaluations, sample answers, where everything is, and what to do next. Loads no torch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -9,7 +10,7 @@ from orchestrator.training.manifest import step_folder
 from orchestrator.training.result import RunResult, evaluated_sets
 from orchestrator.training.rundir import RunDir
 
-ANSWER = 100  # characters of an answer that are shown
+SHOWN = 100  # characters of an answer that are shown
 
 
 def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
@@ -22,8 +23,8 @@ def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
         yield f"best     {spec.evaluation.best_metric} {result.best_metric:.6f} after step {result.best_step}, {best}"
     yield from _answers(result.samples)
     of_step = f", of step {result.model_step}" if result.best_step is not None else ""
-    yield f"model    {result.model}{of_step}"
-    yield f"metrics  {run_dir.metrics}"
+    yield f"model    {_short(result.model)}{of_step}"
+    yield f"metrics  {_short(run_dir.metrics)}"
     if spec.wandb.mode != "disabled":
         yield _wandb(run_dir)
     yield from _next(spec, result)
@@ -43,7 +44,7 @@ def _answers(samples: list[dict[str, str]]) -> Iterator[str]:
         yield ""
         for part in ("prompt", "before", "after"):
             text = "".join(letter for letter in sample[part] if letter.isprintable() or letter.isspace())
-            yield f"{part:<8} {shorten(text, ANSWER, placeholder=' ...') or '(nothing)'}"
+            yield f"{part:<8} {shorten(text, SHOWN, placeholder=' ...') or '(nothing)'}"
     if samples:
         yield ""
 
@@ -52,14 +53,20 @@ def _wandb(run_dir: RunDir) -> str:
     """Return where W&B keeps the run, and how to upload what was recorded offline."""
     offline = sorted(run_dir.wandb.glob("offline-run-*"))
     if not offline:
-        return f"W&B      {run_dir.wandb}"
-    return f"W&B      recorded offline; to upload it: wandb sync {' '.join(map(str, offline))}"
+        return f"W&B      {_short(run_dir.wandb)}"
+    return f"W&B      recorded offline; to upload it: wandb sync {' '.join(map(_short, offline))}"
 
 
 def _next(spec: RunSpec, result: RunResult) -> Iterator[str]:
     """Yield what to do with the result, and after a model made on the spot, how to go on to a real one."""
-    yield f"use it   transformers.pipeline('text-generation', '{result.model}')"
+    yield f"use it   transformers.pipeline('text-generation', '{_short(result.model)}')"
     if spec.training.pair_ledger:
-        yield f"look     orchestrator pairs {spec.run_dir}   # which pairs were learned, which look mislabelled"
+        yield f"look     orchestrator pairs {_short(spec.run_dir)}   # which pairs were learned, which look mislabelled"
     if spec.model.init is not None:
         yield "next     your own model and pairs: README.md, the chapter of that name"
+
+
+def _short(path: Path | str | None) -> str:
+    """Return a path as it may be typed here: relative where it is below the current folder."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if path and Path(path).is_relative_to(here) else str(path)

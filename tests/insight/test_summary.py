@@ -95,3 +95,11 @@ def test_a_run_whose_model_was_lost_is_not_taken_for_finished(tmp_path: Path, lo
     assert finished_already(run_dir) is None
     assert debug(spec).status == "finished"  # and exports it again
     assert finished_already(run_dir) is not None
+
+
+def test_paths_below_the_current_folder_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = RunResult("finished", "every step was taken", 4, "", str(tmp_path / "runs/tiny/model"), 4)
+    shown = lines_of(tmp_path, result)
+    assert "model    runs/tiny/model" in shown
+    assert "metrics  runs/tiny/metrics.jsonl" in shown
