@@ -153,16 +153,19 @@ def _adapted_parameter(layer: Any) -> str:
 
 @torch.no_grad()
 def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
-    """Refuse an adapter that could not be merged after training: one layer of each kind is tried.
+    """Refuse an adapter that could not be merged after training: one layer of each kind is tried, without memory.
 
     Raises:
         UserError: peft cannot say what it adds to a weight, or that has another shape.
     """
+    from torch._subclasses import FakeTensorMode
+
     kinds = {(type(layer), _adapted_parameter(layer)): name for name, layer in adapter_layers(model).items()}
     for name in kinds.values():
         layer: Any = model.get_submodule(name)
         try:
-            delta = layer.get_delta_weight(POLICY)
+            with FakeTensorMode(allow_non_fake_inputs=True):  # of all experts of a layer it would be gigabytes
+                delta = layer.get_delta_weight(POLICY)
             weight = getattr(layer.get_base_layer(), _adapted_parameter(layer))
             fits = delta.shape == weight.shape or not weight.is_floating_point()  # bits have a shape of their own
         except Exception:  # whatever peft, or a library below it, raises for a layer that it does not support

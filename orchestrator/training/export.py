@@ -96,8 +96,8 @@ def exported_config(policy: Any, loaded: Any) -> Any:
     Training has a copy of its own, in which dropout and other noise may be off. Where a checkpoint holds a head of its
     own, transformers loads it whatever the config says, and training with frozen embeddings unties the two.
     """
-    config = loaded if type(loaded) is type(policy.config) else loaded.get_text_config()
-    config = copy.deepcopy(config)
+    parts = (loaded, loaded.get_text_config(), policy.config)  # a text model may be loaded from a multimodal config
+    config = copy.deepcopy(next(part for part in parts if type(part) is type(policy.config)))
     head, embeddings = policy.get_output_embeddings(), policy.get_input_embeddings()
     if isinstance(getattr(head, "weight", None), torch.nn.Parameter):
         for part in (config, config.get_text_config()):

@@ -19,10 +19,11 @@ from exported import (
 )
 from ranks import on_gloo
 from safetensors.torch import load_file
-from support import raw_settings
+from support import raw_settings, tiny_spec
 from tiny import ALONE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.models.policy import load_tokenizer, made_weights
 from orchestrator.models.storage import persistent_buffers
 from orchestrator.run.trial import NothingToSave
 from orchestrator.settings.load import make_spec
@@ -71,8 +72,9 @@ def separate_head(tmp_path: Path) -> Path:
         (config("glm4_moe", ROUTED), {}),
         (config("qwen3_moe", EXPERTS), LORA),
         (config("gpt2", GPT2), LORA),
+        (config("gpt2", GPT2), {**LORA, "model": {"lora": {"r": 4, "base": "nf4"}}}),
     ],
-    ids=["tied", "router biases", "adapter on experts", "adapter on Conv1D"],
+    ids=["tied", "router biases", "adapter on experts", "adapter on Conv1D", "adapter on Conv1D in 4 bits"],
 )
 def test_export_computes_what_the_policy_computed(tmp_path: Path, of: Any, settings: dict[str, Any]) -> None:
     assert export_error(tmp_path, random_base(tmp_path / "base", of), **settings) <= TOLERANCE
@@ -213,16 +215,17 @@ def test_router_biases_stay_in_fp32_in_a_16_bit_export(tmp_path: Path) -> None:
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
+    base, made = random_base(tmp_path / "base", config("llama")), tiny_spec(tmp_path)
     before = os.umask(0o027)
     try:
-        _, run_dir = trained_logits(tmp_path, random_base(tmp_path / "base", config("llama")))
+        trained_logits(tmp_path, base)
+        made_weights(made, load_tokenizer(made))
     finally:
         os.umask(before)
-    folders = (run_dir.model, run_dir.checkpoints, run_dir.tokenizer, run_dir.pairs, tmp_path / "cache")
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    assert any(file.name == "rank_00000.safetensors" for file in files)
-    modes = {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in files}
+    files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    modes = {str(file.relative_to(tmp_path)): oct(stat.S_IMODE(file.stat().st_mode)) for file in files}
     assert {name: mode for name, mode in modes.items() if mode != "0o640"} == {}
+    assert sum(name.endswith(".safetensors") for name in modes) >= 4  # export, checkpoint, random state, model.init
 
 
 def test_the_config_is_exported_as_it_was_loaded(tmp_path: Path) -> None:
