@@ -60,6 +60,12 @@ def lowest(model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = 
     return before + list(layers[:count])
 
 
+def head_is_tied(model: "PreTrainedModel") -> bool:
+    """Return whether the output head and the embeddings are one weight."""
+    head: Any = model.get_output_embeddings()
+    return getattr(head, "weight", None) is model.get_input_embeddings().weight
+
+
 def freeze_lowest(
     model: "PreTrainedModel", count: int, keep_head: bool = True, layers: nn.ModuleList | None = None
 ) -> bool:

@@ -10,6 +10,7 @@ from orchestrator.data.repeats import repeat_lines
 from orchestrator.data.shapes import note_lines
 from orchestrator.engines.base import Engine
 from orchestrator.engines.precision import is_16_bit, name_of
+from orchestrator.models.layers import head_is_tied
 from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import PolicyStart, Reference
 from orchestrator.settings.notes import Known, notes
@@ -103,6 +104,12 @@ def say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Refere
     )
     if getattr(prepared.config, "tie_word_embeddings", False) and not policy.config.tie_word_embeddings:
         print("the output head was one with the embeddings, which are frozen: it trains on with weights of its own")
+    elif getattr(policy.config, "tie_word_embeddings", False) and not head_is_tied(policy):
+        print("the weights hold an output head apart, though the config ties it to the embeddings: both train, and the")
+        print("exported config says tie_word_embeddings: false")
+    if type(policy.config) is not type(prepared.config):
+        kind, text = prepared.config.model_type, type(policy).__name__
+        print(f"of {kind} the language model alone ({text}) is loaded, trained and exported, without its other parts")
 
 
 def say_frozen(names: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from orchestrator.models.adapters import base_name, check_mergeable, without_adapter
+from orchestrator.models.layers import head_is_tied
 from orchestrator.models.policy import DTYPES, build_policy, cast_to
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import PolicyStart, identity_of
@@ -98,10 +99,8 @@ def exported_config(policy: Any, loaded: Any) -> Any:
     """
     parts = (loaded, loaded.get_text_config(), policy.config)  # a text model may be loaded from a multimodal config
     config = copy.deepcopy(next(part for part in parts if type(part) is type(policy.config)))
-    head, embeddings = policy.get_output_embeddings(), policy.get_input_embeddings()
-    if isinstance(getattr(head, "weight", None), torch.nn.Parameter):
-        for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = head.weight is embeddings.weight
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = head_is_tied(policy)
     config.architectures = [type(policy).__name__]
     config.dtype = policy.dtype
     config.__dict__.pop("quantization_config", None)  # what is exported is in full precision

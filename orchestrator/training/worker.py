@@ -158,7 +158,8 @@ def _assembled(
     config = exported_config(policy, prepared.config)
     check_exportable(policy, config, spec)
     if world.is_main:
-        keep_for_export(run_dir, policy, prepared.tokenizer, config, spec.model.path)
+        is_whole = type(config) is type(prepared.config)  # not the language model of a multimodal one
+        keep_for_export(run_dir, policy, prepared.tokenizer, config, spec.model.path if is_whole else None)
     if found is None and world.is_main:
         say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
         say_frozen(frozen)

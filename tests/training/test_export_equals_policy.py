@@ -20,8 +20,8 @@ from exported import (
 from ranks import on_gloo
 from safetensors.torch import load_file
 from support import raw_settings, tiny_spec
-from tiny import ALONE
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tiny import ALONE, tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from orchestrator.models.policy import load_tokenizer, made_weights
 from orchestrator.models.storage import persistent_buffers
@@ -119,6 +119,40 @@ def test_export_of_many_kinds_computes_what_the_policy_computed(
     assert export_error(tmp_path, random_base(tmp_path / "base", KINDS[kind]), **settings) <= TOLERANCE
 
 
+VISION = {"hidden_size": 16, "intermediate_size": 32}
+GEMMA3 = {**VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+QWEN3_5 = {**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+LINEAR |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+
+
+@pytest.mark.slow
+def test_the_vision_tower_of_a_multimodal_model_is_exported(tmp_path: Path) -> None:
+    text = {"model_type": "gemma3_text", **SIZES, "head_dim": 8, "sliding_window": 8}
+    special = {"image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297, "mm_tokens_per_image": 4}
+    base = random_base(tmp_path / "base", config("gemma3", {"text_config": text, "vision_config": GEMMA3, **special}))
+    policy, run_dir = trained_logits(tmp_path, base)
+    start, end = (load_file(folder / "model.safetensors") for folder in (base, run_dir.model))
+    assert start.keys() == end.keys()
+    vision = [name for name in start if "vision" in name]
+    assert len(vision) > 10
+    assert all(torch.equal(start[name], end[name]) for name in vision)
+    exported = AutoModelForCausalLM.from_pretrained(run_dir.model)
+    assert (logits(exported) - policy).abs().max() <= TOLERANCE * policy.abs().max()
+
+
+@pytest.mark.slow
+def test_a_language_model_that_is_loaded_alone_is_exported_alone_and_said_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, whole = tmp_path / "base", config("qwen3_5", {"text_config": SIZES | LINEAR, "vision_config": QWEN3_5})
+    AutoModelForImageTextToText.from_config(whole).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    assert export_error(tmp_path, base) <= TOLERANCE
+    said = capsys.readouterr().out
+    assert "of qwen3_5 the language model alone (Qwen3_5ForCausalLM) is loaded, trained and exported" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [{"kind": "ddp"}, {"kind": "fsdp"}, {"kind": "deepspeed", "zero_stage": 3}], ids=str)
 @pytest.mark.parametrize(
@@ -138,8 +172,11 @@ def test_export_of_two_ranks_computes_what_the_policy_computed(
 # --- heads ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_that_only_the_file_has_is_trained_and_exported(tmp_path: Path, separate_head: Path) -> None:
+def test_a_head_that_only_the_file_has_is_trained_and_exported(
+    tmp_path: Path, separate_head: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy, run_dir = trained_logits(tmp_path, separate_head)
+    assert "the weights hold an output head apart, though the config ties it" in capsys.readouterr().out
     exported = AutoModelForCausalLM.from_pretrained(run_dir.model)
     assert (logits(exported) - policy).abs().max() <= TOLERANCE * policy.abs().max()
     assert not exported.config.tie_word_embeddings
@@ -240,14 +277,14 @@ def test_what_stands_beside_a_base_is_exported(tmp_path: Path) -> None:
     sampling = {"do_sample": False, "temperature": 0.6, "max_new_tokens": 9}  # which transformers refuses to save anew
     (base / "generation_config.json").write_text(json.dumps(sampling))
     (base / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    tokenizer.save_pretrained(base)
+    several = AutoTokenizer.from_pretrained(base)
+    several.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    several.save_pretrained(base)
     _, run_dir = trained_logits(tmp_path, base)
     exported = json.loads((run_dir.model / "generation_config.json").read_text())
     assert exported.items() >= sampling.items()
     assert (run_dir.model / "preprocessor_config.json").read_text() == '{"image_mean": [0.5]}'
-    assert AutoTokenizer.from_pretrained(run_dir.model).chat_template == tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(run_dir.model).chat_template == several.chat_template
 
 
 # --- what cannot be exported -------------------------------------------------------------------------------------
