@@ -289,8 +289,10 @@ def batch_from_masks(
 class AdaptedCollator:
     """A user's collator: handed rows (and `context` where it has such a parameter); its dict becomes a PairBatch."""
 
-    def __init__(self, collator: UserCollator | UserCodeSpec, pad_token_id: int) -> None:
-        """collator: of a Python user, or of the settings. pad_token_id: for a class whose constructor has it."""
+    def __init__(self, collator: UserCollator | UserCodeSpec, pad_token_id: int, vocabulary: int | None = None) -> None:
+        """collator: of a Python user, or of the settings. pad_token_id: for a class whose constructor has it.
+        vocabulary: the number of tokens that the model has, if known."""
+        self.vocabulary = vocabulary
         made: Any
         if isinstance(collator, UserCodeSpec):
             self.key, self.name, kwargs = "data.collator", collator.path, collator.kwargs
@@ -343,6 +345,9 @@ class AdaptedCollator:
         if ids.is_floating_point() or (ids < 0).any():
             rule = f"returned input_ids of {ids.dtype}, the least {ids.min().item()}"
             raise UserError(self.key, self.name, rule, "return integers from 0 on, on padding as well")
+        if self.vocabulary is not None and (largest := int(ids.max())) >= self.vocabulary:
+            rule = f"returned token {largest}, and the model has {self.vocabulary} tokens"
+            raise UserError(self.key, self.name, rule, f"return ids below {self.vocabulary}, on padding as well")
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from orchestrator.models.model_files import ADAPTER_FILES, check_files
 from orchestrator.models.quantized import unquantized
+from orchestrator.models.weight_checks import WeightDifferences, check_complete, check_finite
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import LoraSpec, UserError
 
@@ -47,7 +49,7 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
         warnings.simplefilter("ignore")  # peft's, that there is an adapter already
         torch.manual_seed(seed)
         if spec.adapter_path is not None:
-            _load(model, spec.adapter_path, loaded)
+            _load(model, spec, loaded)
         else:
             rank = spec.r or RANK
             targets: Any = spec.target_modules or "all-linear"
@@ -60,11 +62,8 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
                 raise UserError(
                     "model.lora.target_modules", spec.target_modules, f"peft says: {reason}", cure
                 ) from None
-    for name, layer in adapter_layers(model).items():
-        if isinstance(layer.get_base_layer(), nn.Embedding) or layer is model.get_output_embeddings():
-            key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
-            rule = f"an adapter on {name}, embeddings or head, is not supported"
-            raise UserError(key, spec.adapter_path or spec.target_modules, rule, "name linear layers below the head")
+    _check_layers(model, spec)
+    for layer in adapter_layers(model).values():
         for dropout in layer.lora_dropout.values():
             if disable_dropout and isinstance(dropout, nn.Dropout):
                 dropout.p = 0.0
@@ -193,6 +192,7 @@ def check_adapter(spec: LoraSpec) -> Any:
 def _config_at(path: str) -> Any:
     from peft import LoraConfig, PeftConfig
 
+    check_files("model.lora.adapter_path", path, ADAPTER_FILES)
     try:
         config = PeftConfig.from_pretrained(path)
         if not isinstance(config, LoraConfig):
@@ -215,17 +215,43 @@ def _cannot_load(path: str, error: Exception) -> UserError:
     return UserError("model.lora.adapter_path", path, rule, cure)
 
 
-def _load(model: "PreTrainedModel", path: str, config: Any) -> None:
-    """Put the adapter at a path into the model twice, to train and to judge by."""
+def _check_layers(model: "PreTrainedModel", spec: LoraSpec) -> None:
+    """Refuse an adapter on embeddings or head, which run outside the layers that judge without it."""
+    for name, layer in adapter_layers(model).items():
+        if isinstance(layer.get_base_layer(), nn.Embedding) or layer is model.get_output_embeddings():
+            key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
+            rule = f"an adapter on {name}, embeddings or head, is not supported"
+            raise UserError(key, spec.adapter_path or spec.target_modules, rule, "name linear layers below the head")
+
+
+def _load(model: "PreTrainedModel", spec: LoraSpec, config: Any) -> None:
+    """Put the adapter at adapter_path into the model twice, to train and to judge by."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
+    path = str(spec.adapter_path)
+    config.init_lora_weights = True  # what is loaded says all: others (PiSSA, OLoRA) change the base, each time
     try:
         saved = {k.removeprefix("base_model.model."): v for k, v in load_peft_weights(path, device="cpu").items()}
-        config.init_lora_weights = True  # what is loaded says all: others (PiSSA, OLoRA) change the base, each time
-        for name in (REFERENCE, POLICY):  # the last one is active
-            model.add_adapter(config, name)
-            found = set_peft_model_state_dict(model, saved, adapter_name=name)
-            if found.unexpected_keys or any(is_of(name, key) for key in found.missing_keys):
-                raise ValueError("its layers are not those of this model")
+        model.add_adapter(config, REFERENCE)
+        _check_layers(model, spec)  # peft saves such a layer's own weights as well, and would load them first
+        _check_weights(model, path, saved)
+        model.add_adapter(config, POLICY)  # the last one is active
+        for name in (REFERENCE, POLICY):
+            set_peft_model_state_dict(model, saved, adapter_name=name)
+    except UserError:
+        raise
     except Exception as error:  # peft, torch and the hub raise many types
         raise _cannot_load(path, error) from None
+
+
+def _check_weights(model: "PreTrainedModel", path: str, saved: dict[str, torch.Tensor]) -> None:
+    """Check that a file holds exactly the weights of the adapter that the model has for it, all finite."""
+    shapes = {
+        name.replace(f".{REFERENCE}.", "."): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if is_of(REFERENCE, name)
+    }
+    differences = WeightDifferences.between({name: tuple(value.shape) for name, value in saved.items()}, shapes)
+    key, owner = "model.lora.adapter_path", f"an adapter with its config on this {type(model).__name__}"
+    check_complete(key, path, differences, owner)
+    check_finite(key, path, saved.items())

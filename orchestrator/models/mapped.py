@@ -22,21 +22,23 @@ if TYPE_CHECKING:
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as in the files
 
 
-def load_mapped(path: str, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
-    """from_pretrained(path, dtype=dtype), but the parameters keep the type of their files and so remain mapped ones.
+def load_mapped(path: str, config: Any, dtype: torch.dtype, **options: Any) -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """from_pretrained(path, dtype=dtype, **options), but the parameters keep the type of their files and so remain
+    mapped ones.
 
     Whoever cuts a parameter into shards casts it to `dtype`, which gives what from_pretrained would have given; the
     buffers and the config are those of `dtype` already. transformers maps a tensor of safetensors that it neither casts
     nor converts; the others (.bin files, quantised checkpoints, experts that it merges, in files of several types all
-    but those of the widest) become a private copy, as without mapping.
+    but those of the widest) become a private copy, as without mapping. options: with output_loading_info=True.
     """
     from transformers import AutoModelForCausalLM
 
     held = _type_of_files(path, config) or dtype
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=held)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=held, **options)
+    model, info = loaded
     if held != dtype:
         _leave_only_parameters(model, dtype)
-    return model
+    return model, info
 
 
 def save_made(model: "PreTrainedModel", folder: Path) -> None:

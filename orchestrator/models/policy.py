@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,11 +17,11 @@ from orchestrator.models.adapters import add_adapter
 from orchestrator.models.behaviour import check_causal, silence, still_noise
 from orchestrator.models.fused import fuse
 from orchestrator.models.layers import body_of, freeze_lowest
+from orchestrator.models.loading import check_weights, config_at, read_model, tokenizer_at
 from orchestrator.models.logps import Head
-from orchestrator.models.mapped import load_made, load_mapped, save_made, weights_aside
+from orchestrator.models.mapped import load_made, save_made, weights_aside
 from orchestrator.models.quantized import quantized
 from orchestrator.models.rope import most_positions
-from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import DpoSpec, Dtype, InitSpec, LoraSpec, Quantized, RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -51,19 +50,13 @@ def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     Raises:
         UserError: it cannot be loaded, or has no token to pad with.
     """
-    from transformers import AutoTokenizer
-
     model = spec.model
     key = "model.tokenizer" if model.tokenizer or model.init else "model.path"
     if model.init and not model.tokenizer:
         source = str(_made_tokenizer(model.init, spec))
     else:
         source = model.tokenizer or model.path or ""
-    _check_folder(key, source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers and the hub raise many types; all mean that it cannot be loaded
-        raise cannot_load(key, source, "tokenizer", error) from None
+    tokenizer = tokenizer_at(key, source)
     if model.pad_token is not None:
         if model.pad_token not in tokenizer.get_vocab():
             raise UserError(
@@ -100,17 +93,6 @@ def load_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
     except Exception as error:  # each config class checks its own values in its own way
         reason = " ".join(str(error).split())[:160]
         raise UserError("model.init.config", init.config, f"transformers says: {reason}", "mend that value") from None
-
-
-def config_at(key: str, path: str) -> Any:
-    """The config of a model in a folder or on the hub, which the setting `key` names."""
-    from transformers import AutoConfig
-
-    _check_folder(key, path)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except Exception as error:
-        raise cannot_load(key, path, "model config", error) from None
 
 
 def _plain_config(model_type: str) -> Any:
@@ -240,15 +222,9 @@ def load_model(
     key: str, path: str, disable_dropout: bool, dtype: torch.dtype, mapped: bool = False
 ) -> "PreTrainedModel":
     """A causal LM from a folder or the hub, with weights of `dtype`, on the CPU; mapped: see `load_mapped`."""
-    from transformers import AutoModelForCausalLM
-
     config = config_at(key, path)
     _no_dropout(config, disable_dropout)
-    try:
-        load = load_mapped if mapped else AutoModelForCausalLM.from_pretrained
-        model = load(path, config=config, dtype=dtype)
-    except Exception as error:
-        raise cannot_load(key, path, "model", error) from None
+    model = read_model(key, path, config, dtype, mapped)
     check_head(model)
     fuse(model, dtype if mapped else None)
     return model
@@ -266,6 +242,19 @@ def pair_cost(model: "PreTrainedModel") -> PairCost:
         scored=text.vocab_size * text.hidden_size,
         seen=2 * (queries or getattr(text, "num_hidden_layers", 0) * text.hidden_size),
     )
+
+
+def check_model(spec: RunSpec, config: Any) -> None:
+    """Check the files of model.path, and that the adapter fits the model, without reading the base's weights.
+
+    Raises:
+        UserError: weights are missing or not used, or the adapter does not fit.
+    """
+    if spec.model.path is None:
+        return
+    model = check_weights("model.path", spec.model.path, config)
+    if model is not None and spec.model.lora is not None:
+        add_adapter(model, spec.model.lora, spec.run.seed, torch.float32, spec.model.disable_dropout)
 
 
 def check_frozen(config: Any, spec: RunSpec) -> None:
@@ -376,25 +365,6 @@ def _difference(whole: torch.Tensor, apart: torch.Tensor) -> str:
     if torch.allclose(whole, factor * apart, rtol=1e-3, atol=1e-4):
         return f"they are multiplied by {factor:.4g}"
     return f"they differ by {(whole - apart).abs().max().item():.2g} of at most {whole.abs().max().item():.2g}"
-
-
-def _check_folder(key: str, path: str) -> None:
-    if looks_local(path) and not os.path.isdir(path):
-        raise UserError(key, path, "is not a folder", "give an existing folder, or a hub name")
-
-
-def cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
-    """What to raise where a part of a model cannot be loaded, for whatever reason."""
-    reason = " ".join(str(error).split())[:200]
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        cure = "it is an adapter: merge it into its base first"
-        if key == "model.path":
-            cure = "it is an adapter: set model.path to its base and model.lora.adapter_path to this"
-    elif os.path.isdir(path):
-        cure = "give a folder with config.json, tokenizer and weights"
-    else:
-        cure = f"give a hub name that can be reached, or a folder (./{path})"
-    return UserError(key, path, f"its {what} cannot be loaded ({type(error).__name__}: {reason})", cure)
 
 
 def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:

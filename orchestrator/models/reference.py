@@ -24,9 +24,10 @@ from orchestrator.models.adapters import (
     without_adapter,
 )
 from orchestrator.models.layers import UpperLayers, captured_at, decoder_layers, freeze_lowest, lowest
+from orchestrator.models.loading import check_weights, config_at, tokenizer_at
 from orchestrator.models.logps import body_hidden, layout_of, sequence_logps, small_batches
 from orchestrator.models.mapped import mapped_twin
-from orchestrator.models.policy import cannot_load, cast_to, check_head, config_at, load_model
+from orchestrator.models.policy import cast_to, check_head, load_model
 from orchestrator.models.quantized import is_quantized, quantized
 from orchestrator.settings.spec import Quantized, RunSpec, UserError
 from orchestrator.world import World
@@ -247,10 +248,12 @@ def check_reference(spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTok
     if path is None:
         return
     cure = "take a reference with the policy's tokenizer"
-    sizes = [c.get_text_config().vocab_size for c in (policy_config, config_at("reference.path", path))]
+    config = config_at("reference.path", path)
+    sizes = [c.get_text_config().vocab_size for c in (policy_config, config)]
     if sizes[0] != sizes[1]:
         rule = f"has a vocabulary of {sizes[1]} tokens, the policy of {sizes[0]}"
         raise UserError("reference.path", path, rule, cure)
+    check_weights("reference.path", path, config)
     theirs = _tokenizer_at(path)
     if theirs is None:
         return
@@ -264,15 +267,13 @@ def check_reference(spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTok
 
 def _tokenizer_at(path: str) -> Any:
     """The tokenizer beside a model; None where there is none: a folder with weights alone is a reference, too."""
-    from transformers import AutoTokenizer
-
     if os.path.isdir(path) and not any("token" in name or "vocab" in name for name in os.listdir(path)):
         return None  # transformers would make an empty one
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of many types
+        return tokenizer_at("reference.path", path)
+    except UserError:
         if os.path.isdir(path):
-            raise cannot_load("reference.path", path, "tokenizer", error) from None
+            raise
         return None  # the hub says no more than that a file is not there
 
 

@@ -448,7 +448,7 @@ def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> Needed:
     from orchestrator.engines.precision import dtype_held
     from orchestrator.models.adapters import add_adapter
     from orchestrator.models.layers import freeze_lowest
-    from orchestrator.models.policy import config_at
+    from orchestrator.models.loading import config_at
 
     init, lora = spec.model.init, spec.model.lora
     if init is not None:

@@ -12,6 +12,7 @@ import torch
 
 from orchestrator.models.adapters import base_name, check_mergeable, without_adapter
 from orchestrator.models.layers import head_is_tied
+from orchestrator.models.loading import NO_CODE
 from orchestrator.models.policy import DTYPES, build_policy, cast_to
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import PolicyStart, identity_of
@@ -186,7 +187,7 @@ def _trained(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> An
     """
     from transformers import AutoConfig
 
-    model = _new_model(AutoConfig.from_pretrained(run_dir.tokenizer), DTYPES[dtype])
+    model = _new_model(AutoConfig.from_pretrained(run_dir.tokenizer, **NO_CODE), DTYPES[dtype])
     _untie(model, reader)
     parameters = dict(model.named_parameters())
     if missing := sorted(parameters.keys() - reader.shapes.keys()):
@@ -232,7 +233,7 @@ def _kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
 def _tokenizer(run_dir: RunDir) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(run_dir.tokenizer)
+    return AutoTokenizer.from_pretrained(run_dir.tokenizer, **NO_CODE)
 
 
 @torch.no_grad()
@@ -260,7 +261,7 @@ def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any
     keeps = _kept_in_fp32(model, DTYPES[dtype])
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if keeps(name) else DTYPES[dtype])
-    model.config = AutoConfig.from_pretrained(run_dir.tokenizer)
+    model.config = AutoConfig.from_pretrained(run_dir.tokenizer, **NO_CODE)
     model.generation_config = GenerationConfig()  # the file of the run replaces it
     return model
 

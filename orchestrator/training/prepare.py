@@ -19,6 +19,7 @@ from orchestrator.models.adapters import check_adapter
 from orchestrator.models.policy import (
     check_fit,
     check_frozen,
+    check_model,
     check_router,
     load_config,
     load_tokenizer,
@@ -96,14 +97,15 @@ def load_parts(spec: RunSpec, given: Given = NOTHING) -> Parts:
         UserError: the first check that fails.
     """
     tokenizer = load_tokenizer(spec)
-    collator = _user_collator(spec, given, tokenizer)
-    metrics = user_metrics(spec, given, pad_id(tokenizer))
-    check_metric_for_best(spec, has_more=metrics is not None)
     config = load_config(spec, tokenizer)
+    collator = _user_collator(spec, given, tokenizer, config)
+    metrics = user_metrics(spec, given, pad_id(tokenizer, config))
+    check_metric_for_best(spec, has_more=metrics is not None)
     check_frozen(config, spec)
     check_router(config, spec.dpo)
     if spec.model.lora is not None:
         check_adapter(spec.model.lora)
+    check_model(spec, config)
     check_reference(spec, config, tokenizer)
     return Parts(tokenizer, config, collator, metrics)
 
@@ -139,7 +141,7 @@ def _steps(spec: RunSpec, train: Pairs) -> int:
     return run_length(train.pairs_per_epoch, spec.batch.global_batch_size, spec.training).steps
 
 
-def _user_collator(spec: RunSpec, given: Given, tokenizer: Any) -> AdaptedCollator | None:
+def _user_collator(spec: RunSpec, given: Given, tokenizer: Any, config: Any) -> AdaptedCollator | None:
     """That of the settings, or of a Python user."""
     named, collator = spec.data.collator, given.data_collator
     if named is not None and collator is not None:
@@ -147,13 +149,19 @@ def _user_collator(spec: RunSpec, given: Given, tokenizer: Any) -> AdaptedCollat
     if collator is not None:
         check_cache_with_collator(spec.reference, "data_collator")
     found = named if collator is None else collator
-    return None if found is None else AdaptedCollator(found, tokenizer.pad_token_id)
+    vocabulary = config.get_text_config().vocab_size
+    return None if found is None else AdaptedCollator(found, pad_id(tokenizer, config), vocabulary)
 
 
-def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that padded rows are filled up with."""
-    assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer refuses a tokenizer without one
-    return tokenizer.pad_token_id
+def pad_id(tokenizer: "PreTrainedTokenizerBase", config: Any) -> int:
+    """Return the token that fills up padded rows, where it is masked.
+
+    A pad token that was added without resizing the model's embeddings has an id that they lack: another token then
+    takes its place, which changes nothing.
+    """
+    vocabulary = config.get_text_config().vocab_size
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if isinstance(token, int) and token < vocabulary), 0)
 
 
 def quiet() -> None:

@@ -358,7 +358,7 @@ def _identity(
 
 
 def _collator(spec: RunSpec, prepared: Prepared, attention: AttentionName) -> PackedCollator | PreferenceCollator:
-    pad = pad_id(prepared.tokenizer)
+    pad = pad_id(prepared.tokenizer, prepared.config)
     return PreferenceCollator(pad, spec.data) if attention == "padded" else PackedCollator(spec.data)
 
 

@@ -1,0 +1,140 @@
+"""Load tokenizer, config and weights of a model folder or hub name, and refuse what is incomplete."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from orchestrator.models.mapped import load_mapped
+from orchestrator.models.model_files import CONFIG_FILES, TOKENIZER_FILES, check_files, check_weight_files
+from orchestrator.models.weight_checks import WeightDifferences, check_complete, check_finite
+from orchestrator.settings.load import looks_local
+from orchestrator.settings.spec import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The hub's libraries would otherwise ask on stdin whether to run code that comes with a model.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+
+
+def tokenizer_at(key: str, path: str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer in a folder or on the hub, which the setting `key` names.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(key, path)
+    check_files(key, path, TOKENIZER_FILES)
+    try:
+        return AutoTokenizer.from_pretrained(path, **NO_CODE)
+    except Exception as error:  # transformers and the hub raise many types; all mean that it cannot be loaded
+        raise _cannot_load(key, path, "tokenizer", error) from None
+
+
+def config_at(key: str, path: str) -> Any:
+    """Load the config of the model in a folder or on the hub, which the setting `key` names.
+
+    Raises:
+        UserError: it cannot be loaded, or is of weights in 8 or 4 bits that would have to train.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(key, path)
+    check_files(key, path, CONFIG_FILES)
+    try:
+        config = AutoConfig.from_pretrained(path, **NO_CODE)
+    except Exception as error:
+        raise _cannot_load(key, path, "model config", error) from None
+    if key == "model.path":
+        _check_not_quantized(key, path, config)
+    return config
+
+
+def read_model(key: str, path: str, config: Any, dtype: torch.dtype, mapped: bool) -> "PreTrainedModel":
+    """Load a causal LM with weights of `dtype` on the CPU; mapped: see `load_mapped`.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are not complete, not all used, or not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_weight_files(key, path)
+    load = load_mapped if mapped else AutoModelForCausalLM.from_pretrained
+    model = _checked(key, path, load, config=config, dtype=dtype)
+    check_finite(key, path, model.named_parameters())
+    return model
+
+
+def check_weights(key: str, path: str, config: Any) -> "PreTrainedModel | None":
+    """Check names and shapes of the weights in a folder, without reading their values; return the model without them.
+
+    transformers itself loads the model on the meta device, so its renaming and merging of weights is taken into
+    account. None for a hub name, whose weights are checked when they are loaded, and for quantised weights, which
+    cannot be loaded without a device.
+
+    Raises:
+        UserError: the weights cannot be loaded, are incomplete, or are not all used.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not os.path.isdir(path):
+        return None
+    check_weight_files(key, path)
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "device_map": "meta"}
+    return _checked(key, path, AutoModelForCausalLM.from_pretrained, **options)
+
+
+def _check_folder(key: str, path: str) -> None:
+    """Refuse a path that is not a folder.
+
+    Raises:
+        UserError: nothing is there, or a file.
+    """
+    if looks_local(path) and not os.path.isdir(path):
+        raise UserError(key, path, "is not a folder", "give an existing folder, or a hub name")
+
+
+def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
+    """Return the error to raise where a part of a model cannot be loaded, for whatever reason."""
+    if "trust_remote_code=True" in str(error):  # how transformers refuses
+        rule = f"its {what} needs code that comes with it (auto_map), which is never run"
+        return UserError(key, path, rule, "use a model whose architecture is part of transformers")
+    reason = " ".join(str(error).split())[:200]
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        cure = "it is an adapter: merge it into its base first"
+        if key == "model.path":
+            cure = "it is an adapter: set model.path to its base and model.lora.adapter_path to this"
+    elif os.path.isdir(path):
+        cure = "give a folder with config.json, tokenizer and weights"
+    else:
+        cure = f"give a hub name that can be reached, or a folder (./{path})"
+    return UserError(key, path, f"its {what} cannot be loaded ({type(error).__name__}: {reason})", cure)
+
+
+def _checked(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:
+    """Call `from_pretrained` or its like, and check its report."""
+    try:
+        model, info = load(path, output_loading_info=True, ignore_mismatched_sizes=True, **options, **NO_CODE)
+    except Exception as error:  # transformers, safetensors and the hub raise many types
+        raise _cannot_load(key, path, "model", error) from None
+    check_complete(key, path, WeightDifferences.from_loading_info(info), f"a {type(model).__name__}")
+    return model
+
+
+def _check_not_quantized(key: str, path: str, config: Any) -> None:
+    """Refuse to train a checkpoint whose linear layers are quantised: only what is left over would train."""
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    method = quantization.get("quant_method") or "bitsandbytes"
+    rule = f"its weights are quantised ({method}) and cannot train"
+    fix = "use the checkpoint in 16 or 32 bits; model.lora.base=nf4 quantises a frozen base in memory"
+    raise UserError(key, path, rule, fix)
