@@ -357,6 +357,17 @@ IN_A_PROCESS = [
 ]
 
 HERE = [
+    *(
+        case(
+            f"no-{key}",
+            f"model.init.config.{key}=0",
+            f"model.init.config.{key}",
+            "0",
+            "must be 1 or more",
+            "for example",
+        )
+        for key in ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size")
+    ),
     case("no-data", "data.train=nope.jsonl", "data.train", "nope.jsonl", "does not exist", "give a JSONL, JSON, CSV"),
     case(
         "not-json",

@@ -43,6 +43,24 @@ CANNOT_RUN = (
 )  # sizes that misfit
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 
+# Keys of configs that no model can have as 0; architectures name them in two ways.
+SIZES = frozenset(
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_positions",
+    ]
+)
+
 
 def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     """The run's tokenizer; for model.init it is trained on data.train, once, and kept in the cache.
@@ -88,6 +106,10 @@ def load_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
             near = difflib.get_close_matches(key, known.to_dict(), n=1)
             cure = f"did you mean {near[0]}?" if near else "see that architecture's config in transformers"
             raise UserError(f"model.init.config.{key}", value, f"{type(known).__name__} has no such key", cure)
+        if key in SIZES and isinstance(value, int) and value < 1:
+            raise UserError(
+                f"model.init.config.{key}", value, "must be 1 or more", f"for example {getattr(known, key)}"
+            )
     try:
         return AutoConfig.for_model(init.model_type, **{"vocab_size": len(tokenizer), **tokens, **init.config})
     except Exception as error:  # each config class checks its own values in its own way

@@ -226,7 +226,11 @@ def _ignored_by_git(folder: Path) -> Iterator[Path]:
 
 # --- Slurm -------------------------------------------------------------------------------------------------------
 
-BATCH_SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+# In a checkout, and where a wheel installs the same files.
+BATCH_SCRIPTS = (
+    Path(__file__).parents[2] / "slurm" / "train.sbatch",
+    Path(sys.prefix) / "share" / "dpo-orchestrator" / "slurm" / "train.sbatch",
+)
 
 
 def to_slurm(spec: RunSpec) -> int:
@@ -239,13 +243,14 @@ def to_slurm(spec: RunSpec) -> int:
     run_dir = RunDir(spec.run_dir)
     flags = slurm_flags(spec)
     run_dir.check(spec)
-    if not BATCH_SCRIPT.is_file():
-        cure = "install the project from a checkout (pip install --editable)"
-        raise UserError("--to", "slurm", f"{BATCH_SCRIPT} is not there", cure)
+    script = next((path for path in BATCH_SCRIPTS if path.is_file()), None)
+    if script is None:
+        cure = "install the project into a virtual environment, or from a checkout (pip install --editable)"
+        raise UserError("--to", "slurm", f"there is no {' nor '.join(map(str, BATCH_SCRIPTS))}", cure)
     run_dir.logs.mkdir(parents=True, exist_ok=True)
     settings = run_dir.path / SUBMITTED
     save_spec(spec, settings)
-    command = ["sbatch", "--parsable", *flags, str(BATCH_SCRIPT), str(settings)]
+    command = ["sbatch", "--parsable", *flags, str(script), str(settings)]
     env = dict(os.environ)
     if sys.prefix != sys.base_prefix:
         env["VIRTUAL_ENV"] = sys.prefix  # where the job looks for this program first
