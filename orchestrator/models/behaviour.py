@@ -94,17 +94,23 @@ def freeze_unreached(model: "PreTrainedModel") -> list[str]:
     """Freeze the trainable parameters that no row of text gives a gradient, such as a vision tower's; return their
     names. One that other tokens may reach (of one expert among several) is left as it is."""
     reached = _reached(model)
-    sometimes = {name for name, _ in _of_siblings(model, reached)}
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    frozen = [(name, p) for name, p in trainable if id(p) not in reached and name not in sometimes]
+    reached |= _routed(model, reached)
+    frozen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
     for _, p in frozen:
         p.requires_grad_(False)
     return [name for name, _ in frozen]
 
 
-def has_sparse_gradients(model: "PreTrainedModel") -> bool:
-    """Return whether some trainable parameters have a gradient only when a token is routed to them."""
-    return bool(_of_siblings(model, _reached(model)))
+def check_routed(model: "PreTrainedModel", ranks: int) -> None:
+    """Refuse several ranks for a model of which some weights have a gradient only where a token is routed to them:
+    ranks would sum the gradients of different weights.
+
+    Raises:
+        UserError: there are several ranks, and such weights.
+    """
+    if ranks > 1 and _routed(model, _reached(model)):
+        rule = "some of its experts have no gradient on a rank whose tokens are not routed to them"
+        raise UserError("model", type(model).__name__, rule, "train it on one rank")
 
 
 # --- small forward passes ----------------------------------------------------------------------------------------
@@ -229,16 +235,15 @@ def _detach_states(model: nn.Module) -> None:
                 setattr(module, name, value.detach())
 
 
-def _of_siblings(model: "PreTrainedModel", reached: set[int]) -> list[tuple[str, nn.Parameter]]:
-    """The trainable parameters that were not reached while the same one of a sibling in a list of modules was."""
-    found: dict[str, nn.Parameter] = {}
-    for prefix, modules in model.named_modules():
-        if not isinstance(modules, nn.ModuleList):
-            continue
-        for number, module in enumerate(modules):
-            alike = [dict(other.named_parameters()) for other in modules if type(other) is type(module)]
-            for name, p in module.named_parameters():
-                is_missing = p.requires_grad and id(p) not in reached
-                if is_missing and any(name in other and id(other[name]) in reached for other in alike):
-                    found[f"{prefix}.{number}.{name}"] = p
-    return list(found.items())
+def _routed(model: "PreTrainedModel", reached: set[int]) -> set[int]:
+    """The ids of the parameters of modules in a list that were not reached at all, while one of the same type beside
+    them was: experts to which no token of the probe was routed."""
+    routed: set[int] = set()
+    for modules in model.modules():
+        if isinstance(modules, nn.ModuleList):
+            of_each = [(type(module), {id(p) for p in module.parameters()}) for module in modules]
+            kinds = {kind for kind, parameters in of_each if parameters & reached}
+            routed |= {
+                p for kind, parameters in of_each if kind in kinds and not parameters & reached for p in parameters
+            }
+    return routed

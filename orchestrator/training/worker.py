@@ -27,7 +27,7 @@ from orchestrator.engines.optim import ReadOnlyOptimizer, factories
 from orchestrator.engines.precision import autocast, dtype_held, dtype_of, is_16_bit, resolved, tf32_switched
 from orchestrator.models.adapters import adapter_layers
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
-from orchestrator.models.behaviour import freeze_unreached, padding_error
+from orchestrator.models.behaviour import check_routed, freeze_unreached, padding_error
 from orchestrator.models.logps import packed_error
 from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import DTYPES, build_policy, pair_cost
@@ -148,6 +148,7 @@ def _assembled(
     built_on = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
     policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=spec.engine.shards_weights)
     frozen = freeze_unreached(policy)
+    check_routed(policy, world.size)
     reference = build_reference(spec, policy, dtype, given.ref_model, world.device)
     if found is not None:
         reference.exact = None  # was measured when the run began
@@ -172,6 +173,8 @@ def _assembled(
     loader, eval_loaders = _loaders(spec, prepared, world, cost, collator, first_batch_only)
     if spec.reference_cache != "off" and prepared.collator is None:
         said_by = {"reference": identity["reference"], **_arithmetic(spec, precision, attention, world)}
+        if fixed_up_to(reference.model.config) is not None:  # earlier releases took the longest row's for all
+            said_by["rope"] = "by each row's own length"
         _open_caches(spec, loader, eval_loaders, said_by)
     if found is None and world.is_main:
         say_run(spec, prepared, world, precision, length.steps, why_padded)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures.tiny_configs import tiny_config
 from support import write_jsonl
 from tiny import tokenizer
-from tiny_configs import tiny_config
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
@@ -51,6 +51,20 @@ class Row:
     refusal: str = ""
     crash: str = ""
     notes: str = ""
+
+    HEADER = (
+        "| type | class | layout | start | steps | weights | export | refused, or not built |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+
+    @property
+    def line(self) -> str:
+        """The row of the table."""
+        why = self.refusal or self.crash or (self.not_built and f"not built: {self.not_built}")
+        numbers = [f"{self.start:.0e}", f"{self.steps:.0e}", f"{self.weights:.0e}", f"{self.export:.0e}"]
+        if why:
+            numbers = [""] * len(numbers)
+        return f"| {' | '.join([self.model_type, self.model_class, self.layout, *numbers, why])} |"
 
     @property
     def is_right(self) -> bool:

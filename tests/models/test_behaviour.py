@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.models.behaviour import (
     check_causal,
+    check_routed,
     freeze_unreached,
     padding_error,
     silence,
@@ -148,6 +149,10 @@ def test_an_expert_that_other_tokens_may_reach_is_not_frozen() -> None:
     model: Any = tiny_model()
     model.model.layers[0].mlp = Routed()
     assert freeze_unreached(model) == []
+    check_routed(model, ranks=1)
+    with pytest.raises(UserError, match="some of its experts have no gradient"):
+        check_routed(model, ranks=2)
+    check_routed(tiny_model(), ranks=2)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
