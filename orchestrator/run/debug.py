@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -20,7 +21,7 @@ from orchestrator.models.reference import RefModel
 from orchestrator.run.prompt import debugger
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks.profiler import ProfilerCallback
-from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, check_spec
+from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, check_arguments, check_spec
 from orchestrator.training.health import LocalSession
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
@@ -47,6 +48,7 @@ def debug(
     data_collator: UserCollator | None = None,
     post_mortem: bool = False,
     profile: Steps | None = None,
+    **others: Any,
 ) -> RunResult:
     """Run the worker here; under torchrun (RANK, WORLD_SIZE) as one rank of that world.
 
@@ -59,6 +61,7 @@ def debug(
         TrainingError: training cannot go on.
     """
     check_spec(spec)
+    check_arguments(others)
     given = Given(ref_model, optimizers, callbacks, compute_metrics, data_collator)
     run_dir = RunDir(spec.run_dir)
     with joined(spec, post_mortem) as world, ExitStack() as held:

@@ -27,7 +27,7 @@ from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.checkpoint import SaveFailed
-from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, check_spec
+from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, check_arguments, check_spec
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.manifest import ReadFailed, committed, step_of
 from orchestrator.training.prepare import prepare
@@ -61,6 +61,7 @@ def train(
     callbacks: Sequence[GivenCallback] | None = None,
     compute_metrics: ComputeMetrics | None = None,
     data_collator: UserCollator | None = None,
+    **others: Any,
 ) -> RunResult:
     """Run to the end on Ray, resuming from the last checkpoint whenever workers die.
 
@@ -74,6 +75,7 @@ def train(
         RunDied: the workers died too often.
     """
     check_spec(spec)
+    check_arguments(others)
     given = Given(ref_model, optimizers, callbacks, compute_metrics, data_collator)
     sent = _pickled(spec, given)
     if spec.cluster.preflight:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,23 @@ class SettingsError(UserError):
         return type(self), (self.errors,)
 
 
-def load_spec(files: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> RunSpec:
-    """Merge YAML files left to right, then `a.b=c` overrides, then validate once.
+SettingsSource = str | Path | Mapping[str, Any]
+"""A YAML file, or nested settings as one would hold them."""
+
+
+def load_spec(files: Sequence[SettingsSource] | SettingsSource, overrides: Sequence[str] | str = ()) -> RunSpec:
+    """Merge YAML files, or dicts, left to right, then `a.b=c` overrides (or a single one), then validate once.
 
     Relative paths are taken from the current folder and become absolute: workers run elsewhere.
 
     Raises:
         UserError: a file is missing or not YAML, an override has no `=`, or a setting is wrong (SettingsError).
     """
-    paths = [files] if isinstance(files, str | Path) else list(files)
+    sources = [files] if isinstance(files, str | Path | Mapping) else list(files)
+    paths = [source if isinstance(source, str | Path) else "a dict" for source in sources]
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     try:
-        merged = OmegaConf.merge(*[_read(Path(path)) for path in paths], _dotlist(overrides))
+        merged = OmegaConf.merge(*map(_settings_of, sources), _dotlist(overrides))
         raw: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -147,6 +153,10 @@ def looks_local(source: str) -> bool:
     if scheme_of(source):
         return False
     return source.startswith((".", "/", "~")) or source.endswith(DATA_SUFFIXES) or os.path.exists(source)
+
+
+def _settings_of(source: SettingsSource) -> DictConfig:
+    return _read(Path(source)) if isinstance(source, str | Path) else OmegaConf.create(dict(source))
 
 
 def _read(path: Path) -> DictConfig:

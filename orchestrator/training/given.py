@@ -15,6 +15,18 @@ GivenCallback = TrainerCallback | type[TrainerCallback]
 ComputeMetrics = Callable[[Any], Mapping[str, float]]
 
 
+TRL_ARGUMENTS = {
+    "model": "set model.path to its folder or hub name",
+    "args": "write them as settings, by the names in README, and give load_spec(FILE)",
+    "train_dataset": "save it with save_to_disk(FOLDER), and set data.train to that folder",
+    "eval_dataset": "save it with save_to_disk(FOLDER), and set data.eval to that folder",
+    "processing_class": "set model.tokenizer to its folder or hub name",
+    "tokenizer": "set model.tokenizer to its folder or hub name",
+    "peft_config": "set model.lora",
+}
+"""Arguments of TRL's DPOTrainer, and what to do instead."""
+
+
 @dataclass(frozen=True)
 class Given:
     """Each part that is not None stands in for what the settings say of it.
@@ -62,5 +74,19 @@ def check_spec(spec: object) -> None:
         UserError: it is no RunSpec.
     """
     if not isinstance(spec, RunSpec):
-        cure = "give load_spec(FILE), which reads and checks it"
+        cure = "give load_spec(...) of the file or dict, which checks it"
         raise UserError("spec", spec, f"is {type(spec).__name__}, no RunSpec", cure)
+
+
+def check_arguments(others: Mapping[str, object]) -> None:
+    """Refuse keyword arguments that a function for users does not have.
+
+    Raises:
+        UserError: one of TRL's, which the settings name here.
+        TypeError: any other.
+    """
+    for name, value in others.items():
+        if name not in TRL_ARGUMENTS:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+        rule = "is not an argument here: every rank loads it by the settings"
+        raise UserError(name, type(value).__name__, rule, TRL_ARGUMENTS[name])

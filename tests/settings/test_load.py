@@ -231,3 +231,10 @@ def test_text_that_is_not_unicode_is_refused_by_its_setting(tmp_path: Path, bloc
         make_spec(raw_settings(tmp_path, **blocks))
     assert caught.value.key == key
     assert str(caught.value).isascii()
+
+
+def test_settings_come_from_dicts_and_a_single_override(tmp_path: Path) -> None:
+    raw = raw_settings(tmp_path)
+    assert load_spec(raw, "dpo.beta=0.3").dpo.beta == 0.3
+    assert load_spec([write_settings(tmp_path), {"dpo": {"beta": 0.4}}]).dpo.beta == 0.4
+    assert load_spec(raw) == load_spec(write_settings(tmp_path))

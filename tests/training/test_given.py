@@ -71,6 +71,14 @@ def test_what_are_no_settings_is_refused(call: Any, given: Any) -> None:
         call(given)
 
 
+@pytest.mark.parametrize("call", [debug, train])
+def test_arguments_of_trl_are_answered_with_the_setting(tmp_path: Path, call: Any) -> None:
+    with pytest.raises(UserError, match=r"train_dataset = 'list': is not an argument here.*set data\.train"):
+        call(tiny_spec(tmp_path), train_dataset=[])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'callback'"):
+        call(tiny_spec(tmp_path), callback=[])
+
+
 def test_a_collator_of_python_and_one_of_the_settings_contradict(tmp_path: Path) -> None:
     for settings, line in (
         ({"data": {"collator": "math:prod"}}, "data.collator = 'math:prod': data_collator is given as well"),
