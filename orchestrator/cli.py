@@ -192,7 +192,7 @@ def submit(args: argparse.Namespace) -> int:
     if args.to == "ray" and (elsewhere := to.not_on_this_machine(spec)):
         print(f"{elsewhere} is not on this machine: its rows are looked at where the run starts")
     else:
-        _print_facts(counted(spec) if args.to == "ray" else planned(spec))
+        _print_facts(counted(spec) if args.to == "ray" else planned(spec, starts_here=False))
     if args.to == "slurm":
         return to.to_slurm(spec)
     return to.to_ray(spec, args.address, args.wait)

@@ -1,5 +1,6 @@
 """What a run would be, without starting it: every check of its start that needs no cluster, and its arithmetic."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 SMALL_ROWS = 2048  # rows of all sources up to which all are tokenised, and a small model takes a step with some
+ELSEWHERE = ("RAY_ADDRESS", "SLURM_JOB_ID")  # set where a cluster or a batch job has the devices
 FIRST_ROWS = 256  # rows of each source that are tokenised where there are more
 
 
@@ -30,8 +32,10 @@ class _Outlook(NamedTuple):
     notes: tuple[str, ...] = ()  # of the data, and what was not looked at and why
 
 
-def planned(spec: RunSpec) -> dict[str, Any]:
+def planned(spec: RunSpec, starts_here: bool = True) -> dict[str, Any]:
     """Check a run as it would be checked where it starts, and return its facts by name.
+
+    starts_here: False where other machines train, whose devices are unknown.
 
     "notes" are odd settings, and what was not looked at. Other facts are None where only loading would tell them.
 
@@ -41,7 +45,7 @@ def planned(spec: RunSpec) -> dict[str, Any]:
     check_model_names(spec)  # before anything heavy is imported
     for key, source in paths_in(spec, DATA_KEYS).items():
         check_source(key, source)
-    return _facts(spec, _checked(spec))
+    return _facts(spec, _checked(spec, starts_here and not _asks_for_other_devices(spec)))
 
 
 def counted(spec: RunSpec) -> dict[str, Any]:
@@ -58,7 +62,12 @@ def _counts(spec: RunSpec) -> dict[str, int | None]:
     return {key: count_rows(key, each, split) for split in splits for key, each in spec.data.sources(split).items()}
 
 
-def _checked(spec: RunSpec) -> _Outlook:
+def _asks_for_other_devices(spec: RunSpec) -> bool:
+    """Return whether the run trains on other devices than this process sees: on GPUs, in a cluster or in a job."""
+    return bool(spec.cluster.resources.get("GPU")) or any(name in os.environ for name in ELSEWHERE)
+
+
+def _checked(spec: RunSpec, on_this_device: bool) -> _Outlook:
     """Make the checks of a run's start, in its order and in a cache that is gone afterwards.
 
     Raises:
@@ -67,10 +76,12 @@ def _checked(spec: RunSpec) -> _Outlook:
     import torch
 
     from orchestrator.run.rehearsal import scratch_cache
-    from orchestrator.training.prepare import check_code, load_parts
+    from orchestrator.training.prepare import check_code, check_device, load_parts
 
     check_code(spec)
     gpus = torch.cuda.device_count()
+    if on_this_device:
+        check_device(spec, torch.device("cuda" if gpus else "cpu"))
     if names := unreachable_models(spec):
         why = "is not looked at; it is not cached here, and the hub does not answer"
         notes = tuple(f"{key} = {name}: {why}" for key, name in names.items())

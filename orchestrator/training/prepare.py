@@ -13,9 +13,10 @@ from orchestrator.data.pairs import Pairs, tokenized_pairs, without_held_out
 from orchestrator.data.sources import check_source
 from orchestrator.data.user_code import user_attribute
 from orchestrator.dpo.losses import check_losses
-from orchestrator.engines.optim import check_optim
-from orchestrator.engines.precision import dtype_held
+from orchestrator.engines.optim import check_optim, optimizer_factory
+from orchestrator.engines.precision import dtype_held, resolved
 from orchestrator.models.adapters import check_adapter
+from orchestrator.models.attention import choose_kernel
 from orchestrator.models.policy import (
     check_fit,
     check_frozen,
@@ -88,6 +89,18 @@ def check_code(spec: RunSpec, given: Given = NOTHING) -> None:
         user_attribute("data.collator", spec.data.collator.path)
     if spec.evaluation.compute_metrics is not None:
         user_attribute("evaluation.compute_metrics", spec.evaluation.compute_metrics)
+
+
+def check_device(spec: RunSpec, device: torch.device) -> None:
+    """Check what the settings need of the device that a rank computes on.
+
+    Raises:
+        UserError: the first check that fails.
+    """
+    precision = resolved(spec.precision, device)
+    if spec.data.collator is None and spec.model.attention != "padded":
+        choose_kernel(spec.model.attention, device, precision)
+    optimizer_factory(spec.optimizer, device)
 
 
 def load_parts(spec: RunSpec, given: Given = NOTHING) -> Parts:

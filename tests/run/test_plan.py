@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import rows, tiny_spec, write_jsonl
 
 from orchestrator.run import plan, reach
@@ -188,3 +189,26 @@ def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.Mo
         planned(spec)
     write_jsonl(Path(spec.data.train[0].path), [{**row, "chosen": row["rejected"]} for row in made[:4]] + rows(20))
     assert "the first 4 rows of each source were tokenised" in planned(spec)["notes"][-1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "key"),
+    [
+        ({"precision": "tf32"}, "precision"),
+        ({"model": {"attention": "varlen"}}, "model.attention"),
+        (
+            {"optimizer": {"name": "deepspeed.ops.adam.FusedAdam"}, "engine": {"kind": "deepspeed"}},
+            "optimizer.name",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_what_needs_a_gpu_is_refused_where_the_run_would_have_none(
+    tmp_path: Path, blocks: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(tiny_spec(tmp_path, **blocks))
+    assert caught.value.key == key
+    facts = planned(tiny_spec(tmp_path, **blocks, cluster={"resources": {"GPU": 1}}))
+    assert "this machine has no GPU" in facts["notes"][0]
+    planned(tiny_spec(tmp_path, **blocks), starts_here=False)
