@@ -1,6 +1,7 @@
 """Linear layers -> 8 or 4 bits by bitsandbytes, once, in memory, on any device."""
 
 import copy
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,23 @@ def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -
     other: Any = copy.deepcopy(model, made).requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
     setattr(other, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # peft looks for it
     return other
+
+
+def exact_int8_products() -> None:
+    """Have bitsandbytes multiply int8 matrices exactly on every CPU, under autocast too. No-op without bitsandbytes.
+
+    Where it has no kernel for a CPU (without AVX-512), it multiplies by torch.matmul in fp32, which autocast casts to
+    16 bits: sums overflow fp16 (65,504, and one product is up to 16,129), and bf16 keeps 8 bits of them.
+    """
+    op = "bitsandbytes::int8_linear_matmul"
+    if "bitsandbytes" in sys.modules and not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"):
+        torch.library.register_kernel(op, "cpu", _int8_product)
+
+
+def _int8_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return left @ right.T in int32. fp32 is exact for up to 1,040 columns, and as near as fp32 beyond."""
+    with torch.autocast("cpu", enabled=False):
+        return (left.float() @ right.float().T).to(torch.int32)
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from orchestrator.models.behaviour import check_routed, freeze_unreached, paddin
 from orchestrator.models.logps import packed_error
 from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import DTYPES, build_policy, pair_cost
-from orchestrator.models.quantized import is_int8, is_quantized
+from orchestrator.models.quantized import exact_int8_products, is_int8, is_quantized
 from orchestrator.models.reference import Absent, PolicyStart, Reference, build_reference, hold, identity_of
 from orchestrator.models.rope import fixed_up_to, use_own_lengths
 from orchestrator.settings.rules import refuse_moving_shards
@@ -150,6 +150,7 @@ def _assembled(
     frozen = freeze_unreached(policy)
     check_routed(policy, world.size)
     reference = build_reference(spec, policy, dtype, given.ref_model, world.device)
+    exact_int8_products()
     if found is not None:
         reference.exact = None  # was measured when the run began
     # before any forward pass, in which bitsandbytes casts biases
