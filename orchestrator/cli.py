@@ -273,8 +273,10 @@ def pairs(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write a checkpoint as a Hugging Face folder."""
     from orchestrator.training.export import export as write
+    from orchestrator.training.prepare import quiet
     from orchestrator.training.rundir import RunDir
 
+    quiet()
     print(f"model: {write(RunDir.existing(args.run_dir), Path(args.out), args.dtype, which=args.checkpoint)}")
     return DONE
 

@@ -24,6 +24,7 @@ from orchestrator.run.cluster import authenticate, entered, is_joined, usable_co
 from orchestrator.run.deaths import reason_of_death
 from orchestrator.run.probe import Probe
 from orchestrator.run.supervise import Attempt, Supervisor
+from orchestrator.settings.counts import counted
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.checkpoint import SaveFailed
@@ -471,7 +472,7 @@ def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> in
             break
         if not told and time.monotonic() > began + CLUSTER_WAIT_S:
             told = True
-            print(f"the cluster holds {fits} workers; waiting {wait_s:g} s for a node to join", flush=True)
+            print(f"the cluster holds {counted(fits, 'worker')}; waiting {wait_s:g} s for a node to join", flush=True)
         _heed(run_dir)
         time.sleep(0.5)
     asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from orchestrator.run.debug import joined
 from orchestrator.run.prompt import debugger
+from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import CheckpointSpec, EvaluationSpec, RunSpec, WandbSpec
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.given import NOTHING, Given
@@ -122,7 +123,9 @@ def overfit(
             losses = [logs["loss"] for logs in world.gather(trainer.callbacks.state.log_history)[0]]
             made = Learned(trainer.step, len(trainer.loader.pairs), losses[0], losses[-1])
             if world.is_main:
-                after = f"after {made.steps} steps on the same {made.pairs} pairs; nothing was kept"
+                after = (
+                    f"after {counted(made.steps, 'step')} on the same {counted(made.pairs, 'pair')}; nothing was kept"
+                )
                 print(f"loss {made.first:.6f} at first, {made.last:.6f} {after}", flush=True)
             return made
 
@@ -173,7 +176,7 @@ def dry_run(
 
 
 def _say(made: Tried) -> None:
-    print(f"forward and backward pass of the first {made.pairs} pairs: {made.seconds:.2f} s")
+    print(f"forward and backward pass of the first {counted(made.pairs, 'pair')}: {made.seconds:.2f} s")
     print(f"loss {made.metrics['loss']:.6f}, gradient norm {made.grad_norm:.6g}")
     print(f"peak memory {made.peak_bytes / 2**20:,.0f} MB {made.where}, before the first update makes the ", end="")
     print("optimizer's state; nothing was kept", flush=True)

@@ -13,6 +13,7 @@ from orchestrator.engines.precision import is_16_bit, name_of
 from orchestrator.models.layers import head_is_tied
 from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import PolicyStart, Reference
+from orchestrator.settings.counts import counted
 from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training.compute_metrics import bytes_together
@@ -34,12 +35,15 @@ def say_run(
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
         bring = (f"; {rows} rows have {variable}" for variable, rows in pairs.unread.items())
         unread = "".join(f"{each}, not read by the chat template" for each in bring)
-        print(f"{len(pairs)} {name} pairs, {int(pairs.lengths.sum())} tokens{dropped}{unread}", flush=True)
+        print(
+            f"{counted(len(pairs), f'{name} pair')}, {counted(int(pairs.lengths.sum()), 'token')}{dropped}{unread}",
+            flush=True,
+        )
         for line in note_lines(pairs.unread_columns, pairs.notes):
             print(f"  {line}", flush=True)
         for each, share in zip(pairs.sets, pairs.shares, strict=True):
             if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
-                print(f"  {each.source}: {share.pairs} pairs, {share.per_epoch} an epoch", flush=True)
+                print(f"  {each.source}: {counted(share.pairs, 'pair')}, {share.per_epoch} an epoch", flush=True)
         if prepared.collator is not None and spec.data.keep_last is not None:
             long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
             print(f"{prepared.collator.name} is to truncate {long} of them, which are longer than data.max_length")
@@ -54,8 +58,8 @@ def say_run(
         size = max(bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values())
         print(f"each evaluation gathers {size / 2**20:,.1f} MB of logits in rank zero's memory", flush=True)
     engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
-    where = f"{world.size} ranks on {world.device.type} in {precision}{engine}"
-    print(f"{where}, {spec.batch.global_batch_size} pairs a step, {max_steps} steps", flush=True)
+    where = f"{counted(world.size, 'rank')} on {world.device.type} in {precision}{engine}"
+    print(f"{where}, {counted(spec.batch.global_batch_size, 'pair')} a step, {counted(max_steps, 'step')}", flush=True)
     if spec.reference_cache == "lazy" and any(share.per_epoch != share.pairs for share in prepared.train.shares):
         print("the reference runs in every step: of weighted sets reference.cache=full alone keeps what it says")
     positions = getattr(prepared.config.get_text_config(), "max_position_embeddings", None)

@@ -17,6 +17,7 @@ from orchestrator.models.policy import DTYPES, build_policy, cast_to
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import PolicyStart, identity_of
 from orchestrator.models.storage import persistent_buffers, stored_tensors
+from orchestrator.settings.counts import counted
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import Dtype, Exported, RunSpec, SourceSpec, UserError
 from orchestrator.training.checkpoint import Reader, newest_valid
@@ -299,7 +300,7 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Preference pairs": ", ".join(map(_named, spec.data.train)),
         "Pairs seen": meta["pairs_seen"],
         "Optimizer steps": meta["step"],
-        "Global batch": f"{spec.batch.global_batch_size} pairs",
+        "Global batch": counted(spec.batch.global_batch_size, "pair"),
         "Optimizer": f"{spec.optimizer.name}, peak learning rate {spec.optimizer.lr} ({schedule})",
         "Precision": spec.precision,
         "Longest sequence": f"{spec.data.max_length} tokens",

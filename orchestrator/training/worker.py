@@ -34,6 +34,7 @@ from orchestrator.models.policy import DTYPES, build_policy, pair_cost
 from orchestrator.models.quantized import exact_int8_products, is_int8, is_quantized
 from orchestrator.models.reference import Absent, PolicyStart, Reference, build_reference, hold, identity_of
 from orchestrator.models.rope import fixed_up_to, use_own_lengths
+from orchestrator.settings.counts import counted
 from orchestrator.settings.rules import refuse_moving_shards
 from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
 from orchestrator.training import checkpoint, manifest
@@ -467,7 +468,7 @@ def _start_tolerance(
     reference.exact = None  # gone from memory
     if world.is_main:
         print(
-            f"reference in {held}: log-probs of {error.pairs} pairs differ from {precision} by at most "
+            f"reference in {held}: log-probs of {counted(error.pairs, 'pair')} differ from {precision} by at most "
             f"{error.largest:.2g} nats, {error.mean:.2g} on average; reward margins by at most {margin:.2g}",
             flush=True,
         )
@@ -502,10 +503,10 @@ def _fill_caches(
         beat = partial(session.heartbeat, 0, "reference cache")
         pairs, seconds = fill_reference_cache(engine, each, world, beat)
         if pairs and world.is_main:
-            print(f"reference cache: {pairs} {name} pairs in {seconds:.1f} s", flush=True)
+            print(f"reference cache: {counted(pairs, f'{name} pair')} in {seconds:.1f} s", flush=True)
         missing = max(world.gather(len(each.cache.unknown())))
         if missing and spec.reference.kind == "precomputed":
-            rule = f"the log-probs of {missing} {name} pairs could not be kept in {each.cache.folder}"
+            rule = f"the log-probs of {counted(missing, f'{name} pair')} could not be kept in {each.cache.folder}"
             raise UserError("reference.kind", "precomputed", rule, "make room there, or set data.cache_dir to another")
 
 

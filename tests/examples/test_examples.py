@@ -26,7 +26,7 @@ EXAMPLES = {  # with what only a run with the example's own part says
     "int8_reference": "; reference int8;",
     "callbacks": "\nStep 1: {'loss': ",
     "metrics": ", guessed_tokens 0",
-    "precision": "1 ranks on cpu in fp16",
+    "precision": "1 rank on cpu in fp16",
     "collator": "DataCollatorForPreference is to truncate 0 of them",
 }
 OF_ITS_OWN = {"collator": ["data.truncation=keep_end"]}

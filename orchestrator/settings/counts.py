@@ -1,0 +1,10 @@
+"""Counts in messages, in the singular for one."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, whose plural ends in s.
+
+    >>> counted(1, "training pair"), counted(2, "step")
+    ('1 training pair', '2 steps')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
