@@ -83,9 +83,6 @@ def debug(
         elif world.size == 1:  # of several ranks, none may wait in a collective while another tokenises
             prepare(spec, given)
         if world.is_main:
-            if spec.cluster.resources.get("GPU") and world.device.type == "cpu":
-                asked = f"cluster.resources = {spec.cluster.resources}"
-                print(f"note: {asked} asks for GPUs, and this machine has none: this run is on the CPU", flush=True)
             run_dir.begin(spec)
         world.gather(None)  # the directory exists
         trace = run_dir.path / "profile" / f"rank_{world.rank:05d}.json"
