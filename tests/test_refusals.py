@@ -190,7 +190,6 @@ SETTINGS = [
         "more than batch.global_batch_size (8)",
         "set it to 8 or less",
     ),
-    case("two-lengths", "training.epochs=2", "training", "'epochs': 2.0", "only one", "remove training.epochs or"),
     case(
         "optimizer-near",
         "optimizer.name=torch.optim.AdmW",

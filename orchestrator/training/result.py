@@ -29,7 +29,7 @@ def last_result(run_dir: RunDir) -> RunResult | None:
     try:
         result = json.loads(run_dir.result.read_text())
         return RunResult(**result) if result["status"] in ("finished", "stopped") else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
