@@ -36,6 +36,9 @@ STEPS, PAIRS, BETA, MAX_LENGTH, LAYERS, SHARED = 10, 8, 0.1, 40, 4, 2
 LR, LORA_LR = 2e-3, 1e-2  # losses fall from ln 2 to below 0.25, and still rounding grows to no more than TOLERANCE
 TOLERANCE = 2e-6  # of ours in fp32, besides TRL's own: 1.3e-6, of a gradient norm
 TRL_TOLERANCE = 5e-6  # of TRL's own arithmetic in fp32, measured against ours in fp64: 7e-7
+# int8 rounds each input to one of 255 values. Where two ways of computing it differ in the last bit of fp32, it may be
+# rounded to the next one: on a CPU without AVX512-FP16 a loss was 0.69399 here and 0.69391 in TRL (issue 16).
+INT8_TOLERANCE = 2.5e-4
 # Relative, of any tensor after ten steps of Adam, which divides gradients of almost 0 by their own size: 2e-5.
 WEIGHTS_TOLERANCE = 1e-4
 Weights = dict[str, torch.Tensor]
@@ -354,7 +357,7 @@ def test_a_run_with_a_function_is_not_resumed_without_it(home: Home) -> None:
 @pytest.mark.parametrize("outliers", [False, True])
 def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outliers: bool) -> None:
     """Inputs beyond 6 keep 16 bits, and with them their columns of all tokens that are fed together. Where there are
-    such outliers only TRL's micro-batches have TRL's numbers: others are 1e-5 from its losses, or 2e-4 if smaller."""
+    such outliers only TRL's micro-batches have TRL's numbers; smaller ones are 2e-4 from its losses."""
     path, name = home.folder / f"outliers_{outliers}", f"int8_{outliers}"
     model = home.loaded()
     if outliers:
@@ -380,9 +383,9 @@ def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outli
     trls = trained(home.trl(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ref_model=load()))
 
     assert ours(spec(name, reference={"kind": "int8"})) == found
-    assert beyond(found, trls, TRL_TOLERANCE) == []
+    assert beyond(found, trls, INT8_TOLERANCE) == []
     full = ours(spec(f"{name}_full"))
-    assert abs(full[0]["loss"] - trls[0]["loss"]) > 5e-4  # so far are 8 bits from 32
+    assert abs(full[0]["loss"] - trls[0]["loss"]) > 2 * INT8_TOLERANCE  # so far are 8 bits from 32
 
 
 # --- the same on Ray ---------------------------------------------------------------------------------------------
