@@ -129,6 +129,9 @@ def _forward(model: "PreTrainedModel") -> torch.Tensor:
     model.train()
     try:
         return model(input_ids=_ids(model, TOKENS), use_cache=False).logits
+    except (RuntimeError, ValueError, TypeError) as error:  # Reformer trains on sequences of one length only
+        rule = f"its forward pass fails while training ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        raise UserError("model", type(model).__name__, rule, "take another model") from None
     finally:
         model.train(training)
 
