@@ -47,7 +47,8 @@ def pools() -> Iterator[tuple[Ranks, Ranks]]:
 
 def settings(folder: Path, engine: str) -> dict[str, Any]:
     model = {"init": None, "path": str(folder / "base")}
-    return raw_settings(folder, model=model, engine=ENGINES[engine], run={"name": engine}, training={"max_steps": 3})
+    more = {"data": {"eval": None}, "run": {"name": engine}, "training": {"max_steps": 3}}
+    return raw_settings(folder, model=model, engine=ENGINES[engine], **more)
 
 
 @pytest.mark.parametrize(
