@@ -108,6 +108,7 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     layers = next((values[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in values), 0)
     lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == layers > 0}
+    lists = {name: value for name, value in lists.items() if len(set(map(str, value))) < layers}  # not layers' numbers
     few = _layers_to_show(lists)
     made: dict[str, Any] = {}
     for name, value in values.items():
