@@ -239,12 +239,12 @@ def _detach_states(model: nn.Module) -> None:
 
 
 def _routed(model: "PreTrainedModel", reached: set[int]) -> set[int]:
-    """The ids of the parameters of modules in a list that were not reached at all, while one of the same type beside
-    them was: experts to which no token of the probe was routed."""
+    """The ids of the trainable parameters of modules in a list that were not reached at all, while one of the same type
+    beside them was: experts to which no token of the probe was routed."""
     routed: set[int] = set()
     for modules in model.modules():
         if isinstance(modules, nn.ModuleList):
-            of_each = [(type(module), {id(p) for p in module.parameters()}) for module in modules]
+            of_each = [(type(m), {id(p) for p in m.parameters() if p.requires_grad}) for m in modules]
             kinds = {kind for kind, parameters in of_each if parameters & reached}
             routed |= {
                 p for kind, parameters in of_each if kind in kinds and not parameters & reached for p in parameters

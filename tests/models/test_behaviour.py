@@ -16,6 +16,7 @@ from orchestrator.models.behaviour import (
     silence,
     still_noise,
 )
+from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.quantized import quantized
 from orchestrator.settings.spec import UserError
 
@@ -153,6 +154,13 @@ def test_an_expert_that_other_tokens_may_reach_is_not_frozen() -> None:
     with pytest.raises(UserError, match="some of its experts have no gradient"):
         check_routed(model, ranks=2)
     check_routed(tiny_model(), ranks=2)
+
+
+def test_layers_that_the_settings_freeze_are_not_taken_for_experts() -> None:
+    model = tiny_model()
+    freeze_lowest(model, 1, keep_head=False)
+    assert freeze_unreached(model) == []
+    check_routed(model, ranks=2)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
