@@ -15,7 +15,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -413,10 +413,21 @@ def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[_To
     # spawn: forking a process in which torch or ray already run threads can deadlock
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         chunks = _chunks(iter(first), iterator)
-        waiting = [pool.submit(worker, chunk) for chunk in islice(chunks, 2 * processes)]
+        waiting = [(chunk, pool.submit(worker, chunk)) for chunk in islice(chunks, 2 * processes)]
         while waiting:  # a bounded window: the file is never in memory as a whole
-            yield from waiting.pop(0).result()
-            waiting += [pool.submit(worker, chunk) for chunk in islice(chunks, 1)]
+            yield from tokenized_elsewhere(*waiting.pop(0), worker)
+            waiting += [(chunk, pool.submit(worker, chunk)) for chunk in islice(chunks, 1)]
+
+
+def tokenized_elsewhere(
+    chunk: list[tuple[int, Any]], result: Future[list[_TokenizedRow]], worker: _Worker
+) -> list[_TokenizedRow]:
+    """Return what another process made of a chunk; a row nested so deeply that pickle cannot send it is tokenised, or
+    refused by its number, in this one."""
+    try:
+        return result.result()
+    except RecursionError:
+        return worker(chunk)
 
 
 def _chunks(*sources: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:

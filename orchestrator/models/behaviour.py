@@ -38,15 +38,17 @@ def still_noise(model: "PreTrainedModel") -> list[str]:
     """
     kept: list[str] = []
     reached = None
-    while drawing := [module for module in _drawing(model) if module.training]:
+    drawing = _drawing(model)
+    while training := [module for module in drawing if module.training]:
         reached = reached or _reached(model)
         names = {module: name for name, module in model.named_modules()}
-        for module in drawing:
+        for module in training:
             _keep_in_evaluation(module)
         if _reached(model) < reached:
-            raise _noise_stays(names[drawing[0]])
-        kept += [names[module] for module in drawing]
-    if (drawing := _drawing(model)) and not _repeats(model):
+            raise _noise_stays(names[training[0]])
+        kept += [names[module] for module in training]
+        drawing = _drawing(model)
+    if drawing and not _repeats(model):
         raise _noise_stays(next(name for name, module in model.named_modules() if module is drawing[0]))
     return kept
 

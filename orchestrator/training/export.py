@@ -55,7 +55,7 @@ def export(
     """
     spec = load_spec(run_dir.config)
     if checkpoint is None:
-        checkpoint = _chosen(run_dir, which or spec.checkpoint.export)
+        checkpoint = _chosen(run_dir, which or spec.checkpoint.export, spec.evaluation.metric_for_best)
     if out.is_file():
         raise UserError("OUT", str(out), "is a file", "choose a new folder")
     if out.exists() and any(out.iterdir()) and not _is_export(out):
@@ -164,7 +164,7 @@ def _only_config(_: str, names: list[str]) -> list[str]:
     return ["config.json"] if "config.json" in names else []
 
 
-def _chosen(run_dir: RunDir, which: Exported) -> Path:
+def _chosen(run_dir: RunDir, which: Exported, metric: str | None) -> Path:
     newest, complaints = newest_valid(run_dir.checkpoints, World(0, 1, 0, torch.device("cpu")))
     if newest is None:
         rule = "has no whole checkpoint" + "".join(f" ({line})" for line in complaints)
@@ -174,7 +174,11 @@ def _chosen(run_dir: RunDir, which: Exported) -> Path:
     step = Reader(newest).meta["callbacks"]["best_global_step"]
     best = step_folder(run_dir.checkpoints, step or 0)
     if step is None or (complaints := verify(best)):
-        rule = f"its best checkpoint is not whole ({complaints[0]})" if step else "no step of it was the best so far"
+        if step:
+            rule = f"its best checkpoint is not whole ({complaints[0]})"
+        else:
+            reason = f"no evaluation has measured {metric}" if metric else "evaluation.metric_for_best was not set"
+            rule = f"no step of it is the best ({reason})"
         raise UserError("RUN_DIR", str(run_dir.path), rule, "export the last one: --checkpoint last")
     return best
 

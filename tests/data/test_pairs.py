@@ -398,6 +398,10 @@ def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
 def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path]) -> None:
     content = rows(module.PARALLEL_FROM + 600, longest=4)
     content[700], content[2300] = MALFORMED, {**content[0], "chosen": content[0]["rejected"]}
+    nested: Any = "deeper than pickle sends to another process"
+    for _ in range(700):
+        nested = [nested]
+    content[1200] = {**content[0], "chosen": nested}
     found = []
     for processes in (1, 2):
         path = write_jsonl(tmp_path / "train.jsonl", content)
@@ -406,8 +410,8 @@ def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path])
     folders = [next((tmp_path / f"cache {processes}" / "pairs").glob("*/")) for processes in (1, 2)]
     for name in ("tokens.npy", "lengths.npy", "rows.npy", "hashes.npy", "meta.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-    assert found[1].dropped == {"malformed rows": 1, "ties": 1}
-    assert found[1].pair_ids.tolist() == [i for i in range(1, len(content) + 1) if i not in (701, 2301)]
+    assert found[1].dropped == {"malformed rows": 2, "ties": 1}
+    assert found[1].pair_ids.tolist() == [i for i in range(1, len(content) + 1) if i not in (701, 1201, 2301)]
     assert len(builds) == 2
 
 

@@ -28,7 +28,8 @@ def checkpoint(run_dir: RunDir, step: int, model: Any) -> Path:
         Owned(name, tuple(p.shape), 0, p.numel(), {"param": p.detach().flatten()})
         for name, p in model.named_parameters()
     ]
-    return save(run_dir.checkpoints, step, owned, {"pairs_seen": 8 * step}, ALONE)
+    meta = {"pairs_seen": 8 * step, "callbacks": {"best_global_step": None}}
+    return save(run_dir.checkpoints, step, owned, meta, ALONE)
 
 
 @pytest.fixture
@@ -73,6 +74,11 @@ def test_a_broken_newest_checkpoint_gives_the_one_before(run_dir: RunDir) -> Non
     (step_folder(run_dir.checkpoints, 2) / "rank_00000.safetensors").write_bytes(b"")
     out = export(run_dir, run_dir.path / "out")
     assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(out)), weights(tiny_model(seed=9)))
+
+
+def test_the_best_of_a_run_without_a_metric_is_refused(run_dir: RunDir) -> None:
+    with pytest.raises(UserError, match=r"no step of it is the best \(evaluation\.metric_for_best was not set\)"):
+        export(run_dir, run_dir.path / "out", which="best")
 
 
 def test_the_card_says_how_the_model_was_trained(run_dir: RunDir) -> None:
