@@ -42,6 +42,7 @@ MAY_CHANGE_ON_RESUME = {
     "evaluation.logits",
     "evaluation.batch_eval_metrics",
     "evaluation.batch_size",
+    "evaluation.samples",
     "evaluation.early_stopping",
     "checkpoint.every_steps",
     "checkpoint.keep",
