@@ -46,19 +46,25 @@ def _run(words: Sequence[str]) -> int:
         sys.path.insert(0, os.getcwd())  # the user's callbacks and collators, as `python -m` would find them
         return VERBS[args.verb](args)
     except UserError as error:
-        print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
+        _complain(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}")
         return WRONG
     except KeyboardInterrupt:
-        print("aborted", file=sys.stderr)
+        _complain("aborted")
         return FAILED
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return FAILED
     except Exception as error:
         if type(error).__name__ in ("TrainingError", "RunDied"):  # by name: importing them here would import torch
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            _complain(f"error: {' '.join(str(error).split())}")
             return FAILED
         raise
+
+
+def _complain(line: str) -> None:
+    """Write a line to stderr at once: ranks share it, and print writes the end of a line apart."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def train(args: argparse.Namespace) -> int:
