@@ -32,7 +32,7 @@ def wrong_verb(word: str, verbs: Verbs) -> UserError:
 
 
 def wrong_help(word: str, verbs: Verbs) -> UserError:
-    """Return the error of a word that there is no help about."""
+    """Return the error for a word without a help page."""
     near = nearest(word, [*verbs, *settings()])
     fix = f"did you mean {near}?" if near else meant_by((word.rpartition(".")[2],))
     return UserError("help", word, "is neither a verb nor a setting", fix)

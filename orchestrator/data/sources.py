@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 class SourceRows(NamedTuple):
-    """What the rows of a source are, as far as a tokenizer is not needed to say it."""
+    """The rows of a source, as far as they can be judged without a tokenizer."""
 
     key: str  # the setting that names the source
     source: str

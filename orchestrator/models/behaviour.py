@@ -162,7 +162,7 @@ def _drawing(model: "PreTrainedModel") -> list[nn.Module]:
 
 @torch.no_grad()
 def _repeats(model: "PreTrainedModel") -> bool:
-    """Whether the logits are the same for other random numbers."""
+    """Return whether the logits are the same for other random numbers."""
     outputs: list[torch.Tensor] = []
     for seed in range(DRAWS):
         with _forked_random(model.device, seed):

@@ -1,4 +1,4 @@
-"""What a model stores: its parameters, each once, and its persistent buffers; and the files that hold tensors."""
+"""List what a model stores (each parameter once, persistent buffers), and write files of tensors."""
 
 from pathlib import Path
 

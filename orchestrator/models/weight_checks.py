@@ -28,7 +28,7 @@ NEVER_USED = re.compile(r"(^|\.)mtp(_\w+)?\.|inv_freq$|\.masked_bias$")
 
 @dataclass(frozen=True)
 class WeightDifferences:
-    """How the weights of files differ, by name, from those that a model has."""
+    """Differences, by name, between the weights of files and those that a model has."""
 
     missing: Sequence[str]
     unexpected: Sequence[str]

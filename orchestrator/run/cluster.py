@@ -147,7 +147,7 @@ def _cannot_start(error: Exception, folder: str) -> UserError:
 
 
 def authenticate(spec: RunSpec | None) -> None:
-    """How a Ray of our own is entered; before ray is imported, which reads it then."""
+    """Set how a Ray of our own is entered, before ray is imported, which reads it then."""
     if is_joined() or spec is None:
         return  # one that is joined has its own
     os.environ["RAY_AUTH_MODE"] = spec.cluster.auth

@@ -1,4 +1,4 @@
-"""What a run would be, without starting it: every check of its start that needs no cluster, and its arithmetic."""
+"""Plan a run without starting it: every check of its start that needs no cluster, and its arithmetic."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ FIRST_ROWS = 256  # rows of each source that are tokenised where there are more
 
 
 class _Outlook(NamedTuple):
-    """What the checks of a run have found out about it."""
+    """Facts that the checks of a run have established."""
 
     counts: dict[str, int | None]  # rows by the setting of a source; None where only loading would tell
     per_epoch: int | None = None  # pairs, where all rows were tokenised

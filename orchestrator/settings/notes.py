@@ -16,7 +16,7 @@ MANY_EPOCHS = 10
 
 
 class Known(NamedTuple):
-    """What is known of a run besides its settings; None where it is not known yet."""
+    """Facts about a run besides its settings; None where one is not known yet."""
 
     steps: int | None = None
     pairs: int | None = None  # of an epoch

@@ -50,7 +50,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Prepared(Parts):
-    """What can be made, and refused, before any rank starts."""
+    """The parts of a run that are built, or refused, before any rank starts."""
 
     train: Pairs
     eval: dict[str, Pairs]  # by the name of the evaluation set

@@ -1,4 +1,4 @@
-"""How a run ended: RUN_DIR/result.json, written by rank zero and read by whoever starts the run again."""
+"""Read RUN_DIR/result.json: rank zero writes how the run ended, whoever starts it again reads it."""
 
 import json
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from orchestrator.training.rundir import RunDir
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended; also RUN_DIR/result.json."""
+    """The end of a run; also RUN_DIR/result.json."""
 
     status: str  # finished: the model is exported; stopped: saved, the same command resumes
     reason: str
