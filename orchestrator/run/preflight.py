@@ -3,6 +3,7 @@
 Nothing here knows Ray. A node is somebody who can be asked (`Node.ask`) and answers later, or never.
 """
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -125,7 +126,7 @@ def look_here(spec: RunSpec | None, gpus: float = 0) -> list[Check]:
 def look(
     driver: Node, nodes: Sequence[Node], spec: RunSpec | None, gpus_idle: bool = True, use_gpu: bool = False
 ) -> list[Check]:
-    """Have all of them look at themselves and at each other; it takes DEADLINE_S seconds at most.
+    """Have all of them look at themselves and at each other; it takes DEADLINE_S seconds at most, longer under load.
 
     driver: this process, which writes the run directory as well. gpus_idle: whether Ray has given no GPU to anybody.
     use_gpu: whether ranks will talk from GPU to GPU.
@@ -155,7 +156,9 @@ class _Asking:
     def __init__(self, everyone: Sequence[Node]) -> None:
         self.everyone, self.there = everyone, list(everyone)
         self.silent: list[tuple[str, str, str]] = []  # (method, node, why)
-        self._deadline = time.monotonic() + DEADLINE_S
+        # a busy machine imports torch several times slower, and is healthy
+        self._slowness = max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
+        self._deadline = time.monotonic() + DEADLINE_S * self._slowness
 
     def all(
         self,
@@ -166,7 +169,7 @@ class _Asking:
     ) -> dict[str, Any]:
         """Node -> answer, of those that have answered within so many seconds; all are asked, or these nodes."""
         asked = [node for node in self.there if nodes is None or node in nodes]
-        left = max(0.0, min(seconds, self._deadline - time.monotonic()))
+        left = max(0.0, min(seconds * self._slowness, self._deadline - time.monotonic()))
         answers = answered({node.name: node.ask(method, *arguments(node)) for node in asked}, left)
         for node in asked:
             if isinstance(answers[node.name], Exception):
