@@ -92,27 +92,24 @@ def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
     return ((padded - alone).abs().amax() / alone.abs().amax()).item()
 
 
-def freeze_unreached(model: "PreTrainedModel") -> list[str]:
+def freeze_unreached(model: "PreTrainedModel", ranks: int) -> list[str]:
     """Freeze the trainable parameters that no row of text gives a gradient, such as a vision tower's; return their
-    names. One that other tokens may reach (of one expert among several) is left as it is."""
-    reached = _reached(model)
-    reached |= _routed(model, reached)
-    frozen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached]
-    for _, p in frozen:
-        p.requires_grad_(False)
-    return [name for name, _ in frozen]
-
-
-def check_routed(model: "PreTrainedModel", ranks: int) -> None:
-    """Refuse several ranks for a model of which some weights have a gradient only where a token is routed to them:
-    ranks would sum the gradients of different weights.
+    names. One that other tokens may reach (of one expert among several) is left as it is on one rank; several ranks
+    would sum the gradients of different weights.
 
     Raises:
         UserError: there are several ranks, and such weights.
     """
-    if ranks > 1 and _routed(model, _reached(model)):
+    reached = _reached(model)
+    routed = _routed(model, reached)
+    if routed and ranks > 1:
         rule = "some of its experts have no gradient on a rank whose tokens are not routed to them"
         raise UserError("model", type(model).__name__, rule, "train it on one rank")
+    trained = reached | routed
+    frozen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
+    for _, p in frozen:
+        p.requires_grad_(False)
+    return [name for name, _ in frozen]
 
 
 # --- small forward passes ----------------------------------------------------------------------------------------

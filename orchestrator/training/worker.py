@@ -27,7 +27,7 @@ from orchestrator.engines.optim import ReadOnlyOptimizer, factories
 from orchestrator.engines.precision import autocast, dtype_held, dtype_of, is_16_bit, resolved, tf32_switched
 from orchestrator.models.adapters import adapter_layers
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
-from orchestrator.models.behaviour import check_routed, freeze_unreached, padding_error
+from orchestrator.models.behaviour import freeze_unreached, padding_error
 from orchestrator.models.logps import packed_error
 from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import DTYPES, build_policy, pair_cost
@@ -148,8 +148,7 @@ def _assembled(
     # DeepSpeed casts and moves weights itself: on the device there may be no room for them in fp32
     built_on = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
     policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=spec.engine.shards_weights)
-    frozen = freeze_unreached(policy)
-    check_routed(policy, world.size)
+    frozen = freeze_unreached(policy, world.size)
     reference = build_reference(spec, policy, dtype, given.ref_model, world.device)
     exact_int8_products()
     if found is not None:

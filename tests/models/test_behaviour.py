@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.models.behaviour import (
     check_causal,
-    check_routed,
     freeze_unreached,
     padding_error,
     silence,
@@ -127,12 +126,12 @@ def test_padding_that_reaches_the_hidden_states_is_measured() -> None:
 
 def test_weights_that_text_never_reaches_are_frozen_and_no_others() -> None:
     model = multimodal()
-    names = freeze_unreached(model)
+    names = freeze_unreached(model, ranks=1)
     assert {name.split(".")[1] for name in names} == {"vision_tower", "multi_modal_projector"}
     model(input_ids=torch.arange(20)[None]).logits.sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is None} == set(names)
     assert all(p.grad is None for p in tiny_model().parameters())
-    assert freeze_unreached(tiny_model()) == []
+    assert freeze_unreached(tiny_model(), ranks=1) == []
 
 
 class Routed(nn.Module):
@@ -149,18 +148,16 @@ class Routed(nn.Module):
 def test_an_expert_that_other_tokens_may_reach_is_not_frozen() -> None:
     model: Any = tiny_model()
     model.model.layers[0].mlp = Routed()
-    assert freeze_unreached(model) == []
-    check_routed(model, ranks=1)
+    assert freeze_unreached(model, ranks=1) == []
     with pytest.raises(UserError, match="some of its experts have no gradient"):
-        check_routed(model, ranks=2)
-    check_routed(tiny_model(), ranks=2)
+        freeze_unreached(model, ranks=2)
+    assert freeze_unreached(tiny_model(), ranks=2) == []
 
 
 def test_layers_that_the_settings_freeze_are_not_taken_for_experts() -> None:
     model = tiny_model()
     freeze_lowest(model, 1, keep_head=False)
-    assert freeze_unreached(model) == []
-    check_routed(model, ranks=2)
+    assert freeze_unreached(model, ranks=2) == []
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
