@@ -252,6 +252,7 @@ def _check_weights(model: "PreTrainedModel", path: str, saved: dict[str, torch.T
         if is_of(REFERENCE, name)
     }
     differences = WeightDifferences.between({name: tuple(value.shape) for name, value in saved.items()}, shapes)
-    key, owner = "model.lora.adapter_path", f"an adapter with its config on this {type(model).__name__}"
-    check_complete(key, path, differences, owner)
+    key, owner = "model.lora.adapter_path", f"the adapter of its config on this {type(model).__name__}"
+    fix = "use weights and adapter_config.json of one adapter, trained on this base"
+    check_complete(key, path, differences, owner, fix)
     check_finite(key, path, saved.items())

@@ -49,16 +49,17 @@ class WeightDifferences:
         return cls(sorted(model.keys() - files.keys()), sorted(files.keys() - model.keys()), mismatched)
 
 
-def check_complete(key: str, source: str, differences: WeightDifferences, model: str) -> None:
+def check_complete(key: str, source: str, differences: WeightDifferences, model: str, fix: str | None = None) -> None:
     """Refuse files that hold less, more or other weights than the model has.
 
-    transformers initialises missing weights at random, and drops the others, without an error.
+    transformers and peft initialise missing weights anew, and drop the others, without an error.
 
     Args:
         key: the setting that names the files.
         source: the value of that setting.
         differences: what the files lack, have too much, or have in another shape.
         model: the model in words, for the message ("a Qwen2ForCausalLM").
+        fix: what to change where weights are missing or not used; None: the fix for a whole model.
 
     Raises:
         UserError: the weights are not exactly those of the model.
@@ -71,15 +72,14 @@ def check_complete(key: str, source: str, differences: WeightDifferences, model:
         raise UserError(key, source, rule, "use files and a config that belong together")
     if missing and (wrapper := _wrapper_in(unexpected)):
         rule = f"{wrapper!r} of {WRAPPERS[wrapper]} is in the names of its weights, so {_listed(missing)} missing"
-        fix = f"save the model inside the wrapper, or remove {wrapper!r} from the names"
-        raise UserError(key, source, rule, fix)
+        raise UserError(key, source, rule, f"save the model inside the wrapper, or remove {wrapper!r} from the names")
     if missing or unexpected:
         rules = []
         if missing:
-            rules.append(f"{_listed(missing)} missing from its files and would be random")
+            rules.append(f"{_listed(missing)} missing from its files and would be newly initialised")
         if unexpected:
             rules.append(f"its files hold what {model} does not use: {_listed(unexpected, verb=False)}")
-        raise UserError(key, source, "; ".join(rules), _fix(missing, unexpected, model))
+        raise UserError(key, source, "; ".join(rules), fix or _fix(missing, unexpected, model))
 
 
 def check_finite(key: str, source: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -30,6 +30,13 @@ def test_missing_weights_are_counted_and_the_first_named() -> None:
     assert "use a complete checkpoint of a Qwen2ForCausalLM" in line
 
 
+def test_a_fix_of_the_caller_replaces_that_for_a_whole_model() -> None:
+    for differences in (WeightDifferences(["a"], [], []), WeightDifferences([], ["a"], [])):
+        with pytest.raises(UserError, match="; train it again") as caught:
+            check_complete(KEY, "/model", differences, MODEL, fix="train it again")
+        assert "checkpoint" not in str(caught.value)
+
+
 def test_one_missing_weight_is_named_alone() -> None:
     assert "weight lm_head.weight is missing from its files" in refusal(WeightDifferences(["lm_head.weight"], [], []))
 
