@@ -75,6 +75,21 @@ def check_causal(model: "PreTrainedModel", logits: Callable[[torch.Tensor], torc
         raise UserError("model", type(model).__name__, rule, "take a decoder (of an encoder type: is_decoder=true)")
 
 
+def depends_on_gradients(model: "PreTrainedModel") -> bool:
+    """Return whether the logits differ with and without gradients: torch takes another attention kernel where a mask is
+    computed from weights (Inkling's bias), and a policy would then differ from its own reference by rounding."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=_ids(model, TOKENS), use_cache=False).logits.detach()
+        _detach_states(model)
+        with torch.no_grad():
+            return not torch.equal(logits, model(input_ids=_ids(model, TOKENS), use_cache=False).logits)
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
     """Return how far the hidden states of a sequence in a padded batch are from those it has alone, relative to the

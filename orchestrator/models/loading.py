@@ -105,6 +105,9 @@ def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
     if "trust_remote_code=True" in str(error):  # how transformers refuses
         rule = f"its {what} needs code that comes with it (auto_map), which is never run"
         return UserError(key, path, rule, "use a model whose architecture is part of transformers")
+    if "Padding_idx must be within" in str(error):  # torch.nn.Embedding, of transformers
+        rule = "pad_token_id in its config.json is not a token of its vocabulary"
+        return UserError(key, path, rule, "set pad_token_id to null there: padding needs no token of the model")
     reason = " ".join(str(error).split())[:200]
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         cure = "it is an adapter: merge it into its base first"

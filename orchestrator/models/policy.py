@@ -14,7 +14,8 @@ from orchestrator.data.order import PairCost, fed_lengths, longest_sequences
 from orchestrator.data.pairs import Pairs, build_once
 from orchestrator.data.sources import check_source, training_texts
 from orchestrator.models.adapters import add_adapter
-from orchestrator.models.behaviour import check_causal, silence, still_noise
+from orchestrator.models.attention import CHECKED
+from orchestrator.models.behaviour import check_causal, depends_on_gradients, silence, still_noise
 from orchestrator.models.fused import fuse
 from orchestrator.models.layers import body_of, freeze_lowest
 from orchestrator.models.loading import check_weights, config_at, read_model, tokenizer_at
@@ -348,7 +349,7 @@ def _at_least_fp32(head: torch.nn.Module) -> Iterator[None]:
 
 def check_head(model: "PreTrainedModel") -> None:
     """Refuse a model that is not causal, or does something between body and head that Head does not know: the step runs
-    the two apart.
+    the two apart. One whose logits depend on whether gradients are computed gets transformers' plain attention.
 
     Raises:
         UserError: it looks ahead, its own logits differ, or it cannot run at all.
@@ -363,6 +364,8 @@ def check_head(model: "PreTrainedModel") -> None:
 
 @torch.no_grad()
 def _check_head(model: "PreTrainedModel") -> None:
+    if model.config.get_text_config().model_type not in CHECKED and depends_on_gradients(model):
+        model.set_attn_implementation("eager")
     training, head = model.training, Head.of(model)
     model.eval()
     ids = torch.tensor([[0, 1]])

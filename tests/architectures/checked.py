@@ -203,6 +203,8 @@ def _of_weights(policy: Any, expected: PreTrainedModel, start: dict[str, torch.T
 @torch.no_grad()
 def _of_logits(policy: Any, exported: PreTrainedModel) -> float:
     policy.eval(), exported.eval()
+    if policy.config._attn_implementation == "eager":  # another kernel rounds otherwise
+        exported.set_attn_implementation("eager")
     largest = 0.0
     for prompt, chosen, _ in _sequences():
         tokens = torch.tensor([prompt + chosen])

@@ -10,8 +10,8 @@ from architectures.sweep import swept
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # One of each kind: packed; a router; values by layer; attention in chunks; a state space; a vision tower; noise that no
-# setting switches off; an encoder.
-SAMPLE = ["llama", "mixtral", "gemma4_text", "llama4_text", "mamba", "gemma3", "phimoe"]
+# setting switches off; a bias of the attention's scores; an encoder.
+SAMPLE = ["llama", "mixtral", "gemma4_text", "llama4_text", "mamba", "gemma3", "phimoe", "inkling_text"]
 REFUSED = ["bert"]
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.models.behaviour import (
     check_causal,
+    depends_on_gradients,
     freeze_unreached,
     padding_error,
     silence,
@@ -115,6 +116,14 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         check_causal(encoder, lambda ids: logits_of(encoder, ids))
     decoder = model_of("roberta", **sizes, vocab_size=100, is_decoder=True).eval()
     check_causal(decoder, lambda ids: logits_of(decoder, ids))
+
+
+def test_logits_that_depend_on_gradients_are_noticed() -> None:
+    model: Any = tiny_model()
+    assert not depends_on_gradients(model)
+    assert model.training
+    model.model.norm.register_forward_hook(lambda _, __, output: output + 1e-6 * torch.is_grad_enabled())
+    assert depends_on_gradients(model)
 
 
 def test_padding_that_reaches_the_hidden_states_is_measured() -> None:

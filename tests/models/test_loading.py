@@ -13,6 +13,7 @@ from tiny import tiny_model
 
 from orchestrator.models.loading import check_weights, config_at, read_model, tokenizer_at
 from orchestrator.settings.spec import UserError
+from orchestrator.training.prepare import pad_id
 
 Weights = dict[str, torch.Tensor]
 
@@ -152,3 +153,22 @@ def test_code_of_a_tokenizer_is_never_run(tmp_path: Path) -> None:
     change_json(tmp_path / "tokenizer_config.json", **settings)
     with pytest.raises(UserError, match=r"model.tokenizer = .*its tokenizer"):
         tokenizer_at("model.tokenizer", str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["model.path", "reference.path"])
+def test_a_pad_token_beyond_the_vocabulary_in_the_config_is_named(folder: Path, key: str) -> None:
+    change_json(folder / "config.json", pad_token_id=300)
+    for line in refusals(folder, key):
+        assert "pad_token_id in its config.json is not a token of its vocabulary; set pad_token_id to null" in line
+
+
+def test_a_pad_token_that_the_model_lacks_is_replaced() -> None:
+    class Padded:
+        pad_token_id, eos_token_id = 300, 257
+
+    config = tiny_model().config
+    assert pad_id(Padded, config) == 257  # pyright: ignore[reportArgumentType]
+    config.vocab_size = 301
+    assert pad_id(Padded, config) == 300  # pyright: ignore[reportArgumentType]
+    config.vocab_size = 200
+    assert pad_id(Padded, config) == 0  # pyright: ignore[reportArgumentType]
