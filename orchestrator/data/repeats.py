@@ -24,20 +24,20 @@ def trained_on(held_out: Pairs, train: Pairs) -> int:
 
 
 def repeat_counts(train: Pairs, held_out: Mapping[str, Pairs]) -> dict[str, int]:
-    """Return the counts that are not 0, by the words that follow "N "."""
+    """Return the counts that are not 0, by the words that precede ": N"."""
     counts = {
-        "training pairs repeat an earlier one": repeated(train),
-        "training pairs contradict another one: chosen and rejected are swapped": contradictory(train),
+        "training pairs that repeat an earlier one": repeated(train),
+        "training pairs that contradict another one (chosen and rejected are swapped)": contradictory(train),
     }
     for name, pairs in held_out.items():
-        counts[f"{name} evaluation pairs are also training pairs".lstrip()] = trained_on(pairs, train)
+        counts[f"{name} evaluation pairs that are also training pairs".lstrip()] = trained_on(pairs, train)
     return {words: count for words, count in counts.items() if count}
 
 
 def repeat_lines(train: Pairs, held_out: Mapping[str, Pairs]) -> Iterator[str]:
     """Yield one line with what repeats, where anything does."""
     if counts := repeat_counts(train, held_out):
-        yield "; ".join(f"{count} {words}" for words, count in counts.items())
+        yield "; ".join(f"{words}: {count}" for words, count in counts.items())
 
 
 def _keys(pairs: Pairs) -> np.ndarray:

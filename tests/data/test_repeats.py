@@ -46,7 +46,7 @@ def test_evaluation_pairs_that_are_trained_on_are_counted_by_set(tmp_path: Path)
     )
     assert trained_on(first, train) == 3
     assert list(repeat_lines(train, {"hard": first, "": second})) == [
-        "3 hard evaluation pairs are also training pairs; 1 evaluation pairs are also training pairs"
+        "hard evaluation pairs that are also training pairs: 3; evaluation pairs that are also training pairs: 1"
     ]
 
 

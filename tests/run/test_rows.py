@@ -171,7 +171,10 @@ def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path)
     shown_lines = list(lines(spec, 1, colour=False))
     assert shown_lines.count("columns not read: score") == 1
-    assert shown_lines[-1] == "1 training pairs repeat an earlier one; 2 evaluation pairs are also training pairs"
+    assert (
+        shown_lines[-1]
+        == "training pairs that repeat an earlier one: 1; evaluation pairs that are also training pairs: 2"
+    )
     found = facts(spec, 1)
     assert list(found["repeats"].values()) == [1, 2]
     assert found["lengths"]["data.train"]["unread_columns"] == {"score": 7}
