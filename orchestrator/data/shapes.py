@@ -42,7 +42,7 @@ SHOWN_COLUMNS = 12
 SHOWN_LETTERS = 40
 
 # Notes on a row that trains, counted over all rows; each reads after "N rows".
-IMPLICIT = "have no prompt: the common beginning of chosen and rejected is taken as prompt"
+IMPLICIT = "have no prompt (the common beginning of chosen and rejected is taken as prompt)"
 NO_PROMPT = "have an empty prompt"
 EMPTY = "have an empty chosen or rejected completion"
 TWICE = "repeat the prompt at the start of chosen and rejected, so that it is in the sequence twice"
@@ -454,7 +454,7 @@ def note_lines(unread: Mapping[str, int], notes: Mapping[str, int]) -> Iterator[
     if unread:
         yield f"columns not read: {', '.join(printable(column) for column in unread)}"
     for note, rows in notes.items():
-        yield f"{rows} rows {note}"
+        yield f"rows that {note}: {rows}"
 
 
 def printable(text: str, keep: str = "") -> str:

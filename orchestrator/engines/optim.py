@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from orchestrator.data.user_code import user_attribute
 from orchestrator.engines.base import IMPLEMENTATIONS, OptimizerFactory, ParamGroups, SchedulerFactory
+from orchestrator.settings.counts import counted
 from orchestrator.settings.optimizers import OPTIMIZERS, check_optimizer, optimizer_kind
 from orchestrator.settings.spec import EngineSpec, OptimizerSpec, RunSpec, SchedulerSpec, UserError
 
@@ -213,7 +214,7 @@ def _long_enough(schedule: LRScheduler, key: str, total_steps: int) -> LRSchedul
     """OneCycleLR raises at the step after its last."""
     steps = getattr(schedule, "total_steps", total_steps)
     if steps < total_steps:
-        rule = f"{type(schedule).__name__} ends there, and the run has {total_steps} steps"
+        rule = f"{type(schedule).__name__} ends there, and the run has {counted(total_steps, 'step')}"
         raise UserError(f"{key}.total_steps", steps, rule, f"set it to {total_steps} or more")
     return schedule
 

@@ -23,6 +23,7 @@ from orchestrator.models.logps import Head
 from orchestrator.models.mapped import load_made, save_made, weights_aside
 from orchestrator.models.quantized import quantized
 from orchestrator.models.rope import most_positions
+from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import DpoSpec, Dtype, InitSpec, LoraSpec, Quantized, RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ def check_frozen(config: Any, spec: RunSpec) -> None:
     layers, frozen = getattr(config.get_text_config(), "num_hidden_layers", 0), spec.frozen_layers
     if frozen is not None and frozen >= layers:
         key = "model.num_frozen_layers" if spec.model.num_frozen_layers else "reference.num_shared_layers"
-        raise UserError(key, frozen, f"the model has {layers} layers", f"set it to {layers - 1} or less")
+        raise UserError(key, frozen, f"the model has {counted(layers, 'layer')}", f"set it to {layers - 1} or less")
 
 
 def check_router(config: Any, dpo: DpoSpec) -> None:

@@ -21,6 +21,7 @@ from orchestrator.dpo.step import StepOutput
 from orchestrator.run.debug import joined
 from orchestrator.run.prompt import debugger
 from orchestrator.run.trial import NothingToSave, nowhere
+from orchestrator.settings.counts import counted
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.optimizers import optimizer_kind
 from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
@@ -93,7 +94,7 @@ def replay(
         prepared = prepare(spec, given)
         total = run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training).steps
         if step > total:
-            raise UserError("--replay-step", step, f"the run has {total} steps", f"give 1 to {total}")
+            raise UserError("--replay-step", step, f"the run has {counted(total, 'step')}", f"give 1 to {total}")
         found = _newest_before(run_dir, step)
         if found is not None:
             _check_readable(Reader(found).meta, step, world)

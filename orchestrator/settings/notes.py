@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import RunSpec, SourceSpec
 
 # Highest learning rate that is not odd, by the last part of the optimizer's name; those not listed are like Adam.
@@ -56,18 +57,18 @@ def _length(spec: RunSpec, known: Known) -> Iterator[str]:
         if warmup >= steps and warmup > 1:
             key = "scheduler.warmup_steps" if spec.scheduler.warmup_ratio is None else "scheduler.warmup_ratio"
             value = getattr(spec.scheduler, key.rpartition(".")[2])
-            what = f"the run has {steps} steps and ends before the warm-up does, below optimizer.lr"
+            what = f"the run has {counted(steps, 'step')} and ends before the warm-up does, below optimizer.lr"
             yield _line(key, value, what, f"lower it, for example scheduler.warmup_steps={steps // 10}")
         for key, every, what in _intervals(spec):
             if every is not None and every > steps:
-                yield _line(key, every, f"the run has {steps} steps: {what}", f"set it to {steps} or less")
+                yield _line(key, every, f"the run has {counted(steps, 'step')}: {what}", f"set it to {steps} or less")
     if known.epochs is not None and known.epochs > MANY_EPOCHS:
         what = f"every pair is seen {known.epochs:.4g} times, and DPO overfits after a few epochs"
         by_steps = spec.training.max_steps is not None
         key = "training.max_steps" if by_steps else "training.epochs"
         yield _line(key, getattr(spec.training, key.rpartition(".")[2]), what, "watch the evaluation, or train shorter")
     if known.pairs is not None and spec.batch.global_batch_size > known.pairs:
-        what = f"an epoch has {known.pairs} pairs, so each step takes all of them"
+        what = f"an epoch has {counted(known.pairs, 'pair')}, so each step takes all of them"
         yield _line("batch.global_batch_size", spec.batch.global_batch_size, what, "lower it for more than one step")
 
 

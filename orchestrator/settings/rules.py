@@ -113,7 +113,7 @@ def _one_micro_batch_key(spec: RunSpec) -> None:
             "batch",
             {"micro_batch_size": batch.micro_batch_size, "max_tokens_per_microbatch": batch.max_tokens_per_microbatch},
             "exactly one of the two says how large a forward pass is",
-            "remove one, or set batch.micro_batch_size=1",
+            "remove one" if batch.micro_batch_size else "set batch.micro_batch_size=1",
         )
     if batch.micro_batch_size and batch.micro_batch_size > batch.global_batch_size:
         raise UserError(

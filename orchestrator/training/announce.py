@@ -33,7 +33,7 @@ def say_run(
     held_out = ((evaluation_named(name), pairs) for name, pairs in prepared.eval.items())
     for name, pairs in (("training", prepared.train), *held_out):
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
-        bring = (f"; {rows} rows have {variable}" for variable, rows in pairs.unread.items())
+        bring = (f"; rows that have {variable}: {rows}" for variable, rows in pairs.unread.items())
         unread = "".join(f"{each}, not read by the chat template" for each in bring)
         print(
             f"{counted(len(pairs), f'{name} pair')}, {counted(int(pairs.lengths.sum()), 'token')}{dropped}{unread}",

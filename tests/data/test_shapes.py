@@ -288,7 +288,7 @@ def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
     assert found.notes == {NO_PROMPT: 1, IMPLICIT: 1, EMPTY: 1}
     assert list(note_lines(found.unread_columns, found.notes))[:2] == [
         "columns not read: score, id",
-        f"1 rows {NO_PROMPT}",
+        f"rows that {NO_PROMPT}: 1",
     ]
 
 
