@@ -144,7 +144,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
 
 # --- settings alone ----------------------------------------------------------------------------------------------
 
-NO_KEYS = ("settings file", "run.yaml", "holds no keys", "`run:`")
+NO_KEYS = ("settings file", "run.yaml", "has no top-level settings", "`run:`")
 SETTINGS = [
     case("key", "optimizer.learning_rate=1", "optimizer.learning_rate", "1", "is not a setting", "mean optimizer.lr?"),
     case(
@@ -195,7 +195,7 @@ SETTINGS = [
         "optimizer.name=torch.optim.AdmW",
         "optimizer.name",
         "'torch.optim.AdmW'",
-        "is neither an optimizer of torch, bitsandbytes or deepspeed",
+        "is neither a supported optimizer of torch, bitsandbytes or deepspeed",
         "did you mean torch.optim.AdamW?",
     ),
     case(
@@ -204,14 +204,14 @@ SETTINGS = [
         "optimizer.name",
         "'torch.optim.LBFGS'",
         "needs a closure",
-        "take torch.optim.AdamW",
+        "use torch.optim.AdamW",
     ),
     case(
         "optimizer-of-trl",
         "optimizer.name=adamw_torch",
         "optimizer.name",
         "'adamw_torch'",
-        "is neither an optimizer of torch",
+        "is neither a supported optimizer of torch",
         "did you mean torch.optim.AdamW?",
     ),
     case("lr-in-kwargs", "optimizer.kwargs.lr=1", "optimizer.kwargs.lr", "1", "of its own", "set optimizer.lr instead"),
@@ -222,14 +222,14 @@ SETTINGS = [
         "scheduler.name",
         "ReduceLROnPlateau",
         "needs a metric",
-        "take linear, cosine",
+        "use linear, cosine",
     ),
     case(
         "kwargs-of-linear",
         "scheduler.kwargs.gamma=0.1",
         "scheduler.kwargs",
         "{'gamma': 0.1}",
-        "linear takes none",
+        "linear has no arguments",
         "remove scheduler.kwargs",
     ),
     case(
@@ -240,13 +240,13 @@ SETTINGS = [
         "needs evaluation pairs",
         "set data.eval",
     ),
-    case("two-models", "model.path=x", "model.path", "'x'", "model.init is set as well", "remove one of the two"),
+    case("two-models", "model.path=x", "model.path", "'x'", "model.init is also set", "remove one of the two"),
     case(
         "no-model",
         "",
         "model.path",
         "(not set)",
-        "there is no model to train",
+        "either this or model.init is required",
         "or hub name of a causal LM, or set model.init",
         edits=NO_INIT,
     ),
@@ -256,7 +256,7 @@ SETTINGS = [
         "engine.zero_stage=3",
         "engine.zero_stage",
         "3",
-        "does not act on engine.kind ddp",
+        "is not used by engine.kind ddp",
         "set engine.kind=deepspeed, or remove it",
     ),
     case(
@@ -265,7 +265,7 @@ SETTINGS = [
         "engine.deepspeed_config.gradient_clipping",
         "0.5",
         "contradicts training.max_grad_norm = 1.0",
-        'set one to the other, or "auto" in the file',
+        'make them equal, or set "auto" in the file',
         files={"zero2.json": '{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}'},
     ),
     case(
@@ -994,7 +994,7 @@ def test_resources_that_name_nothing_are_refused(tmp_path: Path) -> None:
     write(tmp_path, Given())
     words = ("train", "run.yaml", "cluster.resources.CPU=0")
     code, _, stderr = in_a_process("no resources", tmp_path, *words, limit=RAY_LIMIT_S)
-    assert_refused(code, stderr, Said("cluster.resources", "{'CPU': 0.0}", "asks for nothing", "{CPU: 1}"))
+    assert_refused(code, stderr, Said("cluster.resources", "{'CPU': 0.0}", "requests no resources", "{CPU: 1}"))
 
 
 @pytest.mark.ray

@@ -1,1 +1,1 @@
-"""What a run is: every setting, the rules between them, and how YAML becomes one."""
+"""Settings of a run: fields, the rules between them, and loading from YAML."""

@@ -1,4 +1,4 @@
-"""List the settings by their dotted names, and describe them."""
+"""List and describe all settings by their dotted names."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -37,7 +37,7 @@ def _is_container(field: FieldInfo) -> bool:
 
 
 def block_of(field: FieldInfo | None) -> type[Block] | None:
-    """Return the block that a field holds, alone, in a list or by name; None if it holds plain values."""
+    """Return the block that a field holds (directly, in a list or by name), or None if it holds plain values."""
     kinds = _types_in(field.annotation) if field else ()
     return next((kind for kind in kinds if issubclass(kind, Block)), None)
 
@@ -67,7 +67,7 @@ def _types_in(annotation: Any) -> Iterator[type]:
 
 
 def described(name: str) -> list[str]:
-    """Return lines with default and description of a setting, or of every setting of a block; "" is all of them."""
+    """Return lines with default and description of a setting or of all settings of a block; name "" means all."""
     lines: list[str] = []
     for dotted, field in settings().items():
         if name and dotted != name and not dotted.startswith(f"{name}."):

@@ -1,8 +1,8 @@
-"""Counts in messages, in the singular for one."""
+"""Write counts in messages, with the singular noun for one."""
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, whose plural ends in s.
+    """Return a number with its noun, whose plural ends in s, in singular or plural.
 
     >>> counted(1, "training pair"), counted(2, "step")
     ('1 training pair', '2 steps')

@@ -1,4 +1,4 @@
-"""Turn pydantic's complaints about settings into errors of ours, one line for each key, with what was meant."""
+"""Translate pydantic's validation errors into UserErrors: one line per key, with a suggested fix."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from orchestrator.settings.other_names import NO_COUNTERPART, OTHER_NAMES, OTHER
 from orchestrator.settings.spec import Block, RunSpec, UserError
 from orchestrator.settings.trl_names import NOT_NEEDED, TRL_NAMES
 
-# What a value means that is given to a whole block; of several the first that accepts it.
+# Setting that is meant when a plain value replaces a whole block; the first that accepts the value.
 MAIN_SETTINGS = {
     "run": ("name",),
     "model": ("path",),
@@ -37,7 +37,7 @@ FREE_TEXT = ("run.name", "wandb.project", "wandb.group", "slurm.partition", "slu
 
 
 def explain(error: ValidationError) -> list[UserError]:
-    """Return pydantic's complaints as errors of ours, one per key, each with its rule and fix."""
+    """Return pydantic's validation errors as UserErrors, one per key, each with its rule and fix."""
     return [_explain_one(details) for details in error.errors()]
 
 
@@ -82,7 +82,7 @@ def meant_by(location: tuple[int | str, ...], block: type[Block] = RunSpec) -> s
 
 
 def _name_elsewhere(name: str, parent: str) -> str | None:
-    """Return what another trainer's name is here, or why there is none."""
+    """Return the setting that another trainer's name corresponds to, or why there is none; None for unknown names."""
     for each in (f"{parent}.{name}", name):
         if each in TRL_NAMES or each in OTHER_NAMES:
             return f"did you mean {TRL_NAMES.get(each) or OTHER_NAMES[each]}?"
@@ -96,7 +96,7 @@ def _homes_of(name: str) -> str:
 
 
 def _explain_block(location: tuple[int | str, ...], value: Any, block: type[Block]) -> UserError:
-    """Explain a plain value where a block of settings stands."""
+    """Explain a plain value in the place of a block of settings."""
     key = _dotted(location)
     setting = ".".join(part for part in location if isinstance(part, str))
     if value in (None, ""):
@@ -116,7 +116,7 @@ def _explain_block(location: tuple[int | str, ...], value: Any, block: type[Bloc
 
 
 def _accepts(block: type[Block], name: str, value: Any) -> bool:
-    """Return whether a setting of a block accepts a value, whatever else the block needs."""
+    """Return whether a setting of a block accepts a value, ignoring other required settings of the block."""
     try:
         block.model_validate({name: value})
     except UserError:
@@ -127,7 +127,7 @@ def _accepts(block: type[Block], name: str, value: Any) -> bool:
 
 
 def _other_value(setting: str, value: Any) -> str | None:
-    """Return what a value under another trainer's name is here; of a list, of the first such entry."""
+    """Return the fix for a value that has another name here (of a list, for its first such entry), or None."""
     known = OTHER_VALUES.get(setting, {})
     entries = value if isinstance(value, list) else [value]
     return next((known[name] for name in map(folded, map(str, entries)) if name in known), None)
@@ -138,10 +138,10 @@ def _fix_of_type(key: str, kind: str, value: Any) -> str | None:
     if kind in ("list_type", "dict_type") and isinstance(value, str):
         return f"for example {key}=[{value}]" if kind == "list_type" else f"for example {key}={{name: {value}}}"
     if kind == "int_from_float" and 0 < value < 1 and "steps" in key:
-        part = f"a part of the run is scheduler.warmup_ratio={value}" if "warmup" in key else f"for example {key}=100"
-        return f"steps are counted; {part}"
+        part = f"for a fraction set scheduler.warmup_ratio={value}" if "warmup" in key else f"for example {key}=100"
+        return f"it is a number of steps; {part}"
     if value is None and ":" in key.rpartition(".")[2]:
-        return f"write a blank after the colon: {{{key.rpartition('.')[2].replace(':', ': ')}}}"
+        return f"write a space after the colon: {{{key.rpartition('.')[2].replace(':', ': ')}}}"
     if kind == "run_name":
         return "for example run.name=llama-dpo"
     if kind == "string_type" and key in FREE_TEXT and isinstance(value, int | float) and not isinstance(value, bool):
@@ -158,4 +158,4 @@ def _allowed_value(value: Any, allowed: list[str]) -> str:
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location if part != "")  # which a single evaluation set has as its name
+    return ".".join(str(part) for part in location if part != "")  # a single evaluation set has the name ""

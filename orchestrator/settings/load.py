@@ -1,4 +1,4 @@
-"""YAML files and dotted overrides -> one validated RunSpec, and a RunSpec -> one YAML file."""
+"""Load YAML files and dotted overrides into a validated RunSpec, and save a RunSpec as YAML."""
 
 import os
 import re
@@ -16,15 +16,15 @@ from orchestrator.settings.spec import DATA_SUFFIXES, RunSpec, Split, UserError
 from orchestrator.settings.wrong_file import folder_error, missing_file, no_settings, unreadable_file
 
 RUN_CONFIG = "config.yaml"  # in a run directory: the settings of the run
-FLATTEN = "no setting is deeper than a few levels"
+FLATTEN = "flatten it: settings are at most a few levels deep"
 
-# Settings that hold paths: of rows, always one of ours, and what may be a hub name instead.
+# Settings that hold paths: of data, always local folders, and those that may be hub names instead.
 DATA_KEYS: dict[str, Split] = {"data.train": "train", "data.eval": "eval"}
 FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path", "wandb.key_file")
 MODEL_KEYS = ("model.path", "model.tokenizer", "model.lora.adapter_path", "reference.path")
 PATH_KEYS = (*MODEL_KEYS, *DATA_KEYS)
 WITHOUT_OWNER = ("ctrl", "distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
-"""Causal LMs that the hub still knows by names from before all had owners."""
+"""Causal LMs that the hub still serves under old names without an owner."""
 
 
 class SettingsError(UserError):
@@ -42,13 +42,13 @@ class SettingsError(UserError):
 
 
 SettingsSource = str | Path | Mapping[str, Any]
-"""A YAML file, or nested settings as one would hold them."""
+"""A YAML file, or nested settings as YAML would hold them."""
 
 
 def load_spec(files: Sequence[SettingsSource] | SettingsSource, overrides: Sequence[str] | str = ()) -> RunSpec:
-    """Merge YAML files, or dicts, left to right, then `a.b=c` overrides (or a single one), then validate once.
+    """Merge YAML files or dicts from left to right, apply the `a.b=c` override(s), and validate the result.
 
-    Relative paths are taken from the current folder and become absolute: workers run elsewhere.
+    Relative paths are resolved from the current folder and become absolute: workers run elsewhere.
 
     Raises:
         UserError: a file is missing or not YAML, an override has no `=`, or a setting is wrong (SettingsError).
@@ -64,14 +64,14 @@ def load_spec(files: Sequence[SettingsSource] | SettingsSource, overrides: Seque
         raise UserError("settings", " ".join(map(str, paths)), f"cannot be merged: {reason}", "fix that key") from None
     except RecursionError:
         raise UserError("settings", " ".join(map(str, paths)), "are nested too deeply", FLATTEN) from None
-    except TypeError:  # how OmegaConf says it
+    except TypeError:  # OmegaConf's error for this case
         rule = "cannot be merged: one has a list where a later file or override has a block"
-        raise UserError("settings", " ".join(map(str, paths)), rule, "give a list there, too") from None
+        raise UserError("settings", " ".join(map(str, paths)), rule, "write a list there too") from None
     return make_spec(raw)
 
 
 def make_spec(raw: dict[str, Any]) -> RunSpec:
-    """Validate plain nested dicts; raises SettingsError with one line per wrong key."""
+    """Validate plain nested dicts; raise SettingsError with one line per wrong key."""
     _check_unicode(raw)
     _make_paths_absolute(raw)
     try:
@@ -81,12 +81,12 @@ def make_spec(raw: dict[str, Any]) -> RunSpec:
 
 
 def _check_unicode(value: Any, key: str = "") -> None:
-    """Refuse text that no file of the run could hold, as config.yaml."""
+    """Check that all text can be encoded, as config.yaml of the run needs it."""
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            rule = f"is not Unicode text: {value[error.start]!r} at character {error.start + 1} is half of a pair"
+            rule = f"is not Unicode text: {value[error.start]!r} at character {error.start + 1} is a lone surrogate"
             raise UserError(key or "settings", value, rule, "write it as UTF-8 text") from None
     elif isinstance(value, dict):
         for name, entry in value.items():
@@ -98,14 +98,14 @@ def _check_unicode(value: Any, key: str = "") -> None:
 
 
 def save_spec(spec: RunSpec, path: Path) -> None:
-    """Write all settings, defaults included, so that the file says what ran."""
+    """Write all settings, including defaults, so that the file documents what ran."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(OmegaConf.to_yaml(OmegaConf.create(_escaped(spec.model_dump(mode="json")))))
     os.replace(partial, path)
 
 
 def _escaped(value: Any) -> Any:
-    """Text that OmegaConf would take for an interpolation, so that it is read back as text."""
+    """Escape text that OmegaConf would treat as an interpolation, so that it is read back as text."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -114,7 +114,7 @@ def _escaped(value: Any) -> Any:
 
 
 def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
-    """Dotted key -> path, of those of the keys that are set; the keys of sources are those of DataSpec.sources."""
+    """Return {dotted key: path} for those keys that are set; keys of data sources are those of DataSpec.sources."""
     found: dict[str, str] = {}
     for dotted in keys:
         if dotted in DATA_KEYS:
@@ -129,27 +129,27 @@ def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
 
 
 def scheme_of(path: str) -> str:
-    """Return the scheme of an address such as s3://bucket/file; empty for a path or a hub name."""
+    """Return the scheme of a URL such as s3://bucket/file; empty for a path or a hub name."""
     scheme, colon, _ = path.partition("://")
     return scheme.lower() if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) else ""
 
 
 def check_model_names(spec: RunSpec) -> None:
-    """Refuse names of models and tokenizers that are neither folders here nor names on the hub.
+    """Check that each model and tokenizer is an existing folder or could be a hub name.
 
     Raises:
-        UserError: a folder that does not exist, or a name without the owner that all names on the hub have by now.
+        UserError: a folder does not exist, or a hub name has no owner.
     """
     for key, name in paths_in(spec, MODEL_KEYS).items():
         if looks_local(name) and not os.path.isdir(name):
-            raise UserError(key, name, "is not a folder", "give an existing folder, or a hub name")
+            raise UserError(key, name, "is not a folder", "use an existing folder or a hub name")
         if not looks_local(name) and "/" not in name and name not in WITHOUT_OWNER:
-            rule = "is not a folder here, and a hub name has an owner, OWNER/NAME"
-            raise UserError(key, name, rule, f"give an existing folder (./{name}), or the whole hub name")
+            rule = "is not a folder, and a hub name needs an owner (OWNER/NAME)"
+            raise UserError(key, name, rule, f"use an existing folder (./{name}) or the full hub name")
 
 
 def looks_local(source: str) -> bool:
-    """Return whether a data or model setting names a path rather than a repository of the hub or an address."""
+    """Return whether a data or model setting is a path rather than a hub repository or a URL."""
     if scheme_of(source):
         return False
     return source.startswith((".", "/", "~")) or source.endswith(DATA_SUFFIXES) or os.path.exists(source)
@@ -160,7 +160,7 @@ def _settings_of(source: SettingsSource) -> DictConfig:
 
 
 def _read(path: Path) -> DictConfig:
-    """Read a settings file, or the one in a run directory."""
+    """Read a settings file, or config.yaml of a run directory."""
     if path.is_dir():
         if not (path / RUN_CONFIG).is_file():
             raise folder_error(path)
@@ -173,10 +173,10 @@ def _read(path: Path) -> DictConfig:
     plain = OmegaConf.to_container(config) if isinstance(config, DictConfig | ListConfig) else config
     if error := no_settings(path, plain):
         raise error
-    # OmegaConf: text -> {text: None}
+    # OmegaConf parses plain text as {text: None}
     if not isinstance(config, DictConfig) or not config or all(value is None for value in config.values()):
         fix = "write blocks such as `run:` and `data:`"
-        raise UserError("settings file", str(path), "holds no keys at its top", fix)
+        raise UserError("settings file", str(path), "has no top-level settings", fix)
     return config
 
 
@@ -219,24 +219,24 @@ def _make_paths_absolute(raw: dict[str, Any]) -> None:
 
 
 def _check_scheme(key: str, value: Any) -> None:
-    """Refuse an address where a folder is needed: as a path it would make a folder named after the scheme.
+    """Check that a setting that needs a folder is not a URL, which would become a folder named after the scheme.
 
     Raises:
-        UserError: the setting has a scheme.
+        UserError: the setting is a URL.
     """
     if not isinstance(value, str) or not (scheme := scheme_of(value)):
         return
     if scheme == "file":
-        fix = f"write the path alone: {value.removeprefix('file://')}"
+        fix = f"remove file://: {value.removeprefix('file://')}"
     elif key in FOLDER_KEYS:
-        fix = "give a folder that every node can write, and copy it from there"
+        fix = "use a folder that every node can write, and copy it from there"
     else:
-        fix = "give the hub name alone, OWNER/NAME" if "hf" in scheme or "huggingface" in value else "give a folder"
+        fix = "use the hub name, OWNER/NAME" if "hf" in scheme or "huggingface" in value else "use a folder"
     raise UserError(key, value, f"{scheme}:// is not supported", fix)
 
 
 def _absolute(value: Any, is_ours: bool) -> Any:
-    """A setting with absolute paths: it is one, or a block that has one, or several of either."""
+    """Return a setting with absolute paths; it is a path, a block with one, or a list or dict of these."""
     if isinstance(value, list):
         return [_absolute(entry, is_ours) for entry in value]
     if isinstance(value, dict):

@@ -1,18 +1,18 @@
-"""Find the known name that is nearest to what a person typed."""
+"""Find the known name that is most similar to what a user typed."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def folded(name: str) -> str:
-    """Return a name without case, with `_` for `-` and blanks."""
+    """Return a name in lower case, with `_` for `-` and spaces."""
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def nearest(typed: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the name equal to `typed` but for case and dashes, else the most similar one, else None.
+    """Return the name that equals `typed` up to case and dashes, else the most similar one, else None.
 
-    cutoff: similarity that a name needs, as in difflib: 1 is equality.
+    cutoff: minimum similarity of a match, as in difflib; 1 is equality.
     """
     by_folded: dict[str, str] = {}
     for name in names:

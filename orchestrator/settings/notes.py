@@ -1,4 +1,4 @@
-"""Settings that are allowed and odd: a line for each, which `plan` and the start of a run print."""
+"""Notes on settings that are allowed but unusual, one line each; `plan` and the start of a run print them."""
 
 import os
 from collections.abc import Iterator
@@ -7,27 +7,27 @@ from typing import NamedTuple
 from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import RunSpec, SourceSpec
 
-# Highest learning rate that is not odd, by the last part of the optimizer's name; those not listed are like Adam.
+# Highest usual learning rate, by the last part of the optimizer's name; optimizers not listed are like Adam.
 HIGHEST_LR = {"SGD": 10.0, "ASGD": 10.0, "Adadelta": 10.0, "Rprop": 10.0, "Adagrad": 1.0, "Muon": 1.0, "Adafactor": 0.1}
 HIGHEST_LR_OF_ADAM, LOWEST_LR = 1e-2, 1e-10
-TYPICAL_LR = "DPO with AdamW takes 1e-7 to 1e-5, with model.lora up to 1e-4"
+TYPICAL_LR = "usual values for DPO with AdamW are 1e-7 to 1e-5, with model.lora up to 1e-4"
 ODD_BETA = (1e-3, 5.0)
-PER_TOKEN = ("simpo", "sigmoid_norm")  # losses whose beta multiplies log-probs per token, and is larger
+PER_TOKEN = ("simpo", "sigmoid_norm")  # losses whose beta multiplies log-probs per token and is therefore larger
 MANY_EPOCHS = 10
 
 
 class Known(NamedTuple):
-    """Facts about a run besides its settings; None where one is not known yet."""
+    """Facts about a run besides its settings; None for those not known yet."""
 
     steps: int | None = None
-    pairs: int | None = None  # of an epoch
+    pairs: int | None = None  # in an epoch
     epochs: float | None = None
     positions: int | None = None  # of the model
-    gpus: int | None = None  # of this machine
+    gpus: int | None = None  # on this machine
 
 
 def notes(spec: RunSpec, known: Known) -> list[str]:
-    """Return a line, `key = value: what is odd; fix`, for each odd setting."""
+    """Return a line, `key = value: what is unusual; fix`, for each unusual setting."""
     return [line for rule in (_learning, _length, _models, _data) for line in rule(spec, known)]
 
 
@@ -43,10 +43,10 @@ def _learning(spec: RunSpec, known: Known) -> Iterator[str]:
     if lr < LOWEST_LR:
         yield _line("optimizer.lr", f"{lr:g}", "is so low that fp32 weights hardly change", TYPICAL_LR)
     if not ODD_BETA[0] <= beta <= ODD_BETA[1] and not set(PER_TOKEN) & set(spec.dpo.loss_types):
-        how = "the reference hardly holds the policy" if beta < 1 else "the policy can hardly leave the reference"
+        how = "the reference hardly constrains the policy" if beta < 1 else "the policy can hardly leave the reference"
         yield _line("dpo.beta", f"{beta:g}", how, "usual values are 0.01 to 1")
     if spec.dpo.label_smoothing >= 0.5 and "exo_pair" not in spec.dpo.loss_types:
-        what = "says that at least half of all labels are wrong"
+        what = "assumes that at least half of all labels are wrong"
         yield _line("dpo.label_smoothing", spec.dpo.label_smoothing, what, "usual values are 0 to 0.3")
 
 
@@ -57,7 +57,7 @@ def _length(spec: RunSpec, known: Known) -> Iterator[str]:
         if warmup >= steps and warmup > 1:
             key = "scheduler.warmup_steps" if spec.scheduler.warmup_ratio is None else "scheduler.warmup_ratio"
             value = getattr(spec.scheduler, key.rpartition(".")[2])
-            what = f"the run has {counted(steps, 'step')} and ends before the warm-up does, below optimizer.lr"
+            what = f"the run has {counted(steps, 'step')} and ends during the warm-up, before it reaches optimizer.lr"
             yield _line(key, value, what, f"lower it, for example scheduler.warmup_steps={steps // 10}")
         for key, every, what in _intervals(spec):
             if every is not None and every > steps:
@@ -66,29 +66,29 @@ def _length(spec: RunSpec, known: Known) -> Iterator[str]:
         what = f"every pair is seen {known.epochs:.4g} times, and DPO overfits after a few epochs"
         by_steps = spec.training.max_steps is not None
         key = "training.max_steps" if by_steps else "training.epochs"
-        yield _line(key, getattr(spec.training, key.rpartition(".")[2]), what, "watch the evaluation, or train shorter")
+        yield _line(key, getattr(spec.training, key.rpartition(".")[2]), what, "watch the evaluation, or train less")
     if known.pairs is not None and spec.batch.global_batch_size > known.pairs:
-        what = f"an epoch has {counted(known.pairs, 'pair')}, so each step takes all of them"
+        what = f"an epoch has {counted(known.pairs, 'pair')}, so each step uses all of them"
         yield _line("batch.global_batch_size", spec.batch.global_batch_size, what, "lower it for more than one step")
 
 
 def _intervals(spec: RunSpec) -> Iterator[tuple[str, int | None, str]]:
-    """Yield (setting, steps, what never happens) of all that happens every so many steps."""
-    yield "training.logging_steps", spec.training.logging_steps, "of its training only the last step is logged"
-    yield "evaluation.every_steps", spec.evaluation.every_steps, "it evaluates only before and after training"
+    """Yield (setting, its interval in steps, effect of an interval longer than the run)."""
+    yield "training.logging_steps", spec.training.logging_steps, "only the last training step is logged"
+    yield "evaluation.every_steps", spec.evaluation.every_steps, "evaluation runs only before and after training"
     yield "checkpoint.every_steps", spec.checkpoint.every_steps, "the only checkpoint is the last"
-    yield "reference.sync_every", spec.reference.sync_every, "the reference never moves"
+    yield "reference.sync_every", spec.reference.sync_every, "the reference is never updated"
 
 
 def _models(spec: RunSpec, known: Known) -> Iterator[str]:
     if spec.model.lora is not None and spec.reference.kind == "copy" and spec.reference.path is None:
-        what = "with model.lora each rank holds the frozen base twice"
+        what = "with model.lora each rank stores the frozen base twice"
         yield _line("reference.kind", "copy", what, "reference.kind=adapter_off is as exact and needs no copy")
     if known.positions is not None and (spec.data.max_length or 0) > known.positions:
-        what = f"the model has {known.positions} positions, and a longer row is refused"
+        what = f"the model has {known.positions} positions, and a longer row is an error"
         yield _line("data.max_length", spec.data.max_length, what, f"set it to {known.positions} or less")
     if known.gpus == 0 and spec.cluster.resources.get("GPU"):
-        what = "this machine has no GPU, and debug trains here on the CPU"
+        what = "this machine has no GPU, so debug trains on the CPU"
         yield _line("cluster.resources", spec.cluster.resources, what, "use train or submit where the GPUs are")
 
 
@@ -96,7 +96,7 @@ def _data(spec: RunSpec, known: Known) -> Iterator[str]:
     trained = {_place(source, "train"): key for key, source in spec.data.sources("train").items()}
     for key, source in spec.data.sources("eval").items():
         if (same := trained.get(_place(source, "test"))) is not None:
-            what = f"is the source of {same} as well, so its loss says nothing about new pairs"
+            what = f"is also the source of {same}, so its loss does not measure generalisation"
             yield _line(key, source.path, what, "set data.eval_fraction=0.05 instead")
     if (spec.data.eval_fraction or 0) > 0.5:
         what = "more pairs are held out than trained on"
@@ -104,7 +104,7 @@ def _data(spec: RunSpec, known: Known) -> Iterator[str]:
 
 
 def _place(source: SourceSpec, default_split: str) -> tuple[str, str | None, str | None]:
-    """Return what tells one source from another; a file has no splits."""
+    """Return a key that identifies a source: (path, name, split); a file has no splits."""
     path = os.path.realpath(source.path)
     if os.path.isfile(path):
         return path, None, None

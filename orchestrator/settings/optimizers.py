@@ -1,4 +1,4 @@
-"""Which optimizers there are, by name, and under which engine the maths of each survives."""
+"""Table of supported optimizers, and the engines under which each computes exactly."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from orchestrator.settings.spec import EngineSpec, UserError
 
 OptimizerKind = Literal["elementwise", "whole", "unknown"]
 
-# Optimizers whose update of an element reads that element alone: they stay exact however the state is sharded.
+# Optimizers whose update of an element reads only that element: they stay exact however the state is sharded.
 ELEMENTWISE_OPTIMIZERS = [
     "Adadelta",
     "Adagrad",
@@ -20,7 +20,7 @@ ELEMENTWISE_OPTIMIZERS = [
     "Rprop",
     "SGD",
 ]  # of torch.optim
-# By the module that they are named by; those beside the elementwise ones and DeepSpeed's read more of a parameter.
+# By module. All but the elementwise ones and DeepSpeed's read more of a parameter than one element per update.
 OPTIMIZERS: dict[str, list[str]] = {
     "torch.optim": [*ELEMENTWISE_OPTIMIZERS, "Muon", "Adafactor"],
     "bitsandbytes.optim": [
@@ -37,10 +37,10 @@ OPTIMIZERS: dict[str, list[str]] = {
     "deepspeed.ops.adam": ["FusedAdam", "DeepSpeedCPUAdam"],
 }
 USELESS_OPTIMIZERS = {
-    "torch.optim.LBFGS": "needs a closure, and looks across all parameters, of which a rank has some",
-    "torch.optim.SparseAdam": "takes sparse gradients only, and a language model's are dense",
+    "torch.optim.LBFGS": "needs a closure and reads all parameters, of which a rank holds only some",
+    "torch.optim.SparseAdam": "works only on sparse gradients, and those of a language model are dense",
 }
-# What TRL calls them.
+# TRL's names of optimizers.
 TRL_OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
     "adamw_torch": "torch.optim.AdamW",
@@ -65,10 +65,12 @@ TRL_OPTIMIZERS = {
 
 
 def optimizer_kind(name: str) -> OptimizerKind:
-    """What an optimizer, by its dotted name or module:attr, reads in order to update an element of a parameter.
+    """Return how much of a parameter an optimizer reads to update one element.
 
-    elementwise: that element alone, so that its state may be cut anywhere, and resumed by any engine at any world size.
-    whole: more of the same parameter. unknown: code of a user's.
+    name: dotted name, or module:attr.
+
+    Returns: "elementwise": only that element, so its state can be split anywhere and resumed by any engine at any
+        world size; "whole": more of the same parameter; "unknown": user code.
     """
     module, _, last = name.rpartition(".")
     if module == "deepspeed.ops.adam" or (module == "torch.optim" and last in ELEMENTWISE_OPTIMIZERS):
@@ -77,36 +79,36 @@ def optimizer_kind(name: str) -> OptimizerKind:
 
 
 def check_optimizer(key: str, name: str, engine: EngineSpec) -> None:
-    """Refuse an optimizer whose maths that engine would change.
+    """Check that an optimizer computes exactly under an engine.
 
-    key: the setting, or argument, that it comes from. name: dotted, or module:attr.
+    key: the setting or argument that names the optimizer. name: dotted name, or module:attr.
 
     Raises:
-        UserError: with the reason.
+        UserError: the engine would change its results.
     """
     module, _, last = name.rpartition(".")
-    kind, adamw = optimizer_kind(name), "take torch.optim.AdamW"
+    kind, adamw = optimizer_kind(name), "use torch.optim.AdamW"
     if name in USELESS_OPTIMIZERS:
         raise UserError(key, name, USELESS_OPTIMIZERS[name], adamw)
     if module == "deepspeed.ops.adam" and engine.kind != "deepspeed":
-        raise UserError(key, name, "is DeepSpeed's own", f"set engine.kind=deepspeed, or {adamw}")
+        raise UserError(key, name, "works only under deepspeed", f"set engine.kind=deepspeed, or {adamw}")
     if kind == "unknown" and (engine.kind != "ddp" or engine.shard_optimizer):
-        rule = "is code of yours, whose maths may need more than the shard that a rank holds"
+        rule = "is user code, which may need more than the shard that a rank holds"
         raise UserError(key, name, rule, "set engine.kind=ddp and engine.shard_optimizer=false")
     if kind == "whole" and engine.kind != "ddp":
-        why = "works on whole matrices, and under fsdp a rank holds some rows of each"
+        why = "works on whole matrices, and under fsdp a rank holds only some rows of each"
         if module == "bitsandbytes.optim":
-            why = f"keeps its state in blocks of 8 bits or in pages, which the shards of {engine.kind} would cut"
+            why = f"keeps its state in 8-bit blocks or pages, which the shards of {engine.kind} would split"
         elif engine.kind == "deepspeed":
-            why = "works on matrices, and deepspeed makes one long vector of them: it would "
+            why = "works on matrices, which deepspeed flattens into one vector: it would "
             why += "raise" if last == "Muon" else "silently compute something else"
         raise UserError(key, name, why, f"set engine.kind=ddp, or {adamw}")
     if name == "torch.optim.Adagrad" and engine.kind == "deepspeed":
-        rule = "is made anew by deepspeed, with one group of weights, so that norms and biases would be decayed"
+        rule = "is rebuilt by deepspeed with one parameter group, so norms and biases would be decayed"
         raise UserError(key, name, rule, f"set engine.kind=ddp or fsdp, or {adamw}")
     if last == "DeepSpeedCPUAdam" and engine.offload == "none":
-        rule, cure = "updates weights that lie in the host's memory", "set engine.offload=optimizer"
-        raise UserError(key, name, rule, f"{cure}, or take deepspeed.ops.adam.FusedAdam")
+        rule, cure = "updates weights in host memory", "set engine.offload=optimizer"
+        raise UserError(key, name, rule, f"{cure}, or use deepspeed.ops.adam.FusedAdam")
     if last == "FusedAdam" and engine.offload != "none":
-        rule = f"updates weights that lie on the GPU, and engine.offload is {engine.offload}"
-        raise UserError(key, name, rule, "take deepspeed.ops.adam.DeepSpeedCPUAdam, or torch.optim.AdamW")
+        rule = f"updates weights on the GPU, but engine.offload is {engine.offload}"
+        raise UserError(key, name, rule, "use deepspeed.ops.adam.DeepSpeedCPUAdam or torch.optim.AdamW")

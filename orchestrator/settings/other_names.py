@@ -1,11 +1,11 @@
-"""Settings and values under the names of other trainers, and what each is called here.
+"""Map settings and values of other trainers to ours.
 
-They are those of LLaMA-Factory, axolotl, open-instruct, NeMo-RL, peft and older versions of TRL; trl_names.py has the
-current TRL. A name that means something else inside one block is listed as block.name.
+Covers LLaMA-Factory, axolotl, open-instruct, NeMo-RL, peft and older versions of TRL; trl_names.py covers the current
+TRL. A name that has another meaning within a block is listed as block.name.
 """
 
 OTHER_NAMES = {
-    # any of them
+    # several trainers
     "batch_size": "batch.global_batch_size",
     "train_batch_size": "batch.global_batch_size",
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -17,9 +17,9 @@ OTHER_NAMES = {
     "grad_clip": "training.max_grad_norm",
     "clip_grad_norm": "training.max_grad_norm",
     "lr_scheduler": "scheduler.name",
-    "generate_during_eval": "evaluation.samples=2 (answered at the end of the run)",
-    "dpo_generate_during_eval": "evaluation.samples=2 (answered at the end of the run)",
-    "predict_with_generate": "evaluation.samples=2 (answered at the end of the run)",
+    "generate_during_eval": "evaluation.samples=2 (generated at the end of the run)",
+    "dpo_generate_during_eval": "evaluation.samples=2 (generated at the end of the run)",
+    "predict_with_generate": "evaluation.samples=2 (generated at the end of the run)",
     "num_warmup_steps": "scheduler.warmup_steps",
     "warmup": "scheduler.warmup_steps",
     "betas": "optimizer.kwargs={betas: [0.9, 0.999]}",
@@ -98,7 +98,7 @@ OTHER_NAMES = {
     "loss": "dpo.loss_type",
     "use_wandb": "wandb.mode",
     # LLaMA-Factory
-    "finetuning_type": "model.lora for LoRA; without it every weight trains",
+    "finetuning_type": "model.lora for LoRA; if it is not set, every weight trains",
     "lora_rank": "model.lora.r",
     "lora_target": "model.lora.target_modules",
     "adapter_name_or_path": "model.lora.adapter_path",
@@ -109,7 +109,7 @@ OTHER_NAMES = {
     "dpo_beta": "dpo.beta",
     "dpo_loss": "dpo.loss_type",
     "dpo_ftx": "dpo.loss_type=[sigmoid, sft] with dpo.loss_weights=[1, dpo_ftx]",
-    "template": "data.chat_template; without it the tokenizer's own",
+    "template": "data.chat_template; the default is the tokenizer's own",
     "dataset_dir": "data.train, with the folder in its path",
     "val_size": "data.eval_fraction",
     "preprocessing_num_workers": "data.num_proc",
@@ -124,7 +124,7 @@ OTHER_NAMES = {
     "adapter": "model.lora",
     "qlora": "model.lora={base: nf4}",
     "lora_model_dir": "model.lora.adapter_path",
-    "lora_target_linear": "model.lora.target_modules; without it every linear layer but the head",
+    "lora_target_linear": "model.lora.target_modules; the default is every linear layer except the head",
     "val_set_size": "data.eval_fraction",
     "dataset_prepared_path": "data.cache_dir",
     "test_datasets": "data.eval",
@@ -178,7 +178,7 @@ OTHER_NAMES = {
     "logger": "wandb and callbacks",
     "dtensor_cfg": "engine",
     "dynamic_batching": "batch.max_tokens_per_microbatch",
-    # inside one block
+    # within a block
     "lora.rank": "model.lora.r",
     "lora.lora_r": "model.lora.r",
     "lora.target": "model.lora.target_modules",
@@ -210,11 +210,11 @@ OTHER_NAMES = {
     "cluster.gpu": "cluster.resources={GPU: 1}",
     "cluster.cpus": "cluster.resources={CPU: 8}",
 }
-# Names without a counterpart here, by the reason.
+# Names without a counterpart, by the reason.
 _REASONS = {
-    "answers are greedy, and given at the end of the run (evaluation.samples)": ("do_sample",),
+    "samples are generated greedily at the end of the run (evaluation.samples)": ("do_sample",),
     "training generates nothing": ("use_vllm", "vllm_mode", "generation", "generation_kwargs"),
-    "a pair is one packed row already (model.attention)": (
+    "a pair is already packed into one row (model.attention)": (
         "packing",
         "neat_packing",
         "sample_packing",
@@ -222,14 +222,14 @@ _REASONS = {
         "sequence_packing",
         "pad_to_sequence_len",
     ),
-    "a new run.name starts a new run, and the same run.name resumes its run; nothing is overwritten": (
+    "a new run.name starts a new run, the same run.name resumes it, and nothing is overwritten": (
         "overwrite_output_dir",
         "overwrite",
         "overwrite_cache",
         "force",
         "auto_resume_from_checkpoints",
     ),
-    "every row of data.train is used; give a smaller file, or set training.max_steps": (
+    "every row of data.train is used; use a smaller file, or set training.max_steps": (
         "max_samples",
         "max_train_samples",
         "max_eval_samples",
@@ -239,7 +239,7 @@ _REASONS = {
         "shuffle",
         "group_by_length",
     ),
-    "this program trains on preference pairs only, by dpo.loss_type": (
+    "only preference pairs are supported, with the losses of dpo.loss_type": (
         "stage",
         "reward_model",
         "train_on_inputs",
@@ -248,7 +248,7 @@ _REASONS = {
     ),
     "W&B reads it from the environment: set WANDB_ENTITY": ("wandb_entity", "wandb.entity", "wandb.team"),
     "W&B reads it from the environment: set WANDB_TAGS or WANDB_NOTES": ("wandb.tags", "wandb.notes"),
-    "the id of the W&B run is kept in the run directory, and a resumed run continues it": (
+    "the run directory stores the id of the W&B run, and a resumed run continues it": (
         "wandb_run_id",
         "wandb.id",
         "wandb.resume",
@@ -273,19 +273,19 @@ _REASONS = {
         "modules_to_save",
     ),
     "an adapter has no dropout": ("lora.dropout",),
-    "adapters go on linear layers, named by model.lora.target_modules": ("lora.target_parameters",),
-    "download that revision, and give its folder as model.path": ("revision", "model.revision"),
-    "it follows from model.path": ("model_type", "tokenizer_type", "processor_type", "is_llama_derived_model"),
+    "adapters are supported on linear layers only; set model.lora.target_modules": ("lora.target_parameters",),
+    "download that revision, and set model.path to its folder": ("revision", "model.revision"),
+    "model.path determines it": ("model_type", "tokenizer_type", "processor_type", "is_llama_derived_model"),
     "weights are always written as safetensors": ("save_safetensors", "safe_serialization"),
     "the metrics of every step are in the run directory and in W&B": ("plot_loss", "logging_dir"),
-    "upload RUN_DIR/model when the run is over, for example by hf upload": (
+    "upload RUN_DIR/model after the run, for example with hf upload": (
         "push_model_to_hub",
         "hf_repo_id",
         "try_launch_beaker_eval_jobs",
         "try_auto_save_to_beaker",
     ),
     "the fused step is built in": ("use_unsloth", "enable_liger_kernel", "liger_kernel", "plugins"),
-    "model parallelism is not supported; weights are sharded by engine.kind=fsdp or deepspeed": (
+    "model parallelism is not supported; shard weights with engine.kind=fsdp or deepspeed": (
         "tensor_model_parallel_size",
         "tensor_parallel_size",
         "pipeline_model_parallel_size",
@@ -293,7 +293,7 @@ _REASONS = {
         "sequence_parallel_size",
         "megatron_cfg",
     ),
-    "an adapter of the reference alone is not supported; merge it, and give the folder as reference.path": (
+    "an adapter for the reference is not supported; merge it, and set reference.path to the merged model": (
         "ref_model_adapters",
     ),
     "new tokens are not supported; add them to the model and tokenizer first": ("resize_vocab", "new_special_tokens"),
@@ -301,11 +301,11 @@ _REASONS = {
 NO_COUNTERPART = {name: why for why, names in _REASONS.items() for name in names}
 
 _APO = "set dpo.loss_type=apo_zero (chosen completions better than the model's) or apo_down (worse)"
-_KTO = "KTO learns from single completions, which are not read here; for pairs set dpo.loss_type=apo_zero or bco_pair"
-_ODPO = "set dpo.loss_type=sigmoid and name the column of margins: data.margin_column"
-_CPO = "CPO is not implemented; simpo and orpo are the losses without a reference: dpo.loss_type=simpo"
-_NO_8_BITS = "set precision=auto; a base in 8 or 4 bits is model.lora.base=int8 or nf4"
-# Values under other names, by setting: what to do instead. Keys are folded (settings/near.py).
+_KTO = "KTO trains on single completions, which are not supported; for pairs set dpo.loss_type=apo_zero or bco_pair"
+_ODPO = "set dpo.loss_type=sigmoid and data.margin_column to the column of margins"
+_CPO = "CPO is not implemented; losses without a reference are simpo and orpo: set dpo.loss_type=simpo"
+_NO_8_BITS = "set precision=auto; for a base in 8 or 4 bits set model.lora.base=int8 or nf4"
+# Fixes for values with other names, by setting. Keys are folded (settings/near.py).
 OTHER_VALUES: dict[str, dict[str, str]] = {
     "dpo.loss_type": {
         "dpo": "set dpo.loss_type=sigmoid",
@@ -338,7 +338,7 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
         "fdpo": "set dpo.f_divergence_type",
         "tr_dpo": "set reference.sync_every",
         "trdpo": "set reference.sync_every",
-        "iterative": "one run trains on the pairs of data.train; start another on new pairs",
+        "iterative": "a run trains on fixed pairs; start another run for new pairs",
         "ppo": "set dpo.loss_type=sigmoid; only losses over preference pairs are implemented",
         "grpo": "set dpo.loss_type=sigmoid; only losses over preference pairs are implemented",
     },
@@ -404,14 +404,14 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
         "8": "set model.lora.base=int8",
     },
     "model.lora.target_modules": {
-        "all_linear": "remove it: every linear layer but the head has an adapter when it is not set",
-        "all": "remove it: every linear layer but the head has an adapter when it is not set",
+        "all_linear": "remove it: the default is every linear layer except the head",
+        "all": "remove it: the default is every linear layer except the head",
     },
     "model.attention": {
-        "flash_attention_2": "set model.attention=auto, which takes varlen on a GPU that has it",
-        "flash_attention_3": "set model.attention=auto, which takes varlen on a GPU that has it",
-        "flash": "set model.attention=auto, which takes varlen on a GPU that has it",
-        "fa2": "set model.attention=auto, which takes varlen on a GPU that has it",
+        "flash_attention_2": "set model.attention=auto, which uses varlen on a GPU that supports it",
+        "flash_attention_3": "set model.attention=auto, which uses varlen on a GPU that supports it",
+        "flash": "set model.attention=auto, which uses varlen on a GPU that supports it",
+        "fa2": "set model.attention=auto, which uses varlen on a GPU that supports it",
         "eager": "set model.attention=sdpa",
     },
     "callbacks": {"wandb": "set wandb.mode=auto"},

@@ -1,10 +1,11 @@
-"""The rules between settings: which of them cannot stand together, each in one line with key, value, rule and cure."""
+"""Check rules between settings; each violation is one line with key, value, rule and fix."""
 
 import difflib
 import math
 import re
 from typing import NamedTuple, get_args
 
+from orchestrator.settings.counts import counted
 from orchestrator.settings.deepspeed import contradictions
 from orchestrator.settings.near import folded, nearest
 from orchestrator.settings.optimizers import (
@@ -33,15 +34,15 @@ from orchestrator.settings.spec import (
     UserError,
 )
 
-# What people call Ray's own resources, in lower case; any other name is one that a cluster defines for itself.
+# Common names of Ray's built-in resources, in lower case; any other name is a custom resource of the cluster.
 RAY_NAMES = {"gpu": "GPU", "gpus": "GPU", "num_gpus": "GPU", "cpu": "CPU", "cpus": "CPU", "num_cpus": "CPU"}
 
 
 def check_rules(spec: RunSpec) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
+    """Check all rules between settings, before anything is loaded.
 
     Raises:
-        UserError: the first rule that they break.
+        UserError: the first rule that is violated.
     """
     for rule in (
         _one_model,
@@ -76,7 +77,7 @@ def check_rules(spec: RunSpec) -> None:
 
 
 class _Clash(NamedTuple):
-    """Settings that contradict each other where `found`."""
+    """A rule between settings that is violated if `found` is true."""
 
     found: bool
     key: str
@@ -93,10 +94,10 @@ def _refuse(clashes: list[_Clash]) -> None:
 
 def _one_model(spec: RunSpec) -> None:
     if spec.model.path and spec.model.init:
-        raise UserError("model.path", spec.model.path, "model.init is set as well", "remove one of the two")
+        raise UserError("model.path", spec.model.path, "model.init is also set", "remove one of the two")
     if not (spec.model.path or spec.model.init):
         cure = "set it to a folder or hub name of a causal LM, or set model.init"
-        raise UserError("model.path", spec.model.path, "there is no model to train", cure)
+        raise UserError("model.path", spec.model.path, "either this or model.init is required", cure)
     if spec.model.init and spec.model.init.vocab_size < 260:
         raise UserError(
             "model.init.vocab_size",
@@ -112,7 +113,7 @@ def _one_micro_batch_key(spec: RunSpec) -> None:
         raise UserError(
             "batch",
             {"micro_batch_size": batch.micro_batch_size, "max_tokens_per_microbatch": batch.max_tokens_per_microbatch},
-            "exactly one of the two says how large a forward pass is",
+            "exactly one of the two must set the size of a forward pass",
             "remove one" if batch.micro_batch_size else "set batch.micro_batch_size=1",
         )
     if batch.micro_batch_size and batch.micro_batch_size > batch.global_batch_size:
@@ -125,7 +126,7 @@ def _one_micro_batch_key(spec: RunSpec) -> None:
 
 
 def _losses(spec: RunSpec) -> None:
-    """What the losses that were named cannot do without, or do not bear."""
+    """Check what the selected losses require, and what they cannot be combined with."""
     dpo, names = spec.dpo, spec.dpo.loss_types
     listed, smoothing = ", ".join(names), dpo.label_smoothing
     for name in dpo.own_losses:
@@ -137,56 +138,56 @@ def _losses(spec: RunSpec) -> None:
                 "dpo.loss_weights",
                 dpo.loss_weights,
                 f"is not one number for each of {listed}",
-                f"give {len(names)}, or remove it: then each is 1",
+                f"set {counted(len(names), 'number')}, or remove it: then each is 1",
             ),
             _Clash(
                 not any(dpo.weights),
                 "dpo.loss_weights",
                 dpo.loss_weights,
-                "no loss has a weight, and nothing would train",
-                "give one that is not 0, or remove it: then each is 1",
+                "all weights are 0, so nothing would train",
+                "set one to another value, or remove it: then each is 1",
             ),
             _Clash(
                 smoothing == 0 and "exo_pair" in names,
                 "dpo.label_smoothing",
                 smoothing,
-                "exo_pair takes its logarithm",
-                "set it to 0.001, as its paper does",
+                "exo_pair needs its logarithm",
+                "set it to 0.001, as in its paper",
             ),
             _Clash(
                 smoothing >= 0.5 and "robust" in names,
                 "dpo.label_smoothing",
                 smoothing,
-                "robust divides by 1 - 2 * dpo.label_smoothing, and with more every label would be the wrong one",
+                "robust divides by 1 - 2 * dpo.label_smoothing, which must be more than 0",
                 "set it below 0.5, for example to 0.1",
             ),
             _Clash(
                 dpo.router_aux_loss_coef not in (None, 0),
                 "dpo.router_aux_loss_coef",
                 dpo.router_aux_loss_coef,
-                "the load-balancing loss of a mixture of experts is not computed here",
+                "the load-balancing loss of a mixture of experts is not supported",
                 "set it to 0",
             ),
             _Clash(
                 dpo.use_weighting and dpo.sees_batch,
                 "dpo.use_weighting",
                 dpo.use_weighting,
-                f"weighs pairs, and {listed} compares sorted pairs with one another",
-                "remove it, or take another dpo.loss_type",
+                f"weights single pairs, but {listed} compares sorted pairs with each other",
+                "remove it, or use another dpo.loss_type",
             ),
             _Clash(
                 dpo.sees_batch and not spec.model.disable_dropout,
                 "model.disable_dropout",
                 spec.model.disable_dropout,
-                f"{listed} runs the policy twice a step, and dropout would differ between the two",
-                "set it to true, or take another dpo.loss_type",
+                f"{listed} runs the policy twice per step, and dropout would differ between the two passes",
+                "set it to true, or use another dpo.loss_type",
             ),
         ]
     )
 
 
 def _loss_options(spec: RunSpec) -> None:
-    """What acts in some losses, where none of those was named; a user's own may read any of it."""
+    """Check that each option of a loss is used by a selected loss; a user's own loss may use any."""
     dpo, own = spec.dpo, spec.dpo.own_losses
     names, listed = set(dpo.loss_types), ", ".join(dpo.loss_types)
     not_of_scores = [name for name in dpo.loss_types if name not in (*OF_SCORES, *own)]
@@ -196,49 +197,49 @@ def _loss_options(spec: RunSpec) -> None:
                 dpo.label_smoothing > 0 and not {*SMOOTHED, *own} & names,
                 "dpo.label_smoothing",
                 dpo.label_smoothing,
-                f"acts in {', '.join(SMOOTHED)}, not in {listed}",
+                f"is used by {', '.join(SMOOTHED)}, not by {listed}",
                 "remove it, or set dpo.loss_type=cdpo (sigmoid with smoothed labels) or robust",
             ),
             _Clash(
                 spec.data.margin_column is not None and not {*WITH_MARGIN, *own} & names,
                 "data.margin_column",
                 spec.data.margin_column,
-                f"acts in {', '.join(WITH_MARGIN)}, not in {listed}",
-                "remove it, or take one of these as dpo.loss_type",
+                f"is used by {', '.join(WITH_MARGIN)}, not by {listed}",
+                "remove it, or set dpo.loss_type to one of these",
             ),
             _Clash(
                 dpo.f_divergence_type != "reverse_kl" and not_of_scores != [],
                 "dpo.f_divergence_type",
                 dpo.f_divergence_type,
-                f"is for losses over the difference of a pair's scores, which {', '.join(not_of_scores)} is not",
-                f"remove it, or take dpo.loss_type of {', '.join(OF_SCORES)}",
+                f"works only for losses of the difference of a pair's scores, not for {', '.join(not_of_scores)}",
+                f"remove it, or set dpo.loss_type to one of {', '.join(OF_SCORES)}",
             ),
             _Clash(
                 dpo.f_alpha_divergence_coef != 0.5 and dpo.f_divergence_type != "alpha_divergence",
                 "dpo.f_alpha_divergence_coef",
                 dpo.f_alpha_divergence_coef,
-                f"does not act on {dpo.f_divergence_type}",
+                f"is not used by {dpo.f_divergence_type}",
                 "remove it, or set dpo.f_divergence_type=alpha_divergence",
             ),
             _Clash(
                 dpo.ld_alpha is not None and names == {"sft"},
                 "dpo.ld_alpha",
                 dpo.ld_alpha,
-                "does not act in sft, which counts every token of the chosen alike",
+                "is not used by sft, which weights all tokens of the chosen completion equally",
                 "remove it",
             ),
             _Clash(
                 dpo.discopop_tau != 0.05 and not own and "discopop" not in names,
                 "dpo.discopop_tau",
                 dpo.discopop_tau,
-                f"does not act in {listed}",
+                f"is not used by {listed}",
                 "remove it, or set dpo.loss_type=discopop",
             ),
             _Clash(
                 dpo.simpo_gamma != 0.5 and not own and "simpo" not in names,
                 "dpo.simpo_gamma",
                 dpo.simpo_gamma,
-                f"does not act in {listed}",
+                f"is not used by {listed}",
                 "remove it, or set dpo.loss_type=simpo",
             ),
         ]
@@ -246,7 +247,7 @@ def _loss_options(spec: RunSpec) -> None:
 
 
 def _row_tokens(spec: RunSpec) -> None:
-    """How a row becomes tokens."""
+    """Check how rows become tokens."""
     data, whole = spec.data, spec.data.max_length or math.inf
     taken = next((name for name in data.chat_template_kwargs if name in TEMPLATE_CALL), "")
     _refuse(
@@ -262,14 +263,14 @@ def _row_tokens(spec: RunSpec) -> None:
                 (data.max_completion_length or 0) > whole,
                 "data.max_completion_length",
                 data.max_completion_length,
-                f"is more than data.max_length ({whole}), which counts the prompt as well",
+                f"is more than data.max_length ({whole}), which includes the prompt",
                 "remove it, or raise data.max_length",
             ),
             _Clash(
                 taken != "",
                 f"data.chat_template_kwargs.{taken}",
                 data.chat_template_kwargs.get(taken),
-                "is no variable of a template, and said already where rows become tokens",
+                "is an argument of apply_chat_template that is set already, not a template variable",
                 "remove it",
             ),
         ]
@@ -285,19 +286,19 @@ def _known_optimizer(spec: RunSpec) -> None:
         dotted = {end: f"{home}.{end}" for home, ends in OPTIMIZERS.items() if module in ("", home) for end in ends}
         near = nearest(last, dotted)
         meant = TRL_OPTIMIZERS.get(folded(name)) or (dotted[near] if near else "")
-        rule = "is neither an optimizer of torch, bitsandbytes or deepspeed whose maths is known here nor a module:attr"
-        cure = f"did you mean {meant}?" if meant else "take one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS)
+        rule = "is neither a supported optimizer of torch, bitsandbytes or deepspeed nor a module:attr"
+        cure = f"did you mean {meant}?" if meant else "use one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS)
         raise UserError("optimizer.name", name, rule, cure)
     check_optimizer("optimizer.name", name, spec.engine)
     for key in {"lr", "weight_decay"} & kwargs.keys():
         cure = f"set optimizer.{key} instead"
-        raise UserError(f"optimizer.kwargs.{key}", kwargs[key], "has a setting of its own", cure)
+        raise UserError(f"optimizer.kwargs.{key}", kwargs[key], "has its own setting", cure)
 
 
 def _known_scheduler(spec: RunSpec) -> None:
     scheduler, name = spec.scheduler, spec.scheduler.name
     dotted, last = name.startswith("torch.optim.lr_scheduler."), name.rpartition(".")[2]
-    in_python = "in Python give it as train(spec, optimizers=(None, optimizer -> schedule))"
+    in_python = "pass it from Python: train(spec, optimizers=(None, optimizer -> schedule))"
     near = nearest(name, get_args(SchedulerName))
     meant = near or (f"torch.optim.lr_scheduler.{last}" if last.endswith("LR") else "")
     warmup = "warmup_steps" if scheduler.warmup_ratio is None else "warmup_ratio"
@@ -308,61 +309,67 @@ def _known_scheduler(spec: RunSpec) -> None:
                 "scheduler.name",
                 name,
                 "needs a metric at every step",
-                "take linear, cosine or another that needs the step alone",
+                "use linear, cosine or another that needs only the step",
             ),
             _Clash(
                 last in ("SequentialLR", "ChainedScheduler"),
                 "scheduler.name",
                 name,
-                "takes other schedulers as arguments",
+                "needs other schedulers as arguments",
                 in_python,
             ),
-            _Clash(last in ("LambdaLR", "MultiplicativeLR"), "scheduler.name", name, "takes a function", in_python),
+            _Clash(
+                last in ("LambdaLR", "MultiplicativeLR"),
+                "scheduler.name",
+                name,
+                "needs a function as an argument",
+                in_python,
+            ),
             _Clash(
                 name not in get_args(SchedulerName) and not dotted,
                 "scheduler.name",
                 name,
                 "is neither a schedule of transformers nor a torch.optim.lr_scheduler.NAME",
-                f"did you mean {meant}?" if meant else "take one of " + ", ".join(get_args(SchedulerName)),
+                f"did you mean {meant}?" if meant else "use one of " + ", ".join(get_args(SchedulerName)),
             ),
             _Clash(
                 bool(scheduler.warmup_steps and scheduler.warmup_ratio is not None),
                 "scheduler.warmup_ratio",
                 scheduler.warmup_ratio,
-                f"scheduler.warmup_steps ({scheduler.warmup_steps}) says it already",
+                f"scheduler.warmup_steps ({scheduler.warmup_steps}) is also set",
                 "remove one of the two",
             ),
             _Clash(
                 dotted and bool(getattr(scheduler, warmup)),
                 f"scheduler.{warmup}",
                 getattr(scheduler, warmup),
-                f"does not act on {name}",
-                "remove it, or take linear, cosine or constant",
+                f"is not used by {name}",
+                "remove it, or use linear, cosine or constant",
             ),
             _Clash(
                 name in ("linear", "constant", "constant_with_warmup") and bool(scheduler.kwargs),
                 "scheduler.kwargs",
                 scheduler.kwargs,
-                f"{name} takes none",
+                f"{name} has no arguments",
                 "remove scheduler.kwargs",
             ),
         ]
     )
-    said = {
-        "num_warmup_steps": ("has a setting of its own", "set scheduler.warmup_steps instead"),
-        "num_training_steps": ("is the length of the run", "remove it"),
-        "last_epoch": ("is where the schedule was, which a checkpoint says", "remove it"),
+    not_allowed = {
+        "num_warmup_steps": ("has its own setting", "set scheduler.warmup_steps instead"),
+        "num_training_steps": ("is always the length of the run", "remove it"),
+        "last_epoch": ("is restored from a checkpoint", "remove it"),
     }
-    for key in said.keys() & scheduler.kwargs.keys():
-        raise UserError(f"scheduler.kwargs.{key}", scheduler.kwargs[key], *said[key])
+    for key in not_allowed.keys() & scheduler.kwargs.keys():
+        raise UserError(f"scheduler.kwargs.{key}", scheduler.kwargs[key], *not_allowed[key])
 
 
 def _sources(spec: RunSpec) -> None:
     for key, source in {**spec.data.sources("train"), **spec.data.sources("eval")}.items():
         for part in ("name", "split"):
             if (value := getattr(source, part)) is not None and source.path.endswith(DATA_SUFFIXES):
-                rule = f"{source.path} is a file, which has no such part"
-                raise UserError(f"{key}.{part}", value, rule, "remove it, or give a hub name")
+                rule = f"{source.path} is a file, which has no {part}"
+                raise UserError(f"{key}.{part}", value, rule, "remove it, or use a hub name")
 
 
 def _evaluation(spec: RunSpec) -> None:
@@ -375,17 +382,17 @@ def _evaluation(spec: RunSpec) -> None:
                 "set data.eval to a file of preference pairs, or data.eval_fraction=0.05",
             )
     if spec.data.eval and spec.data.eval_fraction is not None:
-        rule = "data.eval already says what is evaluated"
+        rule = "data.eval is also set"
         raise UserError("data.eval_fraction", spec.data.eval_fraction, rule, "remove one of the two")
     for name in spec.data.eval_sets:
         if name and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            cure = "take letters, digits, _ and -"
-            raise UserError("data.eval", name, "cannot be a part of the names of metrics", cure)
+            cure = "use letters, digits, _ and -"
+            raise UserError("data.eval", name, "cannot be part of a metric's name", cure)
         if name in EVALUATED:
-            raise UserError("data.eval", name, "is the name of a metric", "give that set another name")
+            raise UserError("data.eval", name, "is the name of a metric", "rename that set")
     no_best, by = spec.evaluation.metric_for_best is None, "for example evaluation.metric_for_best=loss"
     which, stopping = spec.checkpoint.export, spec.evaluation.early_stopping
-    rule = "needs evaluation.metric_for_best, which says what is better"
+    rule = "needs evaluation.metric_for_best, which decides what is better"
     if no_best and stopping is not None:
         raise UserError("evaluation.early_stopping", stopping.model_dump(), rule, by)
     if no_best and which == "best":
@@ -393,28 +400,28 @@ def _evaluation(spec: RunSpec) -> None:
 
 
 def check_metric_for_best(spec: RunSpec, has_more: bool = False) -> None:
-    """Refuse a metric that no evaluation has.
+    """Check that evaluation.metric_for_best is a metric of the evaluation.
 
-    has_more: a user's compute_metrics adds some, whose names are not known before it was asked.
+    has_more: a user's compute_metrics adds metrics, whose names are not known before it is called.
 
     Raises:
-        UserError: evaluation.metric_for_best is such a one.
+        UserError: no evaluation has that metric.
     """
-    given = spec.evaluation.metric_for_best
-    if given is None:
+    metric_for_best = spec.evaluation.metric_for_best
+    if metric_for_best is None:
         return
     metrics = [f"{name}_{metric}" if name else metric for name in spec.data.eval_sets for metric in EVALUATED]
-    bare = given.removeprefix("eval_")
+    bare = metric_for_best.removeprefix("eval_")
     if has_more and any(bare.startswith(f"{name}_" * bool(name)) for name in spec.data.eval_sets):
         return
     if bare not in metrics:
         near = difflib.get_close_matches(bare, metrics, n=1)
         cure = f"did you mean {near[0]}?" if near else f"for example evaluation.metric_for_best={metrics[0]}"
-        raise UserError("evaluation.metric_for_best", given, "is not among the evaluated metrics", cure)
+        raise UserError("evaluation.metric_for_best", metric_for_best, "is not an evaluated metric", cure)
 
 
 def _engine_parts(spec: RunSpec) -> None:
-    """What one engine has and another has not."""
+    """Check settings that only one engine has."""
     engine, kind = spec.engine, spec.engine.kind
     no_buckets = kind == "fsdp" and engine.bucket_size is not None
     owners = {
@@ -430,7 +437,7 @@ def _engine_parts(spec: RunSpec) -> None:
                 getattr(engine, name) != defaults[name],
                 f"engine.{name}",
                 getattr(engine, name),
-                f"does not act on engine.kind {kind}",
+                f"is not used by engine.kind {kind}",
                 f"set engine.kind={owner}, or remove it",
             )
             for name, owner in others
@@ -440,21 +447,21 @@ def _engine_parts(spec: RunSpec) -> None:
                 no_buckets,
                 "engine.bucket_size",
                 engine.bucket_size,
-                "does not act on engine.kind fsdp, where the gradient of a layer travels by itself",
+                "is not used by engine.kind fsdp, which reduces gradients layer by layer",
                 "remove it",
             ),
             _Clash(
                 engine.offload == "optimizer" and kind != "deepspeed",
                 "engine.offload",
                 engine.offload,
-                "under fsdp the state lies where the weights are" if kind == "fsdp" else "ddp has no offload",
+                "under fsdp the state is stored with the weights" if kind == "fsdp" else "ddp does not support offload",
                 "set engine.offload=parameters" if kind == "fsdp" else "set engine.kind=deepspeed",
             ),
             _Clash(
                 engine.offload == "parameters" and not engine.shards_weights,
                 "engine.offload",
                 engine.offload,
-                f"under {_named(engine)} every rank computes with whole weights that stay on its device",
+                f"{_named(engine)} keeps the whole weights on every rank's device",
                 "set engine.zero_stage=3, or engine.offload=optimizer"
                 if kind == "deepspeed"
                 else "set engine.kind=fsdp, or engine.kind=deepspeed and engine.zero_stage=3",
@@ -464,7 +471,7 @@ def _engine_parts(spec: RunSpec) -> None:
 
 
 def _engine_limits(spec: RunSpec) -> None:
-    """What an engine cannot do without changing numbers."""
+    """Check combinations that an engine cannot compute exactly."""
     engine, lora = spec.engine, spec.model.lora
     base = lora.base if lora else None
     _refuse(
@@ -473,14 +480,14 @@ def _engine_limits(spec: RunSpec) -> None:
                 spec.precision == "fp64" and engine.kind == "deepspeed",
                 "precision",
                 spec.precision,
-                "deepspeed adds gradients and keeps the weights that it updates in fp32",
+                "deepspeed accumulates gradients and updates weights in fp32",
                 "set engine.kind=ddp or fsdp, or precision=fp32",
             ),
             _Clash(
                 base in get_args(Quantized) and engine.shards_weights,
                 "model.lora.base",
                 base,
-                f"the codes of a quantised layer cannot be cut into the shards of {_named(engine)}",
+                f"{_named(engine)} cannot shard quantised weights",
                 "set engine.kind=ddp, or engine.kind=deepspeed and engine.zero_stage=2, or model.lora.base=bf16",
             ),
         ]
@@ -492,8 +499,9 @@ def _named(engine: EngineSpec) -> str:
 
 
 def _deepspeed_file(spec: RunSpec) -> None:
-    for found in contradictions(spec):
-        raise UserError(f"engine.deepspeed_config.{found.path}", found.value, found.rule, found.cure)
+    for contradiction in contradictions(spec):
+        path, value, rule, cure = contradiction
+        raise UserError(f"engine.deepspeed_config.{path}", value, rule, cure)
 
 
 def _model_parts(spec: RunSpec) -> None:
@@ -505,21 +513,21 @@ def _model_parts(spec: RunSpec) -> None:
                 bool(model.lora and model.num_frozen_layers),
                 "model.num_frozen_layers",
                 model.num_frozen_layers,
-                "model.lora freezes every layer of the base already",
+                "model.lora already freezes every layer of the base",
                 "remove one of the two",
             ),
             _Clash(
                 bool(lora.adapter_path and own),
                 "model.lora",
                 own,
-                "the adapter at model.lora.adapter_path has these already",
+                "the adapter at model.lora.adapter_path already determines these",
                 "remove them, or model.lora.adapter_path",
             ),
             _Clash(
                 spec.precision == "fp64" and lora.base is not None,
                 "model.lora.base",
                 lora.base,
-                "precision fp64 would compute with what these bits have left",
+                "precision fp64 would compute with weights rounded to this type",
                 "remove it, or set precision=fp32",
             ),
         ]
@@ -527,7 +535,7 @@ def _model_parts(spec: RunSpec) -> None:
 
 
 def _reference_shares(spec: RunSpec) -> None:
-    """What of the policy a reference can share."""
+    """Check what a reference can share with the policy."""
     reference, model, kind = spec.reference, spec.model, spec.reference.kind
     shared, own_start = kind == "shared_layers", reference.path is None
     _refuse(
@@ -536,21 +544,21 @@ def _reference_shares(spec: RunSpec) -> None:
                 shared and reference.num_shared_layers is None,
                 "reference.num_shared_layers",
                 None,
-                "kind shared_layers needs the number of lowest layers that both models share",
+                "kind shared_layers needs the number of layers that both models share",
                 "set it, for example to half of the model's layers",
             ),
             _Clash(
                 not shared and reference.num_shared_layers is not None,
                 "reference.num_shared_layers",
                 reference.num_shared_layers,
-                f"does not act on kind {kind}",
+                f"is not used by kind {kind}",
                 "set reference.kind=shared_layers; model.num_frozen_layers freezes without sharing",
             ),
             _Clash(
                 shared and not own_start,
                 "reference.path",
                 reference.path,
-                "the layers that kind shared_layers shares are the policy's own, which another model does not have",
+                "kind shared_layers shares the policy's own layers, which another model does not have",
                 "remove it, or set reference.kind=copy",
             ),
             _Clash(
@@ -572,7 +580,7 @@ def _reference_shares(spec: RunSpec) -> None:
                 kind in ("shared_layers", "adapter_off") and not model.disable_dropout,
                 "model.disable_dropout",
                 model.disable_dropout,
-                f"with kind {kind} the policy's dropout would reach the reference",
+                f"with kind {kind} the policy's dropout would also act on the reference",
                 "set it to true, or reference.kind=copy",
             ),
             _Clash(
@@ -586,7 +594,7 @@ def _reference_shares(spec: RunSpec) -> None:
                 kind == "adapter_off" and not own_start,
                 "reference.path",
                 reference.path,
-                "kind adapter_off judges by the policy's own base, not by another model",
+                "kind adapter_off uses the policy's own base, not another model",
                 "remove it, or set reference.kind=copy",
             ),
         ]
@@ -594,7 +602,7 @@ def _reference_shares(spec: RunSpec) -> None:
 
 
 def _reference_weights(spec: RunSpec) -> None:
-    """What can be done with the weights that a reference has, or has not."""
+    """Check settings that depend on which weights the reference has."""
     reference, kind = spec.reference, spec.reference.kind
     quantised, copied, own_start = kind in get_args(Quantized), kind == "copy", reference.path is None
     base = spec.model.lora.base if spec.model.lora else None
@@ -604,37 +612,37 @@ def _reference_weights(spec: RunSpec) -> None:
                 (copied or quantised) and own_start and base in get_args(Quantized),
                 "reference.kind",
                 kind,
-                f"a base in {base} has no second set of weights to copy: its own are frozen",
+                f"a base in {base} is frozen, so the reference needs no copy of it",
                 "set reference.kind=adapter_off",
             ),
             _Clash(
                 quantised and spec.precision == "fp64",
                 "precision",
                 spec.precision,
-                f"a reference in {kind} computes in 16 or 32 bits",
+                f"a reference of kind {kind} computes in 16 or 32 bits",
                 "set precision=fp32, or reference.kind=copy",
             ),
             _Clash(
                 reference.dtype is not None and not (copied or (kind == "precomputed" and not own_start)),
                 "reference.dtype",
                 reference.dtype,
-                "the policy itself makes the log-probs, in its own type"
+                "the policy itself computes the log-probs, in its own type"
                 if kind == "precomputed"
-                else f"the weights of kind {kind} have a type already",
+                else f"kind {kind} determines the type of the weights",
                 "remove it, or set reference.kind=copy",
             ),
             _Clash(
                 reference.offload and not copied,
                 "reference.offload",
                 reference.offload,
-                f"kind {kind} has no copy of the weights in the device's memory",
+                f"kind {kind} has no copy of the weights on the device",
                 "remove it, or set reference.kind=copy",
             ),
             _Clash(
                 reference.max_reward_error is not None and not reference.is_approximate,
                 "reference.max_reward_error",
                 reference.max_reward_error,
-                f"kind {kind} computes as the model it stands for, so no error is measured",
+                f"kind {kind} is exact, so no error is measured",
                 "remove it",
             ),
         ]
@@ -647,13 +655,13 @@ def _reference_sharded(spec: RunSpec) -> None:
     if not reference.sharded:
         return
     if not engine.shards_weights:
-        why, cure = f"{_named(engine)} shards no weights", "remove it, or set engine.kind=fsdp"
+        why, cure = f"{_named(engine)} does not shard weights", "remove it, or set engine.kind=fsdp"
     elif reference.kind not in ("copy", "shared_layers"):
-        why = f"kind {reference.kind} has no weights that could be cut"
+        why = f"kind {reference.kind} has no weights to shard"
     elif reference.dtype is not None:
-        why, cure = f"the shards are of the policy's type, not {reference.dtype}", "remove it, or reference.dtype"
+        why, cure = f"the shards have the policy's type, not {reference.dtype}", "remove it, or reference.dtype"
     elif reference.offload:
-        why, cure = "engine.offload says where shards lie", "remove it, or reference.offload"
+        why, cure = "engine.offload decides where shards are stored", "remove it, or reference.offload"
     if why:
         raise UserError("reference.sharded", reference.sharded, why, cure)
 
@@ -663,15 +671,15 @@ def _reference_sync(spec: RunSpec) -> None:
     if reference.sync_every is None:
         return
     if spec.model.lora is not None:
-        why = "mixing the factors of two adapters is not mixing their weights"
+        why = "averaging the factors of two adapters does not average their weights"
     elif reference.kind in get_args(Quantized):
-        why = f"weights in {reference.kind} cannot move by small steps"
+        why = f"weights in {reference.kind} cannot represent small updates"
     elif reference.dtype in ("bf16", "fp16"):
-        why = f"weights in {reference.dtype} lose small steps"
+        why = f"weights in {reference.dtype} lose small updates"
     elif reference.kind == "precomputed":
-        why = "log-probs that are made once are those of one reference"
+        why = "log-probs computed once belong to one fixed reference"
     elif reference.cache == "full":
-        why = "what reference.cache=full knows of the reference is wrong once it has moved"
+        why = "log-probs cached by reference.cache=full are wrong once the reference is updated"
     if not why and reference.sharded and spec.engine.kind == "deepspeed" and spec.precision in ("bf16", "fp16"):
         refuse_moving_shards(reference, spec.precision)
     if why:
@@ -682,14 +690,14 @@ def _reference_sync(spec: RunSpec) -> None:
 
 
 def refuse_moving_shards(reference: ReferenceSpec, precision: str) -> None:
-    """Raise: a reference whose shards DeepSpeed holds in 16 bits cannot move by small steps.
+    """Raise the error for syncing a reference whose shards DeepSpeed stores in 16 bits.
 
-    precision: as it is on the device, where the settings leave it at auto.
+    precision: the resolved precision, if the setting is auto.
 
     Raises:
-        UserError: reference.sync_every.
+        UserError: always, for reference.sync_every.
     """
-    rule, cure = f"a reference that deepspeed holds in {precision} loses small steps", "set reference.sharded=false"
+    rule, cure = f"a reference that deepspeed shards in {precision} loses small updates", "set reference.sharded=false"
     raise UserError("reference.sync_every", reference.sync_every, rule, cure)
 
 
@@ -697,22 +705,22 @@ def _reference_cache(spec: RunSpec) -> None:
     reference = spec.reference
     if reference.kind == "precomputed" and reference.cache == "off":
         cure = "remove reference.cache, or set reference.kind=copy"
-        raise UserError("reference.cache", reference.cache, "kind precomputed keeps its log-probs there", cure)
+        raise UserError("reference.cache", reference.cache, "kind precomputed stores its log-probs in the cache", cure)
     if spec.data.collator:
         check_cache_with_collator(reference, "data.collator")
 
 
 def check_cache_with_collator(reference: ReferenceSpec, collator: str) -> None:
-    """Refuse log-probs that are wanted before a user's collator, given under that name, has run.
+    """Check that no log-probs are cached before the user's collator runs; `collator` names it in the error.
 
     Raises:
-        UserError: reference.kind or reference.cache.
+        UserError: reference.kind or reference.cache needs log-probs in advance.
     """
     if reference.kind != "precomputed" and reference.cache != "full":
         return
     key, value = ("kind", reference.kind) if reference.kind == "precomputed" else ("cache", reference.cache)
-    rule = f"what {collator} will feed is not known beforehand"
-    cure = "remove it, or let the collator return ref_chosen_logps and ref_rejected_logps"
+    rule = f"the batches of {collator} are not known in advance"
+    cure = "remove it, or return ref_chosen_logps and ref_rejected_logps from the collator"
     raise UserError(f"reference.{key}", value, rule, cure)
 
 
@@ -721,12 +729,12 @@ def _resources(spec: RunSpec) -> None:
     for name in resources:
         if (ray_name := RAY_NAMES.get(name.lower(), name)) != name:
             fix = f"did you mean cluster.resources.{ray_name}={resources[name]:g}?"
-            raise UserError(f"cluster.resources.{name}", resources[name], "is not the name of a resource of Ray", fix)
+            raise UserError(f"cluster.resources.{name}", resources[name], "is not the name of a Ray resource", fix)
     if resources and not any(resources.values()):
         raise UserError(
             "cluster.resources",
             resources,
-            "asks for nothing, so nothing would limit the workers",
+            "requests no resources, so the number of workers would be unbounded",
             "for example {CPU: 1}",
         )
 
@@ -737,8 +745,8 @@ def _elastic(spec: RunSpec) -> None:
         raise UserError(
             "cluster.num_workers",
             cluster.num_workers,
-            f"the state of {name} is not elementwise, so that only as many ranks as wrote it can go on from it",
-            f"set cluster.num_workers={cluster.max_workers}, or take torch.optim.AdamW",
+            f"the state of {name} is not elementwise, so it can be resumed only on the same number of ranks",
+            f"set cluster.num_workers={cluster.max_workers}, or use torch.optim.AdamW",
         )
 
 
@@ -753,21 +761,21 @@ def _slurm(spec: RunSpec) -> None:
                 slurm.time_s is not None and slurm.signal_s >= slurm.time_s,
                 "slurm.signal_s",
                 slurm.signal_s,
-                f"is not less than slurm.time ({slurm.time}), so that every start would be asked to stop at once",
+                f"is not less than slurm.time ({slurm.time}), so every start would be stopped at once",
                 "lower it, or raise slurm.time",
             ),
             _Clash(
                 cluster.placement == "STRICT_PACK" and each is not None and each < cluster.max_workers,
                 "slurm.workers_per_node",
                 each,
-                f"cluster.placement STRICT_PACK wants all {cluster.max_workers} workers on one node",
+                f"cluster.placement STRICT_PACK needs all {cluster.max_workers} workers on one node",
                 "remove it, or set cluster.placement=PACK",
             ),
             _Clash(
                 cluster.placement == "STRICT_SPREAD" and each is not None and each > 1,
                 "slurm.workers_per_node",
                 each,
-                "cluster.placement STRICT_SPREAD wants each worker on a node of its own",
+                "cluster.placement STRICT_SPREAD needs each worker on its own node",
                 "remove it, or set cluster.placement=PACK",
             ),
             _Clash(
@@ -781,8 +789,8 @@ def _slurm(spec: RunSpec) -> None:
                 exported is not None,
                 "slurm.args",
                 "=".join((exported or "").split("=")[:2]) + "=...",
-                "would leave the value in the run directory, for all to read",
-                "remove it, and set the variable where you submit: the job's environment is that one",
+                "would store the value in the run directory, readable by all",
+                "remove it, and set the variable where you submit: the job inherits that environment",
             ),
         ]
     )
@@ -792,9 +800,9 @@ def _known_callback(name: str) -> None:
     if name in TRACKERS:
         return
     if name == "wandb":
-        raise UserError("callbacks", name, "has a block of settings", "remove it, and set wandb.mode=auto")
+        raise UserError("callbacks", name, "W&B has its own settings block", "remove it here, and set wandb.mode=auto")
     if near := difflib.get_close_matches(name, TRACKERS, n=1):
-        raise UserError("callbacks", name, "is no tracker", f"did you mean {near[0]}?")
+        raise UserError("callbacks", name, "is not a known tracker", f"did you mean {near[0]}?")
     _user_code("callbacks", name)
 
 

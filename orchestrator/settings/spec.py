@@ -1,6 +1,6 @@
-"""Every setting of a run: its type, unit, default, and which may change on resume.
+"""Define every setting of a run: type, unit, default, and whether it may change on resume.
 
-Importing this module loads neither torch nor ray, so that a bad run is refused on the laptop in half a second.
+This module imports neither torch nor ray, so settings are checked on a laptop in half a second.
 """
 
 import json
@@ -15,13 +15,13 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 
 class UserError(Exception):
-    """What the user asked for cannot be done as written: one line with key, value, rule and cure. Exit code 2.
+    """Error of the user's input, printed as one line with key, value, rule and fix. Exit code 2.
 
     `key` is a setting ("batch.micro_batch_size") or a place in the data ("pairs.jsonl row 17").
     """
 
     def __init__(self, key: str, value: object, rule: str, cure: str) -> None:
-        super().__init__(key, value, rule, cure)  # all four in args: the error crosses process borders by pickle
+        super().__init__(key, value, rule, cure)  # all four in args: errors are pickled between processes
         self.key, self.value, self.rule, self.cure = key, value, rule, cure
 
     def __str__(self) -> str:
@@ -52,9 +52,9 @@ LossType = Literal[
     "orpo",
 ]  # TRL's names; the last three are not among its DPO losses
 SMOOTHED: tuple[LossType, ...] = ("exo_pair", "robust", "aot", "aot_unpaired", "cdpo", "simpo")
-"""Losses in which dpo.label_smoothing acts."""
+"""Losses that use dpo.label_smoothing."""
 OF_BATCH: tuple[LossType, ...] = ("aot", "aot_unpaired")
-"""Losses that look at all pairs of the global batch at once, and for that run the policy twice."""
+"""Losses over all pairs of the global batch at once, which run the policy twice."""
 OF_SCORES: tuple[LossType, ...] = (
     "sigmoid",
     "hinge",
@@ -66,8 +66,8 @@ OF_SCORES: tuple[LossType, ...] = (
     "sigmoid_norm",
     "cdpo",
 )
-"""Losses that dpo.f_divergence_type allows: in the difference of a pair's scores cancels what the others would need to
-know, a term of the prompt alone. sft has neither."""
+"""Losses that support dpo.f_divergence_type. They use the difference of a pair's scores, in which an unknown term that
+depends only on the prompt cancels; sft uses no scores."""
 WITH_MARGIN: tuple[LossType, ...] = (
     "sigmoid",
     "hinge",
@@ -78,7 +78,7 @@ WITH_MARGIN: tuple[LossType, ...] = (
     "cdpo",
     "simpo",
 )
-"""Losses over the difference of a pair's rewards, from which its data.margin_column is taken away."""
+"""Losses over the difference of a pair's rewards, from which its data.margin_column is subtracted."""
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EngineKind = Literal["ddp", "deepspeed", "fsdp"]
 ZeroStage = Literal[1, 2, 3]
@@ -101,7 +101,7 @@ SchedulerName = Literal[
     "inverse_sqrt",
     "warmup_stable_decay",
     "wsd",
-]  # transformers' names of schedules that need no metric, and a short one
+]  # transformers' names of schedules that need no metric, and "wsd" for short
 TRACKERS: dict[str, str | None] = {
     "azure_ml": "azureml-sdk",
     "clearml": "clearml",
@@ -117,11 +117,11 @@ TRACKERS: dict[str, str | None] = {
     "tensorboard": "tensorboard",
     "trackio": "trackio",
 }
-"""Names that transformers has for trackers (its report_to), and the package that each needs; W&B has a block."""
+"""Trackers of transformers' report_to, and the package that each needs; W&B has its own settings block."""
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 DATA_SUFFIXES = (*(kind + packed for kind in TEXT_SUFFIXES for packed in COMPRESSIONS), ".parquet", ".arrow")
-"""Ends of the names of data files that can be read."""
+"""Suffixes of data files that can be read."""
 EVALUATED = (
     "loss",
     "rewards/chosen",
@@ -138,14 +138,14 @@ EVALUATED = (
     "samples_per_second",
     "steps_per_second",
 )
-"""Metrics of an evaluation, without the eval_ or eval_NAME_ that they are reported with."""
+"""Metrics of an evaluation, without the prefix eval_ or eval_NAME_."""
 Split = Literal["train", "eval"]
 Exported = Literal["last", "best"]
-MOST = 10**12  # of anything that is counted; larger numbers overflow where they meet tensors
+MOST = 10**12  # limit of every count; larger numbers would overflow in tensors
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 NonNegative = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # torch takes 64 bits, and each rank adds its own number
-# Arguments of transformers' apply_chat_template that are no variables of a template, and are given here already.
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # torch allows 64 bits, and each rank adds its rank
+# Arguments of transformers' apply_chat_template that are set here already and are not template variables.
 TEMPLATE_CALL = (
     "conversation",
     "add_generation_prompt",
@@ -159,11 +159,11 @@ TEMPLATE_CALL = (
     "tokenizer_kwargs",
 )
 FREE: dict[str, Any] = {"resume": "free"}
-"""Marks a field that may change between a run and its resumption: it does not touch the numbers of the run."""
+"""Marks a field that may change on resume: it does not affect the results of the run."""
 
 
 class Block(BaseModel):
-    """A frozen group of settings that refuses unknown keys; the docstring under a field is its description."""
+    """Frozen group of settings without unknown keys; the docstring under a field is its description."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
@@ -171,80 +171,80 @@ class Block(BaseModel):
 
 
 class IdentitySpec(Block):
-    """Where the run lives and what it is called; the run directory is dir/name."""
+    """Name and folder of the run; the run directory is dir/name."""
 
     dir: str = Field("runs", json_schema_extra=FREE)
-    """Folder of run directories, on a file system that every node shares. Relative to where the command is given."""
+    """Folder of run directories, on a file system that every node shares. Relative to the current folder."""
     name: str
     """Name of the run: the same name resumes the same run. Letters, digits, dot, dash, underscore."""
     seed: Seed = 42
-    """Seed of the data order, of weights made on the spot and of dropout. An integer."""
+    """Seed of the data order, of random initial weights and of dropout. An integer."""
 
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value):  # neither .., .cache nor a flag
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value):  # excludes .., .cache and flags
             rule = "must be 1 to 200 letters, digits, '.', '-' and '_', and start with a letter, digit or '_'"
             raise PydanticCustomError("run_name", rule)  # pyright: ignore[reportArgumentType]
         return value
 
 
 class InitSpec(Block):
-    """A model and tokenizer made on the spot, for quickstarts and tests: random weights, nothing downloaded."""
+    """A small model with random weights and its tokenizer, for quickstarts and tests: nothing is downloaded."""
 
     model_type: str = "qwen2"
     """Architecture, a `model_type` of transformers."""
     config: dict[str, Any] = {}
     """Keyword arguments of that architecture's config (hidden_size, num_hidden_layers, ...)."""
     vocab_size: Positive = 1024
-    """Tokens in the byte-level BPE tokenizer, which is trained on data.train. At least 260."""
+    """Vocabulary size of the byte-level BPE tokenizer, which is trained on data.train. At least 260."""
 
 
 class LoraSpec(Block):
-    """Train an adapter of low rank beside a frozen base. Hu et al. 2021, arXiv 2106.09685."""
+    """A low-rank adapter on a frozen base. Hu et al. 2021, arXiv 2106.09685."""
 
     r: Positive | None = None
     """Rank of the two factors; 16 when not set."""
     alpha: float | None = Field(None, gt=0)
     """Numerator of the adapter's weight, alpha / r; twice r when not set."""
     target_modules: list[str] | None = None
-    """Names of the linear layers that get one (q_proj, v_proj, ...); every one but the head when not set."""
+    """Names of the linear layers to adapt (q_proj, v_proj, ...); all except the head when not set."""
     adapter_path: str | None = None
-    """Folder or hub name of an adapter to go on from, whose rank, alpha and layers are taken; the reference is then
+    """Folder or hub name of an adapter to continue training, with its rank, alpha and layers; the reference is then
     the model with this adapter as it was at the start."""
     base: Literal[Dtype, Quantized] | None = None
-    """How the frozen base is held: fp32, bf16, fp16 (in which it then computes, unless precision is of 16 bits), or by
-    bitsandbytes int8, nf4 (QLoRA: Dettmers et al. 2023, arXiv 2305.14314); as any policy, in fp32, when not set."""
+    """Type of the frozen base's weights: fp32, bf16, fp16 (it also computes in this type, unless precision is a 16-bit
+    type), or int8, nf4 of bitsandbytes (QLoRA: Dettmers et al. 2023, arXiv 2305.14314); fp32 when not set."""
 
 
 class ModelSpec(Block):
-    """The policy: where its weights and tokenizer come from, and which of them train."""
+    """The policy: source of its weights and tokenizer, and which weights train."""
 
     path: str | None = None
     """Folder or hub name of a causal LM of transformers."""
     init: InitSpec | None = None
-    """Instead of a path: a config made on the spot with random weights from run.seed."""
+    """Instead of a path: a config, with random weights from run.seed."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; the model's own when not set."""
     pad_token: str | None = None
-    """Token to pad with, from the tokenizer's vocabulary; needed only when the tokenizer has none."""
+    """Padding token, from the tokenizer's vocabulary; needed only when the tokenizer has none."""
     disable_dropout: bool = True
-    """Set every dropout of policy and reference to 0, as TRL does."""
+    """Set all dropout of policy and reference to 0, as in TRL."""
     attention: AttentionName = Field("auto", json_schema_extra=FREE)
-    """How a pair is laid out and attended to. Packed, the prompt computed once, nothing padded: cpu, varlen (GPUs
-    from Ampere on), sdpa (anywhere, slower); auto takes the one for the device. padded: two padded rows per pair, as
-    TRL does; auto takes it, and says why, for a model whose packed log-probs would not be exact."""
+    """Layout of a pair and its attention kernel. Packed (the prompt computed once, no padding): cpu, varlen (GPUs
+    from Ampere on), sdpa (any device, slower); auto selects the one for the device. padded: two padded rows per pair,
+    as in TRL; auto selects it, and prints why, for a model whose packed log-probs would not be exact."""
     num_frozen_layers: Positive | None = None
-    """Lowest layers that do not train, and with them the embeddings."""
+    """Number of lowest layers that are frozen, together with the embeddings."""
     tied_head: Literal["untie", "freeze"] = "untie"
-    """What becomes of an output head that is one with the embeddings when these are frozen (num_frozen_layers,
-    reference.num_shared_layers): untie gives it weights of its own, which train; freeze leaves it as it is."""
+    """What to do with an output head tied to the embeddings when these are frozen (num_frozen_layers,
+    reference.num_shared_layers): untie: its own, trainable weights; freeze: it stays tied and frozen."""
     lora: LoraSpec | None = None
     """Train an adapter instead of the weights; needs the extra `peft`."""
 
 
 class UserCodeSpec(Block):
-    """Code of a user's; module:attr alone is its path."""
+    """User code, as {path, kwargs}; a plain module:attr is its path."""
 
     path: str
     """A class, function or object as module:attr."""
@@ -258,11 +258,11 @@ class UserCodeSpec(Block):
 
 
 class SourceSpec(Block):
-    """A place that holds preference pairs."""
+    """A source of preference pairs."""
 
     path: str
-    """JSONL, JSON, CSV, TSV (also .gz, .bz2, .xz, .zst), Parquet or Arrow file, a folder saved by `datasets` or of such
-    files, or a hub name."""
+    """JSONL, JSON, CSV, TSV (also .gz, .bz2, .xz, .zst), Parquet or Arrow file, a folder of such files or saved by
+    `datasets`, or a hub name."""
     name: str | None = None
     """Configuration of a hub data set; its default when not set."""
     split: str | None = None
@@ -275,10 +275,10 @@ class SourceSpec(Block):
 
 
 class TrainingSetSpec(SourceSpec):
-    """A training set."""
+    """A training set: a source with a weight."""
 
     weight: float = Field(1.0, gt=0)
-    """How often its pairs are seen in an epoch: 2 is twice; 0.5 is one half of them, and in the next the other."""
+    """How often its pairs are seen per epoch: 2: twice; 0.5: one half of them, and the other half in the next epoch."""
 
 
 class DataSpec(Block):
@@ -288,45 +288,45 @@ class DataSpec(Block):
     """JSONL, JSON, CSV, Parquet or Arrow file, a folder saved by `datasets`, or a hub name (split train); {path, name,
     split} for another configuration or split; a list of these, with a weight each, for several sets."""
     eval: dict[str, SourceSpec] = {}
-    """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets, whose metrics begin
+    """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets, whose metrics start
     with eval_NAME_ instead of eval_; no evaluation when not set."""
     eval_fraction: float | None = Field(None, gt=0, lt=1)
-    """Instead of eval: the part of the training pairs that is held out and evaluated, chosen by run.seed; pairs of one
-    prompt stay together, so that no prompt is trained on and evaluated."""
+    """Instead of eval: the fraction of the training pairs that is held out for evaluation, chosen by run.seed; pairs
+    with the same prompt stay together, so no prompt is both trained on and evaluated."""
     weight_column: str | None = None
-    """Column of every row with the weight of its pair in loss and metrics, more than 0: a pair of weight 2 counts as
-    two such rows; 1 each when not set."""
+    """Column with the weight of each pair in loss and metrics, more than 0: a pair of weight 2 counts as two rows; 1
+    each when not set."""
     margin_column: str | None = None
-    """Column of every row with the margin by which its chosen completion is to win, in units of rewards (ODPO: Amini et
-    al. 2024, arXiv 2402.10571); none when not set."""
+    """Column with the margin by which the chosen reward should exceed the rejected one, in units of rewards (ODPO:
+    Amini et al. 2024, arXiv 2402.10571); none when not set."""
     ignore_columns: list[str] = []
-    """Columns to leave unread although they look like a part of the prompt (system, history, images, ...), which is an
-    error otherwise."""
+    """Columns to ignore although they look like part of the prompt (system, history, images, ...), which is an error
+    otherwise."""
     collator: UserCodeSpec | None = None
-    """A user's collator of rows into TRL's input_ids, attention_mask and completion_mask, as module:attr or {path,
-    kwargs}; trl.trainer.dpo_trainer:DataCollatorForPreference is one. A constructor that takes pad_token_id gets the
-    tokenizer's, unless kwargs have it; a parameter `context` of the call receives a CollateContext."""
+    """A user's collator from rows to TRL's input_ids, attention_mask and completion_mask, as module:attr or {path,
+    kwargs}, for example trl.trainer.dpo_trainer:DataCollatorForPreference. A constructor parameter pad_token_id
+    receives the tokenizer's, unless kwargs set it; a parameter `context` of the call receives a CollateContext."""
     max_length: Positive | None = 1024
     """Tokens of prompt plus one completion; longer ones are truncated. No limit when null."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a too long sequence stays; keep_start drops pairs whose prompt alone fills max_length. keep_end is
-    the collator's work, also of a user's: one that does not truncate feeds whole sequences."""
+    """Which end of a sequence longer than max_length is kept; keep_start drops pairs whose prompt fills max_length.
+    keep_end is applied by the collator: a user's collator must truncate by itself."""
     max_prompt_length: Positive | None = None
-    """Tokens of a prompt, of which the last ones stay; cut before max_length acts. No limit when not set."""
+    """Maximum tokens of a prompt, of which the last are kept; applied before max_length. No limit when not set."""
     max_completion_length: Positive | None = None
-    """Tokens of a completion, of which the first ones stay; cut before max_length acts. No limit when not set."""
+    """Maximum tokens of a completion, of which the first are kept; applied before max_length. No limit when not set."""
     system_prompt: str | None = Field(None, min_length=1)
-    """Content of a system message that is put before every conversation without one."""
+    """Content of a system message that is added to every conversation without one."""
     chat_template: str | None = None
-    """Jinja template of conversations, by its file or as it stands, instead of the tokenizer's; exported with it."""
+    """Jinja chat template, as a file or as text, instead of the tokenizer's; exported with the model."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Variables of the chat template for every conversation, for example {enable_thinking: false}; what a row has in
-    its own chat_template_kwargs, and its tools, win."""
+    """Variables of the chat template for every conversation, for example {enable_thinking: false}; a row's own
+    chat_template_kwargs and tools take precedence."""
     on_bad_row: Literal["error", "drop"] | None = None
     """What to do with every unusable row. Not set: a row of the wrong shape is an error; ties, empty completions and
     over-long prompts are dropped and counted."""
     num_proc: Positive | None = Field(None, json_schema_extra=FREE)
-    """Processes that tokenise; as many as cores, 16 at most, when not set."""
+    """Processes that tokenise; one per core, 16 at most, when not set."""
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """Folder of tokenised data, shared by every node; run.dir/.cache when not set."""
 
@@ -348,7 +348,7 @@ class DataSpec(Block):
         if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
             return {"": value}
         if not value or not isinstance(value, dict):
-            raise PydanticCustomError("sets", "must be one source, or one for each name")
+            raise PydanticCustomError("sets", "must be one source, or {NAME: source}")
         return {str(name): source for name, source in value.items()}  # YAML reads a bare 2024 as a number
 
     @field_serializer("eval")
@@ -358,12 +358,12 @@ class DataSpec(Block):
 
     @property
     def eval_sets(self) -> list[str]:
-        """Names of the evaluation sets; that of a single one is empty."""
+        """Return the names of the evaluation sets; the name of a single set is empty."""
         return list(self.eval) if self.eval_fraction is None else [""]
 
     def sources(self, split: Split, name: str | None = None) -> dict[str, SourceSpec]:
-        """The sources of a split by their settings: data.train, or data.train.0 and on, where there are several;
-        data.eval, or data.eval.NAME. name: of the only evaluation set that is wanted."""
+        """Return the sources of a split by their settings: data.train, or data.train.0, ... if there are several;
+        data.eval, or data.eval.NAME. name: return only this evaluation set."""
         if split == "train":
             several = len(self.train) > 1
             return {f"data.train.{place}" if several else "data.train": each for place, each in enumerate(self.train)}
@@ -372,32 +372,32 @@ class DataSpec(Block):
 
     @staticmethod
     def eval_key(name: str) -> str:
-        """The setting of the evaluation set with that name."""
+        """Return the setting of the evaluation set with that name."""
         return f"data.eval.{name}" if name else "data.eval"
 
     @property
     def keep_last(self) -> int | None:
-        """Tokens at the end of a sequence that the collator keeps; None where tokenising has truncated already."""
+        """Return how many tokens the collator keeps at the end of a sequence; None if tokenising already truncated."""
         return self.max_length if self.truncation == "keep_end" else None
 
 
 def jinja_template(given: str) -> str:
-    """The text that data.chat_template stands for: itself, or what is in the file, or the tokenizer's folder, it names.
+    """Return the template text for data.chat_template: the text itself, or that of a file or tokenizer folder.
 
     Raises:
-        UserError: there is no such file, or it is no template.
+        UserError: there is no such file, or it is not a template.
     """
     if "{{" in given or "{%" in given:
         return given
     path = Path(given).expanduser()
-    cure = "give a file such as my-template.jinja, a tokenizer's folder, or the template itself"
+    cure = "use a file such as my-template.jinja, a tokenizer's folder, or the template text"
     try:
         found = (path / "chat_template.jinja" if path.is_dir() else path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         rule = f"cannot be read ({getattr(error, 'strerror', 'it is not UTF-8 text')})"
         raise UserError("data.chat_template", given, rule, cure) from None
     if "{{" not in found and "{%" not in found:
-        raise UserError("data.chat_template", given, "is no Jinja template: it has neither {{ nor {%", cure)
+        raise UserError("data.chat_template", given, "is not a Jinja template: it has neither {{ nor {%", cure)
     return found
 
 
@@ -405,34 +405,33 @@ class DpoSpec(Block):
     """The loss. Names and defaults are TRL's."""
 
     loss_type: str | list[str] = "sigmoid"
-    """Loss, or list of losses that are added: sigmoid is DPO (Rafailov et al. 2023, eq. 7), [sigmoid, sft] RPO. The
-    functions of these names in orchestrator/dpo/losses.py have their papers and equations. One of your own as
-    module:attr: a function (terms: PairTerms, dpo: DpoSpec) -> [B] of that file's types."""
+    """Loss, or list of losses to add: sigmoid is DPO (Rafailov et al. 2023, eq. 7), [sigmoid, sft] is RPO. The
+    functions with these names in orchestrator/dpo/losses.py cite papers and equations. Your own loss as module:attr: a
+    function (terms: PairTerms, dpo: DpoSpec) -> [B], with the types of that file."""
     loss_weights: list[float] | None = None
     """Factor of each loss, in the order of loss_type; 1 each when not set. Dimensionless."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference: reward = beta * log(policy / reference). Dimensionless."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """robust, aot, aot_unpaired, cdpo, simpo: the probability that a pair's label is wrong; exo_pair: the part of the
-    label that goes to the rejected completion, more than 0."""
+    """robust, aot, aot_unpaired, cdpo, simpo: probability that a pair's label is wrong; exo_pair: fraction of the
+    label on the rejected completion, more than 0."""
     f_divergence_type: FDivergence = "reverse_kl"
-    """Divergence that keeps the policy near its reference (f-DPO: Wang et al. 2023, arXiv 2309.16240), for the losses
-    over the difference of a pair's scores."""
+    """Divergence between policy and reference (f-DPO: Wang et al. 2023, arXiv 2309.16240), for losses over the
+    difference of a pair's scores."""
     f_alpha_divergence_coef: float = 0.5
     """Alpha of alpha_divergence; 1 is reverse_kl. Dimensionless."""
     ld_alpha: float | None = Field(None, ge=0, le=1)
-    """Weight of the tokens of a completion beyond as many as the other one of its pair has, in the log-probs of policy
+    """Weight of the tokens of the longer completion beyond the length of the shorter one, in the log-probs of policy
     and reference (LD-DPO: Liu et al. 2024, arXiv 2409.06411); 1 when not set."""
     use_weighting: bool = False
-    """Multiply the loss of a pair by how likely the policy itself would write it (WPO: Zhou et al. 2024, arXiv
-    2406.11827)."""
+    """Weight the loss of a pair by its probability under the policy (WPO: Zhou et al. 2024, arXiv 2406.11827)."""
     discopop_tau: float = Field(0.05, gt=0)
     """Temperature of the modulation in discopop. Dimensionless."""
     router_aux_loss_coef: float | None = None
-    """0: train a mixture of experts without its load-balancing loss, which is not computed here; a model whose config
-    weighs it is refused when this is not set."""
+    """0: train a mixture of experts without its load-balancing loss, which is not supported; if not set, a model whose
+    config has a coefficient for it is an error."""
     simpo_gamma: float = Field(0.5, ge=0)
-    """Margin that simpo wants, in units of its reward: beta times log-prob per token."""
+    """Target margin of simpo, in units of its reward: beta times log-prob per token."""
 
     @field_validator("loss_type", mode="before")
     @classmethod
@@ -441,46 +440,46 @@ class DpoSpec(Block):
         own = [name for name in names if isinstance(name, str) and ":" in name]
         if not names or any(name not in (*get_args(LossType), *own) for name in names):
             raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, get_args(LossType)))})
-        return names[0] if len(names) == 1 else names  # a list of one is that one: it resumes a run that named it
+        return names[0] if len(names) == 1 else names  # a list of one equals its entry, also on resume
 
     @property
     def loss_types(self) -> list[str]:
-        """The losses, also where there is one."""
+        """Return the losses as a list."""
         return self.loss_type if isinstance(self.loss_type, list) else [self.loss_type]
 
     @property
     def own_losses(self) -> list[str]:
-        """Those that are a user's, as module:attr: each may read any setting of this block."""
+        """Return the user's own losses, as module:attr; they may read any setting of this block."""
         return [name for name in self.loss_types if ":" in name]
 
     @property
     def sees_batch(self) -> bool:
-        """Whether one of them looks at the whole global batch."""
+        """Return whether a loss needs the whole global batch."""
         return not set(OF_BATCH).isdisjoint(self.loss_types)
 
     @property
     def weights(self) -> list[float]:
-        """The factor of each of them."""
+        """Return the factor of each loss."""
         return self.loss_weights or [1.0] * len(self.loss_types)
 
 
 class BatchSpec(Block):
-    """How many pairs make a step. grad_accum is derived."""
+    """Pairs per optimizer step and per forward pass; gradient accumulation is derived."""
 
     global_batch_size: Positive = 32
     """Pairs per optimizer step, over all ranks."""
     micro_batch_size: Positive | None = Field(None, json_schema_extra=FREE)
-    """Pairs per forward pass on one rank, fewer where a CPU is faster so. Exactly one of this and the next."""
+    """Pairs per forward pass on one rank, fewer if that is faster on a CPU. Set exactly one of this and the next."""
     max_tokens_per_microbatch: Positive | None = Field(None, json_schema_extra=FREE)
-    """Tokens per forward pass on one rank as they are laid out: packed, prompt and both completions; padded, with the
-    padding. A longer single pair still gets its pass."""
+    """Maximum tokens per forward pass on one rank: packed: prompt and both completions; padded: including padding. A
+    longer single pair gets a pass of its own."""
 
     def pairs_per_rank(self, ranks: int) -> int:
-        """Pairs of a step that the busiest of so many ranks has."""
+        """Return the most pairs that one of so many ranks has in a step."""
         return -(-self.global_batch_size // ranks)
 
     def grad_accum(self, ranks: int) -> int | None:
-        """Forward passes in a step on that rank; None where tokens say how many."""
+        """Return the forward passes per step on that rank; None if max_tokens_per_microbatch decides."""
         return -(-self.pairs_per_rank(ranks) // self.micro_batch_size) if self.micro_batch_size else None
 
 
@@ -488,43 +487,43 @@ class OptimizerSpec(Block):
     """The optimizer; its state is sharded over the ranks."""
 
     name: str = "torch.optim.AdamW"
-    """Dotted name. Under every engine the elementwise ones of torch.optim (AdamW, SGD, ...), whose state any engine and
-    number of ranks resume; under ddp torch.optim.Muon and Adafactor, and those of bitsandbytes.optim (AdamW8bit,
-    PagedAdamW32bit, ...); under deepspeed FusedAdam and DeepSpeedCPUAdam of deepspeed.ops.adam; under ddp with
-    engine.shard_optimizer=false your own, as module:attr."""
+    """Dotted name. With every engine: the elementwise optimizers of torch.optim (AdamW, SGD, ...), whose state resumes
+    with any engine and number of ranks. With ddp: torch.optim.Muon and Adafactor, and those of bitsandbytes.optim
+    (AdamW8bit, PagedAdamW32bit, ...). With deepspeed: FusedAdam and DeepSpeedCPUAdam of deepspeed.ops.adam. With ddp
+    and engine.shard_optimizer=false: your own, as module:attr."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decay of matrices per unit of learning rate; norms and biases are never decayed."""
+    """Weight decay of matrices, multiplied by the learning rate; norms and biases are never decayed."""
     kwargs: dict[str, Any] = {}
     """Further keyword arguments of the optimizer, for example {momentum: 0.9}."""
 
 
 class SchedulerSpec(Block):
-    """The learning rate over optimizer steps actually taken."""
+    """The learning rate as a function of the optimizer steps actually taken."""
 
     name: str = "linear"
-    """linear, cosine, constant, cosine_with_min_lr, wsd (warmup_stable_decay) or another name of transformers', or a
-    scheduler of torch by its dotted name (torch.optim.lr_scheduler.StepLR)."""
+    """linear, cosine, constant, cosine_with_min_lr, wsd (warmup_stable_decay) or another schedule of transformers, or
+    the dotted name of a torch scheduler (torch.optim.lr_scheduler.StepLR)."""
     warmup_steps: NonNegative = 0
-    """Optimizer steps of linear warm-up, before the schedules of transformers."""
+    """Optimizer steps of linear warm-up, for the schedules of transformers."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The same as a part of all steps, rounded up."""
+    """Warm-up as a fraction of all steps, rounded up."""
     kwargs: dict[str, Any] = {}
     """Keyword arguments of the schedule: {min_lr_rate: 0.1}, {num_decay_steps: 100}, {step_size: 30, gamma: 0.1}."""
 
     def warmup(self, total_steps: int) -> int:
-        """Optimizer steps of warm-up in a run of that many."""
+        """Return the warm-up steps in a run of `total_steps`."""
         return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * total_steps)
 
 
 class TrainingSpec(Block):
-    """How long to train, and how a step is taken."""
+    """Length of training, and options of a step."""
 
     max_steps: Positive | None = None
-    """Optimizer steps after which training ends, if its epochs have not ended before."""
+    """Maximum optimizer steps; training ends earlier if its epochs end."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training pairs after which training ends; 1 when neither this nor max_steps is set."""
+    """Passes over the training pairs; 1 when neither this nor max_steps is set."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: float | None = Field(1.0, gt=0)
@@ -532,35 +531,35 @@ class TrainingSpec(Block):
     logging_steps: Positive = Field(10, json_schema_extra=FREE)
     """Optimizer steps between two logged lines."""
     token_metrics: bool = Field(True, json_schema_extra=FREE)
-    """Also report what the head says of each token: entropy, logits/chosen, logits/rejected, mean_token_accuracy."""
+    """Also report metrics of the output head: entropy, logits/chosen, logits/rejected, mean_token_accuracy."""
     pair_ledger: bool = Field(True, json_schema_extra=FREE)
-    """Keep what each step saw of each pair in RUN_DIR/pairs.parquet, about 50 bytes a pair and step, for
+    """Record the results of every pair in every step in RUN_DIR/pairs.parquet, about 50 bytes per pair and step, for
     `orchestrator pairs`."""
 
 
 class EngineSpec(Block):
-    """Who owns gradients and optimizer state. Changes speed and memory and, in fp32, nothing else."""
+    """How gradients and optimizer state are sharded; in fp32 it affects only speed and memory."""
 
     kind: EngineKind = Field("ddp", json_schema_extra=FREE)
-    """ddp: whole weights on every rank, the optimizer's state sharded. deepspeed: ZeRO, of engine.zero_stage. fsdp:
-    weights, gradients and state sharded by torch's fully_shard (FSDP2)."""
+    """ddp: whole weights on every rank, optimizer state sharded. deepspeed: ZeRO at engine.zero_stage. fsdp: weights,
+    gradients and optimizer state sharded by torch's fully_shard (FSDP2)."""
     zero_stage: ZeroStage | None = Field(None, json_schema_extra=FREE)
-    """What DeepSpeed shards: 1 the optimizer's state, 2 gradients too, 3 weights too. 2 when neither this nor
-    engine.deepspeed_config says. Rajbhandari et al. 2019, arXiv 1910.02054."""
+    """What DeepSpeed shards: 1: optimizer state, 2: gradients too, 3: weights too. 2 when neither this nor
+    engine.deepspeed_config sets it. Rajbhandari et al. 2019, arXiv 1910.02054."""
     deepspeed_config: dict[str, Any] | None = Field(None, json_schema_extra=FREE)
-    """A DeepSpeed JSON, by its path, or what would stand in one; "auto" in it is filled from the settings, and what
-    contradicts them is refused."""
+    """A DeepSpeed config, as the path of a JSON or as its content; "auto" is filled from the settings, and a
+    contradiction with them is an error."""
     shard_optimizer: bool = Field(True, json_schema_extra=FREE)
-    """ddp: deal the optimizer's state over the ranks (ZeroRedundancyOptimizer), a parameter to one rank."""
+    """ddp: shard the optimizer state (ZeroRedundancyOptimizer): each parameter's state is on one rank."""
     offload: EngineOffload = Field("none", json_schema_extra=FREE)
-    """What lies in the host's memory. optimizer: its state and the weights that it updates (deepspeed); parameters:
-    all weights between their uses as well (deepspeed at stage 3; fsdp)."""
+    """What to keep in host memory. optimizer: its state and the weights that it updates (deepspeed); parameters: also
+    all weights while they are not used (deepspeed at stage 3; fsdp)."""
     reshard_after_forward: bool = Field(True, json_schema_extra=FREE)
-    """fsdp: drop a layer's gathered weights after its forward pass, and gather them again for the backward one."""
+    """fsdp: free a layer's gathered weights after its forward pass, and gather them again for the backward pass."""
     bucket_size: Positive | None = Field(None, json_schema_extra=FREE)
-    """Elements of gradient that travel together (deepspeed, ddp); their own choice when not set."""
+    """Gradient elements per communication bucket (deepspeed, ddp); the engine's default when not set."""
     overlap_comm: bool | None = Field(None, json_schema_extra=FREE)
-    """deepspeed: reduce gradients while the backward pass goes on; its own choice when not set."""
+    """deepspeed: reduce gradients during the backward pass; DeepSpeed's default when not set."""
 
     @field_validator("deepspeed_config", mode="before")
     @classmethod
@@ -569,167 +568,167 @@ class EngineSpec(Block):
 
     @property
     def stage(self) -> ZeroStage:
-        """The ZeRO stage that deepspeed runs."""
+        """Return the ZeRO stage that deepspeed runs."""
         zero = (self.deepspeed_config or {}).get("zero_optimization")
         in_file = zero.get("stage") if isinstance(zero, dict) else None
         return self.zero_stage or next((stage for stage in get_args(ZeroStage) if stage == in_file), 2)
 
     @property
     def shards_weights(self) -> bool:
-        """Whether a rank holds only a part of each weight between forward passes."""
+        """Return whether a rank holds only a shard of each weight between forward passes."""
         return self.kind == "fsdp" or (self.kind == "deepspeed" and self.stage == 3)
 
 
 def deepspeed_json(given: str | dict[str, Any] | None) -> dict[str, Any]:
-    """What engine.deepspeed_config stands for, or the file that it names; nothing where it is not set.
+    """Return the content of engine.deepspeed_config, read from its file if it is a path; empty if it is not set.
 
     Raises:
-        UserError: there is no such file, or it is no JSON object.
+        UserError: there is no such file, or it is not a JSON object.
     """
     if not isinstance(given, str):
         return given or {}
-    path, cure = given, "give a DeepSpeed JSON, for example configs/deepspeed/zero2.json"
+    path, cure = given, "use a DeepSpeed JSON, for example configs/deepspeed/zero2.json"
     try:
         found = json.loads(Path(path).expanduser().read_text())
     except OSError as error:
         rule = f"cannot be read ({error.strerror})"
         raise UserError("engine.deepspeed_config", path, rule, cure) from None
     except ValueError as error:
-        raise UserError("engine.deepspeed_config", path, f"is no JSON: {error}", cure) from None
+        raise UserError("engine.deepspeed_config", path, f"is not valid JSON: {error}", cure) from None
     if not isinstance(found, dict):
-        raise UserError("engine.deepspeed_config", path, "is no JSON object", cure)
+        raise UserError("engine.deepspeed_config", path, "is not a JSON object", cure)
     return found
 
 
 class ReferenceSpec(Block):
-    """The frozen model that the policy is measured against, held by each rank for itself."""
+    """The frozen reference model; each rank holds its own copy unless it is sharded."""
 
     kind: ReferenceKind = "copy"
-    """copy: a frozen copy of the policy's start, or of another model. shared_layers: the policy's lowest layers are
+    """copy: a frozen copy of the initial policy, or of another model. shared_layers: the policy's lowest layers are
     frozen, and stored and computed once for both. int8, nf4: a copy quantised by bitsandbytes, whose error is measured
-    at the start. adapter_off: the policy without its LoRA adapter, or with the one it started from. precomputed: every
-    log-prob is made before the first step, by the policy as it starts or by the model at path, and no reference stays
+    at the start. adapter_off: the policy without its LoRA adapter, or with the one it started from. precomputed: all
+    log-probs are computed before the first step, by the initial policy or by the model at path, and no reference stays
     in memory."""
     path: str | None = None
-    """Folder or hub name of the reference; the policy's start when not set."""
+    """Folder or hub name of the reference; the initial policy when not set."""
     num_shared_layers: Positive | None = None
-    """Layers of kind shared_layers, counted from the embeddings, which are shared as well."""
+    """Layers of kind shared_layers, counted from the embeddings, which are also shared."""
     dtype: Dtype | None = None
     """Type of a copy's weights; the policy's when not set."""
     sharded: bool = Field(False, json_schema_extra=FREE)
-    """Shard the weights of a copy, or the own layers of kind shared_layers, with the policy's, where the engine shards
-    weights (deepspeed at stage 3, fsdp); otherwise each rank holds them whole."""
+    """Shard the weights of a copy, or the reference's own layers of kind shared_layers, with the policy's, if the
+    engine shards weights (deepspeed at stage 3, fsdp); otherwise each rank holds them whole."""
     offload: bool = Field(False, json_schema_extra=FREE)
-    """Keep a copy's weights in the host's memory, and bring each layer to the device when it runs (accelerate)."""
+    """Keep a copy's weights in host memory, and move each layer to the device when it runs (accelerate)."""
     max_reward_error: float | None = Field(None, gt=0)
-    """Refuse a reference of int8, nf4 or a dtype of its own that changes a pair's reward margin by more than this at
-    the start. Dimensionless, as rewards are: beta times nats."""
+    """Stop if a reference with int8, nf4 or its own dtype changes a pair's reward margin by more than this at the
+    start. Dimensionless, as rewards are: beta times nats."""
     cache: CacheMode = Field("lazy", json_schema_extra=FREE)
-    """Log-probs of the reference kept on disk, by content, and shared by every run that asks the same reference about
-    the same tokens. lazy: as training meets a pair, so that the second epoch costs nothing; full: all of them before
-    the first step; off: the reference runs every time, as it does with data.collator and with sync_every, and where
-    it is lazy for the pairs of training sets with weights."""
+    """Cache of reference log-probs on disk, keyed by content and shared by all runs with the same reference and
+    tokens. lazy: filled as training sees each pair, so the second epoch needs no reference; full: filled before the
+    first step; off: the reference runs every time. data.collator and sync_every switch it off; lazy does not cache
+    the pairs of training sets with weights."""
     sync_every: Positive | None = None
-    """Optimizer steps after which the reference moves towards the policy (TR-DPO: Gorbatovski et al. 2024, arXiv
+    """Optimizer steps between updates of the reference towards the policy (TR-DPO: Gorbatovski et al. 2024, arXiv
     2404.09656); never when not set."""
     sync_alpha: float = Field(0.6, gt=0, le=1)
-    """How far: reference = sync_alpha * policy + (1 - sync_alpha) * reference."""
+    """Size of an update: reference = sync_alpha * policy + (1 - sync_alpha) * reference."""
 
     @property
     def is_approximate(self) -> bool:
-        """Whether it computes otherwise than the model that it stands for."""
+        """Return whether the reference only approximates the model that it stands for."""
         return self.kind in get_args(Quantized) or self.dtype is not None
 
     @field_validator("cache", mode="before")
     @classmethod
     def _off_is_no_boolean(cls, value: Any) -> Any:
-        return "off" if value is False else value  # how YAML reads a bare off
+        return "off" if value is False else value  # YAML reads a bare off as False
 
 
 class EarlyStoppingSpec(Block):
-    """When evaluations that get no better end the training (transformers' EarlyStoppingCallback)."""
+    """Early stopping when evaluations no longer improve (transformers' EarlyStoppingCallback)."""
 
     patience: Positive
-    """Evaluations in a row without a better evaluation.metric_for_best after which training ends."""
+    """Consecutive evaluations without a better evaluation.metric_for_best after which training ends."""
     min_delta: float = Field(0.0, ge=0)
-    """Better by no more than this is not better. In the units of the metric."""
+    """Minimum improvement: it must exceed this. In the units of the metric."""
 
 
 class EvaluationSpec(Block):
-    """Evaluation on data.eval: before the first step, as often as is said here, and after the last."""
+    """Evaluation on data.eval: before the first step, at intervals, and after the last step."""
 
     every_steps: Positive | None = Field(None, json_schema_extra=FREE)
-    """Optimizer steps between evaluations; none for their number when not set."""
+    """Optimizer steps between evaluations; no evaluation by steps when not set."""
     every_epoch: bool = Field(False, json_schema_extra=FREE)
     """Evaluate at the end of every epoch."""
     at_start: bool = Field(True, json_schema_extra=FREE)
     """Evaluate before the first step."""
     metric_for_best: str | None = None
-    """Metric that decides which step was best (and early stopping), for example loss or rewards/accuracies; of several
-    evaluation sets it names one, as NAME_loss. A step that is the best so far is saved, and its checkpoint kept;
-    that before the first step never is."""
+    """Metric that decides which step was best (and early stopping), for example loss or rewards/accuracies; with
+    several evaluation sets NAME_loss. The best step so far is saved and its checkpoint kept, except before the first
+    step."""
     greater_is_better: bool | None = None
-    """Direction of metric_for_best; when not set, false for names that end in loss and true otherwise."""
+    """Direction of metric_for_best; when not set, false for names that end with loss and true otherwise."""
     compute_metrics: str | None = Field(None, json_schema_extra=FREE)
-    """A user's function as module:attr, EvalPrediction -> {name: number}: metrics besides ours, with eval_ before their
-    names. Rank zero hands it the Predictions of orchestrator/training/compute_metrics.py; the other ranks wait for it,
-    cluster.collective_timeout_s at most."""
+    """A user's function as module:attr, EvalPrediction -> {name: number}: additional metrics, reported with the prefix
+    eval_. Rank zero passes it the Predictions of orchestrator/training/compute_metrics.py; the other ranks wait for at
+    most cluster.collective_timeout_s."""
     logits: bool = Field(False, json_schema_extra=FREE)
-    """Hand over what TRL does: logits and input_ids of padded sequences, for which the policy runs once more."""
+    """Pass what TRL passes: logits and input_ids of padded sequences, for which the policy runs once more."""
     batch_eval_metrics: bool = Field(False, json_schema_extra=FREE)
-    """Hand over a batch at a time, as tensors, with compute_result=True at the last, whose answer counts."""
+    """Pass one batch at a time, as tensors; the last call has compute_result=True, and its result is used."""
     batch_size: Positive | None = Field(None, json_schema_extra=FREE)
-    """Pairs in a batch of logits or of batch_eval_metrics; batch.micro_batch_size when not set, else 1."""
+    """Pairs per batch of logits or batch_eval_metrics; batch.micro_batch_size when not set, else 1."""
     samples: NonNegative = Field(0, json_schema_extra=FREE)
-    """Prompts of the first evaluation set that rank zero answers at the end of the run, by the model before and after
-    training, each whole on one device: greedily, 64 tokens at most."""
+    """Prompts of the first evaluation set for which rank zero generates answers at the end of the run, with the model
+    before and after training, each whole on one device: greedily, 64 tokens at most."""
     early_stopping: EarlyStoppingSpec | None = Field(None, json_schema_extra=FREE)
-    """End training early; not when not set."""
+    """Early stopping; none when not set."""
 
     @property
     def best_metric(self) -> str | None:
-        """metric_for_best as evaluations report it."""
+        """Return metric_for_best as evaluations report it."""
         return None if self.metric_for_best is None else f"eval_{self.metric_for_best.removeprefix('eval_')}"
 
 
 class CheckpointSpec(Block):
-    """What survives a crash."""
+    """Checkpoints and the exported model."""
 
     every_steps: Positive | None = Field(None, json_schema_extra=FREE)
     """Optimizer steps between checkpoints; only at the end when not set."""
     keep: Positive = Field(2, json_schema_extra=FREE)
-    """Newest checkpoints that stay on disk; the best by evaluation.metric_for_best stays as well."""
+    """Number of newest checkpoints to keep on disk; the best by evaluation.metric_for_best is also kept."""
     export: Exported = Field("last", json_schema_extra=FREE)
     """Which checkpoint becomes RUN_DIR/model: the last, or the best by evaluation.metric_for_best."""
     async_save: bool = Field(False, json_schema_extra=FREE)
-    """Copy the state to the host's memory and write it in the background, while training goes on."""
+    """Copy the state to host memory and write it in the background, while training continues."""
 
 
 class ClusterSpec(Block):
-    """What the driver asks of Ray."""
+    """Workers, resources and fault tolerance under Ray."""
 
     num_workers: int | list[int] = Field(1, json_schema_extra=FREE)
-    """Ranks: one worker each. [fewest, most]: as many as there is room for when the run starts or goes on; where room
-    comes (in a cluster that is joined, placed PACK or SPREAD), the run is saved and goes on with more."""
+    """Number of ranks, one worker each. [fewest, most]: as many as fit when the run starts or resumes; when room is
+    added (in an existing cluster, placed PACK or SPREAD), the run saves and resumes with more."""
     resources: dict[str, Annotated[float, Field(ge=0)]] = Field({}, json_schema_extra=FREE)
-    """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU where there is any, else one CPU."""
+    """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU if there is any, else one CPU."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", json_schema_extra=FREE)
     """Ray's placement strategy for the workers."""
     storage_path: str | None = Field(None, json_schema_extra=FREE)
-    """Folder for Ray Train's own records; RUN_DIR/logs/ray when not set. Checkpoints never go there."""
+    """Folder for Ray Train's own records; RUN_DIR/logs/ray when not set. It never contains checkpoints."""
     max_failures: NonNegative = Field(3, json_schema_extra=FREE)
-    """Deaths of workers since the last new checkpoint that are survived by resuming."""
+    """Failures of workers after which the run resumes, counted since the last new checkpoint."""
     auth: Literal["token", "disabled"] = Field("token", json_schema_extra=FREE)
-    """Authentication of a Ray that we start ourselves (RAY_AUTH_MODE); a Ray we join has its own."""
+    """Authentication of a Ray cluster that the run starts (RAY_AUTH_MODE); an existing cluster has its own."""
     collective_timeout_s: Positive = Field(600, json_schema_extra=FREE)
-    """Seconds that a rank waits for the others in a collective before the run is given up and resumed."""
+    """Seconds that a rank waits for the others in a collective before the attempt is aborted and resumed."""
     preflight: bool = Field(True, json_schema_extra=FREE)
-    """Look at every node first, as `orchestrator doctor` does, and refuse to train where something is wrong."""
+    """Check every node first, as `orchestrator doctor` does, and do not train if a check fails."""
     network_interface: str | None = Field(None, json_schema_extra=FREE)
-    """Interface over which ranks meet, for example ib0; when not set, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME of each
-    node say, else the one by which it reaches the cluster's head."""
+    """Network interface for collectives, for example ib0; when not set, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME of
+    each node, else the interface through which the node reaches the cluster's head."""
     replacement_wait_s: NonNegative = Field(600, json_schema_extra=FREE)
-    """Seconds that a run which has lost a node waits for another, where what is left cannot hold its workers."""
+    """Seconds to wait for a replacement after a node is lost, if the remaining nodes cannot hold the workers."""
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -742,33 +741,33 @@ class ClusterSpec(Block):
 
     @property
     def min_workers(self) -> int:
-        """Fewest workers that the run goes on with."""
+        """Return the fewest workers with which the run continues."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
-        """Most workers that the run takes."""
+        """Return the most workers that the run uses."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class SlurmSpec(Block):
-    """What `orchestrator submit --to slurm` asks of sbatch; nodes, GPUs and CPUs of a node follow from `cluster`."""
+    """Options of `orchestrator submit --to slurm`; nodes, and GPUs and CPUs per node, follow from `cluster`."""
 
     workers_per_node: Positive | None = Field(None, json_schema_extra=FREE)
-    """Workers on each node; follows where there is one worker, or cluster.placement is STRICT_PACK or STRICT_SPREAD."""
+    """Workers per node; not needed with one worker, or with cluster.placement STRICT_PACK or STRICT_SPREAD."""
     time: str | None = Field(None, json_schema_extra=FREE)
-    """Limit of a start, after which the job is requeued: D-HH:MM:SS, HH:MM:SS or MM:SS, or a number of seconds, as
-    YAML reads 24:00:00. The partition's own when not set."""
+    """Time limit of a start, after which the job is requeued: D-HH:MM:SS, HH:MM:SS or MM:SS, or a number of seconds
+    (YAML reads 24:00:00 as one). The partition's limit when not set."""
     signal_s: Annotated[int, Field(ge=1, le=65535)] = Field(300, json_schema_extra=FREE)
-    """Seconds before that limit at which the run is asked to save; Slurm may ask up to a minute sooner."""
+    """Seconds before the time limit at which the run is signalled to save; Slurm may signal up to a minute earlier."""
     partition: str | None = Field(None, json_schema_extra=FREE)
     """Partition; the cluster's default when not set."""
     account: str | None = Field(None, json_schema_extra=FREE)
-    """Account that is charged; your own default when not set."""
+    """Account to charge; your default when not set."""
     qos: str | None = Field(None, json_schema_extra=FREE)
     """Quality of service; the default when not set."""
     args: list[str] = Field([], json_schema_extra=FREE)
-    """Further flags of sbatch, for example [--mem=0, --exclusive]; they win over ours."""
+    """Further flags of sbatch, for example [--mem=0, --exclusive]; they override the generated ones."""
 
     @field_validator("time", mode="before")
     @classmethod
@@ -781,7 +780,7 @@ class SlurmSpec(Block):
 
     @property
     def time_s(self) -> int | None:
-        """The limit in seconds."""
+        """Return the time limit in seconds."""
         if self.time is None:
             return None
         days, dash, rest = self.time.rpartition("-")
@@ -794,21 +793,21 @@ class WandbSpec(Block):
     """Weights & Biases."""
 
     project: str = Field("dpo-orchestrator", json_schema_extra=FREE)
-    """Project the run appears in."""
+    """W&B project of the run."""
     group: str | None = Field(None, json_schema_extra=FREE)
     """Group within the project."""
     mode: Literal["auto", "online", "offline", "disabled"] = Field("auto", json_schema_extra=FREE)
-    """auto: online where a key is found, else offline files in RUN_DIR/wandb."""
+    """auto: online if a key is found, else offline files in RUN_DIR/wandb."""
     key_file: str | None = Field(None, json_schema_extra=FREE)
-    """File that holds the API key and that others cannot read (chmod 600), where rank zero runs; when not set, W&B
-    looks for a key in WANDB_API_KEY and in ~/.netrc."""
+    """File with the API key, readable only by you (chmod 600), on the node of rank zero; when not set, W&B looks for a
+    key in WANDB_API_KEY and in ~/.netrc."""
 
 
 class RunSpec(Block):
-    """One run, whole. The rules between its settings stand in rules.py."""
+    """All settings of a run. The rules between them are in rules.py."""
 
     run: IdentitySpec
-    """Where the run lives and what it is called."""
+    """Name and folder of the run."""
     model: ModelSpec
     """The policy."""
     data: DataSpec
@@ -820,56 +819,56 @@ class RunSpec(Block):
     optimizer: OptimizerSpec = OptimizerSpec()  # pyright: ignore[reportCallIssue]
     """The optimizer."""
     scheduler: SchedulerSpec = SchedulerSpec()
-    """The learning rate over time."""
+    """Learning-rate schedule."""
     training: TrainingSpec = TrainingSpec()  # pyright: ignore[reportCallIssue]
-    """Length of training and how a step is taken."""
+    """Length of training, and options of a step."""
     precision: Precision = "auto"
-    """Type of the arithmetic over fp32 weights: auto is bf16 where the GPU has it, else fp32; tf32 is fp32 with the
-    products of matrices in TF32 (GPUs from Ampere on), which is off in every other; fp64 is for tests."""
+    """Type of the arithmetic, over fp32 weights: auto is bf16 if the GPU supports it, else fp32; tf32 is fp32 with
+    matrix products in TF32 (GPUs from Ampere on), which is off for all others; fp64 is for tests."""
     engine: EngineSpec = EngineSpec()  # pyright: ignore[reportCallIssue]
-    """Who owns gradients and optimizer state."""
+    """How gradients and optimizer state are sharded."""
     reference: ReferenceSpec = ReferenceSpec()  # pyright: ignore[reportCallIssue]
-    """The frozen model the policy is measured against."""
+    """The frozen reference model."""
     callbacks: list[UserCodeSpec] = Field([], json_schema_extra=FREE)
-    """Trackers by name (tensorboard, mlflow, ...) and a user's transformers.TrainerCallback as module:attr, alone or as
-    {path, kwargs}."""
+    """Trackers by name (tensorboard, mlflow, ...) and your own transformers.TrainerCallback, as module:attr or {path,
+    kwargs}."""
     evaluation: EvaluationSpec = EvaluationSpec()  # pyright: ignore[reportCallIssue]
     """When to evaluate."""
     checkpoint: CheckpointSpec = CheckpointSpec()  # pyright: ignore[reportCallIssue]
     """When to save, and how much to keep."""
     cluster: ClusterSpec = ClusterSpec()  # pyright: ignore[reportCallIssue]
-    """What the driver asks of Ray."""
+    """Workers, resources and fault tolerance under Ray."""
     slurm: SlurmSpec = SlurmSpec()  # pyright: ignore[reportCallIssue]
-    """What `submit --to slurm` asks of sbatch."""
+    """Options of `submit --to slurm`."""
     wandb: WandbSpec = WandbSpec()  # pyright: ignore[reportCallIssue]
     """Weights & Biases."""
 
     @property
     def run_dir(self) -> Path:
-        """The run directory, run.dir/run.name."""
+        """Return the run directory, run.dir/run.name."""
         return Path(self.run.dir) / self.run.name
 
     @property
     def cache_dir(self) -> Path:
-        """Where tokenised data and models made on the spot are kept, shared between runs of one run.dir."""
+        """Return the folder of tokenised data and of models from model.init, shared between runs of one run.dir."""
         return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.run.dir) / ".cache"
 
     @property
     def frozen_layers(self) -> int | None:
-        """Lowest layers of the policy that do not train."""
+        """Return the number of lowest layers of the policy that are frozen."""
         return self.model.num_frozen_layers or self.reference.num_shared_layers
 
     @property
     def reference_cache(self) -> CacheMode:
-        """What is done about the reference's log-probs: nothing that it says is known if it moves, or before a user's
-        collator has run."""
+        """Return the effective cache mode of reference log-probs: off if the reference is synced, or if a user's
+        collator decides the tokens."""
         if self.reference.sync_every or self.data.collator:
             return "off"
         return "full" if self.reference.kind == "precomputed" else self.reference.cache
 
     @property
     def greater_is_better(self) -> bool:
-        """Direction of evaluation.metric_for_best, by the rule of transformers when it is not set."""
+        """Return the direction of evaluation.metric_for_best; by the rule of transformers if it is not set."""
         if self.evaluation.greater_is_better is not None:
             return self.evaluation.greater_is_better
         return not (self.evaluation.metric_for_best or "").endswith("loss")
@@ -883,7 +882,7 @@ class RunSpec(Block):
 
 
 def changed_on_resume(before: RunSpec, after: RunSpec) -> list[tuple[str, Any, Any]]:
-    """(key, value before, value now) of each setting that differs although it may not change on resume."""
+    """Return (key, old value, new value) of each setting that differs but may not change on resume."""
     return list(_changes("", before, after))
 
 
@@ -899,10 +898,10 @@ def _changes(prefix: str, before: Block, after: Block) -> Iterator[tuple[str, An
 
 
 def _shown(value: Any) -> Any:
-    """A setting as one would write it: blocks without defaults, and a path alone as that."""
+    """Return a setting as a user would write it: blocks without defaults, and a block with only a path as the path."""
     if isinstance(value, list):
         return [_shown(entry) for entry in value]
     if isinstance(value, dict):
         return {name: _shown(entry) for name, entry in value.items()}
-    said = value.model_dump(exclude_defaults=True) if isinstance(value, Block) else value
-    return said["path"] if isinstance(value, Block) and said.keys() == {"path"} else said
+    plain = value.model_dump(exclude_defaults=True) if isinstance(value, Block) else value
+    return plain["path"] if isinstance(value, Block) and plain.keys() == {"path"} else plain

@@ -1,4 +1,4 @@
-"""The settings of TRL: where each is here, or why there is none."""
+"""Map TRL's settings to ours, or to the reason why there is no counterpart."""
 
 TRL_NAMES = {
     "learning_rate": "optimizer.lr",
@@ -107,16 +107,16 @@ TRL_NAMES = {
     "lora_target_modules": "model.lora.target_modules",
     "use_peft": "model.lora",
 }
-# What TRL has and this program does without, with the reason.
+# TRL's settings without a counterpart, by the reason.
 _REASONS = {
     "a pair is one packed row without padding (model.attention)": (
         "padding_free",
         "pad_to_multiple_of",
     ),
-    "micro-batches are those of training": ("precompute_ref_batch_size",),
-    "code from the hub is not run; install the package that brings the model to transformers": ("trust_remote_code",),
-    "download that revision, and give its folder as model.path": ("model_revision",),
-    "ranks, devices and how they meet follow from cluster.num_workers and the engine": (
+    "it uses the micro-batches of training": ("precompute_ref_batch_size",),
+    "code from the hub is never run; install the package that adds the model to transformers": ("trust_remote_code",),
+    "download that revision, and set model.path to its folder": ("model_revision",),
+    "cluster.num_workers and the engine decide ranks, devices and the process group": (
         "accelerator_config",
         "local_rank",
         "parallelism_config",
@@ -126,13 +126,13 @@ _REASONS = {
         "ddp_static_graph",
         "ignore_bias_buffers",
     ),
-    "without a GPU a run is on the CPU; hide GPUs by CUDA_VISIBLE_DEVICES=": ("use_cpu",),
-    "every mean is over the global batch": ("average_tokens_across_devices",),
-    "evaluation computes as training does": (
+    "a run uses the CPU if there is no GPU; hide GPUs with CUDA_VISIBLE_DEVICES=": ("use_cpu",),
+    "every mean is taken over the global batch": ("average_tokens_across_devices",),
+    "evaluation uses the precision of training": (
         "bf16_full_eval",
         "fp16_full_eval",
     ),
-    "every pair is trained on, in batches that are made ahead and dealt by length": (
+    "every pair is used; batches are prefetched and balanced by length": (
         "dataloader_drop_last",
         "dataloader_in_order",
         "dataloader_multiprocessing_context",
@@ -144,22 +144,22 @@ _REASONS = {
         "train_sampling_strategy",
         "dataset_streaming",
     ),
-    "the verb says what is done: plan, debug, train": (
+    "the command decides it: plan, debug, train": (
         "do_train",
         "do_eval",
         "do_predict",
         "debug",
     ),
-    "a run that is told to stop saves, and the same command resumes it at its next pair": (
+    "a run that is stopped saves a checkpoint, and the same command resumes it at the next pair": (
         "enable_jit_checkpoint",
         "ignore_data_skip",
         "restore_callback_states_from_checkpoint",
     ),
-    "a checkpoint is the whole state, on a file system that all nodes see; model/ has the weights alone": (
+    "a checkpoint holds the whole state, on a file system shared by all nodes; model/ holds only weights": (
         "save_on_each_node",
         "save_only_model",
     ),
-    "logits are gathered batch by batch, by evaluation.logits": (
+    "logits are gathered batch by batch, with evaluation.logits": (
         "eval_accumulation_steps",
         "eval_do_concat_batches",
         "eval_use_gather_object",
@@ -167,9 +167,9 @@ _REASONS = {
         "label_names",
         "prediction_loss_only",
     ),
-    "evaluation.at_start, .every_steps and .every_epoch say when": ("eval_delay",),
-    "the same run gives the same bits": ("full_determinism",),
-    "upload RUN_DIR/model when the run is over, for example by hf upload": (
+    "evaluation.at_start, .every_steps and .every_epoch decide when": ("eval_delay",),
+    "the same run always gives bitwise the same results": ("full_determinism",),
+    "upload RUN_DIR/model after the run, for example with hf upload": (
         "push_to_hub",
         "hub_always_push",
         "hub_model_id",
@@ -179,7 +179,7 @@ _REASONS = {
         "hub_token",
     ),
     "num_tokens is always logged": ("include_num_input_tokens_seen",),
-    "there is one log, of rank zero, and its first line is that of training.logging_steps": (
+    "rank zero writes one log, with a line every training.logging_steps steps": (
         "log_level",
         "log_level_replica",
         "log_on_each_node",
@@ -188,7 +188,7 @@ _REASONS = {
         "disable_tqdm",
         "skip_memory_metrics",
     ),
-    "the head is one with the loss already": (
+    "the loss is already fused with the output head": (
         "use_liger_kernel",
         "liger_kernel_config",
     ),
@@ -196,9 +196,9 @@ _REASONS = {
         "gradient_checkpointing_kwargs",
         "activation_checkpointing_kwargs",
     ),
-    "columns that nothing reads do no harm": ("remove_unused_columns",),
-    "training keeps no keys and values": ("use_cache",),
-    "4 bits are nf4, their scales in fp32": (
+    "unused columns are ignored": ("remove_unused_columns",),
+    "training uses no key-value cache": ("use_cache",),
+    "4-bit weights are nf4 with fp32 scales": (
         "bnb_4bit_quant_storage",
         "bnb_4bit_quant_type",
         "use_bnb_nested_quant",
@@ -211,7 +211,7 @@ _REASONS = {
         "use_dora",
         "use_rslora",
     ),
-    "it is not done here": (
+    "it is not supported": (
         "neftune_noise_alpha",
         "optim_target_modules",
         "torch_compile",

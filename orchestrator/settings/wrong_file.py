@@ -1,4 +1,4 @@
-"""Tell what a file or folder is that was given as settings but holds none, and which settings files are near by."""
+"""Identify files and folders that are not settings, and name the settings files next to them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,37 +21,37 @@ KINDS = {
 
 
 def yaml_files(path: str | Path) -> list[str]:
-    """Return the YAML files in the folder of a path, or in the path where it is a folder, as one would type them."""
+    """Return the YAML files in a folder, or in the folder of a file, as a user would type them."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     return sorted(str(file) for file in folder.glob("*") if file.suffix in (".yaml", ".yml") and file.is_file())
 
 
 def missing_file(path: Path) -> UserError:
-    """Return the error of a settings file that does not exist, with those near by."""
+    """Return the error for a settings file that does not exist, with the files next to it."""
     if is_data(path):
-        return UserError("FILE", str(path), "is a data file, and does not exist", _set_data(path))
+        return UserError("FILE", str(path), "is a data file and does not exist", _set_data(path))
     files = yaml_files(path)
     near = nearest(str(path), files, cutoff=0.75)
-    fix = f"did you mean {near}?" if near else f"in its folder: {_listed(files)}" if files else ""
-    return UserError("settings file", str(path), "does not exist", fix or "give the path of a YAML file")
+    fix = f"did you mean {near}?" if near else f"its folder contains {_listed(files)}" if files else ""
+    return UserError("settings file", str(path), "does not exist", fix or "use the path of a YAML file")
 
 
 def folder_error(path: str | Path) -> UserError:
-    """Return the error of a folder that is not a run directory, with what it is."""
+    """Return the error for a folder that is not a run directory, which says what it is."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return UserError("FILE", str(path), "is a model, not settings", f"set model.path={path} in a YAML file")
     if any(is_data(file) for file in folder.glob("*")):
         return UserError("FILE", str(path), "is a folder of data, not settings", _set_data(folder))
     if (run := run_around(folder)) is not None:
-        return UserError("FILE", str(path), "is a part of a run", f"give the run directory {run}")
+        return UserError("FILE", str(path), "is a file or folder inside a run", f"use the run directory {run}")
     files = yaml_files(folder) or [str(config.parent) for config in sorted(folder.glob("*/config.yaml"))]
-    fix = f"in it: {_listed(files)}" if files else "give a YAML file, or the directory of a run"
-    return UserError("FILE", str(path), "is a folder, and not the directory of a run", fix)
+    fix = f"it contains {_listed(files)}" if files else "use a YAML file or a run directory"
+    return UserError("FILE", str(path), "is a folder but not a run directory", fix)
 
 
 def run_around(path: Path) -> Path | None:
-    """Return the run directory that holds a path."""
+    """Return the run directory that contains a path, or None."""
     absolute = path.absolute()
     holders = (each for each in absolute.parents if (each / "config.yaml").is_file())
     found = next(holders, None)
@@ -59,35 +59,35 @@ def run_around(path: Path) -> Path | None:
 
 
 def is_data(path: Path) -> bool:
-    """Return whether a path names a file of rows by its suffix."""
+    """Return whether the suffix of a path is that of a data file."""
     return path.suffix.lower() in ROWS
 
 
 def unreadable_file(path: Path) -> UserError | None:
-    """Return the error of a file that is known not to be YAML by its suffix, or None."""
+    """Return the error for a file whose suffix shows that it is not YAML, or None."""
     if is_data(path):
         return UserError("FILE", str(path), "is a data file, not settings", _set_data(path))
     if (kind := KINDS.get(path.suffix.lower())) is not None:
-        return UserError("FILE", str(path), f"{kind}, not settings", "give a YAML file")
+        return UserError("FILE", str(path), f"{kind}, not settings", "use a YAML file")
     return None
 
 
 def no_settings(path: Path, content: Any) -> UserError | None:
-    """Return the error of a YAML or JSON file whose content is known to be something else, or None."""
+    """Return the error for a YAML or JSON file whose content is not settings, or None."""
     first = content[0] if isinstance(content, list) and content else content
     keys = first.keys() if isinstance(first, dict) else set[str]()
     if keys & ROW_KEYS:
         return UserError("FILE", str(path), "is a data file, not settings", _set_data(path))
     if "zero_optimization" in keys:
         fix = f"set engine.kind=deepspeed engine.deepspeed_config={path}"
-        return UserError("FILE", str(path), "is DeepSpeed's configuration, not settings", fix)
+        return UserError("FILE", str(path), "is a DeepSpeed config, not settings", fix)
     if "architectures" in keys:
-        return UserError("FILE", str(path), "is a model's config, not settings", f"set model.path={path.parent}")
+        return UserError("FILE", str(path), "is a model config, not settings", f"set model.path={path.parent}")
     return None
 
 
 def _set_data(path: Path) -> str:
-    return f"give it as data.train={path} beside a YAML file"
+    return f"use a YAML file, followed by data.train={path}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -76,19 +76,19 @@ class Refusal(NamedTuple):
 
 
 REFUSED = [
-    Refusal({"objective": {"of shorter tails"}, "loss": {"sft"}}, "dpo.ld_alpha", "does not act in sft"),
+    Refusal({"objective": {"of shorter tails"}, "loss": {"sft"}}, "dpo.ld_alpha", "is not used by sft"),
     Refusal({"objective": {"by likelihood"}, "loss": set(OF_BATCH)}, "dpo.use_weighting", "compares sorted pairs"),
     Refusal(
         {"objective": {"of a divergence"}, "loss": set(NAMES) - set(OF_SCORES)},
         "dpo.f_divergence_type",
-        "is for losses over the difference of a pair's scores",
+        "works only for losses of the difference of a pair's scores",
     ),
-    Refusal({"precision": {"fp64"}, "engine": DEEPSPEED}, "precision", "deepspeed adds gradients"),
-    Refusal({"lora": QUANTISED_BASE, "engine": CUTTING}, "model.lora.base", "cannot be cut into the shards"),
+    Refusal({"precision": {"fp64"}, "engine": DEEPSPEED}, "precision", "deepspeed accumulates gradients"),
+    Refusal({"lora": QUANTISED_BASE, "engine": CUTTING}, "model.lora.base", "cannot shard quantised weights"),
     Refusal(
         {"precision": {"fp64"}, "lora": {"lora on bf16"} | QUANTISED_BASE},
         "model.lora.base",
-        "precision fp64 would compute with what these bits have left",
+        "precision fp64 would compute with weights rounded to this type",
     ),
     Refusal(
         {"reference": {"shared layers"}, "lora": WITH_LORA},
@@ -99,18 +99,18 @@ REFUSED = [
     Refusal(
         {"reference": {"copy", "copy, cached", "copy, cached before", "int8", "nf4"}, "lora": QUANTISED_BASE},
         "reference.kind",
-        "has no second set of weights to copy: its own are frozen",
+        "is frozen, so the reference needs no copy of it",
     ),
     Refusal({"reference": {"int8", "nf4"}, "precision": {"fp64"}}, "precision", "computes in 16 or 32 bits"),
     Refusal(
         {"reference": {"precomputed"}, "collator": THEIRS},
         "reference.kind",
-        "what data.collator will feed is not known beforehand",
+        "the batches of data.collator are not known in advance",
     ),
     Refusal(
         {"reference": {"copy, cached before"}, "collator": THEIRS},
         "reference.cache",
-        "what data.collator will feed is not known beforehand",
+        "the batches of data.collator are not known in advance",
     ),
 ]
 

@@ -40,7 +40,7 @@ KINDS = {
     "shared layers, synced": Kind(SHARING | MOVING),
 }
 REFUSED = {  # (engine, kind): why
-    (engine, kind): "shards no weights"
+    (engine, kind): "does not shard weights"
     for engine in ("ddp", "zero1", "zero2")
     for kind, settings in KINDS.items()
     if settings.reference.get("sharded")

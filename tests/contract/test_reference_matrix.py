@@ -55,7 +55,7 @@ REFUSED = [
     Refusal(
         {"precision": {"fp64"}, "lora": {"lora on bf16"} | QUANTISED_BASE},
         "model.lora.base",
-        "precision fp64 would compute with what these bits have left",
+        "precision fp64 would compute with weights rounded to this type",
         "remove it",
         {"lora": "lora"},
     ),
@@ -76,7 +76,7 @@ REFUSED = [
     Refusal(
         {"kind": {"copy", "int8", "nf4"}, "lora": QUANTISED_BASE},
         "reference.kind",
-        "has no second set of weights to copy: its own are frozen",
+        "is frozen, so the reference needs no copy of it",
         "set reference.kind=adapter_off",
         {"kind": "adapter_off"},
     ),
@@ -90,7 +90,7 @@ REFUSED = [
     Refusal(
         {"kind": {"precomputed"}, "cache": {"off"}},
         "reference.cache",
-        "kind precomputed keeps its log-probs there",
+        "kind precomputed stores its log-probs in the cache",
         "remove reference.cache",
         {"cache": "lazy"},
     ),

@@ -368,7 +368,7 @@ def test_only_two_functions_are_taken(optimizers: Any, tmp_path: Path) -> None:
     [
         (torch.optim.SGD, ZERO, ""),
         (torch.optim.Adafactor, DEALT, ""),
-        (torch.optim.Adafactor, ZERO, "torch.optim.Adafactor.*deepspeed makes one long vector"),
+        (torch.optim.Adafactor, ZERO, "torch.optim.Adafactor.*deepspeed flattens into one vector"),
         (lambda params: torch.optim.LBFGS(flat(params)), WHOLE, "torch.optim.LBFGS.*needs a closure"),
         (Mine, WHOLE, ""),
         (Mine, DEALT, "test_optim:Mine.*set engine.kind=ddp and engine.shard_optimizer=false"),

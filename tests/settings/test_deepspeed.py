@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON is taken where it agrees with the settings; what it says otherwise, or would not get, is refused."""
+"""A DeepSpeed config that agrees with the settings is accepted; contradictions and unsupported features are errors."""
 
 import ast
 import json
@@ -149,7 +149,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         {},
         "gradient_clipping = 0.5",
         "contradicts training.max_grad_norm = 1.0",
-        f"set one to the other, or {AUTO}",
+        f"make them equal, or set {AUTO}",
     ),
     ({"gradient_clipping": 0.0}, {}, "gradient_clipping = 0.0", "contradicts training.max_grad_norm = 1.0", AUTO),
     (
@@ -178,21 +178,21 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         {"gradient_accumulation_steps": 1},
         {"cluster": {"num_workers": 2}},
         "gradient_accumulation_steps = 1",
-        "2 ranks in micro-batches of 2 take 2 to have batch.global_batch_size = 8",
+        "2 ranks with micro-batches of 2 need 2 for batch.global_batch_size = 8",
         'set "auto" or 2',
     ),
     (
         {"gradient_accumulation_steps": 2},
         {"cluster": {"num_workers": [1, 2]}},
         "gradient_accumulation_steps = 2",
-        "how many ranks there are",
+        "the number of ranks",
         AUTO,
     ),
     (
         {"gradient_accumulation_steps": 1},
         {"batch": {"micro_batch_size": None, "max_tokens_per_microbatch": 64}},
         "gradient_accumulation_steps = 1",
-        "how long pairs are",
+        "the lengths of pairs",
         AUTO,
     ),
     (
@@ -221,8 +221,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         {"precision": "bf16"},
         "fp16.enabled = True",
-        "bf16.enabled is true as well",
-        "leave one",
+        "bf16.enabled is also true",
+        "enable only one",
     ),
     (
         {"communication_data_type": "fp16"},
@@ -235,7 +235,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         {"fp16": {"loss_scale": 128}},
         {"precision": "fp16"},
         "fp16.loss_scale = 128",
-        "one for all engines",
+        "all engines use the same loss scale",
         "remove it from the file",
     ),
     (
@@ -306,7 +306,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         {"scheduler": {"params": {"warmup_num_steps": 3}}},
         {},
         "scheduler.params.warmup_num_steps = 3",
-        "the settings have the schedule",
+        "the settings define the schedule",
         "scheduler.warmup_steps",
     ),
     (
@@ -317,16 +317,22 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         AUTO,
     ),
     ({"zero_optimization": {"stage": 0}}, {}, "zero_optimization.stage = 0", "shards nothing", "set engine.kind=ddp"),
-    ({"zero_optimization": {"stage": "2"}}, {}, "zero_optimization.stage = '2'", "is no stage", "set 1, 2 or 3"),
+    (
+        {"zero_optimization": {"stage": "2"}},
+        {},
+        "zero_optimization.stage = '2'",
+        "is not a ZeRO stage",
+        "set 1, 2 or 3",
+    ),
     (
         {"zero_optimization": {"overlap_com": True}},
         {},
         "zero_optimization.overlap_com = True",
-        "is no key of DeepSpeed's",
+        "is not a DeepSpeed key",
         "did you mean overlap_comm?",
     ),
-    ({"zero_optimization": True}, {}, "zero_optimization = True", "is no block of keys", "remove it"),
-    ({"fp16": None}, {}, "fp16 = (not set)", "is no block of keys", "remove it"),
+    ({"zero_optimization": True}, {}, "zero_optimization = True", "must be a block of keys", "remove it"),
+    ({"fp16": None}, {}, "fp16 = (not set)", "must be a block of keys", "remove it"),
     (
         nested("zero_optimization.offload_optimizer.device", "cpu"),
         {},
@@ -366,7 +372,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         nested("zero_optimization.offload_param.device", "gpu"),
         {},
         "zero_optimization.offload_param.device = 'gpu'",
-        "is no place",
+        "is not a device",
         'set "cpu" or "none"',
     ),
     (
@@ -427,7 +433,7 @@ def test_what_would_change_the_numbers_is_refused(tmp_path: Path, path: str) -> 
 def test_what_deepspeed_raises_for_is_refused_even_where_it_is_off(tmp_path: Path, path: str) -> None:
     error = refusal(tmp_path, nested(path, False))
     assert error.key == f"engine.deepspeed_config.{path}"
-    assert "no longer in DeepSpeed" in error.rule
+    assert "no longer supported by DeepSpeed" in error.rule
 
 
 def names_in(file: str, block: str) -> set[str]:
@@ -462,7 +468,7 @@ def test_the_file_is_read_once_and_kept_with_the_settings(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "rule"),
-    [(None, "cannot be read (No such file"), ("{", "is no JSON: "), ("[]", "is no JSON object")],
+    [(None, "cannot be read (No such file"), ("{", "is not valid JSON: "), ("[]", "is not a JSON object")],
 )
 def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str | None, rule: str) -> None:
     path = tmp_path / "ds.json"

@@ -182,7 +182,7 @@ def test_interpolation_within_the_files_works(tmp_path: Path) -> None:
     ("text", "rule"),
     [
         ("a: [1", "is not YAML"),
-        ("- a\n- b\n", "holds no keys at its top"),
+        ("- a\n- b\n", "has no top-level settings"),
         ("a: 1\na: 2\n", "is not YAML"),
         ("a: ${nowhere.b}", "cannot be merged"),
         (None, "does not exist"),
@@ -227,7 +227,7 @@ def test_json_is_yaml(tmp_path: Path) -> None:
     ],
 )
 def test_text_that_is_not_unicode_is_refused_by_its_setting(tmp_path: Path, blocks: dict[str, Any], key: str) -> None:
-    with pytest.raises(UserError, match=r"is not Unicode text: .* is half of a pair") as caught:
+    with pytest.raises(UserError, match=r"is not Unicode text: .* is a lone surrogate") as caught:
         make_spec(raw_settings(tmp_path, **blocks))
     assert caught.value.key == key
     assert str(caught.value).isascii()

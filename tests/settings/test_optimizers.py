@@ -16,10 +16,10 @@ ADAGRAD = "torch.optim.Adagrad"
     ("name", "refusals"),
     [
         (ADAMW, {}),
-        (MUON, {"deepspeed": "one long vector of them: it would raise", "fsdp": "some rows of each"}),
+        (MUON, {"deepspeed": "flattens into one vector: it would raise", "fsdp": "some rows of each"}),
         (ADAFACTOR, {"deepspeed": "silently compute something else", "fsdp": "some rows of each"}),
-        (EIGHT_BIT, {"deepspeed": "shards of deepspeed would cut", "fsdp": "shards of fsdp would cut"}),
-        (ADAGRAD, {"deepspeed": "made anew by deepspeed, with one group of weights"}),
+        (EIGHT_BIT, {"deepspeed": "shards of deepspeed would split", "fsdp": "shards of fsdp would split"}),
+        (ADAGRAD, {"deepspeed": "rebuilt by deepspeed with one parameter group"}),
         (FUSED, dict.fromkeys(("ddp", "ddp whole", "fsdp"), "set engine.kind=deepspeed")),
         (MINE, dict.fromkeys(("ddp", "deepspeed", "fsdp"), "engine.kind=ddp and engine.shard_optimizer=false")),
     ],

@@ -14,8 +14,8 @@ from orchestrator.settings.spec import UserError
 @pytest.mark.parametrize(
     ("blocks", "key", "words"),
     [
-        ({"model": {"init": None}}, "model.path", ["there is no model to train", "set model.init"]),
-        ({"model": {"path": "x"}}, "model.path", ["= 'x'", "model.init is set as well", "remove one"]),
+        ({"model": {"init": None}}, "model.path", ["either this or model.init is required", "set model.init"]),
+        ({"model": {"path": "x"}}, "model.path", ["= 'x'", "model.init is also set", "remove one"]),
         ({"model": {"init": {"vocab_size": 259}}}, "model.init.vocab_size", ["259", "260 or more"]),
         ({"batch": {"micro_batch_size": None}}, "batch", ["exactly one of the two", "batch.micro_batch_size=1"]),
         ({"batch": {"max_tokens_per_microbatch": 9}}, "batch", ["exactly one of the two"]),
@@ -34,10 +34,10 @@ from orchestrator.settings.spec import UserError
             "optimizer.name",
             ["did you mean bitsandbytes.optim.AdamW8bit?"],
         ),
-        ({"optimizer": {"name": "torch.optim.Prodigy"}}, "optimizer.name", ["take one of torch.optim.Adadelta, Adag"]),
+        ({"optimizer": {"name": "torch.optim.Prodigy"}}, "optimizer.name", ["use one of torch.optim.Adadelta, Adag"]),
         ({"optimizer": {"name": "prodigyopt:"}}, "optimizer.name", ["module:attr"]),
-        ({"optimizer": {"name": "torch.optim.LBFGS"}}, "optimizer.name", ["needs a closure", "take torch.optim.AdamW"]),
-        ({"optimizer": {"name": "torch.optim.SparseAdam"}}, "optimizer.name", ["sparse gradients only"]),
+        ({"optimizer": {"name": "torch.optim.LBFGS"}}, "optimizer.name", ["needs a closure", "use torch.optim.AdamW"]),
+        ({"optimizer": {"name": "torch.optim.SparseAdam"}}, "optimizer.name", ["only on sparse gradients"]),
         ({"optimizer": {"kwargs": {"lr": 1}}}, "optimizer.kwargs.lr", ["set optimizer.lr instead"]),
         ({"optimizer": {"kwargs": {"weight_decay": 1}}}, "optimizer.kwargs.weight_decay", ["optimizer.weight_decay"]),
         ({"optimizer": {"lr": 0}}, "optimizer.lr", ["= 0", "greater than 0", "Peak learning rate"]),
@@ -45,16 +45,16 @@ from orchestrator.settings.spec import UserError
         ({"scheduler": {"name": "StepLR"}}, "scheduler.name", ["did you mean torch.optim.lr_scheduler.StepLR?"]),
         ({"scheduler": {"name": "sine"}}, "scheduler.name", ["= 'sine'", "neither a schedule of", "did you mean"]),
         ({"scheduler": {"name": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "scheduler.name", ["needs a metric"]),
-        ({"scheduler": {"name": "reduce_lr_on_plateau"}}, "scheduler.name", ["needs a metric", "take linear"]),
-        ({"scheduler": {"name": "greedy"}}, "scheduler.name", ["needs a metric", "take linear"]),
+        ({"scheduler": {"name": "reduce_lr_on_plateau"}}, "scheduler.name", ["needs a metric", "use linear"]),
+        ({"scheduler": {"name": "greedy"}}, "scheduler.name", ["needs a metric", "use linear"]),
         (
             {"scheduler": {"name": "torch.optim.lr_scheduler.SequentialLR"}},
             "scheduler.name",
-            ["takes other schedulers as arguments", "in Python", "optimizers=(None,"],
+            ["needs other schedulers as arguments", "from Python", "optimizers=(None,"],
         ),
-        ({"scheduler": {"name": "torch.optim.lr_scheduler.LambdaLR"}}, "scheduler.name", ["a function", "in Python"]),
+        ({"scheduler": {"name": "torch.optim.lr_scheduler.LambdaLR"}}, "scheduler.name", ["a function", "from Python"]),
         ({"scheduler": {"warmup_steps": 3, "warmup_ratio": 0.1}}, "scheduler.warmup_ratio", ["= 0.1", "remove one"]),
-        ({"scheduler": {"warmup_ratio": 1.5}}, "scheduler.warmup_ratio", ["less than 1", "a part of all steps"]),
+        ({"scheduler": {"warmup_ratio": 1.5}}, "scheduler.warmup_ratio", ["less than 1", "a fraction of all steps"]),
         (
             {"scheduler": {"name": "cosine", "kwargs": {"num_warmup_steps": 3}}},
             "scheduler.kwargs.num_warmup_steps",
@@ -63,14 +63,18 @@ from orchestrator.settings.spec import UserError
         (
             {"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "warmup_steps": 3}},
             "scheduler.warmup_steps",
-            ["= 3", "does not act on"],
+            ["= 3", "is not used by"],
         ),
         (
             {"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "warmup_ratio": 0.1}},
             "scheduler.warmup_ratio",
-            ["= 0.1", "does not act on"],
+            ["= 0.1", "is not used by"],
         ),
-        ({"scheduler": {"kwargs": {"gamma": 1}}}, "scheduler.kwargs", ["linear takes none", "remove scheduler.kwargs"]),
+        (
+            {"scheduler": {"kwargs": {"gamma": 1}}},
+            "scheduler.kwargs",
+            ["linear has no arguments", "remove scheduler.kwargs"],
+        ),
         ({"data": {"eval": None}, "evaluation": {"every_steps": 3}}, "evaluation.every_steps", ["set data.eval"]),
         ({"data": {"eval": None}, "evaluation": {"metric_for_best": "x"}}, "evaluation.metric_for_best", ["data.eval"]),
         (
@@ -86,32 +90,36 @@ from orchestrator.settings.spec import UserError
         (
             {"data": {"chat_template_kwargs": {"add_generation_prompt": False}}},
             "data.chat_template_kwargs.add_generation_prompt",
-            ["= False", "is no variable of a template", "remove it"],
+            ["= False", "not a template variable", "remove it"],
         ),
         ({"data": {"chat_template": "nowhere"}}, "data.chat_template", ["= 'nowhere'", "cannot be read (No such file"]),
         (
             {"data": {"chat_template": str(ROOT / "LICENSE")}},
             "data.chat_template",
-            ["is no Jinja template: it has neither"],
+            ["is not a Jinja template: it has neither"],
         ),
         ({"data": {"system_prompt": ""}}, "data.system_prompt", ["at least 1 character", "a system message"]),
         ({"data": {"eval": None}, "evaluation": {"at_start": False}}, "evaluation.at_start", ["= False", "data.eval"]),
         ({"data": {"eval": {"a b": "x"}}}, "data.eval", ["= 'a b'", "letters, digits, _ and -"]),
-        ({"data": {"eval": {"entropy": "x"}}}, "data.eval", ["= 'entropy'", "the name of a metric", "another name"]),
+        ({"data": {"eval": {"entropy": "x"}}}, "data.eval", ["= 'entropy'", "the name of a metric", "rename that set"]),
         ({"data": {"eval": {"easy": 3}}}, "data.eval.easy", ["= 3", "is a block of settings", "path, name, split"]),
-        ({"data": {"eval": 3}}, "data.eval", ["= 3", "one source, or one for each name"]),
+        ({"data": {"eval": 3}}, "data.eval", ["= 3", "one source, or {NAME: source}"]),
         (
             {"data": {"eval_fraction": 0.1}},
             "data.eval_fraction",
-            ["= 0.1", "data.eval already says what is evaluated", "remove one of the two"],
+            ["= 0.1", "data.eval is also set", "remove one of the two"],
         ),
         (
             {"data": {"margin_column": "m"}, "dpo": {"loss_type": ["ipo", "sft"]}},
             "data.margin_column",
-            ["= 'm'", "acts in sigmoid, hinge", "not in ipo, sft"],
+            ["= 'm'", "is used by sigmoid, hinge", "not by ipo, sft"],
         ),
         ({"dpo": {"loss_type": ["sigmoid", "mine:"]}}, "dpo.loss_type", ["'mine:'", "not of the form module:attr"]),
-        ({"dpo": {"router_aux_loss_coef": 0.1}}, "dpo.router_aux_loss_coef", ["= 0.1", "not computed", "set it to 0"]),
+        (
+            {"dpo": {"router_aux_loss_coef": 0.1}},
+            "dpo.router_aux_loss_coef",
+            ["= 0.1", "is not supported", "set it to 0"],
+        ),
         ({"data": {"eval": None, "eval_fraction": 1}}, "data.eval_fraction", ["= 1", "less than 1", "held out"]),
         ({"data": {"train": []}}, "data.train", ["= []", "at least 1 item", "JSONL"]),
         (
@@ -122,10 +130,10 @@ from orchestrator.settings.spec import UserError
         (
             {"data": {"train": ["a", {"path": "/b.jsonl", "split": "odd"}]}},
             "data.train.1.split",
-            ["= 'odd'", "/b.jsonl is a file, which has no such part", "remove it"],
+            ["= 'odd'", "/b.jsonl is a file, which has no split", "remove it"],
         ),
         ({"data": {"eval": {"easy": {"path": "b.json", "name": "x"}}}}, "data.eval.easy.name", ["= 'x'", "is a file"]),
-        ({"data": {"eval": {}}}, "data.eval", ["= {}", "one source, or one for each name"]),
+        ({"data": {"eval": {}}}, "data.eval", ["= {}", "one source, or {NAME: source}"]),
         ({"evaluation": {"compute_metrics": "mine"}}, "evaluation.compute_metrics", ["= 'mine'", "module:attr"]),
         ({"evaluation": {"eval_strategy": "epoch"}}, "evaluation.eval_strategy", ["evaluation.every_epoch=true?"]),
         (
@@ -147,17 +155,21 @@ from orchestrator.settings.spec import UserError
         (
             {"data": {"collator": "my:collator"}, "reference": {"kind": "precomputed"}},
             "reference.kind",
-            ["= 'precomputed'", "data.collator", "not known beforehand", "ref_chosen_logps"],
+            ["= 'precomputed'", "data.collator", "not known in advance", "ref_chosen_logps"],
         ),
         (
             {"model": {"lora": {}, "num_frozen_layers": 1}},
             "model.num_frozen_layers",
-            ["= 1", "model.lora freezes every layer of the base", "remove one"],
+            ["= 1", "model.lora already freezes every layer of the base", "remove one"],
         ),
         (
             {"model": {"lora": {"adapter_path": "a/b", "r": 4, "target_modules": ["q_proj"]}}},
             "model.lora",
-            ["= {'r': 4, 'target_modules': ['q_proj']}", "model.lora.adapter_path has these already", "remove them"],
+            [
+                "= {'r': 4, 'target_modules': ['q_proj']}",
+                "model.lora.adapter_path already determines these",
+                "remove them",
+            ],
         ),
         (
             {"reference": {"kind": "shared_layers"}},
@@ -167,7 +179,7 @@ from orchestrator.settings.spec import UserError
         (
             {"reference": {"num_shared_layers": 1}},
             "reference.num_shared_layers",
-            ["= 1", "does not act on kind copy", "set reference.kind=shared_layers; model.num_frozen_layers"],
+            ["= 1", "is not used by kind copy", "set reference.kind=shared_layers; model.num_frozen_layers"],
         ),
         (
             {"reference": {"kind": "shared_layers", "num_shared_layers": 1, "path": "a/b"}},
@@ -192,22 +204,22 @@ from orchestrator.settings.spec import UserError
         (
             {"reference": {"kind": "adapter_off", "path": "a/b"}, "model": {"lora": {}}},
             "reference.path",
-            ["= 'a/b'", "judges by the policy's own base", "reference.kind=copy"],
+            ["= 'a/b'", "uses the policy's own base", "reference.kind=copy"],
         ),
         (
             {"reference": {"kind": "int8", "dtype": "bf16"}},
             "reference.dtype",
-            ["= 'bf16'", "the weights of kind int8 have a type already", "reference.kind=copy"],
+            ["= 'bf16'", "kind int8 determines the type of the weights", "reference.kind=copy"],
         ),
         (
             {"reference": {"kind": "precomputed", "dtype": "bf16"}},
             "reference.dtype",
-            ["= 'bf16'", "the policy itself makes the log-probs, in its own type", "remove it"],
+            ["= 'bf16'", "the policy itself computes the log-probs, in its own type", "remove it"],
         ),
         (
             {"reference": {"kind": "nf4", "offload": True}},
             "reference.offload",
-            ["= True", "kind nf4 has no copy of the weights in the device's memory", "reference.kind=copy"],
+            ["= True", "kind nf4 has no copy of the weights on the device", "reference.kind=copy"],
         ),
         (
             {"reference": {"max_reward_error": 0.1}},
@@ -217,22 +229,22 @@ from orchestrator.settings.spec import UserError
         (
             {"reference": {"sync_every": 2}, "model": {"lora": {}}},
             "reference.sync_every",
-            ["= 2", "mixing the factors of two adapters", "train without model.lora"],
+            ["= 2", "averaging the factors of two adapters", "train without model.lora"],
         ),
         (
             {"reference": {"sync_every": 2, "kind": "int8"}},
             "reference.sync_every",
-            ["= 2", "weights in int8 cannot move by small steps", "set reference.kind=copy"],
+            ["= 2", "weights in int8 cannot represent small updates", "set reference.kind=copy"],
         ),
         (
             {"reference": {"sync_every": 2, "kind": "precomputed"}},
             "reference.sync_every",
-            ["= 2", "made once are those of one reference", "set reference.kind=copy"],
+            ["= 2", "computed once belong to one fixed reference", "set reference.kind=copy"],
         ),
         (
             {"reference": {"sync_every": 2, "cache": "full"}},
             "reference.sync_every",
-            ["= 2", "wrong once it has moved", "set reference.cache=off"],
+            ["= 2", "wrong once the reference is updated", "set reference.cache=off"],
         ),
         (
             {"reference": {"sync_every": 2, "sync_alpha": 1.5}},
@@ -260,7 +272,7 @@ from orchestrator.settings.spec import UserError
         (
             {"dpo": {"loss_weights": [1, 2]}},
             "dpo.loss_weights",
-            ["[1.0, 2.0]", "is not one number for each of sigmoid", "give 1, or remove it: then each is 1"],
+            ["[1.0, 2.0]", "is not one number for each of sigmoid", "set 1 number, or remove it: then each is 1"],
         ),
         ({"dpo": {"loss_weights": ["inf"]}}, "dpo.loss_weights.0", ["'inf'", "finite"]),
         ({"dpo": {"loss_weights": [0]}}, "dpo.loss_weights", ["= [0.0]", "nothing would train"]),
@@ -270,9 +282,9 @@ from orchestrator.settings.spec import UserError
         (
             {"dpo": {"label_smoothing": 0.1}},
             "dpo.label_smoothing",
-            ["acts in exo_pair, robust, aot, aot_unpaired, cdpo, simpo, not in sigmoid", "set dpo.loss_type=cdpo"],
+            ["is used by exo_pair, robust, aot, aot_unpaired, cdpo, simpo, not by sigmoid", "set dpo.loss_type=cdpo"],
         ),
-        ({"dpo": {"label_smoothing": 0.1, "loss_type": ["ipo", "sft"]}}, "dpo.label_smoothing", ["not in ipo, sft"]),
+        ({"dpo": {"label_smoothing": 0.1, "loss_type": ["ipo", "sft"]}}, "dpo.label_smoothing", ["not by ipo, sft"]),
         ({"dpo": {"loss_type": "exo_pair"}}, "dpo.label_smoothing", ["= 0.0", "its logarithm", "set it to 0.001"]),
         (
             {"dpo": {"loss_type": "robust", "label_smoothing": 0.5}},
@@ -283,7 +295,7 @@ from orchestrator.settings.spec import UserError
         (
             {"dpo": {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"}},
             "dpo.f_divergence_type",
-            ["'forward_kl'", "which nca_pair is not", "take dpo.loss_type of sigmoid, hinge"],
+            ["'forward_kl'", "not for nca_pair", "set dpo.loss_type to one of sigmoid, hinge"],
         ),
         (
             {"dpo": {"f_divergence_type": "js"}},
@@ -293,22 +305,22 @@ from orchestrator.settings.spec import UserError
         (
             {"dpo": {"f_alpha_divergence_coef": 0.3}},
             "dpo.f_alpha_divergence_coef",
-            ["= 0.3", "does not act on reverse_kl", "set dpo.f_divergence_type=alpha_divergence"],
+            ["= 0.3", "is not used by reverse_kl", "set dpo.f_divergence_type=alpha_divergence"],
         ),
         ({"dpo": {"ld_alpha": 1.1}}, "dpo.ld_alpha", ["= 1.1", "less than or equal to 1"]),
-        ({"dpo": {"ld_alpha": 0.5, "loss_type": "sft"}}, "dpo.ld_alpha", ["does not act in sft", "remove it"]),
+        ({"dpo": {"ld_alpha": 0.5, "loss_type": "sft"}}, "dpo.ld_alpha", ["is not used by sft", "remove it"]),
         (
             {"dpo": {"use_weighting": True, "loss_type": ["sigmoid", "aot"]}},
             "dpo.use_weighting",
-            ["weighs pairs, and sigmoid, aot compares sorted pairs", "remove it"],
+            ["weights single pairs, but sigmoid, aot compares sorted pairs", "remove it"],
         ),
         (
             {"dpo": {"loss_type": "aot_unpaired"}, "model": {"disable_dropout": False}},
             "model.disable_dropout",
-            ["= False", "aot_unpaired runs the policy twice a step", "set it to true"],
+            ["= False", "aot_unpaired runs the policy twice per step", "set it to true"],
         ),
-        ({"dpo": {"discopop_tau": 0.1}}, "dpo.discopop_tau", ["does not act in sigmoid", "dpo.loss_type=discopop"]),
-        ({"dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma", ["does not act in sigmoid", "set dpo.loss_type=simpo"]),
+        ({"dpo": {"discopop_tau": 0.1}}, "dpo.discopop_tau", ["is not used by sigmoid", "dpo.loss_type=discopop"]),
+        ({"dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma", ["is not used by sigmoid", "set dpo.loss_type=simpo"]),
         ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "must be 1 to 200 letters, digits"]),
         ({"run": {"name": None}}, "run.name", ["(not set)"]),
         ({"run": {"seed": -1}}, "run.seed", ["-1"]),
@@ -334,7 +346,7 @@ from orchestrator.settings.spec import UserError
         (
             {"slurm": {"workers_per_node": 2}, "cluster": {"num_workers": 2, "placement": "STRICT_SPREAD"}},
             "slurm.workers_per_node",
-            ["= 2", "each worker on a node of its own", "remove it"],
+            ["= 2", "each worker on its own node", "remove it"],
         ),
         ({"cluster": {"num_workers": "many"}}, "cluster.num_workers", ["'many'", "integer of 1 or more, or [fewest,"]),
         ({"cluster": {"num_workers": 0}}, "cluster.num_workers", ["= 0", "1 or more", "cluster.num_workers=1"]),
@@ -344,63 +356,63 @@ from orchestrator.settings.spec import UserError
         (
             {"cluster": {"num_workers": [1, 2]}, "optimizer": {"name": "torch.optim.Adafactor"}},
             "cluster.num_workers",
-            ["= [1, 2]", "only as many ranks as wrote it", "set cluster.num_workers=2"],
+            ["= [1, 2]", "only on the same number of ranks", "set cluster.num_workers=2"],
         ),
         ({"engine": {"kind": "zero"}}, "engine.kind", ["= 'zero'", "must be one of ddp, deepspeed, fsdp"]),
         (
             {"engine": {"zero_stage": 3}},
             "engine.zero_stage",
-            ["= 3", "does not act on engine.kind ddp", "set engine.kind=deepspeed, or remove it"],
+            ["= 3", "is not used by engine.kind ddp", "set engine.kind=deepspeed, or remove it"],
         ),
         (
             {"engine": {"kind": "fsdp", "deepspeed_config": {"zero_optimization": {"stage": 2}}}},
             "engine.deepspeed_config",
-            ["= {'zero_optimization'", "does not act on engine.kind fsdp", "engine.kind=deepspeed"],
+            ["= {'zero_optimization'", "is not used by engine.kind fsdp", "engine.kind=deepspeed"],
         ),
         (
             {"engine": {"deepspeed_config": 3}},
             "engine.deepspeed_config",
-            ["= 3", "valid dictionary", "A DeepSpeed JSON"],
+            ["= 3", "valid dictionary", "A DeepSpeed config"],
         ),
         ({"engine": {"overlap_comm": False}}, "engine.overlap_comm", ["= False", "set engine.kind=deepspeed"]),
         (
             {"engine": {"kind": "deepspeed", "reshard_after_forward": False}},
             "engine.reshard_after_forward",
-            ["= False", "does not act on engine.kind deepspeed", "set engine.kind=fsdp"],
+            ["= False", "is not used by engine.kind deepspeed", "set engine.kind=fsdp"],
         ),
         (
             {"engine": {"kind": "fsdp", "shard_optimizer": False}},
             "engine.shard_optimizer",
-            ["= False", "does not act on engine.kind fsdp", "set engine.kind=ddp"],
+            ["= False", "is not used by engine.kind fsdp", "set engine.kind=ddp"],
         ),
         (
             {"engine": {"kind": "fsdp", "bucket_size": 9}},
             "engine.bucket_size",
-            ["= 9", "gradient of a layer travels by itself", "remove it"],
+            ["= 9", "reduces gradients layer by layer", "remove it"],
         ),
         (
             {"engine": {"offload": "optimizer"}},
             "engine.offload",
-            ["= 'optimizer'", "ddp has no offload", "set engine.kind=deepspeed"],
+            ["= 'optimizer'", "ddp does not support offload", "set engine.kind=deepspeed"],
         ),
         (
             {"engine": {"kind": "fsdp", "offload": "optimizer"}},
             "engine.offload",
-            ["= 'optimizer'", "where the weights are", "set engine.offload=parameters"],
+            ["= 'optimizer'", "stored with the weights", "set engine.offload=parameters"],
         ),
         (
             {"engine": {"kind": "deepspeed", "offload": "parameters"}},
             "engine.offload",
             [
                 "= 'parameters'",
-                "under deepspeed at stage 2 every rank",
+                "deepspeed at stage 2 keeps the whole weights",
                 "set engine.zero_stage=3, or engine.offload=op",
             ],
         ),
         (
             {"engine": {"offload": "parameters"}},
             "engine.offload",
-            ["= 'parameters'", "under ddp every rank", "set engine.kind=fsdp, or"],
+            ["= 'parameters'", "ddp keeps the whole weights", "set engine.kind=fsdp, or"],
         ),
         (
             {"engine": {"kind": "deepspeed"}, "precision": "fp64"},
@@ -410,37 +422,37 @@ from orchestrator.settings.spec import UserError
         (
             {"engine": {"kind": "fsdp"}, "model": {"lora": {"base": "nf4"}}, "reference": {"kind": "adapter_off"}},
             "model.lora.base",
-            ["= 'nf4'", "cannot be cut into the shards of fsdp", "engine.zero_stage=2, or model.lora.base=bf16"],
+            ["= 'nf4'", "fsdp cannot shard quantised weights", "engine.zero_stage=2, or model.lora.base=bf16"],
         ),
         (
             {"reference": {"sharded": True}},
             "reference.sharded",
-            ["= True", "ddp shards no weights", "set engine.kind=fsdp"],
+            ["= True", "ddp does not shard weights", "set engine.kind=fsdp"],
         ),
         (
             {"reference": {"sharded": True}, "engine": {"kind": "deepspeed"}},
             "reference.sharded",
-            ["deepspeed at stage 2 shards no weights"],
+            ["deepspeed at stage 2 does not shard weights"],
         ),
         (
             {"reference": {"sharded": True, "kind": "int8"}, "engine": {"kind": "fsdp"}},
             "reference.sharded",
-            ["kind int8 has no weights that could be cut", "set reference.kind=copy"],
+            ["kind int8 has no weights to shard", "set reference.kind=copy"],
         ),
         (
             {"reference": {"sharded": True, "dtype": "bf16"}, "engine": {"kind": "fsdp"}},
             "reference.sharded",
-            ["of the policy's type, not bf16", "remove it, or reference.dtype"],
+            ["have the policy's type, not bf16", "remove it, or reference.dtype"],
         ),
         (
             {"reference": {"sharded": True, "offload": True}, "engine": {"kind": "fsdp"}},
             "reference.sharded",
-            ["engine.offload says where shards lie", "remove it, or reference.offload"],
+            ["engine.offload decides where shards are stored", "remove it, or reference.offload"],
         ),
         (
             {"engine": {"kind": "deepspeed"}, "optimizer": {"name": "deepspeed.ops.adam.DeepSpeedCPUAdam"}},
             "optimizer.name",
-            ["lie in the host's memory", "set engine.offload=optimizer, or take deepspeed.ops.adam.FusedAdam"],
+            ["weights in host memory", "set engine.offload=optimizer, or use deepspeed.ops.adam.FusedAdam"],
         ),
         (
             {
@@ -448,11 +460,15 @@ from orchestrator.settings.spec import UserError
                 "optimizer": {"name": "deepspeed.ops.adam.FusedAdam"},
             },
             "optimizer.name",
-            ["lie on the GPU", "engine.offload is optimizer", "take deepspeed.ops.adam.DeepSpeedCPUAdam"],
+            ["weights on the GPU", "engine.offload is optimizer", "use deepspeed.ops.adam.DeepSpeedCPUAdam"],
         ),
         ({"cluster": {"resources": {"GPU": -1}}}, "cluster.resources.GPU", ["-1"]),
         ({"run": "tiny"}, "run", ["'tiny'", "is a block of settings", "did you mean run.name=tiny?"]),
-        ({"cluster": {"resources": {"CPU": 0}}}, "cluster.resources", ["asks for nothing", "for example {CPU: 1}"]),
+        (
+            {"cluster": {"resources": {"CPU": 0}}},
+            "cluster.resources",
+            ["requests no resources", "for example {CPU: 1}"],
+        ),
         ({"wandb": {"mode": False}}, "wandb.mode", ["set wandb.mode=disabled"]),
         ({"callbacks": "a.b:C"}, "callbacks", ["for example callbacks=[a.b:C]"]),
     ],
@@ -477,14 +493,14 @@ SETS = {"easy": "a.jsonl", 2024: "b.jsonl"}  # as YAML reads a bare number
     [
         ("loss", None, False, None),
         ("eval_rewards/margins", None, False, None),
-        ("rewards/accuracy", None, False, "is not among the evaluated metrics; did you mean rewards/accuracies?"),
+        ("rewards/accuracy", None, False, "is not an evaluated metric; did you mean rewards/accuracies?"),
         ("rewards/accuracy", None, True, None),
         ("easy_loss", SETS, False, None),
         ("eval_2024_rewards/margins", SETS, False, None),
-        ("eval_loss", SETS, False, "is not among the evaluated metrics; did you mean "),
-        ("easy_mine", SETS, False, "is not among the evaluated metrics; "),
+        ("eval_loss", SETS, False, "is not an evaluated metric; did you mean "),
+        ("easy_mine", SETS, False, "is not an evaluated metric; "),
         ("easy_mine", SETS, True, None),
-        ("mine", SETS, True, "is not among the evaluated metrics; for example evaluation.metric_for_best=easy_loss"),
+        ("mine", SETS, True, "is not an evaluated metric; for example evaluation.metric_for_best=easy_loss"),
     ],
 )
 def test_what_is_best_is_one_of_the_metrics(

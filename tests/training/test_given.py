@@ -84,7 +84,7 @@ def test_a_collator_of_python_and_one_of_the_settings_contradict(tmp_path: Path)
         ({"data": {"collator": "math:prod"}}, "data.collator = 'math:prod': data_collator is given as well"),
         (
             {"reference": {"cache": "full"}},
-            "reference.cache = 'full': what data_collator will feed is not known before",
+            "reference.cache = 'full': the batches of data_collator are not known in",
         ),
     ):
         with pytest.raises(UserError) as caught:

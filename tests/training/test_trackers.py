@@ -79,7 +79,7 @@ def test_one_whose_package_is_missing_is_refused(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("tensorbord", "is no tracker; did you mean tensorboard"),
+        ("tensorbord", "is not a known tracker; did you mean tensorboard"),
         ("wandb", "has a block of settings; .* set wandb.mode=auto"),
         ("something", "is not of the form module:attr"),
     ],
