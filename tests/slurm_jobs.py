@@ -9,7 +9,7 @@ from typing import Any
 
 from nodes import wait_until
 from slurmd import Slurm
-from support import ROOT, readme_blocks
+from support import ROOT, doc_commands
 
 STUBS = Path(__file__).parent / "slurm" / "stub"
 CANARY = "canary0123456789"  # a W&B key in the submitting environment
@@ -70,9 +70,9 @@ class Job:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
 
-def readme_commands(block: int) -> list[str]:
-    """The commands of a block of code in the README's chapter on Slurm."""
-    return readme_blocks("On Slurm")[block].splitlines()
+def slurm_commands(block: int) -> list[str]:
+    """Return the commands of a block of code in docs/slurm.md."""
+    return doc_commands("slurm.md", "Submitting a run")[block].splitlines()
 
 
 def give(slurm: Slurm, command: str, folder: Path, run_dir: Path, **env: str) -> Job:

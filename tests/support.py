@@ -31,9 +31,9 @@ TINY_MODEL = {
 }
 
 
-def readme_blocks(heading: str) -> list[str]:
-    """The blocks of commands below a heading of the README, as they stand there."""
-    below = (ROOT / "README.md").read_text().partition(f"\n### {heading}\n")[2]
+def doc_commands(page: str, heading: str) -> list[str]:
+    """Return the blocks of commands below a heading of a page of docs/, as written there."""
+    below = (ROOT / "docs" / page).read_text().partition(f"\n## {heading}\n")[2]
     chapter = re.split(r"\n##+ ", below)[0]
     return re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
 

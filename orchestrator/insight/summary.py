@@ -63,7 +63,7 @@ def _next(spec: RunSpec, result: RunResult) -> Iterator[str]:
     if spec.training.pair_ledger:
         yield f"look     orchestrator pairs {_short(spec.run_dir)}   # which pairs were learned, which look mislabelled"
     if spec.model.init is not None:
-        yield "next     your own model and pairs: README.md, the chapter of that name"
+        yield "next     your own model and pairs: docs/get-started.md"
 
 
 def _short(path: Path | str | None) -> str:

@@ -17,7 +17,7 @@ ComputeMetrics = Callable[[Any], Mapping[str, float]]
 
 TRL_ARGUMENTS = {
     "model": "set model.path to its folder or hub name",
-    "args": "write them as settings, by the names in README, and give load_spec(FILE)",
+    "args": "write them as settings, by the names in docs/from-trl.md, and give load_spec(FILE)",
     "train_dataset": "save it with save_to_disk(FOLDER), and set data.train to that folder",
     "eval_dataset": "save it with save_to_disk(FOLDER), and set data.eval to that folder",
     "processing_class": "set model.tokenizer to its folder or hub name",

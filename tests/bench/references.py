@@ -2,7 +2,7 @@
 
     python tests/bench/references.py --data pairs.jsonl --pairs 24
     python tests/bench/references.py --data pairs.jsonl --only shared,trl-shared --no-memory
-    python tests/bench/references.py --data pairs.jsonl --markdown                   (the table as the README has it)
+    python tests/bench/references.py --data pairs.jsonl --markdown                   (the table of docs/benchmarks.md)
 
 The model is step.py's "bench" in fp32, and a step is what a step is there. Policy and reference start alike; then what
 trains of the policy is moved, by the same noise for every contender. TRL runs as it is best and exact: no gradient
@@ -284,7 +284,7 @@ def _pair(here: dict[str, Any], there: dict[str, Any] | None, key: str, digits: 
 
 
 def report(bench: Bench, found: dict[str, Any]) -> None:
-    """The table, as text or for the README, and how far approximate references are off."""
+    """The table, as text or for docs/benchmarks.md, and how far approximate references are off."""
     cells = table(found)
     if bench.args.markdown:
         for row in [HEADS, ["---"] * len(HEADS), *cells]:
@@ -317,7 +317,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true", help="time only")
-    parser.add_argument("--markdown", action="store_true", help="print the table for the README")
+    parser.add_argument("--markdown", action="store_true", help="print the table for docs/benchmarks.md")
     parser.add_argument("--json", help="write what was found here")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
     parser.set_defaults(size="bench", precision="fp32", gradient_checkpointing=False)  # what step.py asks for

@@ -1,4 +1,4 @@
-"""The README's commands for a debugger, as they stand there."""
+"""The commands of docs/debugging.md, as written there."""
 
 import subprocess
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from patience import patience
-from support import ROOT, losses, readme_blocks
+from support import ROOT, doc_commands, losses
 
 
-def test_the_commands_of_the_readme_give_one_curve(tmp_path: Path) -> None:
-    (block,) = readme_blocks("In a debugger")
+def test_the_commands_of_the_docs_give_one_curve(tmp_path: Path) -> None:
+    (block,) = doc_commands("debugging.md", "In a debugger")
     commands = block.splitlines()
     assert len(commands) == 2
     for command in commands:

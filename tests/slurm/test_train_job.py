@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from nodes import wait_until
-from slurm_jobs import Job, give, readme_commands, submit_stubbed, with_stubs
+from slurm_jobs import Job, give, slurm_commands, submit_stubbed, with_stubs
 from slurmd import Slurm
 from support import ROOT
 
@@ -28,10 +28,10 @@ def submit(slurm: Slurm, tmp_path: Path) -> Submit:
     return submitted
 
 
-def test_the_readmes_command(slurm: Slurm, tmp_path: Path) -> None:
+def test_the_sbatch_command_of_the_docs_starts_the_driver(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     (tmp_path / "my.yaml").write_text(json.dumps({"run_dir": str(tmp_path / "run")}))
-    [command] = readme_commands(1)
+    [command] = slurm_commands(1)
     job = give(slurm, command, tmp_path, tmp_path / "run", **with_stubs())
     driver = job.started()
     assert driver["words"] == ["my.yaml", "run.name=by-flags"]

@@ -1,0 +1,85 @@
+"""README and docs/: links lead somewhere, examples load, commands parse, and the generated page is up to date."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ROOT
+
+from orchestrator.arguments import parse
+from orchestrator.settings.load import load_spec
+from orchestrator.settings.markdown import page
+
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(\w*)\n(.*?)```\n", re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]*)#?([^)\s]*)\)")
+PATH = re.compile(r"\b(?:configs|docs|launch|orchestrator|slurm|tests)/[\w/.-]*\w")
+BASE = "{run: {name: base}, model: {path: model}, data: {train: a.jsonl, eval: b.jsonl}, batch: {micro_batch_size: 1}}"
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(language: str) -> list[Any]:
+    """Return every block of code in that language, as parameters of a test."""
+    found = ((path, *block) for path in PAGES for block in BLOCK.findall(path.read_text()))
+    return [pytest.param(text, id=named(path)) for path, kind, text in found if kind == language]
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_links_lead_to_a_file_and_a_heading(path: Path) -> None:
+    for place, anchor in LINK.findall(BLOCK.sub("", path.read_text())):
+        if place.startswith("https://"):
+            continue
+        target = (path.parent / place).resolve() if place else path
+        assert target.exists(), place
+        assert not anchor or anchor in anchors(target), f"{place}#{anchor}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_files_that_a_page_names_exist(path: Path) -> None:
+    for name in PATH.findall(path.read_text()):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "orchestrator")), name
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = {place for place, _ in LINK.findall((ROOT / "docs/README.md").read_text())}
+    assert index >= {path.name for path in PAGES if path.parent.name == "docs"} - {"README.md"}
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_settings_page_is_up_to_date() -> None:
+    committed = (ROOT / "docs/settings.md").read_text()
+    assert committed == page(), "run: python -m orchestrator.settings.markdown > docs/settings.md"
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_examples_load(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my-template.jinja").write_text("{{ messages }}")
+    (tmp_path / "base.yaml").write_text(BASE)
+    for document in re.split(r"^---$", text, flags=re.MULTILINE):
+        (tmp_path / "example.yaml").write_text(document)
+        files = ["example.yaml"] if re.search(r"^run:", document, re.MULTILINE) else ["base.yaml", "example.yaml"]
+        load_spec(files, ["data.eval=null"] if "eval_fraction" in document else [])
+
+
+@pytest.mark.parametrize("text", blocks("bash"))
+def test_orchestrator_commands_parse(text: str) -> None:
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["orchestrator"]:
+            assert parse(words[1:]).verb == words[1]
