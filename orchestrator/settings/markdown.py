@@ -1,6 +1,6 @@
 """Print every setting as a Markdown page, docs/settings.md.
 
-    python -m orchestrator.settings.markdown > docs/settings.md
+python -m orchestrator.settings.markdown > docs/settings.md
 """
 
 import json
