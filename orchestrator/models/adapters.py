@@ -1,7 +1,7 @@
-"""LoRA in a transformers model by peft: adding or loading an adapter, judging without it, merging it.
+"""Add or load a LoRA adapter by peft, switch it off, and merge it.
 
-The adapter stands inside the model, whose type and names stay as they are: q_proj.base_layer.weight,
-q_proj.lora_A.policy.weight. peft is an extra; it is imported in functions only.
+The adapter layers replace linear layers inside the model, whose type stays the same. Names: q_proj.base_layer.weight,
+q_proj.lora_A.policy.weight. peft is an optional dependency and is imported in functions only.
 """
 
 import warnings
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 POLICY, REFERENCE = "policy", "reference"  # names of the adapter that trains, and of the frozen copy of its start
 RANK = 16
-# Settings of an adapter by which it is more than the product of two factors, which is all that is merged and judged by.
+# peft settings that make an adapter more than a product of two factors, the only kind that this file merges and
+# switches off.
 MORE_THAN_FACTORS = (
     "modules_to_save",
     "trainable_token_indices",
@@ -36,17 +37,18 @@ MORE_THAN_FACTORS = (
 
 
 def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torch.dtype, disable_dropout: bool) -> None:
-    """Freeze the model and give it an adapter of `dtype` that trains: a new one, which changes nothing yet, or the one
-    at adapter_path, of which a frozen copy is kept beside it (LLaMA-Factory 8974: the reference was the bare base).
+    """Freeze the model and add a trainable adapter of `dtype`: a new one, which does not change the output yet, or the
+    one at adapter_path. A loaded adapter is added twice, as the policy's and as a frozen copy for the reference
+    (LLaMA-Factory 8974: the reference was the bare base).
 
     Raises:
-        UserError: peft is not there, or it refuses, or the adapter cannot be loaded.
+        UserError: peft is not installed, peft rejects the targets, or the adapter cannot be loaded.
     """
     loaded = check_adapter(spec)
     from peft import LoraConfig
 
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, that there is an adapter already
+        warnings.simplefilter("ignore")  # peft warns that the model already has an adapter
         torch.manual_seed(seed)
         if spec.adapter_path is not None:
             _load(model, spec, loaded)
@@ -60,7 +62,7 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
                 reason = " ".join(str(error).split())[:160]
                 cure = "name linear layers of this model, for example [q_proj, v_proj]"
                 raise UserError(
-                    "model.lora.target_modules", spec.target_modules, f"peft says: {reason}", cure
+                    "model.lora.target_modules", spec.target_modules, f"peft rejects it ({reason})", cure
                 ) from None
     _check_layers(model, spec)
     for layer in adapter_layers(model).values():
@@ -69,36 +71,36 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
                 dropout.p = 0.0
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
-            parameter.data = parameter.data.to(dtype)  # peft gives it the base's
+            parameter.data = parameter.data.to(dtype)  # peft creates it in the dtype of the base
         parameter.requires_grad_(is_of(POLICY, name))
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers of a model that have an adapter, by name; empty without peft."""
+    """Return the layers of a model that have an adapter, by name; empty if the model has no adapter."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def is_of(adapter: str, parameter: str) -> bool:
-    """Whether a parameter (or scaling) of that name belongs to that adapter."""
+    """Return whether the parameter (or scaling) of that name belongs to that adapter."""
     return (".lora_" in parameter or ".scaling." in parameter) and f".{adapter}." in f"{parameter}."
 
 
 def scalings(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the product of an adapter's factors is multiplied by, which no weight tells, by layer and adapter."""
+    """Return the scaling of each adapter's product, by layer and adapter: no weight holds it."""
     layers = adapter_layers(model).items()
     return {f"{name}.scaling.{a}": torch.tensor(value) for name, layer in layers for a, value in layer.scaling.items()}
 
 
 def base_name(parameter: str) -> str:
-    """The name that a parameter of the base has in a model without adapters."""
-    return parameter.replace("base_layer.", "")  # adapters of several parameters of a module stand in each other
+    """Return the name that a parameter of the base has in a model without adapters."""
+    return parameter.replace("base_layer.", "")  # everywhere: adapters of several parameters of a module are nested
 
 
 @contextmanager
 def adapter_off(layers: list[Any]) -> Iterator[None]:
-    """Let these layers compute as at the start: without adapter, or by the frozen copy of one that was loaded.
+    """Make these layers compute as at the start of training: without adapter, or with the frozen copy of a loaded one.
 
-    peft's own switches also switch requires_grad, of parameters whose gradient is still to come.
+    peft's own switches also change requires_grad, even of parameters whose gradient has not been computed yet.
     """
     has_start = any(REFERENCE in layer.lora_A for layer in layers)
     for layer in layers:
@@ -115,13 +117,16 @@ def adapter_off(layers: list[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel":
-    """The same model, changed in place, with plain layers again; merged: the adapter's product is added to them, and
-    layers in 8 or 4 bits, with an adapter or without, become ones of fp32."""
+    """Replace adapter layers by plain ones, in place, and return the same model.
+
+    merged: add the adapter's product to the weights, and convert every 8- or 4-bit layer, with or without an adapter,
+    to fp32.
+    """
     layers = adapter_layers(model)
     for layer in layers.values() if merged else ():
         _merge(layer)
     for name, layer in layers.items():
-        if name.removesuffix(".base_layer") not in layers.keys() - {name}:  # else it stands in another adapter
+        if name.removesuffix(".base_layer") not in layers.keys() - {name}:  # else it is nested in another adapter
             model.set_submodule(name, layer.get_base_layer())
     for name, layer in list(model.named_modules()) if merged else ():
         if (plain := unquantized(layer)) is not layer:
@@ -134,28 +139,28 @@ def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel"
 
 
 def _merge(layer: Any) -> None:
-    """Add an adapter to the weight below it: that of a linear layer, or the parameter of a module, such as experts."""
+    """Add an adapter's product to the weight of its base layer, or to a parameter of its module, such as experts."""
     base, delta = layer.get_base_layer(), layer.get_delta_weight(POLICY)
     plain = unquantized(base)
     if plain is not base:
         layer.base_layer = plain
-        delta = delta if isinstance(plain, nn.Linear) else delta.T  # a Conv1D is stored [in, out], its bits [out, in]
+        delta = delta if isinstance(plain, nn.Linear) else delta.T  # Conv1D is [in, out], when quantised [out, in]
     name = _adapted_parameter(layer)
     weight = getattr(plain, name)
     setattr(plain, name, nn.Parameter((weight + delta).to(weight.dtype), requires_grad=False))
 
 
 def _adapted_parameter(layer: Any) -> str:
-    """Return the name of the parameter that an adapter changes, in its base layer."""
-    return getattr(layer, "parameter_name", "weight")  # of peft's ParamWrapper
+    """Return the name, within the base layer, of the parameter that an adapter changes."""
+    return getattr(layer, "parameter_name", "weight")  # peft's ParamWrapper has parameter_name
 
 
 @torch.no_grad()
 def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
-    """Refuse an adapter that could not be merged after training: one layer of each kind is tried, without memory.
+    """Check, on fake tensors of one layer of each kind, that the adapter can be merged after training.
 
     Raises:
-        UserError: peft cannot say what it adds to a weight, or that has another shape.
+        UserError: peft cannot compute the product of an adapter, or its shape differs from the weight's.
     """
     from torch._subclasses import FakeTensorMode
 
@@ -163,11 +168,11 @@ def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
     for name in kinds.values():
         layer: Any = model.get_submodule(name)
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):  # of all experts of a layer it would be gigabytes
+            with FakeTensorMode(allow_non_fake_inputs=True):  # for all experts of a layer it would be gigabytes
                 delta = layer.get_delta_weight(POLICY)
             weight = getattr(layer.get_base_layer(), _adapted_parameter(layer))
-            fits = delta.shape == weight.shape or not weight.is_floating_point()  # bits have a shape of their own
-        except Exception:  # whatever peft, or a library below it, raises for a layer that it does not support
+            fits = delta.shape == weight.shape or not weight.is_floating_point()  # quantised weights are packed
+        except Exception:  # peft, and libraries that it calls, raise many types for an unsupported layer
             fits = False
         if not fits:
             key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
@@ -176,13 +181,13 @@ def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
 
 
 def check_adapter(spec: LoraSpec) -> Any:
-    """Refuse what can be seen before any weight is loaded; the config of the adapter at adapter_path, if there is one.
+    """Check the adapter settings before any weight is loaded; return the config of the adapter at adapter_path, if set.
 
     Raises:
-        UserError: peft is not there, or what is at adapter_path is no adapter of two factors a layer.
+        UserError: peft is not installed, or adapter_path is not an adapter with two factors per layer.
     """
     try:
-        import peft  # noqa: F401 - to see whether it is there
+        import peft  # noqa: F401 - only checks that it is installed
     except ImportError as error:
         cure = "pip install 'dpo-orchestrator[peft]'"
         raise UserError("model.lora", spec.model_dump(exclude_none=True), f"needs peft ({error})", cure) from None
@@ -196,10 +201,10 @@ def _config_at(path: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(path)
         if not isinstance(config, LoraConfig):
-            raise ValueError(f"it is {type(config).__name__}, not LoRA")
+            raise ValueError(f"its type is {type(config).__name__}, not LoraConfig")
         more = [name for name in MORE_THAN_FACTORS if getattr(config, name, None)]
         if more or config.bias != "none":
-            raise ValueError(f"it has more than two factors a layer: {', '.join(more or ['bias'])}")
+            raise ValueError(f"it has more than two factors per layer: {', '.join(more or ['bias'])}")
     except Exception as error:  # peft and the hub raise many types; all mean that it cannot be loaded
         raise _cannot_load(path, error) from None
     config.inference_mode = False
@@ -208,32 +213,32 @@ def _config_at(path: str) -> Any:
 
 def _cannot_load(path: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    cure = "give a folder with adapter_config.json that was made for this base"
+    cure = "use a folder with adapter_config.json, trained on this base model"
     if not looks_local(path):
-        cure = f"give a hub name that can be reached, or a folder (./{path})"
+        cure = f"use a hub name that can be reached, or a folder (./{path})"
     rule = f"cannot be loaded ({type(error).__name__}: {reason})"
     return UserError("model.lora.adapter_path", path, rule, cure)
 
 
 def _check_layers(model: "PreTrainedModel", spec: LoraSpec) -> None:
-    """Refuse an adapter on embeddings or head, which run outside the layers that judge without it."""
+    """Check that no adapter is on the embeddings or the head, where the reference could not switch it off."""
     for name, layer in adapter_layers(model).items():
         if isinstance(layer.get_base_layer(), nn.Embedding) or layer is model.get_output_embeddings():
             key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
-            rule = f"an adapter on {name}, embeddings or head, is not supported"
+            rule = f"an adapter on {name} is not supported: it is part of the embeddings or the head"
             raise UserError(key, spec.adapter_path or spec.target_modules, rule, "name linear layers below the head")
 
 
 def _load(model: "PreTrainedModel", spec: LoraSpec, config: Any) -> None:
-    """Put the adapter at adapter_path into the model twice, to train and to judge by."""
+    """Add the adapter at adapter_path to the model twice: one that trains, and a frozen one for the reference."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     path = str(spec.adapter_path)
-    config.init_lora_weights = True  # what is loaded says all: others (PiSSA, OLoRA) change the base, each time
+    config.init_lora_weights = True  # other values (PiSSA, OLoRA) would change the base again
     try:
         saved = {k.removeprefix("base_model.model."): v for k, v in load_peft_weights(path, device="cpu").items()}
         model.add_adapter(config, REFERENCE)
-        _check_layers(model, spec)  # peft saves such a layer's own weights as well, and would load them first
+        _check_layers(model, spec)  # before loading: peft's file of such an adapter also has the layer's own weights
         _check_weights(model, path, saved)
         model.add_adapter(config, POLICY)  # the last one is active
         for name in (REFERENCE, POLICY):
@@ -245,7 +250,7 @@ def _load(model: "PreTrainedModel", spec: LoraSpec, config: Any) -> None:
 
 
 def _check_weights(model: "PreTrainedModel", path: str, saved: dict[str, torch.Tensor]) -> None:
-    """Check that a file holds exactly the weights of the adapter that the model has for it, all finite."""
+    """Check that a file holds exactly the weights of the adapter that was added for it, all finite."""
     shapes = {
         name.replace(f".{REFERENCE}.", "."): tuple(parameter.shape)
         for name, parameter in model.named_parameters()

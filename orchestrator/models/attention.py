@@ -1,10 +1,10 @@
-"""Attention over packed pairs, behind transformers' attention interface: the prompt once, no mask tensor.
+"""Attention over packed pairs through transformers' attention interface: each prompt once, without a mask tensor.
 
 Legend: T tokens of the packed row, h query heads, g key heads, D their size, N positions that score a token.
 
-A pair lies in the row as shared | rest of the chosen | rest of the rejected sequence. The layout travels as a forward
-keyword down to every attention layer, so that gradient checkpointing, which calls the layer again in another thread,
-hands the same layout over again.
+A pair is laid out as shared | rest of the chosen | rest of the rejected sequence. The layout is passed as a forward
+keyword to every attention layer, so that gradient checkpointing, which calls a layer again in another thread, passes
+the same layout again.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAYOUT = "pair_segments"
-"""The forward keyword under which Segments travel."""
+"""The forward keyword that passes Segments."""
 
-# Architectures whose packed log-probs tests/models/test_attention.py compares with the padded ones.
+# Architectures for which tests/models/test_attention.py compares packed with padded log-probs.
 CHECKED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 
 CAUSAL_BLOCK = 256  # queries of a causal block in the backward pass on a CPU
 
-# In the last layer nobody reads the hidden state of a token that scores nothing (most of the prompt): only its key and
-# value are needed. These modules of the layer, by architecture, act on each token alone and skip such tokens there.
+# In the last layer, the hidden state of a token that scores nothing (most of the prompt) is not used: only its key and
+# value are. These modules of that layer, by architecture, process each token on its own and skip such tokens.
 ATTENTION = {**dict.fromkeys(CHECKED, "self_attn"), "gpt2": "attn"}
 SKIPPING = {
     **dict.fromkeys(CHECKED, ("self_attn.q_proj", "self_attn.o_proj", "mlp")),
-    "gpt2": ("attn.c_proj", "mlp"),  # its query, key and value are one product
+    "gpt2": ("attn.c_proj", "mlp"),  # its query, key and value are one projection
 }
 
 
 class Run(NamedTuple):
-    """Queries start..stop, each of which sees the keys shared_start..shared_stop, and those of its run up to itself."""
+    """Queries start..stop: each attends to the keys shared_start..shared_stop and to those of its run up to itself."""
 
     start: int
     stop: int
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 
 def runs(spans: tuple[PairSpan, ...], scoring_only: bool) -> Iterator[Run]:
-    """The two runs of each pair; with scoring_only without the queries before the first that scores a token."""
+    """Yield the two runs of each pair. scoring_only: drop the queries before the first that scores a token."""
     for start, fork, rejected, stop, scored in spans:
         first = min(scored, rejected) if scoring_only else start
         yield Run(first, rejected, start, first)
@@ -61,8 +61,8 @@ def runs(spans: tuple[PairSpan, ...], scoring_only: bool) -> Iterator[Run]:
 
 
 class _FlashOnCpu(torch.autograd.Function):
-    """torch's flash kernel for CPUs, run by run: the part over shared keys and the part over the run's own keys are
-    merged by their log-sum-exp, and the backward pass calls the kernel's own with the merged result.
+    """torch's flash kernel for CPUs, run by run: the results over shared keys and over the run's own keys are merged by
+    their log-sum-exp, and the backward pass calls the kernel's backward with the merged result.
 
     Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4: the partial results of disjoint keys merge exactly.
     """
@@ -133,9 +133,10 @@ class _FlashOnCpu(torch.autograd.Function):
 
 
 def _blocks(run: Run) -> list[tuple[slice, slice, bool]]:
-    """(queries, keys, causal) that make up a run: causal blocks on the diagonal, what lies below them, shared keys.
+    """Return the (queries, keys, causal) blocks of a run: causal ones on the diagonal, those below it, the shared keys.
 
-    Cut because the kernel's backward pass computes all of a causal block up to 512 keys wide, the masked half as well.
+    The run is split because the kernel's backward pass computes the masked half of a causal block too, up to a width
+    of 512 keys.
     """
     diagonal: list[tuple[slice, slice, bool]] = []
     below: list[tuple[slice, slice, bool]] = []
@@ -167,8 +168,8 @@ def _flash_on_cpu(
 
 
 class _KeysOfRuns(torch.autograd.Function):
-    """Keys and values [T, g, D] laid out run by run. A shared position is there twice: its gradients are added by hand,
-    since autograd, which cannot know that no other is, would sort all positions in every layer."""
+    """Keys and values [T, g, D] laid out run by run. Shared positions occur twice, so their gradients are added here:
+    autograd, which cannot know that no other position repeats, would sort all positions in every layer."""
 
     @staticmethod
     def forward(
@@ -195,7 +196,7 @@ def _varlen(
     scale: float | None,
     scoring_only: bool,
 ) -> torch.Tensor:
-    """One call over all runs of all pairs; window (-1, 0) is causal and aligned with the end of each run's keys."""
+    """Compute all runs of all pairs in one call; window (-1, 0) is causal and aligned to the end of each run's keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     del scoring_only  # dropping the few prompt queries would cost another gather
@@ -225,7 +226,7 @@ def _sdpa(
     scale: float | None,
     scoring_only: bool,
 ) -> torch.Tensor:
-    """Public functions of torch alone, run by run; on a CPU a run's own small mask is built for it."""
+    """Compute attention run by run with public functions of torch only; on a CPU torch builds a small mask per run."""
     from torch.nn.attention.bias import causal_lower_right
 
     keys, values = (_for_each_query_head(x, query.shape[1]) for x in (key, value))
@@ -252,10 +253,10 @@ KERNELS: dict[AttentionName, Callable[..., torch.Tensor]] = {"cpu": _flash_on_cp
 
 
 def choose_kernel(asked: AttentionName, device: torch.device, precision: Precision) -> AttentionName:
-    """The kernel for packed rows.
+    """Return the kernel for packed rows.
 
     Raises:
-        UserError: the one asked for does not run here.
+        UserError: the kernel in the settings does not run on this device with this precision.
     """
     flash_types = precision in ("bf16", "fp16")
     best: AttentionName = "cpu" if device.type == "cpu" else "sdpa"
@@ -265,29 +266,29 @@ def choose_kernel(asked: AttentionName, device: torch.device, precision: Precisi
         return best
     if asked in ("cpu", "varlen") and asked != best:
         needs = "a CPU" if asked == "cpu" else "a GPU from Ampere on and precision bf16 or fp16"
-        raise UserError("model.attention", asked, f"needs {needs}", f"take {best}, or leave it at auto")
+        raise UserError("model.attention", asked, f"needs {needs}", f"use {best} or auto")
     return asked
 
 
 def not_exact(config: Any, longest: int) -> str | None:
-    """Why a packed row would not give this model's own log-probs; None where it does."""
+    """Return why packed rows would change this model's log-probs; None if they do not."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     if text.model_type not in CHECKED:
         return f"{text.model_type} is not among the architectures checked for it ({', '.join(CHECKED)})"
     if window is not None and longest > window:
-        return f"its attention slides over {window} tokens and the longest sequence has {longest}"
+        return f"its sliding window has {window} tokens and the longest sequence {longest}"
     if (fixed := fixed_up_to(config)) is not None and longest > fixed:
-        return f"its rotary embedding depends on a sequence's length beyond {fixed} tokens, and a pair has two"
+        return f"its rotary embedding depends on a sequence's length beyond {fixed} tokens, and a pair has two lengths"
     if getattr(text, "use_bidirectional_attention", None):
-        return "its attention looks ahead"
+        return "its attention is bidirectional"
     if any(value for name, value in vars(text).items() if name in ("attention_dropout", "attn_pdrop")):
         return "it has dropout in its attention (model.disable_dropout=true removes it)"
     return None
 
 
 def use_packed_attention(model: "PreTrainedModel", kernel: AttentionName) -> None:
-    """Give the model our attention for batches with segments; for any other use (generate) it keeps torch's own."""
+    """Use packed attention for batches with segments; any other forward pass (generate) keeps torch's SDPA."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -304,7 +305,7 @@ def use_packed_attention(model: "PreTrainedModel", kernel: AttentionName) -> Non
         segments = options.pop(LAYOUT, None)
         if segments is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have left query and key in fp32
+        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings return query and key in fp32
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         return KERNELS[kernel](query, key, value, segments, scaling, hasattr(module, "skips_unscored")), None
@@ -317,18 +318,18 @@ def use_packed_attention(model: "PreTrainedModel", kernel: AttentionName) -> Non
 
 
 def packed_arguments(segments: Segments, input_ids: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments of a model's forward for a packed row; a mask of four dimensions is taken as ready-made, so
-    that transformers builds none."""
+    """Return the keyword arguments of a model's forward for a packed row. transformers uses a mask of four dimensions
+    as it is, and so builds none."""
     return {LAYOUT: segments, "attention_mask": input_ids.new_empty(1, 1, 0, 0)}
 
 
 def _skip_unscored(model: "PreTrainedModel") -> None:
-    """Let tokens whose hidden state nobody reads pass the last layer as they are."""
+    """Make the last layer skip tokens whose hidden state is not used."""
     layers = decoder_layers(model)
     kind = model.config.get_text_config().model_type
     attention = layers[-1].get_submodule(ATTENTION[kind])
     if hasattr(attention, "skips_unscored"):
-        return  # a second kernel for the same model; hooks twice would skip twice
+        return  # a second kernel for the same model: two sets of hooks would skip twice
     skipping = _Skipping()
     attention.skips_unscored = True  # pyright: ignore[reportArgumentType]
     attention.register_forward_pre_hook(skipping.begin, with_kwargs=True)
@@ -338,10 +339,10 @@ def _skip_unscored(model: "PreTrainedModel") -> None:
 
 
 class _Skipping:
-    """Hooks of one layer. Its attention gets the layout as a keyword, in a recomputation too, and is the first to."""
+    """Hooks of one layer. Its attention runs first and receives the layout as a keyword, also when recomputed."""
 
     def __init__(self) -> None:
-        self.scoring: torch.Tensor | None = None  # [N] of the forward under way
+        self.scoring: torch.Tensor | None = None  # [N] of the current forward pass
         self.tokens = 0
 
     def begin(self, _: nn.Module, __: Any, options: dict[str, Any]) -> None:
@@ -349,14 +350,14 @@ class _Skipping:
         self.scoring = None if segments is None else segments.scoring
 
     def pick(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """[1, T, features] -> [1, N, features]."""
+        """Select the scoring tokens: [1, T, features] -> [1, N, features]."""
         if self.scoring is None:
             return inputs
         self.tokens = inputs[0].shape[1]
         return (inputs[0].index_select(1, self.scoring),)
 
     def put_back(self, _: nn.Module, __: Any, made: torch.Tensor) -> torch.Tensor:
-        """[1, N, features] -> [1, T, features], zeros elsewhere: finite, and nobody reads them."""
+        """Scatter the output back: [1, N, features] -> [1, T, features], with zeros, finite and unused, elsewhere."""
         if self.scoring is None:
             return made
         return made.new_zeros(1, self.tokens, made.shape[-1]).index_copy(1, self.scoring, made)

@@ -1,4 +1,4 @@
-"""Ask a model by small forward passes what no config says: noise, causality, padding, weights without a gradient."""
+"""Find out by small forward passes what a config does not say: noise, causality, padding, weights without gradient."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ from orchestrator.settings.spec import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-TOKENS = 32  # of a probe
-DRAWS = 3  # forward passes that must agree where random numbers are drawn
-# Parts of the names of settings by which a model is noisy while it trains, and which it does not read otherwise (PhiMoE
-# does read router_jitter_noise: modules with such noise are kept in evaluation mode).
+TOKENS = 32  # length of the input of a probe
+DRAWS = 3  # forward passes with different random numbers that must agree
+# Parts of the names of config keys that only make a model noisy in training. PhiMoE also reads router_jitter_noise
+# elsewhere, so it is not listed: modules with such noise are kept in evaluation mode.
 NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_prob", "drop_rate", "stochastic_depth")
 
 
 def silence(config: "PretrainedConfig") -> None:
-    """Set to zero every rate in a config, and in the configs inside it, that makes a model noisy while it trains."""
+    """Set every rate that makes a model noisy in training to zero, in a config and in the configs nested in it."""
     for name, value in list(vars(config).items()):
         if hasattr(value, "get_text_config"):
             silence(value)
@@ -31,7 +31,7 @@ def silence(config: "PretrainedConfig") -> None:
 
 
 def still_noise(model: "PreTrainedModel") -> list[str]:
-    """Keep in evaluation mode, for good, the modules that draw random numbers while training; return their names.
+    """Keep the modules that draw random numbers in training in evaluation mode permanently; return their names.
 
     Raises:
         UserError: one of them is noisy in evaluation mode too, or its weights would have no gradient there.
@@ -54,30 +54,33 @@ def still_noise(model: "PreTrainedModel") -> list[str]:
 
 
 def _noise_stays(module: str) -> UserError:
-    rule = f"{module} draws random numbers while training, and nothing switches that off"
+    rule = f"{module} draws random numbers in training, and cannot be switched off"
     return UserError("model.disable_dropout", True, rule, "set model.disable_dropout=false to train with noise")
 
 
 def check_causal(model: "PreTrainedModel", logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Refuse a model whose logits depend on later tokens: an encoder, or attention in both directions.
+    """Check that no logit depends on later tokens, as in an encoder or with bidirectional attention.
 
     logits: ids [R, T] -> [R, T, V].
 
     Raises:
-        UserError: they do.
+        UserError: the model is not causal.
     """
     ids = _ids(model, 6).repeat(2, 1)
     ids[1, -1] = ids[0, 0]
     first, second = logits(ids)[:, :-1].double()
     rounding = 2e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-5
     if (first - second).abs().max() > rounding * first.abs().max():
-        rule = "the logits of a token depend on later tokens: it is not a causal LM as it is configured"
-        raise UserError("model", type(model).__name__, rule, "take a decoder (of an encoder type: is_decoder=true)")
+        rule = "the logits of a token depend on later tokens: with its config it is not a causal LM"
+        raise UserError("model", type(model).__name__, rule, "use a decoder (for an encoder type: is_decoder=true)")
 
 
 def depends_on_gradients(model: "PreTrainedModel") -> bool:
-    """Return whether the logits differ with and without gradients: torch takes another attention kernel where a mask is
-    computed from weights (Inkling's bias), and a policy would then differ from its own reference by rounding."""
+    """Return whether the logits differ with and without gradients.
+
+    torch uses another attention kernel where a mask is computed from weights (Inkling's bias), and a policy would then
+    differ from its own reference by rounding.
+    """
     training = model.training
     model.eval()
     try:
@@ -92,8 +95,8 @@ def depends_on_gradients(model: "PreTrainedModel") -> bool:
 
 @torch.no_grad()
 def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
-    """Return how far the hidden states of a sequence in a padded batch are from those it has alone, relative to the
-    largest of them."""
+    """Return how far the hidden states of a sequence in a padded batch are from those in a batch of one, relative to
+    the largest of them."""
     training, body = model.training, body_of(model)
     model.eval()
     ids = _ids(model, 9).to(device).repeat(2, 1)
@@ -108,17 +111,18 @@ def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
 
 
 def freeze_unreached(model: "PreTrainedModel", ranks: int) -> list[str]:
-    """Freeze the trainable parameters that no row of text gives a gradient, such as a vision tower's; return their
-    names. One that other tokens may reach (of one expert among several) is left as it is on one rank; several ranks
-    would sum the gradients of different weights.
+    """Freeze the trainable parameters that get no gradient from text, such as a vision tower's; return their names.
+
+    Parameters that other tokens may reach (of one expert among several) stay trainable on one rank. On several ranks
+    they are an error: gradients of different weights would be summed.
 
     Raises:
-        UserError: there are several ranks, and such weights.
+        UserError: there are several ranks, and such experts.
     """
     reached = _reached(model)
     routed = _routed(model, reached)
     if routed and ranks > 1:
-        rule = "some of its experts have no gradient on a rank whose tokens are not routed to them"
+        rule = "an expert has no gradient on a rank that routes no token to it"
         raise UserError("model", type(model).__name__, rule, "train it on one rank")
     trained = reached | routed
     frozen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
@@ -131,28 +135,29 @@ def freeze_unreached(model: "PreTrainedModel", ranks: int) -> list[str]:
 
 
 def _ids(model: "PreTrainedModel", tokens: int) -> torch.Tensor:
-    """[1, tokens] ids, all different where the vocabulary allows it; not those at its ends, which are often special."""
+    """Return ids [1, tokens], all different if the vocabulary is large enough; special tokens are often at its ends,
+    which are avoided."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(tokens) * max(1, vocabulary // (2 * tokens)) + vocabulary // 4
     return (ids % vocabulary)[None].to(model.device)
 
 
 def _forward(model: "PreTrainedModel") -> torch.Tensor:
-    """The logits of a probe, as in training: [1, T, V]."""
+    """Return the logits [1, T, V] of a probe in training mode."""
     training = model.training
     model.train()
     try:
         return model(input_ids=_ids(model, TOKENS), use_cache=False).logits
     except (RuntimeError, ValueError, TypeError) as error:  # Reformer trains on sequences of one length only
-        rule = f"its forward pass fails while training ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
-        raise UserError("model", type(model).__name__, rule, "take another model") from None
+        rule = f"its forward pass fails in training ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        raise UserError("model", type(model).__name__, rule, "use another model") from None
     finally:
         model.train(training)
 
 
 @contextmanager
 def _forked_random(device: torch.device, seed: int) -> Any:
-    """Random numbers of a seed; afterwards the state is as before."""
+    """Seed the random numbers, and restore their state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -165,7 +170,7 @@ def _state(device: torch.device) -> bytes:
 
 @torch.no_grad()
 def _drawing(model: "PreTrainedModel") -> list[nn.Module]:
-    """The innermost modules that draw random numbers while training."""
+    """Return the innermost modules that draw random numbers in training."""
     drawing = _Drawing(model.device)
     with _forked_random(model.device, 0), drawing.watched(model):
         _forward(model)
@@ -174,7 +179,7 @@ def _drawing(model: "PreTrainedModel") -> list[nn.Module]:
 
 @torch.no_grad()
 def _repeats(model: "PreTrainedModel") -> bool:
-    """Return whether the logits are the same for other random numbers."""
+    """Return whether the logits stay the same with other random numbers."""
     outputs: list[torch.Tensor] = []
     for seed in range(DRAWS):
         with _forked_random(model.device, seed):
@@ -183,7 +188,7 @@ def _repeats(model: "PreTrainedModel") -> bool:
 
 
 class _Drawing:
-    """Hooks that notice which module draws random numbers, inside all others that contain it."""
+    """Hooks that find the innermost modules that draw random numbers."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -225,7 +230,7 @@ def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _reached(model: "PreTrainedModel") -> set[int]:
-    """The ids of the parameters that a backward pass would reach: the graph of a forward pass is walked, no gradient
+    """Return the ids of the parameters that a backward pass would reach, from the graph of a forward pass; no gradient
     is computed."""
     with _forked_random(model.device, 0), torch.enable_grad():
         waiting: list[Any] = [_forward(model).grad_fn]
@@ -244,8 +249,8 @@ def _reached(model: "PreTrainedModel") -> set[int]:
 
 
 def _detach_states(model: nn.Module) -> None:
-    """Cut what a recurrent model keeps of its last input from the graph: a module that holds such a tensor cannot be
-    copied."""
+    """Detach the states that a recurrent model keeps of its last input: a module that holds a tensor with a graph
+    cannot be copied."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
@@ -253,8 +258,8 @@ def _detach_states(model: nn.Module) -> None:
 
 
 def _routed(model: "PreTrainedModel", reached: set[int]) -> set[int]:
-    """The ids of the trainable parameters of modules in a list that were not reached at all, while one of the same type
-    beside them was: experts to which no token of the probe was routed."""
+    """Return the ids of the trainable parameters of experts to which no token of the probe was routed: modules of a
+    list that were not reached at all, while one of the same type in that list was."""
     routed: set[int] = set()
     for modules in model.modules():
         if isinstance(modules, nn.ModuleList):

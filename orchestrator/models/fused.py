@@ -1,8 +1,7 @@
-"""RMSNorm, rotary embedding and SwiGLU with their derivatives written down: fewer passes over memory and fewer kernels,
-fewer saved tensors, true fp64.
+"""RMSNorm, rotary embedding and SwiGLU with explicit derivatives: fewer kernels, memory passes and saved tensors.
 
-transformers' modules leave all three to autograd, operation by operation, and its RMSNorm computes in fp32 whatever its
-input, which in fp64 would leave 1e-8 in the loss.
+transformers' modules leave all three to autograd, operation by operation. Its RMSNorm computes in fp32 for every
+input dtype, which with fp64 weights would leave an error of 1e-8 in the loss.
 
 Legend: R rows, T tokens, H hidden size, h heads, D their size, I intermediate size.
 """
@@ -23,10 +22,10 @@ MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 
 
 def fuse(model: "PreTrainedModel", dtype: torch.dtype | None = None) -> None:
-    """Replace the forward of the norms, attentions and MLPs known here; weights, names and hooks stay as they are.
+    """Replace the forward of the norms, attentions and MLPs listed above; weights, names and hooks stay the same.
 
-    A model with weights of 16 bits keeps its own, whose order of rounding other programs reproduce; one that was cast
-    to them is given its own again. dtype: of the weights it will train with, where it is not theirs yet.
+    A model with 16-bit weights keeps its own forward, whose order of rounding other programs reproduce; one that was
+    cast to 16 bits gets its own back. dtype: the dtype in which the weights will train, if they are not in it yet.
     """
     from transformers.activations import ACT2FN
 
@@ -45,9 +44,9 @@ def fuse(model: "PreTrainedModel", dtype: torch.dtype | None = None) -> None:
 
 
 def _norm(norm: Any, is_gemma: bool, hidden: torch.Tensor) -> torch.Tensor:
-    # Gemma's weight is what is added to 1
+    # Gemma scales by 1 + weight
     weight, epsilon = (1 + norm.weight, norm.eps) if is_gemma else (norm.weight, norm.variance_epsilon)
-    if hidden.is_cuda:  # where torch has a kernel for it, and another for its derivative
+    if hidden.is_cuda:  # there torch has a kernel for it, and another for its derivative
         return rms_norm(hidden.to(weight.dtype), weight.shape, weight, epsilon)
     return _RmsNorm.apply(hidden, weight, epsilon)  # pyright: ignore[reportReturnType]
 
@@ -63,7 +62,7 @@ def _attend(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     kernel = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
-    if kernel is None or past_key_values is not None:  # transformers' own, of that model; or generation
+    if kernel is None or past_key_values is not None:  # the model's own attention, or generation
         given = hidden_states, position_embeddings, attention_mask, past_key_values
         return type(attention).forward(attention, *given, **options)
     rows = hidden_states.shape[:-1]
@@ -86,8 +85,8 @@ def _attend(
 
 
 def _products(hidden: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
-    """What several linear layers make of one input; under autocast, which would cast each one's weight, bias and input
-    and their gradients back again, in one product."""
+    """Return the outputs of several linear layers for one input. Under autocast, compute them in one product: autocast
+    would cast weight, bias and input of each layer, and their gradients back."""
     if not torch.is_autocast_enabled(hidden.device.type) or not all(map(_is_bare, layers)):
         return tuple(layer(hidden) for layer in layers)
     weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
@@ -96,7 +95,7 @@ def _products(hidden: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, .
 
 
 def _is_bare(layer: nn.Module) -> bool:
-    """Whether to call it is to multiply by its weight: no adapter, no 8 bits, nobody who fetches it or looks on."""
+    """Return whether the layer is a plain nn.Linear: no adapter, no quantisation, no hooks."""
     watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return type(layer) is nn.Linear and not watched and "forward" not in vars(layer)
 
@@ -104,12 +103,13 @@ def _is_bare(layer: nn.Module) -> bool:
 def _mlp(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and _is_bare(mlp.gate_proj) and _is_bare(mlp.up_proj):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))  # once, not in each
+        hidden = hidden.to(torch.get_autocast_dtype(kind))  # once for both layers
     return mlp.down_proj(_SwiGlu.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x r w with r = (mean of x^2 + epsilon)^-1/2 over the last dimension. Zhang & Sennrich 2019, arXiv 1910.07467.
+    """RMSNorm, x r w with r = (mean of x^2 + epsilon)^-1/2 over the last dimension. Zhang & Sennrich 2019,
+    arXiv 1910.07467.
 
     With n = x r and g the gradient: dw = sum of g n, dx = r (g w - n * mean of g w n).
     """
@@ -117,7 +117,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         x = x.to(weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # it would square in 16 bits, and 400 overflows fp16
+        with torch.autocast(x.device.type, enabled=False):  # it would square in 16 bits, where 400^2 overflows fp16
             scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
@@ -136,10 +136,11 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """With x1, x2 the halves of a head: x1 cos - x2 sin, x2 cos + x1 sin. Su et al. 2021, arXiv 2104.09864.
+    """Rotary embedding of the halves x1, x2 of a head: x1 cos - x2 sin, x2 cos + x1 sin. Su et al. 2021,
+    arXiv 2104.09864.
 
     query, key: [R, T, h, D]; cos: [R or 1, T, 1, D]; sin: [R or 1, T, 1, D/2], as both halves have the same angles.
-    Under autocast what comes out has its type, which attention will want.
+    Under autocast the output has the autocast dtype, in which attention runs.
     """
 
     @staticmethod
@@ -160,7 +161,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, sign: int) -> torch.Tensor:
-    """Back again with sign -1."""
+    """Rotate x; sign -1 rotates back."""
     x1, x2 = x.chunk(2, -1)
     made = x * cos
     first, second = made.chunk(2, -1)
@@ -168,14 +169,15 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dt
         first.addcmul_(x2, sin, value=-sign)
         second.addcmul_(x1, sin, value=sign)
         return made
-    turned = torch.empty_like(made, dtype=dtype)  # rounded once, as it is stored
+    turned = torch.empty_like(made, dtype=dtype)  # rounded once, when stored
     for half, (own, other, by) in zip(turned.chunk(2, -1), ((first, x2, -sign), (second, x1, sign)), strict=True):
         torch.addcmul(own, other, sin, value=by, out=half)
     return turned
 
 
 class _SwiGlu(torch.autograd.Function):
-    """silu(gate) * up. Shazeer 2020, arXiv 2002.05202. gate, up: [..., T, I]. silu(gate) is made again, not saved."""
+    """SwiGLU: silu(gate) * up. Shazeer 2020, arXiv 2002.05202. gate, up: [..., T, I]. The backward pass recomputes
+    silu(gate) instead of saving it."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The stack of layers of a model: which they are, freezing the lowest, and running the upper ones alone.
+"""Find the decoder layers of a model, freeze the lowest, and run the upper ones separately.
 
 Legend: R rows, T tokens, H hidden size.
 """
@@ -18,38 +18,38 @@ if TYPE_CHECKING:
 
 
 def body_of(model: "PreTrainedModel") -> Any:
-    """Return the part of a causal LM whose forward gives the last hidden states: all but its head.
+    """Return the part of a causal LM whose forward returns the last hidden states: all but its head.
 
     Raises:
         UserError: the model has no such part.
     """
     if model.base_model is not model:
         return model.base_model
-    embeddings = model.get_input_embeddings()  # Llama 4's base_model_prefix names an attribute that it does not have
+    embeddings = model.get_input_embeddings()  # Llama 4 has no attribute of the name in its base_model_prefix
     for child in model.children():
         if child is not embeddings and any(module is embeddings for module in child.modules()):
             return child
-    cure = "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
-    raise UserError("model", type(model).__name__, "has no part that gives hidden states without logits", cure)
+    cure = "use a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
+    raise UserError("model", type(model).__name__, "has no module that returns hidden states without logits", cure)
 
 
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
-    """The layers that a token's hidden state passes one after the other.
+    """Return the decoder layers of a model, in order.
 
     Raises:
-        UserError: the model has no list of as many layers as its config says.
+        UserError: the model has no list of as many layers as num_hidden_layers in its config.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     text: nn.Module = model.get_decoder()  # a vision tower may have as many layers
-    for module in text.modules():  # parents come first: the experts of a layer are lists, too
+    for module in text.modules():  # parents come first: the experts of a layer are lists too
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    cure = "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
-    raise UserError("model", type(model).__name__, f"its {count} layers are not found in it", cure)
+    cure = "use a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
+    raise UserError("model", type(model).__name__, f"has no list of {count} layers", cure)
 
 
 def lowest(model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = None) -> list[nn.Module]:
-    """What a token passes before it enters layer `count`: embeddings, whatever is registered with them, and layers."""
+    """Return the modules that run before layer `count`: the embeddings, modules registered beside them, and layers."""
     layers = decoder_layers(model) if layers is None else layers
     before: list[nn.Module] = []
     for module in model.modules():
@@ -61,7 +61,7 @@ def lowest(model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = 
 
 
 def head_is_tied(model: "PreTrainedModel") -> bool:
-    """Return whether the output head and the embeddings are one weight."""
+    """Return whether the output head and the embeddings are tied to one weight."""
     head: Any = model.get_output_embeddings()
     return getattr(head, "weight", None) is model.get_input_embeddings().weight
 
@@ -69,10 +69,9 @@ def head_is_tied(model: "PreTrainedModel") -> bool:
 def freeze_lowest(
     model: "PreTrainedModel", count: int, keep_head: bool = True, layers: nn.ModuleList | None = None
 ) -> bool:
-    """Let the embeddings and the first `count` layers train no more.
+    """Freeze the embeddings and the first `count` layers; return whether the output head was tied to the embeddings.
 
-    keep_head: an output head that is one with the embeddings is given weights of its own, which go on training.
-    Returns whether there was such a head.
+    keep_head: untie such a head, so that it has its own, trainable weights.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = isinstance(head, nn.Linear) and head.weight is embeddings.weight
@@ -80,7 +79,7 @@ def freeze_lowest(
         assert isinstance(head, nn.Linear)
         head.weight = nn.Parameter(head.weight.detach().clone())
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False  # or the next one to load or save the model would tie them again
+            config.tie_word_embeddings = False  # otherwise loading or saving the model would tie them again
     for module in lowest(model, count, layers):
         module.requires_grad_(False)
     return tied
@@ -88,8 +87,10 @@ def freeze_lowest(
 
 @contextmanager
 def captured_at(model: "PreTrainedModel", layer: int | None) -> Iterator[list[torch.Tensor]]:
-    """A list to which forward passes of the model meanwhile add the hidden states [R, T, H] that enter a layer, without
-    gradient; gradient checkpointing's recomputation adds nothing. None captures nothing."""
+    """Yield a list to which each forward pass of the model appends the hidden states [R, T, H] that enter a layer.
+
+    They have no gradient, and recomputation by gradient checkpointing appends nothing. layer: None captures nothing.
+    """
     found: list[torch.Tensor] = []
     if layer is None:
         yield found
@@ -106,24 +107,24 @@ def captured_at(model: "PreTrainedModel", layer: int | None) -> Iterator[list[to
 
 
 class _Passed(nn.Module):
-    """In the place of a layer whose work is done already."""
+    """Stand-in for a lower layer that returns its input, because its work is done already."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not registered: its parameters are not this stack's
+        self.__dict__["layer"] = layer  # not registered: its parameters do not belong to this stack
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)  # what a model asks of its layers, such as attention_type
+        return getattr(self.__dict__["layer"], name)  # attributes that a model reads, such as attention_type
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
 
 
 class UpperLayers:
-    """The layers of a model from `first` on with all that comes after them, run on captured hidden states.
+    """The layers of a model from `first` on and all that follows them, run on captured hidden states.
 
     The model's own forward runs, with its masks, position embeddings and norms, over a stack in which the lower layers
-    do nothing.
+    return their input.
     """
 
     def __init__(self, model: "PreTrainedModel", first: int) -> None:
@@ -132,10 +133,13 @@ class UpperLayers:
         self.body = _with_layers(body_of(model), layers, nn.ModuleList([_Passed(x) for x in layers[:first]]))
 
     def __call__(self, captured: torch.Tensor, **options: Any) -> torch.Tensor:
-        """captured: [R, T, H] what entered layer `first`; options: of the body's forward -> [R, T, H]."""
+        """Return the last hidden states [R, T, H].
+
+        captured: [R, T, H], the input of layer `first`. options: keyword arguments of the body's forward.
+        """
 
         def enter(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...]:
-            # what the body made of its input by now may have position embeddings added
+            # the body may have added position embeddings to its input by now
             return (captured, *args[1:]) if args else (), given if args else {**given, "hidden_states": captured}
 
         handle = self.entered.register_forward_pre_hook(enter, with_kwargs=True)
@@ -146,7 +150,7 @@ class UpperLayers:
 
 
 def _with_layers(module: nn.Module, layers: nn.ModuleList, lower: nn.ModuleList) -> nn.Module:
-    """A module that is the same, parameters and all, but for the lowest of its layers."""
+    """Return a module that shares everything with this one except its lowest layers."""
     if module is layers:
         return nn.ModuleList([*lower, *layers[len(lower) :]])
     if not any(child is layers for child in module.modules()):

@@ -1,4 +1,4 @@
-"""Load tokenizer, config and weights of a model folder or hub name, and refuse what is incomplete."""
+"""Load tokenizer, config and weights of a model folder or hub name, and reject incomplete ones."""
 
 import os
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from orchestrator.settings.spec import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The hub's libraries would otherwise ask on stdin whether to run code that comes with a model.
+# The hub's libraries would otherwise prompt on stdin before they run code that comes with a model.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 def tokenizer_at(key: str, path: str) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer in a folder or on the hub, which the setting `key` names.
+    """Load a tokenizer from a folder or the hub. key: the setting that holds the path.
 
     Raises:
         UserError: it cannot be loaded.
@@ -36,10 +36,10 @@ def tokenizer_at(key: str, path: str) -> "PreTrainedTokenizerBase":
 
 
 def config_at(key: str, path: str) -> Any:
-    """Load the config of the model in a folder or on the hub, which the setting `key` names.
+    """Load the config of a model from a folder or the hub. key: the setting that holds the path.
 
     Raises:
-        UserError: it cannot be loaded, or is of weights in 8 or 4 bits that would have to train.
+        UserError: it cannot be loaded, or its weights are quantised and would have to train.
     """
     from transformers import AutoConfig
 
@@ -91,18 +91,18 @@ def check_weights(key: str, path: str, config: Any) -> "PreTrainedModel | None":
 
 
 def _check_folder(key: str, path: str) -> None:
-    """Refuse a path that is not a folder.
+    """Check that a local path is a folder.
 
     Raises:
-        UserError: nothing is there, or a file.
+        UserError: the path does not exist, or is a file.
     """
     if looks_local(path) and not os.path.isdir(path):
-        raise UserError(key, path, "is not a folder", "give an existing folder, or a hub name")
+        raise UserError(key, path, "is not a folder", "use an existing folder, or a hub name")
 
 
 def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
-    """Return the error to raise where a part of a model cannot be loaded, for whatever reason."""
-    if "trust_remote_code=True" in str(error):  # how transformers refuses
+    """Return the error to raise where a part of a model cannot be loaded."""
+    if "trust_remote_code=True" in str(error):  # in the message of transformers' refusal
         rule = f"its {what} needs code that comes with it (auto_map), which is never run"
         return UserError(key, path, rule, "use a model whose architecture is part of transformers")
     if "Padding_idx must be within" in str(error):  # torch.nn.Embedding, of transformers
@@ -114,14 +114,14 @@ def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
         if key == "model.path":
             cure = "it is an adapter: set model.path to its base and model.lora.adapter_path to this"
     elif os.path.isdir(path):
-        cure = "give a folder with config.json, tokenizer and weights"
+        cure = "use a folder with config.json, tokenizer and weights"
     else:
-        cure = f"give a hub name that can be reached, or a folder (./{path})"
+        cure = f"use a hub name that can be reached, or a folder (./{path})"
     return UserError(key, path, f"its {what} cannot be loaded ({type(error).__name__}: {reason})", cure)
 
 
 def _checked(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:
-    """Call `from_pretrained` or its like, and check its report."""
+    """Call `from_pretrained` or `load_mapped`, and check the weights it reports as missing, unused or mismatched."""
     try:
         model, info = load(path, output_loading_info=True, ignore_mismatched_sizes=True, **options, **NO_CODE)
     except Exception as error:  # transformers, safetensors and the hub raise many types
@@ -131,7 +131,7 @@ def _checked(key: str, path: str, load: Callable[..., Any], **options: Any) -> A
 
 
 def _check_not_quantized(key: str, path: str, config: Any) -> None:
-    """Refuse to train a checkpoint whose linear layers are quantised: only what is left over would train."""
+    """Check that a checkpoint to train is not quantised: only its other layers would train."""
     quantization: Any = getattr(config, "quantization_config", None)
     if quantization is None:
         return

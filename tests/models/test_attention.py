@@ -447,7 +447,7 @@ def test_a_sliding_window_matters_when_a_sequence_is_longer() -> None:
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     for config in (config_of("mistral", sliding_window=8), config_of("qwen2", **window)):
         assert not_exact(config, 8) is None
-        assert "slides over 8 tokens and the longest sequence has 9" in str(not_exact(config, 9))
+        assert "sliding window has 8 tokens and the longest sequence 9" in str(not_exact(config, 9))
     assert not_exact(config_of("qwen2", **{**window, "use_sliding_window": False}), 9) is None
 
 
