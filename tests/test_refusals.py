@@ -636,7 +636,7 @@ HERE = [
         "model.init.model_type=qwen22",
         "model.init.model_type",
         "'qwen22'",
-        "is no causal LM of transformers",
+        "is not a causal LM of transformers",
         "did you mean qwen2?",
     ),
     case(
@@ -644,7 +644,7 @@ HERE = [
         "model.init.model_type=t5",
         "model.init.model_type",
         "'t5'",
-        "is no causal LM",
+        "is not a causal LM",
         "for example qwen2",
     ),
     case(
@@ -661,7 +661,7 @@ HERE = [
         "model.init.config",
         "'hidden_size': 'big'",
         "Field 'hidden_size' expected int",
-        "mend that value",
+        "fix it",
     ),
     case(
         "init-heads",
@@ -669,7 +669,7 @@ HERE = [
         "model.init.config",
         "'num_attention_heads': 5",
         "heads in key and value must divide the number of heads",
-        "mend its sizes",
+        "fix its sizes",
         late=True,
     ),
     case(
@@ -678,7 +678,7 @@ HERE = [
         "model.init.config",
         "'hidden_size': 32",
         "the model's vocabulary has 10 tokens",
-        "leave vocab_size out of it",
+        "remove vocab_size from it",
     ),
     case(
         "metric-near",
@@ -706,7 +706,7 @@ HERE = [
         "existing folder",
         edits=NO_INIT,
     ),
-    case("empty-model-folder", "", "model.path", "/empty", "cannot be loaded", "give a folder", model="empty"),
+    case("empty-model-folder", "", "model.path", "/empty", "cannot be loaded", "use a folder", model="empty"),
     case(
         "no-weights",
         "",
@@ -749,7 +749,7 @@ HERE = [
         "reference.path={models}/other-tokens",
         "reference.path",
         "other-tokens",
-        "its tokenizer gives",
+        "its tokenizer maps",
         "the policy's tokenizer",
         model="good",
     ),
@@ -815,7 +815,7 @@ HERE = [
         "model.tokenizer",
         "large",
         "the model's vocabulary has 300 tokens",
-        "take the model's own tokenizer",
+        "use the model's own tokenizer",
         model="good",
     ),
 ]

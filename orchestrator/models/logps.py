@@ -1,4 +1,4 @@
-"""Hidden states at completion positions -> log-prob of each sequence: chunked head, fp64 sums, the loss formed in it.
+"""Compute the log-prob of each sequence from hidden states: chunked head, fp64 sums, the loss computed in the head.
 
 Legend: B pairs, 2B sequences, R rows of the batch, T tokens of a row, H hidden size, C completion tokens, V vocabulary.
 """
@@ -19,30 +19,30 @@ from orchestrator.settings.spec import DataSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 2**26  # logits alive at once (256 MB in fp32); what needs more chunks is computed twice
-ON_GPU = 4  # times as many there: fewer launches, and a pair's logits are seldom computed twice
+CHUNK_LOGITS = 2**26  # logits in memory at once (256 MB in fp32); a pair that needs several chunks is computed twice
+ON_GPU = 4  # times as many on a GPU: fewer launches, and a pair's logits are seldom computed twice
 
 
-# What configs call a factor of the logits, or a bound of them: Cohere, Falcon-H1; Granite, Inkling; Gemma, xLSTM.
+# Config keys of a factor or a cap of the logits, in Cohere, Falcon-H1; Granite, Inkling; Gemma, xLSTM.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class PairSums(NamedTuple):
-    """What a loss may see of the tokens of b pairs, in fp64, the chosen first."""
+    """Per-pair sums over tokens that a loss is computed from, for b pairs, in fp64, the chosen first."""
 
-    logps: torch.Tensor  # [b, 2] summed over completion tokens, those beyond the shorter one weighing dpo.ld_alpha
-    chosen: torch.Tensor  # [b] of the chosen, every token weighing 1
+    logps: torch.Tensor  # [b, 2] summed over completion tokens; those beyond the shorter one have weight dpo.ld_alpha
+    chosen: torch.Tensor  # [b] of the chosen, every token with weight 1
     aligned: torch.Tensor | None  # [b, 2] mean over tokens of log p(label) - log(sum of p^2), without gradient
 
 
 PairLosses = Callable[[slice, PairSums], torch.Tensor]
-"""(which pairs, their sums) -> [b] their share of the loss of the global batch."""
+"""(slice of pairs, their sums) -> [b] their contributions to the loss of the global batch."""
 
 
 class TokenTerms(NamedTuple):
-    """What the head says of each completion token, all [C] and without gradient."""
+    """Metrics of each completion token from its logits, all [C] and without gradient."""
 
     entropy: torch.Tensor  # nats
     mean_logit: torch.Tensor  # over the vocabulary
@@ -50,43 +50,46 @@ class TokenTerms(NamedTuple):
 
 
 def body_hidden(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
-    """The last hidden states of the model without its head: [R, T, H]."""
+    """Return the last hidden states [R, T, H], computed without the head."""
     return body_of(model)(input_ids=batch.input_ids, use_cache=False, **layout_of(batch)).last_hidden_state
 
 
 def layout_of(batch: PairBatch) -> dict[str, Any]:
-    """Keyword arguments that tell a model's body how the tokens of the batch see each other."""
+    """Return the keyword arguments of a model's body that define which tokens of the batch attend to which."""
     if batch.segments is None:
         return {"attention_mask": batch.attention_mask}
     return packed_arguments(batch.segments, batch.input_ids) | {"position_ids": batch.position_ids}
 
 
 def sequence_sums(values: torch.Tensor, batch: PairBatch) -> torch.Tensor:
-    """[..., C] -> [..., 2B], all chosen first, in fp64: a serial fp32 sum over a completion costs 1e-4 in the loss."""
+    """Sum each completion: [..., C] -> [..., 2B], all chosen first.
+
+    In fp64: a serial fp32 sum over a completion causes an error of 1e-4 in the loss.
+    """
     return _pair_sums(values, batch.scored).transpose(-1, -2).flatten(-2)
 
 
 def _pair_sums(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
-    """[..., C] -> [..., B, 2] sums in fp64; each in one order whatever the device, unlike an index_add."""
+    """Sum each completion in fp64: [..., C] -> [..., B, 2]. The order is fixed on every device, unlike index_add's."""
     parts = [part.sum(-1, dtype=torch.float64) for part in values.split(list(scored), dim=-1)]
     return torch.stack(parts, dim=-1).unflatten(-1, (-1, 2))
 
 
 class _Tails(NamedTuple):
-    """How the tokens of a pair beyond its shorter completion count. LD-DPO: Liu et al. 2024, arXiv 2409.06411, eq. 10:
+    """The weight of a pair's tokens beyond its shorter completion. LD-DPO: Liu et al. 2024, arXiv 2409.06411, eq. 10:
     with n tokens in the shorter one, log p(y) is sum(log p of the first n) + ld_alpha * sum(log p of the rest)."""
 
-    ld_alpha: float | None  # None: as the others, and a sequence is summed in one part
+    ld_alpha: float | None  # None: they have weight 1, and a sequence is summed in one part
 
     def parts(self, scored: tuple[int, ...]) -> tuple[int, ...]:
-        """Tokens of each sequence -> of each of its parts."""
+        """Return the number of tokens of each part, from that of each sequence."""
         if self.ld_alpha is None:
             return scored
         both = [(min(pair), tokens) for pair in zip(scored[::2], scored[1::2], strict=True) for tokens in pair]
         return tuple(part for shared, tokens in both for part in (shared, tokens - shared))
 
     def sums(self, of_parts: torch.Tensor, aligned: torch.Tensor | None) -> PairSums:
-        """of_parts: [b, 2], or with ld_alpha [2b, 2], as `_pair_sums` makes them of the parts."""
+        """Combine the sums over parts. of_parts: from `_pair_sums`, [b, 2], or [2b, 2] with ld_alpha."""
         if self.ld_alpha is None:
             return PairSums(of_parts, of_parts[:, 0], aligned)
         shared, rest = of_parts.unflatten(0, (-1, 2)).unbind(-1)
@@ -94,20 +97,20 @@ class _Tails(NamedTuple):
 
 
 def _pair_means(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
-    """[C] -> [B, 2] means in fp64; 0 of no token."""
+    """Average each completion in fp64: [C] -> [B, 2]; 0 for a completion without tokens."""
     tokens = torch.tensor(scored, dtype=torch.float64).clamp(min=1).view(-1, 2)
     return _pair_sums(values, scored) / tokens.to(values.device, non_blocking=True)
 
 
 @torch.no_grad()
 def packed_error(model: "PreTrainedModel", device: torch.device) -> float:
-    """How far packed hidden states are from padded ones on one small pair, relative to the largest of them.
+    """Return how far packed hidden states are from padded ones on one small pair, relative to the largest of them.
 
-    Rounding where packing is exact; a release of transformers that drops our layout on its way shows here, as infinity
-    where it cannot even run without.
+    If packing is exact, this is rounding. It is large with a release of transformers that drops our layout keyword, and
+    infinite if the model cannot run without it.
     """
     training = model.training
-    model.eval()  # dropout is no difference of layouts
+    model.eval()  # dropout would differ between the two passes
     packed, padded = small_batches(device)
     expected = _selected(body_hidden(model, padded), padded)
     try:
@@ -120,7 +123,7 @@ def packed_error(model: "PreTrainedModel", device: torch.device) -> float:
 
 
 def small_batches(device: torch.device) -> tuple[PairBatch, PairBatch]:
-    """One pair of a few tokens, packed and padded, to ask a model what it does."""
+    """Return one pair of a few tokens as a packed and a padded batch, to probe a model."""
     row = {"pair_id": 0, "prompt_ids": [3, 1, 2, 0], "chosen_ids": [1, 4, 2], "rejected_ids": [5, 3, 4, 1]}
     data = DataSpec(train="")  # pyright: ignore[reportCallIssue]
     return PackedCollator(data)([row]).to(device), PreferenceCollator(0, data)([row]).to(device)
@@ -130,7 +133,7 @@ def small_batches(device: torch.device) -> tuple[PairBatch, PairBatch]:
 
 
 class Head(NamedTuple):
-    """What stands between hidden states and logits: logits = cap * tanh(scale * module(hidden) / cap)."""
+    """The head of a causal LM: logits = cap * tanh(scale * module(hidden) / cap)."""
 
     module: torch.nn.Module
     vocabulary: int
@@ -139,26 +142,26 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, model: "PreTrainedModel") -> "Head":
-        """The head of a causal LM; policy.py checks at start that these are the model's own logits."""
+        """Return the head of a causal LM; policy.py checks at start that its logits are the model's own."""
         module = model.get_output_embeddings()
         assert module is not None  # every causal LM has one
         text = model.config.get_text_config()
         scale = math.prod(getattr(text, name, None) or 1.0 for name in MULTIPLIERS)
         divisor = math.prod(getattr(text, name, None) or 1.0 for name in DIVISORS)
-        if text.model_type == "hyperclovax":  # which multiplies by what Granite divides by
+        if text.model_type == "hyperclovax":  # it multiplies by the factor that Granite divides by
             divisor = 1 / divisor
         caps = [cap for name in CAPS if (cap := getattr(text, name, None))]
         return cls(module, text.vocab_size, scale / divisor, caps[0] if caps else None)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the logits are one product of matrices, whose gradient can be written down."""
+        """Return whether the logits are one matrix product, with a gradient in closed form."""
         plain = type(self.module) is torch.nn.Linear and self.module.bias is None and self.cap is None
         return plain and type(self.module.weight) is torch.nn.Parameter  # pyright: ignore[reportUnknownMemberType]
 
     @contextmanager
     def weight_at_hand(self) -> Iterator[Any]:
-        """The weight [V, H] of a plain head, on its device also where accelerate keeps it elsewhere between uses."""
+        """Yield the weight [V, H] of a plain head on its device, even if accelerate offloads it between uses."""
         if not hasattr(self.module, "_hf_hook"):
             yield self.module.weight
             return
@@ -168,22 +171,22 @@ class Head(NamedTuple):
             yield self.module.weight
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> logits [n, V], at least in fp32."""
+        """Compute the logits: [n, H] -> [n, V], at least in fp32."""
         logits = self.module(hidden)
         logits = (logits if logits.dtype == torch.float64 else logits.float()) * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 class Scored(NamedTuple):
-    """What the head makes of a batch."""
+    """The loss, sums and token metrics of a batch."""
 
     loss: torch.Tensor  # scalar fp64, with gradient
-    sums: PairSums  # of all B pairs, without
+    sums: PairSums  # of all B pairs, without gradient
     tokens: TokenTerms | None
 
     @property
     def logps(self) -> torch.Tensor:
-        """[2B] fp64, all chosen first."""
+        """Return the log-probs of the sequences, [2B] fp64, all chosen first."""
         return self.sums.logps.t().flatten()
 
 
@@ -196,9 +199,9 @@ def loss_in_head(
     ld_alpha: float | None = None,
     with_aligned: bool = False,
 ) -> Scored:
-    """The loss of a batch, for losses that look at one pair at a time. hidden: [R, T, H].
+    """Compute the loss of a batch, for losses that depend on one pair at a time. hidden: [R, T, H].
 
-    Logits of at most CHUNK_LOGITS elements (ON_GPU times as many there) exist at a time, in forward and in backward.
+    At most CHUNK_LOGITS logits (on a GPU ON_GPU times as many) are in memory at a time, in forward and backward.
 
     ld_alpha: see PairSums.logps; with_aligned: see PairSums.aligned, which is None otherwise.
     """
@@ -208,7 +211,7 @@ def loss_in_head(
         if head.scale != 1.0:
             selected = selected * head.scale
         with head.weight_at_hand() as weight:
-            if not torch.is_grad_enabled():  # or the Function would be told to make gradients that nobody takes
+            if not torch.is_grad_enabled():  # otherwise the Function would compute gradients that are not used
                 selected, weight = selected.detach(), weight.detach()
             loss, logps, chosen, aligned, *tokens = _LossInHead.apply(  # pyright: ignore
                 selected, weight, batch, pair_losses, tails, with_metrics, with_aligned
@@ -229,9 +232,9 @@ def _detached(sums: PairSums) -> PairSums:
 def sequence_logps(
     model: "PreTrainedModel", batch: PairBatch, hidden: torch.Tensor | None = None, ld_alpha: float | None = None
 ) -> torch.Tensor:
-    """Log-probs [2B] in fp64 of a whole model, without gradient; to the last bit those that its loss would see.
+    """Return the log-probs [2B] of a whole model in fp64, without gradient; bitwise equal to those in its loss.
 
-    hidden: [R, T, H] its last hidden states, where they are known. ld_alpha: see PairSums.logps.
+    hidden: [R, T, H] its last hidden states, if they are known. ld_alpha: see PairSums.logps.
     """
 
     def no_loss(_: slice, sums: PairSums) -> torch.Tensor:
@@ -242,7 +245,7 @@ def sequence_logps(
 
 
 def _selected(hidden: torch.Tensor, batch: PairBatch) -> torch.Tensor:
-    """The hidden state before each completion token: [C, H]."""
+    """Return the hidden state before each completion token, [C, H]."""
     return hidden.flatten(0, 1).index_select(0, batch.completion_index)
 
 
@@ -254,15 +257,15 @@ def _rows_at_once(vocabulary: int, device: torch.device) -> int:
 
 
 class _LossInHead(torch.autograd.Function):
-    """The loss and, while its logits are at hand, its gradient: of the hidden states and of the head's weight.
+    """The loss and, while its logits are in memory, its gradients by the hidden states and by the head's weight.
 
-    The reference is known and a pair's loss needs that pair alone. So the logits z of a few pairs are made; their
-    log-probs give the pairs' losses, and with them the coefficient c = dloss/dlogp of every token; the softmax p
-    overwrites z, and with e the one-hot labels
+    The reference is known, and a pair's loss depends on that pair only. So the forward pass computes the logits z of a
+    few pairs, from their log-probs the losses, and from those the coefficient c = dloss/dlogp of every token. The
+    softmax p overwrites z, and with e the one-hot labels
 
         dloss/dhidden = c (e - p) W        dloss/dW = (c (e - p))' hidden
 
-    Three products of matrices, where making the logits again in the backward pass takes four.
+    These are three matrix products; recomputing the logits in the backward pass would need four.
     """
 
     @staticmethod
@@ -276,8 +279,8 @@ class _LossInHead(torch.autograd.Function):
         with_metrics: bool,
         with_aligned: bool,
     ) -> tuple[torch.Tensor, ...]:
-        """-> loss [], the sums of all pairs (aligned empty unless wanted), entropy, mean logit, is top 1 [C] (empty
-        without metrics)."""
+        """Return the loss [], the sums of all pairs (aligned is empty unless with_aligned), and entropy, mean logit and
+        is_top1 [C] (empty unless with_metrics)."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
@@ -301,18 +304,19 @@ class _LossInHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         factor: torch.Tensor = gradients[0]  # 1, or the loss scale of fp16
-        is_one = factor.device.type == "cpu" and factor.item() == 1  # on a GPU looking would wait for it
+        is_one = factor.device.type == "cpu" and factor.item() == 1  # on a GPU .item() would synchronise
         given: list[torch.Tensor | None] = []
         for made, dtype in ctx.found:
             if made is not None and not is_one:
                 made.mul_(factor.to(made.dtype))
             given.append(None if made is None else made.to(dtype))
-        del ctx.found  # given away: autograd may keep it as the gradient, and a second backward pass fails
+        del ctx.found  # autograd may keep these tensors as the gradients; a second backward pass fails
         return (*given, None, None, None, None, None)
 
 
 def _groups(scored: tuple[int, ...], rows_at_once: int) -> Iterator[tuple[slice, slice]]:
-    """(pairs, their tokens): as many whole pairs at a time as rows_at_once holds; one that has more tokens, alone."""
+    """Yield (pairs, their tokens) of consecutive groups: as many whole pairs as fit into rows_at_once tokens, or one
+    pair that has more."""
     first = begin = end = 0
     for pair in range(len(scored) // 2):
         tokens = scored[2 * pair] + scored[2 * pair + 1]
@@ -324,27 +328,27 @@ def _groups(scored: tuple[int, ...], rows_at_once: int) -> Iterator[tuple[slice,
 
 
 class _Softmax(NamedTuple):
-    """The softmax of some logits z, as exps / total."""
+    """The softmax of logits z, as exps / total."""
 
-    exps: torch.Tensor  # [n, V] exp(z - top), in the place of the logits
+    exps: torch.Tensor  # [n, V] exp(z - top), in the memory of the logits
     total: torch.Tensor  # [n, 1]
     top: torch.Tensor  # [n, 1] the largest logit
     at_label: torch.Tensor  # [n, 1] the label's logit
 
     @property
     def logps(self) -> torch.Tensor:
-        """[n, 1] of the labels."""
+        """Return the log-probs of the labels, [n, 1]."""
         return self.at_label - self.top - self.total.log()
 
     @property
     def aligned(self) -> torch.Tensor:
-        """[n, 1] log p(label) - log(sum of p^2)."""
+        """Return log p(label) - log(sum of p^2), [n, 1]."""
         log_root = torch.linalg.vector_norm(self.exps, dim=-1, keepdim=True).log() - self.total.log()
         return self.logps - 2 * log_root
 
 
 class _HeadWork:
-    """What _LossInHead.forward works with: hidden [C, H] and weight [V, H] in the dtype of its products."""
+    """The state of _LossInHead.forward: hidden [C, H] and weight [V, H] in the dtype of its products, and outputs."""
 
     def __init__(
         self,
@@ -368,14 +372,14 @@ class _HeadWork:
     def group(
         self, tokens: slice, scored: tuple[int, ...], pairs: slice, pair_losses: PairLosses
     ) -> tuple[torch.Tensor, PairSums]:
-        """Loss and sums of a few pairs; fills in their gradients."""
+        """Return the loss and the sums of a few pairs, and store their gradients."""
         rows = _rows_at_once(len(self.weight), self.weight.device)
         chunks = [slice(start, min(start + rows, tokens.stop)) for start in range(tokens.start, tokens.stop, rows)]
         softmax = None
         logps: list[torch.Tensor] = [self.hidden.new_zeros(0, 1, dtype=self.precise)]
         aligned = logps.copy()
         for chunk in chunks:
-            softmax = None  # the logits of the chunk before, which go before the next are made
+            softmax = None  # frees the logits of the previous chunk before the next are computed
             softmax = self._softmax(chunk, is_first=True)
             logps.append(softmax.logps)
             if self.with_aligned:
@@ -392,7 +396,7 @@ class _HeadWork:
             loss = pair_losses(pairs, sums).sum()
         [per_part] = torch.autograd.grad(loss, leaf)
         slopes = zip(per_part.flatten().to(self.precise).unbind(), parts, strict=True)
-        coefficients = torch.cat([one.expand(length) for one, length in slopes])  # lengths on a GPU would be waited for
+        coefficients = torch.cat([one.expand(length) for one, length in slopes])  # GPU lengths would synchronise
         for chunk in chunks:
             if softmax is None or len(chunks) > 1:
                 softmax = None
@@ -415,11 +419,12 @@ class _HeadWork:
 
     @property
     def _entropy_by_product(self) -> bool:
-        """exps W, which the gradient needs anyway, gives the sum of exps * z: exact enough unless it is 16 bits."""
+        """Return whether the entropy comes from exps W, which the gradient needs anyway: it gives the sum of exps * z,
+        exactly enough unless it is in 16 bits."""
         return self.d_hidden is not None and self.weight.dtype == self.precise
 
     def _gradients(self, chunk: slice, softmax: _Softmax, coefficients: torch.Tensor) -> None:
-        """coefficients: [n, 1] dloss/dlogp."""
+        """Store the gradients of a chunk. coefficients: [n, 1] dloss/dlogp."""
         exps, total, top, at_label = softmax
         hidden = self.hidden[chunk]
         exps.scatter_add_(1, self.labels[chunk], -total)  # total * (p - e)
@@ -436,7 +441,7 @@ class _HeadWork:
                 self.metrics[0, chunk] = (top + total.log() - mean)[:, 0]
         if self.d_weight is None:
             return
-        has_some = chunk.start > 0  # what stands there is the sum over earlier chunks
+        has_some = chunk.start > 0  # d_weight holds the sum over earlier chunks
         if exactly:
             self.d_weight.addmm_(exps.t(), hidden * factors, beta=float(has_some))
         else:
@@ -452,7 +457,7 @@ class _HeadWork:
 
 
 class _OfTokens(NamedTuple):
-    """What the head says of each of n tokens."""
+    """Log-probs and metrics of n tokens."""
 
     logps: torch.Tensor  # [n] of the labels, by autograd
     aligned: torch.Tensor | None  # [n]
@@ -462,7 +467,7 @@ class _OfTokens(NamedTuple):
 def _token_terms(
     head: Head, selected: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool = False
 ) -> _OfTokens:
-    """Of all C tokens. selected: [C, H]."""
+    """Compute log-probs and metrics of all C tokens in chunks. selected: [C, H]."""
     rows = _rows_at_once(head.vocabulary, selected.device)
     pieces = list(zip(selected.split(rows), labels.split(rows), strict=True))
     run = _terms if len(pieces) == 1 or not torch.is_grad_enabled() else _recomputed
@@ -495,7 +500,7 @@ def _terms(head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics:
 def _recomputed(
     head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool
 ) -> _OfTokens:
-    """`_terms` whose logits are freed and made again in the backward pass."""
+    """Compute `_terms`, but free the logits and recompute them in the backward pass."""
     first: list[_OfTokens] = []
 
     def run(hidden: torch.Tensor) -> torch.Tensor:

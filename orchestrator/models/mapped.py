@@ -1,6 +1,6 @@
-"""Weights that stay memory-mapped files, shared by the ranks of a node, until an engine cuts each one into shards.
+"""Load weights as memory-mapped files, shared by the ranks of a node, until an engine shards them.
 
-Pages of a mapped file are the kernel's: it holds them once for all processes, and drops them where memory is short.
+The kernel holds the pages of a mapped file once for all processes, and drops them when memory is short.
 """
 
 import copy
@@ -19,17 +19,17 @@ from orchestrator.models.storage import save_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as in the files
+# names in safetensors headers
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_mapped(path: str, config: Any, dtype: torch.dtype, **options: Any) -> "tuple[PreTrainedModel, dict[str, Any]]":
-    """from_pretrained(path, dtype=dtype, **options), but the parameters keep the type of their files and so remain
-    mapped ones.
+    """Call from_pretrained(path, dtype=dtype, **options), but keep the parameters in the dtype of their files, mapped.
 
-    Whoever cuts a parameter into shards casts it to `dtype`, which gives what from_pretrained would have given; the
-    buffers and the config are those of `dtype` already. transformers maps a tensor of safetensors that it neither casts
-    nor converts; the others (.bin files, quantised checkpoints, experts that it merges, in files of several types all
-    but those of the widest) become a private copy, as without mapping. options: with output_loading_info=True.
+    The engine casts a parameter to `dtype` when it shards it, with the same result as from_pretrained's. Buffers and
+    config have `dtype` already. transformers maps a safetensors tensor that it neither casts nor converts. All others
+    become a private copy, as without mapping: .bin files, quantised checkpoints, experts that it merges, and in files
+    of several dtypes all tensors but those of the widest. options must include output_loading_info=True.
     """
     from transformers import AutoModelForCausalLM
 
@@ -42,14 +42,14 @@ def load_mapped(path: str, config: Any, dtype: torch.dtype, **options: Any) -> "
 
 
 def save_made(model: "PreTrainedModel", folder: Path) -> None:
-    """Write weights for `load_made`: as named and shaped in the model, tied ones once."""
+    """Write weights for `load_made`, with the names and shapes of the model, tied ones once."""
     state = model.state_dict()
     weights = {name: state[name].contiguous() for name in state if name not in _tied(model)}
     save_tensors(weights, folder / "model.safetensors")
 
 
 def load_made(folder: Path, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
-    """AutoModelForCausalLM.from_config(config, dtype=dtype) with the weights that `save_made` wrote, mapped."""
+    """Build AutoModelForCausalLM.from_config(config, dtype=dtype) with the weights written by `save_made`, mapped."""
     from safetensors.torch import load_file
 
     model = _without_weights(config, dtype)
@@ -61,25 +61,29 @@ def load_made(folder: Path, config: Any, dtype: torch.dtype) -> "PreTrainedModel
 
 
 def mapped_twin(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A frozen copy with parameters of its own that lie in the same memory, tied ones tied; the buffers are copied.
+    """Return a frozen copy whose parameters share memory with the model's; tied ones stay tied, buffers are copied.
 
-    For a copy that an engine is to shard with the model: neither may be changed in place before both have been cut.
+    An engine shards the copy together with the model: neither may be changed in place before both are sharded.
     """
     same: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, same)  # deepcopy takes what stands there for copied already
+    return copy.deepcopy(model, same)  # deepcopy does not copy objects in its memo
 
 
 def types_when_cut(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """`dtype` for each parameter of floating point, by its name in this model and in its base without adapters; not for
-    buffers, which are what they will be already. Of a base whose type model.lora.base names, nothing is to be cast."""
+    """Return the dtype that each parameter is cast to when it is sharded, by its name in this model and in its base
+    without adapters.
+
+    Buffers are left out: they have their final dtype. If model.lora.base sets the dtype, no weight is cast, and the
+    result does not apply.
+    """
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
     return dict.fromkeys([*names, *map(base_name, names)], dtype)
 
 
 @contextmanager
 def weights_aside(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Meanwhile the weights seem to be of `dtype` and take no memory: peft gives a new adapter the type of its base,
-    and would round what it draws to the type of a file."""
+    """Replace the weights by empty ones of `dtype` within the context: peft creates a new adapter in the dtype of its
+    base, and would round the initial weights to the dtype of the files."""
     held = [(parameter, parameter.data) for parameter in model.parameters()]
     for parameter, data in held:
         parameter.data = torch.zeros((), dtype=dtype, device=data.device).expand(data.shape)
@@ -91,8 +95,8 @@ def weights_aside(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _type_of_files(path: str, config: Any) -> torch.dtype | None:
-    """The type that holds every weight in a model's safetensors files as it is; None where there are none, or where
-    transformers does more than read them."""
+    """Return the dtype that represents every weight in a model's safetensors files exactly; None if there are none, or
+    if transformers does more than read them."""
     from safetensors import safe_open
 
     if getattr(config, "quantization_config", None) or getattr(config, "transformers_weights", None):
@@ -100,8 +104,8 @@ def _type_of_files(path: str, config: Any) -> torch.dtype | None:
     found: set[str] = set()
     for file in _safetensors_files(path):
         with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if not name.endswith("inv_freq")]  # noqa: SIM118 - no dict
-            found |= {tensors.get_slice(name).get_dtype() for name in names}  # inv_freq: of old, and ignored
+            names = [name for name in tensors.keys() if not name.endswith("inv_freq")]  # noqa: SIM118 - not a dict
+            found |= {tensors.get_slice(name).get_dtype() for name in names}  # inv_freq is of old releases and ignored
     floats = {name for name in found if name != "BOOL" and name[0] not in "IU"}
     if not floats or not floats <= FLOATS.keys():
         return None
@@ -109,16 +113,17 @@ def _type_of_files(path: str, config: Any) -> torch.dtype | None:
 
 
 def _safetensors_files(path: str) -> list[str]:
-    """The files that from_pretrained would read, in a folder or from the hub; none where they are of another kind."""
+    """Return the safetensors files that from_pretrained would read, in a folder or from the hub; empty if it would read
+    other files."""
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     def found(name: str) -> str | None:
         try:
             return cached_file(path, name)
-        except OSError:  # not there, or not to be reached, which from_pretrained says better
+        except OSError:  # missing or unreachable, which from_pretrained reports better
             return None
 
-    if found("adapter_config.json"):  # from_pretrained goes to the base that it names
+    if found("adapter_config.json"):  # from_pretrained would load the base named in it
         return []
     if whole := found("model.safetensors"):
         return [whole]
@@ -127,8 +132,8 @@ def _safetensors_files(path: str) -> list[str]:
 
 
 def _leave_only_parameters(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Give a model that was loaded in another type the buffers and the config that it has in `dtype`: a constant like
-    Gemma's embed_scale is rounded to the type in which a model is made."""
+    """Give a model that was loaded in another dtype the buffers and the config that it has in `dtype`: a constant like
+    Gemma's embed_scale is rounded to the dtype in which a model is created."""
     meant = _without_weights(copy.deepcopy(model.config), dtype)
     saved = model.state_dict().keys()
     for name, buffer in meant.named_buffers():
@@ -142,7 +147,7 @@ def _leave_only_parameters(model: "PreTrainedModel", dtype: torch.dtype) -> None
 
 
 def _without_weights(config: Any, dtype: torch.dtype) -> Any:
-    """A model whose parameters are on the meta device, and its buffers real."""
+    """Return a model whose parameters are on the meta device, but with real buffers."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -151,5 +156,5 @@ def _without_weights(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _tied(model: "PreTrainedModel") -> dict[str, str]:
-    """The weights that are one with another, by name: head -> embeddings."""
+    """Return the tied weights by name: head -> embeddings."""
     return model.all_tied_weights_keys

@@ -1,4 +1,4 @@
-"""Check the files of a model folder before a library reads them: all there, whole, and downloaded."""
+"""Check that the files of a model folder are present, complete and downloaded before a library reads them."""
 
 import json
 import os
@@ -31,12 +31,12 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 
 
 def check_files(key: str, folder: str, names: Iterable[str]) -> None:
-    """Refuse git-lfs pointers and truncated files among the named files of a folder.
+    """Check that the named files of a folder are neither git-lfs pointers nor truncated.
 
-    A hub name passes: the hub's client verifies what it downloads.
+    A hub name is not checked: the hub's client verifies its downloads.
 
     Raises:
-        UserError: a file that cannot be read as what it is.
+        UserError: a file is a git-lfs pointer, truncated or corrupt.
     """
     for name in names:
         file = Path(folder, name)
@@ -47,7 +47,7 @@ def check_files(key: str, folder: str, names: Iterable[str]) -> None:
 
 
 def check_weight_files(key: str, folder: str) -> None:
-    """Refuse a folder whose weights are not all there.
+    """Check that all weights of a folder are present.
 
     Raises:
         UserError: a shard is missing, truncated or a git-lfs pointer, or the index is not valid.

@@ -1,4 +1,4 @@
-"""Settings -> the trainable causal LM and its tokenizer, loaded or made on the spot."""
+"""Build the trainable causal LM and its tokenizer from the settings, loaded or newly initialised."""
 
 import difflib
 import hashlib
@@ -45,7 +45,7 @@ CANNOT_RUN = (
 )  # sizes that misfit
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 
-# Keys of configs that no model can have as 0; architectures name them in two ways.
+# Config keys that must be at least 1 in every model; architectures use two sets of names.
 SIZES = frozenset(
     [
         "hidden_size",
@@ -65,7 +65,7 @@ SIZES = frozenset(
 
 
 def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
-    """The run's tokenizer; for model.init it is trained on data.train, once, and kept in the cache.
+    """Load the run's tokenizer; for model.init, train it once on data.train and keep it in the cache.
 
     Raises:
         UserError: it cannot be loaded, or has no token to pad with.
@@ -80,7 +80,7 @@ def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     if model.pad_token is not None:
         if model.pad_token not in tokenizer.get_vocab():
             raise UserError(
-                "model.pad_token", model.pad_token, "is not in the tokenizer's vocabulary", "take one that is"
+                "model.pad_token", model.pad_token, "is not in the tokenizer's vocabulary", "use one that is"
             )
         tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token_id is None:
@@ -88,14 +88,14 @@ def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
         cure = f"set model.pad_token='{eos}'" if eos else "set model.pad_token to a token of its vocabulary"
         raise UserError(key, source, "has a tokenizer without a pad token", cure)
     if tokenizer.eos_token_id is None:
-        raise UserError(key, source, "has a tokenizer without an end token", "take a tokenizer with eos_token set")
+        raise UserError(key, source, "has a tokenizer without an end token", "use a tokenizer with eos_token set")
     if spec.data.chat_template is not None:
         tokenizer.chat_template = spec.data.chat_template
     return tokenizer
 
 
 def load_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """The config of the policy, without its weights."""
+    """Load the config of the policy, without its weights."""
     from transformers import AutoConfig
 
     if spec.model.init is None:
@@ -116,18 +116,18 @@ def load_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
         return AutoConfig.for_model(init.model_type, **{"vocab_size": len(tokenizer), **tokens, **init.config})
     except Exception as error:  # each config class checks its own values in its own way
         reason = " ".join(str(error).split())[:160]
-        raise UserError("model.init.config", init.config, f"transformers says: {reason}", "mend that value") from None
+        raise UserError("model.init.config", init.config, f"transformers rejects it: {reason}", "fix it") from None
 
 
 def _plain_config(model_type: str) -> Any:
-    """The default config of an architecture that has a causal LM."""
+    """Return the default config of an architecture that has a causal LM."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
         cure = f"did you mean {near[0]}?" if near else "for example qwen2"
-        raise UserError("model.init.model_type", model_type, "is no causal LM of transformers", cure)
+        raise UserError("model.init.model_type", model_type, "is not a causal LM of transformers", cure)
     return AutoConfig.for_model(model_type)
 
 
@@ -138,12 +138,12 @@ def build_policy(
     device: torch.device | None = None,
     mapped: bool = False,
 ) -> "PreTrainedModel":
-    """The policy on a device (the CPU), its trainable weights of `dtype`; those made on the spot depend on run.seed
-    alone.
+    """Build the policy on a device (default: the CPU), with trainable weights of `dtype`. Newly initialised weights
+    depend on run.seed only.
 
-    mapped: for an engine that shards weights, on the CPU: no process holds a copy of its own. The weights are mapped
-    files, and still of the files' type: whoever cuts them casts each to `dtype`, unless model.lora.base says another
-    type, which they then have. A base in 8 or 4 bits is made in the ordinary way.
+    mapped: for an engine that shards weights, on the CPU, so that no process holds its own copy. The weights are mapped
+    files in the dtype of the files, and the engine casts each to `dtype` when it shards it, unless model.lora.base sets
+    another dtype, which they then have already. A base in 8 or 4 bits is not mapped.
 
     Raises:
         UserError: it cannot be loaded, or does something between hidden states and logits that we would leave out.
@@ -161,11 +161,11 @@ def build_policy(
         fuse(model)
     if lora is not None:
         model = _with_adapter(model, lora, spec, dtype, device or model.device)
-    elif spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers":  # which does so itself
+    elif spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers":  # it freezes them itself
         freeze_lowest(model, spec.model.num_frozen_layers, keep_head=spec.model.tied_head == "untie")
     if spec.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        # transformers gives the embeddings' output a gradient for reentrant checkpointing; ours does not need it
+        # transformers makes the embeddings' output require a gradient, which only reentrant checkpointing needs
         model.disable_input_require_grads()
     model = model.to(device or model.device).train()  # pyright: ignore[reportArgumentType]
     if spec.model.disable_dropout:
@@ -174,11 +174,13 @@ def build_policy(
 
 
 def made_weights(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype = torch.float32) -> Path:
-    """Folder of the weights of model.init for `load_made`, in the cache: made by the first process that asks, which
-    meanwhile holds one full copy; the others wait. `dtype`: of the run, in which they are drawn.
+    """Return the cache folder with the weights of model.init for `load_made`.
+
+    The first process that calls this initialises the weights and temporarily holds one full copy; the others wait.
+    dtype: that of the run, in which the weights are drawn.
 
     Raises:
-        UserError: no model can be made of the config, or the cache cannot be written.
+        UserError: the model cannot be built from the config, or the cache cannot be written.
     """
     import transformers
     from safetensors import SafetensorError
@@ -190,8 +192,8 @@ def made_weights(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
     try:
         build_once(folder, lambda unfinished: save_made(_random_model(spec, config, dtype), unfinished))
     except (OSError, SafetensorError) as error:
-        rule = f"the weights of model.init cannot be kept there ({error})"
-        cure = "set data.cache_dir to a folder with room for them"
+        rule = f"the weights of model.init cannot be written there ({error})"
+        cure = "set data.cache_dir to a folder with enough free space"
         raise UserError("data.cache_dir", str(spec.cache_dir), rule, cure) from None
     return folder
 
@@ -203,7 +205,7 @@ def _made_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
 
 
 def _random_model(spec: RunSpec, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
-    """What model.init describes, with weights drawn from run.seed."""
+    """Build the model of model.init with weights drawn from run.seed."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
@@ -215,7 +217,7 @@ def _random_model(spec: RunSpec, config: Any, dtype: torch.dtype) -> "PreTrained
             reason = " ".join(str(error).split())[:160]
             given = spec.model.init.config if spec.model.init else None
             raise UserError(
-                "model.init.config", given, f"no model can be made of it: {reason}", "mend its sizes"
+                "model.init.config", given, f"no model can be built from it: {reason}", "fix its sizes"
             ) from None
     return model
 
@@ -223,7 +225,7 @@ def _random_model(spec: RunSpec, config: Any, dtype: torch.dtype) -> "PreTrained
 def _with_adapter(
     model: "PreTrainedModel", lora: LoraSpec, spec: RunSpec, dtype: torch.dtype, device: torch.device
 ) -> "PreTrainedModel":
-    """The model as a frozen base, held as the settings say, with an adapter that trains."""
+    """Return the model as a frozen base, quantised or cast as model.lora.base says, with a trainable adapter."""
     if lora.base in get_args(Quantized):
         model = quantized(model, lora.base, device)  # pyright: ignore[reportArgumentType]
     elif lora.base is not None:
@@ -234,8 +236,8 @@ def _with_adapter(
 
 
 def cast_to(model: "PreTrainedModel", dtype: Dtype) -> "PreTrainedModel":
-    """The same model, changed in place, with weights of another type; not its buffers: rotary frequencies in 16 bits
-    would turn late positions elsewhere, which is why from_pretrained leaves them, too."""
+    """Cast the weights of a model in place, and return it. Buffers stay as they are, as in from_pretrained: rotary
+    frequencies in 16 bits would rotate late positions by wrong angles."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
     fuse(model)
@@ -245,7 +247,7 @@ def cast_to(model: "PreTrainedModel", dtype: Dtype) -> "PreTrainedModel":
 def load_model(
     key: str, path: str, disable_dropout: bool, dtype: torch.dtype, mapped: bool = False
 ) -> "PreTrainedModel":
-    """A causal LM from a folder or the hub, with weights of `dtype`, on the CPU; mapped: see `load_mapped`."""
+    """Load a causal LM from a folder or the hub with weights of `dtype`, on the CPU; mapped: see `load_mapped`."""
     config = config_at(key, path)
     _no_dropout(config, disable_dropout)
     model = read_model(key, path, config, dtype, mapped)
@@ -255,11 +257,11 @@ def load_model(
 
 
 def pair_cost(model: "PreTrainedModel") -> PairCost:
-    """What a token costs in this model, in multiplications."""
+    """Return the cost of a token in this model, in multiplications."""
     text = model.config.get_text_config()
     body = [m for m in body_of(model).modules() if not isinstance(m, torch.nn.Embedding)]
     matrices = {p for module in body for p in module.parameters(recurse=False) if p.ndim >= 2}
-    # of the layers, not of the config: in some models heads differ by layer, others have no attention
+    # from the layers, not from the config: in some models heads differ by layer, others have no attention
     queries = sum(getattr(m, "out_features", 0) for name, m in model.named_modules() if name.endswith("q_proj"))
     return PairCost(
         token=sum(p.numel() for p in matrices),
@@ -282,7 +284,7 @@ def check_model(spec: RunSpec, config: Any) -> None:
 
 
 def check_frozen(config: Any, spec: RunSpec) -> None:
-    """Refuse to freeze every layer, or more than there are.
+    """Check that fewer layers are frozen than the model has.
 
     Raises:
         UserError: the model has no layer left above the frozen ones.
@@ -294,23 +296,23 @@ def check_frozen(config: Any, spec: RunSpec) -> None:
 
 
 def check_router(config: Any, dpo: DpoSpec) -> None:
-    """Refuse a mixture of experts whose load-balancing loss would count, by the rule of TRL: that is not computed here.
+    """Check that a mixture of experts has no load-balancing loss: TRL would add it, and it is not computed here.
 
     Raises:
-        UserError: the coefficient in the model's config is not 0, and the settings do not say that it is.
+        UserError: the coefficient in the model's config is not 0, and the settings do not set it to 0.
     """
     text = config.get_text_config()
     coefficient = getattr(text, "router_aux_loss_coef", 0)
     if hasattr(text, "output_router_logits") and coefficient and dpo.router_aux_loss_coef is None:
-        rule = f"in the model's config it is {coefficient}, of a load-balancing loss that is not computed here"
-        raise UserError("dpo.router_aux_loss_coef", None, rule, "set it to 0 to train without")
+        rule = f"the model's config sets {coefficient} for a load-balancing loss, which is not computed here"
+        raise UserError("dpo.router_aux_loss_coef", None, rule, "set it to 0 to train without that loss")
 
 
 def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
-    """Refuse pairs that the model cannot take: too long for its positions, by row, or ids beyond its vocabulary.
+    """Check that the pairs fit the model: not longer than its positions, and no ids outside its vocabulary.
 
     Raises:
-        UserError: which pair, or which id, and what to change.
+        UserError: a pair is too long (with its row), or an id is outside the vocabulary.
     """
     vocabulary = config.get_text_config().vocab_size
     if pairs.largest_id >= vocabulary:
@@ -318,8 +320,8 @@ def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
         raise UserError(
             "model.init.config" if made else "model.tokenizer",
             spec.model.init.config if spec.model.init and made else spec.model.tokenizer,
-            f"the model's vocabulary has {vocabulary} tokens, the tokenizer gave token {pairs.largest_id} for {key}",
-            "leave vocab_size out of it" if made else "take the model's own tokenizer",
+            f"the model's vocabulary has {vocabulary} tokens, the tokenizer returned id {pairs.largest_id} for {key}",
+            "remove vocab_size from it" if made else "use the model's own tokenizer",
         )
     limit = most_positions(config)
     longest = longest_sequences(fed_lengths(pairs.lengths, spec.data.keep_last))
@@ -340,7 +342,7 @@ def _no_dropout(config: Any, disable: bool) -> None:
 
 @contextmanager
 def _at_least_fp32(head: torch.nn.Module) -> Iterator[None]:
-    """Meanwhile the head's output is not rounded to 16 bits: what a model does to it can be told from rounding."""
+    """Keep the head's output in fp32 within the context, so that what a model does to it differs from rounding."""
     handle = head.register_forward_hook(lambda _, __, logits: logits.to(torch.promote_types(logits.dtype, torch.float)))
     try:
         yield
@@ -349,17 +351,18 @@ def _at_least_fp32(head: torch.nn.Module) -> Iterator[None]:
 
 
 def check_head(model: "PreTrainedModel") -> None:
-    """Refuse a model that is not causal, or does something between body and head that Head does not know: the step runs
-    the two apart. One whose logits depend on whether gradients are computed gets transformers' plain attention.
+    """Check that a model is causal, and that Head reproduces its logits: the step runs body and head separately.
+
+    A model whose logits depend on whether gradients are computed is switched to transformers' eager attention.
 
     Raises:
-        UserError: it looks ahead, its own logits differ, or it cannot run at all.
+        UserError: it is not causal, its own logits differ from Head's, or its forward pass fails.
     """
     try:
         _check_head(model)
     except CANNOT_RUN as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        cure = "check the sizes in its config.json, or take another model"
+        cure = "check the sizes in its config.json, or use another model"
         raise UserError("model", type(model).__name__, f"its forward pass fails ({reason})", cure) from None
 
 
@@ -377,24 +380,24 @@ def _check_head(model: "PreTrainedModel") -> None:
         apart = head(hidden)
     model.train(training)
     if whole.shape != apart.shape or not torch.allclose(whole.to(apart.dtype), apart, rtol=1e-4, atol=1e-4):
-        rule = f"does something to its logits after the head that is not supported ({_difference(whole, apart)})"
-        cure = "take a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
+        rule = f"changes its logits after the head in a way that is not supported ({_difference(whole, apart)})"
+        cure = "use a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
         raise UserError("model", type(model).__name__, rule, cure)
 
 
 def _difference(whole: torch.Tensor, apart: torch.Tensor) -> str:
-    """Say how a model's own logits differ from those of its head."""
+    """Describe how a model's own logits differ from those of its head."""
     if whole.shape != apart.shape:
-        return f"{whole.shape[-1]} logits where its head gives {apart.shape[-1]}"
+        return f"{whole.shape[-1]} logits, but its head returns {apart.shape[-1]}"
     whole, apart = whole.double(), apart.double()
     factor = ((whole * apart).sum() / (apart * apart).sum()).item()
     if torch.allclose(whole, factor * apart, rtol=1e-3, atol=1e-4):
         return f"they are multiplied by {factor:.4g}"
-    return f"they differ by {(whole - apart).abs().max().item():.2g} of at most {whole.abs().max().item():.2g}"
+    return f"they differ by {(whole - apart).abs().max().item():.2g}, the largest is {whole.abs().max().item():.2g}"
 
 
 def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
-    """Folder of a byte-level BPE tokenizer trained on the texts of data.train, with a ChatML template."""
+    """Train a byte-level BPE tokenizer with a ChatML template on the texts of data.train; return its cache folder."""
     for key, source in spec.data.sources("train").items():
         check_source(key, source.path)
     texts, identity = training_texts(spec.data)
@@ -423,7 +426,7 @@ def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
         )
         wrapped.chat_template = CHAT_TEMPLATE
         wrapped.save_pretrained(unfinished)
-        config.save_pretrained(unfinished)  # AutoTokenizer picks the class by it: here as from an exported model
+        config.save_pretrained(unfinished)  # AutoTokenizer picks the class by it: the same as from an exported model
 
     build_once(folder, build)
     return folder

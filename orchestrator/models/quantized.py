@@ -1,4 +1,4 @@
-"""Linear layers -> 8 or 4 bits by bitsandbytes, once, in memory, on any device."""
+"""Quantise linear layers to 8 or 4 bits in memory by bitsandbytes, and convert them back."""
 
 import copy
 import sys
@@ -16,12 +16,12 @@ OUTLIER = 6.0  # an activation larger than this keeps 16 bits: Dettmers et al. 2
 
 
 def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -> "PreTrainedModel":
-    """A frozen copy of the model on a device whose linear layers but the head are quantised, as transformers'
-    load_in_8bit and load_in_4bit (nf4) do it; the rest keeps its type."""
+    """Return a frozen copy of the model on a device with quantised linear layers, except the head, as in transformers'
+    load_in_8bit and load_in_4bit (nf4). The rest keeps its dtype."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    made: dict[int, Any] = {}  # deepcopy takes what is there for copied already: no full copy ever exists
+    made: dict[int, Any] = {}  # deepcopy does not copy modules in its memo: no full copy ever exists
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             made[id(module)] = _linear(module, kind, device)
@@ -31,10 +31,10 @@ def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -
 
 
 def exact_int8_products() -> None:
-    """Have bitsandbytes multiply int8 matrices exactly on every CPU, under autocast too. No-op without bitsandbytes.
+    """Make bitsandbytes multiply int8 matrices exactly on every CPU, under autocast too. No-op without bitsandbytes.
 
-    Where it has no kernel for a CPU (without AVX-512), it multiplies by torch.matmul in fp32, which autocast casts to
-    16 bits: sums overflow fp16 (65,504, and one product is up to 16,129), and bf16 keeps 8 bits of them.
+    On a CPU for which it has no kernel (without AVX-512), it calls torch.matmul in fp32, which autocast casts to 16
+    bits: sums overflow fp16 (65,504, and one product is up to 16,129), and bf16 keeps 8 bits of them.
     """
     op = "bitsandbytes::int8_linear_matmul"
     if "bitsandbytes" in sys.modules and not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"):
@@ -42,24 +42,24 @@ def exact_int8_products() -> None:
 
 
 def _int8_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return left @ right.T in int32. fp32 is exact for up to 1,040 columns, and as near as fp32 beyond."""
+    """Return left @ right.T in int32, exact for up to 1,040 columns and to fp32 rounding beyond."""
     with torch.autocast("cpu", enabled=False):
         return (left.float() @ right.float().T).to(torch.int32)
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a model, ours or one that transformers loaded, has layers in 8 or 4 bits."""
+    """Return whether a model, quantised here or by transformers, has layers in 8 or 4 bits."""
     return is_int8(model) or bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def is_int8(model: nn.Module) -> bool:
-    """Whether it has layers in 8 bits, which round their input as well."""
+    """Return whether a model has layers in 8 bits, which round their input as well."""
     return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
 @torch.no_grad()
 def unquantized(layer: Any) -> Any:
-    """A linear layer of fp32, or a Conv1D, in the place of one in 8 or 4 bits; any other module as it is."""
+    """Return an 8- or 4-bit layer as an fp32 nn.Linear or Conv1D; any other module as it is."""
     weight = getattr(layer, "weight", None)
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -68,7 +68,7 @@ def unquantized(layer: Any) -> Any:
     elif isinstance(layer, nn.Linear) and layer.weight.dtype == torch.int8:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        held: Any = layer  # its scales move from the weight to the state with the first forward pass
+        held: Any = layer  # the first forward pass moves its scales from the weight to the state
         full = int8_vectorwise_dequant(held.weight.data, held.state.SCB if held.weight.SCB is None else held.weight.SCB)
     else:
         return layer
@@ -93,10 +93,10 @@ def _conv1d(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
 
 
 def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
-    """One layer quantised, on a device."""
+    """Quantise one layer and move it to a device."""
     from bitsandbytes import nn as bnb_
 
-    bnb: Any = bnb_  # its types are not exported
+    bnb: Any = bnb_  # bitsandbytes does not export its types
     weight: torch.Tensor = linear.weight.detach()
     weight = weight if isinstance(linear, nn.Linear) else weight.t().contiguous()  # GPT-2's Conv1D is [in, out]
     options: Any = {"bias": linear.bias is not None, "device": "meta"}
@@ -112,26 +112,27 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
         made.weight = bnb.Params4bit(
             weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=False, module=made
         )
-        made.support_avx512bf16_for_cpu = False  # it repacks the weight when it first judges, and training then fails
+        made.support_avx512bf16_for_cpu = False  # it repacks the weight at the first evaluation; then training fails
     made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     made = made.to(device)
     made.was_conv1d = was_conv1d
     made.register_forward_pre_hook(_as_matrix)
     made.register_forward_hook(_as_before)
-    # on a CPU an int8 layer computes otherwise in training: policy and reference, train and eval, must agree
+    # on a CPU an int8 layer computes differently in training mode, but policy and reference must agree in both modes
     made.training = False
     made.train = _stays
     return made
 
 
 def _own_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """On a CPU bitsandbytes takes outliers out of an fp16 input for a while, which autograd holds to be a change."""
+    """Copy an fp16 input on a CPU: bitsandbytes temporarily zeroes outliers in place, which autograd treats as a
+    change."""
     there, *rest = inputs
     return (there.clone() if there.dtype == torch.float16 and there.device.type == "cpu" else there, *rest)
 
 
 def _as_matrix(layer: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Flatten the rows of an input of four dimensions or more, which bitsandbytes does not take on a CPU."""
+    """Flatten the rows of an input of four dimensions or more, which bitsandbytes does not support on a CPU."""
     x, *rest = inputs
     layer.rows_before = x.shape[:-1] if x.ndim > 3 else None
     return (x if layer.rows_before is None else x.flatten(0, -2), *rest)

@@ -1,4 +1,4 @@
-"""The frozen judge: the model whose log-probs the policy's are measured against, in each way to have one.
+"""The reference model and its variants: copy, shared layers, adapter off, precomputed.
 
 Legend: 2B sequences, R rows, T tokens, H hidden size.
 """
@@ -36,43 +36,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RefModel = Callable[["PreTrainedModel"], "PreTrainedModel"]
-"""A Python user's reference: called on every rank with the policy, before anything is wrapped."""
+"""A user's function (policy -> reference), called on every rank before any wrapping."""
 
-UPPER_TOLERANCE = 1e-3  # of hidden states, relative; rounding is far below it, a layer too many or few far above
+# Relative error of hidden states: rounding is far below it, one layer too many or too few far above it.
+UPPER_TOLERANCE = 1e-3
 
 
 class Reference:
-    """A frozen model of its own. Not an nn.Module on purpose: whoever holds it registers no parameter."""
+    """A separate frozen model. Deliberately not an nn.Module, so that a module that holds it registers no parameter."""
 
     model: "PreTrainedModel"
-    capture_layer: int | None = None  # the layer of the policy whose input it wants; a model of its own needs none
-    is_start = False  # whether its weights are those that the policy starts with
+    capture_layer: int | None = None  # the layer of the policy whose input it needs; None for a separate model
+    is_start = False  # True if its weights are those that the policy starts with
     exact: "Reference | None" = None  # another model that it approximates, until the error is measured
-    moves = False  # whether `sync` will be called
-    ld_alpha: float | None = None  # of dpo: it sums a sequence as the policy does
-    weights: dict[str, torch.Tensor] = {}  # none of its own, unless it is a model of its own
+    moves = False  # True if `sync` will be called
+    ld_alpha: float | None = None  # dpo.ld_alpha: it sums a sequence as the policy does
+    weights: dict[str, torch.Tensor] = {}  # empty unless it is a separate model
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model.requires_grad_(False).eval()
         self.weights = dict(model.named_parameters(remove_duplicate=False))
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-probs [2B], fp64. `captured` [R, T, H] is what entered capture_layer in the policy; unused here."""
+        """Return the log-probs [2B] in fp64. captured: [R, T, H] the input of capture_layer in the policy; unused."""
         return sequence_logps(self.model, batch, ld_alpha=self.ld_alpha)
 
     def own_bytes(self, policy: "PreTrainedModel") -> int:
-        """Memory of its weights that are not the policy's as well."""
+        """Return the size in bytes of the weights that it does not share with the policy."""
         policys = {tensor.data_ptr() for tensor in policy.state_dict().values()}
         own = {tensor.data_ptr(): tensor.nbytes for tensor in self.tensors().values()}
         return sum(size for pointer, size in own.items() if pointer not in policys)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that its log-probs depend on, by name."""
+        """Return all tensors that its log-probs depend on, by name."""
         state: dict[str, torch.Tensor] = self.model.state_dict() | scalings(self.model)
         return {name: self.weights.get(name, value) for name, value in state.items()}
 
     def moving(self) -> dict[str, torch.Tensor]:
-        """Weights that `sync` changes, and that a checkpoint must keep, by name: tied ones once, the policy's not."""
+        """Return the weights that `sync` changes, and that a checkpoint must hold, by name: tied ones once, without the
+        policy's."""
         if not self.moves:
             return {}
         first: dict[int, str] = {}
@@ -82,23 +84,23 @@ class Reference:
 
     @torch.no_grad()
     def sync(self, policys: "Mapping[str, torch.Tensor]", alpha: float) -> None:
-        """reference = alpha * policy + (1 - alpha) * reference. TR-DPO, arXiv 2404.09656, eq. 8.
+        """Set reference = alpha * policy + (1 - alpha) * reference. TR-DPO, arXiv 2404.09656, eq. 8.
 
-        policys: its weights by name, held as those of this reference are: whole, or the same shards.
+        policys: the policy's weights by name, in the layout of this reference's: whole, or the same shards.
         """
         for name, own in self.moving().items():
             own.mul_(1 - alpha).add_(policys[name].to(own.device), alpha=alpha)
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
-        """What an engine that shards weights is to shard with the policy: none of it is the policy's."""
+        """Return the modules that a sharding engine must shard besides the policy's; they share no weight with it."""
         return [self.model]
 
     def were_wrapped(self) -> None:
-        """Find the weights again after an engine has put shards in their place."""
+        """Look up the weights again after an engine has replaced them by shards."""
         self.weights = dict(self.model.named_parameters(remove_duplicate=False))
 
     def offload(self, device: torch.device) -> None:
-        """Keep the weights in the host's memory; each layer's come to the device for as long as it runs."""
+        """Keep the weights in host memory; each layer's are on the device only while it runs."""
         from accelerate import cpu_offload
 
         on_host = {id(p): p.detach().cpu() for p in self.weights.values()}  # tied ones once
@@ -121,14 +123,14 @@ class SharedLayers(Reference):
         self.own = {name for name, p in model.named_parameters() if id(p) not in policys}
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-probs [2B], fp64, of the upper layers; without captured states of the whole model."""
+        """Return the log-probs [2B] in fp64, from the upper layers, or without captured states from the whole model."""
         if captured is None:
             return super().__call__(batch)
         with torch.no_grad():
             return sequence_logps(self.model, batch, self.upper(captured, **layout_of(batch)), self.ld_alpha)
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
-        """The upper layers, and whatever else of the model holds weights that are not the policy's."""
+        """Return the upper layers, and all other modules of the model that hold weights of their own."""
         policys = {id(p) for p in policy.parameters()}
         found: list[nn.Module] = list(decoder_layers(self.model)[self.capture_layer :])
         inside = {module for layer in (*found, *lowest(policy, self.capture_layer or 0)) for module in layer.modules()}
@@ -140,12 +142,12 @@ class SharedLayers(Reference):
         return found
 
     def moving(self) -> dict[str, torch.Tensor]:
-        """Weights that `sync` changes: those of the upper layers."""
+        """Return the weights that `sync` changes: those of the upper layers."""
         return {name: value for name, value in super().moving().items() if name in self.own}
 
 
 class PolicyStart(Reference):
-    """The policy before it has moved: it makes log-probs that are kept, and is the judge no longer afterwards."""
+    """The policy before its first step: computes log-probs for the cache, and is not used as reference afterwards."""
 
     is_start = True
 
@@ -153,7 +155,7 @@ class PolicyStart(Reference):
         self.model = policy
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-probs [2B], fp64."""
+        """Return the log-probs [2B] in fp64."""
         training = self.model.training
         self.model.eval()  # without dropout
         try:
@@ -162,15 +164,15 @@ class PolicyStart(Reference):
             self.model.train(training)
 
     def own_bytes(self, policy: "PreTrainedModel") -> int:
-        """None: every weight is the policy's."""
+        """Return 0: every weight is the policy's."""
         return 0
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
-        """None, likewise."""
+        """Return no module: every weight is the policy's."""
         return []
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The base and, where an adapter was loaded to go on from, that one as it was: what the judge consists of."""
+        """Return the base and the frozen copy of a loaded adapter, by name, without the adapter that trains."""
         state = self.model.state_dict() | scalings(self.model)
         return {base_name(name): value for name, value in state.items() if not is_of(POLICY, name)}
 
@@ -183,13 +185,13 @@ class AdapterOff(PolicyStart):
         self.layers = list(adapter_layers(policy).values())
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-probs [2B], fp64. Dropout, which would reach it, is off: the settings see to that."""
+        """Return the log-probs [2B] in fp64. Dropout would affect them; the rules of the settings require it off."""
         with adapter_off(self.layers):
             return sequence_logps(self.model, batch, ld_alpha=self.ld_alpha)
 
 
 class Absent(Reference):
-    """No reference: every log-prob was made before (reference.kind=precomputed)."""
+    """A reference without a model, whose log-probs are all in the cache (reference.kind=precomputed)."""
 
     is_start = True
 
@@ -197,32 +199,33 @@ class Absent(Reference):
         pass
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
-        """None."""
+        """Return no module: there is no model."""
         return []
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
-        """Never returns.
+        """Raise an error: there is no model to compute log-probs with.
 
         Raises:
-            UserError: a pair has no log-probs: the cache could not be written, or was changed while training.
+            UserError: a pair has no log-probs: the cache could not be written, or changed during training.
         """
         raise UserError(
             "reference.kind",
             "precomputed",
             f"the log-probs of pairs {batch.pair_ids.tolist()} are not all in the cache",
-            "give the same command again, with room in data.cache_dir",
+            "run the same command again, with enough free space in data.cache_dir",
         )
 
 
-# --- which it is -------------------------------------------------------------------------------------------------
+# --- identity and checks -----------------------------------------------------------------------------------------
 
 
 def identity_of(
     tensors: dict[str, torch.Tensor], config: Any, world: World, types: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, Any]:
-    """What a model's log-probs depend on: its config and the sha256 of its weights, each by one rank. Collective.
+    """Return what a model's log-probs depend on: its config and the sha256 of its weights. Collective: each rank hashes
+    a part of the weights.
 
-    types: of those that an engine is still to cast (see types_when_cut), which are hashed as they will be.
+    types: dtypes of the weights that an engine will cast (see types_when_cut); they are hashed in these.
     """
     named = sorted(tensors.items())
     mine: list[str] = []
@@ -238,7 +241,7 @@ def identity_of(
 
 
 def check_reference(spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse another model as reference, before any weight is loaded, whose tokens are not the policy's.
+    """Check, before any weight is loaded, that another model as reference has the policy's tokens.
 
     Raises:
         UserError: its config or tokenizer cannot be loaded, its vocabulary has another size, or its tokenizer another
@@ -247,7 +250,7 @@ def check_reference(spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTok
     path = spec.reference.path
     if path is None:
         return
-    cure = "take a reference with the policy's tokenizer"
+    cure = "use a reference with the policy's tokenizer"
     config = config_at("reference.path", path)
     sizes = [c.get_text_config().vocab_size for c in (policy_config, config)]
     if sizes[0] != sizes[1]:
@@ -261,23 +264,23 @@ def check_reference(spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTok
     different = [token for token in ours if others.get(token) != ours[token]]
     if different:
         token = min(different, key=ours.__getitem__)
-        rule = f"its tokenizer gives {token!r} the id {others.get(token)}, the policy's {ours[token]}"
+        rule = f"its tokenizer maps {token!r} to id {others.get(token)}, the policy's to {ours[token]}"
         raise UserError("reference.path", path, f"{rule} ({len(different)} tokens differ)", cure)
 
 
 def _tokenizer_at(path: str) -> Any:
-    """The tokenizer beside a model; None where there is none: a folder with weights alone is a reference, too."""
+    """Load the tokenizer of a model; None if it has none: a folder with weights only is a valid reference."""
     if os.path.isdir(path) and not any("token" in name or "vocab" in name for name in os.listdir(path)):
-        return None  # transformers would make an empty one
+        return None  # transformers would create an empty one
     try:
         return tokenizer_at("reference.path", path)
     except UserError:
         if os.path.isdir(path):
             raise
-        return None  # the hub says no more than that a file is not there
+        return None  # the hub only reports that a file is missing
 
 
-# --- building one ------------------------------------------------------------------------------------------------
+# --- building a reference ----------------------------------------------------------------------------------------
 
 
 def build_reference(
@@ -287,13 +290,13 @@ def build_reference(
     ref_model: RefModel | None = None,
     device: torch.device | None = None,
 ) -> Reference:
-    """The reference that the settings, or a Python user's function, ask for.
+    """Build the reference from the settings or from a user's function.
 
-    policy: as it starts, before any wrapping. dtype: of the run's weights. device: where the reference will run, if
-    not where the policy is now; one that is to be sharded stays with the policy until then.
+    policy: before its first step and before any wrapping. dtype: that of the run's weights. device: where the reference
+    will run (default: the policy's device); one to be sharded stays on the policy's device until then.
 
     Raises:
-        UserError: the other model cannot be loaded, or cannot be used in this way.
+        UserError: the other model cannot be loaded, or does not support this kind of reference.
     """
     wanted = spec.reference
     device = policy.device if device is None or wanted.sharded else device
@@ -322,25 +325,24 @@ def build_reference(
 
 
 def hold(reference: Reference, policy: "PreTrainedModel", device: torch.device, dtype: torch.dtype | None) -> None:
-    """Put the weights that are the reference's alone on the device, in a type (None: as they are)."""
+    """Move the reference's own weights to the device and cast them to a dtype (None: keep theirs)."""
     for module in reference.own_modules(policy):
         for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():  # others are the codes of a quantised layer, at their place already
-                is_buffer = not isinstance(tensor, nn.Parameter)  # rotary frequencies, exact in any type of weights
+            if tensor.is_floating_point():  # others are the codes of a quantised layer, already on the device
+                is_buffer = not isinstance(tensor, nn.Parameter)  # rotary frequencies are not cast
                 tensor.data = tensor.data.to(device, None if is_buffer else dtype)
 
 
 def create_reference_model(
     model: "PreTrainedModel", num_shared_layers: int | None = None, pattern: str | None = None
 ) -> "PreTrainedModel":
-    """A frozen copy of a model, as TRL's function of this name; with num_shared_layers, its embeddings and lowest
-    layers are not copied: both models have the same modules there, which train no more.
+    """Return a frozen copy of a model, like TRL's function of this name. With num_shared_layers, the embeddings and
+    lowest layers are not copied: both models share these modules, which are frozen.
 
-    An output head that is one with the embeddings goes on training in `model`, with weights of its own; the copy's
-    stays one with them.
+    An output head tied to the embeddings is untied in `model` and keeps training; in the copy it stays tied.
 
-    pattern: the name of a layer's parameters with {layer} for its number ("transformer.h.{layer}"), where the layers
-    are not found by themselves.
+    pattern: the name of a layer's parameters with {layer} for its number ("transformer.h.{layer}"), for models whose
+    layers are not found automatically.
 
     Raises:
         ValueError: the model has no layers of that name, or none left above the shared ones.
@@ -354,7 +356,7 @@ def create_reference_model(
         try:
             layers = model.get_submodule(pattern.partition("{layer}")[0].rstrip("."))
         except AttributeError as error:
-            raise ValueError(f"pattern {pattern!r} names no layers of this model: {error}") from None
+            raise ValueError(f"pattern {pattern!r} does not match any layers of this model: {error}") from None
     if not 0 <= num_shared_layers < len(layers):
         raise ValueError(f"num_shared_layers = {num_shared_layers}: the model has {len(layers)} layers")
     return _sharing(model, num_shared_layers, keep_head=True, layers=layers)
@@ -367,9 +369,9 @@ def _sharing(
     layers: nn.ModuleList | None = None,
     twin: bool = False,
 ) -> "PreTrainedModel":
-    """A frozen copy that shares embeddings and lowest layers; keep_head: see freeze_lowest.
+    """Return a frozen copy that shares embeddings and lowest layers; keep_head: see freeze_lowest.
 
-    twin: the weights of its own lie in the model's memory, until an engine cuts both.
+    twin: its own weights stay in the model's memory until an engine shards both.
     """
     was_tied = freeze_lowest(model, count, keep_head, layers)
     lower = lowest(model, count, layers)
@@ -379,8 +381,8 @@ def _sharing(
     one |= {id(x): x for m in lower for x in (m, *m.parameters())}
     if was_tied:
         head: Any = model.get_output_embeddings()
-        one[id(head.weight)] = model.get_input_embeddings().weight  # which is what it was until now
-    made = copy.deepcopy(model, one)  # deepcopy takes what stands there for copied already
+        one[id(head.weight)] = model.get_input_embeddings().weight  # tied, as it was before freeze_lowest
+    made = copy.deepcopy(model, one)  # deepcopy does not copy objects in its memo
     models = set(model.modules())
     for module in made.modules():
         if module not in models:
@@ -389,15 +391,15 @@ def _sharing(
 
 
 def _copy(spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype, device: torch.device) -> Reference:
-    """A copy of the policy's start or of the model at reference.path, of its own type or quantised."""
+    """Build a copy of the policy's start or load the model at reference.path, in reference.dtype or quantised."""
     wanted = spec.reference
-    full: Any = policy  # what the reference is, or approximates
+    full: Any = policy  # the model that the reference is, or approximates
     if wanted.path is not None:
         full = load_model("reference.path", wanted.path, spec.model.disable_dropout, dtype, mapped=wanted.sharded)
     elif spec.model.lora is not None or wanted.kind not in get_args(Quantized):
         full = _start_of(spec, policy)
     if wanted.kind in get_args(Quantized):
-        if full.dtype != dtype:  # its layers answer in their input's type, and autocast mixes no two of 16 bits
+        if full.dtype != dtype:  # its layers return their input's dtype, and autocast cannot mix two 16-bit dtypes
             full = cast_to(full, "fp32")
         model = quantized(full, wanted.kind, device)  # pyright: ignore[reportArgumentType]
     else:
@@ -410,16 +412,16 @@ def _copy(spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype, device: 
     made.is_start = wanted.path is None
     if wanted.path is not None and wanted.is_approximate:
         made.exact = Reference(full)
-        made.exact.offload(device)  # there may be no room for it: that is why it is approximated
+        made.exact.offload(device)  # it may not fit the device, which is why it is approximated
     return made
 
 
 def _start_of(spec: RunSpec, policy: "PreTrainedModel") -> Any:
-    """A copy of the policy as it starts: of a new adapter nothing is left, one that was loaded stays as it is, or is
-    merged where layers are to be quantised."""
+    """Copy the policy as it starts: without a new adapter; with a loaded one, which is merged if layers will be
+    quantised."""
     device, lora = policy.device, spec.model.lora
     if spec.reference.offload or spec.reference.is_approximate:
-        policy.to("cpu")  # pyright: ignore[reportArgumentType] - two may not fit the device
+        policy.to("cpu")  # pyright: ignore[reportArgumentType] - two models may not fit the device
     start = mapped_twin(policy) if spec.reference.sharded else copy.deepcopy(policy)
     policy.to(device)  # pyright: ignore[reportArgumentType]
     goes_on, is_quantised = lora is not None and lora.adapter_path is not None, spec.reference.kind != "copy"
@@ -429,10 +431,10 @@ def _start_of(spec: RunSpec, policy: "PreTrainedModel") -> Any:
 
 
 def _let_move(reference: Reference, policy: "PreTrainedModel") -> None:
-    """Prepare for `sync`.
+    """Prepare the reference for `sync`.
 
     Raises:
-        UserError: the weights of the two do not correspond.
+        UserError: a weight of the reference has no counterpart of the same shape in the policy.
     """
     theirs = dict(policy.named_parameters(remove_duplicate=False))
     reference.moves = True
@@ -440,7 +442,7 @@ def _let_move(reference: Reference, policy: "PreTrainedModel") -> None:
     assert head is not None
     policys_head: Any = policy.get_output_embeddings()
     if head.weight is embeddings.weight and policys_head.weight is not policy.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # the policy's was untied
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # the policy's head was untied
         name = next(n for n, m in reference.model.named_modules() if m is head)
         reference.weights[f"{name}.weight"] = head.weight
         if isinstance(reference, SharedLayers):
@@ -449,16 +451,16 @@ def _let_move(reference: Reference, policy: "PreTrainedModel") -> None:
         if name not in theirs or theirs[name].shape != value.shape:
             there = tuple(theirs[name].shape) if name in theirs else "no such weight"
             rule = f"{name} of the reference has shape {tuple(value.shape)}, the policy {there}"
-            cure = "remove it, or take a reference of the policy's architecture"
+            cure = "remove it, or use a reference of the policy's architecture"
             raise UserError("reference.sync_every", "set", rule, cure)
 
 
 @torch.no_grad()
 def _check_upper(reference: SharedLayers, policy: "PreTrainedModel") -> None:
-    """Ask the model itself whether its upper layers can be run alone.
+    """Check, by a forward pass, that the upper layers of the model can run separately.
 
     Raises:
-        UserError: they give other hidden states than the whole.
+        UserError: their hidden states differ from those of the whole model.
     """
     _, batch = small_batches(policy.device)
     training = policy.training
@@ -477,47 +479,48 @@ def _check_upper(reference: SharedLayers, policy: "PreTrainedModel") -> None:
         raise UserError(
             "reference.kind",
             "shared_layers",
-            f"the upper layers of a {type(policy).__name__} cannot be run alone (they differ by {error:.1e})",
+            f"the upper layers of a {type(policy).__name__} cannot run separately (they differ by {error:.1e})",
             "set reference.kind=copy and model.num_frozen_layers",
         )
 
 
-# --- a Python user's own -----------------------------------------------------------------------------------------
+# --- a user's function -------------------------------------------------------------------------------------------
 
 
 def check_function(ref_model: RefModel | None) -> None:
-    """Refuse a model where a function that makes one is wanted.
+    """Check that ref_model is a function and not a model.
 
     Raises:
-        UserError: it would have to travel to every rank.
+        UserError: it is not a function; a model cannot be sent to every rank.
     """
     if isinstance(ref_model, nn.Module) or not (ref_model is None or callable(ref_model)):
-        rule = "is no function, and a model would have to travel to every rank"
-        cure = "put what makes it behind lambda policy: ..., as in lambda policy: create_reference_model(policy, 6)"
+        rule = "must be a function (policy -> reference): a model cannot be sent to every rank"
+        cure = "wrap it in a function, for example lambda policy: create_reference_model(policy, 6)"
         raise UserError("ref_model", type(ref_model).__name__, rule, cure)
 
 
 def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, device: torch.device) -> Reference:
-    """What the function returns; where its lowest layers are stored where the policy's are, they are also run once.
+    """Build the reference from the model that a user's function returns; lowest layers that share the policy's memory
+    become SharedLayers, which run once.
 
     Raises:
-        UserError: it returned no causal LM with the policy's vocabulary, or one that would train with the policy.
+        UserError: it did not return a causal LM with the policy's vocabulary, or one that would train with the policy.
     """
     key, name = "ref_model", getattr(ref_model, "__name__", type(ref_model).__name__)
     wanted = spec.reference
     if wanted.kind != "copy" or wanted.path is not None or wanted.dtype is not None:
-        rule = "the settings say what the reference is, too"
+        rule = "the settings define the reference too"
         raise UserError(key, name, rule, "remove reference.kind, reference.path and reference.dtype")
     model: Any = ref_model(policy)
     if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # of peft's wrapper, with the adapter inside
+        model = model.get_base_model()  # unwraps peft's model, and keeps the adapter layers
     if not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")):
         cure = "for example ref_model=lambda policy: AutoModelForCausalLM.from_pretrained(...)"
         raise UserError(key, name, f"returned a {type(model).__name__}", f"return a causal LM, {cure}")
     sizes = [config.get_text_config().vocab_size for config in (policy.config, model.config)]
     if sizes[0] != sizes[1]:
         rule = f"returned a model with a vocabulary of {sizes[1]} tokens, the policy has {sizes[0]}"
-        raise UserError(key, name, rule, "take a reference with the policy's tokenizer")
+        raise UserError(key, name, rule, "use a reference with the policy's tokenizer")
     check_head(model)
     trained = {p.data_ptr(): n for n, p in policy.named_parameters() if p.requires_grad}
     both = [trained[p.data_ptr()] for p in model.parameters() if p.data_ptr() in trained]
@@ -527,25 +530,25 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, 
     count = _layers_in_common(policy, model)
     if count is not None and not spec.model.disable_dropout:
         rule = "the policy's dropout would reach the reference through the layers that ref_model shares"
-        raise UserError("model.disable_dropout", False, rule, "set it to true, or share none")
+        raise UserError("model.disable_dropout", False, rule, "set it to true, or do not share layers")
     held = "shares layers with the policy" if count is not None else "is in 8 or 4 bits"
     if wanted.offload and (count is not None or is_quantized(model)):
-        raise UserError("reference.offload", True, f"what ref_model returned {held}", "remove it")
+        raise UserError("reference.offload", True, f"the model from ref_model {held}", "remove it")
     if wanted.sync_every and is_quantized(model):
-        rule = "what ref_model returned is in 8 or 4 bits, which cannot move by small steps"
+        rule = "the model from ref_model is in 8 or 4 bits, which cannot be updated in small steps"
         raise UserError("reference.sync_every", wanted.sync_every, rule, "remove it")
     if count is not None:
         made = SharedLayers(_with_the_policys(model, policy, count), policy, count)
         _check_upper(made, policy)
     else:
-        stays = wanted.offload or wanted.sharded or model.device == device  # one in 4 bits cannot move at all
+        stays = wanted.offload or wanted.sharded or model.device == device  # a 4-bit model does not support .to()
         made = Reference(model if stays else model.to(device))
     made.is_start = _equal(policy, made)
     return made
 
 
 def _layers_in_common(policy: "PreTrainedModel", model: "PreTrainedModel") -> int | None:
-    """How many of the lowest layers are stored where the policy's are; None where not even the embeddings are."""
+    """Return how many of the lowest layers share the policy's memory; None if not even the embeddings do."""
 
     def is_one(ours: nn.Module, theirs: nn.Module) -> bool:
         return [p.data_ptr() for p in ours.parameters()] == [p.data_ptr() for p in theirs.parameters()]
@@ -555,11 +558,12 @@ def _layers_in_common(policy: "PreTrainedModel", model: "PreTrainedModel") -> in
     for number, (ours, theirs) in enumerate(zip(decoder_layers(policy), decoder_layers(model), strict=False)):
         if not is_one(ours, theirs):
             return number
-    return None  # every layer: nothing is left to run alone
+    return None  # all layers are shared: none is left to run separately
 
 
 def _with_the_policys(model: "PreTrainedModel", policy: "PreTrainedModel", count: int) -> "PreTrainedModel":
-    """The model with the policy's own modules where it has their storage: only so they stay one when moved or cast."""
+    """Replace modules of the model that share the policy's memory by the policy's, so that they stay shared when moved
+    or cast."""
     ours = {id(m) for m in lowest(policy, count)}
     for name, module in policy.named_modules():
         if id(module) in ours:
@@ -568,7 +572,7 @@ def _with_the_policys(model: "PreTrainedModel", policy: "PreTrainedModel", count
 
 
 def _equal(policy: "PreTrainedModel", reference: Reference) -> bool:
-    """Whether the reference is, weight for weight, the policy as it stands."""
+    """Return whether the reference equals the policy, weight for weight."""
     ours, theirs = policy.state_dict(), reference.tensors()
     if ours.keys() != theirs.keys():
         return False

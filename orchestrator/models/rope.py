@@ -1,7 +1,7 @@
-"""Rotary embeddings whose frequencies depend on the length of the input: each row of a batch gets those of its own.
+"""Compute length-dependent rotary frequencies from the length of each row of a batch.
 
-transformers takes the longest row of a batch for all of them, so that the log-probs of a sequence would depend on its
-neighbours. Here they are those that the model gives to the sequence alone.
+transformers uses the longest row of a batch for all of them, so that the log-probs of a sequence would depend on the
+rest of its batch. Here they are those of the sequence in a batch of one.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,13 @@ BY_LENGTH = ("dynamic", "longrope")
 
 
 def _parameters(config: Any) -> list[dict[str, Any]]:
-    """The rope parameters of a config: one set, or one for each type of layer."""
+    """Return the rope parameters of a config: one set, or one for each type of layer."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [each for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each]
 
 
 def fixed_up_to(config: Any) -> int | None:
-    """Return the length up to which the frequencies are the same for all sequences; None if they always are."""
+    """Return the length up to which the frequencies are the same for all sequences; None if they never differ."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     lengths = [
         rope.get("original_max_position_embeddings") or limit if rope["rope_type"] == "longrope" else limit
@@ -35,14 +35,14 @@ def fixed_up_to(config: Any) -> int | None:
 
 
 def most_positions(config: Any) -> int | None:
-    """Return the longest sequence that a model takes; None without a limit, as with dynamic frequencies.
+    """Return the longest sequence that a model supports; None without a limit, as with dynamic frequencies.
 
-    max_position_embeddings of some checkpoints counts the positions before they were scaled, of others those after it.
+    max_position_embeddings is the number of positions before scaling in some checkpoints, after scaling in others.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     scaled = _parameters(config)
     if (window := getattr(config.get_text_config(), "keep_window_size", None)) is not None:
-        return window  # beyond it Doge chooses keys by all tokens, also later ones
+        return window  # beyond it Doge selects keys by all tokens, including later ones
     if limit is None or limit < 1 or any(rope["rope_type"] == "dynamic" for rope in scaled):
         return None
     before = [(rope.get("factor"), rope.get("original_max_position_embeddings") or limit) for rope in scaled]
@@ -50,7 +50,7 @@ def most_positions(config: Any) -> int | None:
 
 
 def use_own_lengths(model: "PreTrainedModel") -> None:
-    """Let each row of a padded batch have the frequencies of its own length."""
+    """Use the frequencies of its own length for each row of a padded batch."""
     if any(isinstance(getattr(module, "rows_by_length", None), _Rows) for module in model.modules()):
         return
     rows = _Rows()
@@ -68,10 +68,10 @@ class _Rows:
     """Hooks of one model. Bound methods, so that a copy of the model has a copy of them."""
 
     def __init__(self) -> None:
-        self.lengths: torch.Tensor | None = None  # [R] of the batch under way
+        self.lengths: torch.Tensor | None = None  # [R] of the current batch
 
     def note_lengths(self, _: nn.Module, __: Any, options: dict[str, Any]) -> None:
-        """Keep the lengths of the rows until the next batch: layers that are recomputed ask for them again."""
+        """Keep the lengths of the rows until the next batch: recomputed layers need them again."""
         mask = options.get("attention_mask")
         self.lengths = None
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
@@ -79,13 +79,13 @@ class _Rows:
             self.lengths = ((mask != 0) * positions).amax(1).clamp(min=1)
 
     def forget_longest(self, rotary: nn.Module, _: Any) -> None:
-        """Dynamic frequencies otherwise stay those of the longest input so far."""
+        """Reset the cached maximum: dynamic frequencies would otherwise stay those of the longest input so far."""
         for name in vars(rotary):
             if name.endswith("max_seq_len_cached"):
                 setattr(rotary, name, 0)
 
     def by_row(self, rotary: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
-        """Put together what the module returns for each length."""
+        """Call the module once for each length, and combine the results by row."""
         lengths = self.lengths
         if lengths is None or (lengths == lengths[0]).all():
             return None
@@ -98,7 +98,7 @@ class _Rows:
 
 
 def _clamped(args: tuple[Any, ...], last: int) -> tuple[Any, ...]:
-    """Positions beyond a row's last one become it: they are padding."""
+    """Clamp positions to a row's last one; those beyond it are padding."""
     return tuple(x.clamp(max=last) if _are_positions(x) else x for x in args)
 
 
@@ -111,7 +111,7 @@ def _are_positions(x: Any) -> bool:
 
 
 def _where(rows: torch.Tensor, found: Any, other: Any) -> Any:
-    """`found` in these rows [R], `other` elsewhere; tensors [R or 1, T, ...], or tuples of them."""
+    """Select `found` in these rows [R], `other` elsewhere; tensors [R or 1, T, ...], or tuples of them."""
     if isinstance(found, tuple | list):
         return type(found)(_where(rows, *both) for both in zip(found, other, strict=True))
     return torch.where(rows.view(-1, *[1] * (found.ndim - 1)), found, other)

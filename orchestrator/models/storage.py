@@ -17,18 +17,18 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return every tensor that a model has to be given to compute the same, by name: tied parameters once."""
+    """Return every tensor that determines what a model computes, by name: tied parameters once."""
     return dict(model.named_parameters()) | persistent_buffers(model)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read as far as the umask lets them.
+    """Write a safetensors file with the permissions of the umask.
 
-    safetensors writes a temporary file of mode 0600 and renames it.
+    safetensors itself writes a temporary file of mode 0600 and renames it.
     """
     from safetensors.torch import save_file
 
     path.touch()
-    mode = path.stat().st_mode  # of any new file here; the umask itself cannot be read without being set
+    mode = path.stat().st_mode  # that of a new file: the umask cannot be read without setting it
     save_file(tensors, path)
     path.chmod(mode)

@@ -1,4 +1,4 @@
-"""Check weights read from files against the model that they are for: all present, all used, all finite."""
+"""Check that weights read from files match their model: all present, all used, all finite."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from orchestrator.settings.spec import UserError
 
 Shape = tuple[int, ...]
 
-# Wrappers that put a prefix of their own, anywhere in a name, into what `state_dict` returns.
+# Wrappers that add a prefix, anywhere in a name, to the keys of `state_dict`.
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "module.": "DistributedDataParallel or DeepSpeed",
@@ -22,7 +22,7 @@ WRAPPERS = {
     "pretrained_model.": "TRL's value head",
 }
 HEADS_OF_OTHER_TASKS = re.compile(r"(^|\.)(score|v_head|value_head|reward_head|classifier|regression_head)\.")
-# Parts that no causal LM of transformers has: heads that predict further tokens, and buffers of old releases.
+# Weights that no causal LM of transformers uses: heads that predict further tokens, and buffers of old releases.
 NEVER_USED = re.compile(r"(^|\.)mtp(_\w+)?\.|inv_freq$|\.masked_bias$")
 
 
@@ -50,14 +50,14 @@ class WeightDifferences:
 
 
 def check_complete(key: str, source: str, differences: WeightDifferences, model: str, fix: str | None = None) -> None:
-    """Refuse files that hold less, more or other weights than the model has.
+    """Check that files hold exactly the weights that the model has.
 
     transformers and peft initialise missing weights anew, and drop the others, without an error.
 
     Args:
         key: the setting that names the files.
         source: the value of that setting.
-        differences: what the files lack, have too much, or have in another shape.
+        differences: weights that are missing, not used, or of another shape.
         model: the model in words, for the message ("a Qwen2ForCausalLM").
         fix: what to change where weights are missing or not used; None: the fix for a whole model.
 
@@ -72,7 +72,7 @@ def check_complete(key: str, source: str, differences: WeightDifferences, model:
         raise UserError(key, source, rule, "use files and a config that belong together")
     if missing and (wrapper := _wrapper_in(unexpected)):
         rule = f"{wrapper!r} of {WRAPPERS[wrapper]} is in the names of its weights, so {_listed(missing)} missing"
-        raise UserError(key, source, rule, f"save the model inside the wrapper, or remove {wrapper!r} from the names")
+        raise UserError(key, source, rule, f"save the model without the wrapper, or remove {wrapper!r} from the names")
     if missing or unexpected:
         rules = []
         if missing:
@@ -83,12 +83,12 @@ def check_complete(key: str, source: str, differences: WeightDifferences, model:
 
 
 def check_finite(key: str, source: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse weights that hold NaN or inf.
+    """Check that no weight holds NaN or inf.
 
-    The extremes are computed without a copy: mapped files are only read, once.
+    The extremes are computed without a copy: mapped files are read once, and not written.
 
     Raises:
-        UserError: a tensor that is not finite, by name.
+        UserError: a tensor, which the error names, is not finite.
     """
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
@@ -102,7 +102,7 @@ def check_finite(key: str, source: str, tensors: Iterable[tuple[str, torch.Tenso
 
 
 def _wrapper_in(names: Sequence[str]) -> str | None:
-    """Return the prefix of a known wrapper that stands in one of the names."""
+    """Return the prefix of a known wrapper that occurs in one of the names."""
     for prefix in WRAPPERS:
         if any(re.search(rf"(^|\.){re.escape(prefix)}", name) for name in names):
             return prefix

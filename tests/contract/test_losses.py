@@ -78,7 +78,7 @@ def test_experts_train_without_their_load_balancing_loss(tmp_path: Path) -> None
     )
     refused = forked.run(settings)
     assert refused.codes == [cli.WRONG]
-    assert "dpo.router_aux_loss_coef = (not set): in the model's config it is 0.001" in refused.stderr
+    assert "dpo.router_aux_loss_coef = (not set): the model's config sets 0.001" in refused.stderr
     forked.finished(settings, "dpo.router_aux_loss_coef=0", ranks=2)
     found = losses(tmp_path / "runs" / "tiny")
     assert found[1] == pytest.approx(math.log(2), abs=1e-5)

@@ -124,7 +124,7 @@ def test_weights_that_are_not_the_adapters_are_refused(adapter: Path, saved: Pat
         ({"trainable_token_indices": [3]}, "more than two factors per layer: trainable_token_indices"),
         ({"lora_bias": True}, "more than two factors per layer: lora_bias"),
         ({"bias": "all"}, "more than two factors per layer: bias"),
-        ({"peft_type": "IA3", "feedforward_modules": []}, "not LoRA"),
+        ({"peft_type": "IA3", "feedforward_modules": []}, "not LoraConfig"),
         ({"target_modules": ["query_key_value"]}, "query_key_value"),
         ({"target_modules": ["q_proj"]}, "does not use"),
     ],

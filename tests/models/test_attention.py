@@ -471,7 +471,7 @@ LONG_ROPE = {
         ("llama", {"rope_parameters": LONG_ROPE}, "rotary"),
         ("llama", {"attention_dropout": 0.1}, "dropout in its attention"),
         ("gpt2", {"attn_pdrop": 0.1}, "dropout in its attention"),
-        ("gemma", {"use_bidirectional_attention": True}, "looks ahead"),
+        ("gemma", {"use_bidirectional_attention": True}, "is bidirectional"),
     ],
 )
 def test_what_would_not_be_exact_is_named(kind: str, changes: dict[str, Any], reason: str) -> None:
@@ -486,9 +486,9 @@ def test_a_rotary_embedding_that_changes_with_length_is_exact_within_the_trained
 @pytest.mark.parametrize(
     ("asked", "device", "precision", "cure"),
     [
-        ("varlen", CPU, "bf16", "needs a GPU from Ampere on and precision bf16 or fp16; take cpu"),
-        ("varlen", GPU, "fp32", "needs a GPU from Ampere on and precision bf16 or fp16; take sdpa"),
-        ("cpu", GPU, "fp32", "needs a CPU; take sdpa"),
+        ("varlen", CPU, "bf16", "needs a GPU from Ampere on and precision bf16 or fp16; use cpu"),
+        ("varlen", GPU, "fp32", "needs a GPU from Ampere on and precision bf16 or fp16; use sdpa"),
+        ("cpu", GPU, "fp32", "needs a CPU; use sdpa"),
     ],
 )
 def test_a_kernel_that_cannot_run_here_is_refused(asked: Any, device: torch.device, precision: Any, cure: str) -> None:

@@ -256,10 +256,10 @@ def test_other_settings_make_other_weights(tmp_path: Path) -> None:
 
 def test_a_config_or_a_cache_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, model={"init": {"config": {**TINY_MODEL, "num_attention_heads": 3}}})
-    with pytest.raises(UserError, match="no model can be made of it"):
+    with pytest.raises(UserError, match="no model can be built from it"):
         made_weights(spec, tokenizer())
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"data\.cache_dir = .*cannot be kept there"):
+    with pytest.raises(UserError, match=r"data\.cache_dir = .*cannot be written there"):
         made_weights(tiny_spec(tmp_path, data={"cache_dir": str(tmp_path / "file")}), tokenizer())
 
 
@@ -315,7 +315,7 @@ def test_a_head_in_16_bits_is_judged_as_exactly(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Gemma2ForCausalLM, "forward", forward)
     for spec in (loaded, made):
-        with pytest.raises(UserError, match="does something to its logits after the head"):
+        with pytest.raises(UserError, match="changes its logits after the head"):
             build_policy(spec, tokenizer(), torch.float32, mapped=True)
 
 

@@ -232,7 +232,7 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", forward)
     for spec in (with_model(tmp_path), tiny_spec(tmp_path, model={"init": None, "path": str(tmp_path / "model")})):
-        with pytest.raises(UserError, match="does something to its logits after the head"):
+        with pytest.raises(UserError, match="changes its logits after the head"):
             policy(spec)
 
 
@@ -263,6 +263,6 @@ def test_tokens_beyond_the_models_vocabulary_are_refused(tmp_path: Path, model: 
     spec, config = tiny_spec(tmp_path, model=model), tiny_model(vocab_size=251).config
     check_fit(config, LONG, "data.train", spec)
     config.vocab_size = 250
-    with pytest.raises(UserError, match=r"has 250 tokens, the tokenizer gave token 250 for data\.train") as caught:
+    with pytest.raises(UserError, match=r"has 250 tokens, the tokenizer returned id 250 for data\.train") as caught:
         check_fit(config, LONG, "data.train", spec)
     assert caught.value.key == key

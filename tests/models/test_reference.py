@@ -415,7 +415,7 @@ def test_layers_that_are_transposed_are_merged_before_they_are_quantised(tmp_pat
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
-        ({"target_modules": ["nope"]}, ["model.lora.target_modules", "peft says", "nope"]),
+        ({"target_modules": ["nope"]}, ["model.lora.target_modules", "peft rejects it", "nope"]),
         ({"adapter_path": "/no/such/adapter"}, ["model.lora.adapter_path", "/no/such/adapter", "cannot be loaded"]),
         ({"adapter_path": "{base}"}, ["model.lora.adapter_path", "adapter_config.json"]),
         ({"adapter_path": "{small}"}, ["model.lora.adapter_path", "has shape"]),
@@ -600,7 +600,7 @@ def test_what_a_function_returns_is_checked(spec_of: Callable[..., RunSpec]) -> 
     assert "returned a int; return a causal LM" in refused(lambda _: 3)
     assert "returned a model that holds the policy's model.embed_tokens.weight, which trains" in refused(lambda p: p)
     assert "vocabulary of 310 tokens, the policy has 300" in refused(lambda _: tiny_model(vocab_size=310))
-    assert "the settings say what the reference is, too" in refused(copy.deepcopy, kind="int8")
+    assert "the settings define the reference too" in refused(copy.deepcopy, kind="int8")
 
 
 def load_in_8bit(policy: PreTrainedModel) -> PreTrainedModel:
@@ -613,9 +613,9 @@ def load_in_8bit(policy: PreTrainedModel) -> PreTrainedModel:
     ("function", "model", "reference", "line"),
     [
         (ours, {"disable_dropout": False}, {}, "model.disable_dropout = False: the policy's dropout would reach"),
-        (ours, {}, {"offload": True}, "reference.offload = True: what ref_model returned shares layers"),
-        (load_in_8bit, {}, {"offload": True}, "reference.offload = True: what ref_model returned is in 8 or 4 bits"),
-        (load_in_8bit, {}, {"sync_every": 2}, "reference.sync_every = 2: what ref_model returned is in 8 or 4 bits"),
+        (ours, {}, {"offload": True}, "reference.offload = True: the model from ref_model shares layers"),
+        (load_in_8bit, {}, {"offload": True}, "reference.offload = True: the model from ref_model is in 8 or 4 bits"),
+        (load_in_8bit, {}, {"sync_every": 2}, "reference.sync_every = 2: the model from ref_model is in 8 or 4 bits"),
     ],
 )
 def test_a_functions_reference_has_the_rules_of_its_kind(
@@ -648,7 +648,7 @@ def test_a_function_can_return_a_base_with_an_adapter(spec_of: Callable[..., Run
 def test_create_reference_model_refuses_what_it_cannot_share() -> None:
     with pytest.raises(ValueError, match="num_shared_layers = 2: the model has 2 layers"):
         create_reference_model(tiny_model(), 2)
-    with pytest.raises(ValueError, match="names no layers"):
+    with pytest.raises(ValueError, match="does not match any layers"):
         create_reference_model(tiny_model(), 1, "transformer.h.{layer}")
     whole = create_reference_model(tiny_model())
     assert not any(p.requires_grad for p in whole.parameters())
@@ -709,7 +709,7 @@ def test_another_tokenizer_is_refused_by_a_token(spec_of: Callable[..., RunSpec]
     (other / "tokenizer.json").write_text(swapped)
     with pytest.raises(UserError) as caught:
         check_reference(spec, tiny_model().config, tokenizer())
-    assert f"its tokenizer gives 'x' the id {ids('y')[0]}, the policy's {ids('x')[0]} (2 tokens" in str(caught.value)
+    assert f"its tokenizer maps 'x' to id {ids('y')[0]}, the policy's to {ids('x')[0]} (2 tokens" in str(caught.value)
 
 
 def test_a_model_that_is_not_there_is_refused(spec_of: Callable[..., RunSpec]) -> None:

@@ -69,7 +69,7 @@ def test_weights_that_are_not_used_are_refused() -> None:
 def test_the_prefix_of_a_wrapper_is_named(name: str, wrapper: str) -> None:
     line = refusal(WeightDifferences(["model.norm.weight"], [name], []))
     assert wrapper in line
-    assert "save the model inside the wrapper, or remove" in line
+    assert "save the model without the wrapper, or remove" in line
     assert "weight model.norm.weight is missing" in line
 
 

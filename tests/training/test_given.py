@@ -55,7 +55,7 @@ class Padding:
         ({"callbacks": Counting()}, r"callbacks = 'Counting': is no list; give callbacks=\[\.\.\.\]"),
         ({"data_collator": {"pad_token_id": 0}}, "data_collator = 'dict': cannot be called; give a function"),
         ({"compute_metrics": "mine:compute"}, "compute_metrics = 'str': cannot be called; give a function"),
-        ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model = 'Linear': is no function.*lambda policy: create_ref"),
+        ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model = 'Linear': must be a function.*lambda policy: create_ref"),
         ({"optimizers": torch.optim.SGD}, "optimizers = 'type': is no pair of functions"),
     ],
 )
