@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import ROOT, rows, tiny_spec, write_jsonl, write_settings
 
 from orchestrator.arguments import parse
+from orchestrator.data.sources import check_rows
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.markdown import page
+from orchestrator.settings.spec import UserError
 
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n", re.DOTALL)
@@ -83,3 +85,16 @@ def test_orchestrator_commands_parse(text: str) -> None:
         words = shlex.split(line, comments=True)
         if words[:1] == ["orchestrator"]:
             assert parse(words[1:]).verb == words[1]
+
+
+def test_errors_are_shown_as_they_are_printed(tmp_path: Path) -> None:
+    shown = " ".join((ROOT / "docs/get-started.md").read_text().split())
+    with pytest.raises(UserError) as setting:
+        load_spec(write_settings(tmp_path), ["batch.global_batch_sze=4"])
+    assert f"error: {setting.value}" in shown
+    assert f"error: {setting.value}" in (ROOT / "README.md").read_text()
+
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [*rows(16), {"prompt": "a", "chosen": "b"}])
+    with pytest.raises(UserError) as row:
+        check_rows(tiny_spec(tmp_path, data={"train": str(pairs)}).data, "train")
+    assert f"error: {row.value}".replace(str(pairs), "/shared/data/train.jsonl") in shown
