@@ -1,1 +1,1 @@
-"""The preference loss, and the one module that computes it."""
+"""The preference losses, and the module that computes a step."""

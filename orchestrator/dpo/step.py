@@ -1,4 +1,4 @@
-"""PairStep: policy body, then reference, then head and loss; the one module that an engine wraps.
+"""PairStep, the module that an engine wraps: policy body, reference, head and loss.
 
 Legend: B pairs, 2B sequences (chosen half first), R rows, T tokens, H hidden size, C completion tokens.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKEN_METRICS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
-# Metrics with TRL's names, in the order of metric_sums. Each is a sum and the count that it is divided by.
+# Metrics with TRL's names, in the order of metric_sums, each as a sum and the count that divides it.
 METRICS = (
     "loss",
     "rewards/chosen",
@@ -37,18 +37,18 @@ METRICS = (
 
 
 class StepOutput(NamedTuple):
-    """A NamedTuple, because DeepSpeed's hooks look into tuples but not into dataclasses."""
+    """The output of a micro-batch; a NamedTuple, because DeepSpeed's hooks traverse tuples but not dataclasses."""
 
-    loss: torch.Tensor  # scalar fp64: summed over the micro-batch, divided by the GLOBAL count; sum it over ranks
+    loss: torch.Tensor  # scalar fp64: summed over the micro-batch, divided by the GLOBAL count; to be summed over ranks
     metric_sums: torch.Tensor  # [len(METRICS), 2] fp64 sums and counts
     logps: torch.Tensor  # [2B] fp64
     ref_logps: torch.Tensor  # [2B] fp64
-    losses: torch.Tensor  # [B] fp64, each pair's as it enters the mean, without its weight
+    losses: torch.Tensor  # [B] fp64, each pair's term in the mean, without its weight
 
 
 class PairStep(nn.Module):
-    """One DPO forward over a micro-batch. Its only parameters are the policy's, unless the reference is to be sharded
-    with it."""
+    """One DPO forward pass over a micro-batch. Its only parameters are the policy's, unless the engine shards the
+    reference with it."""
 
     def __init__(
         self,
@@ -60,23 +60,23 @@ class PairStep(nn.Module):
     ) -> None:
         super().__init__()
         self.policy = policy
-        self.reference = reference  # no nn.Module: neither wrapped, trained nor saved with the policy
-        # its weights in this module's tree, where a sharding engine finds them; names nothing in a checkpoint
+        self.reference = reference  # not an nn.Module: neither wrapped, trained nor saved with the policy
+        # modules of a reference that a sharding engine shards with the policy; their names are not in checkpoints
         self.judge = nn.ModuleList(reference.own_modules(policy) if shard_reference else [])
         self.dpo, self.token_metrics = dpo, token_metrics
-        # a reference in fp32 beside a policy whose weights are of 16 bits computes in the same precision
+        # an fp32 reference beside a policy with 16-bit weights computes in the same precision
         self.reference_arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def forward(
         self, batch: PairBatch | None, counts: Counts | None, ask: Callable[[], Any] | None = None
     ) -> StepOutput | tuple[Any]:
-        """Loss and metrics of [B] pairs; `counts` are the global batch's, so that no one has to divide again.
+        """Compute loss and metrics of [B] pairs. counts: those of the global batch, so that no caller divides again.
 
-        ask: instead of a step, this is called, and its answer returned in a tuple: a sharding engine has the weights
-        at hand nowhere but in here.
+        ask: called instead of a step; its result is returned in a tuple. A sharding engine gathers the weights only
+        within this forward pass.
         """
         if ask is not None:
-            return (ask(),)  # DeepSpeed's hooks look into what a module returns
+            return (ask(),)  # DeepSpeed's hooks traverse the output of a module
         assert batch is not None
         assert counts is not None
         ref_logps = batch.ref_logps
@@ -94,7 +94,7 @@ class PairStep(nn.Module):
             )
 
         of_batch = batch.of_batch
-        if self.dpo.sees_batch and of_batch is None:  # it is not known, before all of the batch was seen
+        if self.dpo.sees_batch and of_batch is None:  # not known until all of the batch has been evaluated
             of_batch = ref_logps.new_zeros(len(batch.pair_ids), 3)
 
         def losses_of(pairs: slice, sums: PairSums) -> torch.Tensor:
@@ -112,20 +112,20 @@ class PairStep(nn.Module):
         return StepOutput(scored.loss, metric_sums, scored.logps, ref_logps, losses)
 
     def train(self, mode: bool = True) -> "PairStep":
-        """The policy alone: a reference, wherever it is held, has no dropout."""
+        """Set the mode of the policy only: the reference never uses dropout."""
         super().train(mode)
         self.judge.eval()
         return self
 
     def ask_reference(self, batch: PairBatch, *captured: torch.Tensor) -> torch.Tensor:
-        """The reference's log-probs [2B]; captured: what entered its capture_layer in the policy, where it ran."""
+        """Return the reference's log-probs [2B]. captured: the input of capture_layer in the policy, if that ran."""
         with self.reference_arithmetic():
             return self.reference(batch, *captured)
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint keeps, by name: the policy's parameters and persistent buffers, of a LoRA policy the
-        parameters of its adapters (the base can be loaded again, and is known by its hash); and the weights of a
-        reference that moves."""
+        """Return the tensors that a checkpoint holds, by name: the policy's parameters and persistent buffers, or with
+        LoRA only the parameters of its adapters (the base is loaded again, and identified by its hash), and the weights
+        of a reference that is synced."""
         policy = stored_tensors(self.policy)
         if adapters := {name: p for name, p in policy.items() if ".lora_" in name}:
             policy = adapters
@@ -150,12 +150,12 @@ class PairStep(nn.Module):
         )
         pair_sums = torch.stack([per_pair @ weights, weights.sum().expand(len(per_pair))], dim=1)
 
-        fed = (batch.sequence_tokens * (weights > 0).double().repeat(2)).sum().view(1)  # whatever a pair weighs
+        fed = (batch.sequence_tokens * (weights > 0).double().repeat(2)).sum().view(1)  # independent of pair weights
         token_sums = self._token_sums(batch, tokens) if tokens is not None else fed.new_zeros(len(TOKEN_METRICS), 2)
         return torch.cat([pair_sums, token_sums, torch.stack([fed, torch.ones_like(fed)], dim=1)])
 
     def _token_sums(self, batch: PairBatch, tokens: TokenTerms) -> torch.Tensor:
-        """[len(TOKEN_METRICS), 2]."""
+        """Return the sums and counts of the token metrics, [len(TOKEN_METRICS), 2]."""
         values = torch.stack([torch.ones_like(tokens.entropy), *tokens])
         lengths, entropy, logits, top1 = (
             (sequence_sums(values, batch) * batch.pair_weights.repeat(2)).unflatten(-1, (2, -1)).sum(-1)

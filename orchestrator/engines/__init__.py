@@ -1,1 +1,1 @@
-"""Who owns gradients, optimizer state and the schedule."""
+"""Engines: wrapping, gradients, optimizer state and the learning-rate schedule."""

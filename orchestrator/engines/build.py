@@ -1,11 +1,11 @@
-"""Settings -> the engine they name; each engine's libraries are imported only where it is the one."""
+"""Select the engine class that the settings name; each engine's libraries are imported only if it is selected."""
 
 from orchestrator.engines.stepping import SteppingEngine
 from orchestrator.settings.spec import EngineSpec
 
 
 def engine_class(settings: EngineSpec) -> type[SteppingEngine]:
-    """The kind of engine; what it is made of, SteppingEngine says."""
+    """Return the engine class of the settings; see SteppingEngine for its arguments."""
     if settings.kind == "deepspeed":
         from orchestrator.engines.deepspeed import DeepSpeedEngine as Kind
     elif settings.kind == "fsdp":

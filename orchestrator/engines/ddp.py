@@ -1,4 +1,4 @@
-"""DistributedDataParallel with the optimizer state sharded over ranks; at one rank the bare module and optimizer."""
+"""DistributedDataParallel with the optimizer state sharded over ranks; on one rank, plain module and optimizer."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ from orchestrator.engines.stepping import Fragment, SteppingEngine
 
 
 class DdpEngine(SteppingEngine):
-    """Engine of base.py. Weights are whole on every rank, in fp32 (fp64); bf16 and fp16 are autocast over them."""
+    """Engine (see base.py) with whole fp32 (fp64) weights on every rank, and autocast for bf16 and fp16."""
 
     shards_gradients = False
 
@@ -44,20 +44,20 @@ class DdpEngine(SteppingEngine):
 
     def _before_micro_step(self, last: bool) -> None:
         if isinstance(self.module, DistributedDataParallel):
-            self.module.require_backward_grad_sync = last  # what no_sync() sets
+            self.module.require_backward_grad_sync = last  # as no_sync() does
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.trainable if p.grad is not None]
 
     def discard(self) -> None:
-        # gradients are views of DDP's buckets: dropped, they would be made anew beside the buckets while accumulating
+        # gradients are views of DDP's buckets: set to None, accumulation would allocate new ones beside the buckets
         self.optimizer.zero_grad(set_to_none=self.module is self.step)
 
     def _fragments(self) -> Iterator[Fragment]:
         mine = {p for group in self._keeper().param_groups for p in group["params"]}
         deals = isinstance(self.optimizer, ZeroRedundancyOptimizer)
         for index, (name, p) in enumerate(self.saved.items()):
-            # trainable parameters where their optimizer state is, frozen ones dealt round
+            # trainable parameters belong to the rank with their optimizer state, frozen ones to ranks in turn
             is_mine = p in mine if p.requires_grad and deals else index % self.world.size == self.world.rank
             holder = p if p in mine else None
             yield Fragment(name, tuple(p.shape), 0, p.numel(), p.detach().view(-1), holder, 0, is_mine)
@@ -66,7 +66,7 @@ class DdpEngine(SteppingEngine):
         return self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
 
     def _asked(self, *args: Any) -> Any:
-        wrapped, self.module = self.module, self.step  # DDP has nothing to do where there is no gradient
+        wrapped, self.module = self.module, self.step  # without gradients DDP is not needed
         try:
             return super()._asked(*args)
         finally:
@@ -77,7 +77,8 @@ class DdpEngine(SteppingEngine):
 
 
 def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
-    """The loss was divided by the global count already; DDP's own hook would divide by the world size again."""
+    """Sum a bucket over ranks: the loss is divided by the global count already, and DDP's own hook would divide it by
+    the world size again."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
