@@ -424,7 +424,7 @@ HERE = [
         "optimizer.name=mine:Mine|engine.shard_optimizer=false",
         "optimizer.name",
         "'Mine'",
-        "is no optimizer of torch",
+        "is not a torch optimizer",
         "return a torch.optim.Optimizer",
         files={"mine.py": "class Mine:\n    def __init__(self, params, lr):\n        pass\n"},
     ),
@@ -433,8 +433,8 @@ HERE = [
         "optimizer.name=torch.optim.Muon",
         "optimizer.name",
         "'torch.optim.Muon'",
-        "takes matrices alone",
-        "train model.lora, which is all matrices",
+        "works only on 2-D weights",
+        "set model.lora, whose weights are all 2-D",
         late=True,
     ),
     case(
@@ -612,7 +612,7 @@ HERE = [
         "optimizer.name=torch.optim.Rprop|optimizer.weight_decay=0.1",
         "optimizer.weight_decay",
         "0.1",
-        "torch.optim.Rprop has none",
+        "torch.optim.Rprop does not support it",
         "set it to 0",
     ),
     case(

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO, stages 1 to 3: it moves and cuts weights, gradients and state; scaling and clipping stay ours.
+"""DeepSpeed ZeRO, stages 1 to 3: it shards and moves weights, gradients and state; scaling and clipping are ours.
 
-Private names of DeepSpeed's are used nowhere but here, under tests/contract/test_engines.py and an exact version: by
-its public functions a state cannot be read or written per parameter with two groups, nor a gradient be dropped.
+Only this file uses private names of DeepSpeed, with an exact version and tests/contract/test_engines.py: its public
+functions can neither read or write the state per parameter with two groups, nor drop a gradient.
 """
 
 import copy
@@ -25,8 +25,8 @@ from orchestrator.world import World
 
 
 class DeepSpeedEngine(SteppingEngine):
-    """Engine of base.py. In bf16 and fp16 the weights that compute are of that type, and each rank keeps its part of
-    them in fp32 for the optimizer; gradients are added in fp32, over micro-batches and over ranks."""
+    """Engine (see base.py) on DeepSpeed. In bf16 and fp16 the forward pass has weights in that dtype, and each rank
+    holds its part of them in fp32 for the optimizer; gradients are summed in fp32, over micro-batches and ranks."""
 
     module: Any  # pyright: ignore[reportIncompatibleVariableOverride] - deepspeed's engine
 
@@ -43,7 +43,7 @@ class DeepSpeedEngine(SteppingEngine):
             self._cut(step, config)
         self.optimizer = optimizer(param_groups(step, self.weight_decay))
         self.scheduler = scheduler(self.optimizer)
-        self.module = _zero_alone(deepspeed.DeepSpeedEngine)(  # what deepspeed.initialize does for a model like ours
+        self.module = _zero_alone(deepspeed.DeepSpeedEngine)(  # as deepspeed.initialize does for such a model
             args=None,
             model=step,
             optimizer=self.optimizer,
@@ -60,16 +60,17 @@ class DeepSpeedEngine(SteppingEngine):
     # --- wrapping ------------------------------------------------------------------------------------------------
 
     def _config(self, trained: int) -> dict[str, Any]:
-        """What DeepSpeed is told: the user's file, and over it what the settings decide. trained: elements that are."""
+        """Return DeepSpeed's config: the user's file, overridden by the settings. trained: the number of trainable
+        elements."""
         config = _without_auto(copy.deepcopy(self.settings.deepspeed_config or {}))
-        for ours in ("optimizer", "scheduler", "bf16", "fp16"):  # compared with the settings by a rule of theirs
+        for ours in ("optimizer", "scheduler", "bf16", "fp16"):  # a rule of the settings has compared them
             config.pop(ours, None)
         zero = config.setdefault("zero_optimization", {})
         zero["stage"] = self.stage
         on_gpu = self.world.device.type == "cuda"
         host = {"device": "cpu", "pin_memory": on_gpu}
         if self.settings.offload != "none":
-            zero.setdefault("sub_group_size", 10**8)  # elements updated at a time: torch's Adam makes copies of each
+            zero.setdefault("sub_group_size", 10**8)  # elements updated at a time: torch's Adam copies each
             zero["offload_optimizer"] = {**host, **(zero.get("offload_optimizer") or {})}
         if self.settings.offload == "parameters":
             zero["offload_param"] = {**host, **(zero.get("offload_param") or {})}
@@ -77,23 +78,23 @@ class DeepSpeedEngine(SteppingEngine):
             zero["reduce_bucket_size"] = self.settings.bucket_size
         if self.settings.overlap_comm is not None or not on_gpu:
             zero["overlap_comm"] = bool(self.settings.overlap_comm) and on_gpu  # on a CPU there are no streams
-        # a bucket is allocated whole, however little there is to reduce
+        # DeepSpeed allocates a whole bucket even if there is less to reduce
         zero.setdefault("reduce_bucket_size", max(1, min(5 * 10**8 if on_gpu else 10**7, trained)))
         config |= {
-            # we say ourselves which micro-step is the last, and divide by the global count: these divide by 1
+            # the boundary is set explicitly and the loss divided by the global count, so these must divide by 1
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "train_batch_size": self.world.size,
-            "gradient_clipping": 0.0,  # without it 1.0 would clip
+            "gradient_clipping": 0.0,  # the default 1.0 would clip
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # which would be compiled for minutes, and is not the one asked for
+            "zero_force_ds_cpu_optimizer": False,  # it takes minutes to compile, and is not the settings' optimizer
             "steps_per_print": 10**12,
         }
         if self.precision == "bf16":
             config["bf16"] = {"enabled": True}
         if self.precision == "fp16":
             config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # the scale is ours
-        # its own choice is the type of the weights, in which small gradients are lost when they are added
+        # DeepSpeed's default is the dtype of the weights, in which sums lose small gradients
         types = config["data_types"] = config.get("data_types") or {}
         if not types.get("grad_accum_dtype") or self.precision != "bf16":
             types["grad_accum_dtype"] = "fp32"
@@ -114,7 +115,7 @@ class DeepSpeedEngine(SteppingEngine):
         )
 
     def _cut(self, step: PairStep, config: dict[str, Any]) -> None:
-        """Cut the weights one at a time, so that no rank holds more than one of them whole."""
+        """Shard the weights one at a time, so that no rank holds more than one of them whole."""
         from deepspeed import zero
 
         kept = dtype_of(self.precision)
@@ -123,11 +124,11 @@ class DeepSpeedEngine(SteppingEngine):
             to = kept if kept != torch.float32 else (self.held if p.requires_grad else self.frozen_held)
             p.data = p.data.to(to)
             context._convert_to_zero_parameters([p])
-        for buffer in step.buffers():  # which DeepSpeed leaves where they are when weights are cut already
+        for buffer in step.buffers():  # DeepSpeed does not move them when the weights are sharded already
             buffer.data = buffer.data.to(self.world.device)
 
     def _register_heads(self, step: PairStep) -> None:
-        """Have the weights of the heads gathered for the whole of the step, which reads them outside their modules."""
+        """Gather the weights of the heads for the whole step, which reads them outside their modules."""
         from deepspeed import zero
 
         for model in (step.policy, getattr(step.reference, "model", None)):
@@ -142,13 +143,13 @@ class DeepSpeedEngine(SteppingEngine):
         self.module.set_gradient_accumulation_boundary(last)
 
     def _backward(self, loss: torch.Tensor) -> None:
-        # it will be averaged over ranks, which is undone: in fp16 when it is unscaled, for want of range before
+        # undoes DeepSpeed's average over ranks; in fp16, whose range is too small, unscaling undoes it later
         self.module.backward(loss if self.precision == "fp16" else loss * self.world.size)
 
     def _gradients(self) -> list[torch.Tensor]:
         if self.stage < 3 and self.zero.cpu_offload:
-            self.zero._wait_for_offload_copies()  # into pinned memory, which we would read too early
-        if self._masters()[0].grad is not None:  # offloaded, each is where its weights are
+            self.zero._wait_for_offload_copies()  # into pinned memory, which would be read too early
+        if self._masters()[0].grad is not None:  # offloaded gradients are beside their weights
             return [master.grad for master in self._masters() if master.grad is not None]
         parts = self.zero.averaged_gradients.values()
         return [gradient for part in parts if part is not None for gradient in part if gradient is not None]
@@ -156,7 +157,7 @@ class DeepSpeedEngine(SteppingEngine):
     def _update(self) -> None:
         self.zero.step()
         if self.zero.overflow:  # the same on all ranks
-            raise RuntimeError("DeepSpeed has dropped a gradient that is finite: its norm overflows fp32")
+            raise RuntimeError("DeepSpeed dropped a finite gradient: its norm overflows fp32")
         self.zero.zero_grad(set_to_none=True)
 
     def discard(self) -> None:
@@ -178,17 +179,17 @@ class DeepSpeedEngine(SteppingEngine):
             zero.all_grad_tensors[group] = None
 
     def close(self) -> None:
-        self.module.destroy()  # its hooks hold it, and it the weights
+        self.module.destroy()  # its hooks hold the engine, which holds the weights
         _forget()
 
     def release(self) -> None:
         if self.stage == 3:
-            self.module.empty_partition_cache()  # else the model stays gathered until the next backward pass
+            self.module.empty_partition_cache()  # otherwise the model stays gathered until the next backward pass
 
-    # --- who holds what ------------------------------------------------------------------------------------------
+    # --- shards on this rank -------------------------------------------------------------------------------------
 
     def _masters(self) -> list[torch.Tensor]:
-        """Flat weights that the optimizer updates on this rank, by group."""
+        """Return the flat weights that the optimizer updates on this rank, by group."""
         return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
 
     def _fragments(self) -> Iterator[Fragment]:
@@ -206,7 +207,7 @@ class DeepSpeedEngine(SteppingEngine):
         return self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
 
     def _flat_fragment(self, name: str, p: Any, group: int | None) -> Fragment | None:
-        """Stages 1 and 2: all weights of a group in one row, cut evenly."""
+        """Return this rank's range in stages 1 and 2: all weights of a group are concatenated and split evenly."""
         if p._hp_mapping is None or group is None:
             return None
         lp, hp = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
@@ -215,7 +216,7 @@ class DeepSpeedEngine(SteppingEngine):
         return Fragment(name, tuple(p.shape), lp.start, lp.start + lp.numel, weight, master, hp.start, True)
 
     def _cut_fragment(self, name: str, p: Any, group: int | None) -> Fragment | None:
-        """Stage 3: each weight cut evenly, the last part padded."""
+        """Return this rank's range in stage 3: each weight is split evenly, and its last part padded."""
         each = p.ds_tensor.numel()
         start, stop = (min(at * each, p.ds_numel) for at in (self.world.rank, self.world.rank + 1))
         if start == stop:
@@ -238,7 +239,7 @@ class DeepSpeedEngine(SteppingEngine):
         self._gather_small()
 
     def _gather_small(self) -> None:
-        """Weights too small to be cut for each use are kept gathered: from their new parts."""
+        """Gather the small weights, which DeepSpeed keeps gathered, again from their new parts."""
         if small := self.zero.persistent_parameters:
             small[0].partition(small, has_been_updated=False)
             small[0].all_gather(small)
@@ -259,7 +260,7 @@ class DeepSpeedEngine(SteppingEngine):
 
 
 class _Gathered(dict[str, Any]):
-    """Weights that are cut, by name, each gathered when it is asked for. Collective."""
+    """Sharded weights by name, each gathered on access. Collective."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         from deepspeed import zero
@@ -270,22 +271,22 @@ class _Gathered(dict[str, Any]):
 
 
 def _imported(world: World) -> Any:
-    """The library, told which device and which ranks there are, and kept from compiling on a CPU."""
-    # it takes the device by this number, which need not be ours where Ray shows a worker its own GPU alone
+    """Import DeepSpeed, set its device and group of ranks, and keep it from compiling on a CPU."""
+    # DeepSpeed selects the device by this variable; Ray shows a worker only its own GPU, so ours may differ
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    import deepspeed.comm.torch  # which `deepspeed.comm.torch` does not name afterwards
+    import deepspeed.comm.torch  # afterwards `deepspeed.comm.torch` is another object; see sys.modules below
 
     if world.device.type == "cpu":
-        # an operator for ranks of one machine, which takes minutes to compile at the first start
+        # an operator for ranks on one machine, which takes minutes to compile at the first start
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
         # DeepSpeed refuses fp16 where oneDNN has no fp16 kernels for the CPU (AVX512-FP16). torch computes every
         # operator in fp16 on any CPU, and DeepSpeed calls no kernel of its own here.
         accelerator: Any = deepspeed.accelerator.get_accelerator()
         accelerator.is_fp16_supported = lambda: True
-    # the group of all ranks itself, where it would make another one with a time-out of its own
+    # use our group of all ranks: DeepSpeed would create another one with its own time-out
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.group.WORLD  # pyright: ignore[reportPrivateImportUsage]
     deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -294,19 +295,19 @@ def _imported(world: World) -> Any:
 
 
 def _check_precision(precision: Precision, device: torch.device, accelerator: Any) -> None:
-    """Check that DeepSpeed trains in this precision on this device, its accelerator.
+    """Check that DeepSpeed supports this precision on this device, its accelerator.
 
     Raises:
-        UserError: it does not: fp16 on a GPU before Volta.
+        UserError: fp16 on a GPU before Volta.
     """
     if precision == "fp16" and not accelerator.is_fp16_supported():
-        rule = f"DeepSpeed does not train in fp16 on {device_name(device)}"
+        rule = f"DeepSpeed does not support fp16 on {device_name(device)}"
         raise UserError("precision", precision, rule, "set precision=fp32, or engine.kind=ddp or fsdp")
 
 
 def _forget() -> None:
-    """Undo for the next run in this process: groups of ranks, which end with this one, and the linear layer that stage
-    3 puts in the place of torch's, which would keep gathered weights until the backward pass."""
+    """Undo DeepSpeed's changes for the next run in this process: drop its groups of ranks, which end with this run, and
+    restore torch's linear, whose replacement in stage 3 keeps gathered weights until the backward pass."""
     from deepspeed.runtime.zero import partition_parameters
     from deepspeed.utils import groups
 
@@ -316,24 +317,24 @@ def _forget() -> None:
 
 
 def _checked(config: dict[str, Any]) -> Any:
-    """The config as DeepSpeed reads it.
+    """Parse the config with DeepSpeed.
 
     Raises:
-        UserError: it does not, for a value that is the user's.
+        UserError: DeepSpeed rejects a value of the user's file.
     """
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
         return DeepSpeedConfig(config)
-    except Exception as error:  # pydantic's, and DeepSpeed's own of several types
+    except Exception as error:  # pydantic's errors, and several types of DeepSpeed's
         reason = " ".join(str(error).split())[:160]
-        cure = "mend that value in the file"
-        raise UserError("engine.deepspeed_config", config, f"DeepSpeed refuses it: {reason}", cure) from None
+        cure = "fix that value in the file"
+        raise UserError("engine.deepspeed_config", config, f"DeepSpeed rejects it: {reason}", cure) from None
 
 
 def _zero_alone(engine: Any) -> Any:
-    """DeepSpeed's engine with one kind of optimizer wrapper: for bf16 at stage 1 it would take another one, with other
-    names and rules, which differs in nothing that we use."""
+    """Return DeepSpeed's engine class, restricted to one kind of optimizer wrapper. For bf16 in stage 1 it would use
+    another one with other names and rules, but no feature that we use."""
 
     class ZeroAlone(engine):
         def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
@@ -343,7 +344,7 @@ def _zero_alone(engine: Any) -> Any:
 
 
 def _without_auto(value: Any) -> Any:
-    """A user's file without the keys that it leaves to us or to DeepSpeed."""
+    """Return a user's file without the keys set to "auto"."""
     if isinstance(value, dict):
         return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
     return value

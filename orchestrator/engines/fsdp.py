@@ -1,4 +1,4 @@
-"""torch's fully_shard (FSDP2): weights, gradients and optimizer state of every layer cut by rows over the ranks."""
+"""torch's fully_shard (FSDP2): weights, gradients and optimizer state of every layer, sharded by rows over ranks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,21 +16,21 @@ from orchestrator.models.layers import decoder_layers
 
 
 class FsdpEngine(SteppingEngine):
-    """Engine of base.py. A rank holds its rows of each weight in fp32 (fp64); a layer's are gathered when it runs, in
-    bf16 or fp16 where that is the precision, and gradients are summed in fp32."""
+    """Engine (see base.py) on FSDP2. A rank holds its rows of each weight in fp32 (fp64). Those of a layer are gathered
+    when it runs, in bf16 or fp16 if that is the precision, and gradients are summed in fp32."""
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
         self.world.meet()
         self.mesh = init_device_mesh(self.world.device.type, (self.world.size,))
-        step.reference.weights = {}  # or whole ones would live until the last is cut
+        step.reference.weights = {}  # otherwise whole weights would stay in memory until the last is sharded
         for layer in _layers(step):
             self._shard(layer, self.settings.reshard_after_forward)
-        self._shard(step, reshard=False)  # embeddings and head, which a forward pass needs at both its ends
+        self._shard(step, reshard=False)  # embeddings and head, used at both ends of a forward pass
         for module in step.modules():
             if hasattr(module, "set_gradient_divide_factor"):
                 fsdp: Any = module
-                fsdp.set_gradient_divide_factor(1.0)  # the loss was divided by the global count already
-                fsdp.set_force_sum_reduction_for_comms(True)  # gloo knows no other, and NCCL no division by 1
+                fsdp.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
+                fsdp.set_force_sum_reduction_for_comms(True)  # gloo only sums, and NCCL cannot divide by 1
         self.step = self.module = step
         step.reference.were_wrapped()
         self.saved = step.saved()
@@ -39,8 +39,8 @@ class FsdpEngine(SteppingEngine):
         self.scheduler = scheduler(self.optimizer)
 
     def _shard(self, module: nn.Module, reshard: bool) -> None:
-        """Cut what the module holds that no module inside it has cut already. Weights that come from a file are of the
-        file's type, and are whole here one layer at a time."""
+        """Shard the weights of a module that its submodules have not sharded. Weights from a file still have the file's
+        dtype; they are cast here, one layer at a time."""
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
             FSDPModule,
@@ -54,7 +54,7 @@ class FsdpEngine(SteppingEngine):
         for p in module.parameters():
             if p not in cut and p.is_floating_point():
                 p.data = p.data.to(self.held if p.requires_grad else self.frozen_held)
-        on_gpu = self.world.device.type == "cuda"  # whose driver pins memory
+        on_gpu = self.world.device.type == "cuda"  # pinned memory needs its driver
         in_16_bits = is_16_bit(self.precision)
         fully_shard(
             module,
@@ -90,10 +90,10 @@ class FsdpEngine(SteppingEngine):
         size, rank = self.world.size, self.world.rank
         for index, (name, p) in enumerate(self.saved.items()):
             local: Any = p.detach()
-            if not hasattr(local, "to_local"):  # of a reference that every rank holds whole
+            if not hasattr(local, "to_local"):  # part of a reference that every rank holds whole
                 yield Fragment(name, tuple(p.shape), 0, p.numel(), local.view(-1), None, 0, index % size == rank)
                 continue
-            rows, each = p.shape[0], -(-p.shape[0] // size)  # as torch.chunk cuts them
+            rows, each = p.shape[0], -(-p.shape[0] // size)  # as torch.chunk splits them
             width = p.numel() // rows
             start, stop = (min(at * each, rows) * width for at in (rank, rank + 1))
             if stop > start:
@@ -108,18 +108,18 @@ class FsdpEngine(SteppingEngine):
 
 
 class _Whole(dict[str, Any]):
-    """Sharded weights by name, each gathered when it is asked for. Collective."""
+    """Sharded weights by name, each gathered on access. Collective."""
 
     def __init__(self, weights: dict[str, Any], device: torch.device) -> None:
         super().__init__(weights)
-        self.device = device  # of the ranks' group, where shards may lie on the host
+        self.device = device  # the device of the process group; shards may be on the host
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return super().__getitem__(name).to(self.device).full_tensor()
 
 
 def _layers(step: PairStep) -> list[nn.Module]:
-    """What is cut on its own: each layer of the policy, and of a reference that is sharded with it."""
+    """Return the modules that are sharded separately: each layer of the policy, and of a reference sharded with it."""
     found: list[nn.Module] = list(decoder_layers(step.policy))
     if len(step.judge):
         in_judge = set(step.judge.modules())

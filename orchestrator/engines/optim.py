@@ -1,4 +1,5 @@
-"""Settings, or functions of a Python user -> optimizer and learning-rate schedule, and whose state goes on where."""
+"""Build optimizer and LR schedule (from settings or user functions), and decide which checkpoints their state can
+resume from."""
 
 import difflib
 import inspect
@@ -21,9 +22,10 @@ from orchestrator.settings.optimizers import OPTIMIZERS, check_optimizer, optimi
 from orchestrator.settings.spec import EngineSpec, OptimizerSpec, RunSpec, SchedulerSpec, UserError
 
 Optimizers = tuple[OptimizerFactory | None, SchedulerFactory | None]
-"""(parameter groups -> optimizer, optimizer -> schedule) of a Python user; where one is None the settings say."""
+"""A user's (parameter groups -> optimizer, optimizer -> schedule); None: use the settings."""
 
-REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError)  # of arguments, by a library
+# errors that a library raises for wrong arguments
+REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError)
 NOT_IN_KWARGS = {
     "params",
     "model_params",
@@ -33,14 +35,15 @@ NOT_IN_KWARGS = {
     "last_epoch",
     "num_warmup_steps",
     "num_training_steps",
-}  # arguments that come from elsewhere
+}  # arguments that other settings or this program pass
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW)  # one pass over the weights, and no temporary copy of them
+FUSED = (torch.optim.Adam, torch.optim.AdamW)  # updated in one pass over the weights, without a temporary copy
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
-    """Trainable parameters, matrices decayed, norms and biases not; no empty group (ZeRO-3 would drop it)."""
-    # of a weight that it has cut already ZeRO-3 leaves an empty vector, and its shape in ds_shape
+    """Return the trainable parameters in groups: matrices with weight decay, norms and biases without. Empty groups are
+    left out, because ZeRO-3 would drop them."""
+    # ZeRO-3 replaces a sharded weight by an empty vector and keeps its shape in ds_shape
     trainable = [(p, len(getattr(p, "ds_shape", p.shape))) for p in module.parameters() if p.requires_grad]
     groups: ParamGroups = [
         {"params": [p for p, ndim in trainable if ndim >= 2], "weight_decay": weight_decay},
@@ -52,10 +55,10 @@ def param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
 def factories(
     spec: RunSpec, policy: nn.Module, total_steps: int, device: torch.device, optimizers: Optimizers | None = None
 ) -> tuple[OptimizerFactory, SchedulerFactory]:
-    """What an engine makes its optimizer and schedule with: the user's functions where there are, else the settings.
+    """Return the factories of optimizer and schedule for an engine: the user's functions if given, else the settings'.
 
     Raises:
-        UserError: the optimizer of the settings cannot update this policy on this device.
+        UserError: the optimizer of the settings does not support this policy on this device.
     """
     make, schedule = optimizers or (None, None)
     if make is None:
@@ -70,23 +73,24 @@ def factories(
 
 
 def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -> OptimizerFactory:
-    """Parameter groups -> the optimizer that the settings name.
+    """Return a factory (parameter groups -> optimizer) for the optimizer of the settings.
 
-    device: where the parameters will be; None where that is not known yet.
+    device: that of the parameters; None if it is not known yet.
 
     Raises:
-        UserError: there is no such optimizer, it cannot run there, or it refuses a keyword argument.
+        UserError: there is no such optimizer, it does not support the device, or it rejects a keyword argument.
     """
     if device is not None and device.type == "cpu" and spec.name.startswith("deepspeed."):
-        rule = "would be compiled for minutes here, where there is no GPU"
-        raise UserError("optimizer.name", spec.name, rule, "take torch.optim.AdamW")
+        rule = "takes minutes to compile on a machine without a GPU"
+        raise UserError("optimizer.name", spec.name, rule, "use torch.optim.AdamW")
     kind = _named("optimizer.name", spec.name)
 
     def make(params: Any) -> Optimizer:
         groups = [dict(group) for group in params]
         if not _takes(kind, "weight_decay"):
             if spec.weight_decay:
-                raise UserError("optimizer.weight_decay", spec.weight_decay, f"{spec.name} has none", "set it to 0")
+                rule = f"{spec.name} does not support it"
+                raise UserError("optimizer.weight_decay", spec.weight_decay, rule, "set it to 0")
             for group in groups:
                 group.pop("weight_decay", None)
         fused = {"fused": True} if kind in FUSED and spec.kwargs.keys().isdisjoint(IMPLEMENTATIONS) else {}
@@ -94,17 +98,17 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
             made = kind(groups, lr=spec.lr, **fused, **spec.kwargs)
         except REFUSALS as error:
             raise _refused("optimizer.kwargs", spec, error, kind) from None
-        # the settings allow code of a user's only where each rank holds all
+        # the settings allow user code only with engines whose ranks hold whole parameters
         return _check_held(made, groups, "optimizer.name", paired=False) if ":" in spec.name else made
 
     return make
 
 
 def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory:
-    """optimizer -> its schedule over `total_steps` optimizer steps actually taken.
+    """Return a factory (optimizer -> schedule) over `total_steps` optimizer steps that are not skipped.
 
     Raises:
-        UserError: there is no such scheduler, or it refuses a keyword argument.
+        UserError: there is no such scheduler, or it rejects a keyword argument.
     """
     if spec.name.startswith("torch."):
         kind = _named("scheduler.name", spec.name)
@@ -116,7 +120,7 @@ def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory
         alias = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # plain constant has no warm-up
         name = SchedulerType(alias.get(spec.name, spec.name))
         kind, warmup = TYPE_TO_SCHEDULER_FUNCTION[name], spec.warmup(total_steps)
-        # polynomial divides by what is left after the warm-up, although it then never gets there
+        # polynomial divides by the steps after the warm-up, even if there are none
         length = max(total_steps, warmup + 1)
         build = lambda optimizer: get_scheduler(name, optimizer, warmup, length, dict(spec.kwargs))  # noqa: E731
 
@@ -131,15 +135,15 @@ def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory
 
 
 def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec, total_steps: int = 1) -> None:
-    """Try both on one parameter, so that a wrong name or argument is refused before anything is loaded.
+    """Build both for one parameter, to find a wrong name or argument before anything is loaded.
 
-    total_steps: of the run, where they are known already.
+    total_steps: those of the run, if they are known already.
 
     Raises:
-        UserError: which argument, in the library's words.
+        UserError: a name or an argument is wrong; the error has the library's message.
     """
     lone = [{"params": [nn.Parameter(torch.zeros(1, 1))], "weight_decay": 0.0}]
-    if optimizer.name.startswith("deepspeed."):  # to build one is to compile it
+    if optimizer.name.startswith("deepspeed."):  # building one would compile it
         kind = _named("optimizer.name", optimizer.name)
         try:
             inspect.signature(kind).bind(lone, lr=optimizer.lr, **optimizer.kwargs)
@@ -152,15 +156,15 @@ def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec, total_steps:
 
 
 def _check_matrices(name: str, policy: nn.Module) -> None:
-    """Muon raises where it meets a vector, which under ZeroRedundancyOptimizer is on some ranks only."""
+    """Check that Muon has only 2-D weights: it raises for others, under ZeroRedundancyOptimizer on some ranks only."""
     others = [n for n, p in policy.named_parameters() if p.requires_grad and p.ndim != 2]
     if name == "torch.optim.Muon" and others:
-        rule = f"takes matrices alone, and {len(others)} of the parameters that train are none ({others[0]}, ...)"
-        raise UserError("optimizer.name", name, rule, "train model.lora, which is all matrices, or take AdamW")
+        rule = f"works only on 2-D weights; not 2-D: {counted(len(others), 'trainable parameter')} ({others[0]}, ...)"
+        raise UserError("optimizer.name", name, rule, "set model.lora, whose weights are all 2-D, or use AdamW")
 
 
 def _named(key: str, name: str) -> Any:
-    """The class, or function, that a dotted name or module:attr stands for."""
+    """Import the class or function of a dotted name or module:attr."""
     if ":" in name:
         found = user_attribute(key, name)
         if not callable(found):
@@ -182,7 +186,7 @@ def _named(key: str, name: str) -> Any:
 def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(kind).parameters
-    except (TypeError, ValueError):  # code that is not Python's
+    except (TypeError, ValueError):  # not written in Python
         return {}
 
 
@@ -192,18 +196,19 @@ def _takes(kind: Any, name: str) -> bool:
 
 
 def _refused(key: str, spec: OptimizerSpec | SchedulerSpec, error: Exception, kind: Any) -> UserError:
-    """What a library said of its arguments, and which it takes."""
-    said = str(error).replace("`lr_scheduler_kwargs`", "scheduler.kwargs")  # as transformers would have it
+    """Return an error with a library's message about its arguments, and the arguments that it supports."""
+    said = str(error).replace("`lr_scheduler_kwargs`", "scheduler.kwargs")  # the name in transformers' message
     takes = [name for name in _parameters(kind) if name not in NOT_IN_KWARGS]
     cure = f"its arguments are {', '.join(takes)}" if takes else "see its arguments"
-    return UserError(key, dict(spec.kwargs), f"{spec.name} says: {said}", cure)
+    return UserError(key, dict(spec.kwargs), f"{spec.name} rejects them: {said}", cure)
 
 
 # --- the schedule ------------------------------------------------------------------------------------------------
 
 
 def _with_defaults(optimizer: Optimizer) -> Optimizer:
-    """ZeroRedundancyOptimizer has no defaults of its own, where some schedules look for the peak or the momentum."""
+    """Copy the optimizer's defaults to ZeroRedundancyOptimizer, which has none: some schedules read the peak or the
+    momentum there."""
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         for key, value in optimizer.optim.defaults.items():
             optimizer.defaults.setdefault(key, value)
@@ -211,55 +216,55 @@ def _with_defaults(optimizer: Optimizer) -> Optimizer:
 
 
 def _long_enough(schedule: LRScheduler, key: str, total_steps: int) -> LRScheduler:
-    """OneCycleLR raises at the step after its last."""
+    """Check that a schedule with a last step covers the run: OneCycleLR raises at the step after it."""
     steps = getattr(schedule, "total_steps", total_steps)
     if steps < total_steps:
-        rule = f"{type(schedule).__name__} ends there, and the run has {counted(total_steps, 'step')}"
+        rule = f"{type(schedule).__name__} ends there, but the run has {counted(total_steps, 'step')}"
         raise UserError(f"{key}.total_steps", steps, rule, f"set it to {total_steps} or more")
     return schedule
 
 
-# --- a Python user's own -----------------------------------------------------------------------------------------
+# --- a user's functions ------------------------------------------------------------------------------------------
 
 
 def check_functions(optimizers: Optimizers | None) -> None:
-    """Refuse anything but two functions, either of which may be None.
+    """Check that optimizers is a pair of functions, either of which may be None.
 
     Raises:
-        UserError: an optimizer would have to travel to every rank, and there know other parameters.
+        UserError: it is not; a built optimizer cannot be sent to every rank, which has other parameters.
     """
-    cure = "give (params -> optimizer, optimizer -> schedule), either of which may be None"
+    cure = "use (params -> optimizer, optimizer -> schedule), either of which may be None"
     if optimizers is None:
         return
     if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
-        raise UserError("optimizers", type(optimizers).__name__, "is no pair of functions", cure)
+        raise UserError("optimizers", type(optimizers).__name__, "is not a pair of functions", cure)
     for made in optimizers:
         if not (made is None or callable(made)):
-            rule = "is no function, and each rank must make its own, over its own parameters"
+            rule = "must be a function: each rank builds its own optimizer for its own parameters"
             raise UserError("optimizers", type(made).__name__, rule, cure)
 
 
 def check_built(made: Any, groups: ParamGroups, engine: EngineSpec) -> Optimizer:
-    """What a user's function made of these groups, if the engine leaves its maths as it is and it updates all of them.
+    """Check the optimizer that a user's function built for these groups, and return it.
 
     Raises:
-        UserError: it is no optimizer, or one that needs another engine, or it has other parameters.
+        UserError: it is not an optimizer, or the engine does not support it, or it has other parameters.
     """
     if isinstance(made, Optimizer):
         check_optimizer("optimizers", name_of(made), engine)
-    # ZeroRedundancyOptimizer pairs its groups with those of what it was given
+    # ZeroRedundancyOptimizer pairs its groups with those passed to it, in order
     return _check_held(made, groups, "optimizers", paired=engine.kind == "ddp" and engine.shard_optimizer)
 
 
 def _check_held(made: Any, groups: ParamGroups, key: str, paired: bool) -> Optimizer:
     if not isinstance(made, Optimizer):
-        rule, cure = "is no optimizer of torch", "return a torch.optim.Optimizer over the parameters that are given"
+        rule, cure = "is not a torch optimizer", "return a torch.optim.Optimizer for the parameters it is called with"
         raise UserError(key, type(made).__name__, rule, cure)
     given, held = ([[id(p) for p in group["params"]] for group in each] for each in (groups, made.param_groups))
     flat = [sorted(chain.from_iterable(each)) for each in (given, held)]
     if flat[0] != flat[1] or (paired and given != held):
-        rule = f"holds other groups of parameters than the {len(given)} that are given"
-        cure = "hand them on as they are, for example torch.optim.SGD(params, lr=1e-3)"
+        rule = f"holds other parameter groups than the {len(given)} it was called with"
+        cure = "pass them on unchanged, for example torch.optim.SGD(params, lr=1e-3)"
         raise UserError(key, name_of(made), rule, cure)
     return made
 
@@ -276,7 +281,7 @@ def _schedule_of(function: SchedulerFactory, total_steps: int) -> SchedulerFacto
     def make(optimizer: Optimizer) -> LRScheduler:
         made = _called(function, _with_defaults(optimizer))
         if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
-            rule = "is no schedule of torch that needs the step alone"
+            rule = "is not a torch schedule that depends only on the step"
             cure = "return a torch.optim.lr_scheduler.LRScheduler"
             raise UserError("optimizers", type(made).__name__, rule, cure)
         return _long_enough(made, "optimizers", total_steps)
@@ -289,16 +294,16 @@ def _called(function: Callable[[Any], Any], given: Any) -> Any:
         return function(given)
     except UserError:
         raise
-    except Exception as error:  # it would fail so on every rank and in every attempt
+    except Exception as error:  # it would fail in the same way on every rank and in every attempt
         name = getattr(function, "__name__", type(function).__name__)
-        raise UserError("optimizers", name, f"raised {type(error).__name__}: {error}", "mend it") from error
+        raise UserError("optimizers", name, f"raised {type(error).__name__}: {error}", "fix it") from error
 
 
-# --- what goes on from a checkpoint ------------------------------------------------------------------------------
+# --- resuming from a checkpoint ----------------------------------------------------------------------------------
 
 
 def name_of(made: Optimizer | LRScheduler) -> str:
-    """Its name as in the settings: dotted where it is a library's known here, else module:attr."""
+    """Return its name as in the settings: dotted for the libraries in OPTIMIZERS and torch, else module:attr."""
     kind = type(made.optim if isinstance(made, ZeroRedundancyOptimizer) else made)
     for home in ("torch.optim.lr_scheduler", *OPTIMIZERS):
         if f"{kind.__module__}.".startswith(f"{home}."):
@@ -307,40 +312,43 @@ def name_of(made: Optimizer | LRScheduler) -> str:
 
 
 def made_by(optimizer: Optimizer, scheduler: LRScheduler, engine: EngineSpec, world_size: int) -> dict[str, Any]:
-    """What a checkpoint must say of its optimizer state, for `check_resumable`."""
+    """Return what a checkpoint stores about the origin of its optimizer state, for `check_resumable`."""
     names = {"optimizer": name_of(optimizer), "scheduler": name_of(scheduler)}
     return {**names, "engine": engine.kind, "world_size": world_size}
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on from state made otherwise, each given by `made_by`; elementwise optimizers go on anywhere.
+    """Check that a run can resume from optimizer state, each described by `made_by`. Elementwise optimizers can resume
+    on every engine and world size.
 
     Raises:
-        UserError: another optimizer or schedule, which only a user's function can be, or another engine or world size
-            for an optimizer whose state cannot be cut anew.
+        UserError: another optimizer or schedule, which only a user's function can cause, or another engine or world
+            size for an optimizer whose state cannot be resharded.
     """
     for key in ("optimizer", "scheduler"):
         if before[key] != now[key]:
-            cure = "give the same optimizers=(...) to resume it, or choose another run.name"
+            cure = "use the same optimizers=(...) to resume it, or choose another run.name"
             raise UserError(key, now[key], f"the run was started with {before[key]}", cure)
     if optimizer_kind(now["optimizer"]) == "elementwise":
         return
     for key, setting in (("engine", "engine.kind"), ("world_size", "cluster.num_workers")):
         if before[key] != now[key]:
-            rule = f"the state of {now['optimizer']} is not elementwise, and the run's was made with {before[key]}"
+            rule = f"the state of {now['optimizer']} is not elementwise, and the run's was written with {before[key]}"
             cure = f"set {setting}={before[key]} to resume it, or choose another run.name"
             raise UserError(setting, now[key], rule, cure)
 
 
 class ReadOnlyOptimizer:
-    """What callbacks see of the optimizer: hyperparameters to read. An edit on rank zero would tear the ranks apart."""
+    """A read-only view of the optimizer's hyperparameters for callbacks: a change on rank 0 only breaks training."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
 
     @property
     def param_groups(self) -> list[Mapping[str, Any]]:
-        """A copy of each group's hyperparameters, without its parameters. It cannot be written to: an edit without
-        effect would go unnoticed."""
+        """Return a read-only copy of each group's hyperparameters, without its parameters.
+
+        It raises on a change, which would have no effect.
+        """
         groups = ({k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups)
         return [MappingProxyType(group) for group in groups]

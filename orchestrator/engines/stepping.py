@@ -1,4 +1,4 @@
-"""What engines have in common: how a micro-step is scaled, a gradient judged, clipped and applied, and a state kept."""
+"""The common base of the engines: micro-steps, loss scale, clipping, optimizer step, and state for checkpoints."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -31,27 +31,27 @@ from orchestrator.world import World
 
 
 class Fragment(NamedTuple):
-    """What this rank holds of one named parameter: a flat range, and where the optimizer's state of it is."""
+    """This rank's flat range of one named parameter, and the place of its optimizer state."""
 
     name: str
     shape: tuple[int, ...]  # of the whole parameter
     start: int
     stop: int
-    weight: torch.Tensor  # 1-D, live: the numbers that the optimizer updates
-    holder: torch.Tensor | None  # under which the optimizer keeps the state; None where it has none here
+    weight: torch.Tensor  # 1-D view of the weights that the optimizer updates
+    holder: torch.Tensor | None  # the optimizer's key of the state; None if this rank has no state of it
     offset: int  # of the range in the holder
-    is_mine: bool  # whether this rank is the one that answers for it in a checkpoint
+    is_mine: bool  # True if this rank writes it to a checkpoint
 
 
 class SteppingEngine:
-    """Engine of base.py, but for how the module is wrapped, where gradients lie and who holds what."""
+    """Base class of the engines (see base.py); subclasses wrap the module and locate gradients and shards."""
 
     step: PairStep
-    module: nn.Module  # whose forward is called: the step, wrapped
+    module: nn.Module  # the wrapped step, whose forward is called
     optimizer: Optimizer
     scheduler: LRScheduler
-    shards_gradients = True  # whether the norms of all ranks' gradients are parts of the whole
-    averaged_over = 1  # in fp16: ranks of which the gradient is the mean until it is unscaled, and then the sum
+    shards_gradients = True  # True if each rank's gradient norm covers only its part of the gradient
+    averaged_over = 1  # in fp16: number of ranks over which the gradient is averaged; unscaling turns it into the sum
 
     def __init__(
         self,
@@ -62,8 +62,8 @@ class SteppingEngine:
         weight_decay: float,
         frozen_dtype: torch.dtype | None = None,
     ) -> None:
-        """frozen_dtype: of weights that do not train, where an engine takes them from a file; as those that do if not
-        given."""
+        """Initialise the engine. frozen_dtype: dtype of frozen weights, for engines that cast mapped ones; default:
+        that of the trainable weights."""
         self.world, self.settings = world, settings
         self.precision: Precision = precision
         self.held = dtype_held(precision)
@@ -72,16 +72,16 @@ class SteppingEngine:
         self.scale = LossScale(precision == "fp16")
         self.meets_in_forward = settings.shards_weights
 
-    # --- what an engine has of its own ---------------------------------------------------------------------------
+    # --- overridden by each engine -------------------------------------------------------------------------------
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Give up weights that a forward pass without a backward one has left gathered."""
+        """Free weights that are still gathered after a forward pass without a backward pass."""
 
     def close(self) -> None:
-        """As in base.py."""
+        """Release the weights, as in base.py."""
 
     @property
     def types(self) -> Types:
@@ -90,29 +90,29 @@ class SteppingEngine:
         return Types(name_of(self.held), computes, name_of(self.held), state)
 
     def _backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of a loss."""
+        """Accumulate the gradient of a loss."""
         loss.backward()
 
     def _gradients(self) -> list[torch.Tensor]:
-        """What this rank holds of the summed gradient, to be changed in place."""
+        """Return this rank's part of the summed gradient, which the caller may change in place."""
         raise NotImplementedError
 
     def _update(self) -> None:
-        """Let the optimizer take its step."""
+        """Run the optimizer's step."""
         self.optimizer.step()
 
     def discard(self) -> None:
         raise NotImplementedError
 
     def _fragments(self) -> Iterator[Fragment]:
-        """Everything that this rank holds. No collectives."""
+        """Yield everything that this rank holds. No collectives."""
         raise NotImplementedError
 
     def _weights_were_put(self) -> None:
-        """Let the forward pass see what was written into the weights of `_fragments`."""
+        """Propagate changes of the weights of `_fragments` to those of the forward pass."""
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
-        """In which a forward pass runs."""
+        """Return the context manager around every forward pass (autocast under DDP)."""
         return nullcontext()
 
     # --- a step --------------------------------------------------------------------------------------------------
@@ -125,17 +125,17 @@ class SteppingEngine:
         return output._replace(loss=output.loss.detach())
 
     def _before_micro_step(self, last: bool) -> None:
-        """Say whether gradients will be summed over ranks."""
+        """Prepare a micro-step; the last one of a step sums gradients over ranks."""
 
     def finite(self) -> torch.Tensor:
         gradients = self._gradients()
-        if self.scale.enabled and gradients:  # unscaled here, once
+        if self.scale.enabled and gradients:  # unscale once per step
             torch._foreach_mul_(gradients, self.averaged_over / self.scale.value)  # pyright: ignore
         self.grad_norm = self._norm(gradients)
         return self.grad_norm.isfinite()
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The L2 norm of the whole gradient."""
+        """Return the L2 norm of the whole gradient."""
         if not self.shards_gradients:
             return nn.utils.get_total_norm(gradients)
         device = self.world.device
@@ -148,7 +148,7 @@ class SteppingEngine:
     def optimizer_step(self, apply: bool) -> Updated:
         lr = float(self.scheduler.get_last_lr()[0])
         if apply:
-            if self.max_grad_norm is not None:  # torch's rule, so that a clipped step is that of clip_grad_norm_
+            if self.max_grad_norm is not None:  # the formula of torch's clip_grad_norm_
                 factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
                 if gradients := self._gradients():
                     torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # pyright: ignore[reportPrivateImportUsage]
@@ -169,7 +169,7 @@ class SteppingEngine:
             return self._asked(None, None, ask)[0]
 
     def _asked(self, *args: Any) -> Any:
-        self.step.eval()  # dropout would make it noisy, and draw random numbers that training should have drawn
+        self.step.eval()  # dropout would add noise, and advance the random state of training
         try:
             with self._arithmetic():
                 return self.module(*args)
@@ -184,13 +184,13 @@ class SteppingEngine:
     def sync_reference(self, alpha: float) -> None:
         self.step.reference.sync(dict(self.step.policy.named_parameters(remove_duplicate=False)), alpha)
 
-    # --- what is kept --------------------------------------------------------------------------------------------
+    # --- state for checkpoints -----------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         return {
             "scheduler": self.scheduler.state_dict(),
             "scale": self.scale.state(),
-            # load_state_dict of a scheduler leaves the groups alone, and their lr is where the schedule lives
+            # a scheduler's load_state_dict does not restore the lr in the groups
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups],
         }
 
@@ -210,7 +210,7 @@ class SteppingEngine:
                 if not isinstance(value, torch.Tensor):
                     tensors[NUMBER + key] = torch.tensor([value])
                 elif not value.ndim:
-                    # a copy, as it is one for many weights where these are flattened
+                    # a copy: flattened weights share one scalar
                     tensors[SCALAR + key] = value.detach().flatten().clone()
                 elif value.shape != holder.shape:  # pyright: ignore[reportOptionalMemberAccess]
                     tensors[f"{SHAPED}{','.join(map(str, value.shape))}:{key}"] = value.detach().flatten().clone()
@@ -226,12 +226,12 @@ class SteppingEngine:
         buffers = persistent_buffers(self.step.policy)
         for name, _, start, stop, weight, holder, offset, _ in self._fragments():
             if name in buffers and not keys(name):
-                continue  # an older version left them out: they are as when the model was loaded
+                continue  # checkpoints of an older version lack them: keep those of the loaded model
             weight.copy_(read(name, "param", start, stop))
             if holder is None:
                 continue
             # torch keeps scalars of the state on the host unless the optimizer is fused or capturable
-            group = groups.get(holder, keeper.defaults)  # ZeRO-3 names them only while it steps
+            group = groups.get(holder, keeper.defaults)  # ZeRO-3 has groups only during a step
             scalars_on = holder.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
             for key in sorted(keys(name) - {"param"}):
                 if key.startswith(SCALAR):
@@ -245,17 +245,17 @@ class SteppingEngine:
                     keeper.state[holder][own] = whole.to(holder.device)
                 else:
                     part = read(name, key, start, stop)
-                    if key not in keeper.state[holder]:  # in 8 bits, of some optimizers
+                    if key not in keeper.state[holder]:  # some optimizers keep it in 8 bits
                         keeper.state[holder][key] = torch.zeros_like(holder, dtype=part.dtype, requires_grad=False)
                     _flat(keeper.state[holder][key])[offset : offset + stop - start].copy_(part)
         self._weights_were_put()
 
     def _keeper(self) -> Optimizer:
-        """The optimizer that holds this rank's state."""
+        """Return the optimizer that holds this rank's state."""
         return self.optimizer
 
 
 def _flat(value: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a tensor, 1-D and live."""
+    """Return this rank's part of a tensor as a 1-D view."""
     local: Any = value.detach()
     return (local.to_local() if hasattr(local, "to_local") else local).view(-1)

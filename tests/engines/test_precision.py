@@ -21,14 +21,14 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
         assert resolved("auto", GPU) == expected
     assert resolved("fp16", GPU) == "fp16"
     for asked in ("bf16", "tf32"):
-        with pytest.raises(UserError, match=r"Tesla T4 does not compute in .* set precision=fp"):
+        with pytest.raises(UserError, match=r"Tesla T4 does not support .* set precision=fp"):
             resolved(asked, GPU)
 
 
 @pytest.mark.parametrize("asked", ["bf16", "fp16", "fp32", "fp64"])
 def test_a_cpu_has_all_but_tf32(asked: Precision) -> None:
     assert resolved(asked, CPU) == asked
-    with pytest.raises(UserError, match=r"precision = 'tf32': a CPU does not compute in TF32; set precision=fp32"):
+    with pytest.raises(UserError, match=r"precision = 'tf32': a CPU does not support TF32; set precision=fp32"):
         resolved("tf32", CPU)
 
 

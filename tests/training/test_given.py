@@ -56,7 +56,7 @@ class Padding:
         ({"data_collator": {"pad_token_id": 0}}, "data_collator = 'dict': cannot be called; give a function"),
         ({"compute_metrics": "mine:compute"}, "compute_metrics = 'str': cannot be called; give a function"),
         ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model = 'Linear': must be a function.*lambda policy: create_ref"),
-        ({"optimizers": torch.optim.SGD}, "optimizers = 'type': is no pair of functions"),
+        ({"optimizers": torch.optim.SGD}, "optimizers = 'type': is not a pair of functions"),
     ],
 )
 def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -> None:
