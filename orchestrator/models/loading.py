@@ -97,7 +97,7 @@ def _check_folder(key: str, path: str) -> None:
         UserError: the path does not exist, or is a file.
     """
     if looks_local(path) and not os.path.isdir(path):
-        raise UserError(key, path, "is not a folder", "use an existing folder, or a hub name")
+        raise UserError(key, path, "is not a folder", "use an existing folder or a hub name")
 
 
 def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:

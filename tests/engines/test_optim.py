@@ -123,7 +123,7 @@ def test_a_wrong_optimizer_is_refused_before_it_is_built(settings: dict[str, Any
 
 def test_decay_where_the_optimizer_has_none_is_refused() -> None:
     assert optimizer(name="torch.optim.Rprop")
-    with pytest.raises(UserError, match=r"optimizer.weight_decay = 0.1: .*has none"):
+    with pytest.raises(UserError, match=r"optimizer.weight_decay = 0.1: .*does not support it"):
         check_optim(OptimizerSpec(name="torch.optim.Rprop", weight_decay=0.1), SchedulerSpec())  # pyright: ignore
 
 
@@ -314,7 +314,7 @@ def test_an_optimizer_of_whole_parameters_moves_weights(name: str) -> None:
 def test_muon_takes_matrices_alone(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, optimizer={"name": "torch.optim.Muon"})
     check_optim(spec.optimizer, spec.scheduler)
-    with pytest.raises(UserError, match=r"'torch.optim.Muon': .*1 trainable parameter \(linear.bias.*model.lora"):
+    with pytest.raises(UserError, match=r"Muon': .*[0-9]+ trainable parameters? \(linear.bias.*model.lora"):
         factories(spec, Small(), 4, ALONE.device)
     matrices = nn.Linear(3, 2, bias=False)
     make, _ = factories(spec, matrices, 4, ALONE.device)
