@@ -1,1 +1,1 @@
-"""What every rank does, from the run directory to the training loop."""
+"""The training loop and everything that a rank needs around it, from the run directory to callbacks."""

@@ -1,4 +1,4 @@
-"""What rank zero says before the first step: data, models, ranks, and what is computed in which type."""
+"""Print data, models, ranks and dtypes on rank 0 before the first step."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -29,12 +29,12 @@ def say_run(
     max_steps: int,
     why_padded: str | None,
 ) -> None:
-    """What is about to happen, in a few lines."""
+    """Print the data, the ranks, the length of the run and notes on its settings."""
     held_out = ((evaluation_named(name), pairs) for name, pairs in prepared.eval.items())
     for name, pairs in (("training", prepared.train), *held_out):
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
-        bring = (f"; rows that have {variable}: {rows}" for variable, rows in pairs.unread.items())
-        unread = "".join(f"{each}, not read by the chat template" for each in bring)
+        bring = (f"; rows with {variable}: {rows}" for variable, rows in pairs.unread.items())
+        unread = "".join(f"{each}, not used by the chat template" for each in bring)
         print(
             f"{counted(len(pairs), f'{name} pair')}, {counted(int(pairs.lengths.sum()), 'token')}{dropped}{unread}",
             flush=True,
@@ -43,25 +43,26 @@ def say_run(
             print(f"  {line}", flush=True)
         for each, share in zip(pairs.sets, pairs.shares, strict=True):
             if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
-                print(f"  {each.source}: {counted(share.pairs, 'pair')}, {share.per_epoch} an epoch", flush=True)
+                print(f"  {each.source}: {counted(share.pairs, 'pair')}, {share.per_epoch} per epoch", flush=True)
         if prepared.collator is not None and spec.data.keep_last is not None:
             long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
-            print(f"{prepared.collator.name} is to truncate {long} of them, which are longer than data.max_length")
+            print(f"{prepared.collator.name} must truncate {long} of them, which are longer than data.max_length")
     for line in repeat_lines(prepared.train, prepared.eval):
         print(line, flush=True)
     if (user := prepared.user_metrics) is not None and not user.logits:
         print(
-            f"{user.name} is handed log-probs, rewards and lengths of pairs; evaluation.logits=true: logits, as by TRL"
+            f"{user.name} receives log-probs, rewards and lengths of pairs; evaluation.logits=true: logits, as in TRL"
         )
     if user is not None and user.logits and not user.batched:
         vocabulary = prepared.config.get_text_config().vocab_size
         size = max(bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values())
-        print(f"each evaluation gathers {size / 2**20:,.1f} MB of logits in rank zero's memory", flush=True)
+        print(f"each evaluation gathers {size / 2**20:,.1f} MB of logits in the memory of rank 0", flush=True)
     engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
     where = f"{counted(world.size, 'rank')} on {world.device.type} in {precision}{engine}"
     print(f"{where}, {counted(spec.batch.global_batch_size, 'pair')} a step, {counted(max_steps, 'step')}", flush=True)
     if spec.reference_cache == "lazy" and any(share.per_epoch != share.pairs for share in prepared.train.shares):
-        print("the reference runs in every step: of weighted sets reference.cache=full alone keeps what it says")
+        print("training sets have weights: reference log-probs are cached only with reference.cache=full; ", end="")
+        print("the reference runs in every step")
     positions = getattr(prepared.config.get_text_config(), "max_position_embeddings", None)
     per_epoch, gpus = prepared.train.pairs_per_epoch, torch.cuda.device_count()
     epochs = run_length(per_epoch, spec.batch.global_batch_size, spec.training).epochs
@@ -72,16 +73,16 @@ def say_run(
 
 
 def evaluation_named(name: str) -> str:
-    """What lines call the evaluation set with that name, which may be empty."""
+    """Return the name of an evaluation set in printed lines. name: may be empty."""
     return f"{name} evaluation" if name else "evaluation"
 
 
 def say_types(engine: Engine, precision: Precision) -> None:
-    """One line: what is held, computed and added in which type."""
+    """Print the dtypes of weights, arithmetic, gradients, optimizer state and reference in one line."""
     types, step, judge = engine.types, engine.step, engine.step.reference
     own = [p for module in judge.own_modules(step.policy) for p in module.parameters()]
     if isinstance(judge, PolicyStart) or not own:
-        reference = "as the policy"
+        reference = "same as policy"
     else:
         held = "int8" if is_int8(judge.model) else "nf4" if is_quantized(judge.model) else name_of(own[0].dtype)
         casts = is_16_bit(precision) and (types.arithmetic != precision or step.reference_arithmetic is not nullcontext)
@@ -96,28 +97,28 @@ def say_types(engine: Engine, precision: Precision) -> None:
 
 
 def say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World) -> None:
-    """What trains, and what the reference costs."""
+    """Print the number of trainable parameters and the memory of the reference."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     own = reference.own_bytes(policy) / 2**20
     if spec.reference.sharded:
         own = sum(p.nbytes for m in reference.own_modules(policy) for p in m.parameters()) / 2**20 / world.size
-    where = "of the host's memory" if spec.reference.offload else "of memory"
-    print(f"{trained:,} parameters train; reference: {kind}, ", end="")
+    where = "of host memory" if spec.reference.offload else "of memory"
+    print(f"{trained:,} trainable parameters; reference: {kind}, ", end="")
     print(
-        "gone before the first step" if spec.reference.kind == "precomputed" else f"{own:.3g} MB {where} on each rank"
+        "freed before the first step" if spec.reference.kind == "precomputed" else f"{own:.3g} MB {where} on each rank"
     )
     if getattr(prepared.config, "tie_word_embeddings", False) and not policy.config.tie_word_embeddings:
-        print("the output head was one with the embeddings, which are frozen: it trains on with weights of its own")
+        print("output head untied from the frozen embeddings: it now has its own, trainable weights")
     elif getattr(policy.config, "tie_word_embeddings", False) and not head_is_tied(policy):
-        print("the weights hold an output head apart, though the config ties it to the embeddings: both train, and the")
-        print("exported config says tie_word_embeddings: false")
+        print("the weights have a separate output head, although the config ties it to the embeddings: both train,")
+        print("and the exported config has tie_word_embeddings: false")
     if type(policy.config) is not type(prepared.config):
         kind, text = prepared.config.model_type, type(policy).__name__
-        print(f"of {kind} the language model alone ({text}) is loaded, trained and exported, without its other parts")
+        print(f"{kind}: only its language model ({text}) is loaded, trained and exported, without its other parts")
 
 
 def say_frozen(names: list[str]) -> None:
-    """Say which parameters were frozen because no row of text gives them a gradient."""
+    """Print which parameters were frozen because they get no gradient from text."""
     if names:
         modules = sorted({".".join(name.split(".")[:2]) for name in names})
-        print(f"frozen: {len(names)} parameters that text gives no gradient, in {', '.join(modules)}", flush=True)
+        print(f"frozen: {len(names)} parameters without a gradient from text, in {', '.join(modules)}", flush=True)

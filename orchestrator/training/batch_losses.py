@@ -1,4 +1,4 @@
-"""Losses over all pairs of the global batch at once: log-probs from all ranks -> each pair's part of the loss.
+"""Compute losses over all pairs of the global batch from the log-probs of all ranks.
 
 Legend: B pairs of a micro-batch, n of all micro-batches of a rank, N of all ranks.
 """
@@ -16,29 +16,29 @@ from orchestrator.world import World
 
 
 class GlobalBatch:
-    """What was said of the pairs of one batch, gathered once, when all of its micro-batches have been seen."""
+    """The log-probs of the pairs of one global batch, gathered once after all of its micro-batches."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.parts: list[torch.Tensor] = []  # [8, B] on the device, as `_losses_in_order` reads them
+        self.parts: list[torch.Tensor] = []  # [8, B] on the device, in the layout that `_losses_in_order` reads
 
     def add(self, batch: PairBatch, output: StepOutput) -> None:
-        """Take in a micro-batch (on the device)."""
+        """Add a micro-batch (on the device)."""
         of_sequences = (output.logps, output.ref_logps, batch.completion_tokens.double())
         rows = [batch.pair_ids.double(), batch.pair_weights, *torch.cat([each.view(2, -1) for each in of_sequences])]
         self.parts.append(torch.stack(rows))
 
     def shares(self, dpo: DpoSpec) -> Sequence[torch.Tensor]:
-        """PairBatch.of_batch [B, 3] of each micro-batch, on the host. Collective; waits for the device."""
+        """Return PairBatch.of_batch [B, 3] of each micro-batch, on the host. Collective; waits for the device."""
         mine = torch.cat(self.parts, dim=1).cpu()
         ranks = self.world.gather(mine)
-        # in the order of the ids, so that it does not matter who had which pair where two are equal
+        # sorted by id, so that the result for equal values does not depend on which rank had which pair
         found, place = _losses_in_order(torch.cat(ranks, dim=1), dpo)
         before = sum(part.shape[1] for part in ranks[: self.world.rank])
         return found[place[before : before + mine.shape[1]]].split([part.shape[1] for part in self.parts])
 
     def metric_sums(self, dpo: DpoSpec) -> torch.Tensor:
-        """What the loss of a batch that was only evaluated lacks: [len(METRICS), 2]. Collective."""
+        """Return the part of the metric sums [len(METRICS), 2] that an evaluated batch lacks. Collective."""
         values = torch.cat([share[:, 0] for share in self.shares(dpo)])
         weights = torch.cat([part[1] for part in self.parts])
         sums = weights.new_zeros(len(METRICS), 2)
@@ -47,7 +47,7 @@ class GlobalBatch:
 
 
 def _losses_in_order(seen: torch.Tensor, dpo: DpoSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """[8, N] -> of_batch [N, 3] in the order of the ids, 0 of fillers, and where in it each column stands."""
+    """Compute of_batch [N, 3] from [8, N], sorted by id, 0 for fillers; return it with the place of each column."""
     order = seen[0].argsort(stable=True)
     _, weights, *logps_and_tokens = seen[:, order]
     real = weights > 0
@@ -58,10 +58,10 @@ def _losses_in_order(seen: torch.Tensor, dpo: DpoSpec) -> tuple[torch.Tensor, to
 
 
 def first_pass(engine: Engine, batches: list[PairBatch], counts: Counts, dpo: DpoSpec, world: World) -> list[PairBatch]:
-    """A rank's micro-batches of a step, each with its part of the losses over the global batch and with the reference's
-    log-probs, which the pass with gradient then need not ask for. Collective.
+    """Return a rank's micro-batches of a step with their losses over the global batch and the reference's log-probs,
+    which the pass with gradient then does not compute again. Collective.
 
-    The log-probs are those of a forward pass without dropout: the settings see to it that there is none.
+    The log-probs come from a forward pass without dropout; the rules of the settings require it off.
     """
     seen = GlobalBatch(world)
     outputs: list[StepOutput] = []

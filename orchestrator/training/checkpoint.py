@@ -1,9 +1,9 @@
-"""Checkpoints that exist when their manifest does, and that know neither engine nor world size.
+"""Write and read checkpoints, which are committed by their manifest and independent of engine and world size.
 
 A folder step_00000NNN holds one safetensors file per rank with flat ranges of named tensors, `index.json` with the
-shapes and where each range lies, `meta.json` with everything that is the same on all ranks, the random state of each
+shapes and the place of each range, `meta.json` with everything that is the same on all ranks, the random state of each
 rank, and `manifest.json` with the sha256 of every other file, renamed into place last. While it is written the folder
-is called .step_00000NNN.TOKEN.partial, and counts for nothing.
+is named .step_00000NNN.TOKEN.partial, and is ignored by readers.
 """
 
 import json
@@ -42,12 +42,12 @@ from orchestrator.training.manifest import (
 from orchestrator.training.rundir import write_atomically
 from orchestrator.world import World
 
-POLL_S = 0.05  # seconds between two looks of rank zero for what the other ranks have written in the background
+POLL_S = 0.05  # interval in seconds at which rank 0 checks for files that other ranks write in the background
 RngState = dict[str, torch.Tensor]
 
 
 class CorruptCheckpoint(Exception):
-    """A checkpoint does not hold what its manifest says."""
+    """A checkpoint lacks data that its index lists."""
 
 
 class SaveFailed(OSError):
@@ -64,14 +64,14 @@ def save(
     seen: pa.Table | None = None,
     ledger: Ledger | None = None,
 ) -> Path:
-    """Write a checkpoint, every rank its part; it is committed when this returns on all ranks.
+    """Write a checkpoint, each rank its part; it is committed when this returns on all ranks.
 
-    rng: this rank's random state to keep; the present one when not given.
-    seen: rows of this rank for the pair ledger, which rank zero has.
-    A crash at any moment leaves either no manifest, and so no checkpoint, or a whole one.
+    rng: this rank's random state to save; default: the current one.
+    seen: rows of this rank for the pair ledger, which rank 0 holds.
+    A crash at any moment leaves either no manifest, and so no checkpoint, or a complete one.
 
     Raises:
-        SaveFailed: on every rank, whichever of them failed, so that none waits for it.
+        SaveFailed: on every rank if any of them failed, so that none waits for it.
     """
     draft = _Draft(checkpoints, step, meta, world, ledger)
     parts = draft.agreed(lambda: draft.write(owned, rng or rng_state(), seen))
@@ -80,23 +80,27 @@ def save(
 
 
 class Saver:
-    """The saves of one run, of which no two overlap; `save` and `wait` are collective.
+    """Writes the checkpoints of a run, one at a time; `save` and `wait` are collective.
 
-    In the background a thread of each rank writes its files and then a record of them beside, and rank zero's thread
-    waits for all records, commits and retains. The threads enter no collective: those of training are under way.
+    In the background a thread of each rank writes its files and then a record of them, and the thread of rank 0 waits
+    for all records, commits the checkpoint and deletes old ones. The threads call no collectives, because training runs
+    its own meanwhile.
     """
 
     def __init__(
         self, checkpoints: Path, world: World, keep: int, timeout_s: float, ledger: Ledger | None = None
     ) -> None:
-        """keep: newest checkpoints that stay, beside the best. timeout_s: that of the run's collectives. ledger: on
-        rank zero."""
+        """Initialise the saver.
+
+        keep: number of newest checkpoints to retain besides the best. timeout_s: that of the run's collectives.
+        ledger: on rank 0 only.
+        """
         self.checkpoints, self.world, self.keep, self.timeout_s = checkpoints, world, keep, timeout_s
         self.ledger = ledger
-        self._draft: _Draft | None = None  # what is being written in the background
+        self._draft: _Draft | None = None  # the checkpoint being written in the background
         self._thread = threading.Thread()
         self._given_up = threading.Event()
-        self._error: str | None = None  # why this rank's thread ended, as text: an exception would hold its frames
+        self._error: str | None = None  # of this rank's thread, as text: an exception would keep its frames alive
         self._news: Path | None = None
 
     def save(
@@ -109,13 +113,13 @@ class Saver:
         best: Path | None = None,
         seen: pa.Table | None = None,
     ) -> None:
-        """Write a checkpoint, as the function `save` does, when the one before is committed.
+        """Wait for the previous save, then write a checkpoint like the function `save`.
 
-        best: the best checkpoint from this one on, which stays, or this one itself.
-        in_background: return when all of it is copied to the host's memory; `wait` for the rest.
+        best: the best checkpoint so far, which is retained; may be this one.
+        in_background: return once everything is copied to host memory; `wait` waits for the rest.
 
         Raises:
-            SaveFailed: on every rank, for this save or the one before.
+            SaveFailed: on every rank, for this save or the previous one.
         """
         self.wait()
         if not in_background:
@@ -133,17 +137,17 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the save in the background, where there is one, is committed.
+        """Wait until the save in the background, if any, is committed.
 
         Raises:
-            SaveFailed: on every rank, whichever of them failed.
+            SaveFailed: on every rank if any of them failed.
         """
         if (draft := self._draft) is None:
             return
         if not self.world.is_main:
             self._thread.join()
         errors = self.world.gather(None if self.world.is_main else self._error)
-        if self.world.is_main:  # the others have written their parts by now, or never will
+        if self.world.is_main:  # by now the others have written their parts, or failed to
             if any(errors):
                 self._given_up.set()
             self._thread.join(self.timeout_s / 2)  # the others wait in the next gather
@@ -154,15 +158,16 @@ class Saver:
             self._news = draft.final
 
     def news(self) -> Path | None:
-        """The checkpoint that was committed since this was last asked: rank zero knows when it is, others in `wait`."""
-        if (news := self._news) is not None:  # a swap could lose what the thread sets meanwhile
+        """Return (once) the checkpoint committed since the last call. Rank 0 sees it as soon as it commits; other ranks
+        after wait()."""
+        if (news := self._news) is not None:  # an unconditional reset could lose a value that the thread sets meanwhile
             self._news = None
         return news
 
     def close(self) -> None:
-        """Leave no thread behind: one inside torch when the interpreter ends would abort the process.
+        """Join the background thread: one that runs torch code when the interpreter exits would abort the process.
 
-        This rank's part is still written, but no other rank is waited for.
+        This rank's part is still written, but this does not wait for other ranks.
         """
         self._given_up.set()
         if self._thread.ident is not None:
@@ -181,18 +186,18 @@ class Saver:
                 draft.remove()
 
     def _write(self, draft: "_Draft", copies: list[Owned], rng: RngState, seen: pa.Table | None) -> None:
-        """Write this rank's files, then its record: of them, or of why there are none."""
+        """Write this rank's files, then a record of them or of the failure."""
         try:
             draft.record(draft.write(copies, rng, seen))
         except Exception as failure:
             if not self.world.is_main and not draft.partial.exists():
-                return  # rank zero has given up, and says why
-            draft.remove_part()  # makes room for the record on a full disk
-            with suppress(OSError):  # without it rank zero learns of the failure in `wait`
+                return  # rank 0 has aborted the save, and reports why
+            draft.remove_part()  # frees space for the record on a full disk
+            with suppress(OSError):  # without a record, rank 0 finds the failure in `wait`
                 draft.record({"error": draft.told(failure)})
             raise
         finally:
-            copies.clear()  # their memory is free while rank zero waits
+            copies.clear()  # frees their memory while rank 0 waits
 
     def _commit(self, draft: "_Draft", best: Path | None) -> None:
         parts = [self._recorded(draft, rank) for rank in range(self.world.size)]
@@ -201,7 +206,7 @@ class Saver:
         retain(self.checkpoints, self.keep, best)
 
     def _recorded(self, draft: "_Draft", rank: int) -> dict[str, Any]:
-        """What a rank has recorded, when it has; the record is gone then, as it is no part of the checkpoint."""
+        """Wait for a rank's record, delete it, because it is not part of the checkpoint, and return its content."""
         path = draft.record_of(rank)
         while not path.exists():
             if self._given_up.wait(POLL_S) and not path.exists():
@@ -214,11 +219,11 @@ class Saver:
 
 
 def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, checked by all ranks together, and what is wrong with newer ones.
+    """Return the newest complete checkpoint and the defects of newer ones. Collective: ranks share the files to check.
 
     Raises:
-        UserError: a newer one has another format: to go on from an older one would lose what it holds.
-        ReadFailed: a newer one cannot be read now.
+        UserError: a newer one has another format: resuming from an older one would lose its steps.
+        ReadFailed: a newer one cannot be read at the moment.
     """
     complaints: list[str] = []
     for folder in _joined(world, lambda: committed(checkpoints) if world.is_main else []):
@@ -230,11 +235,12 @@ def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str
 
 
 def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[Any]:
-    """The lists of all ranks, one after the other; what one rank raises all raise, so that none waits for it."""
+    """Call `part` on every rank and return the concatenated lists. An error of one rank is raised on all, so that none
+    waits for it."""
     try:
         mine, failure = part(*args), None
     except (UserError, ReadFailed) as error:
-        mine, failure = [], (type(error), error.args)  # held here itself, its traceback would never let go of run()
+        mine, failure = [], (type(error), error.args)  # the exception itself would keep the frames of run() alive
     every = world.gather((mine, failure))
     for _, failure in every:
         if failure is not None:
@@ -243,7 +249,7 @@ def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[An
 
 
 class Reader:
-    """Reads ranges of a verified checkpoint lazily, whoever wrote them."""
+    """Reads ranges of a verified checkpoint lazily, independent of the ranks that wrote them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -259,14 +265,14 @@ class Reader:
         self._files: dict[str, Any] = {}
 
     def keys(self, name: str) -> set[str]:
-        """The keys ("param", "exp_avg", ...) that are kept of a parameter."""
+        """Return the keys ("param", "exp_avg", ...) that the checkpoint has for a parameter."""
         return set(self._keys.get(name, ()))
 
     def read(self, name: str, key: str, start: int, stop: int) -> torch.Tensor:
-        """The flat range [start, stop) of a tensor, 1-D on the CPU.
+        """Return the flat range [start, stop) of a tensor, 1-D on the CPU.
 
         Raises:
-            CorruptCheckpoint: a part of the range is nowhere.
+            CorruptCheckpoint: a part of the range is in no file.
         """
         pieces, at = [], start
         for begin, end, file, tensor in sorted(self._ranges.get((name, key), [])):
@@ -275,16 +281,16 @@ class Reader:
                 pieces.append(self._file(file).get_slice(tensor)[at - begin : upto - begin])
                 at = upto
         if at < stop:
-            raise CorruptCheckpoint(f"{self.folder}: elements {at} to {stop} of {key} of {name} are not in it")
+            raise CorruptCheckpoint(f"{self.folder}: elements {at} to {stop} of {key} of {name} are missing")
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.zeros(0)])
 
     def parameter(self, name: str) -> torch.Tensor:
-        """One whole parameter in its shape."""
+        """Return one whole parameter in its shape."""
         shape = self.shapes[name]
         return self.read(name, "param", 0, int(np.prod(shape, dtype=np.int64))).view(shape)
 
     def restore_rng(self, world: World, seed: int) -> None:
-        """This rank's random state as it was, or, at another world size, a new one from seed, step and rank."""
+        """Restore this rank's random state; at another world size, seed a new one from seed, step and rank."""
         if self.meta["world_size"] != world.size:
             seed_everything(seed + 1_000_003 * self.meta["step"] + world.rank)
             return
@@ -307,31 +313,32 @@ def seed_everything(seed: int) -> None:
 
 
 class _Draft:
-    """A checkpoint under way, in a folder of its own; to make one is collective. Only ranks that agree go on."""
+    """A checkpoint being written, in a temporary folder. Its constructor is collective, and an error of one rank is
+    raised on all."""
 
     def __init__(
         self, checkpoints: Path, step: int, meta: dict[str, Any], world: World, ledger: Ledger | None = None
     ) -> None:
         self.checkpoints, self.step, self.world, self.ledger = checkpoints, step, world, ledger
         self.final = step_folder(checkpoints, step)
-        # a name that no other attempt has: what a rank of a dead attempt still writes lands nowhere
+        # a name that no other attempt has, so that ranks of a dead attempt cannot write into it
         self.partial = checkpoints / f".{self.final.name}.{secrets.token_hex(4)}.partial"
-        self.meta = ""  # on rank zero: text, as what it is made of will have changed when it is written
+        self.meta = ""  # on rank 0: text, because its objects change before it is written
         names = self.agreed(lambda: self._begin(meta) if world.is_main else "")
         self.partial = checkpoints / names[0]
 
     def _begin(self, meta: dict[str, Any]) -> str:
         self.meta = json.dumps(_encoded({**meta, "step": self.step, "world_size": self.world.size}))
-        for leftover in (self.final, *self.checkpoints.glob(".step_*.partial")):  # of crashes, or a corrupt checkpoint
+        for leftover in (self.final, *self.checkpoints.glob(".step_*.partial")):  # from a crash, or corrupt
             shutil.rmtree(leftover, ignore_errors=True)
         self.partial.mkdir(parents=True)
         return self.partial.name
 
     def agreed(self, part: Callable[[], Any]) -> list[Any]:
-        """What `part` returned on each rank; SaveFailed on all ranks where it raised on one."""
+        """Call `part` on every rank and return the results of all; raise SaveFailed on all ranks if one failed."""
         try:
             done, error = part(), None
-        except Exception as failure:  # a full disk is an OSError here and a SafetensorError there
+        except Exception as failure:  # a full disk may raise an OSError or a SafetensorError
             done, error = None, self.told(failure)
         every = self.world.gather((done, error))
         self.check([error for _, error in every])
@@ -341,21 +348,21 @@ class _Draft:
         return f"rank {self.world.rank}: {type(failure).__name__}: {failure}"
 
     def check(self, errors: list[str | None]) -> None:
-        """Give up where there is an error; the same on all ranks."""
+        """Remove the draft and raise SaveFailed if a rank has an error; the same on all ranks."""
         if found := [error for error in errors if error]:
             if self.world.is_main:
-                self.remove()  # a full disk should not stay full of it
+                self.remove()  # frees its space on a full disk
             reason = f"the checkpoint of step {self.step} could not be written ({found[0]})"
             raise SaveFailed(f"{reason}; free space in {self.checkpoints}")
 
     def remove(self) -> None:
         gone = self.partial.with_suffix(".gone.partial")
         with suppress(OSError):  # it is gone already
-            os.rename(self.partial, gone)  # at once: no other rank may miss a file where the folder still is
+            os.rename(self.partial, gone)  # atomic: other ranks find either the whole folder or none
         shutil.rmtree(gone, ignore_errors=True)
 
     def write(self, owned: Iterable[Owned], rng: RngState, seen: pa.Table | None = None) -> dict[str, Any]:
-        """Write this rank's tensors, random state and rows; returns what the others have to know of them."""
+        """Write this rank's tensors, random state and rows; return their record for rank 0."""
         file, rng_file, seen_file = _rank_files(self.world.rank)
         tensors: dict[str, torch.Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -364,8 +371,8 @@ class _Draft:
             shapes[part.name] = part.shape
             for key, value in part.tensors.items():
                 label = str(len(tensors))
-                tensors[label] = value.cpu().contiguous()  # no copy of what lies on the host already
-                is_whole = key.startswith(SCALAR) or value.numel() != part.stop - part.start  # has a shape of its own
+                tensors[label] = value.cpu().contiguous()  # no copy if it is on the host already
+                is_whole = key.startswith(SCALAR) or value.numel() != part.stop - part.start  # another shape
                 begin, end = (0, value.numel()) if is_whole else (part.start, part.stop)
                 ranges.append((file, label, part.name, key, begin, end))
         save_tensors(tensors, self.partial / file)
@@ -383,11 +390,11 @@ class _Draft:
         return self.partial / f"rank_{rank:05d}.json"
 
     def record(self, record: dict[str, Any]) -> None:
-        """Let rank zero know, through the file system, what this rank has done."""
+        """Write this rank's record for rank 0."""
         write_atomically(self.record_of(self.world.rank), json.dumps(record))
 
     def commit(self, parts: list[dict[str, Any]]) -> None:
-        """Let it count, as every part is written; rank zero alone."""
+        """Commit the checkpoint after all parts are written; on rank 0 only."""
         shapes = {name: shape for part in parts for name, shape in part["shapes"].items()}
         ranges = [entry for part in parts for entry in part["ranges"]]
         files = {name: digest for part in parts for name, digest in part["files"].items()}
@@ -409,7 +416,7 @@ class _Draft:
 
 
 def _copied(part: Owned) -> Owned:
-    """With tensors of its own in the host's memory."""
+    """Copy the tensors of a range to host memory."""
 
     def copied(value: torch.Tensor) -> torch.Tensor:
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -422,9 +429,9 @@ def _rank_files(rank: int) -> tuple[str, str, str]:
 
 
 def rng_state() -> RngState:
-    """The random state of this process: torch (CPU and GPU), numpy, Python."""
+    """Return the random state of this process: torch (CPU and GPU), numpy, Python."""
     name, words, position, *gauss = np.random.get_state()
-    assert name == "MT19937", "numpy's global generator has always been this one"
+    assert name == "MT19937", "numpy's global generator is always this one"
     assert not isinstance(words, str)
     python = json.dumps(random.getstate()).encode()
     state = {
@@ -439,20 +446,20 @@ def rng_state() -> RngState:
 
 
 def set_rng_state(state: RngState, device: torch.device) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore a result of `rng_state`."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
     words = state["numpy"].numpy().astype(np.uint32)
-    has_gauss, cached = state["numpy_gauss"].tolist()  # randn makes two numbers and keeps one
+    has_gauss, cached = state["numpy_gauss"].tolist()  # randn draws two numbers and caches one
     np.random.set_state(("MT19937", words[:-1], int(words[-1]), int(has_gauss), cached))
     version, python, gauss = json.loads(state["python"].numpy().tobytes())
     random.setstate((version, tuple(python), gauss))
 
 
 def _encoded(value: Any) -> Any:
-    """JSON without loss: schedulers keep dicts with integer keys (MultiStepLR's milestones), which JSON would turn
-    into strings."""
+    """Encode a value for JSON without loss: schedulers have dicts with integer keys (MultiStepLR's milestones), which
+    JSON would turn into strings."""
     if isinstance(value, dict):
         if all(isinstance(key, str) for key in value):
             return {key: _encoded(item) for key, item in value.items()}

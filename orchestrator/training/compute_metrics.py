@@ -1,4 +1,4 @@
-"""A user's compute_metrics: what it is handed of an evaluation, on rank zero, and what it may return.
+"""Call a user's compute_metrics on rank 0 with the predictions of an evaluation, and check what it returns.
 
 Legend: N pairs of the evaluation set, B pairs of a batch, T tokens of the batch's longest sequence, V vocabulary.
 """
@@ -30,46 +30,47 @@ from orchestrator.training.given import Given
 from orchestrator.world import World
 
 KEY = "evaluation.compute_metrics"
-MOST_BYTES = 8 * 2**30  # of logits that may come together in rank zero's memory
-PADDING = -100  # behind what is shorter than the longest, as in transformers
+MOST_BYTES = 8 * 2**30  # limit of logits gathered in the memory of rank 0
+PADDING = -100  # fills up shorter sequences, as in transformers
 Asked = list[tuple[EvalPrediction, bool]]
-"""What the function is called with before ranks meet again, and whether it is the last; nothing but on rank zero."""
+"""(prediction, is_last) calls to make on rank 0 before the next collective; empty on other ranks."""
 
 
 class Predictions(NamedTuple):
-    """What is handed over as predictions without evaluation.logits: a row for each pair of the set, whatever its
-    weight, in its order, the chosen completion in column 0 and the rejected one in column 1. The label of every pair is
-    0, the column of what was preferred. With evaluation.batch_eval_metrics tensors, else arrays."""
+    """The predictions without evaluation.logits: one row per pair of the set, in its order and independent of its
+    weight, with the chosen completion in column 0 and the rejected one in column 1. The label of every pair is 0, the
+    column of the chosen. With evaluation.batch_eval_metrics they are tensors, else arrays."""
 
     logps: Any  # [N, 2] fp64 log-prob of the completion, in nats
-    ref_logps: Any  # [N, 2] fp64 the reference's
+    ref_logps: Any  # [N, 2] fp64 log-prob under the reference
     rewards: Any  # [N, 2] fp64
     lengths: Any  # [N, 2] int64 tokens of the completion
 
 
 @dataclass(frozen=True)
 class UserMetrics:
-    """A user's function and how it is asked."""
+    """A user's function and the settings of its calls."""
 
     function: Callable[..., Mapping[str, Any]]
     name: str  # in errors
     logits: bool
     batched: bool
     batch_size: int  # pairs
-    padded: PreferenceCollator  # as TRL lays out what logits are made of
+    padded: PreferenceCollator  # with TRL's layout of batches, for logits
 
     def numbers(self, world: World, handed: Iterator[Asked], prefix: str, where: str) -> dict[str, float]:
-        """What it says, with the prefix before the names: on every rank what rank zero was told. Collective.
+        """Call the function on rank 0 and return its numbers, with the prefix before their names, on every rank.
+        Collective.
 
         Raises:
-            UserError: on every rank, where it raises or does not return a dict of numbers.
+            UserError: on every rank, if the function raises or does not return a dict of numbers.
         """
         numbers: dict[str, float] = {}
         for asked in handed:
             found, failure = self._answer(asked, prefix, where) if world.is_main else ({}, None)
             numbers, error = world.gather((found, failure))[0]
             if error is not None:
-                raise failure or error  # which here knows what was raised
+                raise failure or error  # on rank 0 `failure` has the user's exception as its cause
         return numbers
 
     def _answer(self, asked: Asked, prefix: str, where: str) -> tuple[dict[str, float], UserError | None]:
@@ -77,10 +78,10 @@ class UserMetrics:
         try:
             for prediction, is_last in asked:
                 made = self.function(prediction, **({"compute_result": is_last} if self.batched else {}))
-        except BdbQuit:  # who leaves the debugger in there wants the run to end
+        except BdbQuit:  # quitting the debugger in the function ends the run
             raise
         except Exception as error:
-            cure = MEND if self.logits else f"{MEND}; or set evaluation.logits=true to be handed logits, as by TRL"
+            cure = MEND if self.logits else f"{MEND}; or set evaluation.logits=true to receive logits, as in TRL"
             failure = raised_by_user(KEY, self.name, error, where, cure)
             failure.__cause__ = error
             return {}, failure
@@ -91,7 +92,7 @@ class UserMetrics:
             return {}, UserError(KEY, self.name, f"returned {wrong} ({where})", cure)
 
     def of_pairs(self, table: "PairTable", world: World, pairs: int) -> Iterator[Asked]:
-        """Handed over without logits, all at once or in batches. Collective."""
+        """Yield the calls without logits, one for all pairs or one per batch. Collective."""
         whole = table.gathered(world, pairs)
         if whole is None:
             yield []
@@ -109,9 +110,11 @@ class UserMetrics:
     def of_logits(
         self, engine: Engine, loader: Loader, world: World, step: int, each: Callable[[], None]
     ) -> Iterator[Asked]:
-        """Handed over as TRL's DPOTrainer hands over logits [2B, T, V] and input_ids [2B, T] of batches of B pairs in
-        the order of the set, a batch's chosen sequences first: together, with PADDING behind shorter batches, or each
-        when it is there. (Of a last batch that is not full TRL keeps as many rows as it has pairs.) Collective.
+        """Yield the calls with logits [2B, T, V] and input_ids [2B, T] of batches of B pairs, as in TRL's DPOTrainer.
+
+        Batches are in the order of the set, their chosen sequences first. They are passed in one call, shorter batches
+        filled up with PADDING, or in one call each as soon as they are computed. (Of a last batch that is not full, TRL
+        keeps as many rows as it has pairs.) Collective.
 
         each: called before each batch.
         """
@@ -134,12 +137,12 @@ class UserMetrics:
     def _collated(self, loader: Loader, indices: Integers, world: World, step: int) -> PairBatch:
         if not isinstance(loader.collator, AdaptedCollator):
             return self.padded([loader.pairs[int(index)] for index in indices])
-        made = loader.batch(indices, step) if world.is_main else None  # once: it may draw random numbers
+        made = loader.batch(indices, step) if world.is_main else None  # on one rank: it may draw random numbers
         return world.gather(made)[0]
 
 
 class PairTable:
-    """What an evaluation has seen of each pair on this rank, on its device."""
+    """The predictions of an evaluation for the pairs of this rank, on its device."""
 
     def __init__(self, dpo: DpoSpec) -> None:
         self.dpo = dpo
@@ -147,7 +150,7 @@ class PairTable:
         self._rows: list[torch.Tensor] = [torch.zeros(0, 4, 2, dtype=torch.float64)]
 
     def add(self, indices: Integers, batch: PairBatch, output: StepOutput) -> None:
-        """The pairs at these indices of the set, as the step has seen them."""
+        """Add the output of a step for the pairs at these indices of the set."""
         tokens = batch.completion_tokens.to(output.logps)
         of_pairs = torch.cat(rewards(PairTerms.split(output.logps, output.ref_logps, tokens), self.dpo))
         columns = torch.stack([output.logps, output.ref_logps, of_pairs, tokens])
@@ -155,7 +158,7 @@ class PairTable:
         self._rows.append(columns.unflatten(1, (2, -1)).permute(2, 0, 1))
 
     def gathered(self, world: World, pairs: int) -> Predictions | None:
-        """All of the set, on rank zero alone. Collective."""
+        """Return the predictions for the whole set on rank 0, None on other ranks. Collective."""
         rows = torch.cat([rows.cpu() for rows in self._rows])
         parts = world.gather((np.concatenate(self._indices), rows.numpy()))
         if not world.is_main:
@@ -168,15 +171,16 @@ class PairTable:
 
 
 def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor | None:
-    """Of a padded batch [2B, T, V] on rank zero's host, each rank computing some pairs. Inside a forward pass.
+    """Return the logits [2B, T, V] of a padded batch on the host of rank 0, None on other ranks.
 
-    Pair by pair, so that the numbers do not depend on how many ranks share them.
+    To be called in a forward pass. Each rank computes some pairs, each separately, so that the numbers do not depend on
+    the number of ranks.
     """
     pairs, (_, width), whole = len(batch.pair_ids), batch.input_ids.shape, None
     head = Head.of(model)
     at_once = max(1, CHUNK_LOGITS // (2 * head.vocabulary * world.size))  # positions
     for first in range(0, pairs, world.size):
-        mine = min(first + world.rank, pairs - 1)  # also where there is none left: a forward pass may be collective
+        mine = min(first + world.rank, pairs - 1)  # repeats a pair if none is left: a forward pass may be collective
         rows = [mine, pairs + mine]
         assert batch.attention_mask is not None
         hidden = body_of(model)(
@@ -192,7 +196,8 @@ def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor
 
 
 def _joined(kept: deque[tuple[torch.Tensor, torch.Tensor]]) -> EvalPrediction:
-    """The batches as one, and gone: memory that nobody has written to takes no room."""
+    """Join the batches into one prediction and free them one by one: memory of the result is allocated as it is
+    written."""
     first = kept[0][0]
     rows, width = sum(len(ids) for _, ids in kept), max(ids.shape[1] for _, ids in kept)
     logits = torch.empty(rows, width, first.shape[2], dtype=first.dtype)
@@ -208,19 +213,20 @@ def _joined(kept: deque[tuple[torch.Tensor, torch.Tensor]]) -> EvalPrediction:
 
 
 def _checked(made: Any, prefix: str) -> dict[str, float]:
-    """
+    """Check what a user's function returned, and return its numbers with the prefix before their names.
+
     Raises:
-        ValueError: it is no dict of numbers, or names what every evaluation has; says what it is.
+        ValueError: it is not a dict of numbers, or has the name of a metric of every evaluation.
     """
     if not isinstance(made, Mapping):
         raise ValueError(f"a {type(made).__name__}")
     numbers: dict[str, float] = {}
     for name, value in made.items():
         if not isinstance(name, str):
-            raise ValueError(f"the name {name!r}, which is no text")
+            raise ValueError(f"the name {name!r}, which is not a string")
         number = _number(value)
         if number is None:
-            raise ValueError(f"{name} = {value!r:.60}, which is no number")
+            raise ValueError(f"{name} = {value!r:.60}, which is not a number")
         name = name.removeprefix(prefix)
         if name in EVALUATED:
             raise ValueError(f"{name}, which is the name of a metric of every evaluation")
@@ -238,10 +244,10 @@ def _number(value: Any) -> float | None:
 
 
 def user_metrics(spec: RunSpec, given: Given, pad_token_id: int) -> UserMetrics | None:
-    """The function of the settings or of a Python user, which is not called here.
+    """Return the function of the settings or of the caller; it is not called yet.
 
     Raises:
-        UserError: there is none and something is said of it, or two, or it cannot be called as it will be.
+        UserError: there is none but its settings are set, or there are two, or it does not accept its arguments.
     """
     wanted = spec.evaluation
     function: Any = given.compute_metrics
@@ -249,12 +255,12 @@ def user_metrics(spec: RunSpec, given: Given, pad_token_id: int) -> UserMetrics 
     if wanted.compute_metrics is not None:
         name = wanted.compute_metrics
         if function is not None:
-            raise UserError(KEY, name, "compute_metrics is given as well", "remove one of the two")
+            raise UserError(KEY, name, "cannot be combined with compute_metrics=...", "remove one of the two")
         function = user_attribute(KEY, name)
     if function is None:
         for key in ("logits", "batch_eval_metrics", "batch_size"):
             if value := getattr(wanted, key):
-                rule = "acts on what evaluation.compute_metrics is handed"
+                rule = "applies only with evaluation.compute_metrics"
                 raise UserError(f"evaluation.{key}", value, rule, "set that to a function as module:attr, or remove it")
         return None
     if not spec.data.eval_sets:
@@ -266,28 +272,29 @@ def user_metrics(spec: RunSpec, given: Given, pad_token_id: int) -> UserMetrics 
         inspect.signature(function).bind(None, **arguments)
     except (TypeError, ValueError) as error:
         takes = "an EvalPrediction and compute_result" if batched else "an EvalPrediction"
-        cure = f"give a function of {takes}, or a class without arguments whose objects are such"
+        cure = f"use a function of {takes}, or a class without arguments whose instances are such functions"
         raise UserError(KEY, name, f"cannot be called ({error})", cure) from None
     batch_size = wanted.batch_size or spec.batch.micro_batch_size or 1
     return UserMetrics(function, name, wanted.logits, batched, batch_size, PreferenceCollator(pad_token_id, spec.data))
 
 
 def bytes_together(user: UserMetrics, pairs: Pairs, vocabulary: int, spec: RunSpec) -> int:
-    """Of logits of an evaluation set that are in rank zero's memory at a time."""
+    """Return the bytes of an evaluation set's logits that are in the memory of rank 0 at a time."""
     longest = int(longest_sequences(fed_lengths(pairs.lengths, spec.data.keep_last)).max())
     at_a_time = min(user.batch_size, len(pairs)) if user.batched else len(pairs)
     return 2 * at_a_time * longest * vocabulary * (8 if spec.precision == "fp64" else 4)
 
 
 def check_memory(user: UserMetrics, pairs: Pairs, vocabulary: int, key: str, spec: RunSpec) -> None:
-    """
+    """Check that the logits of an evaluation fit the memory limit of rank 0.
+
     Raises:
-        UserError: too many logits would come together.
+        UserError: they do not.
     """
     if not user.logits or (size := bytes_together(user, pairs, vocabulary, spec)) <= MOST_BYTES:
         return
     cure = "set evaluation.batch_eval_metrics=true, or remove evaluation.logits"
     if user.batched:
         cure = f"set evaluation.batch_size below {user.batch_size}, or data.max_length lower"
-    rule = f"{size / 2**30:,.0f} GB of logits of {key} would come together on rank zero, and {MOST_BYTES >> 30} GB may"
+    rule = f"{size / 2**30:,.0f} GB of logits of {key} would be gathered on rank 0; the limit is {MOST_BYTES >> 30} GB"
     raise UserError("evaluation.logits", True, rule, cure)

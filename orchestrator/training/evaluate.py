@@ -1,4 +1,4 @@
-"""The same step without gradient, over every evaluation pair once, sharded; and the reference alone, for its cache."""
+"""Evaluate every pair of a set once, sharded over ranks, and fill the cache of reference log-probs."""
 
 import time
 from collections.abc import Callable
@@ -26,10 +26,12 @@ def evaluate(
     name: str = "",
     user: UserMetrics | None = None,
 ) -> dict[str, float]:
-    """Metrics with eval_ before their names: exact for any world size, as fillers weigh nothing. Collective.
+    """Return the metrics of a set with the prefix eval_ (eval_NAME_ for a named set). Collective.
 
-    each: called after each micro-batch. by_token: the loss is a mean over tokens as well, which a user's collator has
-    to be asked for first. name: of the evaluation set, where it has one; eval_NAME_ then. user: more metrics.
+    They are exact for any world size, because fillers have weight 0.
+
+    each: called after each micro-batch. by_token: a loss is a mean over tokens, whose number a user's collator defines.
+    name: name of the set, or "". user: the user's compute_metrics.
     """
     prefix = f"eval_{name}_" if name else "eval_"
     began = time.monotonic()
@@ -80,21 +82,22 @@ def evaluate(
 def fill_reference_cache(
     engine: Engine, loader: Loader, world: World, each: Callable[[], None] = lambda: None
 ) -> tuple[int, float]:
-    """Ask the reference about every pair that the cache does not know, dealt over the ranks. Collective.
+    """Compute the reference log-probs of every pair that is not in the cache, shared among the ranks. Collective.
 
-    The micro-batches are those of the whole data set, whatever is known already: a fill that was interrupted ends with
-    the last bit of one that was not. each: called before each micro-batch.
+    The micro-batches are those of the whole data set, even if some are cached, so that an interrupted fill ends with
+    bitwise the same numbers. each: called before each micro-batch.
 
-    Returns how many pairs were not known, and the seconds it took.
+    Returns the number of pairs that were not cached, and the seconds that it took.
     """
     assert loader.cache is not None
     began = time.monotonic()
     micro_batches, make = loader.whole(step=0)
-    [unknown, *_] = world.gather(len(loader.cache.unknown()))  # before anyone writes
+    [unknown, *_] = world.gather(len(loader.cache.unknown()))  # before any rank writes
     for micro in micro_batches:
         each()
         wanted = not micro.is_filler and loader.cache.known(micro.pairs) is None
-        if not all_ranks(world, not wanted) if engine.meets_in_forward else wanted:  # then all ask, if one wants to
+        # a collective forward pass runs on all ranks if one needs it
+        if not all_ranks(world, not wanted) if engine.meets_in_forward else wanted:
             batch = make(micro)
             ref_logps = engine.reference_logps(batch.to(world.device))
             if wanted:
@@ -105,23 +108,23 @@ def fill_reference_cache(
 
 
 def all_ranks(world: World, true: bool) -> bool:
-    """Whether it is true on all of them. Collective."""
+    """Return whether the flag is true on all ranks. Collective."""
     return not world.max(torch.tensor([not true], dtype=torch.int32, device=world.device)).item()
 
 
 def over_ranks(world: World, counts: Counts) -> Counts:
-    """Their sum over all ranks. Collective."""
+    """Return the sum of the counts over all ranks. Collective."""
     local = torch.tensor(counts, dtype=torch.float64, device=world.device)
     return Counts(*world.sum(local).tolist())
 
 
-MEASURED = 4  # micro-batches of the first step on each rank, on which a reference is looked at before training
+MEASURED = 4  # micro-batches of the first step on each rank that check a reference before training
 
 
 class LogpError(NamedTuple):
-    """How far an approximate reference is from what it stands for."""
+    """The error of an approximate reference."""
 
-    pairs: int  # looked at, over all ranks
+    pairs: int  # compared, over all ranks
     largest: float  # of a sequence's log-prob, in nats
     mean: float  # over sequences, in nats
     margin: float  # largest of a pair's log-ratio (chosen minus rejected), in nats
@@ -134,7 +137,8 @@ def reference_error(
     mine: list[list[float]] = []
     for batch in loader.first()[:MEASURED]:
         on_device = batch.to(world.device)
-        errors = (engine.reference_logps(on_device) - exact(on_device)).view(2, -1).t()  # of a filler, too: ranks meet
+        # fillers run too: the forward pass may be collective
+        errors = (engine.reference_logps(on_device) - exact(on_device)).view(2, -1).t()
         mine += errors[batch.pair_weights.to(errors.device) > 0].tolist()
     found = torch.tensor([pair for pairs in world.gather(mine) for pair in pairs], dtype=torch.float64)
     sequences, margins = found.abs(), (found[:, 0] - found[:, 1]).abs()

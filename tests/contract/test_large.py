@@ -95,7 +95,7 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
         process.kill()
     said = log.read_text()
     assert code == 0, said
-    [count] = re.findall(r"([\d,]+) parameters train", said)
+    [count] = re.findall(r"([\d,]+) trainable parameters", said)
     seconds = time.monotonic() - began
     print(f"\n{count} parameters, AdamW, bf16 over fp32: peak {peak[0] / 1e9:.1f} GB in {seconds:.0f} s")
     assert int(count.replace(",", "")) > 1e9

@@ -27,7 +27,7 @@ EXAMPLES = {  # with what only a run with the example's own part says
     "callbacks": "\nStep 1: {'loss': ",
     "metrics": ", guessed_tokens 0",
     "precision": "1 rank on cpu in fp16",
-    "collator": "DataCollatorForPreference is to truncate 0 of them",
+    "collator": "DataCollatorForPreference must truncate 0 of them",
 }
 OF_ITS_OWN = {"collator": ["data.truncation=keep_end"]}
 

@@ -25,11 +25,11 @@ def test_a_run_with_it_is_our_padded_run(
     data = {"max_length": LIMIT, "truncation": "keep_end"} if cut else {}
     ours = tiny_spec(tmp_path, run={"name": "ours"}, data=data, model={"attention": "padded"})
     debug(ours)
-    assert "is to truncate" not in capfd.readouterr().out
+    assert "must truncate" not in capfd.readouterr().out
     named = tiny_spec(tmp_path, run={"name": "named"}, data={**data, "collator": {"path": THEIRS, "kwargs": cut}})
     debug(named)
     if cut:
-        assert f"{THEIRS} is to truncate" in capfd.readouterr().out
+        assert f"{THEIRS} must truncate" in capfd.readouterr().out
     given = tiny_spec(tmp_path, run={"name": "given"}, data=data)
     debug(given, data_collator=DataCollatorForPreference(pad_token_id=0, **cut))
     assert losses(given.run_dir) == losses(named.run_dir) == losses(ours.run_dir)

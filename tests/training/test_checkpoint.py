@@ -123,7 +123,7 @@ def test_ranges_of_two_ranks_are_joined(tmp_path: Path) -> None:
 def test_a_range_that_is_nowhere_is_refused(tmp_path: Path, name: str, key: str, start: int, stop: int) -> None:
     reader = Reader(saved(tmp_path, 1))
     keys = reader.keys(name)
-    with pytest.raises(CorruptCheckpoint, match=f"{key} of {name} are not in it"):
+    with pytest.raises(CorruptCheckpoint, match=f"{key} of {name} are missing"):
         reader.read(name, key, start, stop)
     assert reader.keys(name) == keys  # asking changed nothing
 

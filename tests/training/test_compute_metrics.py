@@ -189,9 +189,9 @@ def raising(_: Any) -> dict[str, float]:
         (raising, "raised IndexError: too far (test_compute_metrics.py line"),
         (lambda _: [0.5], "returned a list (evaluation of odd after step 3)"),
         (lambda _: None, "returned a NoneType"),
-        (lambda _: {"a": "high"}, "returned a = 'high', which is no number"),
-        (lambda _: {"a": np.zeros(2)}, "returned a = array([0., 0.]), which is no number"),
-        (lambda _: {3: 0.5}, "returned the name 3, which is no text"),
+        (lambda _: {"a": "high"}, "returned a = 'high', which is not a number"),
+        (lambda _: {"a": np.zeros(2)}, "returned a = array([0., 0.]), which is not a number"),
+        (lambda _: {3: 0.5}, "returned the name 3, which is not a string"),
         (lambda _: {"loss": 0.5}, "returned loss, which is the name of a metric of every evaluation"),
     ],
 )
@@ -221,11 +221,11 @@ def test_anything_else_ends_every_rank_with_the_same_line(
 @pytest.mark.parametrize(
     ("evaluation", "given", "key", "says"),
     [
-        ({"logits": True}, NOTHING, "evaluation.logits", "acts on what evaluation.compute_metrics is handed"),
-        ({"batch_size": 2}, NOTHING, "evaluation.batch_size", "= 2: acts on what"),
+        ({"logits": True}, NOTHING, "evaluation.logits", "applies only with evaluation.compute_metrics"),
+        ({"batch_size": 2}, NOTHING, "evaluation.batch_size", "= 2: applies only"),
         ({"compute_metrics": "math:none"}, NOTHING, KEY, "has no none"),
         ({"compute_metrics": "math:pi"}, NOTHING, KEY, "cannot be called"),
-        ({"compute_metrics": "math:fabs"}, Given(compute_metrics=math.fabs), KEY, "compute_metrics is given as well"),
+        ({"compute_metrics": "math:fabs"}, Given(compute_metrics=math.fabs), KEY, "be combined with compute_metrics"),
         (
             {"without_pairs": True},
             Given(compute_metrics=raising),

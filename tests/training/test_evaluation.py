@@ -187,7 +187,7 @@ def test_where_no_evaluation_had_a_number_the_last_is_exported_and_a_line_says_s
     ended = forked.run(settings, cwd=tmp_path)
     assert ended.codes == [0], ended.stderr
     assert "no evaluation after a step had a number as eval_odd: the last is exported" in ended.stderr
-    assert "is handed log-probs, rewards and lengths of pairs; evaluation.logits=true" in ended.stdout
+    assert "receives log-probs, rewards and lengths of pairs; evaluation.logits=true" in ended.stdout
 
 
 def test_what_the_export_verb_writes_can_be_chosen(stopped_early: Run, tmp_path: Path) -> None:

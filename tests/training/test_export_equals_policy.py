@@ -156,7 +156,7 @@ def test_a_language_model_that_is_loaded_alone_is_exported_alone_and_said_so(
     tokenizer().save_pretrained(base)
     assert export_error(tmp_path, base) <= TOLERANCE
     said = capsys.readouterr().out
-    assert "of qwen3_5 the language model alone (Qwen3_5ForCausalLM) is loaded, trained and exported" in said
+    assert "qwen3_5: only its language model (Qwen3_5ForCausalLM) is loaded, trained and exported" in said
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_a_head_that_only_the_file_has_is_trained_and_exported(
     tmp_path: Path, separate_head: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy, run_dir = trained_logits(tmp_path, separate_head)
-    assert "the weights hold an output head apart, though the config ties it" in capsys.readouterr().out
+    assert "the weights have a separate output head, although the config ties it" in capsys.readouterr().out
     exported = AutoModelForCausalLM.from_pretrained(run_dir.model)
     assert (logits(exported) - policy).abs().max() <= TOLERANCE * policy.abs().max()
     assert not exported.config.tie_word_embeddings
