@@ -363,7 +363,7 @@ TOKEN_MEANS: tuple[LossType, ...] = ("sft",)
 
 
 def check_losses(dpo: DpoSpec, with_margins: bool) -> None:
-    """Call each of a user's losses on example pairs (with margins, if the data have them) before training.
+    """Call each of a user's losses on synthetic pairs (with margins, if the data have them) before training.
 
     Raises:
         UserError: it cannot be imported, or does not return a loss per pair that depends on that pair only and has a
@@ -382,7 +382,7 @@ def _wrong_with(loss: Loss, dpo: DpoSpec, with_margins: bool) -> str:
     margins = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if with_margins else None
     terms = PairTerms.split(logps, ref_logps, torch.tensor([4, 9, 5, 3, 9, 6]), margins)
     terms = terms._replace(on_policy=torch.full_like(ref_logps[:3], 0.5)) if dpo.use_weighting else terms
-    given = f"for {len(terms.chosen_logps)} example pairs"
+    given = f"for {len(terms.chosen_logps)} synthetic pairs"
     try:
         found: Any = loss(terms, dpo)
         if not isinstance(found, torch.Tensor) or found.shape != terms.chosen_logps.shape:

@@ -65,7 +65,7 @@ def test_a_loss_of_a_users_trains_as_its_twin(tmp_path: Path) -> None:
     assert losses(tmp_path / "runs" / "mine") == losses(tmp_path / "runs" / "twin")
     refused = forked.run(settings, "run.name=wrong", "dpo.loss_type=my_losses:of_all", cwd=tmp_path)
     assert refused.codes == [cli.WRONG]
-    assert "dpo.loss_type = 'my_losses:of_all': returns () for 3 example pairs" in refused.stderr
+    assert "dpo.loss_type = 'my_losses:of_all': returns () for 3 synthetic pairs" in refused.stderr
 
 
 def test_experts_train_without_their_load_balancing_loss(tmp_path: Path) -> None:

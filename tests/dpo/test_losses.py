@@ -314,9 +314,9 @@ def test_a_users_loss_is_given_margins_where_the_data_have_them(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("loss", "complaint"),
     [
-        (lambda terms, _: (-terms.chosen_logps).mean(), r"returns \(\) for 3 example pairs"),
+        (lambda terms, _: (-terms.chosen_logps).mean(), r"returns \(\) for 3 synthetic pairs"),
         (lambda terms, _: terms.chosen_logps * 1j, "returns torch.complex128 for"),
-        (lambda _, __: 1.0, "returns float for 3 example pairs"),
+        (lambda _, __: 1.0, "returns float for 3 synthetic pairs"),
         (lambda terms, _: terms.chosen_logps.log(), "nan.*not finite"),
         (lambda terms, _: terms.chosen_logps.detach(), "without a gradient"),
         (lambda terms, _: terms.chosen_logps - terms.chosen_logps.mean(), "but .* for one at a time"),
