@@ -164,9 +164,9 @@ def test_a_run_directory_is_planned_by_its_own_settings(run_dir: RunDir, tmp_pat
 @pytest.mark.parametrize(
     ("typed", "fix"),
     [
-        ("run.yaml", "give {runs}/tiny, the directory of the run that it describes"),
+        ("run.yaml", "use {runs}/tiny, the directory of the run that it describes"),
         ("runs", "for example runs/tiny"),
-        ("runs/tiny/checkpoints/step_00000001", "give the directory of the run, runs/tiny"),
+        ("runs/tiny/checkpoints/step_00000001", "use the directory of the run, runs/tiny"),
         ("tiny", "did you mean runs/tiny?"),
         ("runs/tinny", "did you mean runs/tiny?"),
     ],

@@ -628,7 +628,7 @@ HERE = [
         "run.dir=train.jsonl",
         "run.dir",
         "train.jsonl/tiny",
-        "cannot be made (Not a",
+        "cannot be created (Not a",
         "set run.dir",
     ),
     case(
@@ -928,7 +928,7 @@ def test_a_changed_setting_is_refused_on_resume(finished: bool, trained: Path, t
     words = ("debug", "run.yaml", "optimizer.lr=1e-4", "dpo.beta=0.2", "training.logging_steps=5")
     code, _, stderr = here(*words) if finished else in_a_process("changed setting", tmp_path, *words)
     for changed in ("dpo.beta (was 0.1, now 0.2)", "optimizer.lr (was 0.001, now 0.0001)"):
-        assert_refused(code, stderr, Said("run.name", "'tiny'", changed, "put them back to resume it, or choose"))
+        assert_refused(code, stderr, Said("run.name", "'tiny'", changed, "restore them to resume it, or choose"))
     assert "logging_steps" not in stderr  # it may change
 
 
@@ -952,20 +952,20 @@ def test_a_run_that_is_running_is_refused(tmp_path: Path) -> None:
 )
 def test_a_folder_that_is_no_run_is_refused(words: tuple[str, ...], rule: str, tmp_path: Path) -> None:
     code, _, stderr = in_a_process(f"{words[0]} of no run", tmp_path, *words)
-    assert_refused(code, stderr, Said("RUN_DIR", repr(words[1]), rule, "give the folder run.dir/run.name"))
+    assert_refused(code, stderr, Said("RUN_DIR", repr(words[1]), rule, "use the folder run.dir/run.name"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_without_checkpoint_is_refused(trained: Path, tmp_path: Path, here: Run) -> None:
     shutil.rmtree(trained / "checkpoints")
     code, _, stderr = here("export", "runs/tiny", "out")
-    assert_refused(code, stderr, Said("RUN_DIR", "'runs/tiny'", "has no whole checkpoint", "train it further first"))
+    assert_refused(code, stderr, Said("RUN_DIR", "'runs/tiny'", "has no complete checkpoint", "train it further first"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("out", "rule"),
-    [("notes", "is a folder with other things in it"), ("run.yaml", "is a file")],
+    [("notes", "is a folder with other files"), ("run.yaml", "is a file")],
     ids=["folder", "file"],
 )
 def test_an_export_over_other_things_is_refused(out: str, rule: str, trained: Path, tmp_path: Path, here: Run) -> None:

@@ -255,7 +255,7 @@ def user_metrics(spec: RunSpec, given: Given, pad_token_id: int) -> UserMetrics 
     if wanted.compute_metrics is not None:
         name = wanted.compute_metrics
         if function is not None:
-            raise UserError(KEY, name, "cannot be combined with compute_metrics=...", "remove one of the two")
+            raise UserError(KEY, name, "cannot be combined with compute_metrics", "remove one of the two")
         function = user_attribute(KEY, name)
     if function is None:
         for key in ("logits", "batch_eval_metrics", "batch_size"):

@@ -1,4 +1,4 @@
-"""A checkpoint -> a Hugging Face model folder that from_pretrained loads, with a card that says how it was trained."""
+"""Export a checkpoint as a Hugging Face model folder with a model card."""
 
 import copy
 import logging
@@ -27,7 +27,7 @@ from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""Files of a multimodal model that training does not read."""
+"""Files of a multimodal model that training does not read, but its export contains."""
 TRAINED_BY = "Trained with preference pairs by dpo-orchestrator."
 
 logger = logging.getLogger(__name__)
@@ -40,18 +40,18 @@ def export(
     checkpoint: Path | None = None,
     which: Exported | None = None,
 ) -> Path:
-    """Write a checkpoint as safetensors with tokenizer, generation config and card.
+    """Write a checkpoint as safetensors with tokenizer, generation config and model card.
 
-    which: the newest whole one, or the best that this one knows of; if not given, what checkpoint.export says.
+    which: the newest complete checkpoint, or the best one recorded in it; default: checkpoint.export.
 
-    The weights come from the checkpoint alone, so any engine's run exports in the same way, on any machine; a LoRA run
-    needs its base (model.path) as well, into which its adapter is merged. The folder is renamed into place when it is
+    The weights come from the checkpoint only, so the run of any engine exports in the same way, on any machine. A LoRA
+    run also needs its base (model.path), into which the adapter is merged. The folder is renamed into place when it is
     complete.
 
     Raises:
-        UserError: the run has no such checkpoint that is whole, or one of another format, or `out` exists and is not
-            an earlier export.
-        ReadFailed: the newest checkpoint cannot be read now.
+        UserError: the run has no such complete checkpoint, or one of another format, or `out` exists and is not an
+            earlier export.
+        ReadFailed: the newest checkpoint cannot be read at the moment.
     """
     spec = load_spec(run_dir.config)
     if checkpoint is None:
@@ -59,26 +59,26 @@ def export(
     if out.is_file():
         raise UserError("OUT", str(out), "is a file", "choose a new folder")
     if out.exists() and any(out.iterdir()) and not _is_export(out):
-        raise UserError("OUT", str(out), "is a folder with other things in it", "choose a new folder")
+        raise UserError("OUT", str(out), "is a folder with other files", "choose a new folder")
     reader = Reader(checkpoint)
     model = _merged(run_dir, spec, reader, dtype) if spec.model.lora else _trained(run_dir, spec, reader, dtype)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
-    # after it: save_pretrained writes a generation config of defaults
+    # after save_pretrained, which writes a default generation config
     shutil.copytree(run_dir.tokenizer, partial, ignore=_only_config, dirs_exist_ok=True)
     card = partial / "README.md"
     card.write_text(_card(spec, reader.meta, _last_metrics(run_dir, reader.meta["step"])))
     for file in filter(Path.is_file, partial.rglob("*")):
-        file.chmod(card.stat().st_mode)  # that of any new file: safetensors writes with 0600
+        file.chmod(card.stat().st_mode)  # the mode of a new file: safetensors writes with 0600
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out
 
 
 def keep_for_export(run_dir: RunDir, policy: Any, tokenizer: Any, config: Any, source: str | None) -> None:
-    """Write what an export needs besides weights: the config, the tokenizer, how to generate, how to read images.
+    """Write the files that an export needs besides weights: config, tokenizer, generation config, image processors.
 
     config: see exported_config. source: the folder or hub name that the policy was loaded from.
     """
@@ -86,7 +86,7 @@ def keep_for_export(run_dir: RunDir, policy: Any, tokenizer: Any, config: Any, s
     tokenizer.save_pretrained(run_dir.tokenizer)
     config.save_pretrained(run_dir.tokenizer)
     if policy.generation_config is not None:
-        # not save_pretrained, which refuses values that only warn when they are loaded
+        # not save_pretrained, which rejects values for which loading only warns
         policy.generation_config.to_json_file(run_dir.tokenizer / "generation_config.json")
     for name in PROCESSOR_FILES if source else ():
         if (path := _file_at(str(source), name)) is not None:
@@ -94,10 +94,10 @@ def keep_for_export(run_dir: RunDir, policy: Any, tokenizer: Any, config: Any, s
 
 
 def exported_config(policy: Any, loaded: Any) -> Any:
-    """Return the config of an export: the one that was loaded, with what the policy's weights say of ties.
+    """Return the config of an export: the loaded one, with tie_word_embeddings as in the policy.
 
-    Training has a copy of its own, in which dropout and other noise may be off. Where a checkpoint holds a head of its
-    own, transformers loads it whatever the config says, and training with frozen embeddings unties the two.
+    Training uses its own copy, in which dropout and other noise may be off. transformers loads a separate head from a
+    checkpoint even if the config ties it, and training with frozen embeddings unties the two.
     """
     parts = (loaded, loaded.get_text_config(), policy.config)  # a text model may be loaded from a multimodal config
     config = copy.deepcopy(next(part for part in parts if type(part) is type(policy.config)))
@@ -105,18 +105,17 @@ def exported_config(policy: Any, loaded: Any) -> Any:
         part.tie_word_embeddings = head_is_tied(policy)
     config.architectures = [type(policy).__name__]
     config.dtype = policy.dtype
-    config.__dict__.pop("quantization_config", None)  # what is exported is in full precision
-    for name in config._get_generation_parameters():  # of old files; the generation config has them by now
+    config.__dict__.pop("quantization_config", None)  # an export is in full precision
+    for name in config._get_generation_parameters():  # of old files; the generation config has them now
         delattr(config, name)
     return config
 
 
 def check_exportable(policy: Any, config: Any, spec: RunSpec) -> None:
-    """Refuse, before anything is trained, a policy for which the model that an export builds has no place.
+    """Check before training that the model built from the exported config has exactly the policy's weights.
 
     Raises:
-        UserError: names of weights that one of the two lacks, or that have another shape there; or an adapter that
-            cannot be merged.
+        UserError: one of the two lacks a weight, or has it in another shape; or an adapter cannot be merged.
     """
     if spec.model.lora is not None:
         check_mergeable(policy, spec.model.lora)
@@ -124,11 +123,11 @@ def check_exportable(policy: Any, config: Any, spec: RunSpec) -> None:
         built = _new_model(config, torch.float32)
     theirs = {name: tuple(value.shape) for name, value in stored_tensors(built).items()}
     ours = {base_name(name): tuple(value.shape) for name, value in stored_tensors(policy).items() if not _is_lora(name)}
-    if is_quantized(policy):  # whose bits have shapes of their own
+    if is_quantized(policy):  # quantised weights are packed into other shapes
         theirs, ours = dict.fromkeys(theirs, ()), dict.fromkeys(ours, ())
     if different := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
-        rule = f"an export would not hold what is trained: {_some(different)} of it are not as its config says"
-        fix = "save the model once with transformers' save_pretrained, and take that"
+        rule = f"an export would not hold the trained weights: {_some(different)} differ from those of its config"
+        fix = "save the model once with transformers' save_pretrained, and use that folder"
         key = "model.path" if spec.model.path else "model.init"
         raise UserError(key, spec.model.path or config.model_type, rule, fix)
 
@@ -144,30 +143,30 @@ def _is_lora(name: str) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    """Return a few of many names."""
+    """Return the first names as text, and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
 
 
 def _file_at(source: str, name: str) -> str | None:
-    """Return the path of a file of a model, in a folder or from the hub, if it has one."""
+    """Return the path of a file of a model, in a folder or from the hub; None if there is none."""
     from transformers.utils.hub import cached_file
 
     try:
         return cached_file(source, name)
-    except OSError:  # it has none, or the hub cannot be reached
+    except OSError:  # there is none, or the hub cannot be reached
         return None
 
 
 def _only_config(_: str, names: list[str]) -> list[str]:
-    """Leave out the config, which save_pretrained has written."""
+    """Ignore the config, which save_pretrained has written."""
     return ["config.json"] if "config.json" in names else []
 
 
 def _chosen(run_dir: RunDir, which: Exported, metric: str | None) -> Path:
     newest, complaints = newest_valid(run_dir.checkpoints, World(0, 1, 0, torch.device("cpu")))
     if newest is None:
-        rule = "has no whole checkpoint" + "".join(f" ({line})" for line in complaints)
+        rule = "has no complete checkpoint" + "".join(f" ({line})" for line in complaints)
         raise UserError("RUN_DIR", str(run_dir.path), rule, "train it further first")
     if which == "last":
         return newest
@@ -175,20 +174,20 @@ def _chosen(run_dir: RunDir, which: Exported, metric: str | None) -> Path:
     best = step_folder(run_dir.checkpoints, step or 0)
     if step is None or (complaints := verify(best)):
         if step:
-            rule = f"its best checkpoint is not whole ({complaints[0]})"
+            rule = f"its best checkpoint is not complete ({complaints[0]})"
         else:
             reason = f"no evaluation has measured {metric}" if metric else "evaluation.metric_for_best was not set"
-            rule = f"no step of it is the best ({reason})"
+            rule = f"has no best checkpoint ({reason})"
         raise UserError("RUN_DIR", str(run_dir.path), rule, "export the last one: --checkpoint last")
     return best
 
 
 @torch.no_grad()
 def _trained(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any:
-    """Return the model of a run that trained its weights, from the checkpoint alone.
+    """Return the model of a run without LoRA, from the checkpoint only.
 
     Raises:
-        UserError: the checkpoint does not hold all of it.
+        UserError: the checkpoint lacks some of its weights.
     """
     from transformers import AutoConfig
 
@@ -206,12 +205,12 @@ def _trained(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> An
 
 
 def _fill_buffers(model: Any, run_dir: RunDir, spec: RunSpec, reader: Reader) -> None:
-    """Take the persistent buffers from the checkpoint, or, where an older version left them out, from the start."""
+    """Read the persistent buffers from the checkpoint, or from the initial model if an older version left them out."""
     buffers = persistent_buffers(model)
     left_out = sorted(buffers.keys() - reader.shapes.keys())
     start: dict[str, torch.Tensor] = {}
     if left_out:
-        said = "%s was written by a version that left out %s: taken from the model that the run started with"
+        said = "%s was written by a version that left out %s: read from the model that the run started with"
         logger.warning(said, reader.folder, _some(left_out))
         start = persistent_buffers(build_policy(spec, _tokenizer(run_dir), torch.float32))
     for name, buffer in buffers.items():
@@ -219,7 +218,7 @@ def _fill_buffers(model: Any, run_dir: RunDir, spec: RunSpec, reader: Reader) ->
 
 
 def _untie(model: Any, reader: Reader) -> None:
-    """Give each weight that the checkpoint holds apart a parameter of its own, and have the config say so."""
+    """Untie each weight that the checkpoint holds separately, in the model and in its config."""
     first: dict[int, str] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if first.setdefault(id(parameter), name) != name and name in reader.shapes:
@@ -230,7 +229,7 @@ def _untie(model: Any, reader: Reader) -> None:
 
 
 def _kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return whether transformers holds a weight in fp32 when it loads the model in 16 bits."""
+    """Return a function that tells whether transformers keeps a weight in fp32 when it loads the model in 16 bits."""
     patterns = list(model._get_dtype_plan(dtype))
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
@@ -243,7 +242,7 @@ def _tokenizer(run_dir: RunDir) -> Any:
 
 @torch.no_grad()
 def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any:
-    """Return the base as it was built for training, quantised and all, with the trained adapter merged into it in fp32.
+    """Return the base as it was built for training (quantised too), with the trained adapter merged into it in fp32.
 
     Raises:
         UserError: the base is not the one that the adapter was trained on.
@@ -259,26 +258,26 @@ def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any
     found = identity_of(PolicyStart(model).tensors(), model.config, World(0, 1, 0, torch.device("cpu")))["weights"]
     if found != trained_on:
         rule = "its weights are not those that the adapter was trained on"
-        raise UserError("model.path", spec.model.path, rule, "put them back")
+        raise UserError("model.path", spec.model.path, rule, "restore them")
     if spec.model.lora is not None and spec.model.lora.base in DTYPES:
-        model = cast_to(model, "fp32")  # to add in fp32
+        model = cast_to(model, "fp32")  # the adapter is added in fp32
     model = without_adapter(model, merged=True)
     keeps = _kept_in_fp32(model, DTYPES[dtype])
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if keeps(name) else DTYPES[dtype])
     model.config = AutoConfig.from_pretrained(run_dir.tokenizer, **NO_CODE)
-    model.generation_config = GenerationConfig()  # the file of the run replaces it
+    model.generation_config = GenerationConfig()  # replaced by the file in the run directory
     return model
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder is ours to replace: a user's own model has a config.json as well."""
+    """Return whether a folder is an export that may be replaced: a user's own model also has a config.json."""
     card = folder / "README.md"
     return card.is_file() and TRAINED_BY in card.read_text()
 
 
 def _last_metrics(run_dir: RunDir, step: int) -> dict[str, Any]:
-    """What was last measured up to a step."""
+    """Return the last value of each metric up to a step."""
     last: dict[str, Any] = {}
     for measured in run_dir.metric_lines():
         last |= measured if measured.get("step", step + 1) <= step else {}
@@ -293,7 +292,7 @@ def _named(source: SourceSpec) -> str:
 def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
     base = spec.model.path or f"random {spec.model.init.model_type if spec.model.init else ''} weights"
     hub_base = f"base_model: {base}\n" if spec.model.path and not spec.model.path.startswith("/") else ""
-    start = "the base with its adapter as it was" if spec.model.lora and spec.model.lora.adapter_path else "the base"
+    start = "the base with its initial adapter" if spec.model.lora and spec.model.lora.adapter_path else "the base"
     schedule = f"{spec.scheduler.name}, {spec.scheduler.warmup_steps} warm-up steps"
     weighted = zip(spec.dpo.loss_types, spec.dpo.weights, strict=True)
     losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weighted)

@@ -1,4 +1,4 @@
-"""How a run speaks to what started it: heartbeat, commits, and the request to stop."""
+"""Exchange heartbeats, commits and stop requests between a run and the process that started it."""
 
 import json
 import os
@@ -12,32 +12,32 @@ from typing import Protocol
 
 from orchestrator.training.rundir import RunDir
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: what Slurm sends before a job's time is up
-HEARTBEAT_S = 1.0  # seconds between two writes of the heartbeat file at most
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: sent by Slurm before a job's time limit
+HEARTBEAT_S = 1.0  # minimum interval in seconds between two writes of the heartbeat file
 
 
 class Session(Protocol):
-    """What `worker.run` may ask of its surroundings; there is a local version and one for Ray."""
+    """The interface of `worker.run` to its launcher; there is a local implementation and one for Ray."""
 
     def heartbeat(self, step: int, phase: str) -> None:
-        """Say that this rank is alive and what it does. Cheap enough for every step."""
+        """Report that this rank is alive, and what it does. Cheap enough for every step."""
         ...
 
     def committed(self, step: int, path: Path) -> None:
-        """A checkpoint was committed. Called on all ranks."""
+        """Report that a checkpoint was committed. Called on all ranks."""
         ...
 
     def stop_requested(self) -> str | None:
-        """Why the run should save and stop, or None. The ranks agree on it elsewhere."""
+        """Return why the run should save and stop, or None. The trainer makes the ranks agree on it."""
         ...
 
     def deadline(self) -> float | None:
-        """Seconds until this process will be taken away, where that is known."""
+        """Return the seconds until this process will be killed; None if that is not known."""
         ...
 
 
 class LocalSession:
-    """A process of its own: STOP_SIGNALS ask for a stop, as does the file RUN_DIR/STOP. INT or TERM again kills."""
+    """A session without Ray: STOP_SIGNALS or the file RUN_DIR/STOP request a stop; a second INT or TERM kills."""
 
     def __init__(self, run_dir: RunDir, rank: int) -> None:
         self.run_dir, self.rank = run_dir, rank
@@ -55,8 +55,8 @@ class LocalSession:
         beat = {"step": step, "phase": phase, "time": time.time(), "pid": os.getpid(), "host": os.uname().nodename}
         path = self.run_dir.heartbeat(self.rank)
         partial = path.with_suffix(".tmp")
-        with suppress(OSError):  # a full disk is for the checkpoint to report
-            partial.write_text(json.dumps(beat))  # no fsync: it says what happens now, and need not survive a crash
+        with suppress(OSError):  # the checkpoint reports a full disk
+            partial.write_text(json.dumps(beat))  # no fsync: it need not survive a crash
             os.replace(partial, path)
 
     def committed(self, step: int, path: Path) -> None:

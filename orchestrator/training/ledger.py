@@ -1,10 +1,10 @@
-"""The pair ledger: what every step saw of each of its pairs, as rows of RUN_DIR/pairs.parquet.
+"""The pair ledger: log-probs, margin and loss of every pair in every step, as rows of RUN_DIR/pairs.parquet.
 
-Each rank keeps what its steps saw (`SeenPairs`) and writes it with the next save. Rank zero (`Ledger`) joins that of
-all ranks to the tail, a file in the folder of the checkpoint, so that both are there or neither is. When the tail has
-PART_ROWS, the next save makes a part of it in RUN_DIR/pairs.parquet, which manifests list from then on and which no
-checkpoint takes along when it is deleted. Beside the parts lies a copy of the newest tail: whoever reads the folder as
-a whole, by pandas for one, meets each row once.
+Each rank keeps the rows of its steps (`SeenPairs`) and writes them with the next save. Rank 0 (`Ledger`) appends those
+of all ranks to the tail, a file in the folder of the checkpoint, so that both are committed or neither is. When the
+tail has PART_ROWS, the next save moves it to a part in RUN_DIR/pairs.parquet, which later manifests list and which is
+not deleted with a checkpoint. A copy of the newest tail is kept beside the parts, so that a reader of the whole folder,
+such as pandas, finds each row once.
 
 Legend: B pairs of a micro-batch, P of this rank's pairs in a step.
 """
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
     from orchestrator.data.collate import PairBatch
     from orchestrator.dpo.step import StepOutput
 
-NUMBERS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "loss")  # as they leave the step
+NUMBERS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "loss")  # as in StepOutput
 SCHEMA = pa.schema(
     [
         ("pair_id", pa.int64()),
-        ("step", pa.int32()),  # optimizer steps taken, with this one, before whose update the numbers are
+        ("step", pa.int32()),  # optimizer steps including this one; the numbers are from before its update
         ("epoch", pa.int32()),  # from 0
         ("chosen_logps", pa.float64()),  # nats, summed over the completion, as are the next three
         ("rejected_logps", pa.float64()),
         ("ref_chosen_logps", pa.float64()),
         ("ref_rejected_logps", pa.float64()),
         ("margin", pa.float64()),  # of the rewards
-        ("loss", pa.float64()),  # as it enters the mean over the global batch, without its weight
+        ("loss", pa.float64()),  # the pair's term in the mean over the global batch, without its weight
         ("chosen_tokens", pa.int32()),  # of the completion
         ("rejected_tokens", pa.int32()),
     ]
@@ -59,11 +59,11 @@ SCHEMA = pa.schema(
 TAIL = "pairs.parquet"  # in a checkpoint's folder
 COPY = "newest.parquet"  # of the tail, among the parts
 PART_ROWS = 2**16  # about 3 MB
-READS = 3  # a run deletes checkpoints while its ledger is read
+READS = 3  # attempts to read: a run may delete checkpoints meanwhile
 
 
 class _Step(NamedTuple):
-    """One step on this rank."""
+    """The pairs of one step on this rank."""
 
     step: int
     epoch: int
@@ -73,18 +73,18 @@ class _Step(NamedTuple):
 
 
 class SeenPairs:
-    """What the steps of this rank saw since the last save, fillers left out. Never waits for the device until then."""
+    """The pairs of this rank's steps since the last save, without fillers. `add` does not wait for the device."""
 
     def __init__(self, dpo: DpoSpec) -> None:
         self.dpo = dpo
         self._steps: list[_Step] = []
-        self._coming: tuple[int, int, list[PairBatch], torch.Tensor, Any] | None = None  # from the device
+        self._coming: tuple[int, int, list[PairBatch], torch.Tensor, Any] | None = None  # being copied from the device
 
     def add(self, step: int, epoch: int, outputs: "list[tuple[PairBatch, StepOutput]]") -> None:
-        """Keep what a step saw: its micro-batches, on the host, and what came of them."""
+        """Add a step: its micro-batches, on the host, and their outputs."""
         import torch
 
-        self._arrived()  # at no cost: the host has waited for this step's gradient, which came later
+        self._arrived()  # does not wait: the host has waited for this step's gradient, which came later
         mine = [(batch, output) for batch, output in outputs if batch.pair_weights.any()]
         if not mine:
             return
@@ -96,13 +96,13 @@ class SeenPairs:
         self._coming = step, epoch, [batch for batch, _ in mine], copied, event
 
     def take(self) -> pa.Table:
-        """All of it, which is forgotten here."""
+        """Return all rows and remove them here."""
         self._arrived()
         steps, self._steps = self._steps, []
         return _table(steps, self.dpo) if steps else SCHEMA.empty_table()
 
     def _arrived(self) -> None:
-        """Give pinned memory back."""
+        """Store the step whose numbers were being copied, and free their pinned memory."""
         if self._coming is None:
             return
         step, epoch, batches, copied, event = self._coming
@@ -140,32 +140,34 @@ def _table(steps: list[_Step], dpo: DpoSpec) -> pa.Table:
 
 
 def _each_once(table: pa.Table) -> pa.Table:
-    """In one order for any number of ranks, and without the second row of a pair that its step saw twice, as a step may
-    where the weight of a data set is above 1; both rows say the same."""
+    """Sort the rows, so that their order does not depend on the number of ranks, and drop the second, equal row of a
+    pair that occurs twice in a step, as with a data set of weight above 1."""
     ordered = table.sort_by([("step", "ascending"), ("pair_id", "ascending")])
     keys = np.stack([ordered["step"].to_numpy(), ordered["pair_id"].to_numpy()])
     return ordered.filter(np.diff(keys, prepend=-1).any(axis=0))
 
 
 def write_rows(table: pa.Table, path: Path) -> None:
-    """One Parquet file, about 50 bytes a row: numbers of 64 bits have their likeness in their first bytes."""
+    """Write one Parquet file of about 50 bytes a row; byte-stream split, because similar fp64 numbers share their first
+    bytes."""
     pq.write_table(table, path, compression="zstd", use_dictionary=False, use_byte_stream_split=True)
 
 
 class Ledger:
-    """The rows of all ranks, on rank zero, in the thread that commits checkpoints."""
+    """The rows of all ranks, on rank 0, in the thread that commits checkpoints."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: RUN_DIR/pairs.parquet."""
+        """Initialise an empty ledger. folder: RUN_DIR/pairs.parquet."""
         self.folder = folder
         self.parts: dict[str, str] = {}  # names and sha256, for the next manifest
         self._tail = SCHEMA.empty_table()
 
     def go_on(self, checkpoint: Path | None) -> None:
-        """From a checkpoint, or from the start of the run: what came after it is deleted, and will come again."""
+        """Continue from a checkpoint, or from the start of the run (None): delete later rows, which will be written
+        again."""
         if checkpoint is not None:
             listed = listed_in(checkpoint)
-            assert listed is not None, "a checkpoint that is resumed was verified"
+            assert listed is not None, "a resumed checkpoint was verified"
             self.parts, self._tail = listed.parts, _tail_of(checkpoint, listed)
         for path in (*self.folder.glob("steps_*.parquet"), *self.folder.glob(".*.partial"), self.folder / COPY):
             if path.name not in self.parts:
@@ -174,8 +176,8 @@ class Ledger:
             self.show(checkpoint)
 
     def join(self, draft: Path, names: list[str]) -> list[str]:
-        """Add what ranks have written into these files of a draft; returns the names of what is there instead."""
-        if self._tail.num_rows >= PART_ROWS:  # it is in the newest checkpoint, and the rows that come now are not
+        """Replace the rows that ranks wrote into these files of a draft by the tail; return the names of its files."""
+        if self._tail.num_rows >= PART_ROWS:  # the newest checkpoint has it, without the rows of this one
             self._make_part()
         new = pa.concat_tables([SCHEMA.empty_table(), *(_read(draft / name) for name in names)])
         for name in names:
@@ -187,7 +189,7 @@ class Ledger:
         return [TAIL]
 
     def show(self, checkpoint: Path) -> None:
-        """Lay a copy of the tail of a checkpoint, now the newest, beside the parts."""
+        """Copy the tail of a checkpoint, now the newest, to the folder of the parts."""
         if self._tail.num_rows:
             self.folder.mkdir(exist_ok=True)
             partial = self.folder / f".{COPY}.{secrets.token_hex(4)}.partial"
@@ -196,22 +198,22 @@ class Ledger:
 
     def _make_part(self) -> None:
         first, last = (self._tail["step"][at].as_py() for at in (0, -1))
-        # a name that no other attempt has: one that is thought dead may still be writing
+        # a name that no other attempt has: an attempt considered dead may still write
         name = f"steps_{first:08d}_{last:08d}.{secrets.token_hex(4)}.parquet"
         partial = self.folder / f".{name}.partial"
         write_rows(self._tail, partial)
         self.parts = {**self.parts, name: synced_sha256(partial)}
-        (self.folder / COPY).unlink(missing_ok=True)  # first: a crash between the two leaves no row there twice
+        (self.folder / COPY).unlink(missing_ok=True)  # first: a crash in between leaves no duplicate rows
         os.replace(partial, self.folder / name)
         sync_folder(self.folder)
         self._tail = SCHEMA.empty_table()
 
 
 def read(run_dir: RunDir) -> tuple[int, pa.Table]:
-    """The step of the newest checkpoint, and all rows up to it in the order of steps; of a run that goes on, too.
+    """Return the step of the newest checkpoint and all rows up to it, sorted by step. The run may still be training.
 
     Raises:
-        UserError: there is no checkpoint, or none has rows.
+        UserError: there is no checkpoint yet.
         ReadFailed: files of the ledger are missing or broken.
     """
     failure: Exception | None = None
@@ -219,18 +221,18 @@ def read(run_dir: RunDir) -> tuple[int, pa.Table]:
         for checkpoint in committed(run_dir.checkpoints):
             try:
                 return step_of(checkpoint), _rows_of(run_dir, checkpoint)
-            except (OSError, pa.ArrowException) as error:  # an older one may be whole
+            except (OSError, pa.ArrowException) as error:  # an older checkpoint may be readable
                 failure = failure or error
         if failure is None:
-            cure = "wait for its first save, of which checkpoint.every_steps decides, or for its end"
-            raise UserError("RUN_DIR", str(run_dir.path), "has no checkpoint yet, with which rows are written", cure)
+            cure = "wait for its first save (checkpoint.every_steps) or for its end"
+            raise UserError("RUN_DIR", str(run_dir.path), "has no checkpoint yet; each save writes its rows", cure)
     raise ReadFailed(f"the pair ledger of {run_dir.path} cannot be read ({failure})")
 
 
 def verify(run_dir: RunDir) -> list[str] | None:
-    """What is wrong with the parts that the newest manifest lists, a line each; None where it lists none."""
+    """Return the defects of the parts that the newest manifest lists, one line each; None if it lists none."""
     for checkpoint in committed(run_dir.checkpoints):
-        with suppress(UserError):  # of another format
+        with suppress(UserError):  # another format
             if (listed := listed_in(checkpoint)) is not None:
                 return differing(run_dir.pairs, listed.parts) if listed.parts else None
     return None
@@ -239,7 +241,7 @@ def verify(run_dir: RunDir) -> list[str] | None:
 def _rows_of(run_dir: RunDir, checkpoint: Path) -> pa.Table:
     listed = listed_in(checkpoint)
     if listed is None:
-        raise ReadFailed(f"{checkpoint} has no manifest that can be read")
+        raise ReadFailed(f"{checkpoint} has no readable manifest")
     parts = [_read(run_dir.pairs / name) for name in sorted(listed.parts)]
     return pa.concat_tables([*parts, _tail_of(checkpoint, listed)])
 
@@ -249,5 +251,5 @@ def _tail_of(checkpoint: Path, listed: Listed) -> pa.Table:
 
 
 def _read(path: Path) -> pa.Table:
-    with pq.ParquetFile(path) as file:  # pq.read_table would take a folder named lr=1e-6 for a column
+    with pq.ParquetFile(path) as file:  # pq.read_table would treat a folder named lr=1e-6 as a column
         return file.read()

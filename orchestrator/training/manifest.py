@@ -1,4 +1,4 @@
-"""Which checkpoints there are and whether they are whole: a folder counts when it has a manifest. Loads no torch."""
+"""List, verify and delete checkpoints: a folder is a checkpoint if it has a manifest. Does not import torch."""
 
 import hashlib
 import json
@@ -11,34 +11,34 @@ from orchestrator.settings.spec import UserError
 
 FORMAT = 4
 MANIFEST = "manifest.json"
-CORRUPT, UNREADABLE = "manifest.corrupt.json", "manifest.unreadable.json"  # names of manifests that count no more
+CORRUPT, UNREADABLE = "manifest.corrupt.json", "manifest.unreadable.json"  # names of disabled manifests
 
 
 class Listed(NamedTuple):
-    """What a manifest speaks for: names and sha256."""
+    """The files listed in a manifest, name -> sha256."""
 
-    files: dict[str, str]  # in the checkpoint's folder, all but the manifest itself
-    parts: dict[str, str]  # of the pair ledger, which outlive the checkpoint
+    files: dict[str, str]  # in the checkpoint's folder, without the manifest itself
+    parts: dict[str, str]  # of the pair ledger; they outlive the checkpoint
 
 
 class ReadFailed(OSError):
-    """A checkpoint could not be read this time, which says nothing about its content."""
+    """A checkpoint could not be read this time; its content may be intact."""
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
+    """Return the folder of the checkpoint after `step` optimizer steps."""
     return checkpoints / f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps after which the checkpoint in this folder was made."""
+    """Return the number of optimizer steps before the checkpoint in this folder."""
     return int(folder.name.removeprefix("step_"))
 
 
 def retain(checkpoints: Path, keep: int, best: Path | None = None) -> None:
-    """Delete all but the best and the newest `keep` committed checkpoints, and what crashes have left; rank zero alone.
+    """Delete all but the best and the newest `keep` committed checkpoints, and leftovers of crashes; on rank 0 only.
 
-    The manifest goes first, so that a deletion cut short leaves no half checkpoint.
+    The manifest is deleted first, so that an interrupted deletion leaves no incomplete checkpoint.
     """
     kept = [*committed(checkpoints)[:keep], best]
     for folder in checkpoints.glob("step_*"):
@@ -48,10 +48,10 @@ def retain(checkpoints: Path, keep: int, best: Path | None = None) -> None:
 
 
 def set_aside(checkpoints: Path, valid: Path) -> None:
-    """Let the committed checkpoints newer than `valid`, which `newest_valid` found, count no more; rank zero alone.
+    """Disable the committed checkpoints newer than `valid`, the result of `newest_valid`; on rank 0 only.
 
-    Left in place they would still be the newest, and `retain` would delete new ones for them. It deletes corrupt ones,
-    but not files against which only a broken manifest speaks.
+    Otherwise they would still be the newest, and `retain` would delete new ones in favour of them. `retain` deletes
+    corrupt checkpoints, but not those of which only the manifest is broken.
     """
     for folder in committed(checkpoints):
         if folder.name > valid.name:
@@ -59,10 +59,10 @@ def set_aside(checkpoints: Path, valid: Path) -> None:
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """Folders with a manifest, newest first; its content is not looked at.
+    """Return the folders with a manifest, newest first, without reading it.
 
     Raises:
-        ReadFailed: whether there are any cannot be seen now; a glob would pass over them in silence.
+        ReadFailed: the folder cannot be listed at the moment; a glob would silently return nothing.
     """
     try:
         folders = [path for path in checkpoints.iterdir() if path.name.startswith("step_") and _is_there(path)]
@@ -82,13 +82,13 @@ def _is_there(folder: Path) -> bool:
 
 
 def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with a checkpoint: one line per file, empty when it is whole.
+    """Return the defects of a checkpoint, one line per file; empty if it is complete.
 
-    share: (rank, size) looks at every size-th file, for ranks that check together.
+    share: (rank, size) checks every size-th file, for ranks that share the work.
 
     Raises:
         UserError: it has another format.
-        ReadFailed: a file is there and cannot be read now.
+        ReadFailed: a file exists but cannot be read at the moment.
     """
     listed = listed_in(folder)
     if listed is None:
@@ -97,7 +97,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
 
 
 def differing(folder: Path, files: dict[str, str]) -> list[str]:
-    """One line for each of these files that is missing or has another sha256. Raises ReadFailed as `verify` does."""
+    """Return one line for each of these files that is missing or has another sha256. Raises ReadFailed."""
     wrong = []
     for name, expected in files.items():
         path = folder / name
@@ -112,7 +112,7 @@ def differing(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def listed_in(folder: Path) -> Listed | None:
-    """What a checkpoint's manifest lists; None where it is not a manifest. Raises as `verify` does."""
+    """Return the files that a checkpoint's manifest lists; None if it is not a valid manifest. Raises like `verify`."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -123,7 +123,7 @@ def listed_in(folder: Path) -> Listed | None:
     if not isinstance(manifest, dict) or "format" not in manifest:
         return None
     if manifest["format"] != FORMAT:
-        cure = "take the version of this program that wrote it, or choose another run.name"
+        cure = "use the version of this program that wrote it, or choose another run.name"
         raise UserError(f"{path} format", manifest["format"], f"this version reads format {FORMAT}", cure)
     if not isinstance(manifest.get("files"), dict):
         return None
@@ -132,24 +132,24 @@ def listed_in(folder: Path) -> Listed | None:
 
 def _unread(path: Path, error: OSError) -> ReadFailed:
     reason = error.strerror or type(error).__name__
-    return ReadFailed(f"{path} cannot be read now ({reason}); nothing was changed, try again when it can be")
+    return ReadFailed(f"{path} cannot be read now ({reason}); nothing was changed, try again later")
 
 
 def sha256_of(path: Path) -> str:
-    """Of its content."""
+    """Return the sha256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def synced_sha256(path: Path) -> str:
-    """The same, when the content is on the disk."""
+    """Flush a file to disk and return its sha256."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(path: Path) -> None:
-    """Until the names in a folder are on the disk."""
+    """Flush the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What can be made, and refused, before any rank starts: tokenizer, model config, tokenised data, a user's code."""
+"""Load and check everything that is possible before ranks start: tokenizer, model config, tokenised data, user code."""
 
 import os
 import warnings
@@ -40,30 +40,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a run that need no tokenised row."""
+    """The parts of a run that do not depend on tokenised rows."""
 
     tokenizer: "PreTrainedTokenizerBase"
     config: Any
-    collator: AdaptedCollator | None  # of a user
+    collator: AdaptedCollator | None  # the user's
     user_metrics: UserMetrics | None
 
 
 @dataclass(frozen=True)
 class Prepared(Parts):
-    """The parts of a run that are built, or refused, before any rank starts."""
+    """The parts of a run that are built before any rank starts."""
 
     train: Pairs
     eval: dict[str, Pairs]  # by the name of the evaluation set
 
 
 def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
-    """Tokenizer, model config and tokenised data, from the cache where they are there already. No collective.
+    """Load tokenizer, model config and tokenised data, from the cache if they are in it. No collective.
 
-    These are the checks of a run before it starts, in three lists. `orchestrator plan` makes the first two as they
-    stand and the third on small data or on the first rows: a new check belongs into the first list that can make it.
+    The checks before a run are in three functions: check_code, load_parts and tokenize. `orchestrator plan` calls the
+    first two unchanged and the third on small data or on the first rows: add a new check to the first one that can do
+    it.
 
     Raises:
-        UserError: whatever is wrong with the data, the tokenizer, the model's config or the user's code.
+        UserError: the data, the tokenizer, the model's config or the user's code are wrong.
     """
     check_code(spec, given)
     parts = load_parts(spec, given)
@@ -73,7 +74,7 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
 
 
 def check_code(spec: RunSpec, given: Given = NOTHING) -> None:
-    """Check what needs neither model nor rows: that the sources exist, and all code that the settings name.
+    """Check everything that needs neither model nor rows: that the sources exist, and the code that the settings name.
 
     Raises:
         UserError: the first check that fails.
@@ -92,7 +93,7 @@ def check_code(spec: RunSpec, given: Given = NOTHING) -> None:
 
 
 def check_device(spec: RunSpec, device: torch.device) -> None:
-    """Check what the settings need of the device that a rank computes on.
+    """Check that the device of a rank supports the settings.
 
     Raises:
         UserError: the first check that fails.
@@ -104,7 +105,7 @@ def check_device(spec: RunSpec, device: torch.device) -> None:
 
 
 def load_parts(spec: RunSpec, given: Given = NOTHING) -> Parts:
-    """Load tokenizer and model config, and check all that follows from them and from the files of the models.
+    """Load tokenizer and model config, and check everything that depends on them and on the files of the models.
 
     Raises:
         UserError: the first check that fails.
@@ -124,9 +125,9 @@ def load_parts(spec: RunSpec, given: Given = NOTHING) -> Parts:
 
 
 def tokenize(spec: RunSpec, parts: Parts, first: int | None = None) -> Prepared:
-    """Tokenise all sets, and check what follows from the tokens.
+    """Tokenise all sets, and check everything that depends on the tokens.
 
-    first: read only so many rows of each source, and hold none of them out.
+    first: read only this number of rows of each source, and hold none of them out.
 
     Raises:
         UserError: the first check that fails.
@@ -155,10 +156,10 @@ def _steps(spec: RunSpec, train: Pairs) -> int:
 
 
 def _user_collator(spec: RunSpec, given: Given, tokenizer: Any, config: Any) -> AdaptedCollator | None:
-    """That of the settings, or of a Python user."""
+    """Return the user's collator, from the settings or from the caller."""
     named, collator = spec.data.collator, given.data_collator
     if named is not None and collator is not None:
-        raise UserError("data.collator", named.path, "data_collator is given as well", "remove one of the two")
+        raise UserError("data.collator", named.path, "cannot be combined with data_collator", "remove one of the two")
     if collator is not None:
         check_cache_with_collator(spec.reference, "data_collator")
     found = named if collator is None else collator
@@ -167,10 +168,10 @@ def _user_collator(spec: RunSpec, given: Given, tokenizer: Any, config: Any) -> 
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase", config: Any) -> int:
-    """Return the token that fills up padded rows, where it is masked.
+    """Return the id of the token that fills up padded rows, where it is masked.
 
-    A pad token that was added without resizing the model's embeddings has an id that they lack: another token then
-    takes its place, which changes nothing.
+    A pad token that was added without resizing the model's embeddings has an id outside them: another token then
+    replaces it, which does not change the results.
     """
     vocabulary = config.get_text_config().vocab_size
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -178,11 +179,11 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase", config: Any) -> int:
 
 
 def quiet() -> None:
-    """Libraries' progress bars and advice would bury our lines."""
+    """Switch off progress bars and advice of libraries, which would hide our lines."""
     import transformers
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns of that, and accelerate imports it in any run
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns, and accelerate imports it in any run
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.*")

@@ -1,4 +1,4 @@
-"""Read RUN_DIR/result.json: rank zero writes how the run ended, whoever starts it again reads it."""
+"""Read RUN_DIR/result.json, in which rank 0 records how the run ended."""
 
 import json
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from orchestrator.training.rundir import RunDir
 
 @dataclass(frozen=True)
 class RunResult:
-    """The end of a run; also RUN_DIR/result.json."""
+    """The result of a run; the content of RUN_DIR/result.json."""
 
     status: str  # finished: the model is exported; stopped: saved, the same command resumes
     reason: str
@@ -25,7 +25,7 @@ class RunResult:
 
 
 def last_result(run_dir: RunDir) -> RunResult | None:
-    """Return how the last attempt ended; None if it has not, or if the file is damaged."""
+    """Return the result of the last attempt; None if it has not ended, or if the file is damaged."""
     try:
         result = json.loads(run_dir.result.read_text())
         return RunResult(**result) if result["status"] in ("finished", "stopped") else None
@@ -34,7 +34,7 @@ def last_result(run_dir: RunDir) -> RunResult | None:
 
 
 def finished_already(run_dir: RunDir) -> RunResult | None:
-    """Return the result of a run that is complete; None where the same command still has something to do."""
+    """Return the result of a finished run; None if the same command still has something to do."""
     result = last_result(run_dir)
     if result is None or result.status != "finished" or not Path(result.checkpoint).is_dir():
         return None
@@ -42,15 +42,15 @@ def finished_already(run_dir: RunDir) -> RunResult | None:
 
 
 def finished_line(run_dir: RunDir) -> str:
-    """Return a line that says since when a complete run is finished, and how to train once more."""
+    """Return a line with the time at which a run finished, and how to train once more."""
     when = datetime.fromtimestamp(run_dir.result.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     name = run_dir.path.name
     return f"{name} has finished already, on {when}: nothing to do; run.name={name}-2 trains once more"
 
 
 def evaluated_sets(logs: Collection[str]) -> dict[str, str]:
-    """Names of the evaluation sets whose metrics are among those in `logs`, and what these begin with: eval_ for the
-    only one, without a name, else eval_NAME_."""
-    suffix = "rewards/accuracies"  # which every evaluation has, as it has a loss
+    """Return the names of the evaluation sets with metrics in `logs`, and the prefix of these: eval_ for a single set
+    without a name, else eval_NAME_."""
+    suffix = "rewards/accuracies"  # every evaluation has it, and a loss
     prefixes = [name.removesuffix(suffix) for name in logs if name.startswith("eval_") and name.endswith(suffix)]
     return {prefix[len("eval_") : -1]: prefix for prefix in prefixes if f"{prefix}loss" in logs}

@@ -1,4 +1,4 @@
-"""The run directory: its paths, the request to stop, and who owns it."""
+"""The run directory: its paths, its lock and the file that requests a stop."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ from orchestrator.settings.wrong_file import run_around
 
 
 class RunDir:
-    """Paths below run.dir/run.name; nothing is read or made until a method says so."""
+    """The paths below run.dir/run.name; the constructor neither reads nor writes anything."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -23,25 +23,25 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.pairs = path / "pairs.parquet"  # a folder
-        self.tokenizer = path / "tokenizer"  # with the model's config.json: what an export needs besides weights
+        self.tokenizer = path / "tokenizer"  # and the model's config.json: an export needs both besides weights
         self.model = path / "model"
         self.wandb = path / "wandb"
         self.logs = path / "logs"
         self.tensorboard = self.logs / "tensorboard"
         self.mlflow = path / "mlflow"
-        self.stop = path / "STOP"  # whoever makes this file asks the run to save and stop
+        self.stop = path / "STOP"  # creating this file requests the run to save and stop
         self.result = path / "result.json"
 
     def heartbeat(self, rank: int) -> Path:
-        """What a rank writes while it takes steps."""
+        """Return the heartbeat file of a rank."""
         return self.logs / f"heartbeat_{rank:05d}.json"
 
     @classmethod
     def existing(cls, path: str) -> "RunDir":
-        """The directory of a run that has started.
+        """Return the directory of a run that has started.
 
         Raises:
-            UserError: there is none at this path.
+            UserError: the path is not the directory of a run.
         """
         run_dir = cls(Path(path))
         if not run_dir.config.is_file():
@@ -49,13 +49,13 @@ class RunDir:
         return run_dir
 
     def check(self, spec: RunSpec) -> None:
-        """Refuse settings that a resumption may not change.
+        """Check that a resumed run has the settings that it was started with, except those that may change.
 
         Raises:
             UserError: the directory belongs to a run with other settings.
         """
         if not (self.config.is_file() and any(self.checkpoints.glob("step_*/manifest.json"))):
-            return  # nothing was trained yet, so there is nothing to contradict
+            return  # nothing was trained yet, so all settings may change
         changes = changed_on_resume(load_spec(self.config), spec)
         if changes:
             keys = ", ".join(f"{key} (was {old!r}, now {new!r})" for key, old, new in changes)
@@ -63,11 +63,11 @@ class RunDir:
                 "run.name",
                 spec.run.name,
                 f"is a started run with other settings: {keys}",
-                "put them back to resume it, or choose another run.name",
+                "restore them to resume it, or choose another run.name",
             )
 
     def begin(self, spec: RunSpec) -> None:
-        """Make the directory, write the settings, and forget how earlier attempts ended."""
+        """Create the directory, write the settings, and delete the result of earlier attempts."""
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         save_spec(spec, self.config)
@@ -75,7 +75,7 @@ class RunDir:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Hold the directory; two drivers on one run would overwrite each other. The lock dies with its holder.
+        """Lock the directory, as two drivers of one run would overwrite each other. The lock ends with its process.
 
         Raises:
             UserError: another process holds it.
@@ -86,7 +86,7 @@ class RunDir:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             cure = "set run.dir to another folder"
-            raise UserError("run.dir", str(self.path), f"cannot be made ({reason})", cure) from None
+            raise UserError("run.dir", str(self.path), f"cannot be created ({reason})", cure) from None
         with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,11 +101,11 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
-            self.stop.unlink(missing_ok=True)  # asked of an earlier attempt; what is asked from now on is of this one
+            self.stop.unlink(missing_ok=True)  # a request to an earlier attempt; later ones are for this attempt
             yield
 
     def owner(self) -> str | None:
-        """Who holds the directory, on whatever machine; None if nobody does."""
+        """Return the process that holds the lock, on any machine; None if the directory is not locked."""
         try:
             with open(self.path / ".owner") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -116,7 +116,7 @@ class RunDir:
         return None
 
     def metric_lines(self) -> list[dict[str, Any]]:
-        """Return what metrics.jsonl holds; a line that a full disk or a kill has damaged is left out."""
+        """Return the lines of metrics.jsonl, without those that a full disk or a kill has damaged."""
         lines: list[dict[str, Any]] = []
         if self.metrics.is_file():
             for line in self.metrics.read_text(errors="replace").splitlines():
@@ -125,22 +125,22 @@ class RunDir:
         return [line for line in lines if isinstance(line, dict)]
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """How the run ended, for whoever started the process that ended it."""
+        """Write the result of the run, for the process that started it."""
         write_atomically(self.result, json.dumps(result))
 
 
 def _not_a_run(path: Path) -> UserError:
     """Return the error of a path that is not a run directory, with the directory that was probably meant."""
-    rule, fix = "holds no config.yaml, so it is not the directory of a run", "give the folder run.dir/run.name"
+    rule, fix = "holds no config.yaml, so it is not the directory of a run", "use the folder run.dir/run.name"
     runs = [str(config.parent) for config in sorted(path.glob("*/config.yaml"))] if path.is_dir() else []
     if path.is_file():
         rule = "is a file, not the directory of a run"
         with suppress(UserError):
-            fix = f"give {load_spec(path).run_dir}, the directory of the run that it describes"
+            fix = f"use {load_spec(path).run_dir}, the directory of the run that it describes"
     elif (run := run_around(path)) is not None:
-        rule, fix = "is a part of a run", f"give the directory of the run, {run}"
+        rule, fix = "is a part of a run", f"use the directory of the run, {run}"
     elif runs:
-        rule, fix = "holds runs, and is not one", f"for example {runs[-1]}"
+        rule, fix = "contains runs, but is not a run", f"for example {runs[-1]}"
     elif not path.exists():
         rule, siblings = "does not exist", [*path.parent.glob("*/config.yaml"), *Path("runs").glob("*/config.yaml")]
         near = {config.parent.name: str(config.parent) for config in siblings}
@@ -150,7 +150,7 @@ def _not_a_run(path: Path) -> UserError:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader, or a crash, meets the old text or the new, never half."""
+    """Write a small file atomically: a reader, or a crash, finds either the old text or the new one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(partial, "w") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""Answer a few prompts at the end of a run, by the model before and after training."""
+"""Answer a few prompts at the end of a run with the model before and after training."""
 
 import logging
 from typing import Any
@@ -14,19 +14,19 @@ from orchestrator.training.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 64  # of an answer, which is here to be looked at
+MAX_NEW_TOKENS = 64  # length of a sample answer
 
 
 def answered_samples(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device: torch.device) -> list[dict[str, str]]:
-    """Return the first evaluation prompts with the answers of the start of the run and of its exported model.
+    """Return the first evaluation prompts with the answers of the initial and of the exported model.
 
-    On rank zero alone, and without collectives. The run has finished: whatever goes wrong here is only a warning.
+    On rank 0 only, and without collectives. The run has finished, so an error here is only a warning.
     """
     if not spec.evaluation.samples:
         return []
     try:
         return _answered(spec, run_dir, prepared, device)
-    except Exception as error:  # generation has many ways to fail, and none of them concerns the trained model
+    except Exception as error:  # generation may fail in many ways, which do not affect the trained model
         reason = " ".join(str(error).split())[:200]
         logger.warning("evaluation.samples: no prompt was answered (%s: %s)", type(error).__name__, reason)
         return []
@@ -35,7 +35,7 @@ def answered_samples(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device:
 def _answered(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device: torch.device) -> list[dict[str, str]]:
     from transformers import AutoModelForCausalLM
 
-    name, pairs = next(iter(prepared.eval.items()))  # there is one: the settings refuse samples without
+    name, pairs = next(iter(prepared.eval.items()))  # not empty: a rule of the settings
     prompts = [pairs[index]["prompt_ids"] for index in range(min(spec.evaluation.samples, len(pairs)))]
     start = build_policy(spec, prepared.tokenizer, torch.float32)
     before = greedy_answers(start, prepared.tokenizer, prompts, device)
@@ -49,7 +49,7 @@ def _answered(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device: torch.
 
 @torch.no_grad()
 def greedy_answers(model: Any, tokenizer: Any, prompts: list[list[int]], device: torch.device) -> list[str]:
-    """Return the text that a model continues each prompt with, always taking the most probable token."""
+    """Return the greedy continuation of each prompt by a model, as text."""
     model = model.to(device).eval()
     answers = []
     for prompt in prompts:
@@ -66,7 +66,7 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: list[list[int]], device:
 
 
 def _prompt_texts(spec: RunSpec, name: str, pairs: Pairs, count: int) -> list[str]:
-    """Return the text of the first prompts: of a conversation, its last message."""
+    """Return the text of the first prompts; for a conversation, its last message."""
     ids = [int(pair_id) for pair_id in pairs.pair_ids[:count]]
     rows = raw_rows(spec.data, "eval", ids, name)
     prompts = (rows[pair_id].row["prompt"] for pair_id in ids)

@@ -128,14 +128,14 @@ class Trainer:
                 "run.name",
                 self.spec.run.name,
                 f"is a run that was started with other models: {', '.join(changes)}",
-                "put them back to resume it, or choose another run.name",
+                "restore them to resume it, or choose another run.name",
             )
         if meta["data"] != self.loader.pairs.identity:
             raise UserError(
                 "data.train",
                 ", ".join(source.path for source in self.spec.data.train),
                 "its rows, or the tokenizer, are not those that this run was started with",
-                "put them back to resume it, or choose another run.name",
+                "restore them to resume it, or choose another run.name",
             )
         check_resumable(meta["made_by"], self.made_by)
         before = meta.get("sources", self.sources)

@@ -96,7 +96,7 @@ def test_a_newer_format_is_refused_at_resume(ended_run: tuple[Path, Path]) -> No
     assert again.codes == [2], again.stderr
     assert len(again.stderr.splitlines()) == 1
     assert again.stderr.startswith(
-        f"error: {manifest} format = 99: this version reads format {FORMAT}; take the version"
+        f"error: {manifest} format = 99: this version reads format {FORMAT}; use the version"
     )
     assert kept(run_dir) == before
 

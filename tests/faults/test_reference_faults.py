@@ -147,7 +147,7 @@ def test_another_reference_is_refused_at_resume_and_named(
     assert "is a run that was started with other models: " in line
     for difference in named:
         assert f" {difference}" in line
-    assert "put them back to resume it, or choose another run.name" in line
+    assert "restore them to resume it, or choose another run.name" in line
     assert max(losses(folder / "runs" / "tiny")) == STOP
     shutil.rmtree(folder / name)
     kept.rename(folder / name)

@@ -677,7 +677,7 @@ def test_another_format_is_refused_and_never_passed_over(tmp_path: Path, ranks: 
         assert isinstance(refusal, UserError)
         assert str(refusal) == (
             f"{manifest} format = 99: this version reads format {FORMAT}; "
-            "take the version of this program that wrote it, or choose another run.name"
+            "use the version of this program that wrote it, or choose another run.name"
         )
     assert len(committed(tmp_path)) == 2
 

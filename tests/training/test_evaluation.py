@@ -195,5 +195,5 @@ def test_what_the_export_verb_writes_can_be_chosen(stopped_early: Run, tmp_path:
         out = export(RunDir(stopped_early.dir), tmp_path / f"{which}", which=which)
         assert f"| Optimizer steps | {step} |" in (out / "README.md").read_text()
     (stopped_early.dir / "checkpoints" / "step_00000002" / "index.json").unlink()
-    with pytest.raises(UserError, match=r"its best checkpoint is not whole .*--checkpoint last"):
+    with pytest.raises(UserError, match=r"its best checkpoint is not complete .*--checkpoint last"):
         export(RunDir(stopped_early.dir), tmp_path / "gone")

@@ -77,7 +77,7 @@ def test_a_broken_newest_checkpoint_gives_the_one_before(run_dir: RunDir) -> Non
 
 
 def test_the_best_of_a_run_without_a_metric_is_refused(run_dir: RunDir) -> None:
-    with pytest.raises(UserError, match=r"no step of it is the best \(evaluation\.metric_for_best was not set\)"):
+    with pytest.raises(UserError, match=r"has no best checkpoint \(evaluation\.metric_for_best was not set\)"):
         export(run_dir, run_dir.path / "out", which="best")
 
 
@@ -106,7 +106,7 @@ def test_a_folder_with_other_things_is_left_alone(run_dir: RunDir, tmp_path: Pat
     out = tmp_path / "mine"
     out.mkdir()
     (out / "notes.txt").write_text("precious")
-    with pytest.raises(UserError, match="other things in it"):
+    with pytest.raises(UserError, match="with other files"):
         export(run_dir, out)
     assert (out / "notes.txt").read_text() == "precious"
 
@@ -128,7 +128,7 @@ def test_a_file_in_the_way_is_refused(run_dir: RunDir, tmp_path: Path) -> None:
 def test_a_run_without_a_whole_checkpoint_is_refused(run_dir: RunDir) -> None:
     for step in (1, 2):
         (step_folder(run_dir.checkpoints, step) / "meta.json").unlink()
-    with pytest.raises(UserError, match=r"no whole checkpoint .*meta.json: is missing"):
+    with pytest.raises(UserError, match=r"no complete checkpoint .*meta.json: is missing"):
         export(run_dir, run_dir.path / "out")
     assert not (run_dir.path / "out").exists()
 

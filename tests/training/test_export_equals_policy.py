@@ -325,6 +325,8 @@ def test_a_model_that_its_config_does_not_describe_is_refused_before_the_first_s
 
     monkeypatch.setattr(worker, "build_policy", with_a_bias)
     base = random_base(tmp_path / "base", config("llama"))
-    with pytest.raises(UserError, match=r"model.path = .*an export would not hold what is trained: model.norm.bias"):
+    with pytest.raises(
+        UserError, match=r"model.path = .*an export would not hold the trained weights: model.norm.bias"
+    ):
         trained_logits(tmp_path, base)
     assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()

@@ -52,9 +52,9 @@ class Padding:
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({"callbacks": Counting()}, r"callbacks = 'Counting': is no list; give callbacks=\[\.\.\.\]"),
-        ({"data_collator": {"pad_token_id": 0}}, "data_collator = 'dict': cannot be called; give a function"),
-        ({"compute_metrics": "mine:compute"}, "compute_metrics = 'str': cannot be called; give a function"),
+        ({"callbacks": Counting()}, r"callbacks = 'Counting': is not a list; use callbacks=\[\.\.\.\]"),
+        ({"data_collator": {"pad_token_id": 0}}, "data_collator = 'dict': cannot be called; use a function"),
+        ({"compute_metrics": "mine:compute"}, "compute_metrics = 'str': cannot be called; use a function"),
         ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model = 'Linear': must be a function.*lambda policy: create_ref"),
         ({"optimizers": torch.optim.SGD}, "optimizers = 'type': is not a pair of functions"),
     ],
@@ -67,7 +67,7 @@ def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -
 @pytest.mark.parametrize("call", [debug, train])
 @pytest.mark.parametrize("given", ["run.yaml", {"run": {"name": "a"}}])
 def test_what_are_no_settings_is_refused(call: Any, given: Any) -> None:
-    with pytest.raises(UserError, match=f"is {type(given).__name__}, no RunSpec; give load_spec"):
+    with pytest.raises(UserError, match=f"is a {type(given).__name__}, not a RunSpec; pass load_spec"):
         call(given)
 
 
@@ -81,7 +81,7 @@ def test_arguments_of_trl_are_answered_with_the_setting(tmp_path: Path, call: An
 
 def test_a_collator_of_python_and_one_of_the_settings_contradict(tmp_path: Path) -> None:
     for settings, line in (
-        ({"data": {"collator": "math:prod"}}, "data.collator = 'math:prod': data_collator is given as well"),
+        ({"data": {"collator": "math:prod"}}, "data.collator = 'math:prod': cannot be combined with data_collator"),
         (
             {"reference": {"cache": "full"}},
             "reference.cache = 'full': the batches of data_collator are not known in",
