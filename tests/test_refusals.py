@@ -560,7 +560,7 @@ HERE = [
         "callbacks",
         "EarlyStoppingCallback",
         "unexpected keyword argument 'patience'",
-        "give its arguments as {path, kwargs}",
+        "write its arguments as {path, kwargs}",
     ),
     case(
         "early-stopping-without-metric",

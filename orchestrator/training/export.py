@@ -210,8 +210,8 @@ def _fill_buffers(model: Any, run_dir: RunDir, spec: RunSpec, reader: Reader) ->
     left_out = sorted(buffers.keys() - reader.shapes.keys())
     start: dict[str, torch.Tensor] = {}
     if left_out:
-        said = "%s was written by a version that left out %s: read from the model that the run started with"
-        logger.warning(said, reader.folder, _some(left_out))
+        message = "%s was written by a version that left out %s: read from the model that the run started with"
+        logger.warning(message, reader.folder, _some(left_out))
         start = persistent_buffers(build_policy(spec, _tokenizer(run_dir), torch.float32))
     for name, buffer in buffers.items():
         buffer.data = start[name] if name in left_out else reader.parameter(name)

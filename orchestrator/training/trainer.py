@@ -1,4 +1,4 @@
-"""fit(): take steps, log, evaluate, save, stop."""
+"""The training loop: take steps, log, evaluate, save and stop."""
 
 import difflib
 import logging
@@ -32,25 +32,25 @@ from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
-MAX_SKIPPED_IN_A_ROW = 25  # fp16 steps: the loss scale has then fallen by 2**25 and the gradient still overflows
+MAX_SKIPPED_IN_A_ROW = 25  # fp16 steps: by then the loss scale is 2**25 times smaller, and the gradient still overflows
 
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingError(Exception):
-    """Training cannot go on; one line with rank, step and cure."""
+    """Training cannot continue; one line with rank, step and fix."""
 
 
 class Tolerance(NamedTuple):
-    """How near two log-probs are that count as the same."""
+    """The difference up to which two log-probs count as equal."""
 
-    token: float  # nats, of each token at random
-    nats: float  # besides, of a sequence
+    token: float  # nats, random error of each token
+    nats: float  # nats, additional error of a sequence
 
 
 class Asked(NamedTuple):
-    """What all ranks agreed to do now."""
+    """What all ranks have agreed to do at this step."""
 
     non_finite: bool
     save: bool
@@ -60,7 +60,7 @@ class Asked(NamedTuple):
 
 @dataclass
 class Ended:
-    """How `fit` ended."""
+    """The result of `fit`."""
 
     status: str  # finished | stopped
     reason: str
@@ -72,7 +72,7 @@ class Ended:
 
 @dataclass
 class Trainer:
-    """The parts of a run on one rank, and its position."""
+    """The training loop of one rank, with the parts of the run and its position."""
 
     spec: RunSpec
     world: World
@@ -83,17 +83,17 @@ class Trainer:
     eval_loaders: dict[str, Loader]  # by the name of the evaluation set
     callbacks: Callbacks
     max_steps: int
-    total_pairs: int | None  # over all epochs; the data end here even if fp16 skipped steps
+    total_pairs: int | None  # over all epochs; training ends here even if fp16 skipped steps
     precision: Precision
-    identity: dict[str, Any]  # of the models and the tokenizer: a resumed run must find the same
+    identity: dict[str, Any]  # of the models and the tokenizer; a resumed run must have the same
     user_metrics: UserMetrics | None
-    near: Tolerance | None  # how near policy and reference must be before the first step; None: they may differ
+    near: Tolerance | None  # for policy and reference before the first step; None: they may differ
 
     def __post_init__(self) -> None:
         self.step = 0  # optimizer steps taken
         self.pairs_seen = 0
         self.tokens_seen = 0.0
-        self.losses_seen = (0.0, 0.0)  # sum and count of what was logged, for their mean at the end
+        self.losses_seen = (0.0, 0.0)  # sum and count of the logged losses, for their mean at the end
         self.window = MetricSums(self.world)  # since the last log
         self.last: Updated | None = None
         self.evaluated_at = self.saved_at = -1
@@ -103,51 +103,52 @@ class Trainer:
         self.ledger = Ledger(self.run_dir.pairs) if self.world.is_main else None
         self.saver = checkpoint.Saver(self.run_dir.checkpoints, self.world, keep, timeout_s, self.ledger)
         self.resumed_from: Path | None = None
-        self.rng: checkpoint.RngState | None = None  # before the step under way; what it has drawn will be drawn again
-        self.stopping = False  # asked from outside: save, and be resumed later
-        self.finishing = False  # asked by a callback: this is the end of training
-        self.ending_epoch = False  # asked by a callback: what is left of the epoch is not seen
-        self.epochs_ended: list[int] = []  # the steps after which that was done
+        self.rng: checkpoint.RngState | None = None  # before the current step; a resumed run repeats that step
+        self.stopping = False  # requested from outside: save, to be resumed later
+        self.finishing = False  # requested by a callback: end training
+        self.ending_epoch = False  # requested by a callback: skip the rest of the epoch
+        self.epochs_ended: list[int] = []  # the steps after which an epoch ended early
         self.said_unscored = False
-        self.sources = _sources(self.spec)  # now: a file that is edited later is not what runs
+        self.sources = _sources(self.spec)  # at start: a file that is edited later is not the code that runs
         self.in_epoch = False
         self.callbacks.fire("on_init_end")
 
     # --- position ------------------------------------------------------------------------------------------------
 
     def resume(self, reader: checkpoint.Reader) -> None:
-        """Go on from a checkpoint of any engine and world size.
+        """Resume from a checkpoint of any engine and world size.
 
         Raises:
-            UserError: the checkpoint was made with another reference, base or tokenizer, or with other pairs, or by an
-                optimizer whose state can go on nowhere but where it was made.
+            UserError: the checkpoint was written with another reference, base or tokenizer, or with other pairs, or its
+                optimizer state can only be resumed with the engine and world size that wrote it.
         """
         meta = reader.meta
         if changes := list(_differences(meta["identity"], self.identity)):
             raise UserError(
                 "run.name",
                 self.spec.run.name,
-                f"is a run that was started with other models: {', '.join(changes)}",
+                f"is a run that was started with other models or another tokenizer: {', '.join(changes)}",
                 "restore them to resume it, or choose another run.name",
             )
         if meta["data"] != self.loader.pairs.identity:
             raise UserError(
                 "data.train",
                 ", ".join(source.path for source in self.spec.data.train),
-                "its rows, or the tokenizer, are not those that this run was started with",
+                "its rows or the tokenizer have changed since this run was started",
                 "restore them to resume it, or choose another run.name",
             )
         check_resumable(meta["made_by"], self.made_by)
         before = meta.get("sources", self.sources)
         for name in self.sources.keys() & before.keys():
             if self.world.is_main and self.sources[name] != before[name]:
-                logger.warning("the file of %s was edited: steps after %d are not as those before", name, meta["step"])
+                message = "%s was edited since this run started: steps after %d use the new code"
+                logger.warning(message, name, meta["step"])
         self.engine.put(reader.read, reader.keys)
         self.engine.set_state(meta["engine"])
         self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
         self.evaluated_at, self.saved_at = meta["evaluated_at"], self.step
         self.losses_seen = (meta["losses_seen"][0], meta["losses_seen"][1])
-        # a callback had ended training, or the epoch, when the process died
+        # a callback may have ended training, or the epoch, before the process died
         self.finishing, self.ending_epoch = meta["finishing"], meta["ending_epoch"]
         self.epochs_ended = meta["epochs_ended"]
         self.resumed_from = reader.folder
@@ -159,17 +160,17 @@ class Trainer:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """Whose state a checkpoint holds."""
+        """Return the origin of the optimizer state, for a checkpoint."""
         return made_by(self.engine.optimizer, self.engine.scheduler, self.spec.engine, self.world.size)
 
     @property
     def is_over(self) -> bool:
-        """Whether every step was taken."""
+        """Return whether all steps are taken."""
         return self.step >= self.max_steps or (self.total_pairs is not None and self.pairs_seen >= self.total_pairs)
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is a step to take."""
+        """Return whether to take another step."""
         return not (self.is_over or self.stopping or self.finishing)
 
     @property
@@ -180,12 +181,12 @@ class Trainer:
         state = self.callbacks.state
         state.global_step, state.epoch = self.step, self.pairs_seen / self.loader.order.pairs_per_epoch
         state.num_input_tokens_seen = int(self.tokens_seen)
-        state.total_flos = 6.0 * self.loader.order.cost.token * self.tokens_seen  # as transformers counts them
+        state.total_flos = 6.0 * self.loader.order.cost.token * self.tokens_seen  # the formula of transformers
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def fit(self) -> Ended:
-        """Train from the present position to the end, or until someone asks to stop. The same on every rank."""
+        """Train from the current position to the end, or until a stop is requested. The same on every rank."""
         if self.ledger is not None:
             self.ledger.go_on(self.resumed_from)
         self._update_state()
@@ -202,8 +203,7 @@ class Trainer:
             return self._end()
 
     def train(self, steps: Iterator[StepBatches], upto: int | None = None) -> None:
-        """Take steps until `upto` are taken (all, where it is not given), or until someone asks to stop, or a callback
-        to end the epoch."""
+        """Take steps up to `upto` (default: all), or until a stop is requested, or a callback ends the epoch."""
         callbacks = self.callbacks
         epoch, skipped = -1, 0
         while self.goes_on and not self.ending_epoch and self.step != upto:
@@ -216,13 +216,13 @@ class Trainer:
             callbacks.fire("on_step_begin")
             outputs = self.micro_steps(made)
 
-            # requests raised since the last update act now, on its weights: this step's update has not happened
+            # requests since the last update are handled now, with its weights: this step has not updated them yet
             asked = self._agree(self.engine.finite())
             if not (self.stopping or self.finishing):
                 self._act_on(asked)
-            if self.stopping or self.finishing or self.ending_epoch:  # or an evaluation that was asked for has asked
+            if self.stopping or self.finishing or self.ending_epoch:  # also if requested in _act_on
                 self.engine.discard()
-                checkpoint.set_rng_state(self.rng, self.world.device)  # as if the step had not been begun
+                checkpoint.set_rng_state(self.rng, self.world.device)  # undoes the step
                 break
 
             callbacks.fire("on_pre_optimizer_step")
@@ -239,12 +239,12 @@ class Trainer:
                 self._after_update([output for _, output in outputs])
             if not self.in_epoch:
                 self._end_epoch()
-            # after what is due at the end of an epoch: a resumed run does not come back to it
+            # after the end of an epoch has been handled: a resumed run does not repeat it
             if not asked.non_finite and self._due.save and not self.is_over:
                 self.save()
 
     def _after_update(self, outputs: list[StepOutput]) -> None:
-        """Count the step that was taken, and log and evaluate where that is due."""
+        """Count the step, and log and evaluate if due."""
         self.callbacks.fire("on_optimizer_step")
         self.step += 1
         if self.spec.reference.sync_every and self.step % self.spec.reference.sync_every == 0:
@@ -262,9 +262,9 @@ class Trainer:
 
     @property
     def _due(self) -> Asked:
-        """What the schedule wants after the step that was taken."""
+        """Return what is due after the current step by the settings."""
         evaluation, over = self.spec.evaluation, self.is_over
-        by_epoch = evaluation.every_epoch and evaluation.every_steps is None  # then after the end of the epoch
+        by_epoch = evaluation.every_epoch and evaluation.every_steps is None  # evaluated after the end of the epoch
         evaluate = self._is_at(evaluation.every_steps) or (over and not by_epoch)
         return Asked(
             non_finite=False,
@@ -283,20 +283,20 @@ class Trainer:
             self.evaluate()
 
     def _end_epoch_early(self) -> None:
-        """As a callback has asked: go on with the next epoch, if the run has one."""
+        """Skip to the next epoch, if the run has one, as a callback requested."""
         self._end_epoch()
         per_epoch = self.loader.order.pairs_per_epoch
         over = self.pairs_seen // per_epoch + 1
-        # only now: what is saved at the end of the epoch has not come to the next one
+        # only now: a checkpoint saved at the end of the epoch belongs to that epoch
         self.pairs_seen, self.ending_epoch = over * per_epoch, False
         self.epochs_ended.append(self.step)
         self.finishing |= over >= self.callbacks.state.num_train_epochs
 
     def _end(self) -> Ended:
-        """Evaluate (unless the run is to be resumed) and save."""
+        """Evaluate (unless the run was stopped, to be resumed) and save."""
         stopped = self.stopping and not self.finishing and not self.is_over
         if not stopped:
-            self.log()  # what is left in the window when a callback ends the run
+            self.log()  # the rest of the window if a callback ended the run
             if self.in_epoch:
                 self._end_epoch()
             self.evaluate()
@@ -306,14 +306,14 @@ class Trainer:
             self._report_totals()
         self.callbacks.fire("on_train_end")
         folder, state = step_folder(self.run_dir.checkpoints, self.step), self.callbacks.state
-        status, reason = "finished", "every step was taken" if self.is_over else "a callback asked"
+        status, reason = "finished", "every step was taken" if self.is_over else "requested by a callback"
         if stopped:
-            status, reason = "stopped", self.session.stop_requested() or "another rank was asked to"
+            status, reason = "stopped", self.session.stop_requested() or "requested on another rank"
         return Ended(status, reason, self.step, folder, state.best_global_step, state.best_metric)
 
     def micro_steps(self, made: StepBatches) -> list[tuple[PairBatch, StepOutput]]:
-        """Forward and backward over this rank's micro-batches, each of which (on the host) is returned with its
-        output; the engine has the gradient then."""
+        """Run forward and backward for this rank's micro-batches, and return each (on the host) with its output. The
+        engine then holds the gradient."""
         counts = over_ranks(self.world, made.counts) if made.are_local else made.counts
         self._look_at(counts)
         if self.engine.meets_in_forward:
@@ -328,50 +328,51 @@ class Trainer:
             outputs.append((batch, output))
             if i < last:
                 self.callbacks.fire("on_substep_end")
-        for batch, output in outputs:  # before the ranks meet: what one writes, all find in the next epoch
+        for batch, output in outputs:  # before the next collective: all ranks find it in the next epoch
             self.loader.remember(batch, output.ref_logps)
         if self.step == 0 and self.near is not None:
             self._check_start(outputs, self.near)
         return outputs
 
     def _look_at(self, counts: Counts) -> None:
-        """Say once that a step has nothing to learn from."""
+        """Warn once if a step has no scored token of a chosen completion."""
         if counts.chosen_tokens or self.said_unscored or not self.world.is_main:
             return
         self.said_unscored = True
         logger.warning(
-            "step %d: no token of a chosen completion is scored; raise data.max_length, or look at the completion_mask "
+            "step %d: no token of a chosen completion is scored; raise data.max_length, or check the completion_mask "
             "of data.collator",
             self.step + 1,
         )
 
     def _asked_together(self, made: StepBatches) -> StepBatches:
-        """Where one rank asks the reference, all do: layers that it shares with the policy are gathered by all."""
+        """Drop the cached log-probs if one rank lacks its own: a sharding engine gathers weights on all ranks."""
         known = all(batch.ref_logps is not None for batch in made.micro_batches)
         if all_ranks(self.world, known) or self.loader.cache is None:
             return made
         return made._replace(micro_batches=[batch._replace(ref_logps=None) for batch in made.micro_batches])
 
     def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], near: Tolerance) -> None:
-        """Before the first update the policy is its reference: every reward is 0, and the sigmoid loss ln 2."""
-        by_user = isinstance(self.loader.collator, AdaptedCollator)  # log-probs that come with a batch are then theirs
+        """Check that the policy equals its reference before the first update, where every reward is 0 and the sigmoid
+        loss ln 2."""
+        by_user = isinstance(self.loader.collator, AdaptedCollator)  # log-probs in a batch may then be the user's
         judged = [(b, o) for b, o in outputs if b.pair_weights.any() and not (by_user and b.ref_logps is not None)]
         apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
         for batch, output in judged[:MEASURED]:
             rounding = near.token * batch.completion_tokens.to(self.world.device).double().sqrt()
             apart.append((output.logps - output.ref_logps).abs() - rounding)
         worst = self.world.max(torch.cat(apart).amax().view(1)).item()
-        if worst > near.nats:  # a NaN is not, and is found in the gradient
+        if worst > near.nats:  # False for NaN, which is detected in the gradient
             raise TrainingError(
-                f"step 1: the policy starts as its reference, yet log-probs of the two differ by {worst:.2g} nats more "
+                f"step 1: the policy starts as its reference, but their log-probs differ by {worst:.2g} nats more "
                 f"than by rounding ({near.nats:.2g} are allowed); remove {self.spec.cache_dir / 'reference_logps'} in "
-                "case it was edited, and report it if this stays"
+                "case it was edited, and report the problem if it persists"
             )
 
     # --- agreement -----------------------------------------------------------------------------------------------
 
     def _agree(self, finite: torch.Tensor | None = None) -> Asked:
-        """One small reduction: whatever one rank saw, all ranks do at the same step."""
+        """Combine the requests of all ranks in one small reduction, so that all act on them at the same step."""
         stop = int(self.session.stop_requested() is not None)
         flags = torch.tensor([0, stop, *self.callbacks.take_requests()], dtype=torch.int32, device=self.world.device)
         if finite is not None:
@@ -391,23 +392,24 @@ class Trainer:
             self.save()
 
     def _check_skipped(self, in_a_row: int) -> None:
-        """fp16 lowers its loss scale and goes on; a non-finite gradient in any other precision is the end."""
+        """Check that training can continue after a non-finite gradient: only in fp16, which lowers its loss scale, and
+        for a limited number of steps."""
         if self.precision == "fp16" and in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
         other = " or precision=fp32" if self.precision in ("bf16", "fp16") else ""
-        other += "".join(f", or mend {name}" for name in self.spec.dpo.own_losses)
+        other += "".join(f", or fix {name}" for name in self.spec.dpo.own_losses)
         raise TrainingError(
             f"step {self.step + 1} (rank {self.world.rank}): the gradient is not finite after pair {self.pairs_seen}; "
             f"choose another run.name with a lower optimizer.lr{other}"
         )
 
-    # --- what is done between steps ------------------------------------------------------------------------------
+    # --- between steps -------------------------------------------------------------------------------------------
 
     def log(self) -> None:
-        """Report the window since the last log; one reduction."""
+        """Report the metrics since the last log; one reduction."""
         totals = self.window.totals()
         if not totals[0][1]:
-            return  # nothing since the last log
+            return  # no step since the last log
         logs = means(totals)
         self.losses_seen = (self.losses_seen[0] + totals[0][0], self.losses_seen[1] + totals[0][1])
         self.tokens_seen += logs["num_tokens"]
@@ -419,7 +421,7 @@ class Trainer:
         self._report(logs)
 
     def evaluate(self) -> None:
-        """Evaluate once per step at most, and save the best; what callbacks then ask (early stopping, a save) acts at
+        """Evaluate, at most once per step, and save the best. Handle requests of callbacks (early stopping, a save) at
         once."""
         if not self.eval_loaders or self.evaluated_at == self.step:
             return
@@ -432,10 +434,10 @@ class Trainer:
             metrics = evaluate(self.engine, loader, self.world, self.step, after, by_token, name, self.user_metrics)
             if twice := found.keys() & metrics.keys():
                 rule = f"two evaluation sets have a metric {min(twice)}"
-                raise UserError("data.eval", name, rule, "give that set another name")
+                raise UserError("data.eval", name, rule, "rename that set")
             self.callbacks.fire("on_evaluate", metrics=self._report(metrics))
             found |= metrics
-        self._remember_best(found)  # after on_evaluate, which compares with the best before
+        self._remember_best(found)  # after on_evaluate, which compares with the previous best
         self._act_on(self._agree()._replace(evaluate=False))
 
     def _after_evaluated_batch(self) -> None:
@@ -443,14 +445,14 @@ class Trainer:
         self.callbacks.fire("on_prediction_step")
 
     def save(self, last: bool = False) -> None:
-        """Commit a checkpoint of this step, once; with checkpoint.async_save only begin it, unless it is the last.
+        """Save a checkpoint of this step, once; with checkpoint.async_save in the background, unless it is the last.
 
-        What is begun is committed when the next save begins, or training ends. `session.committed` and on_save follow
-        the commit, on this thread: at once, or with checkpoint.async_save on rank zero before the next step that finds
-        it done, and on the others when the next save begins or training ends.
+        A save in the background is committed at the latest when the next save begins or training ends.
+        `session.committed` and on_save follow the commit, on this thread: at once, or with checkpoint.async_save on
+        rank 0 before the first step after the commit, and on other ranks when the next save begins or training ends.
 
         Raises:
-            SaveFailed: on every rank, for this save or the one before.
+            SaveFailed: on every rank, for this save or the previous one.
         """
         if self.saved_at == self.step:
             return
@@ -483,12 +485,12 @@ class Trainer:
         self._tell_saved()
 
     def _finish_save(self) -> None:
-        """Wait for the save in the background, if there is one."""
+        """Wait for the save in the background, if any."""
         self.saver.wait()
         self._tell_saved()
 
     def _tell_saved(self) -> None:
-        """Tell of a save that is known here to be committed. Callbacks see the step and the epoch that it holds."""
+        """Notify session and callbacks of a newly committed save. Callbacks see its step and epoch."""
         if (path := self.saver.news()) is None:
             return
         self.session.committed(self.saved_at, path)
@@ -501,7 +503,7 @@ class Trainer:
         state.global_step, state.epoch = present
 
     def _report_totals(self) -> None:
-        """What transformers says at the end: of this process the time, of the run the mean loss."""
+        """Report transformers' totals at the end: the time of this process and the mean loss of the run."""
         seconds, (step, pairs) = max(time.monotonic() - self.began, 1e-9), self.began_at
         loss, count = self.losses_seen
         self._report(
@@ -515,7 +517,7 @@ class Trainer:
         )
 
     def _report(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """Tell the callbacks; returns what they were told."""
+        """Pass the logs and the epoch to the callbacks, and return them."""
         logs = {**logs, "epoch": self.pairs_seen / self.loader.order.pairs_per_epoch}
         if self.world.is_main:
             self.callbacks.state.log_history.append({**logs, "step": self.step})
@@ -523,10 +525,10 @@ class Trainer:
         return logs
 
     def _remember_best(self, metrics: dict[str, float]) -> None:
-        """Have this step saved if its weights are the best so far. As in transformers, those of the start never are.
+        """Request a save if the weights of this step are the best so far; never for step 0, as in transformers.
 
         Raises:
-            UserError: what decides it was not evaluated.
+            UserError: the evaluation has no metric of the name in evaluation.metric_for_best.
         """
         name, state = self.spec.evaluation.best_metric, self.callbacks.state
         if name is None:
@@ -537,12 +539,12 @@ class Trainer:
             raise UserError("evaluation.metric_for_best", name, "is not among the evaluated metrics", cure)
         sign = 1 if self.spec.greater_is_better else -1
         best = -math.inf if state.best_metric is None else sign * state.best_metric
-        if self.step and sign * metrics[name] > best:  # a NaN is not
+        if self.step and sign * metrics[name] > best:  # False for NaN
             state.best_metric, state.best_global_step = metrics[name], self.step
             self.callbacks.control.should_save = True
 
     def _find_best(self) -> None:
-        """Where the checkpoint lies that was the best before; without one the next evaluation is the best."""
+        """Find the checkpoint that was the best before; if it is gone, the next evaluation becomes the best."""
         state = self.callbacks.state
         if state.best_global_step is None or self.spec.evaluation.metric_for_best is None:
             return
@@ -551,18 +553,18 @@ class Trainer:
             state.best_model_checkpoint = str(folder)
             return
         if self.world.is_main:
-            logger.warning("%s was the best and is gone; the next evaluation takes its place", folder)
+            logger.warning("the best checkpoint %s is missing; the next evaluation becomes the best", folder)
         state.best_metric = state.best_global_step = None
 
 
 def _sources(spec: RunSpec) -> dict[str, str]:
-    """A hash of each file of a user's that makes numbers, by its module:attr."""
+    """Return a hash of each user file that affects the results, by its module:attr."""
     named = [*spec.dpo.own_losses, spec.optimizer.name, spec.data.collator.path if spec.data.collator else ""]
     return {name: source_hash(name) for name in named if ":" in name}
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Where two nested dicts of plain values differ, hashes shortened."""
+    """Yield the differences of two nested dicts of plain values, with shortened hashes."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in dict.fromkeys([*before, *now]):
             yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)

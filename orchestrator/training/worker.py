@@ -1,4 +1,4 @@
-"""run(): the one function that every rank runs; it builds the parts in reading order, then trains."""
+"""run(), the function that every rank runs: build the parts of a run, then train."""
 
 import gc
 import hashlib
@@ -52,12 +52,12 @@ from orchestrator.training.samples import answered_samples
 from orchestrator.training.trainer import Ended, Tolerance, Trainer
 from orchestrator.world import World
 
-CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows pay per operation, longer ones fall out of its caches
-# Of what packed_error measures.
+CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows have more overhead, longer ones exceed its caches
+# Largest packed_error that counts as rounding.
 PACKED_TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "tf32": 0.02, "bf16": 0.05, "fp16": 0.02}
 
-# By how many nats a token's log-prob may be off, at random, where one is kept from another cut of the micro-batches
-# (a sequence's then by this times the root of its tokens); int8 treats the outliers of a whole micro-batch alike.
+# Random error, in nats, of a token's log-prob that was cached with another split into micro-batches (for a sequence,
+# times the square root of its tokens); in int8 the outliers of a whole micro-batch are treated alike.
 SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-3, "tf32": 0.03, "bf16": 0.1, "fp16": 0.03, "int8": 0.5}
 
 logger = logging.getLogger(__name__)
@@ -70,21 +70,21 @@ def run(
     given: Given = NOTHING,
     observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]] = list,
 ) -> RunResult:
-    """Train one run on this rank, resuming where RUN_DIR has a whole checkpoint.
+    """Train one run on this rank, resuming if RUN_DIR has a complete checkpoint.
 
-    given: by a Python user; what it leaves out the settings say.
-    observed_by: the callbacks of this rank (none but on rank zero) -> those to take instead, for a debugger.
+    given: the user's functions and objects; the settings define the rest.
+    observed_by: callbacks of this rank (empty except on rank 0) -> those to use instead, for a debugger.
 
     Raises:
-        UserError: the settings or the data are wrong, or RUN_DIR has checkpoints of which none can be used.
-        ReadFailed: the newest checkpoint cannot be read now.
-        TrainingError: training cannot go on.
+        UserError: the settings or the data are wrong, or RUN_DIR has checkpoints but none is usable.
+        ReadFailed: the newest checkpoint cannot be read at the moment.
+        TrainingError: training cannot continue.
     """
     quiet()
     run_dir = RunDir(spec.run_dir)
     prepared = prepare(spec, given)
     ended = _trained(spec, prepared, world, session, run_dir, given, observed_by)
-    gc.collect()  # before the export makes the model once more, whole
+    gc.collect()  # before the export builds the whole model again
     return _concluded(spec, prepared, ended, run_dir, world)
 
 
@@ -97,7 +97,7 @@ def _trained(
     given: Given,
     observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]],
 ) -> Ended:
-    """Go on from the newest checkpoint; what was built is gone from memory when this returns."""
+    """Train from the newest checkpoint; all parts of the run are freed when this returns."""
     found = _newest_checkpoint(run_dir, world)
     callbacks = observed_by(build_callbacks(spec, run_dir, given.callbacks) if world.is_main else [])
     with built(spec, prepared, world, session, run_dir, given, found, callbacks) as trainer:
@@ -116,11 +116,11 @@ def built(
     callbacks: Sequence[TrainerCallback] = (),
     first_batch_only: bool = False,
 ) -> Iterator[Trainer]:
-    """The parts of a run on this rank, ready to take the next step; they end with the context. Collective.
+    """Build the parts of a run on this rank, ready for the next step, and close them with the context. Collective.
 
-    found: the checkpoint to go on from; the start of the run when not given.
-    callbacks: of this rank, whoever named them; those of `given` are not looked at.
-    first_batch_only: the pairs of the first global batch are all the data, and nothing is evaluated.
+    found: the checkpoint to resume from; default: start the run.
+    callbacks: all callbacks of this rank; those of `given` are ignored.
+    first_batch_only: train on the pairs of the first global batch only, without evaluation.
     """
     precision = resolved(spec.precision, world.device)
     with tf32_switched(precision == "tf32"):
@@ -143,24 +143,24 @@ def _assembled(
     callbacks: Sequence[TrainerCallback],
     first_batch_only: bool,
 ) -> Trainer:
-    """The parts of `built`, in reading order. Collective."""
+    """Build the parts of `built`. Collective."""
     dtype = dtype_held(precision)
-    # DeepSpeed casts and moves weights itself: on the device there may be no room for them in fp32
+    # DeepSpeed casts and moves weights itself: in fp32 they may not fit the device
     built_on = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
     policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=spec.engine.shards_weights)
     frozen = freeze_unreached(policy, world.size)
     reference = build_reference(spec, policy, dtype, given.ref_model, world.device)
     exact_int8_products()
     if found is not None:
-        reference.exact = None  # was measured when the run began
-    # before any forward pass, in which bitsandbytes casts biases
+        reference.exact = None  # its error was measured when the run began
+    # before any forward pass, because bitsandbytes casts biases in one
     identity = _identity(spec, prepared, policy, reference, world, dtype)
     cost = pair_cost(policy)
     length = run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training)
     config = exported_config(policy, prepared.config)
     check_exportable(policy, config, spec)
     if world.is_main:
-        is_whole = type(config) is type(prepared.config)  # not the language model of a multimodal one
+        is_whole = type(config) is type(prepared.config)  # not only the language model of a multimodal one
         keep_for_export(run_dir, policy, prepared.tokenizer, config, spec.model.path if is_whole else None)
     if found is None and world.is_main:
         say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
@@ -174,7 +174,7 @@ def _assembled(
     loader, eval_loaders = _loaders(spec, prepared, world, cost, collator, first_batch_only)
     if spec.reference_cache != "off" and prepared.collator is None:
         said_by = {"reference": identity["reference"], **_arithmetic(spec, precision, attention, world)}
-        if fixed_up_to(reference.model.config) is not None:  # earlier releases took the longest row's for all
+        if fixed_up_to(reference.model.config) is not None:  # earlier releases used the longest row's for all
             said_by["rope"] = "by each row's own length"
         _open_caches(spec, loader, eval_loaders, said_by)
     if found is None and world.is_main:
@@ -212,7 +212,7 @@ def _assembled(
 
 
 def _arithmetic(spec: RunSpec, precision: Precision, attention: AttentionName, world: World) -> dict[str, Any]:
-    """What log-probs of one reference depend on besides its weights and the tokens."""
+    """Return what a reference's log-probs depend on besides its weights and the tokens."""
     made: dict[str, Any] = {"precision": precision, "attention": attention, "device": world.device.type}
     if _casts(spec, precision):
         made["weights"] = precision
@@ -222,25 +222,25 @@ def _arithmetic(spec: RunSpec, precision: Precision, attention: AttentionName, w
 
 
 def _handed_to_callbacks(spec: RunSpec, prepared: Prepared, engine: Engine) -> dict[str, Any]:
-    """The keyword arguments that transformers gives to every hook."""
+    """Return the keyword arguments that transformers passes to every hook."""
     return {
-        "model": None if spec.engine.shards_weights else engine.step.policy,  # whose weights would be shards
+        "model": None if spec.engine.shards_weights else engine.step.policy,  # its weights would be shards
         "processing_class": prepared.tokenizer,
         "optimizer": ReadOnlyOptimizer(engine.optimizer),
         "lr_scheduler": engine.scheduler,
-        "train_dataloader": None,  # batches come from an order of our own
+        "train_dataloader": None,  # batches do not come from a DataLoader
         "eval_dataloader": None,
     }
 
 
 def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
-    """The checkpoint to go on from; newer ones that are not whole are set aside."""
+    """Return the checkpoint to resume from, and disable newer ones that are not complete."""
     found, complaints = checkpoint.newest_valid(run_dir.checkpoints, world)
     if complaints and found is None:
         raise UserError(
             "run.dir",
             str(run_dir.path),
-            f"has checkpoints, but none is whole ({complaints[0]})",
+            f"has checkpoints, but none is complete ({complaints[0]})",
             f"restore their files, or choose another run.name, or remove {run_dir.checkpoints} to start over",
         )
     if found is not None and complaints and world.is_main:
@@ -253,7 +253,7 @@ def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
 def _pair_step(
     spec: RunSpec, policy: Any, reference: Reference, world: World, precision: Precision, dtype: torch.dtype
 ) -> PairStep:
-    """What the engine will wrap, with the reference in the arithmetic that the policy will have."""
+    """Build the module that the engine wraps, with a reference that computes in the policy's precision."""
     wanted, casts = spec.reference, _casts(spec, precision)
     stays = wanted.sync_every is not None or wanted.dtype is not None or wanted.offload
     if wanted.sync_every is not None and wanted.sharded and casts and spec.engine.kind == "deepspeed":
@@ -269,7 +269,7 @@ def _pair_step(
 
 
 def _engine(spec: RunSpec, world: World, precision: Precision, dtype: torch.dtype) -> Engine:
-    """The engine that the settings name, before it wraps anything."""
+    """Build the engine of the settings, before it wraps anything."""
     base = spec.model.lora.base if spec.model.lora else None
     frozen = dtype if base is None or base in get_args(Quantized) else DTYPES[base]  # pyright: ignore
     limit, decay = spec.training.max_grad_norm, spec.optimizer.weight_decay
@@ -277,23 +277,23 @@ def _engine(spec: RunSpec, world: World, precision: Precision, dtype: torch.dtyp
 
 
 def _casts(spec: RunSpec, precision: Precision) -> bool:
-    """Whether the weights that compute are of 16 bits themselves, and not only the arithmetic over them."""
+    """Return whether the forward pass has 16-bit weights, and not only 16-bit arithmetic."""
     return is_16_bit(precision) and spec.engine.kind != "ddp"
 
 
 def _attention(
     spec: RunSpec, prepared: Prepared, engine: Engine, world: World, precision: Precision
 ) -> tuple[AttentionName, str | None]:
-    """Give both models the attention of the run; its name, and why it is padded where that was not asked for.
+    """Set the attention of policy and reference; return its name, and why rows are padded if that was not set.
 
     Raises:
-        UserError: the rows are padded, and the model's answer for one depends on the others.
+        UserError: the rows are padded, and the model's output for one depends on the others.
     """
     fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, *prepared.eval.values())]
     longest = max(int(longest_sequences(lengths).max()) for lengths in fed)
     policy, reference = engine.step.policy, engine.step.reference
     judges = [reference.model] + ([reference.exact.model] if reference.exact is not None else [])
-    models = [model for model in dict.fromkeys((policy, *judges)) if model is not None]  # one, if it judges itself
+    models = [model for model in dict.fromkeys((policy, *judges)) if model is not None]  # one if both are the same
     for model in models:
         if longest > (fixed_up_to(model.config) or longest):
             use_own_lengths(model)
@@ -313,22 +313,22 @@ def _attention(
             engine.inside(partial(packed_error, model, world.device)) / _packed_tolerance(model, precision)
             for model in models
         ]
-        # one layout for all ranks: it decides the number of micro-steps. A NaN is not within any tolerance
+        # all ranks must have one layout, which decides the number of micro-steps; NaN exceeds every tolerance
         found = [error for errors in world.gather(mine) for error in errors]
         if all(error <= 1 for error in found):
             return name, None
-    return "padded", f"packed and padded differ here, {max(found):.1e} times as much as rounding explains"
+    return "padded", f"packed and padded rows differ by {max(found):.1e} times the rounding"
 
 
 def _check_padding(models: list[Any], engine: Engine, world: World, precision: Precision) -> None:
-    """Refuse a model whose log-probs of a sequence depend on the padding beside it. Collective."""
+    """Check that a sequence's log-probs do not depend on its padding. Collective."""
     for model in models:
         error = engine.inside(partial(padding_error, model, world.device)) / _packed_tolerance(model, precision)
         if not max(world.gather(error)) <= 1:
             rule = (
                 f"log-probs of a sequence depend on the rows beside it: they differ by {error:.1e} times the rounding"
             )
-            raise UserError("model", type(model).__name__, rule, "take another model")
+            raise UserError("model", type(model).__name__, rule, "use another model")
 
 
 def _packed_tolerance(model: Any, precision: Precision) -> float:
@@ -337,7 +337,7 @@ def _packed_tolerance(model: Any, precision: Precision) -> float:
 
 
 def _rounding(policy: Any, precision: Precision) -> float:
-    """By how many nats a token's log-prob of the policy may differ that should be the same."""
+    """Return the random error, in nats, of a token's log-prob under the policy."""
     bases = [name for name, dtype in DTYPES.items() if policy.dtype == dtype] + ["int8"] * is_int8(policy)
     return max(SAME_LOGPS[name] for name in (precision, *bases))
 
@@ -345,18 +345,19 @@ def _rounding(policy: Any, precision: Precision) -> float:
 def _identity(
     spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, world: World, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What makes the numbers of a run besides its settings and rows; a checkpoint is resumed by the same alone."""
-    types = None  # weights that are mapped from a file are of its type until they are cut
+    """Return what the results of a run depend on besides its settings and rows; a checkpoint can only be resumed with
+    the same."""
+    types = None  # mapped weights have the dtype of their file until they are sharded
     if spec.engine.shards_weights and not (spec.model.lora and spec.model.lora.base) and not spec.reference.dtype:
         types = types_when_cut(policy, dtype)
     made: dict[str, Any] = {"reference": identity_of(reference.tensors(), reference.model.config, world, types)}
-    if adapter_layers(policy) and not isinstance(reference, PolicyStart):  # which is the base itself
+    if adapter_layers(policy) and not isinstance(reference, PolicyStart):  # then the reference is the base
         made["base"] = identity_of(PolicyStart(policy).tensors(), policy.config, world, types)
-    # a function of a Python user may have frozen some: without it the same command would train them
+    # a user's function may have frozen some: without it the same command would train them
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
     made["trainable"] = {"count": len(trainable), "names": hashlib.sha256("\n".join(trainable).encode()).hexdigest()}
     template = str(prepared.tokenizer.chat_template).encode()
-    if spec.model.path or spec.model.tokenizer:  # one made on the spot is made of the rows, which have a hash as well
+    if spec.model.path or spec.model.tokenizer:  # a new tokenizer depends on the rows, which have a hash too
         made["tokenizer"] = tokenizer_identity(prepared.tokenizer)
     return made | {"chat_template": hashlib.sha256(template).hexdigest()}
 
@@ -399,20 +400,20 @@ def _loaders(
 
 
 def _open_caches(spec: RunSpec, loader: Loader, eval_loaders: dict[str, Loader], identity: dict[str, Any]) -> None:
-    """Give the loaders what is on disk of the log-probs of a reference with that identity.
+    """Open the caches of log-probs of a reference with that identity, for all loaders.
 
     Raises:
-        UserError: they are all wanted beforehand and there is nowhere to keep them; lazy goes on without.
+        UserError: the cache cannot be written and is required before training; a lazy cache is skipped with a warning.
     """
     try:
         folder = cache_folder(spec.cache_dir, identity)
     except OSError as error:
         where = f"{spec.cache_dir}/reference_logps cannot be written ({error.strerror})"
         if spec.reference.kind == "precomputed":
-            cure = "set data.cache_dir to a folder that can, or reference.kind=copy"
+            cure = "set data.cache_dir to a writable folder, or reference.kind=copy"
             raise UserError("reference.kind", spec.reference.kind, where, cure) from None
         if spec.reference_cache == "full":
-            cure = "set data.cache_dir to a folder that can, or reference.cache=off"
+            cure = "set data.cache_dir to a writable folder, or reference.cache=off"
             raise UserError("reference.cache", "full", where, cure) from None
         logger.warning("%s: the reference runs every time", where)
         return
@@ -423,10 +424,10 @@ def _open_caches(spec: RunSpec, loader: Loader, eval_loaders: dict[str, Loader],
 
 
 def _settle(engine: Engine, loader: Loader, collator: PackedCollator | PreferenceCollator, world: World) -> None:
-    """One weightless micro-step, after which DDP has regrouped its gradient buckets.
+    """Run one micro-step of weight 0, after which DDP has rebuilt its gradient buckets.
 
-    With three or more ranks the grouping decides the order of summation: it must be the same at the first step of a
-    resumed run as at that step of an undisturbed one.
+    With three or more ranks the buckets determine the order of summation, which must be the same in the first step of a
+    resumed run as in that step of an uninterrupted one.
     """
     if world.size > 1:
         shortest = loader.pairs[int(loader.order.costs.argmin())]
@@ -443,12 +444,12 @@ def _start_tolerance(
     world: World,
     precision: Precision,
 ) -> Tolerance | None:
-    """How near a policy that starts as its reference must be to it at first; None where it does not start so.
+    """Return the tolerance for a policy that starts as its reference; None if it does not.
 
-    An approximate reference is measured, and what was measured is said.
+    Measure and print the error of an approximate reference.
 
     Raises:
-        UserError: it is further off than reference.max_reward_error.
+        UserError: the error exceeds reference.max_reward_error.
     """
     is_same = reference.is_start and spec.model.disable_dropout
     rounding = _rounding(policy, precision)
@@ -457,14 +458,14 @@ def _start_tolerance(
 
     def exact(batch: PairBatch) -> torch.Tensor:
         if reference.exact is None:
-            return engine.evaluate(batch, Counts(1, 1)).logps  # of the policy, which it stands for
+            return engine.evaluate(batch, Counts(1, 1)).logps  # the reference approximates the policy
         with autocast(world.device, precision):
             return reference.exact(batch)
 
     held = spec.reference.dtype or spec.reference.kind
     error = reference_error(engine, loader, exact, world)
     margin = spec.dpo.beta * error.margin
-    reference.exact = None  # gone from memory
+    reference.exact = None  # frees its memory
     if world.is_main:
         print(
             f"reference in {held}: log-probs of {counted(error.pairs, 'pair')} differ from {precision} by at most "
@@ -477,9 +478,9 @@ def _start_tolerance(
             "reference.max_reward_error",
             limit,
             f"the reference in {held} changes reward margins by up to {margin:.2g}",
-            "raise it, or hold the reference in more bits",
+            "raise it, or use a reference with more bits",
         )
-    # twice: what else is in a micro-batch changes the error
+    # twice: the error depends on the rest of a micro-batch
     return Tolerance(rounding, 2 * error.largest) if is_same else None
 
 
@@ -491,10 +492,10 @@ def _fill_caches(
     world: World,
     session: Session,
 ) -> None:
-    """The reference says what it has to say before the first step.
+    """Compute all reference log-probs before the first step.
 
     Raises:
-        UserError: on every rank, where one has not found all of it on disk and there will be no reference to ask.
+        UserError: on every rank, if one lacks log-probs of reference.kind=precomputed in its cache.
     """
     for name, each in (("training", loader), *((evaluation_named(name), each) for name, each in eval_loaders.items())):
         if each.cache is None:
@@ -505,14 +506,14 @@ def _fill_caches(
             print(f"reference cache: {counted(pairs, f'{name} pair')} in {seconds:.1f} s", flush=True)
         missing = max(world.gather(len(each.cache.unknown())))
         if missing and spec.reference.kind == "precomputed":
-            rule = f"the log-probs of {counted(missing, f'{name} pair')} could not be kept in {each.cache.folder}"
-            raise UserError("reference.kind", "precomputed", rule, "make room there, or set data.cache_dir to another")
+            rule = f"the log-probs of {counted(missing, f'{name} pair')} could not be written to {each.cache.folder}"
+            raise UserError("reference.kind", "precomputed", rule, "free space there, or set data.cache_dir to another")
 
 
 def _concluded(spec: RunSpec, prepared: Prepared, ended: Ended, run_dir: RunDir, world: World) -> RunResult:
     model_step = None
     if ended.status == "finished":
-        wants_best = spec.checkpoint.export == "best" and ended.best_step is not None  # it is None where all were NaN
+        wants_best = spec.checkpoint.export == "best" and ended.best_step is not None  # None if all were NaN
         model_step = ended.best_step if wants_best else ended.step
     result = RunResult(
         ended.status,
@@ -528,7 +529,7 @@ def _concluded(spec: RunSpec, prepared: Prepared, ended: Ended, run_dir: RunDir,
         if model_step is not None:
             if spec.checkpoint.export == "best" and ended.best_step is None:
                 logger.warning(
-                    "no evaluation after a step had a number as %s: the last is exported", spec.evaluation.best_metric
+                    "no evaluation after a step had a number for %s: the last is exported", spec.evaluation.best_metric
                 )
             export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
             result = replace(result, samples=answered_samples(spec, run_dir, prepared, world.device))

@@ -77,7 +77,7 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(ended_run:
         assert again.codes == [2], again.stderr
         complaint = f"{run_dir}/checkpoints/step_00000004/meta.json: its content is not what was written"
         assert again.stderr.splitlines() == [
-            f"error: run.dir = '{run_dir}': has checkpoints, but none is whole ({complaint}); restore their files, "
+            f"error: run.dir = '{run_dir}': has checkpoints, but none is complete ({complaint}); restore their files, "
             f"or choose another run.name, or remove {run_dir}/checkpoints to start over"
         ]
         assert (kept(run_dir), losses(run_dir)) == (before, logged)
@@ -125,7 +125,7 @@ def test_other_rows_under_the_same_name_are_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [*rows(31), rows(1, seed=5)[0]])
     again = forked.run(settings)
     assert again.codes == [2], again.stderr
-    assert "not those that this run was started with" in again.stderr
+    assert "have changed since this run was started" in again.stderr
 
 
 SCORES_NOTHING = """
@@ -149,7 +149,7 @@ def test_code_that_was_edited_and_a_step_that_scores_nothing_are_said(tmp_path: 
         (tmp_path / "my_collator.py").write_text(SCORES_NOTHING + "\n" * edited)
         again = forked.run(settings, cwd=tmp_path)
         assert again.codes == [0], again.stderr
-        said = "the file of my_collator:collate was edited: steps after 2 are not as those before"
+        said = "my_collator:collate was edited since this run started: steps after 2 use the new code"
         assert (said in again.stderr) == edited
         (tmp_path / "runs" / "tiny" / "result.json").unlink()
 
@@ -198,7 +198,7 @@ def test_the_end_that_a_callback_asked_for_survives_a_failed_export(tmp_path: Pa
     (run_dir / "model").unlink()
     again = forked.run(settings, cwd=tmp_path)
     assert again.codes == [0], again.stderr
-    assert "finished after step 2 (a callback asked)" in again.stdout
+    assert "finished after step 2 (requested by a callback)" in again.stdout
 
 
 def test_a_reference_cache_that_cannot_be_made_costs_time_or_is_refused(tmp_path: Path) -> None:
@@ -212,4 +212,4 @@ def test_a_reference_cache_that_cannot_be_made_costs_time_or_is_refused(tmp_path
     assert full.codes == [2], full.stderr
     [line] = full.stderr.splitlines()
     assert line.startswith("error: reference.cache = 'full': ")
-    assert "set data.cache_dir to a folder that can, or reference.cache=off" in line
+    assert "set data.cache_dir to a writable folder, or reference.cache=off" in line

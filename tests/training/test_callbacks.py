@@ -103,7 +103,7 @@ def test_one_that_raises_is_dropped_and_reported_once(tmp_path: Path, caplog: py
     assert len(recording.log) == 3
     assert made.callbacks == [recording]
     [record] = caplog.records
-    assert record.getMessage() == "Raising raised in on_step_end and is dropped; training goes on"
+    assert record.getMessage() == "Raising raised in on_step_end and is dropped; training continues"
     assert record.exc_info is not None
 
 

@@ -186,7 +186,7 @@ def test_where_no_evaluation_had_a_number_the_last_is_exported_and_a_line_says_s
     settings = write_settings(tmp_path, training={"max_steps": 1}, evaluation=evaluation, checkpoint={"export": "best"})
     ended = forked.run(settings, cwd=tmp_path)
     assert ended.codes == [0], ended.stderr
-    assert "no evaluation after a step had a number as eval_odd: the last is exported" in ended.stderr
+    assert "no evaluation after a step had a number for eval_odd: the last is exported" in ended.stderr
     assert "receives log-probs, rewards and lengths of pairs; evaluation.logits=true" in ended.stdout
 
 

@@ -113,7 +113,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_pairs(settings: Path, whole
     refused = forked.run(settings, *words, cwd=settings.parent)
     assert refused.codes == [2]
     assert "data.train" in refused.stderr  # the value is cut where the paths are long
-    assert "its rows, or the tokenizer, are not those that this run was started with" in refused.stderr
+    assert "its rows or the tokenizer have changed since this run was started" in refused.stderr
     chat.write_text(rows_before)
     forked.finished(settings, *words, ranks=2, cwd=settings.parent)
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (run_dir, whole)]

@@ -1,4 +1,4 @@
-"""transformers.TrainerCallbacks, fired on rank zero only; what they ask for is collected here and agreed elsewhere."""
+"""Fire transformers.TrainerCallbacks on rank 0 and collect their requests, on which the trainer makes ranks agree."""
 
 import inspect
 import json
@@ -29,7 +29,7 @@ REQUESTS = ("should_training_stop", "should_epoch_stop", "should_save", "should_
 
 @dataclass(frozen=True)
 class TrainingArgs:
-    """What callbacks see as `args`: TrainingArguments' names (a real one would initialise devices), read-only."""
+    """The read-only `args` of callbacks, with the names of TrainingArguments (a real one would initialise devices)."""
 
     output_dir: str
     run_name: str
@@ -75,31 +75,31 @@ class TrainingArgs:
     trackio_space_id: str | None = None
     trackio_bucket_id: str | None = None
     trackio_static_space_id: str | None = None
-    process_index: int = 0  # callbacks are on rank zero
+    process_index: int = 0  # callbacks run on rank 0
     local_process_index: int = 0
     should_log: bool = True
     should_save: bool = True
 
     @property
     def train_batch_size(self) -> int:
-        """Pairs of a forward pass on one rank."""
+        """Return the number of pairs in a forward pass on one rank."""
         return self.per_device_train_batch_size
 
     @property
     def eval_batch_size(self) -> int:
-        """Evaluation takes the same micro-batches."""
+        """Return the same number: evaluation has the same micro-batches."""
         return self.per_device_train_batch_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as of TrainingArguments.to_dict."""
+        """Return plain values, like TrainingArguments.to_dict."""
         return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
 
     def to_json_string(self) -> str:
-        """As TrainingArguments.to_json_string."""
+        """Return JSON, like TrainingArguments.to_json_string."""
         return json.dumps(self.to_dict(), indent=2)
 
     def to_sanitized_dict(self) -> dict[str, Any]:
-        """Numbers and text alone, as of TrainingArguments.to_sanitized_dict."""
+        """Return numbers and strings only, like TrainingArguments.to_sanitized_dict."""
         values = {**self.to_dict(), "train_batch_size": self.train_batch_size, "eval_batch_size": self.eval_batch_size}
         plain = (bool, int, float, str)
         return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
@@ -114,7 +114,7 @@ def training_args(
     precision: Precision,
     resumed_from: str | None = None,
 ) -> TrainingArgs:
-    """The settings of a run under TrainingArguments' names."""
+    """Return the settings of a run under TrainingArguments' names."""
     micro = spec.batch.micro_batch_size or 1
     return TrainingArgs(
         output_dir=str(run_dir.path),
@@ -161,7 +161,8 @@ def _reports_to(spec: RunSpec) -> tuple[str, ...]:
 
 
 def _eval_strategy(spec: RunSpec) -> IntervalStrategy:
-    """Transformers knows one of the two ways to come to an evaluation; after the last step there is one by steps."""
+    """Return transformers' strategy, which is by epoch or by steps; if both are set, by steps. Without either, the
+    evaluation after the last step counts as one by steps."""
     if not spec.data.eval_sets:
         return IntervalStrategy.NO
     by_epoch = spec.evaluation.every_epoch and spec.evaluation.every_steps is None
@@ -174,7 +175,7 @@ def _save_strategy(spec: RunSpec) -> SaveStrategy:
 
 
 class Callbacks:
-    """The callbacks of rank zero (none on the others), with their TrainerState and TrainerControl.
+    """The callbacks of rank 0 (empty on other ranks), with their TrainerState and TrainerControl.
 
     A callback that raises is reported once and dropped, unless it has a true attribute `essential`.
     """
@@ -198,7 +199,7 @@ class Callbacks:
         for callback in list(self.callbacks):
             try:
                 returned = getattr(callback, event)(self.args, self.state, self.control, **self.objects, **extra)
-            except BdbQuit:  # who leaves the debugger inside a callback wants the run to end
+            except BdbQuit:  # quitting the debugger in a callback ends the run
                 raise
             except Exception:
                 self._drop(callback, event)
@@ -207,14 +208,14 @@ class Callbacks:
                 self.control = returned
 
     def begin_epoch(self, resumed: bool) -> None:
-        """resumed: the epoch had begun, and what was asked in it holds."""
+        """Fire on_epoch_begin. resumed: the epoch had begun before, and requests made in it still apply."""
         if not resumed:
             self.control.should_epoch_stop = False
         self.fire("on_epoch_begin")
 
     def end_step(self, *, log: bool, evaluate: bool, save: bool, stop: bool) -> None:
-        """After an update: callbacks see what will happen now, as transformers' own flow shows it to them. It is asked
-        by nobody, and they cannot call it off."""
+        """Fire on_step_end with the flags of what is due now, as transformers shows them. These are not requests, and
+        callbacks cannot cancel them."""
         due = {"should_log": log, "should_evaluate": evaluate, "should_save": save, "should_training_stop": stop}
         for name in (shown := [name for name, is_due in due.items() if is_due]):
             setattr(self.control, name, True)
@@ -223,21 +224,21 @@ class Callbacks:
             setattr(self.control, name, False)
 
     def _drop(self, callback: TrainerCallback, event: str) -> None:
-        """To be called where an exception is handled: it goes on only if the callback is essential."""
+        """Drop a callback that raised; re-raise if it is essential. To be called while the exception is handled."""
         if getattr(callback, "essential", False):
             raise
         self.callbacks.remove(callback)
-        logger.exception("%s raised in %s and is dropped; training goes on", type(callback).__name__, event)
+        logger.exception("%s raised in %s and is dropped; training continues", type(callback).__name__, event)
 
     def take_requests(self) -> list[int]:
-        """What was asked since the last call, as flags in the order of REQUESTS."""
+        """Return the requests since the last call, as flags in the order of REQUESTS."""
         asked = [int(getattr(self.control, name)) for name in REQUESTS]
         self.control = TrainerControl()
         return asked
 
     def exported(self) -> dict[str, Any]:
-        """States of the callbacks that keep one (transformers' ExportableState), what they have asked and nobody has
-        answered yet, and what TrainerState remembers."""
+        """Return the states of stateful callbacks (transformers' ExportableState), pending requests, and the history in
+        TrainerState."""
         states: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
         for callback in list(self.callbacks):
             if isinstance(callback, ExportableState):
@@ -255,13 +256,13 @@ class Callbacks:
         }
 
     def restore(self, exported: dict[str, Any]) -> None:
-        """Put back what `exported` gave, to the callbacks of the same class, in order."""
+        """Restore a result of `exported` into the callbacks of the same class, in order."""
         waiting = list(exported["callbacks"])
         for callback in list(self.callbacks):
             found = next((entry for entry in waiting if entry[0] == type(callback).__qualname__), None)
             if found and isinstance(callback, ExportableState):
                 waiting.remove(found)
-                _, state, *built_with = found  # checkpoints of before have no third entry
+                _, state, *built_with = found  # checkpoints of older versions have no third entry
                 try:
                     self._restore_state(callback, state, built_with[0] if built_with else None)
                 except Exception:
@@ -274,9 +275,9 @@ class Callbacks:
     def _restore_state(
         self, callback: TrainerCallback, state: dict[str, Any], built_with: dict[str, Any] | None
     ) -> None:
-        """Restore a state, as ExportableState.from_state does, into the callback that the settings have built.
+        """Restore a state into an existing callback, like ExportableState.from_state.
 
-        Its arguments are restored where the run changed them; arguments that the user has changed since then win.
+        Arguments that the run changed are restored, unless the user has changed them since.
         """
         arguments = state.get("args")
         if arguments and built_with is not None and built_with == self._built_with.get(id(callback)) != arguments:
@@ -286,19 +287,19 @@ class Callbacks:
 
 
 def _arguments(callback: TrainerCallback) -> dict[str, Any] | None:
-    """Return the constructor's arguments that a callback keeps in its state, as JSON's types; None if it has none."""
+    """Return the constructor arguments in a callback's state, as JSON types; None if it has none."""
     if not isinstance(callback, ExportableState):
         return None
     try:
         return json.loads(json.dumps(callback.state().get("args")))
-    except Exception:  # a state that is complete only once training has begun
+    except Exception:  # some states are complete only after training has begun
         return None
 
 
 def build_callbacks(
     spec: RunSpec, run_dir: RunDir, given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None
 ) -> list[TrainerCallback]:
-    """Ours, then the settings', then those that are given in Python; to be called on rank zero only.
+    """Build our callbacks, those of the settings and those of the caller, in this order; on rank 0 only.
 
     Raises:
         UserError: a user's callback cannot be imported or built.
@@ -312,7 +313,7 @@ def build_callbacks(
 
 
 def _of_user(spec: RunSpec, given: Sequence[Any] | None) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Name, class or object, and keyword arguments of each callback: of the settings, then of a Python user."""
+    """Return name, class or object, and keyword arguments of each callback of the settings, then of the caller."""
     named = [(entry.path, _at(entry.path), entry.kwargs) for entry in spec.callbacks]
     return named + [(getattr(each, "__name__", type(each).__name__), each, {}) for each in given or ()]
 
@@ -332,13 +333,16 @@ def _built(name: str, made: Any, kwargs: dict[str, Any]) -> TrainerCallback:
         return made(**kwargs)
     except Exception as error:
         reason = f"cannot be built ({type(error).__name__}: {error})"
-        raise UserError("callbacks", name, reason, "mend its constructor, or its kwargs") from None
+        raise UserError("callbacks", name, reason, "fix its constructor, or its kwargs") from None
 
 
 def check_callbacks(spec: RunSpec, given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None) -> None:
-    """Refuse a user's callback that cannot be imported or called as the settings say, without building it.
+    """Check that a user's callbacks can be imported and accept their arguments, without building them.
 
-    Building is for rank zero alone: a constructor may open a file.
+    Only rank 0 builds them: a constructor may open a file.
+
+    Raises:
+        UserError: one cannot be imported, is not a TrainerCallback, or does not accept its arguments.
     """
     for name, made, kwargs in _of_user(spec, given):
         kind: Any = type(made) if isinstance(made, TrainerCallback) else made
@@ -348,7 +352,7 @@ def check_callbacks(spec: RunSpec, given: Sequence[TrainerCallback | type[Traine
             if made is kind:
                 inspect.signature(kind).bind(**kwargs)
         except TypeError as error:
-            reason, cure = f"cannot be built ({error})", "give its arguments as {path, kwargs}; in Python, an object"
+            reason, cure = f"cannot be built ({error})", "write its arguments as {path, kwargs}; in Python, an object"
             raise UserError("callbacks", name, reason, cure) from None
         if kind.__name__ == "EarlyStoppingCallback" and not spec.evaluation.metric_for_best:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar with loss, accuracy, tokens/s and time left, or plain lines where there is none."""
+"""Show progress: a bar with loss, accuracy, tokens/s and time left on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -21,9 +21,9 @@ from orchestrator.training.result import evaluated_sets
 
 
 class ConsoleCallback(TrainerCallback):
-    """Shows where the run stands. Plain lines are flushed at once: they are read through pipes and log files."""
+    """Shows the progress of a run. Plain lines are flushed at once, because pipes and log files read them."""
 
-    progress: ClassVar[Progress | None] = None  # the bar: a process has one terminal
+    progress: ClassVar[Progress | None] = None  # a class variable: a process has one terminal
     gives_way: ClassVar[bool] = False
 
     def __init__(self) -> None:
@@ -86,8 +86,8 @@ class ConsoleCallback(TrainerCallback):
 
     @classmethod
     def give_way(cls) -> None:
-        """Plain lines from now on: someone types at this terminal, where a bar is drawn over the prompt, and holds
-        back what ends no line."""
+        """Print plain lines from now on, because a user types at this terminal: a bar would overwrite the prompt and
+        hold back incomplete lines."""
         ConsoleCallback.gives_way = True
         cls._take_down()
 
@@ -113,7 +113,7 @@ def _facts(logs: dict[str, Any], prefix: str) -> str:
 
 
 def _more(logs: dict[str, Any], prefix: str) -> str:
-    """What a user's compute_metrics found."""
+    """Return the metrics of a user's compute_metrics as text."""
     names = [name.removeprefix(prefix) for name in logs if name.startswith(prefix)]
     return "".join(f", {name} {logs[prefix + name]:.4g}" for name in names if name not in EVALUATED)
 

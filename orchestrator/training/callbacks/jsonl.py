@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per step that logged or evaluated, each step once whatever happened in between."""
+"""Write metrics.jsonl: one line per step that logged or evaluated, once per step even if the run was interrupted."""
 
 import json
 from pathlib import Path
@@ -10,20 +10,20 @@ from orchestrator.training.rundir import write_atomically
 
 
 class JsonlCallback(TrainerCallback):
-    """Writes what is logged at once, so that no committed checkpoint is ahead of this file; what a step logs and
-    what it evaluates become one line.
+    """Writes metrics at once, so that no committed checkpoint is ahead of the file; training and evaluation metrics of
+    a step are one line.
 
-    On resume the lines after the checkpoint's step are cut off, since those steps are about to happen again.
+    On resume, lines after the checkpoint's step are removed, because those steps are repeated.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._line: dict[str, Any] = {}  # the last one, which may still grow
+        self._line: dict[str, Any] = {}  # the last one, to which metrics may still be added
         self._starts_at = 0  # its first byte in the file
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        # without a history nothing is resumed: even a line of step 0 is of an attempt that starts over
+        # without a history the run starts over: even a line of step 0 is from an earlier attempt
         kept = [line for line in lines if state.log_history and _step_of(line) <= state.global_step]
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
         self._line = json.loads(kept[-1]) if kept else {}
@@ -43,4 +43,4 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # half a line of a process that was killed
+        return float("inf")  # an incomplete line of a killed process

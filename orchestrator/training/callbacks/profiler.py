@@ -1,4 +1,4 @@
-"""What chosen steps do, operator by operator: torch's profiler, and a trace for Perfetto."""
+"""Profile some steps with torch's profiler and write a trace for Perfetto."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 
 
 class ProfilerCallback(TrainerCallback):
-    """Writes a Chrome trace of some steps; on every rank, each with a file of its own."""
+    """Writes a Chrome trace of some steps, on every rank to its own file."""
 
     def __init__(self, path: Path, first: int, last: int) -> None:
-        """first, last: steps, counted from 1, both of them included."""
+        """Profile the steps first to last, counted from 1, both included."""
         self.path, self.first, self.last = path, first, last
         self._profile: profile | None = None
         self._span: record_function | None = None
@@ -25,7 +25,7 @@ class ProfilerCallback(TrainerCallback):
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
-        self._end_span()  # of a step that fp16 skipped
+        self._end_span()  # if fp16 skipped a step
         self._span = record_function(f"step {step}")
         self._span.__enter__()
 
@@ -36,7 +36,7 @@ class ProfilerCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._end_span()
-        self._write(state)  # of a run that ends earlier
+        self._write(state)  # if the run ends earlier
 
     def _end_span(self) -> None:
         if self._span is not None:

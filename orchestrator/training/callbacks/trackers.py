@@ -1,4 +1,4 @@
-"""Trackers of transformers by name: TensorBoard and MLflow below RUN_DIR and across resumes, others as they are."""
+"""Find transformers' trackers by name; TensorBoard and MLflow write below RUN_DIR and continue on resume."""
 
 import importlib.util
 import os
@@ -15,19 +15,19 @@ from transformers.integrations.integration_utils import (
 from orchestrator.settings.spec import TRACKERS, UserError
 from orchestrator.training.rundir import RunDir
 
-IMPORTED = {"azure_ml": "azureml", "flyte": "flytekit"}  # by what name, where it is not the tracker's
+IMPORTED = {"azure_ml": "azureml", "flyte": "flytekit"}  # module to import, if not the tracker's name
 
 
 class TensorBoard(TensorBoardCallback):
     """Writes RUN_DIR/logs/tensorboard, or the folder in TENSORBOARD_LOGGING_DIR.
 
-    What a killed attempt has written of steps that are taken again is hidden by TensorBoard.
+    TensorBoard hides what a killed attempt wrote of steps that are repeated.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.logging_dir = self.logging_dir or str(RunDir(Path(args.output_dir)).tensorboard)
         if self.tb_writer is None:
-            # without a history nothing is resumed: even step 0 is taken again
+            # without a history the run starts over: even step 0 is repeated
             self.tb_writer = _writer()(self.logging_dir, purge_step=state.global_step + 1 if state.log_history else 0)
         super().on_train_begin(args, state, control, **kwargs)
 
@@ -35,21 +35,21 @@ class TensorBoard(TensorBoardCallback):
 def _writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # the writer alone, which Ray brings
+    except ImportError:  # the writer only, which is installed with Ray
         from tensorboardX import SummaryWriter
     return SummaryWriter
 
 
 class MLflow(MLflowCallback):
-    """One MLflow run across resumes, in files below RUN_DIR/mlflow, or where MLFLOW_TRACKING_URI says."""
+    """Writes one MLflow run across resumes, in files below RUN_DIR/mlflow, or to MLFLOW_TRACKING_URI."""
 
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # its way of files; a database needs more packages
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # store runs in files; a database needs more packages
         super().__init__()
 
     def setup(self, args: Any, state: Any, model: Any) -> None:
-        """Start the run, or go on with it: its parameters are then there, and MLflow refuses others."""
+        """Start or resume the run; on resume, log no parameters: MLflow has them, and rejects changed ones."""
         import mlflow
 
         folder = RunDir(Path(args.output_dir)).mlflow
@@ -63,7 +63,7 @@ class MLflow(MLflowCallback):
             super().setup(args, state, model)
         finally:
             for name in going_on:
-                os.environ.pop(name, None)  # MLflow has taken the run's id out itself
+                os.environ.pop(name, None)  # MLflow removes the run's id itself
             os.environ.update(said)
         if (run := mlflow.active_run()) is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ OURS: dict[str, type[TrainerCallback]] = {"mlflow": MLflow, "tensorboard": Tenso
 
 
 def tracker(name: str) -> type[TrainerCallback]:
-    """The class of a tracker.
+    """Return the class of a tracker.
 
     Raises:
         UserError: its package is not installed.

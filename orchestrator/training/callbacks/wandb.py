@@ -1,4 +1,4 @@
-"""Weights & Biases: metrics and settings of the run, online where a key is found, else offline; never waited for."""
+"""Log metrics and settings to Weights & Biases, online if there is a key, else offline; training never waits for it."""
 
 import logging
 import os
@@ -14,13 +14,13 @@ from orchestrator.training.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S = 20  # a W&B that cannot be reached delays the start by at most this, then the run is recorded offline
-FINISH_TIMEOUT_S = 120  # a network that is gone at the end; what was not sent stays in RUN_DIR/wandb for `wandb sync`
+INIT_TIMEOUT_S = 20  # longest delay of the start if W&B cannot be reached; then the run is recorded offline
+FINISH_TIMEOUT_S = 120  # longest wait at the end; data not sent stay in RUN_DIR/wandb for `wandb sync`
 SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
 class WandbCallback(TrainerCallback):
-    """One W&B run across resumes (online; offline each process writes a folder of its own with the same id)."""
+    """Logs one W&B run across resumes (online; offline, each process writes its own folder with the same id)."""
 
     def __init__(self, spec: RunSpec, run_dir: RunDir) -> None:
         self.spec, self.run_dir = spec, run_dir
@@ -49,7 +49,7 @@ class WandbCallback(TrainerCallback):
             if mode == "offline":
                 raise
             logger.warning("W&B cannot be reached (%s); this run is recorded offline in %s", error, self.run_dir.wandb)
-            wandb.teardown()  # else the failed run still holds the id
+            wandb.teardown()  # otherwise the failed run still holds the id
             self.run = self._init(wandb, "offline")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -70,7 +70,7 @@ class WandbCallback(TrainerCallback):
             id=self._id(),
             resume="allow",
             config=without_secrets(self.spec.model_dump(mode="json")),
-            # nothing of the machine leaves it: no command line, environment, git state or console text
+            # send no data about the machine: no command line, environment, git state or console text
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -88,7 +88,7 @@ class WandbCallback(TrainerCallback):
         )
 
     def _id(self) -> str:
-        """The run's id, made once and kept in the run directory."""
+        """Return the run's id, which is drawn once and kept in the run directory."""
         path = self.run_dir.wandb / "run_id"
         if not path.exists():
             path.write_text(secrets.token_hex(4))
@@ -96,7 +96,7 @@ class WandbCallback(TrainerCallback):
 
 
 def without_secrets(value: Any) -> Any:
-    """Settings with every value that is, or contains, the value of a secret environment variable blanked."""
+    """Return the settings without secrets: values of secret environment variables are blanked, also inside strings."""
     hidden = [text for name, text in os.environ.items() if SECRET_NAME.search(name) and len(text) >= 8]
 
     def clean(value: Any, name: str = "") -> Any:
@@ -106,7 +106,7 @@ def without_secrets(value: Any) -> Any:
             return [clean(item, name) for item in value]
         if not isinstance(value, str):
             return value
-        # a user's kwargs may carry a key of their own; our own settings of such names (pad_token) hold no secret
+        # a user's kwargs may contain a key; our own settings with such names (pad_token) hold no secret
         if re.search(r"api_?key|secret|passw|auth_?token|access_?token", name, re.IGNORECASE):
             return "***"
         for text in hidden:
@@ -117,9 +117,10 @@ def without_secrets(value: Any) -> Any:
 
 
 def _read_key(path: str) -> str:
-    """
+    """Read the W&B key from a file.
+
     Raises:
-        UserError: there is no key there, or others may read it.
+        UserError: the file cannot be read or is empty, or other users may read it.
     """
     try:
         if os.stat(path).st_mode & 0o077:
@@ -127,19 +128,19 @@ def _read_key(path: str) -> str:
         key = Path(path).read_text().strip()
     except OSError as error:
         rule = f"cannot be read on {os.uname().nodename} ({error.strerror})"
-        raise UserError("wandb.key_file", path, rule, "give a file that rank zero can read") from None
+        raise UserError("wandb.key_file", path, rule, "use a file that rank 0 can read") from None
     if not key:
-        raise UserError("wandb.key_file", path, "is empty", "put the key of https://wandb.ai/authorize there")
+        raise UserError("wandb.key_file", path, "is empty", "write the key from https://wandb.ai/authorize to it")
     return key
 
 
 def _panel(name: str) -> str:
-    """Metric names as transformers' own W&B callback groups them."""
+    """Return the name of a metric in W&B, with the groups of transformers' own callback."""
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
 def _has_credentials(wandb: Any) -> bool:
-    """Whether a key is at hand (environment or netrc), without asking the network."""
+    """Return whether there is a key (environment or netrc), without network access."""
     wandb.setup(settings=wandb.Settings(silent=True))
     try:
         from wandb.sdk.lib import wbauth  # not public; without it the public property below decides
