@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-# A line for each layer and pass, and one when transformers imports it, which is before any function of ours runs.
+# It logs a line per layer and pass, and one when transformers imports it, before any function of this package runs.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:  # lazy (PEP 562): reading settings must not import torch
+def __getattr__(name: str) -> Any:  # lazy (PEP 562): loading settings must not import torch
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""The command line: its verbs, flags, settings files and overrides."""
+"""Parse the command line: verbs, flags, settings files and overrides."""
 
 import argparse
 import re
@@ -14,14 +14,13 @@ from orchestrator.settings.spec import Exported, UserError
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed words, with the name of the verb as `verb`. Help is printed here, and ends the process.
+    """Parse the words; `verb` of the result is the verb's name. Help is printed here and ends the process.
 
-    Settings may stand before and after flags, which argparse alone refuses, and after a bare --profile, which it would
-    take for its range.
+    Other than in plain argparse, settings may precede and follow flags, and may follow a --profile without a range.
 
     Raises:
         UserError: a word is neither a verb nor a flag.
-        SystemExit: help or the version was asked for, or a flag has a wrong value.
+        SystemExit: after printing help or the version, or for a wrong value of a flag.
     """
     parser, verbs = _parser()
     words = list(words)
@@ -40,7 +39,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if unknown := [word for word in rest if word.startswith("-")]:
         raise wrong_flag(words, unknown[0], verbs)
     if rest and not hasattr(args, "settings"):
-        raise UserError(args.verb, " ".join(rest), "is one word too many", f"see orchestrator help {args.verb}")
+        raise UserError(args.verb, " ".join(rest), "is an unexpected argument", f"see orchestrator help {args.verb}")
     if rest:
         args.settings += rest
     return args
@@ -59,12 +58,12 @@ def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     files = [word for word in words if "=" not in word]
     if not files:
         fix = "for example orchestrator train configs/quickstart.yaml"
-        raise UserError("FILE", None, "no settings file was given", fix)
+        raise UserError("FILE", None, "a settings file is required", fix)
     return files, [word for word in words if "=" in word]
 
 
 def _print_help(words: Sequence[str], parser: argparse.ArgumentParser, verbs: Verbs) -> None:
-    """Print help about the program, a verb, all settings, a block or a setting."""
+    """Print help on the program, a verb, all settings, a block or a setting."""
     if not words:
         parser.print_help()
     elif words[0] in verbs:
@@ -76,18 +75,18 @@ def _print_help(words: Sequence[str], parser: argparse.ArgumentParser, verbs: Ve
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """ArgumentParser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Return the parser, and those of its verbs by their names."""
+    """Return the parser, and the parsers of verbs by name."""
     parser = _Parser(
         prog="orchestrator",
-        description="Distributed preference training, described by one YAML.",
-        epilog="orchestrator help settings lists every setting; orchestrator help optimizer those of a block.",
+        description="Distributed preference training from one YAML file.",
+        epilog="orchestrator help settings lists all settings; orchestrator help optimizer lists those of a block.",
     )
     parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
@@ -107,48 +106,50 @@ Add = Callable[[str, str], argparse.ArgumentParser]
 
 
 def _add_verbs_of_settings(add: Add) -> None:
-    """Add the verbs that take settings files and overrides."""
-    _takes_settings(add("train", "train on Ray: a local one, or the cluster at RAY_ADDRESS"))
-    debug = add("debug", "the same worker in this process, without Ray; breakpoints work")
+    """Add the verbs with settings files and overrides as arguments."""
+    _takes_settings(add("train", "train on Ray: a local instance, or the cluster at RAY_ADDRESS"))
+    debug = add("debug", "train in this process, without Ray; breakpoints work")
     _takes_settings(debug)
     _add_debug_flags(debug)
     plan = add("plan", "validate the settings and print the batch arithmetic")
     _takes_settings(plan)
-    plan.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    shown = "the first N training rows as the model will see them, and how long all rows are; tokenises the data"
+    plan.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    shown = "print the first N training rows as the model sees them, and the lengths of all rows; tokenises the data"
     plan.add_argument("--show-rows", type=_whole("a number of rows, 1 or more"), metavar="N", help=shown)
-    submit = add("submit", "check the run here, then hand it to a Ray cluster's job server or to Slurm")
+    submit = add("submit", "check the run here, then submit it to a Ray cluster's job server or to Slurm")
     _takes_settings(submit)
-    submit.add_argument("--to", choices=("ray", "slurm"), help="what takes the run")
-    submit.add_argument("--address", metavar="URL", help="Ray's job server, http://HEAD:8265; RAY_API_SERVER_ADDRESS")
-    no_wait = "of Ray: do not follow the log to the run's exit code"
+    submit.add_argument("--to", choices=("ray", "slurm"), help="where to submit the run")
+    submit.add_argument(
+        "--address", metavar="URL", help="Ray's job server (http://HEAD:8265); default: RAY_API_SERVER_ADDRESS"
+    )
+    no_wait = "Ray: do not follow the log until the run exits"
     submit.add_argument("--no-wait", dest="wait", action="store_false", help=no_wait)
-    doctor = add("doctor", "look at every node of the cluster at RAY_ADDRESS, or at this machine, as before a run")
+    doctor = add("doctor", "check every node of the cluster at RAY_ADDRESS, or this machine, as before a run")
     without = "settings of the run to check; without them, only the checks that need no settings"
     doctor.add_argument("settings", nargs="*", metavar="FILE|key=value", help=without)
 
 
 def _takes_settings(verb: argparse.ArgumentParser) -> None:
-    files = "YAML files, or the directory of a run, merged left to right, then overrides"
+    files = "YAML files or a run directory, merged from left to right, then overrides"
     verb.add_argument("settings", nargs="*", metavar="FILE|key=value", help=files)
 
 
 def _add_verbs_of_runs(add: Add) -> None:
-    """Add the verbs that take the directory of a run."""
-    add("stop", "ask a run to save and stop; the command that started it resumes it").add_argument(
+    """Add the verbs with a run directory as argument."""
+    add("stop", "save and stop a run; the command that started it resumes it").add_argument(
         "run_dir", metavar="RUN_DIR"
     )
-    checks = "check every file of every checkpoint, and of the pair ledger, against its manifest"
+    checks = "check every file of all checkpoints and of the pair ledger against its manifest"
     add("verify", checks).add_argument("run_dir", metavar="RUN_DIR")
-    pairs = add("pairs", "which pairs a run never learned, which look mislabelled, and what length has to do with it")
+    pairs = add("pairs", "show which pairs a run never learned, which look mislabelled, and the effect of length")
     pairs.add_argument("run_dir", metavar="RUN_DIR")
     number = _whole("a number of pairs")
-    pairs.add_argument("--top", type=number, default=5, metavar="N", help="pairs that are shown of each kind")
-    pairs.add_argument("--json", action="store_true", help="one JSON object, texts whole")
+    pairs.add_argument("--top", type=number, default=5, metavar="N", help="pairs to show of each kind")
+    pairs.add_argument("--json", action="store_true", help="print one JSON object, with full texts")
     export = add("export", "write a checkpoint as a Hugging Face model folder")
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("out", metavar="OUT")
-    which = "the newest that is whole, or the best; as checkpoint.export"
+    which = "last: the newest complete checkpoint; best: the best one; default: checkpoint.export"
     export.add_argument("--checkpoint", choices=get_args(Exported), help=which)
     dtypes, what = ("fp32", "bf16", "fp16"), "type of the written weights"
     export.add_argument("--dtype", choices=dtypes, default="fp32", help=what)
@@ -156,20 +157,20 @@ def _add_verbs_of_runs(add: Add) -> None:
 
 def _add_debug_flags(debug: argparse.ArgumentParser) -> None:
     ranks = _whole("a number of processes, 1 or more")
-    debug.add_argument("--nproc", type=ranks, default=1, metavar="N", help="ranks, one process each")
-    debug.add_argument("--pdb", action="store_true", help="a debugger where an exception is raised")
-    debug.add_argument("--overfit", action="store_true", help="learn the first global batch by heart; keep nothing")
-    dry_run = "build all, one forward and backward pass; keep nothing"
+    debug.add_argument("--nproc", type=ranks, default=1, metavar="N", help="number of ranks, one process each")
+    debug.add_argument("--pdb", action="store_true", help="start a debugger when an exception is raised")
+    debug.add_argument("--overfit", action="store_true", help="overfit the first global batch; write no run")
+    dry_run = "build everything and run one forward and backward pass; write no run"
     debug.add_argument("--dry-run", action="store_true", help=dry_run)
-    trace = "write a trace of these steps (the third to the fifth) into RUN_DIR/profile"
+    trace = "write a trace of these steps (default 3:5) to RUN_DIR/profile"
     debug.add_argument("--profile", type=_steps, nargs="?", metavar="FIRST:LAST", help=trace)
-    step = _whole("a step; they are counted from 1")
-    replay = "of the run in RUN_DIR, given as FILE: every pair of step N"
+    step = _whole("a step, counted from 1")
+    replay = "replay step N of the run whose directory is FILE, and print every pair"
     debug.add_argument("--replay-step", type=step, metavar="N", help=replay)
 
 
 def _whole(what: str) -> Callable[[str], int]:
-    """Return a reader of whole numbers from 1 on. what: such a number, for the error."""
+    """Return a parser of integers of 1 or more. what: description of the number, for the error."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:

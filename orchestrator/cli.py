@@ -1,4 +1,4 @@
-"""The verbs of the command line; each calls one function and says how it ended."""
+"""Implement the verbs of the command line: each calls one function and prints the outcome."""
 
 import argparse
 import json
@@ -21,9 +21,9 @@ DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns its exit code: 0 done, 2 settings or data are wrong, 3 stopped and resumable, 1 else.
+    """Run one verb and return its exit code: 0 done, 2 settings or data are wrong, 3 stopped and resumable, 1 else.
 
-    Without argv this is a process of its own: its words are those of the command line, and its streams are prepared.
+    Without argv, the words are those of sys.argv, and the standard streams of the process are prepared.
     """
     if argv is not None:
         return _run(argv)
@@ -43,7 +43,7 @@ def _run(words: Sequence[str]) -> int:
     try:
         args = parse(words)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-        sys.path.insert(0, os.getcwd())  # the user's callbacks and collators, as `python -m` would find them
+        sys.path.insert(0, os.getcwd())  # to import the user's callbacks and collators, as `python -m` does
         return VERBS[args.verb](args)
     except UserError as error:
         _complain(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}")
@@ -51,7 +51,7 @@ def _run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _complain("aborted")
         return FAILED
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:  # a full disk, a folder without write permission
         _complain(f"error: {error}")
         return FAILED
     except Exception as error:
@@ -62,7 +62,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _complain(line: str) -> None:
-    """Write a line to stderr at once: ranks share it, and print writes the end of a line apart."""
+    """Write a line to stderr in one call: ranks share stderr, and print writes the line break separately."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
@@ -78,7 +78,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def debug(args: argparse.Namespace) -> int:
-    """Train here, without Ray; or look at a step."""
+    """Train in this process without Ray, or examine a step."""
     _check_flags(args)
     if args.replay_step is not None:
         return _replay(args)
@@ -104,13 +104,13 @@ def debug(args: argparse.Namespace) -> int:
         (trial.overfit if args.overfit else trial.dry_run)(spec, post_mortem=args.pdb)
         return DONE
     result = here.debug(spec, post_mortem=args.pdb, profile=args.profile)
-    if is_one_of_many():  # whoever started this rank says how it ended
+    if is_one_of_many():  # the process that started this rank prints the outcome
         return STOPPED if result.status == "stopped" else DONE
     return _say_how_it_ended(spec, result)
 
 
 def _finished_already(spec: RunSpec) -> "RunResult | None":
-    """Return the result of a run that is complete, and say so; torch and ray are not needed for that."""
+    """Print and return the result of a run that has finished already; this needs neither torch nor ray."""
     from orchestrator.training.result import finished_already, finished_line
     from orchestrator.training.rundir import RunDir
 
@@ -123,26 +123,26 @@ def _finished_already(spec: RunSpec) -> "RunResult | None":
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of `debug` that contradict each other."""
-    given = {"--profile": args.profile is not None}
+    """Check that the flags of `debug` do not contradict each other."""
+    others = {"--profile": args.profile is not None}
     if args.overfit:
-        _refuse_beside("--overfit", True, "keeps nothing", given)
-    given["--overfit"] = args.overfit
+        _refuse_beside("--overfit", True, others)
+    others["--overfit"] = args.overfit
     if args.dry_run:
-        _refuse_beside("--dry-run", True, "takes no step", given)
-    given |= {"--dry-run": args.dry_run, "--nproc": args.nproc > 1}
+        _refuse_beside("--dry-run", True, others)
+    others |= {"--dry-run": args.dry_run, "--nproc": args.nproc > 1}
     if args.replay_step is not None:
-        _refuse_beside("--replay-step", args.replay_step, "looks at one step, in one process", given)
+        _refuse_beside("--replay-step", args.replay_step, others)
 
 
-def _refuse_beside(flag: str, value: object, what: str, others: dict[str, bool]) -> None:
-    for other, is_given in others.items():
-        if is_given:
-            raise UserError(flag, value, f"{what}, where {other} has no meaning", f"remove {other} or {flag}")
+def _refuse_beside(flag: str, value: object, others: dict[str, bool]) -> None:
+    for other, is_set in others.items():
+        if is_set:
+            raise UserError(flag, value, f"cannot be combined with {other}", f"remove {other} or {flag}")
 
 
 def _flags(args: argparse.Namespace) -> list[str]:
-    """The flags of `debug` that each rank gets."""
+    """Return the flags of `debug` that are passed to each rank."""
     flags = [flag for flag in ("--pdb", "--overfit", "--dry-run") if getattr(args, flag[2:].replace("-", "_"))]
     if args.profile is not None:
         flags.append("--profile=" + ":".join(map(str, args.profile)))
@@ -155,13 +155,15 @@ def _replay(args: argparse.Namespace) -> int:
 
     folders, overrides = files_and_overrides(args.settings)
     if len(folders) != 1:
-        raise UserError("RUN_DIR", " ".join(folders), "one run is replayed", "give the folder run.dir/run.name")
+        raise UserError(
+            "RUN_DIR", " ".join(folders), "exactly one run can be replayed", "use the folder run.dir/run.name"
+        )
     print("\n".join(lines(replay(RunDir.existing(folders[0]), args.replay_step, overrides, args.pdb))))
     return DONE
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Say what a run would be, without starting it."""
+    """Print what a run would do, without starting it."""
     from orchestrator.run.plan import planned
 
     spec = _spec(args)
@@ -183,20 +185,20 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def submit(args: argparse.Namespace) -> int:
-    """Check the run here and hand it to a cluster."""
+    """Check the run here and submit it to a cluster."""
     if args.to is None:
-        raise UserError("--to", None, "says what takes the run", "write --to ray or --to slurm")
+        raise UserError("--to", None, "is required", "write --to ray or --to slurm")
     if args.to == "slurm" and (args.address or not args.wait):
         flag = "--address" if args.address else "--no-wait"
         raise UserError(
-            "--to", "slurm", f"{flag} is for a Ray cluster's job server", f"remove {flag}, or write --to ray"
+            "--to", "slurm", f"{flag} applies only to a Ray cluster's job server", f"remove {flag}, or write --to ray"
         )
     spec = _spec(args)
     from orchestrator.run import submit as to
     from orchestrator.run.plan import counted, planned
 
     if args.to == "ray" and (elsewhere := to.not_on_this_machine(spec)):
-        print(f"{elsewhere} is not on this machine: its rows are looked at where the run starts")
+        print(f"{elsewhere} is not on this machine: its rows are checked where the run starts")
     else:
         _print_facts(counted(spec) if args.to == "ray" else planned(spec, starts_here=False))
     if args.to == "slurm":
@@ -205,7 +207,7 @@ def submit(args: argparse.Namespace) -> int:
 
 
 def stop(args: argparse.Namespace) -> int:
-    """Ask a run, wherever it runs, to save and stop."""
+    """Signal a run, on any machine, to save and stop."""
     from orchestrator.training.rundir import RunDir
 
     run_dir = RunDir(Path(args.run_dir))
@@ -213,12 +215,12 @@ def stop(args: argparse.Namespace) -> int:
         print(f"{RunDir.existing(args.run_dir).path} is not running")
         return DONE
     run_dir.stop.write_text("orchestrator stop")
-    print(f"asked {owner}: it saves after the step under way and ends with exit code {STOPPED}")
+    print(f"signalled {owner}: it saves after the current step and exits with code {STOPPED}")
     return DONE
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Look at every node that would train."""
+    """Check every node that would train."""
     spec = _spec(args) if args.settings else None
     from orchestrator.run import driver, preflight
 
@@ -228,7 +230,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check every file of every checkpoint, and of the pair ledger, against its manifest."""
+    """Check every file of all checkpoints and of the pair ledger against its manifest."""
     from orchestrator.training import ledger
     from orchestrator.training.manifest import committed
     from orchestrator.training.manifest import verify as check
@@ -239,7 +241,7 @@ def verify(args: argparse.Namespace) -> int:
     for folder in folders:
         try:
             wrong = check(folder)
-        except (UserError, OSError) as error:  # of this one; the others are still looked at
+        except (UserError, OSError) as error:  # of this checkpoint; the others are still checked
             wrong = [str(error)]
         bad += bool(wrong)
         print(f"{folder.name}: {'; '.join(wrong) or 'whole'}")
@@ -252,7 +254,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def pairs(args: argparse.Namespace) -> int:
-    """Say what training made of each pair."""
+    """Print how each pair was learned."""
     from orchestrator.data.sources import raw_rows
     from orchestrator.insight import pairs as insight
     from orchestrator.training import ledger
@@ -261,13 +263,13 @@ def pairs(args: argparse.Namespace) -> int:
     run_dir = RunDir.existing(args.run_dir)
     step, rows = ledger.read(run_dir)
     if not rows.num_rows:
-        cure = "train on with training.pair_ledger=true"
-        raise UserError("RUN_DIR", args.run_dir, f"has kept nothing of its pairs up to step {step}", cure)
+        cure = "continue training with training.pair_ledger=true"
+        raise UserError("RUN_DIR", args.run_dir, f"has no record of its pairs up to step {step}", cure)
     found = insight.findings(step, rows)
     try:
         texts = raw_rows(load_spec(run_dir.config).data, "train", found.shown(args.top))
-    except UserError as error:  # another folder than that of the run, for one; the numbers are still there
-        print(f"the texts are left out: {error}", file=sys.stderr)
+    except UserError as error:  # for example the data moved; the numbers are still printed
+        print(f"texts are not available: {error}", file=sys.stderr)
         texts = {}
     if args.json:
         print(json.dumps(insight.as_json(found, args.top, texts)))
@@ -296,11 +298,11 @@ def _spec(args: argparse.Namespace) -> RunSpec:
 
 
 def _check_not_moved(folder: str, spec: RunSpec) -> None:
-    """Refuse a run directory whose settings are those of a run elsewhere."""
+    """Check that a run directory is where its settings say."""
     if os.path.realpath(folder) != os.path.realpath(spec.run_dir):
         path = Path(folder).absolute()
-        rule = f"holds the settings of the run in {spec.run_dir}: it was moved or copied"
-        raise UserError("RUN_DIR", folder, rule, f"write run.dir={path.parent} run.name={path.name} as well")
+        rule = f"contains the settings of a run in {spec.run_dir}: it was moved or copied"
+        raise UserError("RUN_DIR", folder, rule, f"add run.dir={path.parent} run.name={path.name}")
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -309,8 +311,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
         if name == "notes":
             continue
         for entry in value if isinstance(value, list) and isinstance(value[0], dict) else [value]:
-            said = ", ".join(f"{key} {each}" for key, each in entry.items()) if isinstance(entry, dict) else entry
-            print(f"{name:<{width}}  {said}")
+            text = ", ".join(f"{key} {each}" for key, each in entry.items()) if isinstance(entry, dict) else entry
+            print(f"{name:<{width}}  {text}")
     for line in facts["notes"]:
         print(f"note: {line}")
 

@@ -1,4 +1,4 @@
-"""Turn a word of the command line that nothing takes into an error that says what to type instead."""
+"""Return errors for unknown words of the command line, with what to type instead."""
 
 import argparse
 import os
@@ -18,12 +18,12 @@ Verbs = Mapping[str, argparse.ArgumentParser]
 
 
 def is_file(word: str) -> bool:
-    """Return whether a word names a settings file, which may be missing, or a run directory."""
+    """Return whether a word is a settings file, existing or not, or a run directory."""
     return word.endswith((".yaml", ".yml")) or os.path.isfile(word) or os.path.isfile(f"{word}/config.yaml")
 
 
 def wrong_verb(word: str, verbs: Verbs) -> UserError:
-    """Return the error of a first word that is not a verb."""
+    """Return the error for a first word that is not a verb."""
     near = nearest(word, [*verbs, "help"])
     fix = f"did you mean {near}?" if near else "see orchestrator help"
     if is_file(word) or "=" in word:
@@ -39,16 +39,16 @@ def wrong_help(word: str, verbs: Verbs) -> UserError:
 
 
 def wrong_word(before: str, word: str, following: Sequence[str]) -> UserError:
-    """Return the error of a word that is neither a file nor key=value. before, following: the words around it."""
+    """Return the error for a word that is neither a file nor key=value. before, following: the words around it."""
     key = word.partition("=")[0]
     if following and following[0].startswith("="):  # key = value, key =value
         typed = following[: 1 if following[0] != "=" else 2]
-        fix = f"write {word}{''.join(typed)}, without them"
-        return UserError("override", " ".join([word, *typed]), "has blanks around its =", fix)
+        fix = f"write {word}{''.join(typed)}"
+        return UserError("override", " ".join([word, *typed]), "has spaces around =", fix)
     if not key:
         return UserError("override", word, "is not of the form key=value", "for example optimizer.lr=1e-6")
     if before.endswith("="):  # key= value
-        return UserError("override", f"{before} {word}", "has a blank after its =", f"write {before}{word}")
+        return UserError("override", f"{before} {word}", "has a space after =", f"write {before}{word}")
     if os.path.isdir(word):
         return folder_error(word)
     if is_data(Path(word)):
@@ -62,11 +62,11 @@ def wrong_word(before: str, word: str, following: Sequence[str]) -> UserError:
 
 
 def wrong_flag(words: Sequence[str], flag: str, verbs: Verbs) -> UserError:
-    """Return the error of a flag that its verb does not have: mostly a setting in the form of a flag."""
+    """Return the error for a flag that the verb does not have, which is often a setting written as a flag."""
     verb = next((word for word in words if word in verbs), "orchestrator")
     name, has_value, value = flag.partition("=")
     if verb in verbs and name in flags_of(verbs[verb]):
-        return UserError("VERB", flag, "is a flag, and stands before its verb", f"write orchestrator {verb} {flag}")
+        return UserError("VERB", flag, "is a flag, which must follow its verb", f"write orchestrator {verb} {flag}")
     if not has_value and flag in words:
         following = [*words[words.index(flag) + 1 :], ""][0]
         value = "" if "=" in following or following.startswith("-") or is_file(following) else following
@@ -94,4 +94,4 @@ def _meant_by_flag(name: str, value: str, verb: str, verbs: Verbs) -> str:
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:
     """Return the flags of a verb."""
-    return list(parser._option_string_actions)  # argparse has no public list of them
+    return list(parser._option_string_actions)  # argparse has no public API for it

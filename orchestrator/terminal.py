@@ -1,4 +1,4 @@
-"""Prepare stdout and stderr for terminals that are not UTF-8 and for pipes whose reader has gone."""
+"""Prepare stdout and stderr for terminals without UTF-8 and for closed pipes."""
 
 import codecs
 import errno
@@ -8,22 +8,22 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-READER_GONE = 141  # what a shell reports of a program that a closed pipe has ended: 128 + SIGPIPE
+READER_GONE = 141  # a shell's exit code for a program ended by a closed pipe: 128 + SIGPIPE
 PLAIN_SYMBOLS = "plain_symbols"  # the name of the error handler
-# What `plan --show-rows` prints, for an encoding that does not have it.
+# Symbols of `plan --show-rows`, for encodings that lack them.
 FALLBACKS = {"⟦": "[[", "⟧": "]]", "⟨": "<", "⟩": ">", "⏎": "\\n", "␣": "_"}
 FALLBACKS |= {bar: str(height) for height, bar in enumerate("▁▂▃▄▅▆▇█", 1)}
 
 
 def prepare(keeps_going: bool) -> None:
-    """Replace the standard streams of this process by ones that no symbol and no closed pipe can break.
+    """Replace the standard streams of this process with ones that survive unknown symbols and closed pipes.
 
-    keeps_going: a reader that has gone ends the output only; otherwise it ends the process, as it does any other.
+    keeps_going: True: a closed pipe ends only the output; False: it ends the process, as usual.
     """
     codecs.register_error(PLAIN_SYMBOLS, _plain_symbols)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started us; print() then does nothing
+        if stream is None:  # closed by the parent process; print() then does nothing
             continue
         raw = io.BufferedWriter(_Output(stream.fileno(), keeps_going))
         prepared = io.TextIOWrapper(
@@ -33,29 +33,29 @@ def prepare(keeps_going: bool) -> None:
 
 
 def flush() -> None:
-    """Write what is still in the buffers, while it can be noticed that a reader has gone.
+    """Flush the buffers, so that errors are raised here and not when the interpreter exits.
 
     Raises:
-        OSError: it cannot be written, for one because the disk is full.
+        OSError: writing failed, for example because the disk is full.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             try:
                 stream.flush()
             except OSError:
-                _discard(stream.fileno())  # else the interpreter tries again when it ends
+                _discard(stream.fileno())  # else the interpreter tries again at exit
                 raise
 
 
 def _discard(descriptor: int) -> None:
-    """Have the output of a stream go nowhere."""
+    """Redirect a stream to the null device."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 def _plain_symbols(error: UnicodeError) -> tuple[str, int]:
-    """Handle letters that an encoding does not have: a symbol's fallback, or the letter's escape sequence."""
+    """Replace characters that the encoding lacks: with a symbol's fallback, or an escape sequence."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]
@@ -64,7 +64,7 @@ def _plain_symbols(error: UnicodeError) -> tuple[str, int]:
 
 
 class _Output(io.FileIO):
-    """A standard stream whose reader may go away."""
+    """Standard stream whose reader may close it."""
 
     def __init__(self, descriptor: int, keeps_going: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -81,5 +81,5 @@ class _Output(io.FileIO):
             raise SystemExit(READER_GONE)
         if self.fileno() == 1:
             with suppress(OSError):
-                os.write(2, b"stdout was closed; the run goes on, and its metrics are in the run directory\n")
+                os.write(2, b"stdout was closed; the run continues, and its metrics are in the run directory\n")
         return len(data)

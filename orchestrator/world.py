@@ -1,4 +1,4 @@
-"""Rank, size and device of this process, and the few collectives; the only reader of RANK and WORLD_SIZE."""
+"""Rank, size, device and collectives of this process; the only module that reads RANK and WORLD_SIZE."""
 
 import os
 import socket
@@ -13,43 +13,43 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-A_WEEK = timedelta(days=7)  # as good as no time-out; one without an end overflows
+A_WEEK = timedelta(days=7)  # in effect no time-out; an infinite one overflows
 
 
 def is_one_of_many() -> bool:
-    """Whether torchrun, or `debug --nproc`, started this process as one rank of several."""
+    """Return whether torchrun or `debug --nproc` started this process as one rank of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def interface_towards(address: str) -> str:
-    """The network interface by which this machine reaches an IP address.
+    """Return the network interface through which this machine reaches an IP address.
 
     Raises:
         OSError: there is no route to it.
     """
     family, kind, _, _, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(where)  # of a datagram socket: looks the route up and sends nothing
+        probe.connect(where)  # on a datagram socket this looks up the route and sends nothing
         own = probe.getsockname()[0]
     of_interface = psutil.net_if_addrs().items()
     return next(name for name, addresses in of_interface if own in (each.address for each in addresses))
 
 
 def use_interface(name: str | None, head: str) -> None:
-    """Let process groups that are made later meet over one interface; by the name of this host they may find loopback.
+    """Set the network interface of later process groups, which could select loopback from the host name.
 
-    name: None: what GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say, else the one that leads to the address `head`.
+    name: None keeps GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; those not set become the interface towards `head`.
     """
-    variables = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}  # =: NCCL would take it for a prefix
-    unsaid = [variable for variable in variables if name or variable not in os.environ]
-    if unsaid:
+    variables = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}  # "=": exact name, else NCCL treats it as prefix
+    unset = [variable for variable in variables if name or variable not in os.environ]
+    if unset:
         chosen = name or interface_towards(head)
-        os.environ.update({variable: variables[variable] + chosen for variable in unsaid})
+        os.environ.update({variable: variables[variable] + chosen for variable in unset})
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. At size 1 every collective is the identity and no process group is needed."""
+    """Rank, size, device and collectives of this process. At size 1 all are identities and need no process group."""
 
     rank: int
     size: int
@@ -58,19 +58,18 @@ class World:
 
     @classmethod
     def join(cls, timeout_s: int, use_gpu: bool | None = None) -> "World":
-        """Take the ranks from an initialised process group, else from torchrun's environment, else be alone.
+        """Create the World from an initialised process group, else from torchrun's environment, else with one rank.
 
-        timeout_s: seconds after which a collective that a peer never enters raises here.
-        use_gpu: where it is not said, GPUs are used if this machine has one for each of its ranks.
+        timeout_s: seconds after which a collective raises if a peer does not join it.
+        use_gpu: None: use GPUs if this machine has one for each of its ranks.
         """
         local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if use_gpu is None:
             use_gpu = local_size <= torch.cuda.device_count()
         device = torch.device("cpu")
         if use_gpu:
-            device = torch.device(
-                "cuda", local_rank % torch.cuda.device_count()
-            )  # Ray may show each worker only its own
+            # modulo: Ray may make only its own GPU visible to each worker
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
         if not dist.is_initialized() and is_one_of_many():
             dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
@@ -80,7 +79,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank zero, the one that reports."""
+        """Return whether this is rank zero, which reports."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -96,7 +95,7 @@ class World:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on every rank."""
+        """Return every rank's picklable value, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -104,7 +103,7 @@ class World:
         return values
 
     def collect(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor, all of one shape, in rank order on rank zero; none elsewhere."""
+        """Return every rank's tensor (all of one shape) in rank order on rank zero, and an empty list elsewhere."""
         if self.size == 1:
             return [values]
         parts = [torch.empty_like(values) for _ in range(self.size)] if self.is_main else None
@@ -113,8 +112,10 @@ class World:
 
     @contextmanager
     def first_alone(self, what: str) -> Iterator[bool]:
-        """Whether this rank is the first to come here; a later one waits until the first has left. No collective:
-        the ranks that do not come may be stuck in one."""
+        """Yield True on the first rank that enters; later ranks wait until the first has left, and get False.
+
+        Uses no collective, as ranks that do not enter may be stuck in one.
+        """
         if self.size == 1:
             yield True
             return
@@ -124,7 +125,7 @@ class World:
             is_first = store.add(what, 1) == 1
             if not is_first:
                 store.wait([left], A_WEEK)
-        except RuntimeError:  # the rank that keeps the store is gone
+        except RuntimeError:  # the rank that hosts the store has died
             is_first = False
         try:
             yield is_first
@@ -134,13 +135,13 @@ class World:
                     store.set(left, "")
 
     def meet(self) -> None:
-        """Make sure that there is a process group, if only of this rank: some libraries need one even so."""
+        """Create a process group of this rank if there is none: some libraries need one even for a single process."""
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
     def leave(self) -> None:
-        """Tear down a process group that `join` made (torchrun or --nproc); Ray tears down its own."""
+        """Destroy a process group created by `join` (torchrun or --nproc); Ray destroys its own."""
         if dist.is_initialized():
             dist.destroy_process_group()

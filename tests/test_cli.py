@@ -105,7 +105,7 @@ def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["{file}", "optimizer.lr=0", "precision=x"], ["errors:", "optimizer.lr = 0", "precision = 'x'"]),
         (["{file}", "optimizer.lrr=1"], ["did you mean optimizer.lr?"]),
         (["nowhere.yaml"], ["settings file = 'nowhere.yaml': does not exist"]),
-        (["optimizer.lr=1"], ["no settings file was given"]),
+        (["optimizer.lr=1"], ["a settings file is required"]),
         (["{file}", "data.train=nowhere.jsonl"], ["data.train", "does not exist"]),
     ],
 )
@@ -122,7 +122,7 @@ def test_without_words_the_whole_help_is_shown(capsys: Output) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([])
     assert ended.value.code == 2
-    assert "check every file of every checkpoint" in capsys.readouterr().err
+    assert "check every file of all checkpoints" in capsys.readouterr().err
 
 
 def test_a_missing_argument_ends_with_2_and_one_line(capsys: Output) -> None:
@@ -136,7 +136,7 @@ def test_a_missing_argument_ends_with_2_and_one_line(capsys: Output) -> None:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["help"], "check every file of every checkpoint"),
+        (["help"], "check every file of all checkpoints"),
         (["help", "debug"], "--nproc N"),
         (["help", "settings"], "wandb.key_file"),
         (["help", "optimizer.lr"], "optimizer.lr (1e-06)  Peak learning rate."),
@@ -156,7 +156,7 @@ def test_a_run_directory_is_planned_by_its_own_settings(run_dir: RunDir, tmp_pat
     assert (facts["run_dir"], facts["micro_batch_size"]) == (str(run_dir.path), 1)
     run_dir.path.rename(tmp_path / "moved")
     assert cli.main(["plan", str(tmp_path / "moved")]) == 2
-    assert f"write run.dir={tmp_path} run.name=moved as well" in capsys.readouterr().err
+    assert f"add run.dir={tmp_path} run.name=moved" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path / "moved"), f"run.dir={tmp_path}", "run.name=moved"]) == 0
 
 
@@ -264,7 +264,8 @@ def test_flags_of_a_job_server_mean_nothing_to_slurm(
 ) -> None:
     assert cli.main(["submit", "--to", "slurm", str(write_settings(tmp_path)), *flags]) == 2
     assert (
-        f"error: --to = 'slurm': {named} is for a Ray cluster's job server; remove {named}" in capsys.readouterr().err
+        f"error: --to = 'slurm': {named} applies only to a Ray cluster's job server; remove {named}"
+        in capsys.readouterr().err
     )
 
 
@@ -275,7 +276,9 @@ def test_a_run_is_asked_to_stop_while_someone_holds_it(tmp_path: Path, capsys: O
     with run_dir.owned():  # its data are still read: it has no config.yaml yet
         assert cli.main(["stop", str(run_dir.path)]) == 0
         assert run_dir.stop.exists()
-        assert re.search(rf"asked process {os.getpid()} on .*: it saves .* exit code 3", capsys.readouterr().out)
+        assert re.search(
+            rf"signalled process {os.getpid()} on .*: it saves .* exits with code 3", capsys.readouterr().out
+        )
     run_dir.begin(tiny_spec(tmp_path))
     assert cli.main(["stop", str(run_dir.path)]) == 0
     assert capsys.readouterr().out == f"{run_dir.path} is not running\n"

@@ -46,8 +46,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("plan .", "FILE = '.'", "use a YAML file, followed by data.train=."),
         # overrides
         ("plan run.yaml optimizer.lr", "override = 'optimizer.lr'", "for example optimizer.lr=VALUE"),
-        ("plan run.yaml dpo.beta = 4", "override = 'dpo.beta = 4'", "write dpo.beta=4, without them"),
-        ("plan run.yaml dpo.beta =4", "override = 'dpo.beta =4'", "write dpo.beta=4, without them"),
+        ("plan run.yaml dpo.beta = 4", "override = 'dpo.beta = 4'", "write dpo.beta=4"),
+        ("plan run.yaml dpo.beta =4", "override = 'dpo.beta =4'", "write dpo.beta=4"),
         ("plan run.yaml dpo.beta= 4", "override = 'dpo.beta= 4'", "write dpo.beta=4"),
         # flags
         ("train run.yaml --lr 1e-5", "--lr = '1e-5'", "write optimizer.lr=1e-5: settings have no dashes"),

@@ -172,7 +172,7 @@ SETTINGS = [
         "batch",
         "'micro_batch_size': 2, 'max_tokens_per_microbatch': 100",
         "exactly one",
-        "batch.micro_batch_size=1",
+        "remove one",
     ),
     case(
         "no-micro-batch-key",
@@ -214,7 +214,14 @@ SETTINGS = [
         "is neither a supported optimizer of torch",
         "did you mean torch.optim.AdamW?",
     ),
-    case("lr-in-kwargs", "optimizer.kwargs.lr=1", "optimizer.kwargs.lr", "1", "of its own", "set optimizer.lr instead"),
+    case(
+        "lr-in-kwargs",
+        "optimizer.kwargs.lr=1",
+        "optimizer.kwargs.lr",
+        "1",
+        "has its own setting",
+        "set optimizer.lr instead",
+    ),
     case("scheduler-near", "scheduler.name=cosin", "scheduler.name", "'cosin'", "neither a schedule", "mean cosine?"),
     case(
         "scheduler-plateau",
@@ -333,7 +340,7 @@ MASK_COLLATOR = (
     "    return {'input_ids': ids, 'attention_mask': ids[:, :3], 'completion_mask': ids}\n"
 )
 NOT_A_CALLBACK = "class Mine:\n    pass\n"
-MEND = "fix that row of train.jsonl, or set data.on_bad_row=drop to leave such rows out"
+MEND = "fix that row of train.jsonl, or set data.on_bad_row=drop to drop such rows"
 
 
 def bad_row(name: str, row: Any, reason: str, cure: str = "") -> Any:
@@ -350,7 +357,7 @@ IN_A_PROCESS = [
         "data.collator",
         "'mine:collate'",
         "returned {'ids': (4, 3)} for 2 pairs",
-        "return input_ids, attention_mask and completion_mask",
+        "return tensors input_ids, attention_mask and completion_mask",
         files={"mine.py": KEYS_COLLATOR},
     ),
 ]
@@ -367,7 +374,7 @@ HERE = [
         )
         for key in ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size")
     ),
-    case("no-data", "data.train=nope.jsonl", "data.train", "nope.jsonl", "does not exist", "give a JSONL, JSON, CSV"),
+    case("no-data", "data.train=nope.jsonl", "data.train", "nope.jsonl", "does not exist", "use a JSONL, JSON, CSV"),
     case(
         "not-json",
         "",
@@ -455,9 +462,7 @@ HERE = [
         "set model.pad_token='<|im_end|>'",
         model="no-pad",
     ),
-    case(
-        "no-eval-data", "data.eval=nope.jsonl", "data.eval", "nope.jsonl", "does not exist", "give a JSONL, JSON, CSV"
-    ),
+    case("no-eval-data", "data.eval=nope.jsonl", "data.eval", "nope.jsonl", "does not exist", "use a JSONL, JSON, CSV"),
     case("hub-data-offline", "data.train=some/pairs", "data.train", "'some/pairs'", "Couldn't reach", "can be reached"),
     bad_row("not-an-object", [1], "is a list, not an object"),
     bad_row("text-and-messages", {"prompt": "a", "chosen": [SAID], "rejected": "b"}, "mixes text and messages"),
@@ -477,7 +482,7 @@ HERE = [
         "data.system_prompt=Hello.",
         "data.train row 1",
         repr(GOOD[0])[:100],
-        "is plain text, on which data.system_prompt does not act",
+        "is plain text, which does not use data.system_prompt",
         "remove data.system_prompt",
         rows=GOOD,
     ),
@@ -585,7 +590,7 @@ HERE = [
         "data.collator",
         "'mine:collate'",
         "returned NoneType for 2 pairs",
-        "return input_ids, attention_mask and completion_mask",
+        "return tensors input_ids, attention_mask and completion_mask",
         files={"mine.py": NONE_COLLATOR},
         late=True,
     ),

@@ -1,1 +1,1 @@
-"""From preference rows on disk to the micro-batches of one rank."""
+"""Data pipeline: preference rows on disk to the micro-batches of one rank."""

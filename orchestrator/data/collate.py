@@ -1,6 +1,6 @@
-"""Rows of token ids -> one PairBatch, packed or padded, by our collators or by a user's.
+"""Collate rows of token ids into a PairBatch, packed or padded, with built-in or user collators.
 
-Legend: B pairs, 2B sequences (all chosen, then all rejected), R rows, T tokens of a row, C completion tokens that are
+Shapes: B pairs, 2B sequences (all chosen, then all rejected), R rows, T tokens of a row, C completion tokens that are
 scored, N positions that score them.
 """
 
@@ -24,33 +24,32 @@ UserCollator = Callable[..., dict[str, torch.Tensor]]
 
 
 class Counts(NamedTuple):
-    """What the sums of a step are divided by: counts of the GLOBAL batch, the same on every rank. A pair counts as
-    often as its weight says."""
+    """Denominators of a step's means: counts of the GLOBAL batch, equal on every rank; pairs count by weight."""
 
     pairs: float
-    chosen_tokens: float  # of the chosen completions, those that are scored
+    chosen_tokens: float  # scored tokens of the chosen completions
 
     @classmethod
     def total(cls, parts: Iterable["Counts"]) -> "Counts":
-        """Of all parts together."""
+        """Return the sum of all parts."""
         return cls(*map(sum, zip(*parts, strict=True)))
 
 
 class PairSpan(NamedTuple):
-    """Where one pair lies in a packed row: shared | rest of the chosen | rest of the rejected sequence."""
+    """Positions of a pair in a packed row: shared | rest of the chosen | rest of the rejected sequence."""
 
     start: int
-    fork: int  # end of what both sequences begin with: the prompt, and what their completions have in common
-    rejected: int  # where the rest of the rejected sequence begins; start..rejected is the whole chosen sequence
+    fork: int  # end of the shared part: the prompt, and the common prefix of the completions
+    rejected: int  # start of the rest of the rejected sequence; start..rejected is the whole chosen sequence
     stop: int
     scored: int  # the first position that predicts a completion token; stop if none does
 
 
 class Segments(NamedTuple):
-    """How the tokens of a packed row see each other: within its pair, each sees its own sequence up to itself.
+    """Attention pattern of a packed row: causal attention within each sequence of each pair.
 
-    For kernels over sequences of any length, a pair is two runs of queries, start..rejected and rejected..stop, over
-    the keys start..rejected and start..fork + rejected..stop; each run is aligned with the end of its keys.
+    For variable-length kernels, a pair is two runs of queries, start..rejected and rejected..stop, over the keys
+    start..rejected and start..fork + rejected..stop; each run is aligned with the end of its keys.
     """
 
     spans: tuple[PairSpan, ...]  # [B], on the host
@@ -58,43 +57,45 @@ class Segments(NamedTuple):
     query_bounds: torch.Tensor  # [2B + 1] int32
     key_bounds: torch.Tensor  # [2B + 1] int32
     key_index: torch.Tensor  # [keys of all runs] positions in the row
-    own_key: torch.Tensor  # [T] the way back: which of those keys a position is in its own run
-    shared: torch.Tensor  # [S] positions start..fork, each of which is a key of its pair's second run as well
-    shared_key: torch.Tensor  # [S] which one
+    own_key: torch.Tensor  # [T] inverse: the index in key_index of each position in its own run
+    shared: torch.Tensor  # [S] positions start..fork, which are also keys of their pair's second run
+    shared_key: torch.Tensor  # [S] their indices in key_index in that run
     longest: tuple[int, int]  # queries and keys of the longest run, on the host
 
 
 class PairBatch(NamedTuple):
-    """One micro-batch. Everything that indexes tokens is made on the host: finding it on a GPU would stall it.
+    """One micro-batch. All indices of tokens are computed on the host: computing them on a GPU would stall it.
 
     Packed: one row, with position_ids and segments. Padded: 2B rows, with attention_mask. The scored completion tokens
-    stand pair by pair: chosen and rejected of the first pair, chosen and rejected of the second, ...
+    are ordered by pair: chosen and rejected of the first pair, chosen and rejected of the second, ...
     """
 
     pair_ids: torch.Tensor  # [B]
-    pair_weights: torch.Tensor  # [B] how often each counts: 1, or by data.weight_column; 0 in a filler alone
+    pair_weights: torch.Tensor  # [B] 1, or data.weight_column; 0 only in a filler
     input_ids: torch.Tensor  # [R, T]
     position_ids: torch.Tensor | None  # [1, T]
     attention_mask: torch.Tensor | None  # [2B, T] 0 on padding
     segments: Segments | None
     sequence_tokens: torch.Tensor  # [2B] tokens of prompt and completion
-    completion_tokens: torch.Tensor  # [2B] tokens of the completion, the unscored first one of an empty prompt too
+    completion_tokens: (
+        torch.Tensor
+    )  # [2B] tokens of the completion, including the unscored first one of an empty prompt
     completion_index: torch.Tensor  # [C] into the flat [R * T] hidden states: the position BEFORE each token
     completion_labels: torch.Tensor  # [C] the token to predict there
-    scored: tuple[int, ...]  # [2B] scored tokens of each sequence, on the host, in the order of the tokens
-    ref_logps: torch.Tensor | None  # [2B] the reference's log-probs where they are known already
-    # [B, 3] of the losses over the whole global batch, once all of it was seen: the pair's loss, and its slope by the
-    # log-prob of the chosen and of the rejected completion
+    scored: tuple[int, ...]  # [2B] number of scored tokens of each sequence, on the host, in the order of the tokens
+    ref_logps: torch.Tensor | None  # [2B] log-probs of the reference, if already known
+    # [B, 3] for losses over the global batch, after its first pass: the pair's loss, and its derivatives with respect
+    # to the log-probs of the chosen and the rejected completion
     of_batch: torch.Tensor | None = None
-    margins: torch.Tensor | None = None  # [B] by data.margin_column: by how much more the chosen is to win
+    margins: torch.Tensor | None = None  # [B] data.margin_column: the target margin
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return self._make(_moved(value, device) for value in self)
 
     @property
     def counts(self) -> Counts:
-        """Of this micro-batch alone, fillers left out; on the host."""
+        """Return the counts of this micro-batch, without fillers; on the host."""
         weights = self.pair_weights.tolist()
         return Counts(sum(weights), sum(map(mul, self.scored[::2], weights)))
 
@@ -107,44 +108,47 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class CollateContext:
-    """What a distribution-aware collator may know about the batch it is asked to make."""
+    """Information about the batch for a distribution-aware collator."""
 
     rank: int
     world_size: int
-    step: int  # the step being made, from 1 (one more after each that fp16 skipped); at evaluation the steps taken
-    global_pairs: int  # pairs of the global batch (at evaluation: of the data set)
+    step: int  # the step to collate, from 1 (one more after each that fp16 skipped); in evaluation the steps taken
+    global_pairs: int  # pairs of the global batch (in evaluation: of the data set)
     global_tokens: int  # tokens of both sequences of those pairs, as tokenised and truncated by data.max_length
 
 
 class FedSequence(NamedTuple):
-    """One prompt and completion as it is fed."""
+    """Token ids of one prompt and completion after truncation."""
 
     ids: Integers
-    completion: int  # where the completion begins
+    completion: int  # start of the completion
 
     @property
     def labels(self) -> Integers:
-        """The completion tokens that are scored; one at position 0 has none before it."""
+        """Return the scored completion tokens; a token at position 0 has no predecessor and is not scored."""
         return self.ids[max(self.completion, 1) :]
 
     @property
     def before(self) -> Integers:
-        """The position before each label."""
+        """Return the position before each label."""
         return np.arange(len(self.ids) - len(self.labels) - 1, len(self.ids) - 1)
 
 
 def fed_sequences(row: Row, keep_last: int | None) -> tuple[FedSequence, FedSequence]:
-    """Chosen and rejected; keep_last (keep_end) cuts each from its start. keep_start was done at tokenising."""
-    made: list[FedSequence] = []
+    """Return the chosen and the rejected sequence, each cut to its last `keep_last` tokens (keep_end).
+
+    Tokenising already applied keep_start.
+    """
+    sequences: list[FedSequence] = []
     for side in ("chosen_ids", "rejected_ids"):
         ids = np.array(row["prompt_ids"] + row[side], np.int64)
         cut = max(0, len(ids) - keep_last) if keep_last else 0
-        made.append(FedSequence(ids[cut:], max(0, len(row["prompt_ids"]) - cut)))
-    return made[0], made[1]
+        sequences.append(FedSequence(ids[cut:], max(0, len(row["prompt_ids"]) - cut)))
+    return sequences[0], sequences[1]
 
 
 class PackedCollator:
-    """All pairs in one row, what a pair's two sequences begin with laid down once, nothing padded.
+    """Collator that packs all pairs in one row without padding; the common prefix of a pair's sequences occurs once.
 
     Two pairs, prompt 1 2 3 with chosen 4 5 and rejected 6, prompt 7 8 with chosen 9 and rejected 10 11:
 
@@ -157,7 +161,7 @@ class PackedCollator:
         self.keep_last = data.keep_last
 
     def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
-        """B rows -> a batch; a filler's pairs weigh nothing."""
+        """Collate B rows into a batch; the pairs of a filler have weight 0."""
         pairs = [fed_sequences(row, self.keep_last) for row in rows]
         ids: list[Integers] = []
         positions: list[Integers] = []
@@ -197,7 +201,7 @@ class PackedCollator:
 
 def _of_pairs(rows: list[Row], is_filler: bool) -> dict[str, Any]:
     weights = [0.0 if is_filler else row.get("weight", 1.0) for row in rows]
-    margins = [row["margin"] for row in rows if "margin" in row]  # all rows of a data set have one, or none
+    margins = [row["margin"] for row in rows if "margin" in row]  # all rows of a data set have a margin, or none
     return {
         "pair_ids": torch.tensor([row["pair_id"] for row in rows]),
         "pair_weights": torch.tensor(weights, dtype=torch.float64),
@@ -227,7 +231,7 @@ def _segments(spans: list[PairSpan], completion_index: Integers) -> Segments:
 
 
 class PreferenceCollator:
-    """Right-padded sequences, all chosen first, as TRL's DataCollatorForPreference lays them out.
+    """Collator of right-padded sequences, all chosen first, in the layout of TRL's DataCollatorForPreference.
 
     Two pairs, prompt 1 2 3 with chosen 4 5 and rejected 6, prompt 7 8 with chosen 9 and rejected 10 11:
 
@@ -242,7 +246,7 @@ class PreferenceCollator:
         self.keep_last = data.keep_last
 
     def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
-        """B rows -> a batch; a filler's pairs weigh nothing."""
+        """Collate B rows into a batch; the pairs of a filler have weight 0."""
         pairs = [fed_sequences(row, self.keep_last) for row in rows]
         sequences = [pair[side] for side in (0, 1) for pair in pairs]
         width = max(len(sequence.ids) for sequence in sequences)
@@ -264,7 +268,7 @@ def batch_from_masks(
     is_filler: bool,
     ref_logps: torch.Tensor | None = None,
 ) -> PairBatch:
-    """A PairBatch from TRL-shaped [2B, T] tensors. A completion token at position 0 has none before it: not scored."""
+    """Return a PairBatch from [2B, T] tensors in TRL's layout. A completion token at position 0 is not scored."""
     pairs, width = len(rows), input_ids.shape[1]
     # rows in the order chosen, rejected of the first pair, chosen, rejected of the second, ...
     pair_by_pair = torch.arange(2 * pairs).view(2, pairs).t().flatten()
@@ -287,69 +291,73 @@ def batch_from_masks(
 
 
 class AdaptedCollator:
-    """A user's collator: handed rows (and `context` where it has such a parameter); its dict becomes a PairBatch."""
+    """Adapter of a user's collator: passes it rows (and `context` if it has this parameter), and converts its dict."""
 
     def __init__(self, collator: UserCollator | UserCodeSpec, pad_token_id: int, vocabulary: int | None = None) -> None:
-        """collator: of a Python user, or of the settings. pad_token_id: for a class whose constructor has it.
-        vocabulary: the number of tokens that the model has, if known."""
+        """Import and construct the collator.
+
+        collator: an object from Python, or data.collator. pad_token_id: passed to a constructor with this parameter.
+        vocabulary: the model's vocabulary size, if known.
+        """
         self.vocabulary = vocabulary
-        made: Any
+        function: Any
         if isinstance(collator, UserCodeSpec):
             self.key, self.name, kwargs = "data.collator", collator.path, collator.kwargs
-            made = user_attribute(self.key, self.name)
+            function = user_attribute(self.key, self.name)
         else:
             self.key, self.name, kwargs = "data_collator", getattr(collator, "__name__", type(collator).__name__), {}
-            made = collator
+            function = collator
         try:
-            if inspect.isclass(made):
-                padding = {"pad_token_id": pad_token_id} if "pad_token_id" in inspect.signature(made).parameters else {}
-                made = made(**padding | kwargs)
+            if inspect.isclass(function):
+                parameters = inspect.signature(function).parameters
+                padding = {"pad_token_id": pad_token_id} if "pad_token_id" in parameters else {}
+                function = function(**padding | kwargs)
             elif kwargs:
-                made = partial(made, **kwargs)
-            self.wants_context = "context" in inspect.signature(made).parameters
+                function = partial(function, **kwargs)
+            self.wants_context = "context" in inspect.signature(function).parameters
         except (TypeError, ValueError) as error:
-            cure = "give a function of rows, or a class, with its arguments as {path, kwargs}"
+            cure = "use a function of rows, or a class, with its arguments as {path, kwargs}"
             raise UserError(self.key, self.name, f"cannot be called ({error})", cure) from None
-        self.collator: UserCollator = made
+        self.collator: UserCollator = function
 
     def __call__(self, rows: list[Row], context: CollateContext, *, is_filler: bool = False) -> PairBatch:
-        """B rows -> a batch, by the user's code; a filler's pairs weigh nothing."""
+        """Collate B rows into a batch with the user's code; the pairs of a filler have weight 0."""
         pairs, whole = len(rows), {id(row): dict(row) for row in rows}
-        told = {"context": context} if self.wants_context else {}
+        arguments = {"context": context} if self.wants_context else {}
         numbers = ", ".join(str(row["pair_id"]) for row in rows)
         where = f"step {context.step}, rank {context.rank}, pairs {numbers:.60}"
-        made = called(self.key, self.name, where, self.collator, rows, **told)
-        self._check(made, pairs)
-        rows = [whole.get(id(row), row) for row in rows]  # it may have sorted them, and taken out keys
-        known = [made[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in made]
+        output = called(self.key, self.name, where, self.collator, rows, **arguments)
+        self._check(output, pairs)
+        rows = [whole.get(id(row), row) for row in rows]  # the collator may have sorted rows and removed keys
+        known = [output[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in output]
         ref_logps = torch.cat(known).double() if len(known) == 2 else None
-        masks = made["attention_mask"], made["completion_mask"]
-        return batch_from_masks(rows, made["input_ids"], *masks, is_filler, ref_logps)
+        masks = output["attention_mask"], output["completion_mask"]
+        return batch_from_masks(rows, output["input_ids"], *masks, is_filler, ref_logps)
 
-    def _check(self, made: Any, pairs: int) -> None:
-        """Refuse what does not have TRL's keys, shapes and types: it would train on something else in silence."""
-        is_dict = isinstance(made, Mapping)
-        shapes = {key: _shape(value) for key, value in made.items()} if is_dict else {}
-        ids = made.get("input_ids") if is_dict else None
+    def _check(self, output: Any, pairs: int) -> None:
+        """Check that the collator's output has TRL's keys, shapes and types."""
+        is_dict = isinstance(output, Mapping)
+        shapes = {key: _shape(value) for key, value in output.items()} if is_dict else {}
+        ids = output.get("input_ids") if is_dict else None
         width = ids.shape[-1:] if isinstance(ids, torch.Tensor) else ()
-        wanted = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), (2 * pairs, *width))
-        wanted |= {key: (pairs,) for key in ("ref_chosen_logps", "ref_rejected_logps") if key in shapes}
-        if not isinstance(ids, torch.Tensor) or any(shapes.get(key) != shape for key, shape in wanted.items()):
+        expected = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), (2 * pairs, *width))
+        expected |= {key: (pairs,) for key in ("ref_chosen_logps", "ref_rejected_logps") if key in shapes}
+        if not isinstance(ids, torch.Tensor) or any(shapes.get(key) != shape for key, shape in expected.items()):
             raise UserError(
                 self.key,
                 self.name,
-                f"returned {shapes if is_dict else type(made).__name__} for {pairs} pairs",
-                "return input_ids, attention_mask and completion_mask of shape [2 * pairs, tokens], chosen half first, "
-                "as tensors",
+                f"returned {shapes if is_dict else type(output).__name__} for {pairs} pairs",
+                "return tensors input_ids, attention_mask and completion_mask of shape [2 * pairs, tokens], chosen "
+                "half first",
             )
         if ids.is_floating_point() or (ids < 0).any():
-            rule = f"returned input_ids of {ids.dtype}, the least {ids.min().item()}"
-            raise UserError(self.key, self.name, rule, "return integers from 0 on, on padding as well")
+            rule = f"returned input_ids of {ids.dtype} with minimum {ids.min().item()}"
+            raise UserError(self.key, self.name, rule, "return integers of 0 or more, also on padding")
         if self.vocabulary is not None and (largest := int(ids.max())) >= self.vocabulary:
-            rule = f"returned token {largest}, and the model has {self.vocabulary} tokens"
-            raise UserError(self.key, self.name, rule, f"return ids below {self.vocabulary}, on padding as well")
+            rule = f"returned token {largest}, but the model has {self.vocabulary} tokens"
+            raise UserError(self.key, self.name, rule, f"return ids below {self.vocabulary}, also on padding")
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:
-    """Of a tensor; of anything else the name of its type."""
+    """Return the shape of a tensor, or the type name of anything else."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,4 +1,4 @@
-"""Recognise git-lfs pointers: small text files that stand where a large file was never downloaded."""
+"""Recognise git-lfs pointers: small text files in place of large files that were not downloaded."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ def is_lfs_pointer(file: str | Path) -> bool:
     try:
         with open(file, "rb") as opened:
             return opened.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:  # whoever reads the file reports that better
+    except OSError:  # the reader of the file reports this error in more detail
         return False
 
 
 def check_no_lfs_pointer(key: str, source: str, file: str | Path) -> None:
-    """Refuse a git-lfs pointer where the content of a file is expected.
+    """Check that a file is not a git-lfs pointer.
 
     Args:
         key: the setting that names the file or its folder.

@@ -1,4 +1,4 @@
-"""Order, pairs, collator and reference cache -> the micro-batches of one rank, a step at a time, prefetched."""
+"""Load the micro-batches of one rank step by step, with prefetching and cached reference log-probs."""
 
 import queue
 import threading
@@ -27,19 +27,22 @@ PREFETCHED_STEPS = 2
 
 
 class StepBatches(NamedTuple):
-    """The micro-batches of one optimizer step on this rank, and what their sums are divided by."""
+    """Micro-batches of one optimizer step on this rank, and the counts that divide their sums."""
 
     epoch: int
     pairs_seen: int  # after this step
     micro_batches: list[PairBatch]
-    indices: list[Integers]  # of the pairs of each, in the data set
-    counts: Counts  # of the global batch; of this rank alone where `are_local`
-    are_local: bool  # a user's collator may change the counts: they still have to be summed over ranks
+    indices: list[Integers]  # of each micro-batch's pairs in the data set
+    counts: Counts  # of the global batch, or only of this rank if `are_local`
+    are_local: bool  # True for a user's collator, which may change counts: they must be summed over ranks
 
 
 class Loader:
-    """Makes steps from any position in the data. Our own collators run ahead in a thread; a user's runs in line,
-    because it may draw random numbers, which must come in the same order after a resume."""
+    """Iterator over steps from any position in the data.
+
+    Built-in collators run ahead in a thread. A user's collator runs in the main thread, because it may draw random
+    numbers, whose order must be the same after a resume.
+    """
 
     def __init__(self, pairs: Pairs, order: Order, collator: Collator) -> None:
         self.pairs, self.order, self.collator = pairs, order, collator
@@ -49,18 +52,18 @@ class Loader:
         self._epoch: int | None = None
 
     def steps(self, pairs_seen: int, step: int) -> Generator[StepBatches]:
-        """Every step from a position on, without end; close it. `step`: optimizer steps taken before."""
-        made = self._steps(pairs_seen, step)
-        with closing(made if isinstance(self.collator, AdaptedCollator) else _prefetched(made)) as steps:
+        """Yield every step from a position on, endlessly; the caller closes it. step: optimizer steps taken before."""
+        plain = self._steps(pairs_seen, step)
+        with closing(plain if isinstance(self.collator, AdaptedCollator) else _prefetched(plain)) as steps:
             for batches in steps:
                 yield self._with_known_reference(batches)
 
     def first(self) -> list[PairBatch]:
-        """This rank's micro-batches of the first step, as many as any rank's, without what the cache knows."""
+        """Return this rank's micro-batches of the first step (equally many on every rank), without cached log-probs."""
         return self._make(self.order.plan(0), step=1).micro_batches
 
     def whole(self, step: int) -> tuple[list[MicroBatch], Callable[[MicroBatch], PairBatch]]:
-        """Every pair once: this rank's micro-batches, and what makes a batch of one."""
+        """Return this rank's micro-batches of an evaluation (every pair once), and a function that collates one."""
         context = self._context(step, np.arange(self.order.pairs))
         if self.cache is not None:
             self.cache.read()
@@ -72,11 +75,11 @@ class Loader:
         return self.order.whole(), make
 
     def batch(self, pairs: Integers, step: int) -> PairBatch:
-        """The pairs at these indices as one batch of an evaluation, without what the cache knows."""
+        """Return the pairs at these indices as one evaluation batch, without cached log-probs."""
         return self._collate(MicroBatch(pairs), self._context(step, np.arange(self.order.pairs)))
 
     def counts_of(self, pairs: Integers) -> Counts:
-        """Of these pairs, as our own collators lay them out; a user's may score other tokens."""
+        """Return the counts of these pairs with built-in collators; a user's collator may score other tokens."""
         scored = self._scored_chosen[pairs]
         if self.pairs.weights is None:
             return Counts(len(pairs), int(scored.sum()))
@@ -84,9 +87,9 @@ class Loader:
         return Counts(float(weights.sum()), float(weights @ scored))
 
     def remember(self, batch: PairBatch, ref_logps: torch.Tensor) -> None:
-        """Keep what the reference said of a batch (still on the host) that came without; waits for the device.
+        """Cache the reference log-probs of a batch (still on the host) that had none; waits for the device.
 
-        Not of a filler: its pair is in another rank's batch too, with another last bit.
+        Fillers are not cached: their pair is also in another rank's batch, where the last bit may differ.
         """
         if self.cache is not None and batch.ref_logps is None and batch.pair_weights.any():
             self.cache.add(batch.pair_ids, ref_logps)
@@ -98,18 +101,18 @@ class Loader:
             yield self._make(plan, step)
             pairs_seen += len(plan.global_pairs)
 
-    def _with_known_reference(self, made: StepBatches) -> StepBatches:
-        """Looked up when the step is due, not when it is made: the steps between may have just answered it."""
+    def _with_known_reference(self, step: StepBatches) -> StepBatches:
+        """Return the step with cached log-probs, looked up now and not when prefetched: steps between may add them."""
         if self.cache is None:
-            return made
-        if made.epoch != self._epoch:  # a pair of this epoch may have been another rank's in the last one
-            self._epoch = made.epoch
+            return step
+        if step.epoch != self._epoch:  # in the last epoch, another rank may have had these pairs
+            self._epoch = step.epoch
             self.cache.read()
         batches = [
             batch._replace(ref_logps=self.cache.known(indices))
-            for batch, indices in zip(made.micro_batches, made.indices, strict=True)
+            for batch, indices in zip(step.micro_batches, step.indices, strict=True)
         ]
-        return made._replace(micro_batches=batches)
+        return step._replace(micro_batches=batches)
 
     def _make(self, plan: StepPlan, step: int) -> StepBatches:
         context = self._context(step, plan.global_pairs)
@@ -131,7 +134,7 @@ class Loader:
 
 
 def _prefetched(steps: Iterator[StepBatches]) -> Generator[StepBatches]:
-    """The same steps, made in a thread a little ahead of their use; the thread ends with the iterator."""
+    """Yield the same steps, prepared in a thread ahead of their use; the thread ends with the iterator."""
     ready: queue.Queue[StepBatches | BaseException] = queue.Queue(PREFETCHED_STEPS)
     stop = threading.Event()
 
@@ -145,11 +148,11 @@ def _prefetched(steps: Iterator[StepBatches]) -> Generator[StepBatches]:
 
     def produce() -> None:
         try:
-            for made in steps:
-                put(made)
+            for batches in steps:
+                put(batches)
                 if stop.is_set():
                     return
-        except BaseException as error:  # handed to the consumer, who raises it
+        except BaseException as error:  # raised again in the consumer
             put(error)
 
     thread = threading.Thread(target=produce, name="loader", daemon=True)
@@ -162,4 +165,4 @@ def _prefetched(steps: Iterator[StepBatches]) -> Generator[StepBatches]:
             yield item
     finally:
         stop.set()
-        thread.join()  # a thread that is inside torch when the interpreter ends aborts the process
+        thread.join()  # a thread that still runs torch code when the interpreter exits aborts the process

@@ -1,6 +1,6 @@
-"""Which pairs rank r of W sees at step s, as balanced micro-batches; pure integers, the same on every rank.
+"""Order the data: the balanced micro-batches of each rank and step, in integer arithmetic equal on every rank.
 
-Legend: N pairs of the data, E pairs of an epoch, G pairs of a global batch, W ranks, S global batches.
+Shapes: N pairs of the data, E pairs per epoch, G pairs per global batch, S global batches.
 """
 
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from orchestrator.settings.spec import TrainingSpec
 
 Integers = NDArray[np.int64]
 
-MANY = 1024  # pairs a rank from which on a simpler deal is even enough (data sets to evaluate, not batches)
+MANY = 1024  # pairs per rank from which `deal_many` is balanced enough (evaluation sets, not batches)
 
 
 def scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele et al. 2014): a bijection of 64-bit integers that looks random."""
+    """Apply the finaliser of SplitMix64 (Steele et al. 2014), a pseudo-random bijection of 64-bit integers."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def permutation(pairs: int, seed: int, epoch: int) -> Integers:
-    """[N] an order of so many pairs. Our own integers, so that no library's new release reorders a running job."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+    """Return a permutation [N]. It uses no library's generator, whose new release could reorder a running job."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
         key = scrambled(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
         key = scrambled(key ^ np.uint64(epoch))
         hashes = scrambled(np.arange(pairs, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key)
@@ -35,21 +35,21 @@ def permutation(pairs: int, seed: int, epoch: int) -> Integers:
 
 
 class Share(NamedTuple):
-    """What a training set gives to every epoch."""
+    """Share of a training set in every epoch."""
 
-    pairs: int  # of the set
-    per_epoch: int  # of an epoch: fewer than all of them, or some more than once
+    pairs: int  # in the set
+    per_epoch: int  # used per epoch: fewer than `pairs`, or some more than once
 
     @classmethod
     def of(cls, pairs: int, weight: float) -> "Share":
-        """The share of a set whose pairs are to be seen `weight` times an epoch."""
+        """Return the share of a set whose pairs are seen `weight` times per epoch."""
         return cls(pairs, max(min(pairs, 1), round(weight * pairs)))
 
     def taken(self, seed: int, epoch: int) -> Integers:
-        """[per_epoch] indices of the pairs that an epoch takes, ascending, repeated ones side by side.
+        """Return [per_epoch] ascending indices of the pairs in an epoch; repeated pairs are adjacent.
 
-        A set is gone through in passes, each in an order of its own; an epoch goes on where the one before has
-        stopped. So, after any number of epochs, no pair was seen more than once more than another.
+        The set is traversed in passes, each with its own order; an epoch continues where the previous one stopped. So,
+        after any number of epochs, the counts of any two pairs differ by at most one.
         """
         times = np.zeros(self.pairs, np.int64)
         for end, sign in (((epoch + 1) * self.per_epoch, 1), (epoch * self.per_epoch, -1)):
@@ -60,14 +60,13 @@ class Share(NamedTuple):
         return np.repeat(np.arange(self.pairs), times)
 
 
-@lru_cache(maxsize=2)  # the epoch at hand, and the next one that a prefetching loader already reads
+@lru_cache(maxsize=2)  # the current epoch, and the next one, which a prefetching loader already reads
 def epoch_order(shares: tuple[Share, ...], seed: int, epoch: int) -> Integers:
-    """[E] indices of the pairs of an epoch, in the order in which they are trained on; the sets' pairs are counted on
-    from one set to the next."""
+    """Return [E] indices of the pairs of an epoch, in training order; indices continue from one set to the next."""
     taken, first = [], 0
     for number, share in enumerate(shares, 1):
-        with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
-            # a seed of its own: two sets of one size would be gone through alike
+        with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
+            # a seed per set: two sets of the same size would have the same order
             own = scrambled(np.array([seed], np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(number))
         taken.append(first + share.taken(int(own[0]), epoch))
         first += share.pairs
@@ -76,11 +75,11 @@ def epoch_order(shares: tuple[Share, ...], seed: int, epoch: int) -> Integers:
 
 
 def deal(costs: Integers, ranks: int) -> Integers:
-    """Deal the pairs of global batches to ranks, balanced by cost: the dearest pair left goes to the rank that
-    carries least (LPT, Graham 1969).
+    """Assign the pairs of global batches to ranks, balanced by cost: the most expensive remaining pair goes to the
+    rank with the smallest load (LPT, Graham 1969).
 
     costs: [S, G] integers. Returns [S, G], the rank of each pair.
-    Vectorised over S, in blocks whose loads stay in the cache.
+    Vectorised over S, in blocks whose loads fit in the CPU cache.
     """
     batches, size = costs.shape
     owners = np.empty((batches, size), np.int64)
@@ -99,9 +98,9 @@ def deal(costs: Integers, ranks: int) -> Integers:
 
 
 def fed_lengths(lengths: Integers, keep_last: int | None) -> Integers:
-    """[N, 3] tokens as they will be fed when each sequence keeps its last `keep_last` tokens (keep_end).
+    """Return [N, 3] tokens after each sequence is cut to its last `keep_last` tokens (keep_end).
 
-    The two sides lose different parts of the prompt; what only one of them keeps counts as its completion here.
+    The two sides lose different parts of the prompt; prompt tokens that only one side keeps count as its completion.
     """
     if keep_last is None:
         return lengths
@@ -112,8 +111,9 @@ def fed_lengths(lengths: Integers, keep_last: int | None) -> Integers:
 
 
 def scored_chosen(lengths: Integers, keep_last: int | None) -> Integers:
-    """[N, 3] tokens, yet to be cut by keep_end -> [N] tokens of the chosen completion that are scored, which one at
-    position 0 is not."""
+    """Return [N] scored tokens of the chosen completions; a token at position 0 is not scored.
+
+    lengths: [N, 3] tokens before keep_end is applied."""
     fed = lengths[:, 0] + lengths[:, 1]
     if keep_last is not None:
         fed = np.minimum(fed, keep_last)
@@ -121,14 +121,14 @@ def scored_chosen(lengths: Integers, keep_last: int | None) -> Integers:
 
 
 def longest_sequences(lengths: Integers) -> Integers:
-    """[N, 3] tokens of prompt, chosen and rejected -> [N] those of the longer of a pair's two sequences."""
+    """Return [N] tokens of the longer sequence of each pair. lengths: [N, 3] of prompt, chosen and rejected."""
     return lengths[:, 0] + lengths[:, 1:].max(axis=1)
 
 
 def deal_many(costs: Integers, ranks: int) -> Integers:
-    """Deal very many pairs, dear to cheap, to the ranks there and back again: nearly as even as `deal`, and at once.
+    """Assign very many pairs to ranks in zigzag order by cost: nearly as balanced as `deal`, without a loop.
 
-    costs: [N]. Returns [N], the rank of each.
+    costs: [N]. Returns [N], the rank of each pair.
     """
     lane = np.arange(len(costs)) % (2 * ranks)
     owners = np.empty(len(costs), np.int64)
@@ -137,14 +137,14 @@ def deal_many(costs: Integers, ranks: int) -> Integers:
 
 
 class PairCost(NamedTuple):
-    """What a pair's tokens cost, in any one unit (models/policy.py counts multiplications)."""
+    """Cost of a pair by its tokens, in any unit (models/policy.py counts multiplications)."""
 
-    token: int = 1  # through the body, without attention
-    scored: int = 0  # through the head
-    seen: int = 0  # a token that sees another one in attention
+    token: int = 1  # a token in the body, without attention
+    scored: int = 0  # a token in the output head
+    seen: int = 0  # a pair (query, key) in attention
 
     def of(self, lengths: Integers, packed: bool) -> Integers:
-        """lengths: [N, 3] tokens of prompt, chosen and rejected. Returns [N]."""
+        """Return the cost [N] of pairs. lengths: [N, 3] tokens of prompt, chosen and rejected."""
         prompt, completions = lengths[:, 0], lengths[:, 1:]
         tokens = prompt + completions.sum(axis=1)
         seen = ((prompt[:, None] + completions) ** 2).sum(axis=1) // 2
@@ -157,16 +157,16 @@ TOKENS = PairCost()
 
 
 class RunLength(NamedTuple):
-    """How long a run is, in each unit."""
+    """Length of a run, in epochs, steps and pairs."""
 
     epochs: float
     steps: int  # optimizer steps
-    pairs: int | None  # where the data end; None when training.max_steps alone decides
+    pairs: int | None  # the pair after which the run ends; None when training.max_steps decides
 
 
 def run_length(pairs: int, global_batch_size: int, training: TrainingSpec) -> RunLength:
-    """Return the length of a run whose epochs have so many pairs: it ends with whichever of max_steps and epochs is
-    reached first; after 1 epoch where neither is set."""
+    """Return the length of a run whose epochs have `pairs` pairs. It ends when max_steps or epochs is reached; after 1
+    epoch if neither is set."""
     by_epochs = _length_of_epochs(pairs, global_batch_size, training.epochs or 1.0)
     if training.max_steps is None or (training.epochs is not None and by_epochs.steps <= training.max_steps):
         return by_epochs
@@ -179,13 +179,13 @@ def _length_of_epochs(pairs: int, global_batch_size: int, epochs: float) -> RunL
     whole = int(epochs)
     rest = round((epochs - whole) * pairs)
     if whole + rest == 0:
-        rest = 1  # a run of nothing would be a surprise
+        rest = 1  # train at least one pair
     return RunLength(epochs, whole * per_epoch + -(-rest // global_batch_size), whole * pairs + rest)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs of one forward pass on one rank. A filler carries weight 0: it only keeps collectives in step."""
+    """Pairs of one forward pass on one rank. A filler has weight 0 and only keeps the ranks' collectives aligned."""
 
     pairs: Integers
     is_filler: bool = False
@@ -193,28 +193,28 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step as one rank sees it."""
+    """Data of one optimizer step on one rank."""
 
     epoch: int
     pairs_seen: int  # before this step
     global_pairs: Integers  # [G], the whole global batch
-    micro_batches: list[MicroBatch]  # of this rank; the same number on every rank
+    micro_batches: list[MicroBatch]  # of this rank; equally many on every rank
 
 
 @dataclass(frozen=True)
 class Order:
     """The order of data for one rank, a pure function of `pairs_seen`."""
 
-    lengths: Integers  # [N, 3] tokens of prompt, chosen, rejected as they will be fed
+    lengths: Integers  # [N, 3] tokens of prompt, chosen, rejected after truncation
     global_batch_size: int  # pairs
     rank: int
     world_size: int
     seed: int
-    max_pairs: int | None = None  # of a micro-batch; at least one of this and the next
-    max_tokens: int | None = None  # of a micro-batch, padding counted; a longer single pair still gets its own
-    packed: bool = True  # pairs as prompt | chosen | rejected in one row, else as two padded rows
-    cost: PairCost = TOKENS  # what is balanced over the ranks
-    shares: tuple[Share, ...] = ()  # of the training sets, in the order of their pairs; one that is all, when empty
+    max_pairs: int | None = None  # per micro-batch; at least one of this and the next is set
+    max_tokens: int | None = None  # per micro-batch, including padding; a longer single pair gets its own micro-batch
+    packed: bool = True  # True: prompt | chosen | rejected in one row; False: two padded rows per pair
+    cost: PairCost = TOKENS  # balanced over the ranks
+    shares: tuple[Share, ...] = ()  # per training set, in the order of their pairs; empty: one set, used whole
     tokens: Integers = field(init=False, repr=False)  # [N] of both sequences
     costs: Integers = field(init=False, repr=False)  # [N]
 
@@ -226,35 +226,35 @@ class Order:
 
     @property
     def pairs(self) -> int:
-        """N."""
+        """Return the number of pairs, N."""
         return len(self.lengths)
 
     @property
     def pairs_per_epoch(self) -> int:
-        """E."""
+        """Return the number of pairs per epoch, E."""
         return sum(share.per_epoch for share in self.shares)
 
     @property
     def takes_each_once(self) -> bool:
-        """Whether every epoch has all pairs, each once."""
+        """Return whether every epoch contains each pair exactly once."""
         return all(share.per_epoch == share.pairs for share in self.shares)
 
     def plan(self, pairs_seen: int) -> StepPlan:
-        """The step that begins after `pairs_seen` pairs, counted from the start of training over all epochs."""
+        """Return the step that starts after `pairs_seen` pairs, counted from the start of training over all epochs."""
         epoch, offset = divmod(pairs_seen, self.pairs_per_epoch)
         batch = epoch_order(self.shares, self.seed, epoch)[offset : offset + self.global_batch_size]
         return StepPlan(epoch, pairs_seen, batch, self.micro_batches(batch))
 
     def whole(self) -> list[MicroBatch]:
-        """Every pair once, dealt over the ranks: an evaluation."""
+        """Return this rank's micro-batches of an evaluation, which contains every pair once."""
         return self.micro_batches(np.arange(self.pairs))
 
     def micro_batches(self, batch: Integers) -> list[MicroBatch]:
-        """This rank's share of a set of pairs [G]; every rank gets equally many micro-batches, fillers included."""
+        """Return this rank's share of some pairs [G]; every rank gets equally many micro-batches, including fillers."""
         costs = self.costs[batch]
         many = len(batch) > MANY * self.world_size
         owners = deal_many(costs, self.world_size) if many else deal(costs[None], self.world_size)[0]
-        dear_to_cheap = np.argsort(-costs, kind="stable")  # pairs alike in length share a micro-batch: less padding
+        dear_to_cheap = np.argsort(-costs, kind="stable")  # pairs of similar length share a micro-batch: less padding
         per_rank = [
             [batch[positions] for positions in self._cut(dear_to_cheap[owners[dear_to_cheap] == rank], batch)]
             for rank in range(self.world_size)
@@ -265,7 +265,7 @@ class Order:
         return mine + [MicroBatch(cheapest, is_filler=True)] * fillers
 
     def _cut(self, positions: Integers, batch: Integers) -> Iterator[Integers]:
-        """Cut one rank's pairs, dear to cheap, into micro-batches."""
+        """Split one rank's pairs, sorted by decreasing cost, into micro-batches."""
         lengths = self.lengths[batch]
         packed, longest = lengths.sum(axis=1), longest_sequences(lengths)
         start, tokens, width = 0, 0, 0

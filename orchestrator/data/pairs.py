@@ -1,7 +1,7 @@
-"""Raw preference rows -> tokenized (prompt, chosen, rejected), once, in parallel, into a memory-mapped cache.
+"""Tokenise preference rows once, in parallel, into a memory-mapped cache.
 
-It takes no World and calls no collective: the first process to hold the lock builds the cache, the others poll for
-the finished files, so that no rank waits where a time-out can kill the run.
+It uses no World and no collectives: the first process that gets the lock builds the cache, and the others poll for the
+finished files, so no rank waits in a collective whose time-out would kill the run.
 """
 
 import bisect
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 6  # of the cache; raise it when the meaning of a cached number changes
-CHUNK = 512  # rows handed to a tokenising process at a time
+FORMAT = 6  # of the cache; increase it when the meaning of a cached number changes
+CHUNK = 512  # rows sent to a tokenising process at a time
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
-# Settings of `data` that decide what is in the cache; data.chat_template is in the tokenizer.
+# Settings of `data` that determine the cache's content; data.chat_template is part of the tokenizer.
 CACHED = (
     "max_length",
     "truncation",
@@ -53,36 +53,36 @@ CACHED = (
 )
 
 
-# Counts of rows, in the cache and of Pairs.
+# Counts of rows, in the cache and in Pairs.
 COUNTED = ("dropped", "unread", "unread_columns", "notes")
 
 
 class TokenizedSet(NamedTuple):
     """One data set in the cache."""
 
-    key: str  # the setting that names it
+    key: str  # the setting of the data set
     source: str
     weight: float  # how often its pairs are seen in an epoch
     folder: Path
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Rows left out, by reason."""
+        """Return the number of dropped rows, by reason."""
         return self._meta["dropped"]
 
     @property
     def unread(self) -> dict[str, int]:
-        """Rows with a variable that their chat template does not read, by its name."""
+        """Return the number of rows with a variable that their chat template does not read, by variable."""
         return self._meta["unread"]
 
     @property
     def unread_columns(self) -> dict[str, int]:
-        """Rows that fill a column that nothing reads, by its name."""
+        """Return the number of rows with a value in a column that is not read, by column."""
         return self._meta["unread_columns"]
 
     @property
     def notes(self) -> dict[str, int]:
-        """Rows by a note of data/shapes.py."""
+        """Return the number of rows with a note, by the notes of data/shapes.py."""
         return self._meta["notes"]
 
     @property
@@ -91,20 +91,21 @@ class TokenizedSet(NamedTuple):
 
     @property
     def uncut_lengths(self) -> Integers:
-        """[M, 3] tokens of prompt, chosen and rejected before truncation, of every row that could be tokenised, left
-        out or not."""
+        """Return [M, 3] tokens of prompt, chosen and rejected before truncation, for every row that could be
+        tokenised, including those dropped later."""
         return np.load(self.folder / "uncut.npy").reshape(-1, 3)
 
 
 class Pairs:
-    """The usable pairs of one or more data sets, memory-mapped: nothing is read until it is asked for.
+    """Usable pairs of one or more data sets, memory-mapped: tokens are read only when needed.
 
-    `pair_ids` [N] ascend: they are the rows of the sources, counted from 1 and on from one source to the next, whether
-    they hold a usable pair or not. `lengths` [N, 3] are the tokens of prompt, chosen and rejected; `hashes` [N, 2] 128
-    bits over the token ids of each; `weights` and `margins` [N] fp64 are what data.weight_column and data.margin_column
-    say, if they are set; `dropped` counts the rows left out by reason, `unread` those with a variable of their own that
-    the chat template does not read, by its name; `unread_columns` and `notes` count as those of a TokenizedSet;
-    `swapped` [N] are the first half of what `hashes` were with chosen and rejected exchanged.
+    pair_ids: [N] ascending row numbers, counted from 1 and continued from one source to the next, including rows
+        without a usable pair.
+    lengths: [N, 3] tokens of prompt, chosen and rejected.
+    hashes: [N, 2] 128-bit hashes of the token ids of each pair.
+    swapped: [N] the first half of the hash with chosen and rejected exchanged.
+    weights, margins: [N] fp64 values of data.weight_column and data.margin_column, or None if these are not set.
+    dropped, unread, unread_columns, notes: counts of rows as in TokenizedSet.
     """
 
     def __init__(self, sets: Sequence[TokenizedSet]) -> None:
@@ -123,7 +124,7 @@ class Pairs:
         self.lengths: Integers = _joined(lengths)
         self.hashes: NDArray[np.uint64] = _joined([np.load(folder / "hashes.npy", mmap_mode="r") for folder in folders])
         self.swapped: NDArray[np.uint64] = _joined([np.load(folder / "swapped.npy") for folder in folders])
-        kept = [name for name in NUMERIC if (folders[0] / f"{name}.npy").exists()]  # by all of them then
+        kept = [name for name in NUMERIC if (folders[0] / f"{name}.npy").exists()]  # then all folders have it
         numeric = {name: _joined([np.load(folder / f"{name}.npy") for folder in folders]) for name in kept}
         self.weights: NDArray[np.float64] | None = numeric.get("weights")
         self.margins: NDArray[np.float64] | None = numeric.get("margins")
@@ -135,28 +136,28 @@ class Pairs:
 
     @property
     def identity(self) -> str:
-        """Hash of rows, tokenizer and truncation of all sets."""
+        """Return a hash of rows, tokenizer and truncation of all sets."""
         return one_of([each.folder.name for each in self.sets])
 
     @property
     def shares(self) -> tuple[Share, ...]:
-        """What each set gives to an epoch."""
+        """Return the share of each set in an epoch."""
         ends = [*np.searchsorted(self.pair_ids, self._rows_before[1:], side="right"), len(self)]
         of_sets = zip(np.diff(ends, prepend=0), self.sets, strict=True)
         return tuple(Share.of(int(pairs), each.weight) for pairs, each in of_sets)
 
     @property
     def pairs_per_epoch(self) -> int:
-        """Pairs that an epoch trains on."""
+        """Return the number of pairs in an epoch."""
         return sum(share.per_epoch for share in self.shares)
 
     def place(self, pair_id: int) -> Place:
-        """The row that a pair was made of."""
+        """Return the source row of a pair."""
         of = self._set_of(pair_id)
         return Place(self.sets[of].key, self.sets[of].source, int(pair_id) - self._rows_before[of])
 
     def only(self, indices: Integers) -> "Pairs":
-        """The pairs at some indices, in the order of their rows."""
+        """Return the pairs at some indices, in the order of their rows."""
         few, kept = copy.copy(self), np.sort(indices)
         few.dropped, few.unread, few.unread_columns, few.notes = {}, {}, {}, {}
         few.swapped = self.swapped[kept]
@@ -167,13 +168,13 @@ class Pairs:
         return few
 
     def tokens(self, index: int) -> NDArray[np.int32]:
-        """Token ids of prompt, chosen and rejected of one pair, one after the other."""
+        """Return the concatenated token ids of prompt, chosen and rejected of one pair."""
         start = self._starts[index]
         return self._tokens[self._set_of(self.pair_ids[index])][start : start + self.lengths[index].sum()]
 
     def __getitem__(self, index: int) -> Row:
-        """One pair as a collator takes it: pair_id and lists of token ids under TRL's names; weight and margin, where
-        they are set."""
+        """Return one pair as input of a collator: pair_id, lists of token ids under TRL's names, and weight and margin
+        if they are set."""
         prompt, chosen, _ = self.lengths[index]
         tokens = self.tokens(index).tolist()
         row: Row = {
@@ -188,7 +189,7 @@ class Pairs:
         return row
 
     def prompts(self) -> Iterator[bytes]:
-        """The token ids of each pair's prompt, 4 bytes each."""
+        """Yield the prompt of each pair as bytes, 4 per token id."""
         for pair_id, start, length in zip(self.pair_ids, self._starts, self.lengths[:, 0], strict=True):
             yield self._tokens[self._set_of(pair_id)][start : start + length].tobytes()
 
@@ -197,12 +198,12 @@ class Pairs:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Arrays one after the other; a single one stays what it is, memory-mapped perhaps."""
+    """Concatenate arrays; a single one is returned as it is, which may be memory-mapped."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class NoPairs(UserError):
-    """No row of a source is left to train on."""
+    """Error for a source without a usable row."""
 
 
 def tokenized_pairs(
@@ -213,8 +214,8 @@ def tokenized_pairs(
     name: str = "",
     first: int | None = None,
 ) -> Pairs:
-    """The pairs of data.train or of the evaluation set with that name, from the cache, which is built first where it
-    is not there yet. first: only those of so many rows of each source.
+    """Return the pairs of data.train or of the evaluation set with that name, from the cache, which is built if it
+    does not exist. first: use only so many rows of each source.
 
     Raises:
         UserError: a source is missing or unreadable, a row cannot be used, or (NoPairs) no row is left.
@@ -233,11 +234,11 @@ def tokenized_pairs(
 
 
 def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
-    """The pairs to train on, and those to evaluate instead: all pairs of some prompts, taken in the order of a hash of
-    their tokens and the seed, as near to that fraction as they go.
+    """Split pairs into (training pairs, evaluation pairs): hold out all pairs of some prompts, chosen by a hash of
+    their tokens and the seed, as close to the fraction as possible.
 
     Raises:
-        UserError: nothing would be left to train on, in one of the sets perhaps, or to evaluate.
+        UserError: a training set or the evaluation set would be empty.
     """
     key = str(seed).encode()
     hashes = (hashlib.blake2b(prompt, digest_size=8, key=key).digest() for prompt in pairs.prompts())
@@ -247,11 +248,11 @@ def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, P
         if size <= left:
             is_out[prompt], left = True, left - size
     smallest = np.where(is_out, len(pairs) + 1, sizes).argmin()
-    if sizes[smallest] < 2 * left:  # nearer with it than without
+    if sizes[smallest] < 2 * left:  # closer to the fraction with it than without
         is_out[smallest] = True
     held = is_out[prompts]
     train, held_out = pairs.only(np.flatnonzero(~held)), pairs.only(np.flatnonzero(held))
-    for name in COUNTED:  # of all rows: which part they would have been in is not known
+    for name in COUNTED:  # counts of all rows, as dropped rows belong to neither part
         setattr(train, name, getattr(pairs, name))
     gone = next((each for each, share in zip(pairs.sets, train.shares, strict=True) if not share.pairs), None)
     if gone is not None or not len(held_out):
@@ -263,12 +264,12 @@ def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, P
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Make a folder by `build(partial_folder)`, by one process of all that ask; the others wait for it by polling.
+    """Create a folder with `build(partial_folder)` in exactly one process; the other callers poll until it exists.
 
-    The lock dies with its holder, so a killed builder is simply replaced by the next process.
+    The lock is released when its holder dies, so the next process replaces a killed builder.
     """
     if folder.exists():
-        return  # whoever may read the cache need not be allowed to write the lock
+        return  # readers of the cache need no permission to write the lock
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         while not folder.exists():
@@ -302,7 +303,7 @@ class _TokenizedRow(NamedTuple):
 
 
 class _Worker(NamedTuple):
-    """Tokenises chunks of rows; picklable, so that it can be sent to another process."""
+    """Picklable callable that tokenises chunks of rows, in this or another process."""
 
     tokenizer: "PreTrainedTokenizerBase"
     data: DataSpec
@@ -314,7 +315,9 @@ class _Worker(NamedTuple):
         uncut = None
         try:
             result = checked(row, self.data)
-            is_tie = result.row["chosen"] == result.row["rejected"]  # and is dropped, whatever its numbers are
+            is_tie = (
+                result.row["chosen"] == result.row["rejected"]
+            )  # ties are dropped, so their numbers are not checked
             numbers = {} if is_tie else numbers_of(result.row, self.data)
             whole, _ = tokenize_checked(result.row, self.tokenizer, self.data)
             uncut = len(whole.prompt_ids), len(whole.chosen_ids), len(whole.rejected_ids)
@@ -342,7 +345,7 @@ def _build(
     swapped: list[bytes] = []
     numeric: dict[str, list[float]] = {name: [] for name, key in NUMERIC.items() if getattr(data, key) is not None}
     counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
-    first_bad: dict[str, str] = {}  # by the reason that rows are left out for
+    first_bad: dict[str, str] = {}  # by the reason for dropping rows
     for number, result, uncut, of_pair, *noted in _tokenized(rows, _Worker(tokenizer, data)):
         if uncut is not None:
             uncut_lengths.append(uncut)
@@ -377,9 +380,9 @@ def _build(
 
 
 def _no_pair(key: str, source: str, dropped: Counter[str], first: dict[str, str]) -> NoPairs:
-    """Return the error of a source of which no row is left. first: the first row of each reason."""
+    """Return the error for a source without a usable row. first: the first row of each reason."""
     if not dropped:
-        return NoPairs(key, source, "leaves no pair to train on (it has no rows)", "give a file with rows")
+        return NoPairs(key, source, "leaves no pair to train on (it has no rows)", "use a file with rows")
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     cure = "check that its chosen and rejected differ"
     if "prompts that fill data.max_length" in dropped:
@@ -397,7 +400,7 @@ def _swapped_hash(pair: TokenizedPair) -> bytes:
 
 
 def content_hash(lengths: Iterable[int], tokens: NDArray[np.int32]) -> bytes:
-    """128 bits over the token ids of a pair and the lengths [3] of its prompt, chosen and rejected."""
+    """Return a 128-bit hash of the token ids of a pair and the lengths [3] of prompt, chosen and rejected."""
     whole = np.array([*lengths], "<i4").tobytes() + tokens.astype("<i4").tobytes()
     return hashlib.blake2b(whole, digest_size=16).digest()
 
@@ -414,7 +417,7 @@ def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[_To
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         chunks = _chunks(iter(first), iterator)
         waiting = [(chunk, pool.submit(worker, chunk)) for chunk in islice(chunks, 2 * processes)]
-        while waiting:  # a bounded window: the file is never in memory as a whole
+        while waiting:  # a bounded window: the whole file is never in memory
             yield from tokenized_elsewhere(*waiting.pop(0), worker)
             waiting += [(chunk, pool.submit(worker, chunk)) for chunk in islice(chunks, 1)]
 
@@ -422,8 +425,8 @@ def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[_To
 def tokenized_elsewhere(
     chunk: list[tuple[int, Any]], result: Future[list[_TokenizedRow]], worker: _Worker
 ) -> list[_TokenizedRow]:
-    """Return what another process made of a chunk; a row nested so deeply that pickle cannot send it is tokenised, or
-    refused by its number, in this one."""
+    """Return the result of another process for a chunk; if a row is nested too deeply to pickle, tokenise the chunk in
+    this process, which also reports the row's number."""
     try:
         return result.result()
     except RecursionError:

@@ -16,18 +16,18 @@ from typing import IO, Any
 from orchestrator.data.shapes import CONTEXT, PAIR
 from orchestrator.settings.spec import COMPRESSIONS, DATA_SUFFIXES, TEXT_SUFFIXES, UserError
 
-LARGEST_CELL = 2**31 - 1  # bytes; the csv module refuses more than 128 kB by default
+LARGEST_CELL = 2**31 - 1  # bytes; the default limit of the csv module is 128 kB
 BLANK = " \t\r\n"
 _DECODER = json.JSONDecoder()
 
 
 def is_text_file(path: str) -> bool:
-    """Return whether the name is that of a JSON or CSV file, compressed or not."""
+    """Return whether a file is JSON or CSV by its name, compressed or not."""
     return path.endswith(tuple(kind + packed for kind in TEXT_SUFFIXES for packed in COMPRESSIONS))
 
 
 def is_data_file(path: str) -> bool:
-    """Return whether the name is that of a file whose rows can be read."""
+    """Return whether a file is in a format that can be read, by its name."""
     return path.endswith(DATA_SUFFIXES)
 
 
@@ -46,7 +46,7 @@ def text_rows(key: str, path: str) -> Iterator[tuple[int, Any]]:
 
 
 def rows_in_file(key: str, path: str) -> int:
-    """Count the rows of a file, of Parquet and Arrow by what the file says of itself.
+    """Count the rows of a file; for Parquet and Arrow from its metadata.
 
     Raises:
         UserError: the file cannot be read.
@@ -77,7 +77,7 @@ def _without_compression(path: str) -> str:
 
 @contextmanager
 def _reported(key: str, path: str) -> Iterator[None]:
-    """Turn what reading a file raises into one line."""
+    """Convert exceptions of reading a file to UserError."""
     import pyarrow as pa
 
     try:
@@ -86,7 +86,7 @@ def _reported(key: str, path: str) -> Iterator[None]:
         raise UserError(key, path, f"is not UTF-8 text ({error.reason})", "convert the file to UTF-8") from None
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        cure = "check that it is whole, and what its name ends with"
+        cure = "check that it is complete, and that its suffix is right"
         raise UserError(key, path, f"cannot be read ({reason})", cure) from None
 
 
@@ -130,7 +130,7 @@ def _csv_rows(key: str, path: str, delimiter: str) -> Iterator[tuple[int, Any]]:
 
 
 def _cell(name: str, text: str | None) -> Any:
-    """Return a number where a cell holds one, in columns that are not a part of the text; None where it is missing."""
+    """Return a cell's value: a number if it is one and the column is not text; None if the cell is missing."""
     if text and name not in (*PAIR, *CONTEXT):
         with suppress(ValueError):
             return float(text)
@@ -141,7 +141,7 @@ def _cell(name: str, text: str | None) -> Any:
 
 
 def _json_rows(key: str, path: str) -> Iterator[tuple[int, Any]]:
-    """Yield rows of JSON lines (blank lines do not count), or of one JSON array, whatever the file is called."""
+    """Yield rows of JSON lines (blank lines are not counted) or of one JSON array, whatever the file's name."""
     with _open_text(path) as file:
         begin = ""
         for begin in file:
@@ -180,14 +180,14 @@ def _array_rows(key: str, path: str, text: str) -> Iterator[tuple[int, Any]]:
         rule = f"is not JSON: the array ends after row {number} without a bracket"
         raise UserError(key, path, rule, "fix it, or write one object per line")
     if text[place] != "]":
-        rule = "is not JSON: neither a comma and another row nor the end of the array follows that row"
+        rule = "is not JSON: after that row neither a comma and another row nor the end of the array follows"
         raise UserError(f"{key} row {number}", text[place:], rule, f"fix what follows it in {path}")
     if rest := text[place + 1 :].strip():
         raise UserError(key, rest, "follows the end of the JSON array", f"remove it from {path}")
 
 
 def _one_object(key: str, path: str, text: str) -> Iterator[tuple[int, Any]]:
-    """Yield the only row of a file that is one object over several lines."""
+    """Yield the only row of a file that contains one object over several lines."""
     try:
         yield 1, json.loads(text)
     except (ValueError, RecursionError) as error:

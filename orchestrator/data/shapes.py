@@ -1,4 +1,4 @@
-"""One row in any accepted shape -> prompt, chosen and rejected, all text or all messages; other shapes are refused."""
+"""Convert a row of any supported shape to prompt, chosen and rejected, all text or all messages."""
 
 import json
 import re
@@ -14,7 +14,7 @@ DropReason = Literal["malformed rows", "ties", "empty completions", "prompts tha
 
 PAIR = ("prompt", "chosen", "rejected")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-# Columns that usually hold a part of what the model is asked. Their text must not be lost in silence.
+# Columns that usually hold part of the prompt. Their text must not be dropped silently.
 CONTEXT = (
     "system",
     "system_prompt",
@@ -29,10 +29,10 @@ CONTEXT = (
     "conversations",
 )
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# The setting of `data` that names the column of each number of a pair.
+# Setting of `data` that names the column of each number of a pair.
 NUMERIC = {"weights": "weight_column", "margins": "margin_column"}
 TEXT_PARTS = ("text", "input_text", "output_text")
-# A list of messages as JSON or as Python's repr, as CSV files have it.
+# A list of messages as JSON or as Python's repr, as in CSV files.
 MESSAGES_AS_TEXT = re.compile(
     r"""\s*\[\s*\{.*["'](role["']\s*:\s*["'](system|user|assistant)|from["']\s*:\s*["'](system|human|gpt))["']""",
     re.DOTALL,
@@ -41,19 +41,19 @@ SEVERAL_ANSWERS = re.compile(r"(response|answer|output|completion|generation)s?_
 SHOWN_COLUMNS = 12
 SHOWN_LETTERS = 40
 
-# Notes on a row that trains, counted over all rows; each reads after "N rows".
-IMPLICIT = "have no prompt (the common beginning of chosen and rejected is taken as prompt)"
+# Notes on usable rows, counted over all rows; printed as "rows that NOTE: N".
+IMPLICIT = "have no prompt (the common start of chosen and rejected is used as prompt)"
 NO_PROMPT = "have an empty prompt"
 EMPTY = "have an empty chosen or rejected completion"
-TWICE = "repeat the prompt at the start of chosen and rejected, so that it is in the sequence twice"
-NULLS = "have null values in tools, which are left out (tools written as JSON text keep them)"
+TWICE = "repeat the prompt at the start of chosen and rejected, so the sequence contains it twice"
+NULLS = "have null values in tools, which are removed (tools written as JSON text keep them)"
 
 
 class BadRow(Exception):
     """A row that cannot be trained on.
 
-    `kind` decides whether it is dropped, `reason` says what is wrong with it, and `cure`, where it is set, what to do
-    about all rows of that kind.
+    `kind` decides whether it is dropped, `reason` says what is wrong with it, and `cure`, if set, how to fix all rows
+    of that kind.
     """
 
     def __init__(self, kind: DropReason, reason: str, cure: str = "") -> None:
@@ -63,20 +63,20 @@ class BadRow(Exception):
 
 
 class CheckedRow(NamedTuple):
-    """A row with a prompt of its own, and what is worth reporting about it."""
+    """A row with an explicit prompt, and notes about it."""
 
     row: Row
-    unread: tuple[str, ...]  # columns that hold something and are not read
+    unread: tuple[str, ...]  # columns with a value that are not read
     notes: tuple[str, ...]
 
 
 def checked(row: Any, data: DataSpec) -> CheckedRow:
     """Return the row with an explicit prompt, text or messages throughout.
 
-    A null is a value that is absent, at any depth: Arrow gives every object the keys of all. Needs no tokenizer.
+    Nulls count as absent at any depth, because Arrow adds the keys of all objects to each. Needs no tokenizer.
 
     Raises:
-        BadRow: the row has a wrong shape, or holds more than would be trained on.
+        BadRow: the row has a wrong shape, or holds text that would not be trained on.
     """
     if not isinstance(row, Mapping):
         raise BadRow("malformed rows", f"is a {type(row).__name__}, not an object with chosen and rejected")
@@ -98,7 +98,7 @@ def _checked(row: Row, data: DataSpec) -> CheckedRow:
     is_chat = isinstance(shaped["prompt"], list)
     _check_context(row, shaped, data)
     if is_chat and not shaped["prompt"]:
-        raise BadRow("malformed rows", "has no prompt, and chosen and rejected begin with no message in common")
+        raise BadRow("malformed rows", "has no prompt, and chosen and rejected do not start with a common message")
     if is_chat:
         template_arguments(shaped, data)
     else:
@@ -107,7 +107,7 @@ def _checked(row: Row, data: DataSpec) -> CheckedRow:
 
 
 def numbers_of(row: Row, data: DataSpec) -> dict[str, float]:
-    """Return weight and margin of a pair, where the settings name their columns, by the names of NUMERIC.
+    """Return weight and margin of a pair, if the settings name their columns, by the names of NUMERIC.
 
     Raises:
         BadRow: one is missing or is not a usable number.
@@ -128,7 +128,7 @@ def numbers_of(row: Row, data: DataSpec) -> dict[str, float]:
 
 
 def template_arguments(row: Row, data: DataSpec) -> Row:
-    """Return the keyword arguments of the chat template: those of all rows, overridden by the row's tools and its own.
+    """Return the variables of the chat template: those of the settings, overridden by the row's tools and its own.
 
     Raises:
         BadRow: tools or chat_template_kwargs have a wrong type.
@@ -141,11 +141,11 @@ def template_arguments(row: Row, data: DataSpec) -> Row:
             raise BadRow("malformed rows", f"tools is not JSON ({getattr(error, 'msg', error)})") from None
         _check_unicode("tools", tools)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise BadRow("malformed rows", "tools is not a list of objects, or JSON of one")
+        raise BadRow("malformed rows", "tools is neither a list of objects nor JSON of one")
     if not isinstance(own, Mapping):
         raise BadRow("malformed rows", f"chat_template_kwargs is {type(own).__name__}, not an object")
     if taken := own.keys() & set(TEMPLATE_CALL):
-        raise BadRow("malformed rows", f"chat_template_kwargs has {min(taken)!r}, which is no variable of a template")
+        raise BadRow("malformed rows", f"chat_template_kwargs has {min(taken)!r}, which is not a template variable")
     own = {key: value for key, value in {"tools": tools, **own}.items() if value is not None}
     return {"tools": None, **data.chat_template_kwargs, **own}
 
@@ -169,14 +169,14 @@ def _check_answers(row: Row) -> None:
 
 
 def _unknown_columns(row: Row, missing: str) -> BadRow:
-    """Name the shape of a row without `missing`, where it is a known one."""
+    """Return the error for a row without the column `missing`; it names the shape if it is a known one."""
     rename = "" if row.keys() & set(PAIR) else "rename its columns to prompt, chosen and rejected"
     what, cure = _foreign_shape(row) or ("", rename)
     return BadRow("malformed rows", f"has no column {missing!r}; {_columns_of(row)}{what and f': {what}'}", cure)
 
 
 def _foreign_shape(row: Row) -> tuple[str, str] | None:
-    """Return (what a row without chosen and rejected is, how to make a pair of it), where it is a known shape."""
+    """Return (name, conversion) of the known format of a row without chosen or rejected, or None."""
     columns = row.keys()
     if {"completion", "label"} <= columns:
         return (
@@ -190,10 +190,10 @@ def _foreign_shape(row: Row) -> tuple[str, str] | None:
         return "SHP", "write history as prompt, the answer that labels prefers (1: A) as chosen, the other as rejected"
     is_one = columns & {"messages", "conversations", "completion", "text"} and not columns & {"chosen", "rejected"}
     if is_one and not _similar(row):
-        return "one answer, not a pair", "give pairs: prompt, chosen and rejected"
+        return "one answer, not a pair", "use pairs: prompt, chosen and rejected"
     if len(row) == 1 and _is_list_of(next(iter(row.values())), Mapping):
         name = next(iter(columns))
-        return f"one object that wraps rows under {name!r}", f"write the list under {name!r} alone"
+        return f"one object that wraps rows under {name!r}", f"write only the list under {name!r}"
     if len(row) > 1 and all(_is_list_of(value, str | list) for value in row.values()):
         return "an object of columns", "write one object per row"
     if _has_several_answers(row):
@@ -207,14 +207,14 @@ def _foreign_shape(row: Row) -> tuple[str, str] | None:
 
 
 def _has_several_answers(row: Row) -> bool:
-    """Return whether the row lists answers, or has numbered columns of them."""
+    """Return whether the row has a list of answers, or numbered columns of them."""
     lists = [value for name, value in row.items() if name not in (*CONTEXT, *PAIR)]
     numbered = [name for name in row if SEVERAL_ANSWERS.fullmatch(str(name))]
     return len(numbered) > 1 or any(_is_list_of(value, str | Mapping) and len(value) > 1 for value in lists)
 
 
 def _similar(row: Row) -> dict[str, str]:
-    """Return the columns whose names contain what they should be called, by that name."""
+    """Return columns with similar names, by the name that they should have."""
     stems = {"prompt": "prompt", "chosen": "chosen", "rejected": "reject"}
     found = {
         name: [each for each in map(str, row) if stem in each.lower() and isinstance(row.get(each), str | list)]
@@ -232,11 +232,11 @@ def _check_media(row: Row, data: DataSpec) -> None:
     for column in MEDIA:
         if not _is_blank(row.get(column)) and column not in data.ignore_columns:
             cure = f"remove such rows, or set data.ignore_columns=[{column}] to train without it"
-            raise BadRow("malformed rows", f"has {column}, and training reads text only", cure)
+            raise BadRow("malformed rows", f"has {column}, but only text is supported", cure)
 
 
 def _check_context(row: Row, shaped: Row, data: DataSpec) -> None:
-    """Refuse columns with a part of the question that the prompt does not have."""
+    """Check that no other column holds part of the question that the prompt does not contain."""
     prompt = _squeezed("\n".join(_texts(shaped["prompt"])))
     known = (*PAIR, *TEMPLATE_COLUMNS, *_numeric(data), *data.ignore_columns)
     is_bare = row.get("prompt") is None and not prompt
@@ -246,10 +246,10 @@ def _check_context(row: Row, shaped: Row, data: DataSpec) -> None:
     if not lost:
         return
     names, settings = ", ".join(map(repr, map(str, lost))), ", ".join(map(str, lost))
-    reason = f"has {names} beside prompt, which does not contain it; it would not be read"
+    reason = f"has {names} besides prompt, which does not contain its text; it would be ignored"
     if row.get("prompt") is None:
-        reason = f"has no prompt, and {names}, which could be a part of it, would not be read; {_columns_of(row)}"
-    cure = f"write what is asked into prompt, or set data.ignore_columns=[{settings}] to train without it"
+        reason = f"has no prompt, and {names}, which could be part of it, would be ignored; {_columns_of(row)}"
+    cure = f"move the text into prompt, or set data.ignore_columns=[{settings}] to train without it"
     raise BadRow("malformed rows", reason, cure)
 
 
@@ -258,12 +258,12 @@ def _numeric(data: DataSpec) -> tuple[str | None, ...]:
 
 
 def _is_sentence(value: Any) -> bool:
-    """Return whether a value of an unknown column could be a question: text of several words, or messages."""
+    """Return whether a value of an unknown column could be a prompt: text of several words, or messages."""
     return (isinstance(value, str) and len(value.split()) > 1) or _is_list_of(value, Mapping)
 
 
 def _asked(value: Any) -> Iterator[str]:
-    """Yield the texts of a value; of messages, those that are not an assistant's."""
+    """Yield the texts of a value; for messages, those that are not from the assistant."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -277,7 +277,7 @@ def _asked(value: Any) -> Iterator[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield a text, or the contents of messages."""
+    """Yield the text itself, or the contents of messages."""
     yield from [value] if isinstance(value, str) else (str(message.get("content", "")) for message in value)
 
 
@@ -290,13 +290,13 @@ def _is_blank(value: Any) -> bool:
 
 
 def _unread(row: Row, data: DataSpec, is_chat: bool) -> tuple[str, ...]:
-    """Return the columns that hold something and are not read."""
+    """Return the columns with a value that are not read."""
     read = {*PAIR, *_numeric(data), *(TEMPLATE_COLUMNS if is_chat else ())}
     return tuple(str(column) for column, value in row.items() if column not in read and not _is_blank(value))
 
 
 def _columns_of(row: Row) -> str:
-    """Say which columns a row has, in a line of bounded length."""
+    """Return the columns of a row as text of bounded length."""
     names = [repr(str(name)[:SHOWN_LETTERS]) for name in row]
     more = [f"and {len(names) - SHOWN_COLUMNS} more"] if len(names) > SHOWN_COLUMNS else []
     return f"its columns are {', '.join(names[:SHOWN_COLUMNS] + more)}" if names else "it has no columns"
@@ -306,11 +306,11 @@ def _columns_of(row: Row) -> str:
 
 
 def _value_of(column: str, value: Any) -> Any:
-    """Return a text, or a list of messages whose contents are text; None for an absent prompt."""
+    """Return the value as text, or as a list of messages with text contents; None for an absent prompt."""
     if value is None or (isinstance(value, str) and not MESSAGES_AS_TEXT.match(value)):
         return value
     if isinstance(value, str):
-        reason, cure = f"{column} is the text of a list of messages", "write the list itself, in JSONL or Parquet"
+        reason, cure = f"{column} is a list of messages as text", "write it as a list, in JSONL or Parquet"
         raise BadRow("malformed rows", reason, cure)
     if isinstance(value, Mapping):
         value = [value]  # one message
@@ -333,7 +333,7 @@ def _message(name: str, message: Any) -> Row:
     if isinstance(content, list):
         return {**message, "content": "".join(_text_part(name, part) for part in content)}
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        what = "has no text in its content" if content is None else f"has {type(content).__name__}, no text, as content"
+        what = "has no text in its content" if content is None else f"has {type(content).__name__} as content, not text"
         raise BadRow("malformed rows", f"{name} {what}")
     return dict(message)
 
@@ -342,18 +342,20 @@ def _text_part(name: str, part: Any) -> str:
     """Return the text of one part of a message's content."""
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
     if not isinstance(part, Mapping) or kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-        raise BadRow("malformed rows", f"{name} has a part of type {kind!r} in its content: only text parts are read")
+        raise BadRow(
+            "malformed rows", f"{name} has a part of type {kind!r} in its content: only text parts are supported"
+        )
     return part["text"]
 
 
 def _check_unicode(column: str, value: Any) -> None:
-    """Refuse text that cannot be written as UTF-8."""
+    """Check that text can be encoded as UTF-8."""
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
             what = f"{value[error.start]!r} at character {error.start + 1}"
-            rule = f"{column} is not Unicode text: {what} is half of a surrogate pair"
+            rule = f"{column} is not Unicode text: {what} is a lone surrogate"
             raise BadRow("malformed rows", rule) from None
     elif isinstance(value, Mapping):
         for name, entry in value.items():
@@ -367,7 +369,7 @@ def _check_unicode(column: str, value: Any) -> None:
 def _check_text_settings(data: DataSpec) -> None:
     for key in ("system_prompt", "chat_template_kwargs"):
         if getattr(data, key):
-            raise BadRow("malformed rows", f"is plain text, on which data.{key} does not act", f"remove data.{key}")
+            raise BadRow("malformed rows", f"is plain text, which does not use data.{key}", f"remove data.{key}")
 
 
 # --- prompt and answers --------------------------------------------------------------------------------------------
@@ -378,8 +380,8 @@ def _with_prompt(row: Row) -> Row:
     prompt, chosen, rejected = (row[column] for column in PAIR)
     if type(chosen) is not type(rejected):
         kinds = {column: "text" if isinstance(row[column], str) else "messages" for column in ("chosen", "rejected")}
-        said = ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
-        raise BadRow("malformed rows", f"mixes text and messages: {said}")
+        described = ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
+        raise BadRow("malformed rows", f"mixes text and messages: {described}")
     if prompt is None:
         return _with_implicit_prompt(row)
     if isinstance(chosen, str):
@@ -393,28 +395,28 @@ def _with_prompt(row: Row) -> Row:
     whole = _with_implicit_prompt(row)
     questions = [message.get("content", "") for message in whole["prompt"] if message["role"] == "user"]
     if prompt.strip() not in [question.strip() for question in questions]:
-        reason = "prompt is text, and chosen and rejected are conversations that do not both begin with it"
+        reason = "prompt is text, but chosen and rejected are conversations that do not both start with it"
         raise BadRow("malformed rows", reason, "remove the prompt column, or the messages before the answers")
     return whole
 
 
 def _without_repeated_prompt(row: Row) -> Row:
-    """Return the row with answers alone, where both repeat the whole prompt; refuse what repeats a part of it."""
+    """Remove the prompt from answers that both repeat it whole; raise BadRow if they repeat part of it."""
     prompt, sides = row["prompt"], {side: row[side] for side in ("chosen", "rejected")}
     if all(len(side) > len(prompt) and side[: len(prompt)] == prompt for side in sides.values()):
         return {**row, **{name: side[len(prompt) :] for name, side in sides.items()}}
     for name, side in sides.items():
         for message in takewhile(lambda each: each["role"] != "assistant", side):
             if message["role"] == "system" or message in prompt:
-                reason = f"{name} begins with a {message['role']} message, as prompt does: it would be there twice"
+                reason = f"{name} starts with a {message['role']} message, like prompt: it would be repeated"
                 raise BadRow("malformed rows", reason, "remove the prompt column, or the messages before the answers")
     return row
 
 
 def _with_implicit_prompt(row: Row) -> Row:
-    """Return the row with the longest common beginning of chosen and rejected as prompt, as TRL's extract_prompt does.
+    """Return the row with the common prefix of chosen and rejected as prompt, as TRL's extract_prompt does.
 
-    Where one side is the beginning of the other, TRL leaves the last common element to the completions; so do we.
+    If one side is a prefix of the other, the last common element stays in the completions, as in TRL.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     shorter = min(len(chosen), len(rejected))
@@ -432,7 +434,7 @@ def _notes(row: Row, shaped: Row) -> tuple[str, ...]:
         IMPLICIT: row.get("prompt") is None,
         NO_PROMPT: is_text and not prompt,
         EMPTY: any(empty),
-        # an answer may well begin with a word or two of the prompt
+        # an answer may start with a word or two of the prompt
         TWICE: is_text and len(prompt.split()) > 2 and all(side.startswith(prompt) for side in sides),
         NULLS: _has_null(row.get("tools")),
     }
@@ -450,7 +452,7 @@ def _has_null(value: Any) -> bool:
 
 
 def note_lines(unread: Mapping[str, int], notes: Mapping[str, int]) -> Iterator[str]:
-    """Yield lines about the rows of a set: the columns that are not read, and each note with its count."""
+    """Yield lines about the rows of a set: columns that are not read, and each note with its count."""
     if unread:
         yield f"columns not read: {', '.join(printable(column) for column in unread)}"
     for note, rows in notes.items():
@@ -458,6 +460,6 @@ def note_lines(unread: Mapping[str, int], notes: Mapping[str, int]) -> Iterator[
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return a text with its control characters, but those to keep, and what is not Unicode as escapes."""
+    """Return a text with control characters (except those in `keep`) and invalid Unicode as escapes."""
     shown = (each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text)
     return "".join(shown)

@@ -1,6 +1,6 @@
-"""Where rows come from: files, folders and the hub -> rows with a prompt of their own, text or messages throughout.
+"""Open data sources (files, folders and the hub) and check their rows.
 
-The home of `datasets`.
+The only module that imports `datasets`.
 """
 
 import hashlib
@@ -20,52 +20,52 @@ from orchestrator.data.shapes import BadRow, Row, checked, numbers_of, printable
 from orchestrator.settings.load import looks_local, scheme_of
 from orchestrator.settings.spec import DATA_SUFFIXES, DataSpec, SourceSpec, Split, UserError
 
-READABLE = "give a JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a saved dataset or a hub name"
-SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder written by save_to_disk
+READABLE = "use a JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a saved dataset or a hub name"
+SAVED = ("state.json", "dataset_dict.json")  # a folder written by save_to_disk contains one of them
 HUB = re.compile(r"(?:hf://|https://huggingface\.co/)datasets/([\w.-]+/[\w.-]+)")
 UNKNOWN_SPLIT = re.compile(r"Unknown split .*Should be one of \[(.*?)\]")
 
 
 class RawRow(NamedTuple):
-    """A row as its source has it."""
+    """A row and its place in the source."""
 
     source: str
     number: int  # in the source, from 1
-    row: Row  # with a prompt of its own
+    row: Row  # with an explicit prompt
 
 
 class Place(NamedTuple):
-    """Where a pair comes from."""
+    """Location of a pair in its source."""
 
-    key: str  # the setting that names its set: data.train, or data.train.1 of several
+    key: str  # the setting of its data set: data.train, or data.train.1 of several
     source: str
-    row: int  # of the source, counted from 1
+    row: int  # in the source, counted from 1
 
     def __str__(self) -> str:
         return f"{self.key} row {self.row}"
 
 
 class SourceRows(NamedTuple):
-    """The rows of a source, as far as they can be judged without a tokenizer."""
+    """Statistics of a source's rows that need no tokenizer."""
 
     key: str  # the setting that names the source
     source: str
     rows: int
-    malformed: int  # rows that data.on_bad_row=drop leaves out
-    unread: dict[str, int]  # rows by the column that they fill and that nothing reads
+    malformed: int  # rows that data.on_bad_row=drop drops
+    unread: dict[str, int]  # rows with a value, by column that is not read
     notes: dict[str, int]  # rows by a note of data/shapes.py
 
 
 def check_source(key: str, source: str) -> None:
-    """Refuse a source that cannot be read, before anything heavy is loaded.
+    """Check that a source can be read, before anything heavy is loaded.
 
     Raises:
-        UserError: it is missing, empty, not a file of a kind that can be read, or not on this machine's disks.
+        UserError: it is missing, empty, in an unsupported format, or a URL.
     """
     if scheme := scheme_of(source):
         hub = HUB.match(source)
-        local = f"write the path alone: {source.removeprefix('file://')}"
-        copy = "copy it to a disk that every node reads, and give its path"
+        local = f"remove file://: {source.removeprefix('file://')}"
+        copy = "copy it to a disk that every node can read, and use its path"
         cure = f"write {hub[1]}" if hub else local if scheme == "file" else copy
         raise UserError(key, source, f"{scheme}:// is not supported", cure)
     if not looks_local(source):
@@ -78,7 +78,7 @@ def check_source(key: str, source: str) -> None:
 
 
 def count_rows(key: str, source: SourceSpec, split: Split) -> int | None:
-    """Count the rows of a local source; None for a hub name, which only loading could tell.
+    """Return the number of rows of a local source; None for a hub name, which would have to be loaded.
 
     Raises:
         UserError: the source cannot be read.
@@ -92,24 +92,24 @@ def count_rows(key: str, source: SourceSpec, split: Split) -> int | None:
 
 
 def check_rows(data: DataSpec, split: Split, name: str = "") -> list[SourceRows]:
-    """Check all rows of the local sources of a split as tokenising would, but without a tokenizer.
+    """Check all rows of the local sources of a split, as tokenising does, but without a tokenizer.
 
-    name: of the evaluation set. Hub names are left out.
+    name: the evaluation set. Hub names are skipped.
 
     Raises:
-        UserError: a source cannot be read, or a row cannot be used and is not to be dropped.
+        UserError: a source cannot be read, or a row is unusable and is not dropped.
     """
     sources = {key: source for key, source in data.sources(split, name).items() if looks_local(source.path)}
     return [_check_rows_of(key, source, split, data) for key, source in sources.items()]
 
 
 def bad_row_error(key: str, source: str, number: int, bad: BadRow, data: DataSpec) -> UserError | None:
-    """Return the error that a row ends a run with; None where it is dropped and counted instead."""
+    """Return the error for an unusable row; None if it is dropped and counted instead."""
     is_error = bad.kind == "malformed rows" if data.on_bad_row is None else data.on_bad_row == "error"
     if not is_error:
         return None
-    fix = f"fix that row of {source}, or set data.on_bad_row=drop to leave such rows out"
-    # in the first row it is the shape of all rows that is wrong
+    fix = f"fix that row of {source}, or set data.on_bad_row=drop to drop such rows"
+    # if the first row is wrong, all rows probably have the wrong shape
     cure = fix if not bad.cure else bad.cure if number == 1 else f"{bad.cure}, or {fix}"
     return UserError(f"{key} row {number}", bad.row, bad.reason, cure)
 
@@ -121,7 +121,7 @@ def _check_rows_of(key: str, source: SourceSpec, split: Split, data: DataSpec) -
         rows += 1
         try:
             result = checked(row, data)
-            if result.row["chosen"] != result.row["rejected"]:  # a tie is dropped, whatever its numbers are
+            if result.row["chosen"] != result.row["rejected"]:  # ties are dropped, so their numbers are not checked
                 numbers_of(result.row, data)
         except BadRow as bad:
             bad.row = row
@@ -135,7 +135,7 @@ def _check_rows_of(key: str, source: SourceSpec, split: Split, data: DataSpec) -
 
 
 def _files_below(key: str, folder: str) -> list[str]:
-    """Return the data files of a folder; all files of one that has none of them are named."""
+    """Return the data files of a folder, or raise an error that names the files it contains instead."""
     files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in sorted(names)]
     if not files:
         raise UserError(key, folder, "is a folder without files", READABLE)
@@ -143,7 +143,7 @@ def _files_below(key: str, folder: str) -> list[str]:
         return [file for file in files if file.endswith(".arrow")]
     if not (data := [file for file in files if is_data_file(file)]):
         names = ", ".join(os.path.relpath(file, folder) for file in files[:3]) + ", ..." * (len(files) > 3)
-        raise UserError(key, folder, f"is a folder without data files (it holds {names})", READABLE)
+        raise UserError(key, folder, f"is a folder without data files (it contains {names})", READABLE)
     return data
 
 
@@ -154,26 +154,30 @@ def _check_file(key: str, source: str, file: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise UserError(key, source, f"{name} is not a regular file (a pipe, a socket or a device)", READABLE)
     if not os.access(file, os.R_OK):
-        raise UserError(key, source, f"{name} may not be read by this user", "change its permissions")
+        raise UserError(key, source, f"{name} is not readable by this user", "change its permissions")
     if not status.st_size and is_alone:
         raise UserError(
-            key, source, "leaves no pair to train on (it has no rows: the file is empty)", "give a file with rows"
+            key, source, "leaves no pair to train on (it has no rows: the file is empty)", "use a file with rows"
         )
     check_no_lfs_pointer(key, source, file)
     if is_alone and not is_data_file(file):
         ending = "".join(Path(file).suffixes[-2:])
-        rule = f"is a {ending} file, which cannot be read" if ending else "is a file whose name does not say its kind"
-        raise UserError(key, source, rule, f"convert it to JSONL or Parquet; known are {', '.join(DATA_SUFFIXES)}")
+        rule = (
+            f"is a {ending} file, which cannot be read"
+            if ending
+            else "is a file without a suffix, so its format is unknown"
+        )
+        raise UserError(key, source, rule, f"convert it to JSONL or Parquet; supported are {', '.join(DATA_SUFFIXES)}")
 
 
 def _cure_of_missing(source: str) -> str:
     if any(letter in source for letter in "*?["):
-        return "a pattern is not expanded: give the folder of the files, or a list of files"
+        return "patterns are not expanded: use the folder of the files, or a list of files"
     return READABLE
 
 
 def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
-    """Every text of the training rows, as often as asked, and a hash of them: what a tokenizer is trained on."""
+    """Return a function that iterates over all training texts (to train a tokenizer), and a hash of them."""
     sources = data.sources("train")
     identities = [open_source(key, source, "train")[1] for key, source in sources.items()]
 
@@ -182,7 +186,7 @@ def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
             try:
                 whole = checked(row, data).row
             except BadRow:
-                continue  # tokenising the pairs is what complains, with the row's number
+                continue  # tokenising the pairs reports it, with the row's number
             for part in (whole["prompt"], whole["chosen"], whole["rejected"]):
                 yield from [part] if isinstance(part, str) else (str(message.get("content") or "") for message in part)
 
@@ -190,14 +194,15 @@ def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
 
 
 def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str = "") -> dict[int, RawRow]:
-    """The rows of which some pairs were made, by pair id; one that is no longer there, or no pair any more, is left
-    out. A source is read once, and only as far as it is asked for. name: of the evaluation set.
+    """Return the rows of some pairs, by pair id; rows that no longer exist or are no longer usable are left out.
+
+    Each source is read once, and only as far as needed. name: the evaluation set.
 
     Raises:
         UserError: a source is missing or unreadable.
     """
     if data.eval_fraction is not None:
-        split = "train"  # where the evaluation pairs are from
+        split = "train"  # the evaluation pairs are held out from it
     found: dict[int, RawRow] = {}
     wanted, before = sorted(set(pair_ids)), 0
     for key, source in data.sources(split, name).items():
@@ -214,7 +219,7 @@ def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str 
 
 
 def first_rows(data: DataSpec, count: int) -> Iterator[tuple[Place, Any]]:
-    """The first rows of each training set, as they are.
+    """Yield the first rows of each training set, unchanged.
 
     Raises:
         UserError: a source is missing or unreadable.
@@ -226,7 +231,7 @@ def first_rows(data: DataSpec, count: int) -> Iterator[tuple[Place, Any]]:
 
 
 def open_source(key: str, source: SourceSpec, split: Split) -> tuple[Iterable[tuple[int, Any]], str]:
-    """Return (row number, row) of a source, and a hash of its content."""
+    """Return an iterable of (row number, row) of a source, and a hash of its content."""
     identity = None
     if os.path.isfile(source.path):
         with open(source.path, "rb") as file:
@@ -234,18 +239,17 @@ def open_source(key: str, source: SourceSpec, split: Split) -> tuple[Iterable[tu
     if is_text_file(source.path):
         return text_rows(key, source.path), str(identity)
     rows = _with_datasets(key, source, split)
-    # of a single file `datasets` would hash its date too
+    # for a single file, `datasets` would also hash its date
     return enumerate(map(_as_written, rows), 1), identity or rows._fingerprint
 
 
 def one_of(identities: list[str]) -> str:
-    """A hash of several; of one alone, itself."""
+    """Return the only identity, or a hash of several."""
     return identities[0] if len(identities) == 1 else hashlib.sha256(" ".join(identities).encode()).hexdigest()
 
 
 def _rows_at(key: str, source: SourceSpec, split: Split, numbers: list[int]) -> tuple[dict[int, Any], int]:
-    """The rows with these numbers, which ascend, of a source that has them; and how many rows it has, or were read up
-    to the last of them."""
+    """Return the rows with these ascending numbers, and the number of rows in the source or read up to the last."""
     if is_text_file(source.path):
         found, wanted, read = dict[int, Any](), set(numbers), 0
         for read, row in islice(text_rows(key, source.path), numbers[-1]):
@@ -257,7 +261,7 @@ def _rows_at(key: str, source: SourceSpec, split: Split, numbers: list[int]) -> 
 
 
 def _as_written(row: Row) -> Row:
-    """Return a row of Arrow without the nulls inside its values: every object of a column gets the keys of all."""
+    """Return an Arrow row without nulls inside its values: Arrow adds the keys of all objects to each."""
     return {column: without_nulls(value) for column, value in row.items()}
 
 
@@ -277,25 +281,25 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
             if isinstance(loaded, datasets.DatasetDict):
                 return loaded[part] if part in loaded else _refuse_split(key, path, part, list(map(str, loaded)))
             if source.split:
-                raise UserError(f"{key}.split", part, f"{path} is one data set, without splits", "remove it")
+                raise UserError(f"{key}.split", part, f"{path} is a single data set without splits", "remove it")
             return loaded
         return datasets.load_dataset(path, name, split=part)
     except UserError:
         raise
-    except Exception as error:  # datasets raises a dozen types here; all mean that the source cannot be read
+    except Exception as error:  # datasets raises a dozen types; all mean that the source cannot be read
         reason = " ".join(str(error).split())[:200]
         if splits := UNKNOWN_SPLIT.search(str(error)):
             _refuse_split(key, path, part, re.findall(r"[\w.-]+", splits[1]))
-        cure = "check that it is whole" if os.path.exists(path) else "give a path, or a hub name that can be reached"
+        cure = "check that it is complete" if os.path.exists(path) else "use a path, or a hub name that can be reached"
         raise UserError(key, path, f"cannot be read by `datasets` ({type(error).__name__}: {reason})", cure) from None
 
 
 def _refuse_split(key: str, path: str, part: str, splits: list[str]) -> NoReturn:
-    cure = f"name one of them: {key}={{path: {path}, split: {splits[0]}}}"
+    cure = f"use one of them: {key}={{path: {path}, split: {splits[0]}}}"
     raise UserError(key, path, f"has no split {part!r}; its splits are {', '.join(splits)}", cure)
 
 
 def in_one_line(text: str, longest: int = 110) -> str:
-    """A text for a line of a terminal, its middle left out where it is longer."""
+    """Return a text as one printable line, with its middle replaced by ... if it is too long."""
     line = printable(text)
     return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-longest // 2 :]}"

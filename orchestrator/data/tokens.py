@@ -1,4 +1,4 @@
-"""One row -> the token ids of its prompt and both completions, exactly as TRL 1.16 makes them."""
+"""Tokenise a row: the token ids of its prompt and both completions, exactly as in TRL 1.16."""
 
 import difflib
 import hashlib
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Arguments of apply_chat_template that a row may give although no template reads them as variables.
+# Arguments of apply_chat_template that a row may set although templates do not read them as variables.
 NO_VARIABLES = ("chat_template", "continue_final_message", "sanitize_control_tokens")
 
 
 class TokenizedPair(NamedTuple):
-    """Token ids of one pair. A sequence of the model is prompt + chosen, or prompt + rejected."""
+    """Token ids of one pair. The model's sequences are prompt + chosen and prompt + rejected."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -31,7 +31,7 @@ class TokenizedPair(NamedTuple):
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash of everything in a tokenizer that decides ids: vocabulary, merges, special tokens, chat template."""
+    """Return a hash of all that determines token ids: vocabulary, merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [state, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
@@ -39,7 +39,7 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
-    """Return `tokenize_checked` of a row as its source has it.
+    """Return `tokenize_checked` of a raw row.
 
     Raises:
         BadRow: the row is malformed.
@@ -51,12 +51,12 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
 def tokenize_checked(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
     """Return token ids exactly as TRL 1.16: EOS on plain text only, completion from where the ids diverge.
 
-    Also returns the last tokens of the prompt alone that neither sequence has, because they merge with the
-    completion's first, or because the template renders a prompt otherwise where an answer follows.
+    Also returns the last tokens of the prompt, tokenised alone, that are in neither sequence: they merge with the
+    completion's first tokens, or the template renders the prompt differently when an answer follows.
 
     Args:
         row: a row of `checked`.
-        tokenizer: that of the model.
+        tokenizer: the model's tokenizer.
         data: the settings of the data.
 
     Raises:
@@ -76,12 +76,12 @@ def tokenize_checked(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataS
 
 
 def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
-    """What the settings leave of a pair: the prompt's end, the completions' start, and then max_length of both.
+    """Return a pair truncated as set: the end of the prompt, the start of the completions, then max_length of both.
 
-    keep_end is left to the collator: the prompts of the two sides would differ.
+    The collator applies keep_end, as the prompts of the two sides would differ.
 
     Raises:
-        BadRow: nothing is left to learn.
+        BadRow: the pair has nothing left to train on.
     """
     prompt = pair.prompt_ids[-data.max_prompt_length :] if data.max_prompt_length else pair.prompt_ids
     room = data.max_completion_length
@@ -102,7 +102,7 @@ def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
 
 
 def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> Iterator[list[int]]:
-    """Token ids of the prompt, which an answer is to follow, and of the prompt with each of the two answers."""
+    """Yield the token ids of the prompt (with generation prompt), and of the prompt with each of the two answers."""
     prompt, arguments = row["prompt"], template_arguments(row, data)
     if data.system_prompt and not any(message["role"] in ("system", "developer") for message in prompt):
         prompt = [{"role": "system", "content": data.system_prompt}, *prompt]
@@ -115,11 +115,11 @@ def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpe
             "has no chat template"
             + (" that is the default" if tokenizer.chat_template else "")
             + ", but the data are conversations",
-            "set data.chat_template, take an instruct model's tokenizer, or give the rows as plain text",
+            "set data.chat_template, use an instruct model's tokenizer, or write the rows as plain text",
         ) from None
     _check_settings_read(template, data)
     if arguments["tools"] and "tools" not in _words(template):
-        # what the answers rest on would be missing; of a row's own variables no letter is: see unread_variables
+        # The answers depend on the tools. A row's own variables are only reported: see unread_variables.
         raise BadRow(
             "malformed rows", "has tools, not read by the chat template", "set data.chat_template to one that does"
         )
@@ -129,7 +129,7 @@ def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpe
 
 
 def _check_settings_read(template: str, data: DataSpec) -> None:
-    """Refuse a variable of the settings that the template would leave out in silence, misspelt perhaps."""
+    """Check that the template reads every variable of the settings, which may be misspelt."""
     for name, value in data.chat_template_kwargs.items():
         if value not in (None, []) and not _reads(template, name):
             near = _nearest(template, name)
@@ -138,10 +138,10 @@ def _check_settings_read(template: str, data: DataSpec) -> None:
 
 
 def unread_variables(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> list[str]:
-    """Return names of a conversation's own chat_template_kwargs that its chat template does not read.
+    """Return the names of a row's own chat_template_kwargs that its chat template does not read.
 
-    Each comes with the nearest variable that the template reads. The row trains without them, as in TRL: one set of
-    rows may be meant for several models' templates. row: one of `checked`.
+    Each name is followed by the most similar variable that the template reads. The row trains without them, as in TRL:
+    the same rows may serve templates of several models. row: a row of `checked`.
     """
     if not row.get("chat_template_kwargs") or isinstance(row["chosen"], str):
         return []
@@ -162,7 +162,7 @@ def _nearest(template: str, name: str) -> str | None:
 
 @lru_cache
 def _words(template: str) -> frozenset[str]:
-    """Every name that a template could read a variable by, and more."""
+    """Return every word of a template, a superset of its variable names."""
     return frozenset(re.findall(r"\w+", template))
 
 
@@ -176,13 +176,13 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", data: DataSpec, messages: list[R
         if value is None:
             key, value = "model.tokenizer", tokenizer.name_or_path
         rule = f"has a chat template that is not Jinja: {error.message} (line {error.lineno})"
-        raise UserError(key, value, rule, "mend that line") from None
-    except Exception as error:  # a template raises what it likes (roles must alternate, ...)
-        raise BadRow("malformed rows", f"the chat template refuses it: {' '.join(str(error).split())}") from None
+        raise UserError(key, value, rule, "fix that line") from None
+    except Exception as error:  # templates raise any exception (roles must alternate, ...)
+        raise BadRow("malformed rows", f"the chat template rejects it: {' '.join(str(error).split())}") from None
 
 
 def common_prefix(left: ArrayLike, right: ArrayLike) -> int:
-    """How many token ids two sequences begin with in common."""
+    """Return the length of the common prefix of two sequences of token ids."""
     left, right = np.asarray(left), np.asarray(right)
     shorter = min(len(left), len(right))
     differs = left[:shorter] != right[:shorter]

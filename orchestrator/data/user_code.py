@@ -1,4 +1,4 @@
-"""Code of a user's, named as module:attr: how it is found, and the one line that a run ends with where it raises."""
+"""Import user code named as module:attr, and turn its exceptions into one-line errors."""
 
 import hashlib
 import traceback
@@ -13,13 +13,12 @@ import torch
 from orchestrator.settings.spec import UserError
 
 NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""What a user's code may raise that is no fault of it: who debugs it has quit, or the machine has failed, which
-another attempt may not meet."""
-MEND = "mend it, and give the same command again"
+"""Exceptions from user code that are not its fault: a quit debugger, or a machine failure, which a retry may avoid."""
+MEND = "fix it, and run the same command again"
 
 
 def raised_by_user(key: str, name: str, error: Exception, where: str, cure: str = MEND) -> UserError:
-    """The line that ends a run in which a user's code has raised. To be called where it was called."""
+    """Return the error for an exception in user code; call it in the frame that called the user code."""
     called = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
     places = [f"{Path(frame.filename).name} line {frame.lineno}" for frame in called[:1]]
     reason = f"raised {type(error).__name__}: {error} ({'; '.join([*places, where])})"
@@ -27,10 +26,10 @@ def raised_by_user(key: str, name: str, error: Exception, where: str, cure: str 
 
 
 def called(key: str, name: str, where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a user's function returns.
+    """Call a user's function and return its result.
 
     Raises:
-        UserError: it raised what is a fault of its own.
+        UserError: the function raised an exception that is its own fault.
     """
     try:
         return function(*args, **kwargs)
@@ -41,7 +40,7 @@ def called(key: str, name: str, where: str, function: Callable[..., Any], *args:
 
 
 def user_attribute(key: str, path: str) -> Any:
-    """The object that a user's module:attr names.
+    """Import and return the object that module:attr names.
 
     Raises:
         UserError: the module cannot be imported, or has no such attribute.
@@ -54,7 +53,7 @@ def user_attribute(key: str, path: str) -> Any:
             key,
             path,
             f"cannot be imported ({error})",
-            "give the command in the folder that holds the module, or install it",
+            "run the command in the folder of the module, or install it",
         ) from None
     except Exception as error:
         raise raised_by_user(key, path, error, "when imported") from error
@@ -65,6 +64,6 @@ def user_attribute(key: str, path: str) -> Any:
 
 
 def source_hash(path: str) -> str:
-    """Of the file that holds a user's module:attr, which can be imported."""
+    """Return the hash of the file that defines a user's module:attr, which must be importable."""
     file = getattr(import_module(path.partition(":")[0]), "__file__", None)
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()

@@ -1,1 +1,1 @@
-"""What a run has to tell afterwards; reads run directories, loads no torch."""
+"""Analysis of finished runs from their run directories, without torch."""

@@ -1,7 +1,7 @@
-"""The pair ledger -> which pairs were never learned, which look mislabelled, how length and margin go together.
+"""Analyse the pair ledger: pairs never learned, pairs that look mislabelled, and the effect of length.
 
-Legend: V visits (rows of the ledger), N pairs, K bins. A margin is beta times nats, and each number of a visit is from
-before that visit's own update.
+Shapes: V visits (rows of the ledger), N pairs, K bins. A margin is beta times nats; all numbers of a visit are from
+before its own update.
 """
 
 import json
@@ -22,20 +22,20 @@ SIDES = ("prompt", "chosen", "rejected")
 
 
 class Histories(NamedTuple):
-    """What became of each pair, in the order of their ids; all [N], of the last visit where nothing else is said."""
+    """Results per pair, in the order of ids; all [N], of the last visit unless noted."""
 
     pair_id: Integers
     visits: Integers
     first_margin: Numbers
     margin: Numbers
-    trend: Numbers  # of the margin a visit, by least squares; NaN where there was one visit
-    preferred: Numbers  # by how many nats a token the policy prefers the chosen completion, as the next
-    ref_preferred: Numbers
-    longer: Integers  # by how many tokens the chosen completion is longer
+    trend: Numbers  # change of the margin per visit, by least squares; NaN for a single visit
+    preferred: Numbers  # nats per token by which the policy prefers the chosen completion
+    ref_preferred: Numbers  # the same of the reference
+    longer: Integers  # tokens by which the chosen completion is longer
 
 
 def histories(rows: "pa.Table") -> Histories:
-    """Of the V rows of a ledger, in any order."""
+    """Return the results per pair from the V rows of a ledger, in any order."""
     of = {name: rows[name].to_numpy() for name in rows.column_names}
     order = np.lexsort((of["step"], of["pair_id"]))
     of = {name: column[order] for name, column in of.items()}
@@ -57,23 +57,22 @@ def histories(rows: "pa.Table") -> Histories:
 
 
 def never_learned(pairs: Histories) -> Integers:
-    """Indices of the pairs whose margin was not above 0 when they were seen last, the lowest first."""
+    """Return the indices of pairs whose margin was not above 0 at the last visit, the lowest first."""
     found = np.flatnonzero(pairs.margin <= 0)
     return found[np.argsort(pairs.margin[found], kind="stable")]
 
 
 def disagreement(pairs: Histories) -> Numbers:
-    """[N] by how many nats a token both models, reference and policy, prefer the rejected completion; below 0 where one
-    of them does not.
+    """Return [N] nats per token by which both reference and policy prefer the rejected completion, the smaller of both.
 
-    A token, because a sum over more tokens is lower whatever they say: by sums every longer completion would look
-    dispreferred. The smaller of the two, because a label is doubtful only where both contradict it.
+    Below 0 if one of them does not prefer it. Per token, because sums over more tokens are lower: by sums, every longer
+    completion would look dispreferred. The smaller, because a label is doubtful only if both models contradict it.
     """
     return np.minimum(-pairs.preferred, -pairs.ref_preferred)
 
 
 def mislabelled(pairs: Histories) -> Integers:
-    """Indices of the pairs whose rejected completion reference and trained policy both prefer, the strongest
+    """Return the indices of pairs whose rejected completion reference and trained policy both prefer, the strongest
     `disagreement` first."""
     by = disagreement(pairs)
     found = np.flatnonzero(by > 0)
@@ -81,13 +80,13 @@ def mislabelled(pairs: Histories) -> Integers:
 
 
 def accuracies(rows: "pa.Table") -> dict[int, float]:
-    """By epoch, the share of visits whose margin was above 0."""
+    """Return the share of visits with a margin above 0, by epoch."""
     epochs, right = rows["epoch"].to_numpy(), rows["margin"].to_numpy() > 0
     return {int(epoch): float(right[epochs == epoch].mean()) for epoch in np.unique(epochs)}
 
 
 def rank_correlation(left: NDArray[Any], right: NDArray[Any]) -> float | None:
-    """Spearman's, equal values sharing their mean rank; None where one side is all equal."""
+    """Return Spearman's rank correlation, with mean ranks for ties; None if all values of a side are equal."""
     ranks = [_ranks(side) for side in (left, right)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
@@ -100,7 +99,7 @@ def _ranks(values: NDArray[Any]) -> Numbers:
 
 
 class LengthBin(NamedTuple):
-    """Pairs whose chosen completion is longer by about as much."""
+    """Pairs with a similar difference in length, chosen minus rejected."""
 
     least: int  # tokens, chosen minus rejected
     most: int
@@ -110,7 +109,7 @@ class LengthBin(NamedTuple):
 
 
 def by_length(pairs: Histories) -> list[LengthBin]:
-    """[K] by how much longer the chosen completion is: shorter and longer ones in two halves each, and equal ones."""
+    """Return [K] bins by difference in length: two halves each of shorter and longer chosen ones, and equal ones."""
     halves = [np.median(side) for side in (pairs.longer[pairs.longer < 0], pairs.longer[pairs.longer > 0]) if len(side)]
     place = np.searchsorted(np.sort([-1, 0, *halves]), pairs.longer)
     bins: list[LengthBin] = []
@@ -125,30 +124,30 @@ def by_length(pairs: Histories) -> list[LengthBin]:
 
 
 class Findings(NamedTuple):
-    """What a ledger says."""
+    """Results of analysing a ledger."""
 
     step: int  # of the newest checkpoint
     visits: int
     accuracies: dict[int, float]  # by epoch
     pairs: Histories
-    never_learned: Integers  # indices of pairs, as are the next
-    mislabelled: Integers
+    never_learned: Integers  # indices of pairs
+    mislabelled: Integers  # indices of pairs
     length_correlation: float | None
 
     def shown(self, top: int) -> list[int]:
-        """The ids of the first pairs of both lists."""
+        """Return the ids of the first pairs of both lists."""
         return self.pairs.pair_id[[*self.never_learned[:top], *self.mislabelled[:top]]].tolist()
 
 
 def findings(step: int, rows: "pa.Table") -> Findings:
-    """Of the V rows up to a step, which are some."""
+    """Analyse the V rows of a ledger up to a step; V is at least 1."""
     pairs = histories(rows)
     correlation = rank_correlation(pairs.longer, pairs.margin)
     return Findings(step, rows.num_rows, accuracies(rows), pairs, never_learned(pairs), mislabelled(pairs), correlation)
 
 
 def as_json(found: Findings, top: int, texts: Mapping[int, RawRow]) -> dict[str, Any]:
-    """Everything under the names of the terminal, texts whole."""
+    """Return all findings as JSON types, with full texts."""
 
     def shown(indices: Integers) -> list[dict[str, Any]]:
         return [_as_json(found.pairs, index, texts) for index in indices[:top]]
@@ -177,24 +176,24 @@ def _as_json(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> dict[
 
 
 def lines(found: Findings, top: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
-    """The findings, and the first `top` pairs of each list with their numbers and, shortened, their text."""
+    """Yield the findings, and the first `top` pairs of each list with their numbers and shortened texts."""
     pairs, count = found.pairs, len(found.pairs.pair_id)
     learned = int((pairs.margin > 0).sum())
     yield f"{found.visits} visits of {count} pairs up to step {found.step}"
-    yield f"learned {learned} ({learned / count:.1%}): margin above 0 when seen last"
+    yield f"learned {learned} ({learned / count:.1%}): margin above 0 at the last visit"
     yield f"rewards/accuracies by epoch: {', '.join(f'{share:.3f}' for share in found.accuracies.values())}"
     if found.visits == count:
-        yield "each pair was seen once, before its own update: its margin is what it gained from the others"
+        yield "each pair was seen once, before its own update: its margin comes from updates on other pairs"
     yield from _lengths(found)
     if len(sources := {raw.source for raw in texts.values()}) == 1:
-        yield f"\nrows are those of {sources.pop()}"
+        yield f"\nrows are from {sources.pop()}"
     if len(found.never_learned):
         yield f"\nnever learned: {len(found.never_learned)} pairs, the lowest margin first"
     for index in found.never_learned[:top]:
         yield f"{_name(pairs, index, texts)}: {_margins(pairs, index)}"
         yield from _texts(pairs, index, texts)
     if number := len(found.mislabelled):
-        yield f"\nlook mislabelled: {number} pairs whose rejected completion both models prefer, by nats a token"
+        yield f"\nlook mislabelled: {number} pairs whose rejected completion both models prefer, in nats per token"
     for index in found.mislabelled[:top]:
         by = f"reference by {-pairs.ref_preferred[index]:.3f}, policy by {-pairs.preferred[index]:.3f}"
         yield f"{_name(pairs, index, texts)}: {by}; {_margins(pairs, index)}"
@@ -220,22 +219,22 @@ def _name(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> str:
 def _margins(pairs: Histories, index: int) -> str:
     margin, visits = f"margin {pairs.margin[index]:+.3f}", int(pairs.visits[index])
     if visits == 1:
-        return f"{margin} at its one visit"
+        return f"{margin} at its only visit"
     first, trend = pairs.first_margin[index], pairs.trend[index]
-    return f"{margin} after {visits} visits, {first:+.3f} at first, {trend:+.3f} a visit"
+    return f"{margin} after {visits} visits, {first:+.3f} at first, {trend:+.3f} per visit"
 
 
 def _texts(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
     if (raw := texts.get(int(pairs.pair_id[index]))) is not None:
         for side in SIDES:
-            yield f"  {side:<8}  {in_one_line(_said(raw.row[side]))}"
+            yield f"  {side:<8}  {in_one_line(_text_of(raw.row[side]))}"
 
 
-def _said(part: str | list[dict[str, Any]]) -> str:
-    """A text, or what the messages say; who says it where there are several."""
+def _text_of(part: str | list[dict[str, Any]]) -> str:
+    """Return a text, or the contents of messages, with roles if there are several."""
     if isinstance(part, str):
         return part
-    said = [str(message.get("content") or json.dumps(message.get("tool_calls"))) for message in part]
+    texts = [str(message.get("content") or json.dumps(message.get("tool_calls"))) for message in part]
     if len(part) == 1:
-        return said[0]
-    return " | ".join(f"{message['role']}: {text}" for message, text in zip(part, said, strict=True))
+        return texts[0]
+    return " | ".join(f"{message['role']}: {text}" for message, text in zip(part, texts, strict=True))

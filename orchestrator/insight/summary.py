@@ -1,4 +1,4 @@
-"""Say how a run ended: evaluations, sample answers, where everything is, and what to do next. Loads no torch."""
+"""Summarise a finished run: evaluations, sample answers, paths and next steps; without torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from orchestrator.training.manifest import step_folder
 from orchestrator.training.result import RunResult, evaluated_sets
 from orchestrator.training.rundir import RunDir
 
-SHOWN = 100  # characters of an answer that are shown
+SHOWN = 100  # maximum characters of a printed answer
 
 
 def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
@@ -50,7 +50,7 @@ def _answers(samples: list[dict[str, str]]) -> Iterator[str]:
 
 
 def _wandb(run_dir: RunDir) -> str:
-    """Return where W&B keeps the run, and how to upload what was recorded offline."""
+    """Return the folder of the W&B run, and how to upload offline records."""
     offline = sorted(run_dir.wandb.glob("offline-run-*"))
     if not offline:
         return f"W&B      {_short(run_dir.wandb)}"
@@ -58,7 +58,7 @@ def _wandb(run_dir: RunDir) -> str:
 
 
 def _next(spec: RunSpec, result: RunResult) -> Iterator[str]:
-    """Yield what to do with the result, and after a model made on the spot, how to go on to a real one."""
+    """Yield how to use the result and, after a run with model.init, how to continue with a real model."""
     yield f"use it   transformers.pipeline('text-generation', '{_short(result.model)}')"
     if spec.training.pair_ledger:
         yield f"look     orchestrator pairs {_short(spec.run_dir)}   # which pairs were learned, which look mislabelled"
@@ -67,6 +67,6 @@ def _next(spec: RunSpec, result: RunResult) -> Iterator[str]:
 
 
 def _short(path: Path | str | None) -> str:
-    """Return a path as it may be typed here: relative where it is below the current folder."""
+    """Return a path as a user would type it: relative if it is below the current folder."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if path and Path(path).is_relative_to(here) else str(path)

@@ -354,14 +354,14 @@ def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"), [((-100, torch.int64), "int64, the least -100"), ((1, torch.float32), "float32")]
+    ("ids", "said"), [((-100, torch.int64), "int64 with minimum -100"), ((1, torch.float32), "float32")]
 )
 def test_ids_that_are_none_are_refused(ids: tuple[int, torch.dtype], said: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         made = trl_shaped(rows)
         return made | {"input_ids": made["input_ids"].masked_fill(made["attention_mask"] == 0, ids[0]).to(ids[1])}
 
-    with pytest.raises(UserError, match=f"'collate': returned input_ids of torch.{said}.*; return integers from 0 on"):
+    with pytest.raises(UserError, match=f"'collate': returned input_ids of torch.{said}.*; return integers of 0"):
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
 
 

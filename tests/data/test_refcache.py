@@ -371,7 +371,7 @@ def test_a_disk_that_takes_no_more_does_not_end_the_run(
     add(found, pairs, np.array([2]))
     assert known(found) == [1, 2]
     assert len(caplog.records) == 1
-    assert "reference.cache goes on without it" in caplog.text
+    assert "reference.cache continues without it" in caplog.text
     assert known(cache(tmp_path, pairs)) == []
 
 

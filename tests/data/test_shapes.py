@@ -81,7 +81,7 @@ def test_a_prompt_text_may_be_any_question_of_the_conversation_before_the_answer
         assert checked({"prompt": prompt, **sides}, data_spec()).row == expected
     for prompt in ("What?", "Say", ""):
         assert (
-            "prompt is text, and chosen and rejected are conversations" in refusal({"prompt": prompt, **sides}).reason
+            "prompt is text, but chosen and rejected are conversations" in refusal({"prompt": prompt, **sides}).reason
         )
 
 
@@ -90,7 +90,7 @@ def test_a_prompt_that_one_side_repeats_is_not_trained_twice(side: str) -> None:
     row = {"prompt": [SYSTEM, ASKED], "chosen": [YES], "rejected": [NO]}
     for repeated in ([SYSTEM, ASKED], [ASKED], [SYSTEM], [turn("system", "Another.")]):
         bad = refusal({**row, side: [*repeated, *row[side]]})
-        assert f"{side} begins with a {repeated[0]['role']} message" in bad.reason
+        assert f"{side} starts with a {repeated[0]['role']} message" in bad.reason
         assert "remove the prompt column" in bad.cure
 
 
@@ -164,7 +164,7 @@ def test_parquet_and_jsonl_give_the_same_tokens_where_arrow_adds_nulls(tmp_path:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({**TEXT_ROW, "images": ["a.png"]}, "has images, and training reads text only"),
+        ({**TEXT_ROW, "images": ["a.png"]}, "has images, but only text is supported"),
         ({**CHAT_ROW, "audio": {"path": "a.wav"}}, "has audio"),
         ({**CHAT_ROW, "video": "a.mp4"}, "has video"),
         (
@@ -176,14 +176,14 @@ def test_parquet_and_jsonl_give_the_same_tokens_where_arrow_adds_nulls(tmp_path:
         ({**CHAT_ROW, "chosen": turn("assistant", [{"type": "text", "text": None}])}, "a part of type 'text'"),
         (
             {**CHAT_ROW, "chosen": turn("assistant", {"text": "yes"})},
-            "message 1 of chosen has dict, no text, as content",
+            "message 1 of chosen has dict as content, not text",
         ),
-        ({**CHAT_ROW, "chosen": turn("assistant", 3)}, "message 1 of chosen has int, no text, as content"),
+        ({**CHAT_ROW, "chosen": turn("assistant", 3)}, "message 1 of chosen has int as content, not text"),
         ({**CHAT_ROW, "chosen": ["yes", "oui"]}, "message 1 of chosen is str, not an object with role and content"),
         ({**TEXT_ROW, "chosen": 4.5}, "chosen is float, neither text nor a list of messages"),
         ({**TEXT_ROW, "prompt": True}, "prompt is bool"),
-        ({**TEXT_ROW, "chosen": json.dumps([YES])}, "chosen is the text of a list of messages"),
-        ({**TEXT_ROW, "prompt": str([{"from": "human", "value": "x"}])}, "prompt is the text of a list of messages"),
+        ({**TEXT_ROW, "chosen": json.dumps([YES])}, "chosen is a list of messages as text"),
+        ({**TEXT_ROW, "prompt": str([{"from": "human", "value": "x"}])}, "prompt is a list of messages as text"),
     ],
 )
 def test_what_is_not_text_is_refused_with_the_reason(row: Row, reason: str) -> None:
@@ -249,7 +249,7 @@ def test_a_row_that_is_nested_too_deeply_is_named() -> None:
 )
 def test_a_row_without_prompt_does_not_lose_its_question(row: Row, columns: str) -> None:
     bad = refusal(row)
-    assert f"has no prompt, and {columns}, which could be a part of it, would not be read" in bad.reason
+    assert f"has no prompt, and {columns}, which could be part of it, would be ignored" in bad.reason
     assert "into prompt, or set data.ignore_columns=[" in bad.cure
 
 
@@ -267,7 +267,7 @@ def test_a_row_without_prompt_does_not_lose_its_question(row: Row, columns: str)
 def test_a_part_of_the_question_beside_the_prompt_is_refused_or_ignored_by_a_setting(column: str, value: Any) -> None:
     for row in (TEXT_ROW, CHAT_ROW):
         bad = refusal({**row, column: value})
-        assert f"has {column!r} beside prompt, which does not contain it" in bad.reason
+        assert f"has {column!r} besides prompt, which does not contain its text" in bad.reason
         result = checked({**row, column: value}, data_spec(ignore_columns=[column]))
         assert result.unread == (column,)
         assert {**result.row, column: None} == {**row, column: None}
@@ -319,11 +319,11 @@ def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
         (
             {"data": [TEXT_ROW, TEXT_ROW]},
             "one object that wraps rows under 'data'",
-            "write the list under 'data' alone",
+            "write only the list under 'data'",
         ),
         ({"question": ["a"], "answer": ["b"]}, "an object of columns", "one object per row"),
-        ({"messages": [ASKED, YES]}, "one answer, not a pair", "give pairs"),
-        ({"prompt": "What?", "completion": "It."}, "one answer, not a pair", "give pairs"),
+        ({"messages": [ASKED, YES]}, "one answer, not a pair", "use pairs"),
+        ({"prompt": "What?", "completion": "It."}, "one answer, not a pair", "use pairs"),
         (
             {"prompt": "a", "chosen_response": "b", "rejected_response": "c"},
             "has no column 'chosen'",

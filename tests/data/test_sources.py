@@ -129,7 +129,7 @@ def test_a_source_names_its_split(tmp_path: Path) -> None:
     assert raw_rows(data, "train", {3, 4})[4].row == rows(6)[0]
     for wrong, words in (
         ("odd", r"data\.train = .*: has no split 'odd'; its splits are train, test; .*split: train"),
-        ("train", r"data\.train\.split = 'train': .* is one data set, without splits; remove it"),
+        ("train", r"data\.train\.split = 'train': .* is a single data set without splits; remove it"),
     ):
         saved = path if wrong == "odd" else written(tmp_path, "saved folder", rows(2))
         data = data_spec(train={"path": str(saved), "split": wrong})
@@ -208,7 +208,7 @@ def test_splits_of_a_folder_or_the_hub_are_named(tmp_path: Path, monkeypatch: py
     def load(*_: Any, **__: Any) -> Any:
         raise ValueError("Unknown split \"train\". Should be one of ['train_prefs', 'test_prefs'].")
 
-    words = r"data\.train = .*: has no split 'train'; its splits are {}; name one of them: .*, split: {}}}"
+    words = r"data\.train = .*: has no split 'train'; its splits are {}; use one of them: .*, split: {}}}"
     with pytest.raises(UserError, match=words.format("train_prefs, test_prefs", "train_prefs")):
         count_rows("data.train", SourceSpec(path=str(tmp_path / "saved")), "train")
     with pytest.raises(UserError, match=words.format("test", "test")):
@@ -221,18 +221,18 @@ def test_splits_of_a_folder_or_the_hub_are_named(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("s3://bucket/a.jsonl", "s3:// is not supported; copy it to a disk that every node reads"),
+        ("s3://bucket/a.jsonl", "s3:// is not supported; copy it to a disk that every node can read"),
         ("GS://bucket/folder", "gs:// is not supported"),
-        ("file:///data/a.jsonl", "write the path alone: /data/a.jsonl"),
+        ("file:///data/a.jsonl", "remove file://: /data/a.jsonl"),
         ("hf://datasets/org/pairs", "hf:// is not supported; write org/pairs"),
         ("https://huggingface.co/datasets/org/pairs", "write org/pairs"),
-        ("parts/*.jsonl", "does not exist; a pattern is not expanded"),
+        ("parts/*.jsonl", "does not exist; patterns are not expanded"),
         ("empty.jsonl", "it has no rows: the file is empty"),
         ("notes.txt", "is a .txt file, which cannot be read; convert it"),
         ("book.tar.gz", "is a .tar.gz file"),
-        ("plain", "is a file whose name does not say its kind"),
+        ("plain", "is a file without a suffix"),
         ("nothing", "is a folder without files"),
-        ("model", r"is a folder without data files \(it holds weights.bin\)"),
+        ("model", r"is a folder without data files \(it contains weights.bin\)"),
         ("pipe.jsonl", "it is not a regular file"),
         ("pointer.parquet", "it is a git-lfs pointer"),
         ("shards", "a.parquet is a git-lfs pointer"),
@@ -263,7 +263,7 @@ def test_all_rows_are_checked_without_a_tokenizer_as_tokenising_does(tmp_path: P
     for content, words in (
         ([good, {**good, "chosen": None}], "row 2 = .*: chosen is null"),
         ([good, {**good, "w": -1}], "row 2 = .*: w is -1, not a finite number"),
-        ([{**good, "tools": 3, "prompt": CHAT_ROW["prompt"]}], "row 1 = .*: tools is not a list"),
+        ([{**good, "tools": 3, "prompt": CHAT_ROW["prompt"]}], "row 1 = .*: tools is neither a list"),
     ):
         data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), weight_column="w")
         errors = []

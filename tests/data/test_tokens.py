@@ -145,13 +145,13 @@ def test_keep_end_is_left_to_the_collator() -> None:
         (
             {**CHAT_ROW, "chosen": [{"role": "assistant", "content": 3}]},
             "malformed rows",
-            "message 1 of chosen has int, no text, as content",
+            "message 1 of chosen has int as content, not text",
         ),
         ({**CHAT_ROW, "tools": "[not JSON"}, "malformed rows", "tools"),
-        ({**CHAT_ROW, "tools": {"name": "f"}}, "malformed rows", "tools is not a list of objects"),
-        ({**CHAT_ROW, "tools": '["f"]'}, "malformed rows", "tools is not a list of objects"),
+        ({**CHAT_ROW, "tools": {"name": "f"}}, "malformed rows", "tools is neither a list of objects"),
+        ({**CHAT_ROW, "tools": '["f"]'}, "malformed rows", "tools is neither a list of objects"),
         ({**CHAT_ROW, "chat_template_kwargs": "text"}, "malformed rows", "chat_template_kwargs"),
-        ({**CHAT_ROW, "chat_template_kwargs": {"padding": True}}, "malformed rows", "'padding', which is no variable"),
+        ({**CHAT_ROW, "chat_template_kwargs": {"padding": True}}, "malformed rows", "'padding', which is not a"),
         ({**TEXT_ROW, "rejected": " yes"}, "ties", "chosen equals rejected"),
         ({**TEXT_ROW, "prompt": "long " * 9}, "prompts that fill data.max_length", "45 tokens, data.max_length is 40"),
         ({**CHAT_ROW, "chosen": []}, "empty completions", "chosen has no token of its own"),
@@ -180,7 +180,7 @@ def test_a_pair_that_truncation_makes_alike_is_a_tie() -> None:
 
 @pytest.mark.parametrize("key", ["system_prompt", "chat_template_kwargs"])
 def test_what_acts_on_conversations_alone_is_refused_beside_text(key: str) -> None:
-    with pytest.raises(BadRow, match=f"is plain text, on which data.{key} does not act"):
+    with pytest.raises(BadRow, match=f"is plain text, which does not use data.{key}"):
         tokenized(TEXT_ROW, **{key: "Be kind." if key == "system_prompt" else {"mood": "glad"}})
     assert tokenized({**TEXT_ROW, "tools": "no matter", "chat_template_kwargs": {"mood": 1}}) == tokenized(
         TEXT_ROW
@@ -200,7 +200,7 @@ def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
         (None, UserError, "has no chat template, but the data are conversations; set data.chat_template"),
         ({"rag": "{{ messages }}"}, UserError, "has no chat template that is the default"),
         ("{% for m in messages %}", UserError, r"model.tokenizer = .*is not Jinja: Unexpected end of template.*line 1"),
-        ("{{ raise_exception('No.') }}", BadRow, "the chat template refuses it: No."),
+        ("{{ raise_exception('No.') }}", BadRow, "the chat template rejects it: No."),
         ("{{ messages }}", BadRow, "has tools, not read by the chat template"),
     ],
 )

@@ -230,7 +230,7 @@ def as_it_is(cluster: Cluster) -> Iterator[None]:
         pytest.param(
             lambda cluster: hidden(cluster, "n2", cluster.data),
             [],
-            rf"data\.train on {N2} = '\S+/train\.jsonl': does not exist; give a JSONL, JSON, CSV, Parquet",
+            rf"data\.train on {N2} = '\S+/train\.jsonl': does not exist; use a JSONL, JSON, CSV, Parquet",
             id="unreadable data",
         ),
     ],

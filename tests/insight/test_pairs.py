@@ -137,17 +137,17 @@ def test_the_lines_name_what_was_found() -> None:
     said = list(lines(found, 5, texts))
     assert said[:3] == [
         "6 visits of 3 pairs up to step 22",
-        "learned 1 (33.3%): margin above 0 when seen last",
+        "learned 1 (33.3%): margin above 0 at the last visit",
         "rewards/accuracies by epoch: 0.333, 0.500, 0.000",
     ]
     at = said.index("\nnever learned: 2 pairs, the lowest margin first")
-    assert said[at - 1] == "\nrows are those of a.jsonl"
+    assert said[at - 1] == "\nrows are from a.jsonl"
     assert said[at + 1 : at + 6] == [
-        "row 5: margin -4.000 after 3 visits, +0.500 at first, -2.250 a visit",
+        "row 5: margin -4.000 after 3 visits, +0.500 at first, -2.250 per visit",
         "  prompt    Say\\nit",
         f"  chosen    {'x' * 55} ... {'x' * 55}",
         "  rejected  ü",
-        "pair 7: margin +0.000 at its one visit",
+        "pair 7: margin +0.000 at its only visit",
     ]
     assert len(said) == at + 6
 
@@ -162,9 +162,9 @@ def test_messages_are_shown_by_what_they_say() -> None:
         "rejected": [{"role": "assistant", "tool_calls": calls}],
     }
     said = list(lines(found, 1, {1: RawRow("a", 1, row), 2: RawRow("b", 4, row)}))
-    assert "each pair was seen once, before its own update: its margin is what it gained from the others" in said
+    assert "each pair was seen once, before its own update: its margin comes from updates on other pairs" in said
     assert said[-4:] == [
-        "row 1 of a: reference by 2.000, policy by 0.500; margin +1.000 at its one visit",
+        "row 1 of a: reference by 2.000, policy by 0.500; margin +1.000 at its only visit",
         "  prompt    system: Be kind. | user: Hello.",
         "  chosen    Hi.",
         '  rejected  [{"type": "function"}]',
@@ -201,7 +201,7 @@ def test_the_command_shows_pairs_with_their_text(run_dir: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert "6 visits of 6 pairs up to step 1" in shown
     assert "margin +1.000" in shown.partition("rank correlation")[2].splitlines()[0]
-    assert f"row 1: margin -1.500 at its one visit\n  prompt    {rows(6)[0]['prompt']}\n" in shown
+    assert f"row 1: margin -1.500 at its only visit\n  prompt    {rows(6)[0]['prompt']}\n" in shown
     assert "row 2" not in shown
 
     assert cli.main(["pairs", str(run_dir), "--json"]) == cli.DONE
@@ -213,14 +213,15 @@ def test_without_its_data_a_run_still_has_numbers(run_dir: Path, capsys: pytest.
     assert cli.main(["pairs", str(run_dir)]) == cli.DONE
     shown = capsys.readouterr()
     assert "pair 1: margin -1.500" in shown.out
-    assert "the texts are left out: data.train = " in shown.err
+    assert "texts are not available: data.train = " in shown.err
 
 
 def test_a_run_without_rows_is_told_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Saver(run_dir / "checkpoints", ALONE, 2, 60).save(2, [], {})
     assert cli.main(["pairs", str(run_dir)]) == cli.WRONG
     assert (
-        "has kept nothing of its pairs up to step 2; train on with training.pair_ledger=true" in capsys.readouterr().err
+        "has no record of its pairs up to step 2; continue training with training.pair_ledger=true"
+        in capsys.readouterr().err
     )
 
 

@@ -148,7 +148,7 @@ def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Pla
     place.ray.start("n3", WANDB_API_KEY=CANARY, HF_HUB_OFFLINE="1")
     wait_until(lambda: waits.exists() or again.poll() is not None, 200)
     asked = place.nodes.run("ctl", "orchestrator", "stop", run_dir, cwd=place.folder, env=place.env())
-    assert re.match(r"asked process \d+ on n1: it saves", asked.stdout), asked
+    assert re.match(r"signalled process \d+ on n1: it saves", asked.stdout), asked
     log = said(again)
     assert again.returncode == 3, log
     assert "resumed after step 2" in log

@@ -384,7 +384,7 @@ def assert_trls(row: Row, tokenizer: Any) -> None:
     try:
         (expected,) = trl_tokens(dataset, tokenizer)
     except TemplateError as error:
-        with pytest.raises(BadRow, match=f"the chat template refuses it: {re.escape(str(error))}"):
+        with pytest.raises(BadRow, match=f"the chat template rejects it: {re.escape(str(error))}"):
             tokenize_pair(row, tokenizer, settings())
         return
     pair, _ = tokenize_pair(row, tokenizer, settings())

@@ -135,11 +135,11 @@ def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--overfit", "--profile=1:2"], "--overfit = True: keeps nothing, where --profile has no meaning; remove"),
-        (["--dry-run", "--overfit"], "--dry-run = True: takes no step, where --overfit has no meaning; remove"),
-        (["--dry-run", "--profile"], "--dry-run = True: takes no step, where --profile has no meaning; remove"),
-        (["--replay-step", "3", "--nproc", "2"], "--replay-step = 3: looks at one step, in one process, where --nproc"),
-        (["--replay-step", "3", "--dry-run"], "--replay-step = 3: looks at one step, in one process, where --dry-run"),
+        (["--overfit", "--profile=1:2"], "--overfit = True: cannot be combined with --profile; remove"),
+        (["--dry-run", "--overfit"], "--dry-run = True: cannot be combined with --overfit; remove"),
+        (["--dry-run", "--profile"], "--dry-run = True: cannot be combined with --profile; remove"),
+        (["--replay-step", "3", "--nproc", "2"], "--replay-step = 3: cannot be combined with --nproc"),
+        (["--replay-step", "3", "--dry-run"], "--replay-step = 3: cannot be combined with --dry-run"),
         (["--replay-step", "3"], "RUN_DIR = '{file}': is a file, not the directory of a run"),
         (["--profile"], "--profile = True: the run has finished after step 4, so that none is left to look at; choose"),
         (["--profile=4:9", "run.name=new"], "--profile = '4:9': the steps ahead of this run are 1 to 4; for example"),

@@ -234,7 +234,7 @@ def test_what_is_wrong_here_is_said(tmp_path: Path) -> None:
     found = {check.name: check for check in wrong(look_here(spec))}
     assert found.keys() == {"run.dir", "data.train", "model.path"}
     assert found["run.dir"].wrong.startswith("cannot be written (")
-    assert str(refusal([found["data.train"]])).startswith("data.train = '/nowhere.jsonl': does not exist; give a JSONL")
+    assert str(refusal([found["data.train"]])).startswith("data.train = '/nowhere.jsonl': does not exist; use a JSONL")
 
 
 def test_a_file_system_that_hangs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +403,7 @@ def test_doctor_prints_all_and_ends_with_2_where_something_is_wrong(
     said = capsys.readouterr().out.splitlines()
     (red,) = [line for line in said if line.startswith("RED")]
     assert red.split()[:4] == ["RED", "data.train", "here", "/nowhere.jsonl"]
-    assert "does not exist; give a JSONL, JSON, CSV, Parquet or Arrow file" in red
+    assert "does not exist; use a JSONL, JSON, CSV, Parquet or Arrow file" in red
     assert sum(line.startswith("ok ") for line in said) > 10
     assert cli.main(["doctor"]) == cli.DONE
     assert "data.train" not in capsys.readouterr().out
