@@ -159,8 +159,8 @@ def _add_debug_flags(debug: argparse.ArgumentParser) -> None:
     ranks = _whole("a number of processes, 1 or more")
     debug.add_argument("--nproc", type=ranks, default=1, metavar="N", help="number of ranks, one process each")
     debug.add_argument("--pdb", action="store_true", help="start a debugger when an exception is raised")
-    debug.add_argument("--overfit", action="store_true", help="overfit the first global batch; write no run")
-    dry_run = "build everything and run one forward and backward pass; write no run"
+    debug.add_argument("--overfit", action="store_true", help="overfit the first global batch; keep nothing")
+    dry_run = "build everything and run one forward and backward pass; keep nothing"
     debug.add_argument("--dry-run", action="store_true", help=dry_run)
     trace = "write a trace of these steps (default 3:5) to RUN_DIR/profile"
     debug.add_argument("--profile", type=_steps, nargs="?", metavar="FIRST:LAST", help=trace)

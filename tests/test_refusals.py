@@ -519,7 +519,7 @@ HERE = [
         "chosen and rejected differ",
         rows=[TIE] * 3,
     ),
-    case("no-rows", "", "data.train", "train.jsonl", "it has no rows", "give a file with rows", rows=[]),
+    case("no-rows", "", "data.train", "train.jsonl", "it has no rows", "use a file with rows", rows=[]),
     case("json-cut-short", "data.train=a.json", "data.train", "a.json", "is not JSON", "fix", files={"a.json": "[{}"}),
     case(
         "prompts-fill",
@@ -582,7 +582,7 @@ HERE = [
         "data.collator",
         "'math:pi'",
         "cannot be called (",
-        "give a function of rows",
+        "use a function of rows",
     ),
     case(
         "collator-returns-none",
@@ -690,7 +690,7 @@ HERE = [
         "evaluation.metric_for_best=losss",
         "evaluation.metric_for_best",
         "'losss'",
-        "is not among the evaluated metrics",
+        "is not an evaluated metric",
         "did you mean loss?",
     ),
     case(
@@ -699,7 +699,7 @@ HERE = [
         "model.path",
         "nope",
         "is not a folder",
-        "existing folder, or a hub name",
+        "existing folder or a hub name",
         edits=NO_INIT,
     ),
     case(
@@ -990,7 +990,7 @@ def test_more_workers_than_cores_are_refused_before_ray_starts(tmp_path: Path) -
     write(tmp_path, Given())
     cores = os.cpu_count()
     code, _, stderr = in_a_process("cores", tmp_path, "train", "run.yaml", "cluster.num_workers=1000")
-    rule = f"1 CPU each, and this machine has {cores} CPUs"
+    rule = f"1 CPU each, but this machine has {cores} CPUs"
     assert_refused(code, stderr, Said("cluster.num_workers", "1000", rule, f"set cluster.num_workers={cores}"))
     assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
 
@@ -1007,7 +1007,7 @@ def test_a_cluster_that_is_too_small_is_refused(tmp_path: Path) -> None:
     write(tmp_path, Given())
     words = ("train", "run.yaml", "cluster.resources.GPU=64")
     code, _, stderr = in_a_process("gpus", tmp_path, *words, limit=RAY_LIMIT_S)
-    rule = "workers need 64 GPU each, placed PACK, and the cluster's nodes have"
+    rule = "workers need 64 GPU each, placed PACK, but the nodes of the cluster can hold"
     assert_refused(code, stderr, Said("cluster.num_workers", "1", rule, "lower cluster.resources"))
 
 

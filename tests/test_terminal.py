@@ -21,7 +21,7 @@ def test_every_symbol_has_something_to_stand_for_it(encoding: str) -> None:
     with io.TextIOWrapper(out, encoding, terminal.PLAIN_SYMBOLS, write_through=True) as stream:
         stream.write(f"{rows.LEGEND} {rows.BARS} \u00e9 \u4e2d \udc80")
         text = out.getvalue().decode(encoding)
-    plain = "[[ ]] hold the tokens that are scored"
+    plain = "[[ ]] enclose the scored tokens"
     assert (plain in text) is (encoding != "utf-8")
     assert ("12345678" in text) is (encoding != "utf-8")
     assert ("\\u4e2d" in text) is (encoding != "utf-8")

@@ -1,1 +1,1 @@
-"""What starts the workers and watches over them; the home of ray."""
+"""Start and supervise workers: in this process, on Ray and on Slurm; the only folder that imports ray."""

@@ -1,4 +1,4 @@
-"""Start a Ray on this machine, or join the cluster at RAY_ADDRESS; whatever fails is one line with its fix."""
+"""Start Ray on this machine or join the cluster at RAY_ADDRESS; errors are one line with a fix."""
 
 import atexit
 import errno
@@ -19,17 +19,17 @@ from typing import Any
 from orchestrator.run.probe import CONNECT_S, one_line
 from orchestrator.settings.spec import RunSpec, UserError
 
-# Ray would take 30 % of the memory, and refuses to start where /dev/shm is smaller (64 MB in a container). Ray carries
-# settings and small objects here; what does not fit goes to disk.
+# Ray's default is 30 % of the memory, and it fails to start if /dev/shm is smaller (64 MB in a container). Runs send
+# only settings and small objects through Ray; the rest spills to disk.
 OBJECT_STORE_BYTES = 256 * 2**20
-SOCKET_BYTES = 107  # of the name of a Unix socket on Linux
+SOCKET_BYTES = 107  # maximum length of a Unix socket's name on Linux
 LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below Ray's folder
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
 
 
 def is_joined() -> bool:
-    """Return True if the cluster exists already, and others may use it too."""
+    """Return whether the run joins an existing cluster, which others may use too."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
@@ -40,10 +40,10 @@ def usable_cores() -> int:
 
 @contextmanager
 def entered(spec: RunSpec | None) -> Iterator[None]:
-    """Enter the cluster at RAY_ADDRESS, or start a Ray on this machine; leave or stop it afterwards.
+    """Join the cluster at RAY_ADDRESS, or start Ray on this machine; disconnect or stop it afterwards.
 
     Raises:
-        UserError: neither is possible as the environment is.
+        UserError: neither is possible in this environment.
     """
     authenticate(spec)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that its default will change
@@ -53,11 +53,11 @@ def entered(spec: RunSpec | None) -> Iterator[None]:
         import ray
 
         if ray.is_initialized():
-            rule, cure = "this process has called ray.init already", "call ray.shutdown() before training"
+            rule, cure = "this process has already called ray.init", "call ray.shutdown() before training"
             raise UserError("ray.init", None, rule, cure)
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-        except Exception as error:  # Ray raises many types, Exception itself among them
+        except Exception as error:  # Ray raises many types, including Exception itself
             raise _cannot_join(error) if is_joined() else _cannot_start(error, options["_temp_dir"]) from None
         try:
             yield
@@ -67,7 +67,7 @@ def entered(spec: RunSpec | None) -> Iterator[None]:
 
 @contextmanager
 def _local_options() -> Iterator[dict[str, Any]]:
-    """Yield the arguments of ray.init for a Ray on this machine."""
+    """Yield the arguments of ray.init for Ray on this machine."""
     with _ray_folder() as folder:
         yield {
             "address": "local",
@@ -80,10 +80,10 @@ def _local_options() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _ray_folder() -> Iterator[str]:
-    """Yield the folder for Ray's files: its default, through a short link where socket names would be too long.
+    """Yield the folder for Ray's files: its default, or a short link to it if socket names would be too long.
 
     Raises:
-        UserError: they would be, and no short folder can be written.
+        UserError: they would be too long, and no short folder is writable.
     """
     key = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     parent = os.path.abspath(os.environ.get(key) or "/tmp")
@@ -93,17 +93,17 @@ def _ray_folder() -> Iterator[str]:
         return
     short = next((each for each in SHORT_FOLDERS if os.access(each, os.W_OK | os.X_OK)), None)
     if short is None:
-        rule = f"is too long: a socket below it can have {SOCKET_BYTES} bytes in its name"
+        rule = f"is too long: the name of a socket in it can have at most {SOCKET_BYTES} bytes"
         raise UserError(key, parent, rule, "set RAY_TMPDIR to a shorter folder that you can write to")
     with tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True) as here:
         link = os.path.join(here, "t")
         os.symlink(_existing(folder, key), link)
-        print(f"Ray's files are in {folder}, by the link {link}: {key} is too long for its sockets", flush=True)
+        print(f"Ray's files are in {folder}, through the link {link}: {key} is too long for its sockets", flush=True)
         yield link
 
 
 def _existing(folder: str, key: str) -> str:
-    """Create a folder of Ray's and return it."""
+    """Create a folder for Ray and return it."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -117,15 +117,15 @@ def _cannot_use(key: str, folder: str, error: OSError) -> UserError:
 
 
 def _use_train_v2() -> None:
-    """Switch Ray Train V2 on, which the driver is written for, whatever the environment says.
+    """Enable Ray Train V2, which the driver needs, regardless of the environment.
 
     Raises:
-        UserError: this process has imported the other one already.
+        UserError: this process has already imported Ray Train V1.
     """
     value = os.environ.get(TRAIN_V2)
     train = sys.modules.get("ray.train")
     if train is not None and ".v2." not in train.ScalingConfig.__module__:
-        rule = "ray.train was imported with it, and the driver needs Ray Train V2"
+        rule = "ray.train was imported with this value, but runs need Ray Train V2"
         raise UserError(TRAIN_V2, value, rule, f"unset {TRAIN_V2}")
     if value is not None and value.lower() not in ("1", "true"):
         print(f"{TRAIN_V2}={value} is ignored: runs need Ray Train V2", flush=True)
@@ -134,7 +134,7 @@ def _use_train_v2() -> None:
 
 def _cannot_join(error: Exception) -> UserError:
     rule = f"cannot be joined ({shorten(one_line(error), 200)})"
-    cure = "run this by the Python, the ray and the RAY_AUTH_TOKEN of that cluster, or unset RAY_ADDRESS"
+    cure = "use the Python, ray and RAY_AUTH_TOKEN of that cluster, or unset RAY_ADDRESS"
     return UserError("RAY_ADDRESS", os.environ["RAY_ADDRESS"], rule, cure)
 
 
@@ -143,21 +143,21 @@ def _cannot_start(error: Exception, folder: str) -> UserError:
         return _cannot_use("RAY_TMPDIR", os.path.dirname(folder), error)
     logs = next(Path(folder).resolve().glob(f"session_*_{os.getpid()}/logs"), folder)
     cure = f"see {logs}, or train without Ray: orchestrator debug FILE --nproc N"
-    return UserError("RAY_ADDRESS", None, f"a Ray of our own does not start here ({one_line(error)})", cure)
+    return UserError("RAY_ADDRESS", None, f"Ray does not start on this machine ({one_line(error)})", cure)
 
 
 def authenticate(spec: RunSpec | None) -> None:
-    """Set how a Ray of our own is entered, before ray is imported, which reads it then."""
+    """Set the authentication of a Ray that this process starts; must run before ray is imported."""
     if is_joined() or spec is None:
-        return  # one that is joined has its own
+        return  # an existing cluster has its own
     os.environ["RAY_AUTH_MODE"] = spec.cluster.auth
     if spec.cluster.auth == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
 
 
-@functools.cache  # Ray reads it once in a process
+@functools.cache  # Ray reads it once per process
 def _token_file() -> Path:
-    """A token that only this user can read, until this process ends; Ray's own default is readable by the world."""
+    """Create a token that only this user can read, until this process ends; Ray's default file is world-readable."""
     folder = Path(tempfile.mkdtemp(prefix="orchestrator-"))  # 0700
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     token = folder / "token"
@@ -167,15 +167,15 @@ def _token_file() -> Path:
 
 
 def check_head() -> None:
-    """Refuse a RAY_ADDRESS at which nobody listens: Ray would try for minutes.
+    """Check that something listens at RAY_ADDRESS: Ray would try for minutes.
 
     Raises:
-        UserError: nobody does.
+        UserError: nothing listens, or it is the address of a job server.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):
-        cure = "give that one to orchestrator submit --to ray --address, or set RAY_ADDRESS=HEAD:6379"
-        raise UserError("RAY_ADDRESS", address, "is the address of a job server, which starts no workers", cure)
+        cure = "use it with orchestrator submit --to ray --address, or set RAY_ADDRESS=HEAD:6379"
+        raise UserError("RAY_ADDRESS", address, "is the address of a job server, not of a cluster", cure)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return

@@ -1,4 +1,4 @@
-"""Say in one line which worker of a Ray Train run died, why, and which log to read."""
+"""Summarise in one line which worker of a Ray Train run died, why, and which log to read."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,13 +7,13 @@ from textwrap import shorten
 
 KEPT = 300  # characters of a reason
 RAYS_NAMES = re.compile(r"\s(class_name|actor_id|namespace|pid|ip): \S*")
-PROCESS_GONE = "its worker process has died"  # of which Ray knows nothing more, and says so at length
+PROCESS_GONE = "its worker process has died"  # a long message of Ray without further information
 
 
 def reason_of_death(error: Exception | None, log_of: Callable[[int], Path]) -> str:
-    """Return the rank that died first, the reason in short, and its log.
+    """Return the rank that died first, a short reason, and its log.
 
-    error: what TorchTrainer.fit raised. A rank whose process is gone comes before ranks that raised, as these
+    error: exception of TorchTrainer.fit. A rank whose process is gone comes before ranks that raised, as these
     usually lost their connection to it.
     """
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
@@ -25,7 +25,7 @@ def reason_of_death(error: Exception | None, log_of: Callable[[int], Path]) -> s
 
 
 def _in_short(text: str) -> str:
-    """Return a text of Ray's on one line, cut at a word."""
+    """Return a message of Ray shortened to one line."""
     if PROCESS_GONE in text:
         return "its process is gone: killed by a signal, out of memory, or crashed"
     return shorten(RAYS_NAMES.sub("", " ".join(text.split())), KEPT, placeholder=" ...")

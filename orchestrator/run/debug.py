@@ -1,4 +1,4 @@
-"""The worker in this process, or in N processes of this machine, with no Ray: breakpoints work."""
+"""Run the worker without Ray, in this process or in N processes of this machine: breakpoints work."""
 
 import os
 import signal
@@ -31,11 +31,11 @@ from orchestrator.training.worker import run
 from orchestrator.world import A_WEEK, World
 
 POLL_S = 0.1
-OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"  # tells a rank that the process that started it holds the run directory
-GRACE_S = 10.0  # seconds that other ranks get to end after one has failed
+OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"  # set if the process that started this rank holds the lock of the run directory
+GRACE_S = 10.0  # seconds for the other ranks to exit after one has failed
 
 Steps = tuple[int, ...]
-"""The first and the last step of a few, counted from 1; empty: the third to the fifth that this process takes."""
+"""First and last step, counted from 1; empty: the third to the fifth step of this process."""
 
 
 def debug(
@@ -50,15 +50,15 @@ def debug(
     profile: Steps | None = None,
     **others: Any,
 ) -> RunResult:
-    """Run the worker here; under torchrun (RANK, WORLD_SIZE) as one rank of that world.
+    """Run the worker in this process; under torchrun (RANK, WORLD_SIZE) as one rank of several.
 
-    ref_model to data_collator: instead of what the settings say, each as `Given` has it.
-    post_mortem: an exception opens a debugger before it is raised; of callbacks, too, which are not dropped then.
-    profile: steps whose trace each rank writes into RUN_DIR/profile.
+    ref_model to data_collator: objects used instead of the settings, as described in `Given`.
+    post_mortem: open a debugger before an exception propagates; also for callbacks, which are then not dropped.
+    profile: steps whose trace each rank writes to RUN_DIR/profile.
 
     Raises:
         UserError: the settings or the data are wrong.
-        TrainingError: training cannot go on.
+        TrainingError: training cannot continue.
     """
     check_spec(spec)
     check_arguments(others)
@@ -80,7 +80,7 @@ def debug(
         steps = None
         if profile is not None:
             steps = _chosen(spec, prepare(spec, given).train.pairs_per_epoch, run_dir, profile)
-        elif world.size == 1:  # of several ranks, none may wait in a collective while another tokenises
+        elif world.size == 1:  # with several ranks, none may wait in a collective while another tokenises
             prepare(spec, given)
         if world.is_main:
             run_dir.begin(spec)
@@ -92,37 +92,37 @@ def debug(
 
 @contextmanager
 def joined(spec: RunSpec, post_mortem: bool) -> Iterator[World]:
-    """This process in its world, which it leaves at the end; while someone debugs, no rank waits in vain."""
+    """Yield the World of this process, and leave it at the end; with post_mortem, collectives do not time out."""
     world = World.join(int(A_WEEK.total_seconds()) if post_mortem else spec.cluster.collective_timeout_s)
     try:
         yield world
     finally:
-        world.leave()  # an engine may have met alone
+        world.leave()  # an engine may have created a process group
 
 
 def _observed(
     trace: Path, steps: tuple[int, int] | None, post_mortem: bool, callbacks: list[TrainerCallback]
 ) -> list[TrainerCallback]:
-    """The callbacks of a rank as a debugger wants them."""
+    """Return the callbacks of a rank, with options of debugging and the profiler."""
     if post_mortem:
         for callback in callbacks:
-            callback.essential = True  # pyright: ignore[reportAttributeAccessIssue] - what it raises is not dropped
+            callback.essential = True  # pyright: ignore[reportAttributeAccessIssue] - else dropped when it raises
     return callbacks if steps is None else [*callbacks, ProfilerCallback(trace, *steps)]
 
 
 def _finished_already(run_dir: RunDir, profile: Steps | None) -> RunResult | None:
     done = finished_already(run_dir)
     if done is not None and profile is not None:
-        rule = f"the run has finished after step {done.step}, so that none is left to look at"
+        rule = f"the run has finished after step {done.step}, so no step is left to profile"
         raise UserError("--profile", _written(profile), rule, "choose another run.name")
     return done
 
 
 def _chosen(spec: RunSpec, per_epoch: int, run_dir: RunDir, profile: Steps) -> tuple[int, int]:
-    """The first and the last step to profile, of a run with so many pairs an epoch.
+    """Return the first and the last step to profile, for a run with so many pairs per epoch.
 
     Raises:
-        UserError: the run has no such steps any more.
+        UserError: the steps are not among the remaining ones.
     """
     last = run_length(per_epoch, spec.batch.global_batch_size, spec.training).steps
     saved = committed(run_dir.checkpoints)
@@ -130,7 +130,7 @@ def _chosen(spec: RunSpec, per_epoch: int, run_dir: RunDir, profile: Steps) -> t
     if not profile:  # the first two warm up
         return min(taken + 3, last), min(taken + 5, last)
     if not taken < profile[0] <= profile[-1] <= last:
-        rule = f"the steps ahead of this run are {taken + 1} to {last}"
+        rule = f"the remaining steps of this run are {taken + 1} to {last}"
         raise UserError("--profile", _written(profile), rule, f"for example --profile={taken + 1}:{last}")
     return profile[0], profile[-1]
 
@@ -142,10 +142,10 @@ def _written(profile: Steps) -> str | bool:
 def debug_ranks(
     spec: RunSpec, ranks: int, command: list[str], profile: Steps | None = None, keeps_run: bool = True
 ) -> int:
-    """Start `command` once for each rank of a world on this machine; returns the first exit code that is not 0.
+    """Start `command` once per rank on this machine; return the first exit code that is not 0.
 
-    What can be refused is refused here, once, before any rank starts. When one rank fails the others are ended.
-    keeps_run: the ranks write into the run's directory, which is held meanwhile.
+    Settings and data are checked here once, before any rank starts. When one rank fails, the others are ended.
+    keeps_run: the ranks write to the run directory, which is locked meanwhile.
     """
     run_dir = RunDir(spec.run_dir)
     with ExitStack() as held:
@@ -178,7 +178,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    # Ctrl-C in a terminal reaches the ranks by itself; TERM, and INT sent to this process alone, is passed on
+    # Ctrl-C in a terminal reaches the ranks directly; TERM, and INT sent only to this process, is forwarded
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGUSR1, forward)
     signal.signal(signal.SIGINT, forward if not sys.stdin.isatty() else signal.SIG_IGN)
@@ -191,6 +191,6 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
             forward(signal.SIGKILL, None)
         time.sleep(POLL_S)
     codes = [code if code >= 0 else 1 for code in (process.returncode for process in processes)]  # below 0: a signal
-    if 2 in codes:  # a refusal is the reason; its peers died of it
+    if 2 in codes:  # a UserError of one rank is the reason; the others failed because of it
         return 2
     return next((code for code in codes if code not in (0, 3)), max(codes))

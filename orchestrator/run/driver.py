@@ -1,4 +1,4 @@
-"""RunSpec -> Ray Train: start or join a cluster, run the worker on every rank, resume it when workers die."""
+"""Train on Ray: start or join a cluster, run the worker on every rank, and resume when workers die."""
 
 import json
 import logging
@@ -41,17 +41,17 @@ from orchestrator.world import World, use_interface
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-CLUSTER_WAIT_S = 10.0  # seconds in which a cluster that is joined may still grow to the size asked for
-GROWTH_WAIT_S = 30.0  # seconds in which further nodes may join before an elastic run makes use of the first
-FREE_PLACEMENTS = ("PACK", "SPREAD")  # where one more worker may be anywhere
+CLUSTER_WAIT_S = 10.0  # seconds in which an existing cluster may still grow to the required size
+GROWTH_WAIT_S = 30.0  # seconds in which further nodes may join before an elastic run uses the first
+FREE_PLACEMENTS = ("PACK", "SPREAD")  # strategies under which one more worker may be on any node
 
 
 class RunDied(Exception):
-    """The workers died more often than cluster.max_failures allows, without a new checkpoint in between."""
+    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint in between."""
 
 
 class StoppedWaiting(Exception):
-    """Somebody asked the run to stop while there was no room for its workers."""
+    """Signal that the run was told to stop while it waited for room for its workers."""
 
 
 def train(
@@ -64,15 +64,15 @@ def train(
     data_collator: UserCollator | None = None,
     **others: Any,
 ) -> RunResult:
-    """Run to the end on Ray, resuming from the last checkpoint whenever workers die.
+    """Train on Ray to the end, resuming from the last checkpoint whenever workers die.
 
-    ref_model to data_collator: instead of what the settings say, each as `Given` has it; a copy of it is sent to the
-    workers and called there, so that an object here does not see what its copy does.
+    ref_model to data_collator: objects used instead of the settings, as described in `Given`; each is copied to the
+    workers and called there, so the objects of this process do not change.
     Ctrl-C (or RUN_DIR/STOP) saves and stops; a second Ctrl-C aborts. The same call again resumes.
 
     Raises:
         UserError: the settings, the data or the size of the cluster are wrong.
-        TrainingError: training cannot go on.
+        TrainingError: training cannot continue.
         RunDied: the workers died too often.
     """
     check_spec(spec)
@@ -90,16 +90,16 @@ def train(
         _check_local_size(spec)
         if spec.cluster.preflight:
             _refuse(preflight.look_here(spec) + preflight.space_checks(spec, optimizers is not None))
-        prepare(spec, given)  # a bad run is refused here, before Ray starts
+        prepare(spec, given)  # errors of settings and data are raised here, before Ray starts
         run_dir.begin(spec)
         with entered(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
             return _supervised(spec, run_dir, lambda wait_s: _fit(spec, run_dir, sent, wait_s, looked_at))
 
 
 def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception | None]) -> RunResult:
-    """Call fit until it ends. Ray's own FailureConfig stays 0: it would retry from a checkpoint of its choice.
+    """Call fit until the run ends. Ray's own FailureConfig stays 0: it would retry from a checkpoint of its choice.
 
-    fit: seconds to wait for nodes -> what ended it, if that was no result.
+    fit: function from seconds to wait for nodes to the exception that ended the attempt, or None.
     """
     supervisor = Supervisor(spec.cluster.max_failures)
     outcomes: Any = {"finished": "ended", "stopped": "ended", "refused": "refused", "failed": "failed"}
@@ -111,13 +111,13 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
         except UserError as too_small:
             if not supervisor.deaths:
                 raise
-            raise RunDied(f"{too_small}; the same command goes on from {where}") from None
+            raise RunDied(f"{too_small}; the same command continues from {where}") from None
         except StoppedWaiting:
             newest = committed(run_dir.checkpoints)
             step, folder = (step_of(newest[0]), str(newest[0])) if newest else (0, "")
-            return RunResult("stopped", "asked while it waited for nodes", step, folder, None)
+            return RunResult("stopped", "while it waited for nodes", step, folder, None)
         result: dict[str, Any] = {"status": "died"}
-        with suppress(FileNotFoundError, ValueError):  # half a file of a rank that was killed
+        with suppress(FileNotFoundError, ValueError):  # an incomplete file of a killed rank
             result = json.loads(run_dir.result.read_text())
         if _is_for_growth(run_dir):
             run_dir.stop.unlink()
@@ -138,18 +138,18 @@ def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception
             raise RunDied(
                 f"deaths without a new checkpoint: {supervisor.deaths} ({reason}); see {run_dir.logs}, "
                 f"or raise cluster.max_failures (now {spec.cluster.max_failures}); "
-                f"the same command goes on from {where}"
+                f"the same command continues from {where}"
             )
         logger.warning("a worker died (%s); resuming from %s", reason, where)
-        wait_s = spec.cluster.replacement_wait_s  # a node may have gone with it
+        wait_s = spec.cluster.replacement_wait_s  # its node may be lost, too
         time.sleep(supervisor.backoff_s)
 
 
 def _heed(run_dir: RunDir | None) -> None:
-    """To be called while something is waited for: no worker is there that would find the file STOP.
+    """Check for the file STOP while waiting: there is no worker yet to notice it.
 
     Raises:
-        StoppedWaiting: it is there.
+        StoppedWaiting: the file exists.
     """
     if run_dir is not None and run_dir.stop.exists():
         raise StoppedWaiting
@@ -158,14 +158,14 @@ def _heed(run_dir: RunDir | None) -> None:
 def _fit(
     spec: RunSpec, run_dir: RunDir, given: dict[str, bytes], wait_s: float, looked_at: set[str]
 ) -> Exception | None:
-    """One attempt of Ray Train, on nodes that are waited for so long and then looked at; returns what it raised."""
+    """Run one attempt of Ray Train and return its exception, or None. Waits for nodes up to wait_s and checks them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    _capacity(spec, wait_s, run_dir)  # before each attempt: a node may have gone
+    _capacity(spec, wait_s, run_dir)  # before each attempt: a node may be lost
     _look_at_new_nodes(spec, looked_at)
     workers = _workers(spec, wait_s, run_dir)
-    _look_at_new_nodes(spec, looked_at)  # an elastic run waits for more
+    _look_at_new_nodes(spec, looked_at)  # an elastic run may have waited for more
     resources = _resources(spec)
     use_gpu = resources.get("GPU", 0) > 0
     trainer = TorchTrainer(
@@ -183,11 +183,11 @@ def _fit(
             resources_per_worker=resources,
             placement_strategy=spec.cluster.placement,
         ),
-        # a name of its own each time: Ray would otherwise restore its snapshot, which a crash can leave unreadable
+        # a new name each time: Ray would otherwise restore its snapshot, which a crash can leave unreadable
         run_config=RunConfig(
             storage_path=spec.cluster.storage_path or str(run_dir.logs / "ray"),
             name=f"{spec.run.name}-{time.time_ns()}",
-            # where fewer would do, workers for which there is no room after all are not waited for
+            # if fewer are enough, do not wait for workers without room
             failure_config=FailureConfig(
                 max_failures=0, controller_failure_limit=0 if workers > spec.cluster.min_workers else -1
             ),
@@ -201,7 +201,7 @@ def _fit(
         except Exception as error:
             failure.append(error)
 
-    # in a thread, so that Ray installs no SIGINT handler of its own: ours saves first
+    # in a thread, so that Ray does not install its SIGINT handler: ours saves first
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     run_dir.heartbeat(0).unlink(missing_ok=True)
     thread.start()
@@ -213,7 +213,7 @@ def _fit(
 
 
 def _torch_config(spec: RunSpec, backend: str) -> Any:
-    """Ray's process group, met over the interface that the settings name or that leads to the head of the cluster."""
+    """Return Ray's TorchConfig with the network interface of the settings, or the one towards the cluster's head."""
     import ray
     from ray.train.torch import TorchConfig
 
@@ -231,7 +231,7 @@ def _torch_config(spec: RunSpec, backend: str) -> Any:
 
 
 def worker_loop(config: dict[str, Any]) -> None:
-    """What every Ray Train worker runs. How it ended is left in RUN_DIR/result.json, which outlives Ray."""
+    """Run the worker on one rank of Ray Train; its outcome is written to RUN_DIR/result.json, which outlives Ray."""
     if config["cwd"] not in sys.path:
         sys.path.insert(0, config["cwd"])  # the user's callbacks and collators
     spec = make_spec(config["spec"])
@@ -245,8 +245,8 @@ def worker_loop(config: dict[str, Any]) -> None:
         logging.basicConfig(stream=log, level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         try:
             _say_where(world)
-            # Ray is not told of checkpoints: it would take only those inside its own folder, waits up to 2 s for each
-            # report, and its record of them can be lost in a crash. Manifests say which exist, to it and to us.
+            # Checkpoints are not reported to Ray: it accepts only those in its own folder, waits up to 2 s for each
+            # report, and can lose its record of them in a crash. Manifests record which exist.
             run(spec, world, LocalSession(run_dir, world.rank), _unpickled(config["given"], world))
         except UserError as error:
             run_dir.write_result({"status": "refused", "error": [error.key, error.value, error.rule, error.cure]})
@@ -258,12 +258,12 @@ def worker_loop(config: dict[str, Any]) -> None:
             logger.error("%s", error)
             raise
         except BaseException:
-            traceback.print_exc()  # into this rank's log; the driver only says that a worker died
+            traceback.print_exc()  # to this rank's log; the driver prints only that a worker died
             raise
 
 
 def _say_where(world: World) -> None:
-    """One line: which ranks are on which node, by its address in the cluster."""
+    """Print one line with the ranks of each node, by its address in the cluster."""
     import ray
 
     nodes: dict[str, list[int]] = {}
@@ -276,10 +276,10 @@ def _say_where(world: World) -> None:
 
 
 def _pickled(spec: RunSpec, given: Given) -> dict[str, bytes]:
-    """Its parts as bytes, to be read on a worker when their modules can be imported.
+    """Return the user's objects as bytes, which workers unpickle when the modules can be imported.
 
     Raises:
-        UserError: one cannot be sent.
+        UserError: an object cannot be pickled.
     """
     if not given.parts:
         return {}
@@ -290,9 +290,9 @@ def _pickled(spec: RunSpec, given: Given) -> dict[str, bytes]:
     for name, part in given.parts.items():
         try:
             sent[name] = cloudpickle.dumps(part)  # pyright: ignore[reportPrivateImportUsage]
-        except Exception as error:  # whatever it holds on to may refuse in its own way
+        except Exception as error:  # any object inside may raise any exception
             reason = " ".join(str(error).split())[:160]
-            cure = "let it hold names and paths, and make models and files when it is called"
+            cure = "store only names and paths in it, and create models and open files when it is called"
             raise UserError(name, repr(part), f"cannot be sent to the workers ({reason})", cure) from None
     return sent
 
@@ -300,25 +300,25 @@ def _pickled(spec: RunSpec, given: Given) -> dict[str, bytes]:
 def _unpickled(sent: dict[str, bytes], world: World) -> Given:
     parts: dict[str, Any] = {}
     for name, part in sent.items():
-        if name == "callbacks" and not world.is_main:  # which may open files when they are read
+        if name == "callbacks" and not world.is_main:  # unpickling may open files
             continue
         try:
             parts[name] = pickle.loads(part)
         except Exception as error:
             rule = f"cannot be read on a worker ({type(error).__name__}: {error})"
-            cure = "define it in a module of the folder where the command is given"
+            cure = "define it in a module of the folder where the command runs"
             raise UserError(name, "as sent", rule, cure) from None
     return Given(**parts)
 
 
 def rank_log(run_dir: RunDir, rank: int) -> Path:
-    """What one rank prints under Ray, over all attempts."""
+    """Return the log of a rank's output under Ray, over all attempts."""
     return run_dir.logs / f"rank_{rank:05d}.log"
 
 
 @contextmanager
 def _following(path: Path) -> Iterator[None]:
-    """Print what is appended to a file meanwhile. Ray's own forwarding would prefix each line and add its own."""
+    """Print lines as they are appended to a file. Ray's own forwarding would prefix each line and add others."""
     path.touch()
     over = threading.Event()
 
@@ -326,7 +326,7 @@ def _following(path: Path) -> Iterator[None]:
         with open(path, encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
             while True:
-                ending = over.is_set()  # read once more after the end: the last lines are the important ones
+                ending = over.is_set()  # read once more after the end, for the important last lines
                 for line in file:
                     print(line, end="", flush=True)
                 if ending:
@@ -346,7 +346,7 @@ def _following(path: Path) -> Iterator[None]:
 
 
 def _resources(spec: RunSpec) -> dict[str, float]:
-    """Resources of one worker; one GPU where the cluster has any, else one CPU."""
+    """Return the resources of one worker; by default one GPU (and CPU) if the cluster has any, else one CPU."""
     if spec.cluster.resources:
         return dict(spec.cluster.resources)
     import ray
@@ -355,12 +355,12 @@ def _resources(spec: RunSpec) -> dict[str, float]:
 
 
 def _check_local_size(spec: RunSpec) -> None:
-    """Refuse before Ray starts what this machine alone cannot hold."""
+    """Check before Ray starts that the workers fit on this machine, unless a cluster is joined."""
     if is_joined():
         return
     cores, each = usable_cores(), spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0)
     if spec.cluster.min_workers * each > cores:
-        raise _too_small(spec, f"{each:g} CPU each, and this machine has {cores} CPUs", int(cores // each))
+        raise _too_small(spec, f"{each:g} CPU each, but this machine has {cores} CPUs", int(cores // each))
 
 
 def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
@@ -368,36 +368,38 @@ def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
         "cluster.num_workers",
         spec.cluster.num_workers,
         f"workers need {rule}",
-        f"set cluster.num_workers={fits}, lower cluster.resources, or join a larger cluster by RAY_ADDRESS"
+        f"set cluster.num_workers={fits}, lower cluster.resources, or join a larger cluster with RAY_ADDRESS"
         if fits
-        else "lower cluster.resources, or join a larger cluster by RAY_ADDRESS",
+        else "lower cluster.resources, or join a larger cluster with RAY_ADDRESS",
     )
 
 
 def _workers(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int:
-    """How many workers to start: of an elastic run as many as there is room for now.
+    """Return how many workers to start: for an elastic run as many as fit now.
 
-    In a cluster that is joined they may be waited for: nodes for wait_s seconds, what others hold for as long as they
-    hold it.
+    In an existing cluster this may wait: up to wait_s seconds for nodes, and without limit for resources that others
+    hold.
 
     Raises:
-        UserError: the cluster cannot hold the fewest: Ray would wait for it for ever.
+        UserError: the cluster cannot hold the fewest workers: Ray would wait forever.
         StoppedWaiting: run_dir has the file STOP.
     """
     cluster, count = spec.cluster, min(_capacity(spec, wait_s, run_dir), spec.cluster.max_workers)
-    if is_joined() and cluster.placement in FREE_PLACEMENTS:  # of the others Ray cannot be asked one by one
+    if (
+        is_joined() and cluster.placement in FREE_PLACEMENTS
+    ):  # for other strategies, workers cannot be placed one by one
         with _places(spec, cluster.max_workers) as granted:
-            began, told = time.monotonic(), False
+            began, printed = time.monotonic(), False
             while (count := granted()) < cluster.max_workers:
                 if time.monotonic() > began + CLUSTER_WAIT_S:
                     if count >= cluster.min_workers:
                         break
-                    if not told:
-                        told = True
+                    if not printed:
+                        printed = True
                         fewest = cluster.min_workers
-                        print(f"workers: {count} of {fewest} have a place; waiting for the others", flush=True)
+                        print(f"workers: {count} of {fewest} are placed; waiting for the others", flush=True)
                     _heed(run_dir)
-                    _capacity(spec, wait_s, run_dir)  # a node that is gone is known to be gone only after a while
+                    _capacity(spec, wait_s, run_dir)  # Ray notices a lost node only after a while
                 time.sleep(POLL_S)
     if cluster.min_workers < cluster.max_workers:
         print(f"workers: {count} (cluster.num_workers = {cluster.num_workers})", flush=True)
@@ -406,9 +408,9 @@ def _workers(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int
 
 @contextmanager
 def _places(spec: RunSpec, count: int) -> Iterator[Callable[[], int]]:
-    """Ask Ray for room for so many more workers; yields a function that tells how many it has granted.
+    """Request placement of `count` more workers from Ray; yield a function that returns how many are granted.
 
-    What it grants is free on a node that is alive; the resources of nodes say nothing of either.
+    Granted places are free and on live nodes, which the resources that nodes report do not show.
     """
     from ray.util import placement_group, placement_group_table, remove_placement_group
 
@@ -421,13 +423,13 @@ def _places(spec: RunSpec, count: int) -> Iterator[Callable[[], int]]:
 
 
 def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threading.Thread) -> None:
-    """Wait until there is room for more workers, or training ends; then have the run saved, to go on with them.
+    """Wait until more workers fit or training ends; in the first case save the run, to resume with them.
 
-    Ray's own elasticity would kill the workers, saved or not, and would count what other programs hold as room.
+    Ray's own elasticity would kill the workers without a save, and would count resources of other programs as free.
     """
     if spec.cluster.placement not in FREE_PLACEMENTS:
         return
-    while training.is_alive() and not run_dir.heartbeat(0).exists():  # its own workers have their places first
+    while training.is_alive() and not run_dir.heartbeat(0).exists():  # the run's own workers are placed first
         training.join(POLL_S)
     with _places(spec, spec.cluster.max_workers - workers) as granted:
         found, since = 0, time.monotonic()
@@ -436,56 +438,60 @@ def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threadi
             if (now := granted()) != found:
                 found, since = now, time.monotonic()
             elif found and time.monotonic() - since > GROWTH_WAIT_S and not run_dir.stop.exists():
-                print(f"workers: room for {workers + found}; saving, to go on with them", flush=True)
+                print(f"workers: room for {workers + found}; saving, to resume with them", flush=True)
                 _ask_for_growth(run_dir)
 
 
 def _ask_for_growth(run_dir: RunDir) -> None:
-    with suppress(FileExistsError), open(run_dir.stop, "x") as file:  # a user's request stays one
+    with suppress(FileExistsError), open(run_dir.stop, "x") as file:  # keep a user's request
         os.utime(file.fileno(), (0, 0))
 
 
 def _is_for_growth(run_dir: RunDir) -> bool:
-    """Whether the request to stop is ours; whoever else asks, by a touch too, makes it his own."""
+    """Return whether the driver itself requested the stop; any other request, even a touch, changes the file's time."""
     return run_dir.stop.exists() and run_dir.stop.stat().st_mtime == 0
 
 
 def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int:
-    """How many workers the nodes of the cluster can hold, whoever uses them now; nodes are waited for so long.
+    """Return how many workers the cluster's nodes can hold, ignoring current use; wait up to wait_s for nodes.
 
     Raises:
-        UserError: fewer than the run must have.
+        UserError: fewer than the run needs.
         StoppedWaiting: run_dir has the file STOP.
     """
-    wanted = _resources(spec)
+    needed = _resources(spec)
     began = time.monotonic()
-    told = False
+    printed = False
     while True:
         nodes = _alive()
         holds = [node["Resources"] for node in nodes]
         # 0.6 / 0.2 is a little less than 3, and 1 // 0.2 is 4
-        per_node = [int(min(node.get(name, 0) / n for name, n in wanted.items() if n) + 1e-6) for node in holds]
+        per_node = [int(min(node.get(name, 0) / n for name, n in needed.items() if n) + 1e-6) for node in holds]
         fits = _placeable(per_node, spec.cluster.placement)
         if fits >= spec.cluster.min_workers:
             return fits
         if not is_joined() or time.monotonic() > began + wait_s:
             break
-        if not told and time.monotonic() > began + CLUSTER_WAIT_S:
-            told = True
-            print(f"the cluster holds {counted(fits, 'worker')}; waiting {wait_s:g} s for a node to join", flush=True)
+        if not printed and time.monotonic() > began + CLUSTER_WAIT_S:
+            printed = True
+            print(
+                f"the cluster can hold {counted(fits, 'worker')}; waiting {wait_s:g} s for a node to join", flush=True
+            )
         _heed(run_dir)
         time.sleep(0.5)
-    asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    amounts_each = ", ".join(f"{amount:g} {name}" for name, amount in needed.items())
     alike: dict[str, list[str]] = {}
     for node, has in zip(nodes, holds, strict=True):
-        alike.setdefault(", ".join(f"{has.get(name, 0):g} {name}" for name in wanted), []).append(_named(node))
+        alike.setdefault(", ".join(f"{has.get(name, 0):g} {name}" for name in needed), []).append(_named(node))
     there = "; ".join(f"{amounts} on {preflight.listed(names)}" for amounts, names in alike.items())
-    rule = f"{asked} each, placed {spec.cluster.placement}, and the cluster's nodes have room for {fits}: {there}"
+    rule = (
+        f"{amounts_each} each, placed {spec.cluster.placement}, but the nodes of the cluster can hold {fits}: {there}"
+    )
     raise _too_small(spec, rule, fits)
 
 
 def _alive() -> list[dict[str, Any]]:
-    """The nodes of the cluster, as Ray describes them."""
+    """Return the live nodes of the cluster as described by Ray, sorted by address."""
     import ray
 
     return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
@@ -496,7 +502,7 @@ def _named(node: dict[str, Any]) -> str:
 
 
 def _placeable(per_node: list[int], placement: str) -> int:
-    """How many workers a cluster holds under Ray's placement strategies, given how many each node would hold."""
+    """Return how many workers fit under a placement strategy of Ray, from how many fit on each node."""
     if placement == "STRICT_PACK":
         return max(per_node, default=0)
     if placement == "STRICT_SPREAD":
@@ -504,11 +510,11 @@ def _placeable(per_node: list[int], placement: str) -> int:
     return sum(per_node)
 
 
-# --- every node looked at before training ------------------------------------------------------------------------
+# --- checks of every node before training ------------------------------------------------------------------------
 
 
 def doctor(spec: RunSpec | None) -> list[preflight.Check]:
-    """What is found on this machine and, where RAY_ADDRESS names a cluster, on every node that could train.
+    """Check this machine and, if RAY_ADDRESS names a cluster, every node that could train.
 
     Raises:
         UserError: the cluster cannot be joined.
@@ -528,10 +534,10 @@ def doctor(spec: RunSpec | None) -> list[preflight.Check]:
 
 
 def _look_at_new_nodes(spec: RunSpec, looked_at: set[str]) -> None:
-    """Refuse nodes on which the run would go wrong; those that an earlier attempt has looked at are left alone.
+    """Check nodes that no earlier attempt has checked.
 
     Raises:
-        UserError: what is wrong, a line each.
+        UserError: every failed check, one line each.
     """
     import ray
 
@@ -540,11 +546,11 @@ def _look_at_new_nodes(spec: RunSpec, looked_at: set[str]) -> None:
     nodes = [node for node in _nodes(spec) if node["NodeID"] not in looked_at]
     is_first, began = not looked_at, time.monotonic()
     looked_at |= {node["NodeID"] for node in nodes}
-    if not nodes or looked_at <= {ray.get_runtime_context().get_node_id()}:  # of this machine all is known
+    if not nodes or looked_at <= {ray.get_runtime_context().get_node_id()}:  # this machine has been checked already
         return
-    # one that goes while an attempt dies is no reason to end the run
+    # a node that is lost while an attempt dies must not end the run
     _refuse(check for check in _look(spec, nodes) if is_first or check.name != preflight.SILENT)
-    print(f"nodes: {len(nodes)} looked at in {time.monotonic() - began:.1f} s", flush=True)
+    print(f"nodes: {len(nodes)} checked in {time.monotonic() - began:.1f} s", flush=True)
 
 
 def _refuse(checks: Iterable[preflight.Check]) -> None:
@@ -553,20 +559,20 @@ def _refuse(checks: Iterable[preflight.Check]) -> None:
 
 
 def _nodes(spec: RunSpec | None) -> list[dict[str, Any]]:
-    """The nodes that are alive and can hold a worker; without settings all that are alive."""
-    wanted = _resources(spec) if spec is not None else {}
-    return [node for node in _alive() if all(node["Resources"].get(name, 0) >= n for name, n in wanted.items())]
+    """Return the live nodes that can hold a worker; without settings all live nodes."""
+    needed = _resources(spec) if spec is not None else {}
+    return [node for node in _alive() if all(node["Resources"].get(name, 0) >= n for name, n in needed.items())]
 
 
 def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.Check]:
-    """Have nodes, and this process, look at themselves and at each other."""
+    """Run the checks of preflight on nodes and this process."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     actors: list[Any] = []
 
-    def asked(node: dict[str, Any]) -> preflight.Node:
-        # without resources, as others may use all of them; such an actor sees every GPU of its node
+    def probed(node: dict[str, Any]) -> preflight.Node:
+        # without resources, as other programs may hold all; such an actor sees every GPU of its node
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         probe = ray.remote(Probe)  # pyright: ignore[reportArgumentType, reportCallIssue]
         actor = probe.options(num_cpus=0, num_gpus=0, scheduling_strategy=there).remote()
@@ -576,15 +582,15 @@ def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.C
             _named(node),
             address,
             node["Resources"].get("GPU", 0) if use_gpu else 0,
-            lambda method, *given: getattr(actor, method).remote(*given).future(),
+            lambda method, *arguments: getattr(actor, method).remote(*arguments).future(),
         )
 
     gpus, free = (resources.get("GPU", 0) for resources in (ray.cluster_resources(), ray.available_resources()))
     use_gpu = _resources(spec).get("GPU", 0) > 0 if spec is not None else gpus > 0
     driver = preflight.this_process(f"{preflight.DRIVER} ({os.uname().nodename})")
     try:
-        machines = {_named(node): node for node in nodes}.values()  # of which one may be several nodes to Ray
-        return preflight.look(driver, [asked(node) for node in machines], spec, free == gpus, use_gpu)
+        machines = {_named(node): node for node in nodes}.values()  # Ray may count one machine as several nodes
+        return preflight.look(driver, [probed(node) for node in machines], spec, free == gpus, use_gpu)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -592,18 +598,18 @@ def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.C
 
 @contextmanager
 def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
-    """STOP_SIGNALS ask the workers to save and stop, through the STOP file; INT or TERM a second time aborts."""
+    """Handle STOP_SIGNALS: write the file STOP, so that workers save and stop; a second INT or TERM aborts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if number in received and number != signal.SIGUSR1:  # Slurm may send USR1, and TERM while that is obeyed
+        if number in received and number != signal.SIGUSR1:  # Slurm may send USR1, and then TERM while the run saves
             raise KeyboardInterrupt
         received.append(number)
         run_dir.stop.write_text(f"received {signal.Signals(number).name}")
-        print("stopping: the run is saved at the next step; once more to abort", file=sys.stderr, flush=True)
+        print("stopping: the run saves after the next step; repeat to abort", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:

@@ -1,4 +1,4 @@
-"""Plan a run without starting it: every check of its start that needs no cluster, and its arithmetic."""
+"""Plan a run without starting it: run the checks that need no cluster, and compute its length."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
     from orchestrator.training.prepare import Parts
 
 
-SMALL_ROWS = 2048  # rows of all sources up to which all are tokenised, and a small model takes a step with some
-ELSEWHERE = ("RAY_ADDRESS", "SLURM_JOB_ID")  # set where a cluster or a batch job has the devices
-FIRST_ROWS = 256  # rows of each source that are tokenised where there are more
+SMALL_ROWS = 2048  # total rows up to which all are tokenised, and a small model runs a trial step
+ELSEWHERE = ("RAY_ADDRESS", "SLURM_JOB_ID")  # set if a cluster or a batch job has the devices
+FIRST_ROWS = 256  # rows of each source to tokenise if there are more
 
 
 class _Outlook(NamedTuple):
     """Facts that the checks of a run have established."""
 
-    counts: dict[str, int | None]  # rows by the setting of a source; None where only loading would tell
-    per_epoch: int | None = None  # pairs, where all rows were tokenised
+    counts: dict[str, int | None]  # rows by the setting of a source; None if the source must be loaded to know
+    per_epoch: int | None = None  # pairs, if all rows were tokenised
     positions: int | None = None  # of the model
     gpus: int | None = None  # of this machine
-    notes: tuple[str, ...] = ()  # of the data, and what was not looked at and why
+    notes: tuple[str, ...] = ()  # about the data, and about checks that were skipped
 
 
 def planned(spec: RunSpec, starts_here: bool = True) -> dict[str, Any]:
-    """Check a run as it would be checked where it starts, and return its facts by name.
+    """Run the checks of a run's start, and return facts about the run by name.
 
-    starts_here: False where other machines train, whose devices are unknown.
+    starts_here: False if other machines train, whose devices are unknown.
 
-    "notes" are odd settings, and what was not looked at. Other facts are None where only loading would tell them.
+    "notes" lists unusual settings and skipped checks. Other facts are None if data must be loaded to know them.
 
     Raises:
-        UserError: what the run, started here, would be refused with before its first step.
+        UserError: an error that the run would raise before its first step.
     """
     check_model_names(spec)  # before anything heavy is imported
     for key, source in paths_in(spec, DATA_KEYS).items():
@@ -49,7 +49,7 @@ def planned(spec: RunSpec, starts_here: bool = True) -> dict[str, Any]:
 
 
 def counted(spec: RunSpec) -> dict[str, Any]:
-    """Return the facts of a run that starts elsewhere: of what it needs only the data are looked at.
+    """Return facts about a run that starts elsewhere; only its data are checked.
 
     Raises:
         UserError: a data file is missing or unreadable.
@@ -63,15 +63,15 @@ def _counts(spec: RunSpec) -> dict[str, int | None]:
 
 
 def _asks_for_other_devices(spec: RunSpec) -> bool:
-    """Return whether the run trains on other devices than this process sees: on GPUs, in a cluster or in a job."""
+    """Return whether the run trains on devices that this process does not see: on GPUs, in a cluster or in a job."""
     return bool(spec.cluster.resources.get("GPU")) or any(name in os.environ for name in ELSEWHERE)
 
 
 def _checked(spec: RunSpec, on_this_device: bool) -> _Outlook:
-    """Make the checks of a run's start, in its order and in a cache that is gone afterwards.
+    """Run the checks of a run's start, in the same order and with a temporary cache.
 
     Raises:
-        UserError: the first that fails.
+        UserError: the first failed check.
     """
     import torch
 
@@ -83,12 +83,12 @@ def _checked(spec: RunSpec, on_this_device: bool) -> _Outlook:
     if on_this_device:
         check_device(spec, torch.device("cuda" if gpus else "cpu"))
     if names := unreachable_models(spec):
-        why = "is not looked at; it is not cached here, and the hub does not answer"
+        why = "is not checked; it is not cached here, and the hub does not answer"
         notes = tuple(f"{key} = {name}: {why}" for key, name in names.items())
         return _Outlook(_counts(spec), gpus=gpus, notes=notes)
     names = unread_sources(spec)
-    unread = tuple(f"{key} = {name}: its rows are looked at where the run starts" for key, name in names.items())
-    if unread and spec.model.init is not None:  # whose tokenizer is trained on the rows
+    unread = tuple(f"{key} = {name}: its rows are checked where the run starts" for key, name in names.items())
+    if unread and spec.model.init is not None:  # the tokenizer of model.init is trained on the rows
         return _Outlook(_counts(spec), gpus=gpus, notes=unread)
     with scratch_cache(spec) as scratch:
         parts = load_parts(scratch)
@@ -98,10 +98,10 @@ def _checked(spec: RunSpec, on_this_device: bool) -> _Outlook:
 
 
 def _tokenized(spec: RunSpec, parts: "Parts") -> _Outlook:
-    """Tokenise all rows or the first, and try a step where data and models are small.
+    """Tokenise all rows or the first ones, and run a trial step if data and models are small.
 
     Raises:
-        UserError: what the run would be refused with.
+        UserError: the run would raise it, too.
     """
     from orchestrator.data.repeats import repeat_lines
     from orchestrator.run.rehearsal import is_small, rehearse
@@ -117,25 +117,25 @@ def _tokenized(spec: RunSpec, parts: "Parts") -> _Outlook:
     if is_small(spec, parts.config):
         lines += rehearse(spec, prepared)
     else:
-        lines.append("the weights were not loaded: orchestrator debug --dry-run does, and tries a step")
+        lines.append("the weights were not loaded: orchestrator debug --dry-run loads them and runs a trial step")
     return _Outlook(counts, prepared.train.pairs_per_epoch, notes=tuple(lines))
 
 
 def _large_data(spec: RunSpec, parts: "Parts") -> Iterator[str]:
-    """Check all rows without the tokenizer and the first ones with it; yield a line for what is odd or not looked at.
+    """Check all rows without the tokenizer and the first ones with it; yield notes on rows and on skipped checks.
 
     Raises:
-        UserError: a row that the run would be refused with.
+        UserError: the run would raise it, too.
     """
     from orchestrator.data.pairs import NoPairs
     from orchestrator.training.prepare import tokenize
 
-    with suppress(NoPairs):  # later rows may have some
+    with suppress(NoPairs):  # later rows may have usable pairs
         tokenize(spec, parts, first=FIRST_ROWS)
     for rows in (check_rows(spec.data, "train"), *(check_rows(spec.data, "eval", name) for name in spec.data.eval)):
         for each in rows:
             yield from (f"{each.key}: {line}" for line in note_lines(each.unread, each.notes))
-    yield f"the first {FIRST_ROWS} rows of each source were tokenised, the run tokenises all"
+    yield f"the first {FIRST_ROWS} rows of each source were tokenised; the run tokenises all"
 
 
 def _facts(spec: RunSpec, outlook: _Outlook) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _facts(spec: RunSpec, outlook: _Outlook) -> dict[str, Any]:
 
 
 def _length(spec: RunSpec, per_epoch: int) -> dict[str, Any]:
-    """Return how long a run with so many pairs an epoch is, and how often what happens in it."""
+    """Return the length of a run with so many pairs per epoch, and the numbers of evaluations and checkpoints."""
     batch, evaluation = spec.batch, spec.evaluation
     length = run_length(per_epoch, batch.global_batch_size, spec.training)
     steps_per_epoch = -(-per_epoch // batch.global_batch_size)
@@ -185,8 +185,7 @@ def _length(spec: RunSpec, per_epoch: int) -> dict[str, Any]:
 
 
 def _training_sets(spec: RunSpec, counts: dict[str, int | None]) -> list[dict[str, Any]]:
-    """Each training set: its rows, without those held out, and how many of them an epoch takes. counts: rows by the
-    setting of a source."""
+    """Return for each training set: its rows, without those held out, and rows per epoch. counts: rows by setting."""
     sets: list[dict[str, Any]] = []
     for key, source in zip(spec.data.sources("train"), spec.data.train, strict=True):
         if (rows := counts[key]) is not None:
@@ -197,7 +196,7 @@ def _training_sets(spec: RunSpec, counts: dict[str, int | None]) -> list[dict[st
 
 
 def _eval_rows(spec: RunSpec, counts: dict[str, int | None], train_rows: int | None) -> Any:
-    """Rows that are evaluated; of several sets by their names."""
+    """Return the number of evaluated rows, by name for several sets."""
     if spec.data.eval_fraction is not None:
         rows = _total(counts.values())
         return None if rows is None or train_rows is None else rows - train_rows
@@ -206,11 +205,11 @@ def _eval_rows(spec: RunSpec, counts: dict[str, int | None], train_rows: int | N
 
 
 def _total(counts: Iterable[int | None]) -> int | None:
-    """Their sum, where all are known."""
+    """Return the sum of counts; None if one is unknown."""
     known = list(counts)
     return None if None in known else sum(filter(None, known))
 
 
 def _times(steps: int, *every: int | None) -> int:
-    """How often something happens that happens after so many steps each and after the last."""
+    """Return how often an event happens that follows every `every` steps and the last step."""
     return len({steps}.union(*(range(each, steps + 1, each) for each in every if each)))

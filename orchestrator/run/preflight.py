@@ -1,6 +1,6 @@
-"""Every node looked at before training: what a node finds, and what that means as checks with a cure beside each.
+"""Check every node before training, and report each check with a fix if it fails.
 
-Nothing here knows Ray. A node is somebody who can be asked (`Node.ask`) and answers later, or never.
+This module does not use Ray. A `Node` has a function `ask` that returns a future, which may never be done.
 """
 
 import os
@@ -37,35 +37,35 @@ from orchestrator.settings.load import PATH_KEYS, SettingsError, looks_local, pa
 from orchestrator.settings.optimizers import optimizer_kind
 from orchestrator.settings.spec import RunSpec, UserError
 
-DEADLINE_S = 40.0  # seconds after which no node is waited for any more
-START_S = 25.0  # seconds that a node has for its first answer, before which its process must start
-ANSWER_S = 5.0  # seconds that it has for any other, beside what the errand itself may take
+DEADLINE_S = 40.0  # seconds after which waiting for nodes ends
+START_S = 25.0  # seconds for a node's first answer, which includes the start of its process
+ANSWER_S = 5.0  # seconds for any other answer, besides the time of the task itself
 MAX_SKEW_S = 3.0  # seconds by which a clock may differ from the others
 PINGS = 5
-FULL = 2**20  # bytes free below which nothing can be begun
-BUSY = 0.1  # part of a GPU's memory that a driver and a desktop may hold
-DRIVER, SILENT = "driver", "node"  # the name of the process that asks, and of the check that all have answered
-FOLDER = ".preflight"  # how the folder begins in which nodes leave their files
+FULL = 2**20  # free bytes below which a run cannot start
+BUSY = 0.1  # fraction of a GPU's memory that a driver and a desktop may use
+DRIVER, SILENT = "driver", "node"  # name of the driver process, and of the check that all nodes answer
+FOLDER = ".preflight"  # prefix of the folder in which nodes write test files
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at on one node."""
+    """Result of one check on one node."""
 
-    name: str  # a setting ("run.dir"), a library, or what was measured
-    node: str  # where; empty where there is one machine alone
+    name: str  # a setting ("run.dir"), a library, or a measured quantity
+    node: str  # empty if there is only one machine
     found: str
-    wrong: str = ""  # what is wrong with it; empty where nothing is
+    wrong: str = ""  # the problem; empty if there is none
     cure: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether the check passed."""
         return not self.wrong
 
 
 def refusal(checks: Iterable[Check]) -> UserError | None:
-    """Everything that is wrong, a line each; None where nothing is."""
+    """Return an error with one line for each failed check; None if all passed."""
     errors = [
         UserError(f"{check.name} on {check.node}" if check.node else check.name, check.found, check.wrong, check.cure)
         for check in merged(checks)
@@ -75,7 +75,7 @@ def refusal(checks: Iterable[Check]) -> UserError | None:
 
 
 def table(checks: Iterable[Check]) -> str:
-    """A line for each thing that nodes have found alike, with the cure beside what is wrong."""
+    """Return a table with one line per distinct result, with the fix after a failure."""
     checks = merged(checks)
     rows = [("ok" if check.ok else "RED", check.name, check.node or "here", check.found) for check in checks]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -87,7 +87,7 @@ def table(checks: Iterable[Check]) -> str:
 
 
 def merged(checks: Iterable[Check]) -> list[Check]:
-    """The same checks; those that differ in their node alone are one."""
+    """Merge checks that differ only in their node."""
     nodes: dict[Check, list[str]] = {}
     for check in checks:
         nodes.setdefault(replace(check, node=""), []).append(check.node)
@@ -95,41 +95,41 @@ def merged(checks: Iterable[Check]) -> list[Check]:
 
 
 def listed(nodes: Iterable[str]) -> str:
-    """Names of nodes, without end where there are many."""
+    """Return the names of nodes as text, shortened if there are many."""
     names = list(dict.fromkeys(nodes))
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
-# --- asking all of them ------------------------------------------------------------------------------------------
+# --- asking all nodes --------------------------------------------------------------------------------------------
 
 
 class Node(NamedTuple):
-    """Somebody to ask."""
+    """A node, or the driver, that can run methods of Probe."""
 
-    name: str  # empty where there is one alone
+    name: str  # empty if it is the only one
     address: str
     gpus: float  # how many it should have
-    ask: Callable[..., "Future[Any]"]  # (method of Probe, *its arguments) -> the answer to come
+    ask: Callable[..., "Future[Any]"]  # (method of Probe, *arguments) -> future of the result
 
 
 def this_process(name: str = "", gpus: float = 0) -> Node:
-    """The one that asks, as one that is asked."""
+    """Return this process as a Node."""
     probe = Probe()
-    return Node(name, "", gpus, lambda method, *given: in_thread(partial(getattr(probe, method), *given)))
+    return Node(name, "", gpus, lambda method, *arguments: in_thread(partial(getattr(probe, method), *arguments)))
 
 
 def look_here(spec: RunSpec | None, gpus: float = 0) -> list[Check]:
-    """Look at this machine alone, which should have so many GPUs; without settings at what needs none."""
+    """Check only this machine, which should have so many GPUs; without settings, only what needs none."""
     return look(this_process(gpus=gpus), [], spec)
 
 
 def look(
     driver: Node, nodes: Sequence[Node], spec: RunSpec | None, gpus_idle: bool = True, use_gpu: bool = False
 ) -> list[Check]:
-    """Have all of them look at themselves and at each other; it takes DEADLINE_S seconds at most, longer under load.
+    """Run all checks on all nodes; takes DEADLINE_S seconds at most, longer under load.
 
-    driver: this process, which writes the run directory as well. gpus_idle: whether Ray has given no GPU to anybody.
-    use_gpu: whether ranks will talk from GPU to GPU.
+    driver: this process, which also writes the run directory. gpus_idle: whether Ray has assigned no GPU.
+    use_gpu: whether ranks will communicate between GPUs.
     """
     asking = _Asking([driver, *nodes])
     paths = sources(spec) if spec else {}
@@ -141,22 +141,22 @@ def look(
         checks += _look_at_folders(asking, driver, spec)
     if nodes:
         checks += clock_checks(_offsets(asking, driver))
-        checks += port_checks(_unreached(asking, driver), {name: said.ports for name, said in facts.items()})
+        checks += port_checks(_unreached(asking, driver), {name: of.ports for name, of in facts.items()})
     if len(nodes) > 1:
         if asking.silent or not all(check.ok for check in checks):
-            checks += [Check("all-reduce", node.name, "not measured before the rest is mended") for node in nodes]
+            checks += [Check("all-reduce", node.name, "not measured until the other checks pass") for node in nodes]
         else:
             checks += bandwidth_checks(_rates(asking, driver, spec, use_gpu))
     return checks + silence_checks(asking.silent)
 
 
 class _Asking:
-    """Asks many at once; who has not answered is asked no more."""
+    """Run a method on many nodes at once; nodes that have not answered are not asked again."""
 
     def __init__(self, everyone: Sequence[Node]) -> None:
         self.everyone, self.there = everyone, list(everyone)
         self.silent: list[tuple[str, str, str]] = []  # (method, node, why)
-        # a busy machine imports torch several times slower, and is healthy
+        # a busy but healthy machine imports torch several times slower
         self._slowness = max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
         self._deadline = time.monotonic() + DEADLINE_S * self._slowness
 
@@ -167,7 +167,7 @@ class _Asking:
         seconds: float,
         nodes: Sequence[Node] | None = None,
     ) -> dict[str, Any]:
-        """Node -> answer, of those that have answered within so many seconds; all are asked, or these nodes."""
+        """Return {node: answer} of the nodes that answer within so many seconds; asks all, or only `nodes`."""
         asked = [node for node in self.there if nodes is None or node in nodes]
         left = max(0.0, min(seconds * self._slowness, self._deadline - time.monotonic()))
         answers = answered({node.name: node.ask(method, *arguments(node)) for node in asked}, left)
@@ -179,15 +179,15 @@ class _Asking:
 
 
 def _look_at_folders(asking: _Asking, driver: Node, spec: RunSpec) -> list[Check]:
-    """Whether what each node writes is seen by all. It leaves nothing behind."""
+    """Check that all nodes see each other's files in the run's folders. The test files are removed."""
     where = folders(spec)
     probes = {key: folder / f"{FOLDER}-{token_hex(4)}" for key, folder in where.items()}
     files = {node.name: f"node_{number}" for number, node in enumerate(asking.everyone)}
-    made = asking.all("make", lambda _: (probes,), READ_S + ANSWER_S, [driver]).get(driver.name)
-    if made is None:
-        return []  # it is silent, which is said elsewhere
+    errors = asking.all("make", lambda _: (probes,), READ_S + ANSWER_S, [driver]).get(driver.name)
+    if errors is None:
+        return []  # the driver did not answer, which silence_checks reports
     try:
-        usable = {key: probe for key, probe in probes.items() if key not in made}
+        usable = {key: probe for key, probe in probes.items() if key not in errors}
         failed = asking.all("leave", lambda node: (usable, files[node.name]), SHARED_S + READ_S + ANSWER_S)
         names = {key: [files[node] for node in failed if key not in failed[node]] for key in usable}
 
@@ -199,12 +199,12 @@ def _look_at_folders(asking: _Asking, driver: Node, spec: RunSpec) -> list[Check
         wait([driver.ask("clear", probes)], READ_S)
     by_file = {file: node for node, file in files.items()}
     missed = {node: {key: [by_file[f] for f in found] for key, found in of.items()} for node, of in unseen.items()}
-    unmade = [Check(key, driver.name, str(where[key]), *_unwritable(key, why)) for key, why in made.items()]
+    unmade = [Check(key, driver.name, str(where[key]), *_unwritable(key, why)) for key, why in errors.items()]
     return unmade + folder_checks({key: where[key] for key in usable}, failed, missed)
 
 
 def _offsets(asking: _Asking, driver: Node) -> dict[str, tuple[float, float]]:
-    """Node -> seconds by which its clock is ahead of the driver's, and how sure that is."""
+    """Return {node: (seconds by which its clock is ahead of the driver's, uncertainty)}."""
     offsets = {driver.name: (0.0, 0.0)}
     for node in [node for node in asking.there if node is not driver]:
         pings: list[tuple[float, float]] = []
@@ -220,7 +220,7 @@ def _offsets(asking: _Asking, driver: Node) -> dict[str, tuple[float, float]]:
 
 
 def _unreached(asking: _Asking, driver: Node) -> dict[str, dict[str, str]]:
-    """Node -> the nodes that do not get through to it, and why."""
+    """Return {node: {node that cannot connect to it: reason}}."""
     nodes = [node for node in asking.there if node is not driver]
     ports = asking.all("listen", lambda node: (node.address,), ANSWER_S, nodes)
     targets = {node.name: (node.address, ports[node.name]) for node in nodes if node.name in ports}
@@ -233,7 +233,7 @@ def _unreached(asking: _Asking, driver: Node) -> dict[str, dict[str, str]]:
 
 
 def _rates(asking: _Asking, driver: Node, spec: RunSpec | None, use_gpu: bool) -> dict[str, float]:
-    """Node -> bytes a second of an all-reduce between all nodes."""
+    """Return {node: bytes per second of an all-reduce between all nodes}."""
     nodes = [node for node in asking.there if node is not driver]
     first, size, rank = nodes[0], len(nodes), {node.name: number for number, node in enumerate(nodes)}
     met = asking.all("meet", lambda node: (node.address if node is first else None, size), IMPORT_S, nodes)
@@ -248,14 +248,14 @@ def _rates(asking: _Asking, driver: Node, spec: RunSpec | None, use_gpu: bool) -
     return asking.all("all_reduce", arguments, 2 * ALL_REDUCE_S, nodes)
 
 
-# --- what it means -----------------------------------------------------------------------------------------------
+# --- results -> checks -------------------------------------------------------------------------------------------
 
 
 def version_checks(facts: Mapping[str, Facts], driver: str = DRIVER) -> list[Check]:
-    """One version everywhere; of torch the driver, which computes nothing, may have another build."""
+    """Check for the same versions everywhere; the driver, which computes nothing, may have another build of torch."""
     checks: list[Check] = []
     for package in ("python", *PACKAGES):
-        found = {node: said.versions[package] for node, said in facts.items()}
+        found = {node: of.versions[package] for node, of in facts.items()}
         usual = _usual(found[node] for node in sorted(found, key=lambda node: node == driver))
         for node, version in found.items():
             alike = node == driver and _public(version) == _public(usual)
@@ -265,42 +265,43 @@ def version_checks(facts: Mapping[str, Facts], driver: str = DRIVER) -> list[Che
 
 
 def _public(version: str) -> str:
-    """Without the build: 2.13.0 of 2.13.0+cu130."""
+    """Return a version without its build: 2.13.0 for 2.13.0+cu130."""
     return version.partition("+")[0]
 
 
 def _usual(values: Iterable[Any]) -> Any:
-    """What most have; the first of them where it is a draw."""
+    """Return the most common value; the first of several."""
     return Counter(values).most_common(1)[0][0]
 
 
-def _installed_by(said: Facts, package: str, version: str) -> str:
-    """How to give a node that version."""
+def _installed_by(facts: Facts, package: str, version: str) -> str:
+    """Return how to install a version on a node."""
     if package == "python":
-        return f"start its Ray by Python {version}"
+        return f"start its Ray with Python {version}"
     if package == "dpo-orchestrator":
         return "install the same checkout there"
     if version == MISSING:
-        return f"run {said.python} -m pip uninstall {package} there"
+        return f"run {facts.python} -m pip uninstall {package} there"
     build = version.partition("+")[2] if package == "torch" else ""
-    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""  # where such builds are
-    return f"run {said.python} -m pip install {package}=={version}{index} there, and start its Ray again"
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""  # index of such builds
+    return f"run {facts.python} -m pip install {package}=={version}{index} there, and restart its Ray"
 
 
 def gpu_checks(facts: Mapping[str, Facts], expected: Mapping[str, float], idle: bool) -> list[Check]:
-    """GPUs that torch can use, as many as there should be on each node, and, where Ray is idle, nobody else on them."""
+    """Check that torch can use the expected GPUs of each node and, if Ray is idle, that no other process uses them."""
     checks: list[Check] = []
-    for node, said in facts.items():
+    for node, of in facts.items():
         if node not in expected:
             continue
-        gpus, wrong, cure = said.gpus, "", ""
+        gpus, wrong, cure = of.gpus, "", ""
         should = max(expected[node], len(gpus.cards))
         busy = [card for card in gpus.cards if card.used > BUSY * card.total]
         if gpus.to_torch < should:
-            wrong = f"there should be {should:g} ({gpus.reason or 'the rest is hidden'})"
-            cure = _usable_by(said)
+            wrong = f"there should be {should:g} ({gpus.reason or 'the others are hidden'})"
+            cure = _usable_by(of)
         elif busy and idle:
-            wrong = f"others use {_size(busy[0].used)} of {_size(busy[0].total)} of a GPU that Ray has given to nobody"
+            used, total = _size(busy[0].used), _size(busy[0].total)
+            wrong = f"another process uses {used} of {total} on a GPU that Ray considers free"
             cure = "end the processes that nvidia-smi shows there"
         cards = Counter(f"{card.name}, {_size(card.total)}" for card in gpus.cards).items()
         found = f"{gpus.to_torch} for torch" + "".join(f"; {count} x {card}" for card, count in cards)
@@ -309,30 +310,30 @@ def gpu_checks(facts: Mapping[str, Facts], expected: Mapping[str, float], idle: 
     return checks
 
 
-def _usable_by(said: Facts) -> str:
-    """How to give torch the GPUs of a node."""
-    if not said.gpus.cards:
-        elsewhere = "run where there are some (RAY_ADDRESS), or remove GPU from cluster.resources"
+def _usable_by(facts: Facts) -> str:
+    """Return how to make the GPUs of a node usable by torch."""
+    if not facts.gpus.cards:
+        elsewhere = "run on machines with GPUs (RAY_ADDRESS), or remove GPU from cluster.resources"
         return f"nvidia-smi shows no GPU there: fix its NVIDIA driver, {elsewhere}"
-    if "compiled" in said.gpus.reason:
-        return f"run {said.python} -m pip install torch=={_public(said.versions['torch'])} there, a build with CUDA"
-    if "too old" in said.gpus.reason:
-        return "update the NVIDIA driver there, or install the build of torch for its CUDA"
-    return f"start its Ray without CUDA_VISIBLE_DEVICES, or with --num-gpus={said.gpus.to_torch}"
+    if "compiled" in facts.gpus.reason:
+        return f"run {facts.python} -m pip install torch=={_public(facts.versions['torch'])} there, a build with CUDA"
+    if "too old" in facts.gpus.reason:
+        return "update the NVIDIA driver there, or install a build of torch for its CUDA version"
+    return f"start its Ray without CUDA_VISIBLE_DEVICES, or with --num-gpus={facts.gpus.to_torch}"
 
 
 def file_checks(facts: Mapping[str, Facts], paths: Mapping[str, str]) -> list[Check]:
-    """Files that all nodes can read, and the same ones."""
+    """Check that all nodes can read the same files."""
     checks: list[Check] = []
     for key, path in paths.items():
-        sizes = [size for said in facts.values() if isinstance(size := said.files[key], int)]
-        for node, said in facts.items():
-            found = said.files[key]
+        sizes = [size for of in facts.values() if isinstance(size := of.files[key], int)]
+        for node, of in facts.items():
+            found = of.files[key]
             if isinstance(found, UserError):
                 checks.append(Check(key, node, path, found.rule, found.cure))
                 continue
-            usual, cure = _usual(sizes), "copy the same files there, or to a file system that every node shares"
-            wrong = "" if found == usual else f"has {found} bytes there, and {usual} on the others"
+            usual, cure = _usual(sizes), "copy the same files there, or to a file system shared by all nodes"
+            wrong = "" if found == usual else f"has {found} bytes there, but {usual} on the others"
             checks.append(Check(key, node, path, wrong, wrong and cure))
     return checks
 
@@ -340,10 +341,10 @@ def file_checks(facts: Mapping[str, Facts], paths: Mapping[str, str]) -> list[Ch
 def folder_checks(
     where: Mapping[str, Path], failed: Mapping[str, Mapping[str, str]], unseen: Mapping[str, Mapping[str, list[str]]]
 ) -> list[Check]:
-    """Folders that are the same on every node, and can be written.
+    """Check that folders are shared by all nodes and writable.
 
-    where: setting -> folder. failed: node -> setting -> why it could write nothing. unseen: node -> setting -> nodes of
-    which it does not see what they have written.
+    where: setting -> folder. failed: node -> setting -> why it could not write. unseen: node -> setting -> nodes whose
+    files it does not see.
     """
     checks: list[Check] = []
     for key, folder in where.items():
@@ -351,19 +352,19 @@ def folder_checks(
             missed = unseen.get(node, {}).get(key, [])
             wrong, cure = _unwritable(key, failures[key]) if key in failures else ("", "")
             if missed or failures.get(key) == NOT_SEEN:
-                wrong = f"what {listed(missed) or 'the driver'} writes there is not seen, so it is not shared"
-                cure = f"mount the file system of {folder} there, or set {key} to a folder that every node shares"
+                wrong = f"files written by {listed(missed) or 'the driver'} are not visible, so it is not shared"
+                cure = f"mount the file system of {folder} there, or set {key} to a folder shared by all nodes"
             checks.append(Check(key, node, str(folder), wrong, cure))
     return checks
 
 
 def _unwritable(key: str, why: str) -> tuple[str, str]:
-    cure = f"free some space, let the user who runs Ray write there, or set {key} to another folder"
+    cure = f"free some space, give the user who runs Ray write permission, or set {key} to another folder"
     return f"cannot be written ({why})", cure
 
 
 def clock_checks(offsets: Mapping[str, tuple[float, float]]) -> list[Check]:
-    """Clocks that agree. offsets: node -> seconds ahead of the driver, and by how much that may be off."""
+    """Check that clocks agree. offsets: node -> (seconds ahead of the driver, uncertainty)."""
     ahead = [offset for offset, _ in offsets.values()]
     usual = max(ahead, key=lambda mine: sum(abs(mine - other) <= MAX_SKEW_S for other in ahead))
     checks: list[Check] = []
@@ -373,25 +374,25 @@ def clock_checks(offsets: Mapping[str, tuple[float, float]]) -> list[Check]:
             checks.append(Check("clock", node, f"within {MAX_SKEW_S:g} s"))
             continue
         wrong = f"is {'ahead of' if skew > 0 else 'behind'} the other clocks"
-        cure = "let chrony or ntpd set it there (chronyc makestep)"
+        cure = "synchronise it with chrony or ntpd (chronyc makestep)"
         checks.append(Check("clock", node, f"{skew:+.1f} s", wrong, cure))
     return checks
 
 
 def port_checks(unreached: Mapping[str, Mapping[str, str]], ranges: Mapping[str, tuple[int, int]]) -> list[Check]:
-    """Nodes that reach one another. unreached: node -> those that do not get through, and why; ranges: its ports."""
+    """Check that nodes reach each other. unreached: node -> {node that cannot connect: reason}; ranges: its ports."""
     checks: list[Check] = []
     for target, sources in unreached.items():
         ports, wrong, cure = "-".join(map(str, ranges[target])), "", ""
         if sources:
             wrong = f"cannot be reached from {listed(sources)} ({listed(sources.values())})"
-            cure = f"let its firewall accept TCP to ports {ports} (net.ipv4.ip_local_port_range) from the other nodes"
+            cure = f"allow TCP to its ports {ports} (net.ipv4.ip_local_port_range) from the other nodes in its firewall"
         checks.append(Check("ports", target, ports, wrong, cure))
     return checks
 
 
 def bandwidth_checks(rates: Mapping[str, float]) -> list[Check]:
-    """What an all-reduce has moved; that it ends is all that is asked of it."""
+    """Report the bandwidth of an all-reduce, which passes if it finishes."""
     if not rates:
         return []
     rate = f"{_size(min(rates.values()))}/s, {_size(BANDWIDTH_BYTES)} over {len(rates)} nodes"
@@ -399,28 +400,28 @@ def bandwidth_checks(rates: Mapping[str, float]) -> list[Check]:
 
 
 def silence_checks(silent: Iterable[tuple[str, str, str]]) -> list[Check]:
-    """Nodes that have not answered, or not as they should: (what they were asked, node, why)."""
+    """Return failed checks for nodes that did not answer. silent: (method, node, reason)."""
     checks: list[Check] = []
     for method, node, why in silent:
         if method in ("meet", "all_reduce"):
-            cure = "set cluster.network_interface to one by which the nodes reach each other"
-            checks.append(Check("all-reduce", node, why, "tensors cannot be added up over the nodes", cure))
+            cure = "set cluster.network_interface to an interface through which the nodes reach each other"
+            checks.append(Check("all-reduce", node, why, "an all-reduce between the nodes fails", cure))
         else:
-            cure = "see whether it is up (ray status), and Ray's logs there, or take it out of the cluster"
-            checks.append(Check(SILENT, node, why, f"could not be looked at ({method})", cure))
+            cure = "check that it is up (ray status) and its Ray logs, or remove it from the cluster"
+            checks.append(Check(SILENT, node, why, f"could not be checked ({method})", cure))
     return checks
 
 
-# --- what the settings ask for -----------------------------------------------------------------------------------
+# --- paths and disk space of a run -------------------------------------------------------------------------------
 
 
 def sources(spec: RunSpec) -> dict[str, str]:
-    """Settings that name a local file or folder to read -> its path."""
+    """Return {setting: path} of local files and folders that the run reads."""
     return {key: path for key, path in paths_in(spec, PATH_KEYS).items() if looks_local(path)}
 
 
 def folders(spec: RunSpec) -> dict[str, Path]:
-    """Settings that name a folder which every node writes -> that folder."""
+    """Return {setting: folder} of folders that every node writes."""
     shared = {"run.dir": spec.run_dir}
     if Path(spec.run.dir) not in spec.cache_dir.parents:
         shared["data.cache_dir"] = spec.cache_dir
@@ -428,22 +429,22 @@ def folders(spec: RunSpec) -> dict[str, Path]:
 
 
 class Needed(NamedTuple):
-    """Bytes that a run writes; at least, as an optimizer of a user's tells nothing of its state."""
+    """Bytes that a run writes, a lower bound if the optimizer's state is unknown."""
 
     checkpoint: int
-    checkpoints: int  # how many there are at once
+    checkpoints: int  # maximum number at once
     model: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Return the total bytes."""
         return self.checkpoint * self.checkpoints + self.model
 
 
 def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> Needed:
-    """What a run writes, from the model's config alone and one step of the optimizer on a small matrix.
+    """Return the bytes that a run writes, from the model's config and one optimizer step on a small matrix.
 
-    own_optimizer: a function of a Python user makes it.
+    own_optimizer: whether a user's function creates the optimizer.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -476,7 +477,7 @@ def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> Needed:
 
 
 def _state_bytes(spec: RunSpec) -> float:
-    """Of the optimizer for each element that trains; 0 where that is not known."""
+    """Return the bytes of optimizer state per trainable element; 0 if unknown."""
     import torch
 
     from orchestrator.engines.optim import optimizer_factory
@@ -485,7 +486,7 @@ def _state_bytes(spec: RunSpec) -> float:
     if optimizer_kind(spec.optimizer.name) != "elementwise":
         return 0.0
     if spec.optimizer.name.startswith("deepspeed."):
-        return 8.0  # two moments in fp32; to build one is to compile it
+        return 8.0  # two fp32 moments; building the optimizer would compile it
     p = torch.nn.Parameter(torch.zeros(8, 8, dtype=dtype_held(spec.precision)))
     p.grad = torch.zeros_like(p)
     optimizer = optimizer_factory(spec.optimizer)([{"params": [p], "weight_decay": 0.0}])
@@ -495,21 +496,23 @@ def _state_bytes(spec: RunSpec) -> float:
 
 
 def space_checks(spec: RunSpec, own_optimizer: bool = False) -> list[Check]:
-    """Room for what a run writes besides what it has written already; own_optimizer: as in `disk_needed`."""
+    """Check for free space for what the run has still to write; own_optimizer: as in `disk_needed`."""
     where = folders(spec)
     asks: dict[str, Callable[[], Any]] = {key: partial(_free, folder) for key, folder in where.items()}
     asks["needed"] = partial(disk_needed, spec, own_optimizer)
     asks["held"] = partial(_bytes_below, [spec.run_dir / "checkpoints", spec.run_dir / "model"])
     found = side_by_side(asks, IMPORT_S)
-    needed: Needed | None = found["needed"] if isinstance(found["needed"], Needed) else None  # others say why
+    needed: Needed | None = (
+        found["needed"] if isinstance(found["needed"], Needed) else None
+    )  # other checks report the error
     more = max(FULL, needed.total - found["held"]) if needed and isinstance(found["held"], int) else FULL
     checks: list[Check] = []
     for key, folder in where.items():
-        if not isinstance(free := found[key], int):  # whoever writes there says why
+        if not isinstance(free := found[key], int):  # other checks report the error
             continue
         wants, why, less = (more if key == "run.dir" else FULL), "", ""
         if key == "run.dir" and needed:
-            of = f"{needed.checkpoints} of {_size(needed.checkpoint)} at once, and the model, {_size(needed.model)}"
+            of = f"{needed.checkpoints} of {_size(needed.checkpoint)} at once, and the model of {_size(needed.model)}"
             why, less = f" for checkpoints ({of})", f", lower checkpoint.keep ({spec.checkpoint.keep})"
         wrong = f"the run needs {_size(wants)} more in {folder}{why}"
         cure = f"free some space there{less}, or set {key} to another file system"
@@ -520,7 +523,7 @@ def space_checks(spec: RunSpec, own_optimizer: bool = False) -> list[Check]:
 
 
 def _free(folder: Path) -> int:
-    """Bytes free where a folder is, or will be."""
+    """Return the free bytes at a folder, existing or not."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
@@ -529,7 +532,7 @@ def _bytes_below(folders: Iterable[Path]) -> int:
 
 
 def _size(count: float) -> str:
-    """Bytes, in a unit in which they are easy to read."""
+    """Return bytes as text with a suitable unit."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -538,17 +541,17 @@ def _size(count: float) -> str:
 
 
 def check_answers(spec: RunSpec) -> None:
-    """Refuse what would hang or break whoever touches it first: a file system that does not answer, or is full.
+    """Check that the file systems of a run respond and are not full.
 
     Raises:
-        UserError: which, and of which setting.
+        UserError: for the first setting whose file system does not.
     """
     paths = {**{key: str(folder) for key, folder in folders(spec).items()}, **sources(spec)}
     free: dict[str, Callable[[], Any]] = {key: partial(_free, folder) for key, folder in folders(spec).items()}
     read: dict[str, Callable[[], Any]] = {key: partial(bytes_at, key, path) for key, path in sources(spec).items()}
     for key, found in side_by_side({**free, **read}, READ_S).items():
         if isinstance(found, TimeoutError):
-            cure = f"mend the file system that it lies on, or set {key} to a path on another"
+            cure = f"fix its file system, or set {key} to a path on another one"
             raise UserError(key, paths[key], f"cannot be read ({one_line(found)})", cure)
         if key in free and isinstance(found, int) and found < FULL:
             cure = f"free some space there, or set {key} to another file system"

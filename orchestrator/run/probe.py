@@ -1,6 +1,6 @@
-"""What a node does when it is looked at before training: facts of its own, and small errands with the other nodes.
+"""Probe a node before training: collect facts about it, and test files and connections with other nodes.
 
-Nothing here knows Ray, and nothing waits for longer than its time-out, whatever a file system or another node does.
+This module does not use Ray, and every wait has a time-out, whatever a file system or another node does.
 """
 
 import os
@@ -22,7 +22,7 @@ from typing import Any
 
 from orchestrator.settings.spec import UserError
 
-# Libraries of which another version may give other numbers, or does not understand what the others say.
+# Libraries whose versions must match: another one may change results or be unable to communicate.
 PACKAGES = (
     "dpo-orchestrator",
     "torch",
@@ -37,24 +37,24 @@ PACKAGES = (
     "peft",
 )
 MISSING = "missing"
-NOT_SEEN = "what the driver made there is not seen"
+NOT_SEEN = "a file of the driver there is not visible"
 
 READ_S = 5.0  # seconds after which a file system counts as hung
-SHARED_S = 5.0  # seconds in which one node sees what another has written; NFS may answer from memory for a while
-CONNECT_S = 3.0  # seconds in which a port answers
-IMPORT_S = 25.0  # seconds in which a heavy library is imported
-ALL_REDUCE_S = 12.0  # seconds in which nodes meet, and add up a few tensors
+SHARED_S = 5.0  # seconds until a node sees files of another one; NFS may use cached metadata for a while
+CONNECT_S = 3.0  # seconds within which a port answers
+IMPORT_S = 25.0  # seconds within which a heavy library is imported
+ALL_REDUCE_S = 12.0  # seconds to form a process group and reduce a few tensors
 BANDWIDTH_BYTES = 16 * 2**20
-MANY_FILES = 200  # of a folder that are looked at
+MANY_FILES = 200  # maximum files of a folder to check
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as nvidia-smi sees it."""
+    """A GPU as shown by nvidia-smi."""
 
     name: str
     total: int  # bytes
-    used: int  # bytes, by whomever
+    used: int  # bytes, by all processes
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,24 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a node says of itself."""
+    """Facts about a node."""
 
     python: str  # path of the interpreter
     versions: dict[str, str]  # of Python and PACKAGES
     gpus: Gpus
-    files: dict[str, int | UserError]  # setting -> bytes of what lies there, or why that cannot be read
-    ports: tuple[int, int]  # from which the kernel takes a port that nobody has named
+    files: dict[str, int | UserError]  # setting -> bytes at its path, or the error of reading it
+    ports: tuple[int, int]  # range of ephemeral ports
 
 
 class Probe:
-    """A node that looks at itself and at the others: an actor under Ray, an ordinary object in the driver."""
+    """Tests that run on a node: an actor under Ray, a plain object in the driver."""
 
     def __init__(self) -> None:
-        self._made: list[Path] = []  # folders that were not there before
-        self._store: Any = None  # keeps the port where nodes meet open
+        self._made: list[Path] = []  # created parent folders
+        self._store: Any = None  # keeps the rendezvous port open
 
     def facts(self, paths: Mapping[str, str], expects_gpus: bool) -> Facts:
-        """paths: setting -> what must be readable."""
+        """Return facts about this node. paths: setting -> path that must be readable."""
         read = side_by_side({key: partial(bytes_at, key, path) for key, path in paths.items()}, READ_S)
         files = {
             key: found if isinstance(found, int) else _unreadable(key, paths[key], found) for key, found in read.items()
@@ -97,7 +97,7 @@ class Probe:
         return Facts(sys.executable, versions(), gpus, files, (int(first), int(last)))
 
     def make(self, folders: Mapping[str, Path]) -> dict[str, str]:
-        """Make folders for the nodes to write in: setting -> why there is none."""
+        """Create folders for test files of nodes; return {setting: error}."""
 
         def make(folder: Path) -> None:
             self._made += [path for path in folder.parents if not path.exists()]
@@ -106,7 +106,7 @@ class Probe:
         return _failures({key: partial(make, folder) for key, folder in folders.items()}, READ_S)
 
     def leave(self, folders: Mapping[str, Path], name: str) -> dict[str, str]:
-        """Write a file of that name in each folder: setting -> why it could not be written."""
+        """Write a file with that name to each folder; return {setting: error}."""
 
         def leave(folder: Path) -> None:
             if _missing([folder]):
@@ -119,7 +119,7 @@ class Probe:
         return _failures({key: partial(leave, folder) for key, folder in folders.items()}, SHARED_S + READ_S)
 
     def find(self, folders: Mapping[str, Path], names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """Look for the files of those names in each folder: setting -> those that are not to be seen."""
+        """Look for files with those names in each folder; return {setting: names not found}."""
 
         def find(key: str) -> list[str]:
             return [path.name for path in _missing([folders[key] / name for name in names[key]])]
@@ -128,17 +128,17 @@ class Probe:
         return {key: list(names[key]) if isinstance(seen, Exception) else seen for key, seen in found.items()}
 
     def clear(self, folders: Mapping[str, Path]) -> None:
-        """Remove the folders, and what was made for them where nothing else is in it."""
+        """Remove the folders, and created parent folders that are empty."""
         _failures({key: partial(shutil.rmtree, folder) for key, folder in folders.items()}, READ_S)
         for path in sorted(self._made, reverse=True):
-            _failures({"": path.rmdir}, READ_S)  # unless somebody else has put something there
+            _failures({"": path.rmdir}, READ_S)  # fails if it is not empty
 
     def now(self) -> float:
-        """What its clock says."""
+        """Return the time of the node's clock."""
         return time.time()
 
     def listen(self, address: str) -> int:
-        """Answer whoever connects to this address, for as long as the process lives; on which port."""
+        """Accept connections at this address while the process lives; return the port."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server = socket.create_server((address, 0), family=family, backlog=1024)
 
@@ -150,7 +150,7 @@ class Probe:
         return server.getsockname()[1]
 
     def connect(self, targets: Mapping[str, tuple[str, int]]) -> dict[str, str]:
-        """Connect to each: node -> why it could not be reached."""
+        """Connect to each target; return {node: error}."""
 
         def connect(target: tuple[str, int]) -> None:
             socket.create_connection(target, CONNECT_S).close()
@@ -158,7 +158,7 @@ class Probe:
         return _failures({node: partial(connect, target) for node, target in targets.items()}, CONNECT_S + 1)
 
     def meet(self, address: str | None, size: int) -> int:
-        """Get ready for a process group of so many. With an address, be where the others meet: on which port."""
+        """Prepare for a process group of that size. With an address, host its store and return the port."""
         import torch.distributed as dist
 
         if address is None:
@@ -172,9 +172,9 @@ class Probe:
     def all_reduce(
         self, rank: int, size: int, meeting: tuple[str, int], towards: str, interface: str | None, use_gpu: bool
     ) -> float:
-        """Add up BANDWIDTH_BYTES over all nodes a few times; bytes a second of the fastest.
+        """All-reduce BANDWIDTH_BYTES over all nodes a few times; return the bytes per second of the fastest.
 
-        towards: address of another node. interface: as of `use_interface`.
+        towards: address of another node. interface: as in `use_interface`.
         """
         import torch
         import torch.distributed as dist
@@ -197,28 +197,28 @@ class Probe:
 
 
 def side_by_side(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-    """What each function returned, or the exception that it raised: TimeoutError where it is not done in time.
+    """Run functions in parallel; return each result, or its exception, which is TimeoutError if it is not done in time.
 
-    What hangs is left behind in a thread, which does not keep the process from ending.
+    A function that hangs stays in a daemon thread, which does not keep the process from exiting.
     """
     return answered({key: in_thread(ask) for key, ask in asks.items()}, seconds)
 
 
 def answered(futures: "Mapping[str, Future[Any]]", seconds: float) -> dict[str, Any]:
-    """The same of answers that are under way."""
+    """Wait for futures; return each result, or its exception, which is TimeoutError if it is not done in time."""
     wait(futures.values(), seconds)
     late = TimeoutError(f"no answer within {seconds:.0f} s")
     return {key: (future.exception() or future.result()) if future.done() else late for key, future in futures.items()}
 
 
 def _failures(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, str]:
-    """Why functions failed, of those that did."""
+    """Run functions in parallel; return the errors of those that failed."""
     answers = side_by_side(asks, seconds)
     return {key: one_line(error) for key, error in answers.items() if isinstance(error, Exception)}
 
 
 def in_thread(ask: Callable[[], Any]) -> "Future[Any]":
-    """What a function will have returned; not of an executor, whose threads the interpreter would wait for."""
+    """Run a function in a daemon thread and return its future; at exit, the interpreter would wait for an executor."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -232,14 +232,14 @@ def in_thread(ask: Callable[[], Any]) -> "Future[Any]":
 
 
 def one_line(error: Exception) -> str:
-    """An exception in short."""
-    error = getattr(error, "cause", None) or error  # what Ray hands on has the traceback of the other process in it
+    """Return a short text for an exception."""
+    error = getattr(error, "cause", None) or error  # Ray's wrapper includes the traceback of the other process
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return shorten(reason, 200, placeholder=" ...")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of PACKAGES as they are installed."""
+    """Return the installed versions of Python and PACKAGES."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
         try:
@@ -250,10 +250,10 @@ def versions() -> dict[str, str]:
 
 
 def bytes_at(key: str, path: str) -> int:
-    """Bytes of a file, or of the files in a folder, after the first of each has been read.
+    """Return the bytes of a file, or of the files in a folder, after reading the first byte of each.
 
     Raises:
-        UserError: nothing is there.
+        UserError: the path does not exist.
         OSError: it cannot be read.
     """
     from orchestrator.data.sources import check_source
@@ -261,7 +261,7 @@ def bytes_at(key: str, path: str) -> int:
     if key.startswith("data."):
         check_source(key, path)
     elif not os.path.isdir(path):
-        raise UserError(key, path, "is not a folder", "give an existing folder, or a hub name")
+        raise UserError(key, path, "is not a folder", "use an existing folder or a hub name")
     files = _files_in(path) if os.path.isdir(path) else [path]
     for file in files:
         with open(file, "rb") as opened:
@@ -270,7 +270,7 @@ def bytes_at(key: str, path: str) -> int:
 
 
 def _files_in(folder: str) -> list[str]:
-    """Some of them, the same on every node: those of the folder itself, and of the folders in it."""
+    """Return up to MANY_FILES files of a folder and its subfolders, the same on every node."""
     entries = list(os.scandir(folder))
     entries += [inner for entry in entries if entry.is_dir() for inner in os.scandir(entry.path)]
     return sorted(entry.path for entry in entries if entry.is_file())[:MANY_FILES]
@@ -279,12 +279,12 @@ def _files_in(folder: str) -> list[str]:
 def _unreadable(key: str, path: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
-    cure = "let the user who runs Ray read it, or mend the file system that it lies on"
+    cure = "give the user who runs Ray read permission, or fix its file system"
     return UserError(key, path, f"cannot be read ({one_line(error)})", cure)
 
 
 def _missing(paths: Sequence[Path]) -> list[Path]:
-    """Those of the paths that are not there, even after SHARED_S seconds."""
+    """Return the paths that do not exist after SHARED_S seconds."""
     deadline = time.monotonic() + SHARED_S
     while missing := [path for path in paths if not path.exists()]:
         if time.monotonic() > deadline:
@@ -294,7 +294,7 @@ def _missing(paths: Sequence[Path]) -> list[Path]:
 
 
 def _gpus(expected: bool) -> Gpus:
-    """expected: whether there should be some; else torch is asked only where nvidia-smi shows any."""
+    """Return the GPUs of this node. expected: if False, torch is imported only if nvidia-smi shows any."""
     shown = cards()
     if not (expected or shown):
         return Gpus()
@@ -310,10 +310,10 @@ def _gpus(expected: bool) -> Gpus:
 
 
 def cards() -> tuple[Card, ...]:
-    """By nvidia-smi, which makes no context on them, those that CUDA_VISIBLE_DEVICES lets this process use."""
-    asked = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    """Return the GPUs visible to this process, by nvidia-smi, which creates no CUDA context on them."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=READ_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=READ_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     may_use = os.environ.get("CUDA_VISIBLE_DEVICES")

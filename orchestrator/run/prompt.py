@@ -1,4 +1,4 @@
-"""Where a person takes over: the debugger at a breakpoint(), and where an exception was raised that nobody expected."""
+"""Debugger prompt at breakpoint() and, with --pdb, after an unexpected exception."""
 
 import os
 import pdb
@@ -15,17 +15,16 @@ from orchestrator.world import World
 
 
 class Prompt(pdb.Pdb):
-    """Python's debugger with the terminal to itself: no bar is drawn there, and Ctrl-C ends the command that was
-    typed, where it would otherwise ask the run to stop."""
+    """pdb with the terminal to itself: no progress bar, and Ctrl-C ends the current command instead of the run."""
 
     def __init__(self) -> None:
-        ConsoleCallback.give_way()  # first: a bar has put a stream of its own in the place of sys.stdout
-        super().__init__(nosigint=True)  # pdb's own handler would stay, and a stop could no longer be asked for
+        ConsoleCallback.give_way()  # first: a progress bar has replaced sys.stdout
+        super().__init__(nosigint=True)  # pdb's own handler would stay, and Ctrl-C could no longer stop the run
 
     def cmdloop(self, intro: str | None = None) -> None:
-        """Read and obey commands until one goes on."""
+        """Read and execute commands until one continues the program."""
         if threading.current_thread() is not threading.main_thread():
-            return super().cmdloop(intro)  # signals are the main thread's
+            return super().cmdloop(intro)  # only the main thread handles signals
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             super().cmdloop(intro)
@@ -35,16 +34,16 @@ class Prompt(pdb.Pdb):
 
 @contextmanager
 def debugger(world: World, post_mortem: bool) -> Iterator[None]:
-    """Let breakpoint() open a Prompt, unless PYTHONBREAKPOINT says otherwise.
+    """Make breakpoint() open a Prompt, unless PYTHONBREAKPOINT is set.
 
-    post_mortem: let any exception but a refusal open one too, at the line that raised it, before it goes on; a refusal
-    where a user's code has raised. Of several ranks the first that fails does so; the others wait for it.
+    post_mortem: also open one for an exception, at the line that raised it, before it propagates; for a UserError only
+        if user code raised its cause. Of several ranks, the first that fails opens it, and the others wait.
 
     Raises:
-        KeyboardInterrupt: someone quit at a breakpoint.
+        KeyboardInterrupt: the user quit at a breakpoint.
     """
     if world.size > 1:
-        ConsoleCallback.give_way()  # a rank that stops could not take down the bar of another
+        ConsoleCallback.give_way()  # a rank at a breakpoint could not remove the progress bar of another
     hook = sys.breakpointhook
     if "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _at_breakpoint
@@ -68,7 +67,7 @@ def _at_breakpoint(*, header: str | None = None) -> None:
 
 
 def _look_at(error: Exception, world: World) -> None:
-    """The prompt at the line that raised it, on the rank that failed first: peers fail because of it, or alike."""
+    """Open a prompt at the line that raised, on the first rank that failed: others fail because of it, or alike."""
     with world.first_alone("failure") as is_first:
         looked_at = error.__cause__ if isinstance(error, UserError) else error
         if not is_first or looked_at is None:

@@ -1,4 +1,4 @@
-"""Which names in the settings this machine cannot look at: of the hub, neither cached here nor reachable."""
+"""Find hub names in the settings that this machine can neither read from its cache nor download."""
 
 import os
 import socket
@@ -8,13 +8,13 @@ from orchestrator.settings.load import DATA_KEYS, MODEL_KEYS, looks_local, paths
 from orchestrator.settings.spec import RunSpec
 
 CACHED_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
-TIMEOUT_S = 3.0  # the hub's own client tries for 46 s a name
+TIMEOUT_S = 3.0  # the hub's client tries for 46 s per name
 
 
 def unreachable_models(spec: RunSpec) -> dict[str, str]:
     """Return the hub names of models and tokenizers, by setting, that are not cached here, if the hub does not answer.
 
-    With HF_HUB_OFFLINE there are none: a run started here would not ask the hub either.
+    With HF_HUB_OFFLINE there are none: a run started here would not contact the hub either.
     """
     names = {key: name for key, name in paths_in(spec, MODEL_KEYS).items() if not looks_local(name)}
     names = {key: name for key, name in names.items() if not _is_cached(name)}
@@ -22,7 +22,7 @@ def unreachable_models(spec: RunSpec) -> dict[str, str]:
 
 
 def unread_sources(spec: RunSpec) -> dict[str, str]:
-    """Return the hub names of data sets, by setting: their rows are read where the run starts.
+    """Return the hub names of data sets, by setting: their rows are read only where the run starts.
 
     With HF_HUB_OFFLINE there are none: nothing would be downloaded, so they can be read here.
     """
@@ -43,11 +43,11 @@ def _is_cached(name: str) -> bool:
     try:
         return any(isinstance(try_to_load_from_cache(name, file), str) for file in CACHED_FILES)
     except HFValidationError:
-        return True  # not a hub name at all, as whoever loads it says
+        return True  # not a hub name; loading it raises the error
 
 
 def _hub_answers() -> bool:
-    """Return whether the hub's host takes connections; a proxy is trusted to reach it."""
+    """Return whether the hub's host accepts connections; with a proxy, assume so."""
     from huggingface_hub import constants
 
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):

@@ -1,4 +1,4 @@
-"""A small run's parts built on the CPU, and one step of them taken, so that `plan` refuses what the run would."""
+"""Build the parts of a small run on the CPU and run one step, so that `plan` raises the run's errors."""
 
 import io
 import os
@@ -22,13 +22,13 @@ from orchestrator.training.trainer import TrainingError
 from orchestrator.training.worker import built
 from orchestrator.world import World
 
-MOST_BYTES = 128 * 2**20  # of weight files, or of weights in fp32
-STEP_PAIRS, EVALUATED_PAIRS = 4, 16  # the shortest
+MOST_BYTES = 128 * 2**20  # maximum size of weight files, or of weights in fp32
+STEP_PAIRS, EVALUATED_PAIRS = 4, 16  # numbers of the shortest pairs to use
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 def is_small(spec: RunSpec, config: Any) -> bool:
-    """Return whether the models of a run are small enough to be built while a user waits."""
+    """Return whether the models of a run are small enough to build while a user waits."""
     folders = [path for path in (spec.model.path, spec.reference.path) if path is not None]
     if not all(looks_local(path) for path in folders):
         return False
@@ -37,13 +37,13 @@ def is_small(spec: RunSpec, config: Any) -> bool:
 
 
 def rehearse(spec: RunSpec, prepared: Prepared) -> list[str]:
-    """Build policy, reference, optimizer and collator, evaluate and take one step, on a few of the shortest pairs.
+    """Build policy, reference, optimizer and collator, evaluate and run one step, on a few of the shortest pairs.
 
-    The engine is a single process on the CPU, whatever the settings say: an engine does not decide what is refused
-    here. Nothing is kept, and no callback is called. Returns a line where that fails for a reason of this machine.
+    It always uses a single process on the CPU: the errors found here do not depend on the engine. Nothing is written,
+    and no callback is called. Returns a line if this fails because of this machine.
 
     Raises:
-        UserError: what the run would be refused with.
+        UserError: the run would raise it, too.
     """
     few = replace(
         prepared,
@@ -56,9 +56,9 @@ def rehearse(spec: RunSpec, prepared: Prepared) -> list[str]:
             _try_a_step(spec, few, world)
     except (UserError, TrainingError):
         raise
-    except Exception as error:  # a kernel or a library that this machine lacks may be where the run starts
+    except Exception as error:  # the machine of the run may have a kernel or library that is missing here
         reason = " ".join(str(error).split())[:160]
-        return [f"a step could not be tried on this machine's CPU ({type(error).__name__}: {reason})"]
+        return [f"a trial step on this machine's CPU failed ({type(error).__name__}: {reason})"]
     finally:
         world.leave()
     return []
@@ -78,7 +78,7 @@ def _try_a_step(spec: RunSpec, few: Prepared, world: World) -> None:
 
 
 def _on_cpu(spec: RunSpec, pairs: int) -> RunSpec:
-    """Return the settings without what needs a GPU, an engine's library or the length of the run."""
+    """Return the settings without those that need a GPU, an engine's library or the length of the run."""
     updates: dict[str, Any] = {
         "engine": EngineSpec(shard_optimizer=spec.engine.shard_optimizer and spec.engine.kind == "ddp"),  # pyright: ignore
         "scheduler": SchedulerSpec(),
@@ -104,20 +104,20 @@ def _bytes_of_weights(folder: str) -> int:
 
 
 def _bytes_of_config(config: Any) -> int:
-    """Return the bytes in fp32 of a model that is made on the spot; 0 where its class cannot say without memory."""
+    """Return the fp32 bytes of a model built from a config; 0 if it cannot be built without memory."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, RuntimeError, TypeError, ArithmeticError):  # as the rehearsal will say in a line
+    except (ValueError, RuntimeError, TypeError, ArithmeticError):  # the rehearsal reports the error
         return 0
     return 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
 def scratch_cache(spec: RunSpec) -> Iterator[RunSpec]:
-    """The same settings with a cache of their own, which is gone afterwards: a plan leaves nothing behind."""
+    """Yield the settings with a temporary cache, so that a plan leaves nothing behind."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-plan-") as folder:
         yield spec.model_copy(update={"data": spec.data.model_copy(update={"cache_dir": folder})})

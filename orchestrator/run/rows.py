@@ -1,4 +1,4 @@
-"""Training rows as the model will see them, and how long all rows are: what `orchestrator plan --show-rows` prints."""
+"""Print training rows as the model sees them, and the lengths of all rows, for `orchestrator plan --show-rows`."""
 
 import re
 from collections.abc import Iterator
@@ -24,17 +24,17 @@ QUANTILES = {"min": 0.0, "50%": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
 BINS = 20
 BARS = "▁▂▃▄▅▆▇█"
 LEGEND = (
-    "⟦ ⟧ hold the tokens that are scored, in packed and in padded rows alike; ⏎ is a line break, ␣ a blank at an end,"
-    " ⟨ ⟩ how many tokens truncation cuts, and which"
+    "⟦ ⟧ enclose the scored tokens, in packed and in padded rows; ⏎ is a line break, ␣ a trailing space,"
+    " ⟨ ⟩ the number and text of tokens cut by truncation"
 )
-CUT_TEXT = 60  # letters that are shown of what truncation takes
+CUT_TEXT = 60  # maximum characters shown of truncated text
 
 
 def facts(spec: RunSpec, count: int) -> dict[str, Any]:
-    """The first `count` training rows and the lengths of every set, as JSON's types.
+    """Return the first `count` training rows and the lengths of every set, as JSON types.
 
     Raises:
-        UserError: whatever is wrong with the data or the tokenizer.
+        UserError: the data or the tokenizer are wrong.
     """
     tokenizer = _tokenizer(spec)
     shown = [json_row(row) for row in shown_rows(spec.data, tokenizer, count)]
@@ -44,11 +44,11 @@ def facts(spec: RunSpec, count: int) -> dict[str, Any]:
 
 
 def lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
-    """The same for a terminal, each line as soon as it is known; see `row_lines` and `length_lines`."""
+    """Yield the same facts as lines for a terminal, as soon as they are known."""
     tokenizer = _tokenizer(spec)
     yield LEGEND
     if spec.data.collator:
-        yield f"data.collator {spec.data.collator.path} may lay them out otherwise"
+        yield f"data.collator {spec.data.collator.path} may lay them out differently"
     for shown in shown_rows(spec.data, tokenizer, count):
         yield ""
         yield from row_lines(shown, tokenizer, colour)
@@ -71,7 +71,7 @@ def _tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
 def _pairs_of_sets(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> tuple[Pairs, dict[str, Pairs]]:
     """Return the training pairs, and the evaluation pairs by the name of their set.
 
-    A set that is not in the cache yet is written there, where the run finds it.
+    A set that is not in the cache yet is added to it, and the run reads it from there.
     """
     data, cache = spec.data, spec.cache_dir
     held_out = {name: tokenized_pairs(data, "eval", tokenizer, cache, name) for name in data.eval}
@@ -87,34 +87,34 @@ def _lengths_of_sets(sets: list[Pairs], data: DataSpec) -> Iterator[tuple[str, d
 
 
 class Part(NamedTuple):
-    """Tokens that follow each other, and their text within the whole."""
+    """Consecutive tokens, and their text within the sequence."""
 
     ids: list[int]
     text: str
 
 
 class ShownSide(NamedTuple):
-    """One of a pair's two sequences as it is fed, and what truncation takes from its ends."""
+    """One of a pair's two sequences after truncation, and the parts cut from its ends."""
 
     cut_before: Part
     prompt: Part
     completion: Part
     cut_after: Part
-    scored: int  # tokens of the completion whose log-probs count: all, but a first one that has none before it
+    scored: int  # scored tokens of the completion: all, except a first one at position 0
 
 
 class ShownRow(NamedTuple):
-    """What becomes of a row."""
+    """A row as it is trained on, or the reason why it is dropped."""
 
     place: Place
-    dropped: str | None  # why it is not trained on; it has no sides then
-    left_out: str  # how the prompt alone would end, where it ends otherwise in both sequences
+    dropped: str | None  # why it is dropped; then it has no sides
+    left_out: str  # end of the prompt tokenised alone, if it ends differently in the sequences
     chosen: ShownSide | None
     rejected: ShownSide | None
 
 
 def shown_rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", count: int) -> Iterator[ShownRow]:
-    """The first training rows, by the functions that make the batches of a run.
+    """Yield the first training rows, processed by the functions that create the batches of a run.
 
     Raises:
         UserError: the source cannot be read, or the chat template does not fit the settings.
@@ -139,19 +139,19 @@ def shown_rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", count: int)
 
 
 def json_row(shown: ShownRow) -> dict[str, Any]:
-    """A row as JSON's types: {prompt: {ids, text}, ...} of each side."""
-    made = {**shown.place._asdict(), **shown._asdict()}
-    del made["place"]
+    """Return a row as JSON types: {prompt: {ids, text}, ...} for each side."""
+    row = {**shown.place._asdict(), **shown._asdict()}
+    del row["place"]
     for side in ("chosen", "rejected"):
-        if (of := made[side]) is not None:
-            made[side] = {
+        if (of := row[side]) is not None:
+            row[side] = {
                 name: part._asdict() if isinstance(part, Part) else part for name, part in of._asdict().items()
             }
-    return made
+    return row
 
 
 def _parts(tokenizer: "PreTrainedTokenizerBase", pieces: tuple[list[int], ...]) -> Iterator[Part]:
-    """Pieces of one sequence. Decoded by itself a piece may lose its first space."""
+    """Yield the parts of one sequence, decoded together: a piece decoded alone may lose its first space."""
     ids: list[int] = []
     before = ""
     for piece in pieces:
@@ -167,10 +167,10 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 
 def lengths(uncut: Integers, data: DataSpec, dropped: dict[str, int], unread: dict[str, int]) -> dict[str, Any]:
-    """How many tokens rows have, and what truncation does to them, by name; JSON's types only.
+    """Return statistics of lengths and truncation, by name, as JSON types.
 
     uncut: [M, 3] tokens of prompt, chosen and rejected before truncation. dropped: rows by reason. unread: rows by
-    the variable that they bring and their chat template does not read.
+    variable that their chat template does not read.
     """
     parts: dict[str, Integers] = dict(zip(("prompt", "chosen", "rejected"), uncut.T, strict=True))
     parts["longer_sequence"] = longest_sequences(uncut)
@@ -200,16 +200,17 @@ def lengths(uncut: Integers, data: DataSpec, dropped: dict[str, int], unread: di
 
 
 def row_lines(shown: ShownRow, tokenizer: "PreTrainedTokenizerBase", colour: bool) -> Iterator[str]:
-    """A row for a terminal. colour: by ANSI codes, special tokens bold; the brackets are there in any case."""
+    """Yield a row as lines for a terminal. colour: add ANSI colours, and special tokens in bold."""
     name = f"row {shown.place.row} of {shown.place.source}"
     if shown.chosen is None or shown.rejected is None:
-        yield f"{name}: left out, {shown.dropped}"
+        yield f"{name}: dropped, {shown.dropped}"
         return
     sides = {"chosen": shown.chosen, "rejected": shown.rejected}
     counts = ", ".join(f"{side} {len(of.prompt.ids)} + {len(of.completion.ids)}" for side, of in sides.items())
     yield f"{name}: tokens of prompt + completion: {counts}"
     if shown.left_out:
-        yield f"  the prompt alone ends in {shown.left_out!r}; with an answer it does not, which so begins before that"
+        differs = "followed by a completion it does not, so the completion starts earlier"
+        yield f"  tokenised alone the prompt ends with {shown.left_out!r}; {differs}"
     paint = _Paint(tokenizer, colour)
     is_shared = (shown.chosen.cut_before, shown.chosen.prompt) == (shown.rejected.cut_before, shown.rejected.prompt)
     if is_shared:
@@ -219,13 +220,13 @@ def row_lines(shown: ShownRow, tokenizer: "PreTrainedTokenizerBase", colour: boo
         completion = paint(of.completion, code).removesuffix("\n")
         yield from _block(side, f"{before}⟦{completion}⟧{paint.cut(of.cut_after, at_end=True)}")
         if of.scored < len(of.completion.ids):
-            yield "            its first token has none before it, and is not scored"
+            yield "            its first token has no predecessor and is not scored"
         if tokenizer.eos_token_id not in of.completion.ids:
             yield f"            it has no end token ({tokenizer.eos_token})"
 
 
 class _Paint:
-    """Makes the text of tokens visible, and colours it where there are colours."""
+    """Formatter that makes the text of tokens visible, and colours it if colours are on."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", colour: bool) -> None:
         self.colour = colour
@@ -239,7 +240,7 @@ class _Paint:
         return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if code and line else line for line in text.split("\n"))
 
     def cut(self, part: Part, at_end: bool) -> str:
-        """That these tokens are cut, and those of them that are next to what stays."""
+        """Return a mark for cut tokens: their number, and the text next to the kept part."""
         if not part.ids:
             return ""
         text = _visible(part.text).replace("\n", "")
@@ -250,7 +251,7 @@ class _Paint:
 
 
 def _visible(text: str) -> str:
-    """With signs for what does not print: line breaks, blanks at the end of a line, control characters."""
+    """Return text with symbols for line breaks, spaces at the end of a line and control characters."""
     return re.sub(r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), printable(text, keep="\n")).replace("\n", "⏎\n")
 
 
@@ -260,7 +261,7 @@ def _block(name: str, text: str) -> Iterator[str]:
 
 
 def length_lines(key: str, found: dict[str, Any], data: DataSpec) -> Iterator[str]:
-    """What `lengths` found of the data set of a setting, for a terminal."""
+    """Yield the result of `lengths` for the data set of a setting, as lines for a terminal."""
     names = {name: name.replace("_", " ") for name in found["tokens"]}
     width = max(map(len, names.values()))
     last = found["histogram_edges"][-1] - 1
@@ -274,13 +275,13 @@ def length_lines(key: str, found: dict[str, Any], data: DataSpec) -> Iterator[st
             how = f" ({data.truncation})" if limit == "max_length" else ""
             yield f"rows cut by data.{limit}={value}{how}: {rows}"
     for reason, rows in found["dropped"].items():
-        yield f"rows left out, {reason}: {rows}"
+        yield f"rows dropped, {reason}: {rows}"
     for variable, rows in found["unread"].items():
         yield f"rows with {variable}, which the chat template does not read: {rows}"
     yield from note_lines(found.get("unread_columns", {}), found.get("notes", {}))
 
 
 def _bars(counts: list[int]) -> str:
-    """One sign a bin; every row is seen, however few are like it."""
+    """Return one symbol per bin; a bin with any row is visible."""
     most = max(counts)
     return "".join(BARS[-(-count * (len(BARS) - 1) // most)] if count else " " for count in counts)

@@ -1,4 +1,4 @@
-"""How an attempt ended -> what to do next; pure Python, tested without Ray."""
+"""Decide what to do after an attempt of a run ends; pure Python, tested without Ray."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,14 +10,16 @@ BACKOFF_S = (1.0, 5.0, 30.0)  # seconds before the first, second and every furth
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one fit() left behind."""
+    """Outcome of one fit()."""
 
-    outcome: Literal["ended", "refused", "failed", "died"]  # failed: training cannot go on; died: anything unexpected
+    outcome: Literal[
+        "ended", "refused", "failed", "died"
+    ]  # failed: training cannot continue; died: anything unexpected
     newest_step: int  # of the newest committed checkpoint, -1 without one
 
 
 class Supervisor:
-    """Counts deaths since the last new commit: a run that moves on between deaths is never given up."""
+    """Counter of deaths since the last new checkpoint: a run that progresses between deaths is never given up."""
 
     def __init__(self, max_failures: int) -> None:
         self.max_failures = max_failures
@@ -25,7 +27,7 @@ class Supervisor:
         self._committed = -1
 
     def after(self, attempt: Attempt) -> Next:
-        """What to do after an attempt. A failure of training itself would only repeat: it is given up at once."""
+        """Return what to do after an attempt. A failure of training itself is given up at once, as it would repeat."""
         if attempt.outcome == "ended":
             return "done"
         if attempt.outcome == "refused":
@@ -39,5 +41,5 @@ class Supervisor:
 
     @property
     def backoff_s(self) -> float:
-        """Seconds to wait before the next attempt."""
+        """Return the seconds to wait before the next attempt."""
         return BACKOFF_S[min(self.deaths, len(BACKOFF_S)) - 1]

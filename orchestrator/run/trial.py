@@ -1,4 +1,4 @@
-"""A trainer that leaves nothing behind: one global batch learned by heart, or only looked at."""
+"""Trial runs that write nothing: overfit one global batch, or run one forward and backward pass."""
 
 import resource
 import tempfile
@@ -26,28 +26,30 @@ from orchestrator.world import World
 
 
 class NothingToSave:
-    """The session of a trainer that has no run to speak of: Ctrl-C simply ends it."""
+    """Session of a trainer without a run: nothing is saved, and Ctrl-C ends it."""
 
     def heartbeat(self, step: int, phase: str) -> None:
-        """Nobody looks."""
+        """Do nothing: no process reads it."""
 
     def committed(self, step: int, path: Path) -> None:
-        """Never called."""
+        """Do nothing; it is never called."""
 
     def stop_requested(self) -> str | None:
-        """No one can."""
+        """Return None: a trial cannot be stopped with a save."""
         return None
 
     def deadline(self) -> float | None:
-        """None."""
+        """Return None: a trial has no deadline."""
         return None
 
 
 @contextmanager
 def nowhere(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
-    """The settings of a trainer without what is done beside steps (no evaluation, no checkpoint, no user's callback, no
-    W&B), and a run directory that is gone afterwards. Nothing but steps may be asked of it."""
-    beside = {
+    """Yield settings without evaluation, checkpoints, user callbacks and W&B, and a temporary run directory.
+
+    A trainer with these can only run steps.
+    """
+    updates = {
         "evaluation": EvaluationSpec(),  # pyright: ignore[reportCallIssue]
         "checkpoint": CheckpointSpec(),  # pyright: ignore[reportCallIssue]
         "training": spec.training.model_copy(update={"pair_ledger": False}),
@@ -55,7 +57,7 @@ def nowhere(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
         "wandb": WandbSpec(mode="disabled"),  # pyright: ignore[reportCallIssue]
     }
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
-        yield spec.model_copy(update=beside), RunDir(Path(folder))
+        yield spec.model_copy(update=updates), RunDir(Path(folder))
 
 
 @contextmanager
@@ -65,10 +67,9 @@ def _on_first_batch(
     given: Given,
     shown: Sequence[TrainerCallback] = (),
 ) -> Iterator[Trainer]:
-    """A trainer at the start of the run, whose first global batch is all its data; shown: callbacks of this rank."""
+    """Yield a trainer at the start of the run whose only data is the first global batch; shown: callbacks."""
     if spec.reference_cache == "lazy":
-        # what was known of the reference would make a step cheaper than the first epoch's are, and what is new is not
-        # to be kept
+        # cached log-probs would make a step cheaper than those of the first epoch, and new ones must not be written
         spec = spec.model_copy(update={"reference": spec.reference.model_copy(update={"cache": "off"})})
     prepared = prepare(spec, given)
     with (
@@ -88,7 +89,7 @@ def _on_first_batch(
 
 
 class Learned(NamedTuple):
-    """The losses of a batch learned by heart, in the first and in the last step."""
+    """Result of overfitting a batch: the losses of the first and the last step."""
 
     steps: int
     pairs: int
@@ -101,43 +102,42 @@ def overfit(
     given: Given = NOTHING,
     post_mortem: bool = False,
 ) -> Learned:
-    """As many steps as the settings say, all on the first global batch: whatever can learn gets its loss near 0.
+    """Run all steps on the first global batch: a working setup brings the loss near 0.
 
-    It begins at the start of the run and leaves nothing behind.
+    It starts at the start of the run and writes nothing.
 
-    given: by a Python user, whose callbacks are not called.
+    given: objects of a Python user; callbacks are not called.
 
     Raises:
         UserError: the settings or the data are wrong.
-        TrainingError: training cannot go on.
+        TrainingError: training cannot continue.
     """
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"logging_steps": 1})})
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         shown = [ConsoleCallback()] if world.is_main else []
         with _on_first_batch(spec, world, given, shown) as trainer:
-            trainer.total_pairs = None  # steps alone are counted: some of a run's batches are smaller than this one
+            trainer.total_pairs = None  # end by steps: some batches of a run are smaller than this one
             trainer.callbacks.fire("on_train_begin")
             with closing(trainer.loader.steps(0, 0)) as steps:
                 trainer.train(steps)
             trainer.callbacks.fire("on_train_end")
             losses = [logs["loss"] for logs in world.gather(trainer.callbacks.state.log_history)[0]]
-            made = Learned(trainer.step, len(trainer.loader.pairs), losses[0], losses[-1])
+            result = Learned(trainer.step, len(trainer.loader.pairs), losses[0], losses[-1])
             if world.is_main:
-                after = (
-                    f"after {counted(made.steps, 'step')} on the same {counted(made.pairs, 'pair')}; nothing was kept"
-                )
-                print(f"loss {made.first:.6f} at first, {made.last:.6f} {after}", flush=True)
-            return made
+                steps_taken, pairs = counted(result.steps, "step"), counted(result.pairs, "pair")
+                after = f"after {steps_taken} on the same {pairs}; nothing was kept"
+                print(f"loss {result.first:.6f} at first, {result.last:.6f} {after}", flush=True)
+            return result
 
 
 class Tried(NamedTuple):
-    """One forward and backward pass over a global batch."""
+    """Result of one forward and backward pass over a global batch."""
 
     pairs: int
     metrics: dict[str, float]
     grad_norm: float  # L2, before clipping
     seconds: float
-    peak_bytes: int  # on the rank that took most: of the GPU's memory, or of the process on a CPU
+    peak_bytes: int  # largest peak over ranks: of GPU memory, or of the process on a CPU
     where: str
 
 
@@ -146,11 +146,11 @@ def dry_run(
     given: Given = NOTHING,
     post_mortem: bool = False,
 ) -> Tried:
-    """Everything built as for a run, and one forward and backward pass of its first global batch; no update.
+    """Build everything as for a run, and run one forward and backward pass of its first global batch; no update.
 
-    Nothing is written but caches.
+    Only caches are written.
 
-    given: by a Python user, whose callbacks are not called.
+    given: objects of a Python user; callbacks are not called.
 
     Raises:
         UserError: the settings or the data are wrong.
@@ -169,22 +169,24 @@ def dry_run(
         sums = MetricSums(world)
         for _, output in outputs:
             sums.add(output.metric_sums)
-        made = Tried(len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world))
+        result = Tried(len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world))
         if world.is_main:
-            _say(made)
-        return made
+            _print_result(result)
+        return result
 
 
-def _say(made: Tried) -> None:
-    print(f"forward and backward pass of the first {counted(made.pairs, 'pair')}: {made.seconds:.2f} s")
-    print(f"loss {made.metrics['loss']:.6f}, gradient norm {made.grad_norm:.6g}")
-    print(f"peak memory {made.peak_bytes / 2**20:,.0f} MB {made.where}, before the first update makes the ", end="")
-    print("optimizer's state; nothing was kept", flush=True)
+def _print_result(result: Tried) -> None:
+    print(f"forward and backward pass of the first {counted(result.pairs, 'pair')}: {result.seconds:.2f} s")
+    print(f"loss {result.metrics['loss']:.6f}, gradient norm {result.grad_norm:.6g}")
+    print(
+        f"peak memory {result.peak_bytes / 2**20:,.0f} MB {result.where}, before the first update creates the ", end=""
+    )
+    print("optimizer state; nothing was kept", flush=True)
 
 
 def _peak(world: World) -> tuple[int, str]:
     if world.device.type == "cuda":
-        peak, where = torch.cuda.max_memory_allocated(world.device), "of the GPU's memory"
+        peak, where = torch.cuda.max_memory_allocated(world.device), "of GPU memory"
     else:
         peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "of the process"
     most = world.max(torch.tensor([peak], dtype=torch.int64, device=world.device))

@@ -191,15 +191,15 @@ def as_it_is(cluster: Cluster) -> Iterator[None]:
         pytest.param(
             lambda cluster: hidden(cluster, "n2", cluster.runs),
             [],
-            rf"run\.dir on {N2} = '\S+/runs/tiny': what the driver writes there is not seen, so it is not shared; "
-            r"mount the file system of \S+/runs/tiny there, or set run\.dir to a folder that every node shares",
+            rf"run\.dir on {N2} = '\S+/runs/tiny': files written by the driver are not visible, so it is not shared; "
+            r"mount the file system of \S+/runs/tiny there, or set run\.dir to a folder shared by all nodes",
             id="run directory not shared",
         ),
         pytest.param(
             blocked_ports,
             [],
             rf"ports on {N2} = '32768-60999': cannot be reached from {N1} \(timed out\); "
-            r"let its firewall accept TCP to ports 32768-60999",
+            r"allow TCP to its ports 32768-60999",
             id="a blocked port",
         ),
         pytest.param(
@@ -217,13 +217,13 @@ def as_it_is(cluster: Cluster) -> Iterator[None]:
         pytest.param(
             wrong_clock,
             [],
-            rf"clock on {N2} = '\+3600\.\d s': is ahead of the other clocks; let chrony or ntpd set it there",
+            rf"clock on {N2} = '\+3600\.\d s': is ahead of the other clocks; synchronise it with chrony or ntpd",
             id="a skewed clock",
         ),
         pytest.param(
             as_it_is,
             ["cluster.num_workers=3"],
-            rf"cluster\.num_workers = 3: workers need 1 CPU each, .* have room for 2: 1 CPU on {N1}, {N2}; "
+            rf"cluster\.num_workers = 3: workers need 1 CPU each, .* can hold 2: 1 CPU on {N1}, {N2}; "
             r"set cluster\.num_workers=2, lower cluster\.resources, or join a larger cluster",
             id="a missing node",
         ),

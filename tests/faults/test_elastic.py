@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         ray.communicate(timeout=patience(60))
     shrunk = ["workers: 1 (cluster.num_workers = [1, 2])", f"resumed after step {STOPS}"]
     grown = [
-        "workers: room for 2; saving, to go on with them",
+        "workers: room for 2; saving, to resume with them",
         "workers: 2 (cluster.num_workers = [1, 2])",
         f"resumed after step {GROWS}",
     ]

@@ -173,10 +173,10 @@ def test_who_is_not_let_in_is_told_so(place: Place, tmp_path: Path) -> None:
     env = place.env(RAY_AUTH_TOKEN_PATH=str(token))
     refused = place.nodes.run("ctl", *words, cwd=place.folder, env=env)
     assert refused.returncode == 2
-    assert re.search(r"error: --address = .*: no job server lets us in \(.*\); give --address", refused.stderr)
+    assert re.search(r"error: --address = .*: no job server accepts us \(.*\); use --address", refused.stderr)
     nobody = place.nodes.run("ctl", *words, "--address=http://10.77.0.13:8265", cwd=place.folder, env=place.env())
     assert nobody.returncode == 2
-    assert "no job server lets us in" in nobody.stderr
+    assert "no job server accepts us" in nobody.stderr
 
 
 def test_the_key_of_wandb_is_nowhere(place: Place) -> None:

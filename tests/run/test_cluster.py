@@ -80,9 +80,12 @@ def test_a_temporary_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> N
     [
         (
             ValueError("object store exceeds /dev/shm"),
-            r"does not start here \(object store exceeds /dev/shm\); see .*or",
+            r"does not start on this machine \(object store exceeds /dev/shm\); see .*or",
         ),
-        (RuntimeError("Failed to start GCS."), r"does not start here .* train without Ray: orchestrator debug FILE"),
+        (
+            RuntimeError("Failed to start GCS."),
+            r"does not start on this machine .* train without Ray: orchestrator debug FILE",
+        ),
         (Exception("The current node timed out " + 99 * "during startup "), r"startup \.\.\.\); see "),
         (
             OSError(errno.ENOSPC, "No space left on device"),
@@ -111,7 +114,7 @@ def test_whatever_ray_raises_where_it_joins_is_one_line_with_a_fix(
     os.environ["RAY_ADDRESS"] = "nowhere"
     monkeypatch.setattr(ray, "init", lambda **_: raising(error))
     with (
-        pytest.raises(UserError, match=rf"RAY_ADDRESS = 'nowhere': cannot be joined \({error}\); run this by"),
+        pytest.raises(UserError, match=rf"RAY_ADDRESS = 'nowhere': cannot be joined \({error}\); use the Python"),
         cluster.entered(tiny_spec(tmp_path)),
     ):
         raise AssertionError
@@ -120,7 +123,7 @@ def test_whatever_ray_raises_where_it_joins_is_one_line_with_a_fix(
 def test_a_ray_of_the_users_program_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     with (
-        pytest.raises(UserError, match=r"has called ray\.init already; call ray\.shutdown\(\) before training"),
+        pytest.raises(UserError, match=r"has already called ray\.init; call ray\.shutdown\(\) before training"),
         cluster.entered(tiny_spec(tmp_path)),
     ):
         raise AssertionError

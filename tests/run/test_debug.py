@@ -141,8 +141,11 @@ def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
         (["--replay-step", "3", "--nproc", "2"], "--replay-step = 3: cannot be combined with --nproc"),
         (["--replay-step", "3", "--dry-run"], "--replay-step = 3: cannot be combined with --dry-run"),
         (["--replay-step", "3"], "RUN_DIR = '{file}': is a file, not the directory of a run"),
-        (["--profile"], "--profile = True: the run has finished after step 4, so that none is left to look at; choose"),
-        (["--profile=4:9", "run.name=new"], "--profile = '4:9': the steps ahead of this run are 1 to 4; for example"),
+        (["--profile"], "--profile = True: the run has finished after step 4, so no step is left to profile; choose"),
+        (
+            ["--profile=4:9", "run.name=new"],
+            "--profile = '4:9': the remaining steps of this run are 1 to 4; for example",
+        ),
     ],
 )
 def test_flags_that_say_nothing_are_refused(

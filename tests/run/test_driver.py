@@ -47,7 +47,7 @@ def test_what_a_python_user_gives_travels_by_value(tmp_path: Path, monkeypatch: 
     assert (make("params"), schedule) == (("params", 0.25), None)
     lock = threading.Lock()
     with pytest.raises(
-        UserError, match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); let it hold names"
+        UserError, match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); store only names"
     ):
         _pickled(spec, Given(optimizers=(None, lambda made: lock)))
     held = Counting()
@@ -68,7 +68,7 @@ def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(tmp
             raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
         return OSError("a node is gone")
 
-    with pytest.raises(driver.RunDied, match=r"cluster\.num_workers = 2.* the same command goes on from the start"):
+    with pytest.raises(driver.RunDied, match=r"cluster\.num_workers = 2.* the same command continues from the start"):
         driver._supervised(spec, run_dir, fit)
     assert waits == [driver.CLUSTER_WAIT_S, 77]
 
@@ -172,7 +172,7 @@ def test_the_fewest_are_waited_for(
     room(0, 0, 1, 1, 2)
     monkeypatch.setattr(driver, "_capacity", lambda *_: 8)
     assert driver._workers(elastic(tmp_path, *ends), 0.0) == workers
-    assert "workers: 0 of 2 have a place; waiting for the others\n" in capsys.readouterr().out
+    assert "workers: 0 of 2 are placed; waiting for the others\n" in capsys.readouterr().out
 
 
 def test_a_node_that_is_found_to_be_gone_is_not_waited_for_as_one_that_others_use(
@@ -224,7 +224,7 @@ def test_shares_of_a_gpu_are_counted_without_rounding_down(
     if fits:
         assert driver._capacity(spec, 0.0) == fits
     else:
-        with pytest.raises(UserError, match="room for 0"):
+        with pytest.raises(UserError, match="can hold 0"):
             driver._capacity(spec, 0.0)
 
 

@@ -84,7 +84,7 @@ def test_rows_on_the_hub_are_left_to_the_start_of_the_run(
     facts = planned(spec)
     assert facts["train_rows"] is None
     assert "steps" not in facts
-    assert any("org/dataset: its rows are looked at where the run starts" in line for line in facts["notes"])
+    assert any("org/dataset: its rows are checked where the run starts" in line for line in facts["notes"])
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -173,7 +173,7 @@ def test_models_that_the_hub_would_have_are_not_looked_at_without_it(
     monkeypatch.setattr(reach, "_is_offline", lambda: False)
     monkeypatch.setattr(reach, "_hub_answers", lambda: False)
     facts = planned(tiny_spec(tmp_path, model={"init": None, "path": "org/model"}))
-    assert any(line.startswith("model.path = org/model: is not looked at") for line in facts["notes"])
+    assert any(line.startswith("model.path = org/model: is not checked") for line in facts["notes"])
     with pytest.raises(UserError, match=r"model\.path = 'nonexistent': is not a folder"):
         planned(tiny_spec(tmp_path, model={"init": None, "path": "nonexistent"}))
 

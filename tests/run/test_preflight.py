@@ -60,14 +60,14 @@ def wrong(checks: list[Check]) -> list[Check]:
         (
             {"torch": "2.12.0+cu126"},
             "run /venv/bin/python -m pip install torch==2.13.0+cu130 "
-            "--index-url https://download.pytorch.org/whl/cu130 there, and start its Ray again",
+            "--index-url https://download.pytorch.org/whl/cu130 there, and restart its Ray",
         ),
         (
             {"ray": "2.61.0"},
-            "run /venv/bin/python -m pip install ray==1.0 there, and start its Ray again",
+            "run /venv/bin/python -m pip install ray==1.0 there, and restart its Ray",
         ),
-        ({"deepspeed": "missing"}, "run /venv/bin/python -m pip install deepspeed==1.0 there, and start its Ray again"),
-        ({"python": "3.12.1"}, "start its Ray by Python 3.11.2"),
+        ({"deepspeed": "missing"}, "run /venv/bin/python -m pip install deepspeed==1.0 there, and restart its Ray"),
+        ({"python": "3.12.1"}, "start its Ray with Python 3.11.2"),
         ({"dpo_orchestrator": "0.0.9"}, "install the same checkout there"),
     ],
 )
@@ -104,8 +104,8 @@ IDLE, BUSY = Card("H100", 80 * GB, GB), Card("H100", 80 * GB, 40 * GB)
     [
         (Gpus(2, "", (IDLE, IDLE)), True, "", ""),
         (Gpus(2, "", (IDLE, BUSY)), False, "", ""),  # Ray has given it to somebody
-        (Gpus(2, "", (IDLE, BUSY)), True, "others use 40 GB of 80 GB of a GPU that Ray has", "end the processes that"),
-        (Gpus(1, "", (IDLE,)), True, "there should be 2 (the rest is hidden)", "or with --num-gpus=1"),
+        (Gpus(2, "", (IDLE, BUSY)), True, "another process uses 40 GB of 80 GB on a GPU", "end the processes that"),
+        (Gpus(1, "", (IDLE,)), True, "there should be 2 (the others are hidden)", "or with --num-gpus=1"),
         (Gpus(0, "Torch not compiled with CUDA enabled", (IDLE,)), True, "there should be 2", "torch==2.13.0 there"),
         (Gpus(0, "Torch not compiled with CUDA enabled"), True, "there should be 2", "nvidia-smi shows no GPU there"),
         (Gpus(0, "The NVIDIA driver on your system is too old", (IDLE,)), True, "too old", "update the NVIDIA driver"),
@@ -113,7 +113,7 @@ IDLE, BUSY = Card("H100", 80 * GB, GB), Card("H100", 80 * GB, 40 * GB)
             Gpus(0, "Found no NVIDIA driver"),
             True,
             "there should be 2 (Found no NVIDIA driver)",
-            "nvidia-smi shows no GPU there: fix its NVIDIA driver, run where there are some",
+            "nvidia-smi shows no GPU there: fix its NVIDIA driver, run on machines with GPUs",
         ),
     ],
 )
@@ -139,7 +139,7 @@ def test_files_must_be_readable_and_the_same() -> None:
     }
     assert [(c.name, c.node, c.found, c.wrong) for c in wrong(file_checks(facts, {"data.train": "/d.jsonl"}))] == [
         ("data.train", "n2", "/d.jsonl", "does not exist"),
-        ("data.train", "n3", "/d.jsonl", "has 9 bytes there, and 7 on the others"),
+        ("data.train", "n3", "/d.jsonl", "has 9 bytes there, but 7 on the others"),
     ]
 
 
@@ -147,14 +147,14 @@ def test_a_folder_must_be_shared_and_writable() -> None:
     failed = {"driver": {}, "n1": {}, "n2": {"run.dir": NOT_SEEN}, "n3": {"run.dir": "Read-only file system"}}
     checks = folder_checks({"run.dir": Path("/runs/x")}, failed, {"driver": {"run.dir": ["n1"]}, "n1": {"run.dir": []}})
     said = {check.node: (check.wrong, check.cure) for check in checks}
-    mount = "mount the file system of /runs/x there, or set run.dir to a folder that every node shares"
+    mount = "mount the file system of /runs/x there, or set run.dir to a folder shared by all nodes"
     assert said == {
-        "driver": ("what n1 writes there is not seen, so it is not shared", mount),
+        "driver": ("files written by n1 are not visible, so it is not shared", mount),
         "n1": ("", ""),
-        "n2": ("what the driver writes there is not seen, so it is not shared", mount),
+        "n2": ("files written by the driver are not visible, so it is not shared", mount),
         "n3": (
             "cannot be written (Read-only file system)",
-            "free some space, let the user who runs Ray write there, or set run.dir to another folder",
+            "free some space, give the user who runs Ray write permission, or set run.dir to another folder",
         ),
     }
 
@@ -177,7 +177,7 @@ def test_ports_that_are_blocked_name_both_ends_and_the_range() -> None:
     checks = port_checks({"n1": {}, "n2": {"n1": "timed out", "n3": "timed out"}}, {"n1": (1, 2), "n2": (32768, 60999)})
     assert [(check.node, check.ok) for check in checks] == [("n1", True), ("n2", False)]
     assert checks[1].wrong == "cannot be reached from n1, n3 (timed out)"
-    assert checks[1].cure.startswith("let its firewall accept TCP to ports 32768-60999 ")
+    assert checks[1].cure.startswith("allow TCP to its ports 32768-60999 ")
 
 
 def test_the_rest_of_what_nodes_say() -> None:
@@ -188,7 +188,7 @@ def test_the_rest_of_what_nodes_say() -> None:
         [("facts", "n1", "no answer within 25 s"), ("all_reduce", "n2", "Connection refused")]
     )
     assert str(refusal([silent])).startswith(
-        "node on n1 = 'no answer within 25 s': could not be looked at (facts); see"
+        "node on n1 = 'no answer within 25 s': could not be checked (facts); check"
     )
     assert "set cluster.network_interface" in apart.cure
 
@@ -245,7 +245,7 @@ def test_a_file_system_that_hangs_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("orchestrator.data.sources.check_source", lambda *_: ended.wait(60))
     spec = tiny_spec(tmp_path)
     with pytest.raises(
-        UserError, match=r"data\.train = .*: cannot be read \(no answer within 0 s\); mend the file system"
+        UserError, match=r"data\.train = .*: cannot be read \(no answer within 0 s\); fix its file system"
     ):
         preflight.check_answers(spec)
     assert {check.name for check in wrong(look_here(spec))} == {"data.train", "data.eval"}
@@ -293,7 +293,9 @@ def test_a_node_that_does_not_answer_is_a_line_of_its_own(tmp_path: Path, monkey
     assert [(check.name, check.node, check.found) for check in wrong(checks)] == [
         ("node", "n2", "no answer within 3 s")
     ]
-    assert {check.found for check in checks if check.name == "all-reduce"} == {"not measured before the rest is mended"}
+    assert {check.found for check in checks if check.name == "all-reduce"} == {
+        "not measured until the other checks pass"
+    }
     assert [check.node for check in checks if check.name == "ports"] == ["n1"]
 
 
@@ -371,7 +373,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path) -> None
     too_many = {"checkpoint": {"every_steps": 1, "keep": 10**12}, "training": {"max_steps": None}}
     (check,) = wrong(space_checks(tiny_spec(tmp_path, **too_many)))
     assert str(refusal([check])).startswith("space in run.dir = '")
-    assert "(1000000000001 of 340 KB at once, and the model, 113 KB)" in check.wrong
+    assert "(1000000000001 of 340 KB at once, and the model of 113 KB)" in check.wrong
     assert "lower checkpoint.keep (1000000000000), or set run.dir to another file system" in check.cure
 
 

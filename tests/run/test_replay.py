@@ -67,7 +67,7 @@ def test_a_step_of_two_ranks_while_someone_owns_the_run(run_dir: RunDir) -> None
 
 def test_steps_between_are_redone_and_all_is_printed(run_dir: RunDir) -> None:
     said = forked.finished(run_dir.path, "--replay-step", "5", "batch.micro_batch_size=4")
-    assert "step 5 of tiny on cpu, after 1 redone from step_00000003" in said
+    assert "step 5 of tiny on cpu, after repeating 1 step from step_00000003" in said
     assert said.count("\nrow ") == 8
     assert said.count("of the reference") == 16
     assert any(word in said for word in WORDS)
@@ -84,14 +84,14 @@ def test_without_an_older_checkpoint_it_begins_at_the_start(
     assert not list(tmp_path.rglob("*.logps"))  # nothing is added to what the run knows of its reference
     check(run_dir, made)
     assert made.found is None
-    assert "after 1 redone from the start, as no checkpoint is older" in capsys.readouterr().out
+    assert "after repeating 1 step from the start, as there is no older checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("step", "overrides", "expected"),
     [
-        (9, [], r"--replay-step = 9: the run in .* has come to step 8 at most; give 1 to 8"),
-        (7, ["optimizer.lr=0.5"], r"optimizer.lr = 0.5: is 0.001 in the run, and its step would be another one; rem"),
+        (9, [], r"--replay-step = 9: the run in .* has reached at most step 8; use 1 to 8"),
+        (7, ["optimizer.lr=0.5"], r"optimizer.lr = 0.5: is 0.001 in the run, so the step would differ; rem"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(run_dir: RunDir, step: int, overrides: list[str], expected: str) -> None:

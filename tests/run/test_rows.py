@@ -149,17 +149,18 @@ def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
     ]
     assert lines == [
         "row 1: tokens of prompt + completion: chosen 1 + 2, rejected 1 + 4",
-        "  the prompt alone ends in 'a'; with an answer it does not, which so begins before that",
+        "  tokenised alone the prompt ends with 'a'; followed by a completion it does not, so the completion "
+        "starts earlier",
         "  prompt    x",
         "  chosen    ⟦ab<end>⟧",
         "  rejected  ⟦ac <end>⟧",
-        "row 2: left out, ties: chosen equals rejected",
+        "row 2: dropped, ties: chosen equals rejected",
         "row 3: tokens of prompt + completion: chosen 0 + 6, rejected 0 + 3",
         "  prompt    ",
         "  chosen    ⟦hijkl<end>⟧",
-        "            its first token has none before it, and is not scored",
+        "            its first token has no predecessor and is not scored",
         "  rejected  ⟦vw<end>⟧",
-        "            its first token has none before it, and is not scored",
+        "            its first token has no predecessor and is not scored",
         "row 4: left out, malformed rows: is a int, not an object with chosen and rejected",
     ]
 
@@ -183,7 +184,7 @@ def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
 
 def test_a_users_collator_is_named(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, data={"collator": "collators:plain"})
-    assert "data.collator collators:plain may lay them out otherwise" in lines(spec, 1, colour=False)
+    assert "data.collator collators:plain may lay them out differently" in lines(spec, 1, colour=False)
 
 
 def test_special_tokens_are_bold_where_there_are_colours(tmp_path: Path) -> None:
@@ -205,6 +206,6 @@ def test_lengths_on_a_terminal() -> None:
         "longer sequence        5     13     31     31     31     █   ▅        ▅",
         "rows cut by data.max_completion_length=8: 1",
         "rows cut by data.max_length=20 (keep_start): 0",
-        "rows left out, ties: 1",
+        "rows dropped, ties: 1",
         "rows with mood, which the chat template does not read: 2",
     ]

@@ -64,7 +64,7 @@ def test_a_git_that_does_not_answer_is_not_taken_for_one_that_ignores_nothing(pr
     (project / ".git/config").unlink()
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
     (project / ".git/config").write_text("[half")
-    with pytest.raises(UserError, match=r"working directory = .*: git cannot say what it ignores .*bad config"):
+    with pytest.raises(UserError, match=r"working directory = .*: git cannot list ignored files .*bad config"):
         staged(project)
 
 
@@ -100,7 +100,7 @@ def test_a_file_that_no_package_can_hold_is_named(project: Path) -> None:
 def test_a_working_directory_too_large_for_ray_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "LIMIT_BYTES", 2**20)
     (project / "big/weights.bin").write_bytes(bytes(2**20))
-    rule = r"working directory = .*project': holds more than 1 MB .*, most of it in big; add big to \.gitignore"
+    rule = r"working directory = .*project': contains more than 1 MB .*, most of it in big; add big to \.gitignore"
     with pytest.raises(UserError, match=rule):
         staged(project)
 
@@ -183,5 +183,7 @@ def test_a_connection_that_is_dead_and_does_not_say_so(
 def test_a_job_server_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "AWAY_S", 0.0)
     server: Any = JobServer([BROKEN], statuses=(requests.ConnectionError("connection refused"),))
-    with pytest.raises(ConnectionError, match=r"no answer .*connection refused.* may go on: ray job logs --follow job"):
+    with pytest.raises(
+        ConnectionError, match=r"not answered .*connection refused.* may continue: ray job logs --follow job"
+    ):
         asyncio.run(submit._follow(server, "job"))

@@ -67,8 +67,8 @@ def test_further_flags_stand_last(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cluster", "said"),
     [
-        (SIXTEEN, "slurm.workers_per_node = (not set): how many of the 16 workers share a node is left open"),
-        ({"num_workers": 1}, "cluster.resources = {}: Slurm gives a job what it asks for"),
+        (SIXTEEN, "slurm.workers_per_node = (not set): is required for 16 workers with cluster.placement PACK"),
+        ({"num_workers": 1}, "cluster.resources = {}: is required: Slurm allocates only requested resources"),
     ],
 )
 def test_what_is_left_open_is_refused(tmp_path: Path, cluster: dict[str, Any], said: str) -> None:
@@ -83,7 +83,7 @@ def test_without_slurm(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr == (
         "error: --to = 'slurm': there is no sbatch on PATH; "
-        "submit where Slurm's commands are, on a login node of the cluster\n"
+        "submit on a machine with Slurm's commands, such as a login node of the cluster\n"
     )
 
 
@@ -127,7 +127,7 @@ def test_slurm_refuses_it(slurm: Slurm, tmp_path: Path) -> None:
     refused = submit(slurm, settings)
     assert refused.returncode == 2
     assert refused.stderr == (
-        "error: slurm = {'workers_per_node': 8, 'partition': 'nowhere'}: sbatch refuses the job: invalid partition "
+        "error: slurm = {'workers_per_node': 8, 'partition': 'nowhere'}: sbatch rejects the job: invalid partition "
         "specified: nowhere; Batch job submission failed: Invalid partition name specified; change this block, or "
         "cluster.resources\n"
     )
