@@ -227,10 +227,10 @@ def _margins(pairs: Histories, index: int) -> str:
 def _texts(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
     if (raw := texts.get(int(pairs.pair_id[index]))) is not None:
         for side in SIDES:
-            yield f"  {side:<8}  {in_one_line(_text_of(raw.row[side]))}"
+            yield f"  {side:<8}  {in_one_line(_said(raw.row[side]))}"
 
 
-def _text_of(part: str | list[dict[str, Any]]) -> str:
+def _said(part: str | list[dict[str, Any]]) -> str:
     """Return a text, or the contents of messages, with roles if there are several."""
     if isinstance(part, str):
         return part

@@ -171,11 +171,11 @@ def dry_run(
             sums.add(output.metric_sums)
         result = Tried(len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world))
         if world.is_main:
-            _print_result(result)
+            _say(result)
         return result
 
 
-def _print_result(result: Tried) -> None:
+def _say(result: Tried) -> None:
     print(f"forward and backward pass of the first {counted(result.pairs, 'pair')}: {result.seconds:.2f} s")
     print(f"loss {result.metrics['loss']:.6f}, gradient norm {result.grad_norm:.6g}")
     print(
