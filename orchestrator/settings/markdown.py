@@ -1,4 +1,4 @@
-"""Print every setting as a Markdown page, docs/settings.md.
+"""Generate docs/settings.md, a Markdown page of all settings.
 
 python -m orchestrator.settings.markdown > docs/settings.md
 """
@@ -18,23 +18,23 @@ INTRODUCTION = """\
 
 Every setting of a run, generated from [orchestrator/settings](../orchestrator/settings) by
 `python -m orchestrator.settings.markdown > docs/settings.md`; `orchestrator help settings` prints the same list.
-Settings stand in their block (`optimizer: {lr: 5e-7}`) or are given as an override (`optimizer.lr=5e-7`).
+Write a setting in its block (`optimizer: {lr: 5e-7}`) or as an override (`optimizer.lr=5e-7`).
 
-The last column says whether a setting may change between a run and its resumption.
+The last column says whether a setting may change when the run is resumed.
 """
 TABLE = ("| setting | values | default | | on resume |", "|---|---|---|---|---|")
 VALUES: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true, false", list: "list"}
 
 
 def page() -> str:
-    """Return the page."""
+    """Return the text of the page."""
     return "\n".join([INTRODUCTION, *_tables("", RunSpec, free=False)]) + "\n"
 
 
 def _tables(name: str, block: type[Block], free: bool) -> Iterator[str]:
     """Yield a table of the plain settings of a block, then a section for each block below it.
 
-    free: everything in the block may change on resume.
+    free: whether every setting of the block may change on resume.
     """
     fields = [(f"{name}.{key}".lstrip("."), field) for key, field in block.model_fields.items()]
     if plain := [(dotted, field) for dotted, field in fields if not _is_section(field)]:
@@ -54,7 +54,7 @@ def _tables(name: str, block: type[Block], free: bool) -> Iterator[str]:
 
 
 def _is_section(field: FieldInfo) -> bool:
-    """Return whether a field is a single block, and so has a table of its own instead of a row."""
+    """Return whether a field is a single block, which has its own table instead of a row."""
     return block_of(field) is not None and get_origin(field.annotation) not in (list, dict)
 
 
@@ -77,7 +77,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(annotation: Any) -> str:
-    """Return the values that a setting takes, in words."""
+    """Return a description of the values of a setting."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
