@@ -1,5 +1,4 @@
-"""Build optimizer and LR schedule (from settings or user functions), and decide which checkpoints their state can
-resume from."""
+"""Build optimizer and LR schedule, from settings or user functions, and check which optimizer state can be resumed."""
 
 import difflib
 import inspect
@@ -339,7 +338,7 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 class ReadOnlyOptimizer:
-    """A read-only view of the optimizer's hyperparameters for callbacks: a change on rank 0 only breaks training."""
+    """A read-only view of the optimizer's hyperparameters for callbacks: a change on one rank makes ranks differ."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

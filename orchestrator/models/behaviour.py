@@ -54,7 +54,7 @@ def still_noise(model: "PreTrainedModel") -> list[str]:
 
 
 def _noise_stays(module: str) -> UserError:
-    rule = f"{module} draws random numbers in training, and cannot be switched off"
+    rule = f"{module} draws random numbers in training, which cannot be switched off"
     return UserError("model.disable_dropout", True, rule, "set model.disable_dropout=false to train with noise")
 
 

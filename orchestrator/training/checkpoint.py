@@ -47,7 +47,7 @@ RngState = dict[str, torch.Tensor]
 
 
 class CorruptCheckpoint(Exception):
-    """A checkpoint lacks data that its index lists."""
+    """A checkpoint lacks a part of a tensor."""
 
 
 class SaveFailed(OSError):
@@ -80,7 +80,7 @@ def save(
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time; `save` and `wait` are collective.
+    """Writer of a run's checkpoints, one at a time; `save` and `wait` are collective.
 
     In the background a thread of each rank writes its files and then a record of them, and the thread of rank 0 waits
     for all records, commits the checkpoint and deletes old ones. The threads call no collectives, because training runs
@@ -249,7 +249,7 @@ def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[An
 
 
 class Reader:
-    """Reads ranges of a verified checkpoint lazily, independent of the ranks that wrote them."""
+    """Reader of tensor ranges of a verified checkpoint: lazy, and independent of the ranks that wrote them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -7,7 +7,7 @@ from orchestrator.world import World
 
 
 class MetricSums:
-    """Accumulates StepOutput.metric_sums without ever waiting for the device."""
+    """Sums of StepOutput.metric_sums on the device; adding to them never waits for the device."""
 
     def __init__(self, world: World) -> None:
         self.world = world

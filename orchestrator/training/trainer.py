@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingError(Exception):
-    """Training cannot continue; one line with rank, step and fix."""
+    """The error of a training that cannot continue: one line with rank, step and fix."""
 
 
 class Tolerance(NamedTuple):
@@ -50,7 +50,7 @@ class Tolerance(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What all ranks have agreed to do at this step."""
+    """The actions on which all ranks have agreed for this step."""
 
     non_finite: bool
     save: bool

@@ -21,7 +21,7 @@ from orchestrator.training.result import evaluated_sets
 
 
 class ConsoleCallback(TrainerCallback):
-    """Shows the progress of a run. Plain lines are flushed at once, because pipes and log files read them."""
+    """The progress of a run on the terminal. Plain lines are flushed at once, because pipes and log files read them."""
 
     progress: ClassVar[Progress | None] = None  # a class variable: a process has one terminal
     gives_way: ClassVar[bool] = False

@@ -10,8 +10,8 @@ from orchestrator.training.rundir import write_atomically
 
 
 class JsonlCallback(TrainerCallback):
-    """Writes metrics at once, so that no committed checkpoint is ahead of the file; training and evaluation metrics of
-    a step are one line.
+    """Writer of metrics.jsonl. It writes at once, so that no committed checkpoint is ahead of the file; training and
+    evaluation metrics of a step are one line.
 
     On resume, lines after the checkpoint's step are removed, because those steps are repeated.
     """

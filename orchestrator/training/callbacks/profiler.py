@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 
 class ProfilerCallback(TrainerCallback):
-    """Writes a Chrome trace of some steps, on every rank to its own file."""
+    """A profiler of some steps, which writes a Chrome trace, on every rank to its own file."""
 
     def __init__(self, path: Path, first: int, last: int) -> None:
         """Profile the steps first to last, counted from 1, both included."""

@@ -19,7 +19,7 @@ IMPORTED = {"azure_ml": "azureml", "flyte": "flytekit"}  # module to import, if 
 
 
 class TensorBoard(TensorBoardCallback):
-    """Writes RUN_DIR/logs/tensorboard, or the folder in TENSORBOARD_LOGGING_DIR.
+    """TensorBoard logs in RUN_DIR/logs/tensorboard, or in the folder TENSORBOARD_LOGGING_DIR.
 
     TensorBoard hides what a killed attempt wrote of steps that are repeated.
     """
@@ -41,7 +41,7 @@ def _writer() -> Any:
 
 
 class MLflow(MLflowCallback):
-    """Writes one MLflow run across resumes, in files below RUN_DIR/mlflow, or to MLFLOW_TRACKING_URI."""
+    """One MLflow run across resumes, in files below RUN_DIR/mlflow, or at MLFLOW_TRACKING_URI."""
 
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

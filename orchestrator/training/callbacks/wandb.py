@@ -1,4 +1,4 @@
-"""Log metrics and settings to Weights & Biases, online if there is a key, else offline; training never waits for it."""
+"""Log metrics and settings to Weights & Biases, online if there is a key, else offline; steps never wait for it."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
 class WandbCallback(TrainerCallback):
-    """Logs one W&B run across resumes (online; offline, each process writes its own folder with the same id)."""
+    """One W&B run across resumes (online; offline, each process writes its own folder with the same id)."""
 
     def __init__(self, spec: RunSpec, run_dir: RunDir) -> None:
         self.spec, self.run_dir = spec, run_dir
