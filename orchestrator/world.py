@@ -89,7 +89,7 @@ class World:
         return values
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise maximum over ranks, in place; any shape, on this rank's device."""
+        """Take the elementwise maximum over ranks, in place; any shape, on this rank's device."""
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values

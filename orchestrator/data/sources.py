@@ -203,19 +203,19 @@ def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str 
     """
     if data.eval_fraction is not None:
         split = "train"  # the evaluation pairs are held out from it
-    found: dict[int, RawRow] = {}
-    wanted, before = sorted(set(pair_ids)), 0
+    raw: dict[int, RawRow] = {}
+    ascending, before = sorted(set(pair_ids)), 0
     for key, source in data.sources(split, name).items():
-        numbers = [pair_id - before for pair_id in wanted if pair_id > before]
+        numbers = [pair_id - before for pair_id in ascending if pair_id > before]
         if not numbers:
             break
         check_source(key, source.path)
         rows, read = _rows_at(key, source, split, numbers)
         for number, row in rows.items():
             with suppress(BadRow):
-                found[before + number] = RawRow(source.path, number, checked(row, data).row)
+                raw[before + number] = RawRow(source.path, number, checked(row, data).row)
         before += read
-    return found
+    return raw
 
 
 def first_rows(data: DataSpec, count: int) -> Iterator[tuple[Place, Any]]:
@@ -251,11 +251,11 @@ def one_of(identities: list[str]) -> str:
 def _rows_at(key: str, source: SourceSpec, split: Split, numbers: list[int]) -> tuple[dict[int, Any], int]:
     """Return the rows with these ascending numbers, and the number of rows in the source or read up to the last."""
     if is_text_file(source.path):
-        found, wanted, read = dict[int, Any](), set(numbers), 0
+        rows_at, needed, read = dict[int, Any](), set(numbers), 0
         for read, row in islice(text_rows(key, source.path), numbers[-1]):
-            if read in wanted:
-                found[read] = row
-        return found, read
+            if read in needed:
+                rows_at[read] = row
+        return rows_at, read
     rows = _with_datasets(key, source, split)
     return {number: _as_written(rows[number - 1]) for number in numbers if number <= len(rows)}, len(rows)
 

@@ -168,10 +168,10 @@ class _Asking:
         nodes: Sequence[Node] | None = None,
     ) -> dict[str, Any]:
         """Return {node: answer} of the nodes that answer within so many seconds; asks all, or only `nodes`."""
-        asked = [node for node in self.there if nodes is None or node in nodes]
+        targets = [node for node in self.there if nodes is None or node in nodes]
         left = max(0.0, min(seconds * self._slowness, self._deadline - time.monotonic()))
-        answers = answered({node.name: node.ask(method, *arguments(node)) for node in asked}, left)
-        for node in asked:
+        answers = answered({node.name: node.ask(method, *arguments(node)) for node in targets}, left)
+        for node in targets:
             if isinstance(answers[node.name], Exception):
                 self.there.remove(node)
                 self.silent.append((method, node.name, one_line(answers.pop(node.name))))

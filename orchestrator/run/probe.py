@@ -172,7 +172,7 @@ class Probe:
     def all_reduce(
         self, rank: int, size: int, meeting: tuple[str, int], towards: str, interface: str | None, use_gpu: bool
     ) -> float:
-        """All-reduce BANDWIDTH_BYTES over all nodes a few times; return the bytes per second of the fastest.
+        """Run a few all-reduces of BANDWIDTH_BYTES over all nodes; return the bytes per second of the fastest.
 
         towards: address of another node. interface: as in `use_interface`.
         """

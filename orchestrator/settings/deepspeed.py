@@ -37,7 +37,7 @@ FEATURES = {
     "activation_checkpointing": _Feature(
         "works only with models that call it", "set training.gradient_checkpointing=true, and remove it from the file"
     ),
-    "bfloat16": _Feature("is an old name", 'call it "bf16"'),
+    "bfloat16": _Feature("was renamed", 'use "bf16"'),
     "compile": _Feature("compiles other hooks into the model"),
     "data_efficiency": _Feature(_BATCHES),
     "data_types.buffer_dtype": _Feature("buffers keep their dtype"),
@@ -72,8 +72,8 @@ FEATURES = {
         "optimizer.name decides which optimizer runs",
         "set it to false, and, for DeepSpeed's, optimizer.name=deepspeed.ops.adam.DeepSpeedCPUAdam",
     ),
-    "zero_optimization.cpu_offload": _Feature("is an old name", 'call it "offload_optimizer": {"device": "cpu"}'),
-    "zero_optimization.cpu_offload_param": _Feature("is an old name", 'call it "offload_param": {"device": "cpu"}'),
+    "zero_optimization.cpu_offload": _Feature("was renamed", 'use "offload_optimizer": {"device": "cpu"}'),
+    "zero_optimization.cpu_offload_param": _Feature("was renamed", 'use "offload_param": {"device": "cpu"}'),
     "zero_optimization.legacy_stage1": _Feature("shards the state in another layout"),
     "zero_optimization.offload_optimizer.ratio": _Feature(_CPU_ADAM, may_be=(1,)),
     "zero_optimization.offload_optimizer.super_offload": _Feature(_CPU_ADAM),
@@ -201,11 +201,11 @@ def _stage(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
 def _offload(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     offload = spec.engine.offload
     ours = {"offload_optimizer": offload != "none", "offload_param": offload == "parameters"}
-    wanted = {name: _at(file, f"zero_optimization.{name}.device") for name in ours}
-    to_host = {name: ours[name] if device is None else device != "none" for name, device in wanted.items()}
+    devices = {name: _at(file, f"zero_optimization.{name}.device") for name in ours}
+    to_host = {name: ours[name] if device is None else device != "none" for name, device in devices.items()}
     meant = "parameters" if to_host["offload_param"] else "optimizer" if to_host["offload_optimizer"] else "none"
     cure = f'set engine.offload={meant}, or "auto" in the file' if meant != offload else 'set "cpu" in the file'
-    for name, device in wanted.items():
+    for name, device in devices.items():
         path = f"zero_optimization.{name}.device"
         if device == "nvme":
             rule = "is not supported: checkpoints are written from memory"

@@ -270,7 +270,7 @@ def _row_tokens(spec: RunSpec) -> None:
                 taken != "",
                 f"data.chat_template_kwargs.{taken}",
                 data.chat_template_kwargs.get(taken),
-                "is an argument of apply_chat_template that is set already, not a template variable",
+                "is an argument of apply_chat_template that the tokeniser sets itself, not a template variable",
                 "remove it",
             ),
         ]

@@ -367,8 +367,8 @@ class DataSpec(Block):
         if split == "train":
             several = len(self.train) > 1
             return {f"data.train.{place}" if several else "data.train": each for place, each in enumerate(self.train)}
-        wanted = self.eval if name is None else {name: self.eval[name]}
-        return {self.eval_key(name): source for name, source in wanted.items()}
+        sets = self.eval if name is None else {name: self.eval[name]}
+        return {self.eval_key(name): source for name, source in sets.items()}
 
     @staticmethod
     def eval_key(name: str) -> str:
@@ -538,7 +538,7 @@ class TrainingSpec(Block):
 
 
 class EngineSpec(Block):
-    """How gradients and optimizer state are sharded; in fp32 it affects only speed and memory."""
+    """Sharding of weights, gradients and optimizer state; in fp32 it affects only speed and memory."""
 
     kind: EngineKind = Field("ddp", json_schema_extra=FREE)
     """ddp: whole weights on every rank, optimizer state sharded. deepspeed: ZeRO at engine.zero_stage. fsdp: weights,
@@ -826,7 +826,7 @@ class RunSpec(Block):
     """Type of the arithmetic, over fp32 weights: auto is bf16 if the GPU supports it, else fp32; tf32 is fp32 with
     matrix products in TF32 (GPUs from Ampere on), which is off for all others; fp64 is for tests."""
     engine: EngineSpec = EngineSpec()  # pyright: ignore[reportCallIssue]
-    """How gradients and optimizer state are sharded."""
+    """Sharding of weights, gradients and optimizer state."""
     reference: ReferenceSpec = ReferenceSpec()  # pyright: ignore[reportCallIssue]
     """The frozen reference model."""
     callbacks: list[UserCodeSpec] = Field([], json_schema_extra=FREE)
