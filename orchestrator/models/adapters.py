@@ -1,6 +1,6 @@
 """Add or load a LoRA adapter by peft, switch it off, and merge it.
 
-The adapter layers replace linear layers inside the model, whose type stays the same. Names: q_proj.base_layer.weight,
+The adapter layers replace layers inside the model, whose type stays the same. Names: q_proj.base_layer.weight,
 q_proj.lora_A.policy.weight. peft is an optional dependency and is imported in functions only.
 """
 

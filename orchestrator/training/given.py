@@ -29,7 +29,7 @@ TRL_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Given:
-    """A user's functions and objects; each that is not None replaces the corresponding settings.
+    """A user's functions and objects, used instead of the corresponding settings; callbacks are added to theirs.
 
     Raises:
         UserError: a part has the wrong type.
