@@ -36,7 +36,7 @@ def interface_towards(address: str) -> str:
 
 
 def use_interface(name: str | None, head: str) -> None:
-    """Set the network interface of later process groups, which could select loopback from the host name.
+    """Set the network interface of later process groups, which may otherwise resolve the host name to loopback.
 
     name: None keeps GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; those not set become the interface towards `head`.
     """
