@@ -114,7 +114,8 @@ def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory
         build: SchedulerFactory = lambda optimizer: kind(optimizer, **spec.kwargs)  # noqa: E731
     else:
         from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
-        from transformers.trainer_utils import SchedulerType
+
+        from orchestrator.callback_api import SchedulerType
 
         alias = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # plain constant has no warm-up
         name = SchedulerType(alias.get(spec.name, spec.name))

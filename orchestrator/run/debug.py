@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
+from orchestrator.callback_api import TrainerCallback
 from orchestrator.data.collate import UserCollator
 from orchestrator.data.order import run_length
 from orchestrator.engines.optim import Optimizers

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import TrainerCallback
 
+from orchestrator.callback_api import TrainerCallback
 from orchestrator.run.debug import joined
 from orchestrator.run.prompt import debugger
 from orchestrator.settings.counts import counted

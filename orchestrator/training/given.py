@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import TrainerCallback
-
+from orchestrator.callback_api import TrainerCallback
 from orchestrator.data.collate import UserCollator
 from orchestrator.engines.optim import Optimizers, check_functions
 from orchestrator.models.reference import RefModel, check_function

@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
+from orchestrator.callback_api import TrainerCallback
 from orchestrator.data.collate import Counts, PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_lengths, longest_sequences, run_length

@@ -10,10 +10,15 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-
+from orchestrator.callback_api import (
+    EarlyStoppingCallback,
+    ExportableState,
+    IntervalStrategy,
+    SaveStrategy,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from orchestrator.data.user_code import user_attribute
 from orchestrator.settings.spec import TRACKERS, Precision, RunSpec, UserError
 from orchestrator.training.callbacks.console import ConsoleCallback

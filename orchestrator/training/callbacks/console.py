@@ -14,8 +14,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import TrainerCallback
 
+from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.spec import EVALUATED
 from orchestrator.training.result import evaluated_sets
 

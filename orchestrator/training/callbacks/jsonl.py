@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
+from orchestrator.callback_api import TrainerCallback
 from orchestrator.training.rundir import write_atomically
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import TrainerCallback
+
+from orchestrator.callback_api import TrainerCallback
 
 
 class ProfilerCallback(TrainerCallback):

@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     MLflowCallback,
     TensorBoardCallback,
 )
 
+from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.spec import TRACKERS, UserError
 from orchestrator.training.rundir import RunDir
 

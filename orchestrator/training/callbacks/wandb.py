@@ -7,8 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
+from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.rundir import RunDir
 
