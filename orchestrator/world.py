@@ -111,7 +111,7 @@ class World:
         return parts or []
 
     @contextmanager
-    def first_alone(self, what: str) -> Iterator[bool]:
+    def first_to_arrive(self, what: str) -> Iterator[bool]:
         """Yield True on the first rank that enters; later ranks wait until the first has left, and get False.
 
         Uses no collective, as ranks that do not enter may be stuck in one.
@@ -134,7 +134,7 @@ class World:
                 with suppress(RuntimeError):
                     store.set(left, "")
 
-    def meet(self) -> None:
+    def ensure_process_group(self) -> None:
         """Create a process group of this rank if there is none: some libraries need one even for a single process."""
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"

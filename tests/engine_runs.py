@@ -18,13 +18,13 @@ from orchestrator.data.order import Order
 from orchestrator.data.pairs import Pairs, tokenized_pairs
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines import optim
-from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, Updated
+from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, StepResult
 from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.engines.precision import Types, dtype_of, is_16_bit
 from orchestrator.models.attention import choose_kernel, use_packed_attention
 from orchestrator.models.layers import freeze_lowest
-from orchestrator.models.reference import Reference, hold
+from orchestrator.models.reference import Reference, place
 from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
 from orchestrator.training.checkpoint import Reader, save
 from orchestrator.training.compute_metrics import UserMetrics
@@ -94,7 +94,7 @@ def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) ->
     # as worker.py does: with three ranks or more DDP groups its gradients anew after the first, and sums otherwise
     filler = collator(packed=True)(pair_rows(1), is_filler=True).to(world.device)
     made.micro_step(filler, Counts(1, 1), last=True)
-    made.discard()
+    made.drop_gradients()
     return made
 
 
@@ -106,7 +106,7 @@ def _onto_gpu(step: PairStep, case: Case, device: torch.device) -> None:
     if case.engine == "ddp":
         step.policy.to(device)  # pyright: ignore[reportArgumentType]
     casts = is_16_bit(case.precision) and case.engine != "ddp"
-    hold(reference, step.policy, device, dtype_of(case.precision) if casts else None)
+    place(reference, step.policy, device, dtype_of(case.precision) if casts else None)
 
 
 def micro_batches(case: Case, step: int, world: World) -> list[PairBatch]:
@@ -119,12 +119,12 @@ def micro_batches(case: Case, step: int, world: World) -> list[PairBatch]:
     return [batch.to(world.device) for batch in made]
 
 
-def take_step(engine: Engine, case: Case, step: int, world: World) -> tuple[float, Updated]:
+def take_step(engine: Engine, case: Case, step: int, world: World) -> tuple[float, StepResult]:
     batches = micro_batches(case, step, world)
     loss = torch.zeros(1, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches):
         loss += engine.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1).loss
-    non_finite = world.max((~engine.finite()).int().view(1)).item()
+    non_finite = world.max((~engine.grads_finite()).int().view(1)).item()
     return world.sum(loss).item(), engine.optimizer_step(apply=not non_finite)
 
 
@@ -136,12 +136,12 @@ def train(engine: Engine, case: Case, world: World, steps: range) -> Made:
 
 def kept(engine: Engine, world: World, folder: Path, step: int) -> Path:
     """A checkpoint."""
-    return save(folder, step, engine.owned(), {"engine": engine.state()}, world)
+    return save(folder, step, engine.iter_shards(), {"engine": engine.state()}, world)
 
 
 def put_back(engine: Engine, checkpoint: Path) -> None:
     reader = Reader(checkpoint)
-    engine.put(reader.read, reader.keys)
+    engine.load_shards(reader.read, reader.keys)
     engine.set_state(reader.meta["engine"])
 
 
@@ -228,7 +228,7 @@ def group(world: World, engine: str, folder: Path, canonical: Path) -> dict[str,
     checkpoint = kept(first, world, folder, SAVED)
     gone_on = train(first, case, world, range(SAVED, STEPS))
     again, after_it = resumed(world, case, checkpoint)
-    after = [list(engine.owned()) for engine in (first, again)]
+    after = [list(engine.iter_shards()) for engine in (first, again)]
     assert [part[:4] for part in after[0]] == [part[:4] for part in after[1]]
     for mine, theirs in zip(*after, strict=True):
         assert mine.tensors.keys() == theirs.tensors.keys()

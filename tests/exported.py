@@ -74,7 +74,7 @@ def trained_logits(folder: Path, base: Path, world: World = ALONE, **settings: A
         trainer.fit()
         policy = trainer.engine.step.policy
         with _plain_attention(policy):
-            said = trainer.engine.inside(lambda: logits(policy))
+            said = trainer.engine.run_in_forward(lambda: logits(policy))
     if world.is_main:
         export(run_dir, run_dir.model)
     return said, run_dir

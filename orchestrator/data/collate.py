@@ -16,7 +16,7 @@ import torch
 
 from orchestrator.data.order import Integers
 from orchestrator.data.tokens import common_prefix
-from orchestrator.data.user_code import called, user_attribute
+from orchestrator.data.user_code import call_user_code, user_attribute
 from orchestrator.settings.spec import DataSpec, UserCodeSpec, UserError
 
 Row = dict[str, Any]
@@ -326,7 +326,7 @@ class AdaptedCollator:
         arguments = {"context": context} if self.wants_context else {}
         numbers = ", ".join(str(row["pair_id"]) for row in rows)
         where = f"step {context.step}, rank {context.rank}, pairs {numbers:.60}"
-        output = called(self.key, self.name, where, self.collator, rows, **arguments)
+        output = call_user_code(self.key, self.name, where, self.collator, rows, **arguments)
         self._check(output, pairs)
         rows = [whole.get(id(row), row) for row in rows]  # the collator may have sorted rows and removed keys
         known = [output[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in output]

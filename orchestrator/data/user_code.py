@@ -25,7 +25,7 @@ def raised_by_user(key: str, name: str, error: Exception, where: str, cure: str 
     return UserError(key, name, reason, cure)
 
 
-def called(key: str, name: str, where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call_user_code(key: str, name: str, where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a user's function and return its result.
 
     Raises:

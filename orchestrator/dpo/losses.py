@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from orchestrator.data.collate import Counts
-from orchestrator.data.user_code import called, user_attribute
+from orchestrator.data.user_code import call_user_code, user_attribute
 from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType, UserError
 
 MAX_EXPONENT = 80.0
@@ -88,7 +88,7 @@ def loss_of(name: str) -> Loss:
 
 def _of_user(name: str, terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     loss = user_attribute("dpo.loss_type", name)
-    return called("dpo.loss_type", name, f"for {len(terms.chosen_logps)} pairs", loss, terms, dpo)
+    return call_user_code("dpo.loss_type", name, f"for {len(terms.chosen_logps)} pairs", loss, terms, dpo)
 
 
 def log_ratios(terms: PairTerms) -> Both:

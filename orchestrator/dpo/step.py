@@ -62,7 +62,7 @@ class PairStep(nn.Module):
         self.policy = policy
         self.reference = reference  # not an nn.Module: neither wrapped, trained nor saved with the policy
         # modules of a reference that a sharding engine shards with the policy; their names are not in checkpoints
-        self.judge = nn.ModuleList(reference.own_modules(policy) if shard_reference else [])
+        self.reference_modules = nn.ModuleList(reference.own_modules(policy) if shard_reference else [])
         self.dpo, self.token_metrics = dpo, token_metrics
         # an fp32 reference beside a policy with 16-bit weights computes in the same precision
         self.reference_arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -114,7 +114,7 @@ class PairStep(nn.Module):
     def train(self, mode: bool = True) -> "PairStep":
         """Set the mode of the policy only: the reference never uses dropout."""
         super().train(mode)
-        self.judge.eval()
+        self.reference_modules.eval()
         return self
 
     def ask_reference(self, batch: PairBatch, *captured: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ class PairStep(nn.Module):
         policy = stored_tensors(self.policy)
         if adapters := {name: p for name, p in policy.items() if ".lora_" in name}:
             policy = adapters
-        return policy | {f"reference.{name}": value for name, value in self.reference.moving().items()}
+        return policy | {f"reference.{name}": value for name, value in self.reference.synced_weights().items()}
 
     @torch.no_grad()
     def _metric_sums(

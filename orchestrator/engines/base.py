@@ -31,7 +31,7 @@ SHAPED = "shaped:"
 """Prefix of a key whose value has a different shape from the parameter (Adafactor's row_var): "shaped:64,1:row_var"."""
 
 
-class Owned(NamedTuple):
+class Shard(NamedTuple):
     """A flat range of one named parameter that only this rank writes to a checkpoint."""
 
     name: str  # as in the policy's state_dict
@@ -41,7 +41,7 @@ class Owned(NamedTuple):
     tensors: dict[str, torch.Tensor]  # "param" and the optimizer state of that range, 1-D; under SCALAR names, [1]
 
 
-class Updated(NamedTuple):
+class StepResult(NamedTuple):
     """The result of an optimizer step."""
 
     grad_norm: torch.Tensor  # L2, before clipping, after unscaling
@@ -58,7 +58,7 @@ class Engine(Protocol):
     step: PairStep
     optimizer: Optimizer  # the one that the factory built, whose parameter groups the schedule updates
     scheduler: LRScheduler
-    meets_in_forward: bool  # True if a forward pass is collective, because it gathers weights
+    forward_is_collective: bool  # True if a forward pass is collective, because it gathers weights
 
     @property
     def types(self) -> Types:
@@ -70,7 +70,7 @@ class Engine(Protocol):
         its trainable parameters."""
         ...
 
-    def inside(self, ask: Callable[[], Answer]) -> Answer:
+    def run_in_forward(self, ask: Callable[[], Answer]) -> Answer:
         """Call `ask` in a forward pass of the wrapped module and return its result, without gradient or dropout.
 
         Weights may be read nowhere else. Collective if the engine shards weights.
@@ -93,16 +93,16 @@ class Engine(Protocol):
         """Set reference = alpha * policy + (1 - alpha) * reference on every rank."""
         ...
 
-    def finite(self) -> torch.Tensor:
+    def grads_finite(self) -> torch.Tensor:
         """Return whether this rank's summed gradient is finite, as a bool on the device. Call once per step, before the
         update."""
         ...
 
-    def optimizer_step(self, apply: bool) -> Updated:
+    def optimizer_step(self, apply: bool) -> StepResult:
         """Clip the gradient and update the weights (apply=False: skip both), then drop the gradient."""
         ...
 
-    def discard(self) -> None:
+    def drop_gradients(self) -> None:
         """Drop the gradient and all other traces of the micro-steps since the last update."""
         ...
 
@@ -118,10 +118,10 @@ class Engine(Protocol):
         """Restore a result of `state`."""
         ...
 
-    def owned(self) -> Iterator[Owned]:
+    def iter_shards(self) -> Iterator[Shard]:
         """Yield the ranges that this rank writes to a checkpoint. No collectives."""
         ...
 
-    def put(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
+    def load_shards(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
         """Load parameters and optimizer state from a checkpoint; `keys(name)`: the keys it has for a parameter."""
         ...

@@ -49,7 +49,7 @@ class DdpEngine(SteppingEngine):
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.trainable if p.grad is not None]
 
-    def discard(self) -> None:
+    def drop_gradients(self) -> None:
         # gradients are views of DDP's buckets: set to None, accumulation would allocate new ones beside the buckets
         self.optimizer.zero_grad(set_to_none=self.module is self.step)
 

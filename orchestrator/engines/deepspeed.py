@@ -31,7 +31,7 @@ class DeepSpeedEngine(SteppingEngine):
     module: Any  # pyright: ignore[reportIncompatibleVariableOverride] - deepspeed's engine
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
-        self.world.meet()
+        self.world.ensure_process_group()
         deepspeed = _imported(self.world)
         _check_precision(self.precision, self.world.device, deepspeed.accelerator.get_accelerator())
         self.step = step
@@ -52,7 +52,7 @@ class DeepSpeedEngine(SteppingEngine):
             config_class=checked,
         )
         self.zero: Any = self.module.optimizer
-        step.reference.were_wrapped()
+        step.reference.refresh_weights()
         self.saved = step.saved()
         if self.stage == 3:
             self._register_heads(step)
@@ -160,7 +160,7 @@ class DeepSpeedEngine(SteppingEngine):
             raise RuntimeError("DeepSpeed dropped a finite gradient: its norm overflows fp32")
         self.zero.zero_grad(set_to_none=True)
 
-    def discard(self) -> None:
+    def drop_gradients(self) -> None:
         zero = self.zero
         zero.zero_grad(set_to_none=True)
         if self.stage == 3:
@@ -250,9 +250,9 @@ class DeepSpeedEngine(SteppingEngine):
         reference = self.step.reference
         if self.stage < 3:
             return reference.sync(policys, alpha)
-        if not len(self.step.judge):
+        if not len(self.step.reference_modules):
             return reference.sync(_Gathered(policys), alpha)
-        for name, own in reference.moving().items():
+        for name, own in reference.synced_weights().items():
             part: Any = own
             part.ds_tensor.data.mul_(1 - alpha).add_(policys[name].ds_tensor.data, alpha=alpha)
         self.module.empty_partition_cache()

@@ -20,7 +20,7 @@ class FsdpEngine(SteppingEngine):
     when it runs, in bf16 or fp16 if that is the precision, and gradients are summed in fp32."""
 
     def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
-        self.world.meet()
+        self.world.ensure_process_group()
         self.mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         step.reference.weights = {}  # otherwise whole weights would stay in memory until the last is sharded
         for layer in _layers(step):
@@ -32,7 +32,7 @@ class FsdpEngine(SteppingEngine):
                 fsdp.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
                 fsdp.set_force_sum_reduction_for_comms(True)  # gloo only sums, and NCCL cannot divide by 1
         self.step = self.module = step
-        step.reference.were_wrapped()
+        step.reference.refresh_weights()
         self.saved = step.saved()
         self.trainable = [p for p in step.parameters() if p.requires_grad]
         self.optimizer = optimizer(param_groups(step, self.weight_decay))
@@ -83,7 +83,7 @@ class FsdpEngine(SteppingEngine):
         found: list[Any] = [p.grad for p in self.trainable if p.grad is not None]
         return [grad.to_local() for grad in found]
 
-    def discard(self) -> None:
+    def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _fragments(self) -> Iterator[Fragment]:
@@ -103,7 +103,7 @@ class FsdpEngine(SteppingEngine):
     @torch.no_grad()
     def sync_reference(self, alpha: float) -> None:
         policys: dict[str, Any] = dict(self.step.policy.named_parameters(remove_duplicate=False))
-        shards = len(self.step.judge) > 0
+        shards = len(self.step.reference_modules) > 0
         self.step.reference.sync(policys if shards else _Whole(policys, self.world.device), alpha)
 
 
@@ -121,8 +121,8 @@ class _Whole(dict[str, Any]):
 def _layers(step: PairStep) -> list[nn.Module]:
     """Return the modules that are sharded separately: each layer of the policy, and of a reference sharded with it."""
     found: list[nn.Module] = list(decoder_layers(step.policy))
-    if len(step.judge):
-        in_judge = set(step.judge.modules())
+    if len(step.reference_modules):
+        in_judge = set(step.reference_modules.modules())
         judges = decoder_layers(step.reference.model)
         found += [layer for layer in judges if layer in in_judge and layer not in found]
     return found

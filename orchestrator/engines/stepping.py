@@ -18,10 +18,10 @@ from orchestrator.engines.base import (
     SHAPED,
     Answer,
     OptimizerFactory,
-    Owned,
     ReadRange,
     SchedulerFactory,
-    Updated,
+    Shard,
+    StepResult,
 )
 from orchestrator.engines.precision import Types, dtype_held, is_16_bit, name_of
 from orchestrator.engines.scale import LossScale
@@ -70,7 +70,7 @@ class SteppingEngine:
         self.frozen_held = frozen_dtype or self.held
         self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
         self.scale = LossScale(precision == "fp16")
-        self.meets_in_forward = settings.shards_weights
+        self.forward_is_collective = settings.shards_weights
 
     # --- overridden by each engine -------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class SteppingEngine:
         """Run the optimizer's step."""
         self.optimizer.step()
 
-    def discard(self) -> None:
+    def drop_gradients(self) -> None:
         raise NotImplementedError
 
     def _fragments(self) -> Iterator[Fragment]:
@@ -127,7 +127,7 @@ class SteppingEngine:
     def _before_micro_step(self, last: bool) -> None:
         """Prepare a micro-step; the last one of a step sums gradients over ranks."""
 
-    def finite(self) -> torch.Tensor:
+    def grads_finite(self) -> torch.Tensor:
         gradients = self._gradients()
         if self.scale.enabled and gradients:  # unscale once per step
             torch._foreach_mul_(gradients, self.averaged_over / self.scale.value)  # pyright: ignore
@@ -145,7 +145,7 @@ class SteppingEngine:
             squares += torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
         return self.world.sum(squares)[0].sqrt().to(self.held)
 
-    def optimizer_step(self, apply: bool) -> Updated:
+    def optimizer_step(self, apply: bool) -> StepResult:
         lr = float(self.scheduler.get_last_lr()[0])
         if apply:
             if self.max_grad_norm is not None:  # the formula of torch's clip_grad_norm_
@@ -155,8 +155,8 @@ class SteppingEngine:
             self._update()
             self.scheduler.step()
         self.scale.update(applied=apply)
-        self.discard()
-        return Updated(self.grad_norm, lr, not apply)
+        self.drop_gradients()
+        return StepResult(self.grad_norm, lr, not apply)
 
     # --- without gradient ----------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class SteppingEngine:
     def evaluate(self, batch: PairBatch, counts: Counts) -> StepOutput:
         return self._asked(batch, counts)
 
-    def inside(self, ask: Callable[[], Answer]) -> Answer:
+    def run_in_forward(self, ask: Callable[[], Answer]) -> Answer:
         with torch.no_grad():
             return self._asked(None, None, ask)[0]
 
@@ -178,7 +178,7 @@ class SteppingEngine:
             self.release()
 
     def reference_logps(self, batch: PairBatch) -> torch.Tensor:
-        return self.inside(lambda: self.step.ask_reference(batch))
+        return self.run_in_forward(lambda: self.step.ask_reference(batch))
 
     @torch.no_grad()
     def sync_reference(self, alpha: float) -> None:
@@ -200,7 +200,7 @@ class SteppingEngine:
         for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
             group.update({k: v for k, v in saved.items() if k not in IMPLEMENTATIONS})
 
-    def owned(self) -> Iterator[Owned]:
+    def iter_shards(self) -> Iterator[Shard]:
         for name, shape, start, stop, weight, holder, offset, is_mine in self._fragments():
             if not is_mine:
                 continue
@@ -216,10 +216,10 @@ class SteppingEngine:
                     tensors[f"{SHAPED}{','.join(map(str, value.shape))}:{key}"] = value.detach().flatten().clone()
                 else:
                     tensors[key] = _flat(value)[offset : offset + stop - start]
-            yield Owned(name, shape, start, stop, tensors)
+            yield Shard(name, shape, start, stop, tensors)
 
     @torch.no_grad()
-    def put(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
+    def load_shards(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
         keeper = self._keeper()
         groups = {p: group for group in keeper.param_groups for p in group["params"]}
         keeper.state.clear()

@@ -49,7 +49,7 @@ class Reference:
     capture_layer: int | None = None  # the layer of the policy whose input it needs; None for a separate model
     is_start = False  # True if its weights are those that the policy starts with
     exact: "Reference | None" = None  # another model that it approximates, until the error is measured
-    moves = False  # True if `sync` will be called
+    is_synced = False  # True if `sync` will be called
     ld_alpha: float | None = None  # dpo.ld_alpha: it sums a sequence as the policy does
     weights: dict[str, torch.Tensor] = {}  # empty unless it is a separate model
 
@@ -72,10 +72,10 @@ class Reference:
         state: dict[str, torch.Tensor] = self.model.state_dict() | scalings(self.model)
         return {name: self.weights.get(name, value) for name, value in state.items()}
 
-    def moving(self) -> dict[str, torch.Tensor]:
+    def synced_weights(self) -> dict[str, torch.Tensor]:
         """Return the weights that `sync` changes, and that a checkpoint must hold, by name: tied ones once, without the
         policy's."""
-        if not self.moves:
+        if not self.is_synced:
             return {}
         first: dict[int, str] = {}
         for name, weight in self.weights.items():
@@ -88,14 +88,14 @@ class Reference:
 
         policys: the policy's weights by name, in the layout of this reference's: whole, or the same shards.
         """
-        for name, own in self.moving().items():
+        for name, own in self.synced_weights().items():
             own.mul_(1 - alpha).add_(policys[name].to(own.device), alpha=alpha)
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
         """Return the modules that a sharding engine must shard besides the policy's; they share no weight with it."""
         return [self.model]
 
-    def were_wrapped(self) -> None:
+    def refresh_weights(self) -> None:
         """Look up the weights again after an engine has replaced them by shards."""
         self.weights = dict(self.model.named_parameters(remove_duplicate=False))
 
@@ -141,9 +141,9 @@ class SharedLayers(Reference):
                 found.append(module)
         return found
 
-    def moving(self) -> dict[str, torch.Tensor]:
+    def synced_weights(self) -> dict[str, torch.Tensor]:
         """Return the weights that `sync` changes: those of the upper layers."""
-        return {name: value for name, value in super().moving().items() if name in self.own}
+        return {name: value for name, value in super().synced_weights().items() if name in self.own}
 
 
 class PolicyStart(Reference):
@@ -324,7 +324,7 @@ def build_reference(
     return made
 
 
-def hold(reference: Reference, policy: "PreTrainedModel", device: torch.device, dtype: torch.dtype | None) -> None:
+def place(reference: Reference, policy: "PreTrainedModel", device: torch.device, dtype: torch.dtype | None) -> None:
     """Move the reference's own weights to the device and cast them to a dtype (None: keep theirs)."""
     for module in reference.own_modules(policy):
         for tensor in (*module.parameters(), *module.buffers()):
@@ -437,7 +437,7 @@ def _let_move(reference: Reference, policy: "PreTrainedModel") -> None:
         UserError: a weight of the reference has no counterpart of the same shape in the policy.
     """
     theirs = dict(policy.named_parameters(remove_duplicate=False))
-    reference.moves = True
+    reference.is_synced = True
     head, embeddings = reference.model.get_output_embeddings(), reference.model.get_input_embeddings()
     assert head is not None
     policys_head: Any = policy.get_output_embeddings()
@@ -447,7 +447,7 @@ def _let_move(reference: Reference, policy: "PreTrainedModel") -> None:
         reference.weights[f"{name}.weight"] = head.weight
         if isinstance(reference, SharedLayers):
             reference.own.add(f"{name}.weight")
-    for name, value in reference.moving().items():
+    for name, value in reference.synced_weights().items():
         if name not in theirs or theirs[name].shape != value.shape:
             there = tuple(theirs[name].shape) if name in theirs else "no such weight"
             rule = f"{name} of the reference has shape {tuple(value.shape)}, the policy {there}"

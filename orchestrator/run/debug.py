@@ -20,12 +20,12 @@ from orchestrator.models.reference import RefModel
 from orchestrator.run.prompt import debugger
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks.profiler import ProfilerCallback
-from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, check_arguments, check_spec
 from orchestrator.training.health import LocalSession
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.user_objects import ComputeMetrics, GivenCallback, UserObjects, check_arguments, check_spec
 from orchestrator.training.worker import run
 from orchestrator.world import A_WEEK, World
 
@@ -51,7 +51,7 @@ def debug(
 ) -> RunResult:
     """Run the worker in this process; under torchrun (RANK, WORLD_SIZE) as one rank of several.
 
-    ref_model to data_collator: objects used instead of the settings, as described in `Given`.
+    ref_model to data_collator: objects used instead of the settings, as described in `UserObjects`.
     post_mortem: open a debugger before an exception propagates; also for callbacks, which are then not dropped.
     profile: steps whose trace each rank writes to RUN_DIR/profile.
 
@@ -61,7 +61,7 @@ def debug(
     """
     check_spec(spec)
     check_arguments(others)
-    given = Given(ref_model, optimizers, callbacks, compute_metrics, data_collator)
+    given = UserObjects(ref_model, optimizers, callbacks, compute_metrics, data_collator)
     run_dir = RunDir(spec.run_dir)
     with joined(spec, post_mortem) as world, ExitStack() as held:
         if world.is_main and OWNED not in os.environ:
@@ -85,8 +85,8 @@ def debug(
             run_dir.begin(spec)
         world.gather(None)  # the directory exists
         trace = run_dir.path / "profile" / f"rank_{world.rank:05d}.json"
-        observed_by = partial(_observed, trace, steps, post_mortem)
-        return run(spec, world, LocalSession(run_dir, world.rank), given, observed_by)
+        wrap_callbacks = partial(_observed, trace, steps, post_mortem)
+        return run(spec, world, LocalSession(run_dir, world.rank), given, wrap_callbacks)
 
 
 @contextmanager

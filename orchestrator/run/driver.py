@@ -28,13 +28,13 @@ from orchestrator.settings.counts import counted
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.checkpoint import SaveFailed
-from orchestrator.training.given import ComputeMetrics, Given, GivenCallback, check_arguments, check_spec
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.manifest import ReadFailed, committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
+from orchestrator.training.user_objects import ComputeMetrics, GivenCallback, UserObjects, check_arguments, check_spec
 from orchestrator.training.worker import run
 from orchestrator.world import World, use_interface
 
@@ -66,8 +66,8 @@ def train(
 ) -> RunResult:
     """Train on Ray to the end, resuming from the last checkpoint whenever workers die.
 
-    ref_model to data_collator: objects used instead of the settings, as described in `Given`; each is copied to the
-    workers and called there, so the objects of this process do not change.
+    ref_model to data_collator: objects used instead of the settings (see `UserObjects`); each is copied to the workers
+    and called there, so the objects of this process do not change.
     Ctrl-C (or RUN_DIR/STOP) saves and stops; a second Ctrl-C aborts. The same call again resumes.
 
     Raises:
@@ -77,7 +77,7 @@ def train(
     """
     check_spec(spec)
     check_arguments(others)
-    given = Given(ref_model, optimizers, callbacks, compute_metrics, data_collator)
+    given = UserObjects(ref_model, optimizers, callbacks, compute_metrics, data_collator)
     sent = _pickled(spec, given)
     if spec.cluster.preflight:
         preflight.check_answers(spec)
@@ -275,7 +275,7 @@ def _say_where(world: World) -> None:
         print("ranks: " + "; ".join(f"{each} on {node}" for each, node in zip(ranks, nodes, strict=True)), flush=True)
 
 
-def _pickled(spec: RunSpec, given: Given) -> dict[str, bytes]:
+def _pickled(spec: RunSpec, given: UserObjects) -> dict[str, bytes]:
     """Return the user's objects as bytes, which workers unpickle when the modules can be imported.
 
     Raises:
@@ -297,7 +297,7 @@ def _pickled(spec: RunSpec, given: Given) -> dict[str, bytes]:
     return sent
 
 
-def _unpickled(sent: dict[str, bytes], world: World) -> Given:
+def _unpickled(sent: dict[str, bytes], world: World) -> UserObjects:
     parts: dict[str, Any] = {}
     for name, part in sent.items():
         if name == "callbacks" and not world.is_main:  # unpickling may open files
@@ -308,7 +308,7 @@ def _unpickled(sent: dict[str, bytes], world: World) -> Given:
             rule = f"cannot be read on a worker ({type(error).__name__}: {error})"
             cure = "define it in a module of the folder where the command runs"
             raise UserError(name, "as sent", rule, cure) from None
-    return Given(**parts)
+    return UserObjects(**parts)
 
 
 def rank_log(run_dir: RunDir, rank: int) -> Path:

@@ -428,7 +428,7 @@ def folders(spec: RunSpec) -> dict[str, Path]:
     return shared
 
 
-class Needed(NamedTuple):
+class DiskBudget(NamedTuple):
     """Bytes that a run writes, a lower bound if the optimizer's state is unknown."""
 
     checkpoint: int
@@ -441,7 +441,7 @@ class Needed(NamedTuple):
         return self.checkpoint * self.checkpoints + self.model
 
 
-def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> Needed:
+def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> DiskBudget:
     """Return the bytes that a run writes, from the model's config and one optimizer step on a small matrix.
 
     own_optimizer: whether a user's function creates the optimizer.
@@ -473,7 +473,7 @@ def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> Needed:
     at_once = 1 if every is None and keeps_best is None else spec.checkpoint.keep + 1 + (keeps_best is not None)
     if steps is not None:
         at_once = min(at_once, steps if keeps_best or every is None else -(-steps // every))
-    return Needed(int(checkpoint), at_once, 4 * exported)
+    return DiskBudget(int(checkpoint), at_once, 4 * exported)
 
 
 def _state_bytes(spec: RunSpec) -> float:
@@ -502,8 +502,8 @@ def space_checks(spec: RunSpec, own_optimizer: bool = False) -> list[Check]:
     asks["needed"] = partial(disk_needed, spec, own_optimizer)
     asks["held"] = partial(_bytes_below, [spec.run_dir / "checkpoints", spec.run_dir / "model"])
     found = side_by_side(asks, IMPORT_S)
-    needed: Needed | None = (
-        found["needed"] if isinstance(found["needed"], Needed) else None
+    needed: DiskBudget | None = (
+        found["needed"] if isinstance(found["needed"], DiskBudget) else None
     )  # other checks report the error
     more = max(FULL, needed.total - found["held"]) if needed and isinstance(found["held"], int) else FULL
     checks: list[Check] = []

@@ -68,7 +68,7 @@ def _at_breakpoint(*, header: str | None = None) -> None:
 
 def _look_at(error: Exception, world: World) -> None:
     """Open a prompt at the line that raised, on the first rank that failed: others fail because of it, or alike."""
-    with world.first_alone("failure") as is_first:
+    with world.first_to_arrive("failure") as is_first:
         looked_at = error.__cause__ if isinstance(error, UserError) else error
         if not is_first or looked_at is None:
             return

@@ -14,10 +14,10 @@ import torch
 
 from orchestrator.data.order import Integers
 from orchestrator.data.pairs import Pairs
-from orchestrator.run.trial import NothingToSave, nowhere
+from orchestrator.run.trial import NothingToSave, scratch_run
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import EngineSpec, RunSpec, SchedulerSpec, UserError
-from orchestrator.training.prepare import Prepared
+from orchestrator.training.prepare import PreparedRun
 from orchestrator.training.trainer import TrainingError
 from orchestrator.training.worker import built
 from orchestrator.world import World
@@ -36,7 +36,7 @@ def is_small(spec: RunSpec, config: Any) -> bool:
     return sum(sizes) + (_bytes_of_config(config) if spec.model.init else 0) <= MOST_BYTES
 
 
-def rehearse(spec: RunSpec, prepared: Prepared) -> list[str]:
+def rehearse(spec: RunSpec, prepared: PreparedRun) -> list[str]:
     """Build policy, reference, optimizer and collator, evaluate and run one step, on a few of the shortest pairs.
 
     It always uses a single process on the CPU: the errors found here do not depend on the engine. Nothing is written,
@@ -64,8 +64,8 @@ def rehearse(spec: RunSpec, prepared: Prepared) -> list[str]:
     return []
 
 
-def _try_a_step(spec: RunSpec, few: Prepared, world: World) -> None:
-    with nowhere(spec) as (bare, run_dir):
+def _try_a_step(spec: RunSpec, few: PreparedRun, world: World) -> None:
+    with scratch_run(spec) as (bare, run_dir):
         bare = _on_cpu(bare.model_copy(update={"evaluation": spec.evaluation}), len(few.train))
         with (
             built(bare, few, world, NothingToSave(), run_dir) as trainer,
@@ -73,7 +73,7 @@ def _try_a_step(spec: RunSpec, few: Prepared, world: World) -> None:
         ):
             trainer.evaluate()
             trainer.micro_steps(next(steps))
-            trainer.engine.finite()
+            trainer.engine.grads_finite()
             trainer.engine.optimizer_step(apply=False)
 
 

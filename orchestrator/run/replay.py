@@ -20,18 +20,18 @@ from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.run.debug import joined
 from orchestrator.run.prompt import debugger
-from orchestrator.run.trial import NothingToSave, nowhere
+from orchestrator.run.trial import NothingToSave, scratch_run
 from orchestrator.settings.counts import counted
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.optimizers import optimizer_kind
 from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
 from orchestrator.training.checkpoint import Reader
-from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.manifest import committed, step_of, verify
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import last_result
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
+from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.training.worker import built
 from orchestrator.world import World, is_one_of_many
 
@@ -54,7 +54,7 @@ class ReplayedPair:
 
 
 @dataclass(frozen=True)
-class Replayed:
+class ReplayResult:
     """Results of a step before its update."""
 
     step: int
@@ -71,8 +71,8 @@ def replay(
     step: int,
     overrides: Sequence[str] = (),
     post_mortem: bool = False,
-    given: Given = NOTHING,
-) -> Replayed:
+    given: UserObjects = NOTHING,
+) -> ReplayResult:
     """Run the steps between the newest complete checkpoint and `step`, then the forward and backward pass of `step`.
 
     This uses one process, whatever engine and number of ranks the run has. The run may continue meanwhile: it is only
@@ -100,7 +100,7 @@ def replay(
             _check_readable(Reader(found).meta, step, world)
         _say(spec, step, found, world)
         with (
-            nowhere(spec) as (bare, folder),
+            scratch_run(spec) as (bare, folder),
             built(bare, prepared, world, NothingToSave(), folder, given, found) as trainer,
         ):
             if trainer.loader.cache is not None:
@@ -119,7 +119,7 @@ def replay(
             ]
             pairs.sort(key=lambda pair: (math.isfinite(pair.loss), -pair.loss))
             loss = sum(float(output.loss) for _, output in outputs)
-            return Replayed(step, found, batches.epoch, pairs, loss, grad_norm, _logged(run_dir, step))
+            return ReplayResult(step, found, batches.epoch, pairs, loss, grad_norm, _logged(run_dir, step))
 
 
 def _say(spec: RunSpec, step: int, found: Path | None, world: World) -> None:
@@ -139,7 +139,7 @@ def _taken(
             print("the next line runs the step: `batches` are its micro-batches, `trainer` is the trainer", flush=True)
             breakpoint()
         outputs = trainer.micro_steps(batches)
-        is_finite = bool(trainer.engine.finite())
+        is_finite = bool(trainer.engine.grads_finite())
         grad_norm = float(trainer.engine.optimizer_step(apply=False).grad_norm)
         if is_finite or trainer.precision != "fp16" or skipped == MAX_SKIPPED_IN_A_ROW:
             return batches, outputs, grad_norm
@@ -158,7 +158,7 @@ def _pairs(trainer: Trainer, indices: list[int], output: StepOutput, tokens: tor
         yield ReplayedPair(place.source, place.row, loss, (chosen, rejected), (*logps[:2],), (*logps[2:],), *texts)
 
 
-def lines(replayed: Replayed) -> Iterator[str]:
+def lines(replayed: ReplayResult) -> Iterator[str]:
     """Yield lines for a terminal: each pair with its numbers and shortened texts, then the step."""
     for pair in replayed.pairs:
         yield f"row {pair.row} of {pair.source}: loss {pair.loss:.6f}"

@@ -16,11 +16,11 @@ from orchestrator.run.prompt import debugger
 from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import CheckpointSpec, EvaluationSpec, RunSpec, WandbSpec
 from orchestrator.training.callbacks.console import ConsoleCallback
-from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Trainer
+from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.training.worker import built
 from orchestrator.world import World
 
@@ -44,7 +44,7 @@ class NothingToSave:
 
 
 @contextmanager
-def nowhere(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
+def scratch_run(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
     """Yield settings without evaluation, checkpoints, user callbacks and W&B, and a temporary run directory.
 
     A trainer with these can only run steps.
@@ -64,7 +64,7 @@ def nowhere(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
 def _on_first_batch(
     spec: RunSpec,
     world: World,
-    given: Given,
+    given: UserObjects,
     shown: Sequence[TrainerCallback] = (),
 ) -> Iterator[Trainer]:
     """Yield a trainer at the start of the run whose only data is the first global batch; shown: callbacks."""
@@ -73,7 +73,7 @@ def _on_first_batch(
         spec = spec.model_copy(update={"reference": spec.reference.model_copy(update={"cache": "off"})})
     prepared = prepare(spec, given)
     with (
-        nowhere(spec) as (bare, run_dir),
+        scratch_run(spec) as (bare, run_dir),
         built(
             bare,
             prepared,
@@ -88,7 +88,7 @@ def _on_first_batch(
         yield trainer
 
 
-class Learned(NamedTuple):
+class OverfitResult(NamedTuple):
     """Result of overfitting a batch: the losses of the first and the last step."""
 
     steps: int
@@ -99,9 +99,9 @@ class Learned(NamedTuple):
 
 def overfit(
     spec: RunSpec,
-    given: Given = NOTHING,
+    given: UserObjects = NOTHING,
     post_mortem: bool = False,
-) -> Learned:
+) -> OverfitResult:
     """Run all steps on the first global batch: a working setup brings the loss near 0.
 
     It starts at the start of the run and writes nothing.
@@ -122,7 +122,7 @@ def overfit(
                 trainer.train(steps)
             trainer.callbacks.fire("on_train_end")
             losses = [logs["loss"] for logs in world.gather(trainer.callbacks.state.log_history)[0]]
-            result = Learned(trainer.step, len(trainer.loader.pairs), losses[0], losses[-1])
+            result = OverfitResult(trainer.step, len(trainer.loader.pairs), losses[0], losses[-1])
             if world.is_main:
                 steps_taken, pairs = counted(result.steps, "step"), counted(result.pairs, "pair")
                 after = f"after {steps_taken} on the same {pairs}; nothing was kept"
@@ -130,7 +130,7 @@ def overfit(
             return result
 
 
-class Tried(NamedTuple):
+class DryRunResult(NamedTuple):
     """Result of one forward and backward pass over a global batch."""
 
     pairs: int
@@ -143,9 +143,9 @@ class Tried(NamedTuple):
 
 def dry_run(
     spec: RunSpec,
-    given: Given = NOTHING,
+    given: UserObjects = NOTHING,
     post_mortem: bool = False,
-) -> Tried:
+) -> DryRunResult:
     """Build everything as for a run, and run one forward and backward pass of its first global batch; no update.
 
     Only caches are written.
@@ -163,19 +163,19 @@ def dry_run(
     ):
         began = time.monotonic()
         outputs = trainer.micro_steps(next(steps))
-        trainer.engine.finite()
+        trainer.engine.grads_finite()
         grad_norm = float(trainer.engine.optimizer_step(apply=False).grad_norm)
         seconds = time.monotonic() - began
         sums = MetricSums(world)
         for _, output in outputs:
             sums.add(output.metric_sums)
-        result = Tried(len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world))
+        result = DryRunResult(len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world))
         if world.is_main:
             _say(result)
         return result
 
 
-def _say(result: Tried) -> None:
+def _say(result: DryRunResult) -> None:
     print(f"forward and backward pass of the first {counted(result.pairs, 'pair')}: {result.seconds:.2f} s")
     print(f"loss {result.metrics['loss']:.6f}, gradient norm {result.grad_norm:.6g}")
     print(

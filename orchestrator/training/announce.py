@@ -17,13 +17,13 @@ from orchestrator.settings.counts import counted
 from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training.compute_metrics import bytes_together
-from orchestrator.training.prepare import Prepared
+from orchestrator.training.prepare import PreparedRun
 from orchestrator.world import World
 
 
-def say_run(
+def print_run(
     spec: RunSpec,
-    prepared: Prepared,
+    prepared: PreparedRun,
     world: World,
     precision: str,
     max_steps: int,
@@ -77,7 +77,7 @@ def evaluation_named(name: str) -> str:
     return f"{name} evaluation" if name else "evaluation"
 
 
-def say_types(engine: Engine, precision: Precision) -> None:
+def print_types(engine: Engine, precision: Precision) -> None:
     """Print the dtypes of weights, arithmetic, gradients, optimizer state and reference in one line."""
     types, step, judge = engine.types, engine.step, engine.step.reference
     own = [p for module in judge.own_modules(step.policy) for p in module.parameters()]
@@ -96,7 +96,9 @@ def say_types(engine: Engine, precision: Precision) -> None:
     )
 
 
-def say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, kind: str, world: World) -> None:
+def print_models(
+    spec: RunSpec, prepared: PreparedRun, policy: Any, reference: Reference, kind: str, world: World
+) -> None:
     """Print the number of trainable parameters and the memory of the reference."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     own = reference.own_bytes(policy) / 2**20
@@ -117,7 +119,7 @@ def say_models(spec: RunSpec, prepared: Prepared, policy: Any, reference: Refere
         print(f"{kind}: only its language model ({text}) is loaded, trained and exported, without its other parts")
 
 
-def say_frozen(names: list[str]) -> None:
+def print_frozen(names: list[str]) -> None:
     """Print which parameters were frozen because they get no gradient from text."""
     if names:
         modules = sorted({".".join(name.split(".")[:2]) for name in names})

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from orchestrator.engines.base import SCALAR, Owned
+from orchestrator.engines.base import SCALAR, Shard
 from orchestrator.models.storage import save_tensors
 from orchestrator.settings.spec import UserError
 from orchestrator.training.ledger import Ledger, write_rows
@@ -57,7 +57,7 @@ class SaveFailed(OSError):
 def save(
     checkpoints: Path,
     step: int,
-    owned: Iterable[Owned],
+    owned: Iterable[Shard],
     meta: dict[str, Any],
     world: World,
     rng: RngState | None = None,
@@ -106,7 +106,7 @@ class Saver:
     def save(
         self,
         step: int,
-        owned: Iterable[Owned],
+        owned: Iterable[Shard],
         meta: dict[str, Any],
         rng: RngState | None = None,
         in_background: bool = False,
@@ -128,7 +128,7 @@ class Saver:
                 retain(self.checkpoints, self.keep, best)
             return
         draft = _Draft(self.checkpoints, step, meta, self.world, self.ledger)
-        copies: list[Owned] = []
+        copies: list[Shard] = []
         draft.agreed(lambda: copies.extend(map(_copied, owned)))
         self._draft, self._error = draft, None
         self._given_up.clear()
@@ -157,7 +157,7 @@ class Saver:
         if not self.world.is_main:
             self._news = draft.final
 
-    def news(self) -> Path | None:
+    def pop_committed(self) -> Path | None:
         """Return (once) the checkpoint committed since the last call. Rank 0 sees it as soon as it commits; other ranks
         after wait()."""
         if (news := self._news) is not None:  # an unconditional reset could lose a value that the thread sets meanwhile
@@ -174,7 +174,7 @@ class Saver:
             self._thread.join()
 
     def _run(
-        self, draft: "_Draft", copies: list[Owned], rng: RngState, seen: pa.Table | None, best: Path | None
+        self, draft: "_Draft", copies: list[Shard], rng: RngState, seen: pa.Table | None, best: Path | None
     ) -> None:
         try:
             self._write(draft, copies, rng, seen)
@@ -185,7 +185,7 @@ class Saver:
             if self.world.is_main:
                 draft.remove()
 
-    def _write(self, draft: "_Draft", copies: list[Owned], rng: RngState, seen: pa.Table | None) -> None:
+    def _write(self, draft: "_Draft", copies: list[Shard], rng: RngState, seen: pa.Table | None) -> None:
         """Write this rank's files, then a record of them or of the failure."""
         try:
             draft.record(draft.write(copies, rng, seen))
@@ -361,7 +361,7 @@ class _Draft:
             os.rename(self.partial, gone)  # atomic: other ranks find either the whole folder or none
         shutil.rmtree(gone, ignore_errors=True)
 
-    def write(self, owned: Iterable[Owned], rng: RngState, seen: pa.Table | None = None) -> dict[str, Any]:
+    def write(self, owned: Iterable[Shard], rng: RngState, seen: pa.Table | None = None) -> dict[str, Any]:
         """Write this rank's tensors, random state and rows; return their record for rank 0."""
         file, rng_file, seen_file = _rank_files(self.world.rank)
         tensors: dict[str, torch.Tensor] = {}
@@ -415,7 +415,7 @@ class _Draft:
             self.ledger.show(self.final)
 
 
-def _copied(part: Owned) -> Owned:
+def _copied(part: Shard) -> Shard:
     """Copy the tensors of a range to host memory."""
 
     def copied(value: torch.Tensor) -> torch.Tensor:

@@ -26,13 +26,13 @@ from orchestrator.engines.base import Engine
 from orchestrator.models.layers import body_of
 from orchestrator.models.logps import CHUNK_LOGITS, Head
 from orchestrator.settings.spec import EVALUATED, DpoSpec, RunSpec, UserError
-from orchestrator.training.given import Given
+from orchestrator.training.user_objects import UserObjects
 from orchestrator.world import World
 
 KEY = "evaluation.compute_metrics"
 MOST_BYTES = 8 * 2**30  # limit of logits gathered in the memory of rank 0
 PADDING = -100  # fills up shorter sequences, as in transformers
-Asked = list[tuple[EvalPrediction, bool]]
+Decisions = list[tuple[EvalPrediction, bool]]
 """(prediction, is_last) calls to make on rank 0 before the next collective; empty on other ranks."""
 
 
@@ -58,7 +58,7 @@ class UserMetrics:
     batch_size: int  # pairs
     padded: PreferenceCollator  # with TRL's layout of batches, for logits
 
-    def numbers(self, world: World, handed: Iterator[Asked], prefix: str, where: str) -> dict[str, float]:
+    def numbers(self, world: World, handed: Iterator[Decisions], prefix: str, where: str) -> dict[str, float]:
         """Call the function on rank 0 and return its numbers, with the prefix before their names, on every rank.
         Collective.
 
@@ -73,7 +73,7 @@ class UserMetrics:
                 raise failure or error  # on rank 0 `failure` has the user's exception as its cause
         return numbers
 
-    def _answer(self, asked: Asked, prefix: str, where: str) -> tuple[dict[str, float], UserError | None]:
+    def _answer(self, asked: Decisions, prefix: str, where: str) -> tuple[dict[str, float], UserError | None]:
         made: Any = {}
         try:
             for prediction, is_last in asked:
@@ -91,7 +91,7 @@ class UserMetrics:
             cure = 'return a dict of numbers by name, for example {"accuracy": 0.5}'
             return {}, UserError(KEY, self.name, f"returned {wrong} ({where})", cure)
 
-    def of_pairs(self, table: "PairTable", world: World, pairs: int) -> Iterator[Asked]:
+    def of_pairs(self, table: "PairTable", world: World, pairs: int) -> Iterator[Decisions]:
         """Yield the calls without logits, one for all pairs or one per batch. Collective."""
         whole = table.gathered(world, pairs)
         if whole is None:
@@ -100,7 +100,7 @@ class UserMetrics:
             columns = [column.numpy() for column in whole]
             yield [(EvalPrediction(Predictions(*columns), np.zeros(pairs, np.int64)), True)]  # pyright: ignore
         else:
-            asked: Asked = []
+            asked: Decisions = []
             for start in range(0, pairs, self.batch_size):
                 part = Predictions(*(column[start : start + self.batch_size] for column in whole))
                 labels: Any = torch.zeros(len(part.logps), dtype=torch.int64)
@@ -109,7 +109,7 @@ class UserMetrics:
 
     def of_logits(
         self, engine: Engine, loader: Loader, world: World, step: int, each: Callable[[], None]
-    ) -> Iterator[Asked]:
+    ) -> Iterator[Decisions]:
         """Yield the calls with logits [2B, T, V] and input_ids [2B, T] of batches of B pairs, as in TRL's DPOTrainer.
 
         Batches are in the order of the set, their chosen sequences first. They are passed in one call, shorter batches
@@ -123,7 +123,7 @@ class UserMetrics:
             each()
             end = min(start + self.batch_size, len(loader.pairs))
             batch = self._collated(loader, np.arange(start, end), world, step)
-            logits: torch.Tensor | None = engine.inside(
+            logits: torch.Tensor | None = engine.run_in_forward(
                 partial(_gathered_logits, engine.step.policy, batch.to(world.device), world)
             )
             if not self.batched:
@@ -243,7 +243,7 @@ def _number(value: Any) -> float | None:
 # --- before any rank starts --------------------------------------------------------------------------------------
 
 
-def user_metrics(spec: RunSpec, given: Given, pad_token_id: int) -> UserMetrics | None:
+def user_metrics(spec: RunSpec, given: UserObjects, pad_token_id: int) -> UserMetrics | None:
     """Return the function of the settings or of the caller; it is not called yet.
 
     Raises:

@@ -44,7 +44,7 @@ def evaluate(
     table = PairTable(dpo) if user is not None and not user.logits else None
     cached = loader.cache
     known = cached is not None and all(cached.known(micro.pairs) is not None for micro in micro_batches)
-    ask_all = engine.meets_in_forward and not all_ranks(world, known)
+    ask_all = engine.forward_is_collective and not all_ranks(world, known)
     for micro in micro_batches:
         batch = make(micro)
         if ask_all and cached is not None:
@@ -97,7 +97,7 @@ def fill_reference_cache(
         each()
         wanted = not micro.is_filler and loader.cache.known(micro.pairs) is None
         # a collective forward pass runs on all ranks if one needs it
-        if not all_ranks(world, not wanted) if engine.meets_in_forward else wanted:
+        if not all_ranks(world, not wanted) if engine.forward_is_collective else wanted:
             batch = make(micro)
             ref_logps = engine.reference_logps(batch.to(world.device))
             if wanted:

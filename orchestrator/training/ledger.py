@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from orchestrator.settings.spec import DpoSpec, UserError
 from orchestrator.training.manifest import (
-    Listed,
+    ManifestFiles,
     ReadFailed,
     committed,
     differing,
@@ -246,7 +246,7 @@ def _rows_of(run_dir: RunDir, checkpoint: Path) -> pa.Table:
     return pa.concat_tables([*parts, _tail_of(checkpoint, listed)])
 
 
-def _tail_of(checkpoint: Path, listed: Listed) -> pa.Table:
+def _tail_of(checkpoint: Path, listed: ManifestFiles) -> pa.Table:
     return _read(checkpoint / TAIL) if TAIL in listed.files else SCHEMA.empty_table()
 
 

@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 CORRUPT, UNREADABLE = "manifest.corrupt.json", "manifest.unreadable.json"  # names of disabled manifests
 
 
-class Listed(NamedTuple):
+class ManifestFiles(NamedTuple):
     """The files listed in a manifest, name -> sha256."""
 
     files: dict[str, str]  # in the checkpoint's folder, without the manifest itself
@@ -111,7 +111,7 @@ def differing(folder: Path, files: dict[str, str]) -> list[str]:
     return wrong
 
 
-def listed_in(folder: Path) -> Listed | None:
+def listed_in(folder: Path) -> ManifestFiles | None:
     """Return the files that a checkpoint's manifest lists; None if it is not a valid manifest. Raises like `verify`."""
     path = folder / MANIFEST
     try:
@@ -127,7 +127,7 @@ def listed_in(folder: Path) -> Listed | None:
         raise UserError(f"{path} format", manifest["format"], f"this version reads format {FORMAT}", cure)
     if not isinstance(manifest.get("files"), dict):
         return None
-    return Listed(manifest["files"], manifest.get("ledger", {}))
+    return ManifestFiles(manifest["files"], manifest.get("ledger", {}))
 
 
 def _unread(path: Path, error: OSError) -> ReadFailed:

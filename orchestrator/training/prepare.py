@@ -32,7 +32,7 @@ from orchestrator.settings.rules import check_cache_with_collator, check_metric_
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks import check_callbacks
 from orchestrator.training.compute_metrics import UserMetrics, check_memory, user_metrics
-from orchestrator.training.given import NOTHING, Given
+from orchestrator.training.user_objects import NOTHING, UserObjects
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,14 +49,14 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Prepared(Parts):
+class PreparedRun(Parts):
     """The parts of a run that are built before any rank starts."""
 
     train: Pairs
     eval: dict[str, Pairs]  # by the name of the evaluation set
 
 
-def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
+def prepare(spec: RunSpec, given: UserObjects = NOTHING) -> PreparedRun:
     """Load tokenizer, model config and tokenised data, from the cache if they are in it. No collective.
 
     The checks before a run are in three functions: check_code, load_parts and tokenize. `orchestrator plan` calls the
@@ -73,7 +73,7 @@ def prepare(spec: RunSpec, given: Given = NOTHING) -> Prepared:
     return tokenize(spec, parts)
 
 
-def check_code(spec: RunSpec, given: Given = NOTHING) -> None:
+def check_code(spec: RunSpec, given: UserObjects = NOTHING) -> None:
     """Check everything that needs neither model nor rows: that the sources exist, and the code that the settings name.
 
     Raises:
@@ -104,7 +104,7 @@ def check_device(spec: RunSpec, device: torch.device) -> None:
     optimizer_factory(spec.optimizer, device)
 
 
-def load_parts(spec: RunSpec, given: Given = NOTHING) -> Parts:
+def load_parts(spec: RunSpec, given: UserObjects = NOTHING) -> Parts:
     """Load tokenizer and model config, and check everything that depends on them and on the files of the models.
 
     Raises:
@@ -124,7 +124,7 @@ def load_parts(spec: RunSpec, given: Given = NOTHING) -> Parts:
     return Parts(tokenizer, config, collator, metrics)
 
 
-def tokenize(spec: RunSpec, parts: Parts, first: int | None = None) -> Prepared:
+def tokenize(spec: RunSpec, parts: Parts, first: int | None = None) -> PreparedRun:
     """Tokenise all sets, and check everything that depends on the tokens.
 
     first: read only this number of rows of each source, and hold none of them out.
@@ -148,14 +148,14 @@ def tokenize(spec: RunSpec, parts: Parts, first: int | None = None) -> Prepared:
         vocabulary = config.get_text_config().vocab_size
         for name, pairs in held_out.items():
             check_memory(parts.user_metrics, pairs, vocabulary, spec.data.eval_key(name), spec)
-    return Prepared(**vars(parts), train=train, eval=held_out)
+    return PreparedRun(**vars(parts), train=train, eval=held_out)
 
 
 def _steps(spec: RunSpec, train: Pairs) -> int:
     return run_length(train.pairs_per_epoch, spec.batch.global_batch_size, spec.training).steps
 
 
-def _user_collator(spec: RunSpec, given: Given, tokenizer: Any, config: Any) -> AdaptedCollator | None:
+def _user_collator(spec: RunSpec, given: UserObjects, tokenizer: Any, config: Any) -> AdaptedCollator | None:
     """Return the user's collator, from the settings or from the caller."""
     named, collator = spec.data.collator, given.data_collator
     if named is not None and collator is not None:

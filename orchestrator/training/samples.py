@@ -9,7 +9,7 @@ from orchestrator.data.pairs import Pairs
 from orchestrator.data.sources import raw_rows
 from orchestrator.models.policy import build_policy
 from orchestrator.settings.spec import RunSpec
-from orchestrator.training.prepare import Prepared
+from orchestrator.training.prepare import PreparedRun
 from orchestrator.training.rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,9 @@ logger = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 64  # length of a sample answer
 
 
-def answered_samples(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device: torch.device) -> list[dict[str, str]]:
+def answered_samples(
+    spec: RunSpec, run_dir: RunDir, prepared: PreparedRun, device: torch.device
+) -> list[dict[str, str]]:
     """Return the first evaluation prompts with the answers of the initial and of the exported model.
 
     On rank 0 only, and without collectives. The run has finished, so an error here is only a warning.
@@ -32,7 +34,7 @@ def answered_samples(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device:
         return []
 
 
-def _answered(spec: RunSpec, run_dir: RunDir, prepared: Prepared, device: torch.device) -> list[dict[str, str]]:
+def _answered(spec: RunSpec, run_dir: RunDir, prepared: PreparedRun, device: torch.device) -> list[dict[str, str]]:
     from transformers import AutoModelForCausalLM
 
     name, pairs = next(iter(prepared.eval.items()))  # not empty: a rule of the settings

@@ -17,7 +17,7 @@ from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.user_code import source_hash
 from orchestrator.dpo.losses import TOKEN_MEANS
 from orchestrator.dpo.step import StepOutput
-from orchestrator.engines.base import Engine, Updated
+from orchestrator.engines.base import Engine, StepResult
 from orchestrator.engines.optim import check_resumable, made_by
 from orchestrator.settings.spec import Precision, RunSpec, UserError
 from orchestrator.training import checkpoint
@@ -49,7 +49,7 @@ class Tolerance(NamedTuple):
     nats: float  # nats, additional error of a sequence
 
 
-class Asked(NamedTuple):
+class Decisions(NamedTuple):
     """The actions on which all ranks have agreed for this step."""
 
     non_finite: bool
@@ -59,7 +59,7 @@ class Asked(NamedTuple):
 
 
 @dataclass
-class Ended:
+class FitResult:
     """The result of `fit`."""
 
     status: str  # finished | stopped
@@ -87,7 +87,7 @@ class Trainer:
     precision: Precision
     identity: dict[str, Any]  # of the models and the tokenizer; a resumed run must have the same
     user_metrics: UserMetrics | None
-    near: Tolerance | None  # for policy and reference before the first step; None: they may differ
+    start_tolerance: Tolerance | None  # for policy and reference before the first step; None: they may differ
 
     def __post_init__(self) -> None:
         self.step = 0  # optimizer steps taken
@@ -95,7 +95,7 @@ class Trainer:
         self.tokens_seen = 0.0
         self.losses_seen = (0.0, 0.0)  # sum and count of the logged losses, for their mean at the end
         self.window = MetricSums(self.world)  # since the last log
-        self.last: Updated | None = None
+        self.last: StepResult | None = None
         self.evaluated_at = self.saved_at = -1
         self.saved_epoch = 0.0
         keep, timeout_s = self.spec.checkpoint.keep, self.spec.cluster.collective_timeout_s
@@ -143,7 +143,7 @@ class Trainer:
             if self.world.is_main and self.sources[name] != before[name]:
                 message = "%s was edited since this run started: steps after %d use the new code"
                 logger.warning(message, name, meta["step"])
-        self.engine.put(reader.read, reader.keys)
+        self.engine.load_shards(reader.read, reader.keys)
         self.engine.set_state(meta["engine"])
         self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
         self.evaluated_at, self.saved_at = meta["evaluated_at"], self.step
@@ -169,7 +169,7 @@ class Trainer:
         return self.step >= self.max_steps or (self.total_pairs is not None and self.pairs_seen >= self.total_pairs)
 
     @property
-    def goes_on(self) -> bool:
+    def should_continue(self) -> bool:
         """Return whether to take another step."""
         return not (self.is_over or self.stopping or self.finishing)
 
@@ -185,7 +185,7 @@ class Trainer:
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
-    def fit(self) -> Ended:
+    def fit(self) -> FitResult:
         """Train from the current position to the end, or until a stop is requested. The same on every rank."""
         if self.ledger is not None:
             self.ledger.go_on(self.resumed_from)
@@ -195,7 +195,7 @@ class Trainer:
         with closing(self.saver):
             if self.step == 0 and self.spec.evaluation.at_start:
                 self.evaluate()
-            while self.goes_on:
+            while self.should_continue:
                 with closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
                     self.train(steps)
                 if self.ending_epoch:
@@ -206,8 +206,8 @@ class Trainer:
         """Take steps up to `upto` (default: all), or until a stop is requested, or a callback ends the epoch."""
         callbacks = self.callbacks
         epoch, skipped = -1, 0
-        while self.goes_on and not self.ending_epoch and self.step != upto:
-            self._tell_saved()
+        while self.should_continue and not self.ending_epoch and self.step != upto:
+            self._notify_saved()
             self.rng = checkpoint.rng_state()
             made = next(steps)
             if made.epoch != epoch:
@@ -217,11 +217,11 @@ class Trainer:
             outputs = self.micro_steps(made)
 
             # requests since the last update are handled now, with its weights: this step has not updated them yet
-            asked = self._agree(self.engine.finite())
+            asked = self._agree(self.engine.grads_finite())
             if not (self.stopping or self.finishing):
                 self._act_on(asked)
             if self.stopping or self.finishing or self.ending_epoch:  # also if requested in _act_on
-                self.engine.discard()
+                self.engine.drop_gradients()
                 checkpoint.set_rng_state(self.rng, self.world.device)  # undoes the step
                 break
 
@@ -261,12 +261,12 @@ class Trainer:
             self.evaluate()
 
     @property
-    def _due(self) -> Asked:
+    def _due(self) -> Decisions:
         """Return what is due after the current step by the settings."""
         evaluation, over = self.spec.evaluation, self.is_over
         by_epoch = evaluation.every_epoch and evaluation.every_steps is None  # evaluated after the end of the epoch
         evaluate = self._is_at(evaluation.every_steps) or (over and not by_epoch)
-        return Asked(
+        return Decisions(
             non_finite=False,
             save=self._is_at(self.spec.checkpoint.every_steps) or over,
             evaluate=bool(self.eval_loaders) and evaluate,
@@ -292,7 +292,7 @@ class Trainer:
         self.epochs_ended.append(self.step)
         self.finishing |= over >= self.callbacks.state.num_train_epochs
 
-    def _end(self) -> Ended:
+    def _end(self) -> FitResult:
         """Evaluate (unless the run was stopped, to be resumed) and save."""
         stopped = self.stopping and not self.finishing and not self.is_over
         if not stopped:
@@ -309,15 +309,15 @@ class Trainer:
         status, reason = "finished", "every step was taken" if self.is_over else "requested by a callback"
         if stopped:
             status, reason = "stopped", self.session.stop_requested() or "requested on another rank"
-        return Ended(status, reason, self.step, folder, state.best_global_step, state.best_metric)
+        return FitResult(status, reason, self.step, folder, state.best_global_step, state.best_metric)
 
     def micro_steps(self, made: StepBatches) -> list[tuple[PairBatch, StepOutput]]:
         """Run forward and backward for this rank's micro-batches, and return each (on the host) with its output. The
         engine then holds the gradient."""
         counts = over_ranks(self.world, made.counts) if made.are_local else made.counts
-        self._look_at(counts)
-        if self.engine.meets_in_forward:
-            made = self._asked_together(made)
+        self._warn_if_unscored(counts)
+        if self.engine.forward_is_collective:
+            made = self._sync_reference_cache_misses(made)
         dpo, ready = self.spec.dpo, made.micro_batches
         if dpo.sees_batch:
             ready = first_pass(self.engine, made.micro_batches, counts, dpo, self.world)
@@ -330,11 +330,11 @@ class Trainer:
                 self.callbacks.fire("on_substep_end")
         for batch, output in outputs:  # before the next collective: all ranks find it in the next epoch
             self.loader.remember(batch, output.ref_logps)
-        if self.step == 0 and self.near is not None:
-            self._check_start(outputs, self.near)
+        if self.step == 0 and self.start_tolerance is not None:
+            self._check_start(outputs, self.start_tolerance)
         return outputs
 
-    def _look_at(self, counts: Counts) -> None:
+    def _warn_if_unscored(self, counts: Counts) -> None:
         """Warn once if a step has no scored token of a chosen completion."""
         if counts.chosen_tokens or self.said_unscored or not self.world.is_main:
             return
@@ -345,33 +345,33 @@ class Trainer:
             self.step + 1,
         )
 
-    def _asked_together(self, made: StepBatches) -> StepBatches:
+    def _sync_reference_cache_misses(self, made: StepBatches) -> StepBatches:
         """Drop the cached log-probs if one rank lacks its own: a sharding engine gathers weights on all ranks."""
         known = all(batch.ref_logps is not None for batch in made.micro_batches)
         if all_ranks(self.world, known) or self.loader.cache is None:
             return made
         return made._replace(micro_batches=[batch._replace(ref_logps=None) for batch in made.micro_batches])
 
-    def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], near: Tolerance) -> None:
+    def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], start_tolerance: Tolerance) -> None:
         """Check that the policy equals its reference before the first update, where every reward is 0 and the sigmoid
         loss ln 2."""
         by_user = isinstance(self.loader.collator, AdaptedCollator)  # log-probs in a batch may then be the user's
         judged = [(b, o) for b, o in outputs if b.pair_weights.any() and not (by_user and b.ref_logps is not None)]
         apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
         for batch, output in judged[:MEASURED]:
-            rounding = near.token * batch.completion_tokens.to(self.world.device).double().sqrt()
+            rounding = start_tolerance.token * batch.completion_tokens.to(self.world.device).double().sqrt()
             apart.append((output.logps - output.ref_logps).abs() - rounding)
         worst = self.world.max(torch.cat(apart).amax().view(1)).item()
-        if worst > near.nats:  # False for NaN, which is detected in the gradient
+        if worst > start_tolerance.nats:  # False for NaN, which is detected in the gradient
             raise TrainingError(
                 f"step 1: the policy starts as its reference, but their log-probs differ by {worst:.2g} nats more "
-                f"than by rounding ({near.nats:.2g} are allowed); remove {self.spec.cache_dir / 'reference_logps'} in "
-                "case it was edited, and report the problem if it persists"
+                f"than by rounding ({start_tolerance.nats:.2g} are allowed); remove "
+                f"{self.spec.cache_dir / 'reference_logps'} in case it was edited, and report it if it persists"
             )
 
     # --- agreement -----------------------------------------------------------------------------------------------
 
-    def _agree(self, finite: torch.Tensor | None = None) -> Asked:
+    def _agree(self, finite: torch.Tensor | None = None) -> Decisions:
         """Combine the requests of all ranks in one small reduction, so that all act on them at the same step."""
         stop = int(self.session.stop_requested() is not None)
         flags = torch.tensor([0, stop, *self.callbacks.take_requests()], dtype=torch.int32, device=self.world.device)
@@ -381,9 +381,9 @@ class Trainer:
         self.stopping |= stop
         self.finishing |= finish
         self.ending_epoch |= end_epoch and self.in_epoch
-        return Asked(non_finite, save, evaluate, log)
+        return Decisions(non_finite, save, evaluate, log)
 
-    def _act_on(self, asked: Asked) -> None:
+    def _act_on(self, asked: Decisions) -> None:
         if asked.log:
             self.log()
         if asked.evaluate:
@@ -480,18 +480,18 @@ class Trainer:
         in_background = self.spec.checkpoint.async_save and not last
         best = self.callbacks.state.best_global_step
         folder = None if best is None else step_folder(self.run_dir.checkpoints, best)
-        self.saver.save(self.step, self.engine.owned(), meta, self.rng, in_background, folder, seen)
+        self.saver.save(self.step, self.engine.iter_shards(), meta, self.rng, in_background, folder, seen)
         self.saved_at, self.saved_epoch = self.step, self.callbacks.state.epoch
-        self._tell_saved()
+        self._notify_saved()
 
     def _finish_save(self) -> None:
         """Wait for the save in the background, if any."""
         self.saver.wait()
-        self._tell_saved()
+        self._notify_saved()
 
-    def _tell_saved(self) -> None:
+    def _notify_saved(self) -> None:
         """Notify session and callbacks of a newly committed save. Callbacks see its step and epoch."""
-        if (path := self.saver.news()) is None:
+        if (path := self.saver.pop_committed()) is None:
             return
         self.session.committed(self.saved_at, path)
         state = self.callbacks.state

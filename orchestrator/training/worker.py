@@ -32,24 +32,24 @@ from orchestrator.models.logps import packed_error
 from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import DTYPES, build_policy, pair_cost
 from orchestrator.models.quantized import exact_int8_products, is_int8, is_quantized
-from orchestrator.models.reference import Absent, PolicyStart, Reference, build_reference, hold, identity_of
+from orchestrator.models.reference import Absent, PolicyStart, Reference, build_reference, identity_of, place
 from orchestrator.models.rope import fixed_up_to, use_own_lengths
 from orchestrator.settings.counts import counted
 from orchestrator.settings.rules import refuse_moving_shards
 from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
 from orchestrator.training import checkpoint, manifest
-from orchestrator.training.announce import evaluation_named, say_frozen, say_models, say_run, say_types
+from orchestrator.training.announce import evaluation_named, print_frozen, print_models, print_run, print_types
 from orchestrator.training.callbacks import Callbacks, build_callbacks, training_args
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import check_exportable, export, exported_config, keep_for_export
-from orchestrator.training.given import NOTHING, Given
 from orchestrator.training.health import Session
 from orchestrator.training.manifest import step_folder
-from orchestrator.training.prepare import Prepared, pad_id, prepare, quiet
+from orchestrator.training.prepare import PreparedRun, pad_id, prepare, quiet
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.samples import answered_samples
-from orchestrator.training.trainer import Ended, Tolerance, Trainer
+from orchestrator.training.trainer import FitResult, Tolerance, Trainer
+from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.world import World
 
 CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows have more overhead, longer ones exceed its caches
@@ -67,8 +67,8 @@ def run(
     spec: RunSpec,
     world: World,
     session: Session,
-    given: Given = NOTHING,
-    observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]] = list,
+    given: UserObjects = NOTHING,
+    wrap_callbacks: Callable[[list[TrainerCallback]], list[TrainerCallback]] = list,
 ) -> RunResult:
     """Train one run on this rank, resuming if RUN_DIR has a complete checkpoint.
 
@@ -83,23 +83,23 @@ def run(
     quiet()
     run_dir = RunDir(spec.run_dir)
     prepared = prepare(spec, given)
-    ended = _trained(spec, prepared, world, session, run_dir, given, observed_by)
+    ended = _trained(spec, prepared, world, session, run_dir, given, wrap_callbacks)
     gc.collect()  # before the export builds the whole model again
     return _concluded(spec, prepared, ended, run_dir, world)
 
 
 def _trained(
     spec: RunSpec,
-    prepared: Prepared,
+    prepared: PreparedRun,
     world: World,
     session: Session,
     run_dir: RunDir,
-    given: Given,
-    observed_by: Callable[[list[TrainerCallback]], list[TrainerCallback]],
-) -> Ended:
+    given: UserObjects,
+    wrap_callbacks: Callable[[list[TrainerCallback]], list[TrainerCallback]],
+) -> FitResult:
     """Train from the newest checkpoint; all parts of the run are freed when this returns."""
     found = _newest_checkpoint(run_dir, world)
-    callbacks = observed_by(build_callbacks(spec, run_dir, given.callbacks) if world.is_main else [])
+    callbacks = wrap_callbacks(build_callbacks(spec, run_dir, given.callbacks) if world.is_main else [])
     with built(spec, prepared, world, session, run_dir, given, found, callbacks) as trainer:
         return trainer.fit()
 
@@ -107,11 +107,11 @@ def _trained(
 @contextmanager
 def built(
     spec: RunSpec,
-    prepared: Prepared,
+    prepared: PreparedRun,
     world: World,
     session: Session,
     run_dir: RunDir,
-    given: Given = NOTHING,
+    given: UserObjects = NOTHING,
     found: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     first_batch_only: bool = False,
@@ -134,11 +134,11 @@ def built(
 def _assembled(
     spec: RunSpec,
     precision: Precision,
-    prepared: Prepared,
+    prepared: PreparedRun,
     world: World,
     session: Session,
     run_dir: RunDir,
-    given: Given,
+    given: UserObjects,
     found: Path | None,
     callbacks: Sequence[TrainerCallback],
     first_batch_only: bool,
@@ -163,8 +163,8 @@ def _assembled(
         is_whole = type(config) is type(prepared.config)  # not only the language model of a multimodal one
         keep_for_export(run_dir, policy, prepared.tokenizer, config, spec.model.path if is_whole else None)
     if found is None and world.is_main:
-        say_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
-        say_frozen(frozen)
+        print_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
+        print_frozen(frozen)
     step = _pair_step(spec, policy, reference, world, precision, dtype)
     engine = _engine(spec, world, precision, dtype)
     engine.wrap(step, *factories(spec, policy, length.steps, world.device, given.optimizers))
@@ -178,9 +178,9 @@ def _assembled(
             said_by["rope"] = "by each row's own length"
         _open_caches(spec, loader, eval_loaders, said_by)
     if found is None and world.is_main:
-        say_run(spec, prepared, world, precision, length.steps, why_padded)
-        say_types(engine, precision)
-    _settle(engine, loader, collator, world)
+        print_run(spec, prepared, world, precision, length.steps, why_padded)
+        print_types(engine, precision)
+    _warm_up_ddp_buckets(engine, loader, collator, world)
 
     near = _start_tolerance(spec, engine, loader, policy, reference, world, precision) if found is None else None
     if spec.reference_cache == "full":
@@ -221,7 +221,7 @@ def _arithmetic(spec: RunSpec, precision: Precision, attention: AttentionName, w
     return made
 
 
-def _handed_to_callbacks(spec: RunSpec, prepared: Prepared, engine: Engine) -> dict[str, Any]:
+def _handed_to_callbacks(spec: RunSpec, prepared: PreparedRun, engine: Engine) -> dict[str, Any]:
     """Return the keyword arguments that transformers passes to every hook."""
     return {
         "model": None if spec.engine.shards_weights else engine.step.policy,  # its weights would be shards
@@ -261,7 +261,7 @@ def _pair_step(
     if not wanted.sharded and not wanted.offload:
         as_file = None if spec.model.lora and spec.model.lora.base else dtype
         of_weights = dtype_of(precision) if casts and not stays else as_file if spec.engine.shards_weights else None
-        hold(reference, policy, world.device, None if wanted.dtype else of_weights)
+        place(reference, policy, world.device, None if wanted.dtype else of_weights)
     step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics, wanted.sharded)
     if casts and stays:
         step.reference_arithmetic = partial(autocast, world.device, precision)
@@ -282,7 +282,7 @@ def _casts(spec: RunSpec, precision: Precision) -> bool:
 
 
 def _attention(
-    spec: RunSpec, prepared: Prepared, engine: Engine, world: World, precision: Precision
+    spec: RunSpec, prepared: PreparedRun, engine: Engine, world: World, precision: Precision
 ) -> tuple[AttentionName, str | None]:
     """Set the attention of policy and reference; return its name, and why rows are padded if that was not set.
 
@@ -310,7 +310,7 @@ def _attention(
         for model in models:
             use_packed_attention(model, name)
         mine = [
-            engine.inside(partial(packed_error, model, world.device)) / _packed_tolerance(model, precision)
+            engine.run_in_forward(partial(packed_error, model, world.device)) / _packed_tolerance(model, precision)
             for model in models
         ]
         # all ranks must have one layout, which decides the number of micro-steps; NaN exceeds every tolerance
@@ -323,7 +323,7 @@ def _attention(
 def _check_padding(models: list[Any], engine: Engine, world: World, precision: Precision) -> None:
     """Check that a sequence's log-probs do not depend on its padding. Collective."""
     for model in models:
-        error = engine.inside(partial(padding_error, model, world.device)) / _packed_tolerance(model, precision)
+        error = engine.run_in_forward(partial(padding_error, model, world.device)) / _packed_tolerance(model, precision)
         if not max(world.gather(error)) <= 1:
             rule = (
                 f"log-probs of a sequence depend on the rows beside it: they differ by {error:.1e} times the rounding"
@@ -343,7 +343,7 @@ def _rounding(policy: Any, precision: Precision) -> float:
 
 
 def _identity(
-    spec: RunSpec, prepared: Prepared, policy: Any, reference: Reference, world: World, dtype: torch.dtype
+    spec: RunSpec, prepared: PreparedRun, policy: Any, reference: Reference, world: World, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return what the results of a run depend on besides its settings and rows; a checkpoint can only be resumed with
     the same."""
@@ -362,14 +362,14 @@ def _identity(
     return made | {"chat_template": hashlib.sha256(template).hexdigest()}
 
 
-def _collator(spec: RunSpec, prepared: Prepared, attention: AttentionName) -> PackedCollator | PreferenceCollator:
+def _collator(spec: RunSpec, prepared: PreparedRun, attention: AttentionName) -> PackedCollator | PreferenceCollator:
     pad = pad_id(prepared.tokenizer, prepared.config)
     return PreferenceCollator(pad, spec.data) if attention == "padded" else PackedCollator(spec.data)
 
 
 def _loaders(
     spec: RunSpec,
-    prepared: Prepared,
+    prepared: PreparedRun,
     world: World,
     cost: PairCost,
     collator: PackedCollator | PreferenceCollator,
@@ -423,7 +423,9 @@ def _open_caches(spec: RunSpec, loader: Loader, eval_loaders: dict[str, Loader],
         each.cache = RefCache(folder, each.pairs, f"eval {name}".rstrip(), spec.data.keep_last)
 
 
-def _settle(engine: Engine, loader: Loader, collator: PackedCollator | PreferenceCollator, world: World) -> None:
+def _warm_up_ddp_buckets(
+    engine: Engine, loader: Loader, collator: PackedCollator | PreferenceCollator, world: World
+) -> None:
     """Run one micro-step of weight 0, after which DDP has rebuilt its gradient buckets.
 
     With three or more ranks the buckets determine the order of summation, which must be the same in the first step of a
@@ -432,7 +434,7 @@ def _settle(engine: Engine, loader: Loader, collator: PackedCollator | Preferenc
     if world.size > 1:
         shortest = loader.pairs[int(loader.order.costs.argmin())]
         engine.micro_step(collator([shortest], is_filler=True).to(world.device), Counts(1, 1), last=True)
-        engine.discard()
+        engine.drop_gradients()
 
 
 def _start_tolerance(
@@ -510,7 +512,7 @@ def _fill_caches(
             raise UserError("reference.kind", "precomputed", rule, "free space there, or set data.cache_dir to another")
 
 
-def _concluded(spec: RunSpec, prepared: Prepared, ended: Ended, run_dir: RunDir, world: World) -> RunResult:
+def _concluded(spec: RunSpec, prepared: PreparedRun, ended: FitResult, run_dir: RunDir, world: World) -> RunResult:
     model_step = None
     if ended.status == "finished":
         wants_best = spec.checkpoint.export == "best" and ended.best_step is not None  # None if all were NaN

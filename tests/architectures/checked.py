@@ -133,7 +133,7 @@ def checked(model_type: str, folder: Path, **more: Any) -> Row:
     try:
         run_dir.begin(spec)
         with redirect_stdout(said):
-            run(spec, World(0, 1, 0, torch.device("cpu")), NothingToSave(), observed_by=lambda made: [*made, keep])
+            run(spec, World(0, 1, 0, torch.device("cpu")), NothingToSave(), wrap_callbacks=lambda made: [*made, keep])
     except UserError as error:
         row.refusal = str(error)
         return row

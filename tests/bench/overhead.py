@@ -29,7 +29,7 @@ from orchestrator.settings.load import make_spec
 from orchestrator.training import worker
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.trainer import Ended, Trainer
+from orchestrator.training.trainer import FitResult, Trainer
 from orchestrator.world import World
 
 MODEL = {
@@ -61,10 +61,10 @@ class Alternating(Trainer):
     steps_per_turn = 0
     of_ledger = False
 
-    def fit(self) -> Ended:
+    def fit(self) -> FitResult:
         """Never saved nor resumed: this run is a measurement."""
         self.callbacks.fire("on_train_begin")
-        self.near = None  # the bare loop moves the policy before the first step is counted
+        self.start_tolerance = None  # the bare loop moves the policy before the first step is counted
         last = self.max_steps
         bare_loop(self, 2)  # warm both
         kept = self.seen
@@ -102,7 +102,7 @@ def bare_loop(trainer: Trainer, steps: int) -> float:
             batch = loader.collator([loader.pairs[int(index)] for index in micro.pairs])  # pyright: ignore
             batch = batch._replace(ref_logps=loader.cache.known(micro.pairs))
             engine.micro_step(batch, counts, last=number == len(plan.micro_batches) - 1)
-        engine.finite().item()
+        engine.grads_finite().item()
         engine.optimizer_step(apply=True)
     return time.process_time() - began
 

@@ -113,7 +113,7 @@ def test_a_step_does_not_wait_for_the_gpu(alone: World, precision: Precision) ->
             engine.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1)
             for number, batch in enumerate(batches)
         ]
-        finite = engine.finite()
+        finite = engine.grads_finite()
         engine.optimizer_step(apply=True)
         seen.add(1, 0, list(zip(on_host, outputs, strict=True)))
     finally:

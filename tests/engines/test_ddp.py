@@ -13,7 +13,7 @@ from tiny import tiny_model as made_model
 
 from orchestrator.data.collate import Counts
 from orchestrator.dpo.step import PairStep
-from orchestrator.engines.base import Owned, Updated
+from orchestrator.engines.base import Shard, StepResult
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.reference import Reference
@@ -43,13 +43,13 @@ def engine(
     return made
 
 
-def train(made: DdpEngine, steps: int = 1, seed: int = 0) -> list[Updated]:
+def train(made: DdpEngine, steps: int = 1, seed: int = 0) -> list[StepResult]:
     """Steps of two micro-batches each."""
     done = []
     for step in range(steps):
         for micro in range(2):
             made.micro_step(pair_batch(2, seed + 10 * step + micro), COUNTS, last=micro == 1)
-        done.append(made.optimizer_step(apply=bool(made.finite())))
+        done.append(made.optimizer_step(apply=bool(made.grads_finite())))
     return done
 
 
@@ -63,8 +63,8 @@ def gradient(made: DdpEngine) -> torch.Tensor:
 
 def restored(made: DdpEngine, other: DdpEngine, folder: Path) -> DdpEngine:
     """Put one engine's state into another, by way of a checkpoint."""
-    reader = Reader(save(folder, 1, made.owned(), {"engine": made.state()}, ALONE))
-    other.put(reader.read, reader.keys)
+    reader = Reader(save(folder, 1, made.iter_shards(), {"engine": made.state()}, ALONE))
+    other.load_shards(reader.read, reader.keys)
     other.set_state(reader.meta["engine"])
     return other
 
@@ -77,7 +77,7 @@ def test_the_engine_does_not_divide_the_gradient() -> None:
         assert not output.loss.requires_grad
     assert torch.equal(gradient(made), gradient(plain))
     before, applied = weights(made), gradient(made)
-    assert bool(made.finite())
+    assert bool(made.grads_finite())
     updated = made.optimizer_step(apply=True)
     decay = torch.cat([torch.full((p.numel(),), 0.01 if p.ndim > 1 else 0.0) for p in made.saved.values()])
     assert torch.allclose(weights(made), before - applied - decay * before, atol=1e-7)
@@ -94,7 +94,7 @@ def test_the_gradient_is_clipped_and_its_norm_is_reported_before(limit: float | 
     made.micro_step(pair_batch(4), COUNTS, last=True)
     norm, before = gradient(made).norm().item(), weights(made)
     assert norm > 0.1
-    assert bool(made.finite())
+    assert bool(made.grads_finite())
     assert made.optimizer_step(apply=True).grad_norm.item() == pytest.approx(norm, rel=1e-6)
     assert (weights(made) - before).norm().item() == pytest.approx(expected or norm, rel=1e-3)
 
@@ -104,7 +104,7 @@ def test_the_gradient_is_gone_after_the_step(apply: bool) -> None:
     made = engine(SGD)
     before = weights(made)
     made.micro_step(pair_batch(4), COUNTS, last=True)
-    made.finite()
+    made.grads_finite()
     made.optimizer_step(apply=apply)
     assert all(p.grad is None for p in made.saved.values())
     assert torch.equal(weights(made), before) is not apply
@@ -113,7 +113,7 @@ def test_the_gradient_is_gone_after_the_step(apply: bool) -> None:
 def test_a_discarded_micro_step_leaves_nothing() -> None:
     made, plain = engine(SGD), engine(SGD)
     made.micro_step(pair_batch(4, 5), COUNTS, last=True)
-    made.discard()
+    made.drop_gradients()
     train(made)
     train(plain)
     assert torch.equal(weights(made), weights(plain))
@@ -124,7 +124,7 @@ def test_the_schedule_moves_with_applied_steps_only() -> None:
     used = []
     for apply in (True, False, False, True, True):
         made.micro_step(pair_batch(4), COUNTS, last=True)
-        made.finite()
+        made.grads_finite()
         updated = made.optimizer_step(apply=apply)
         used.append((updated.lr, updated.skipped))
     assert used == [(1.0, False), (0.5, True), (0.5, True), (0.5, False), (0.25, False)]
@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_is_seen(value: float) -> None:
     grad = made.saved["model.layers.1.mlp.up_proj.weight"].grad
     assert grad is not None
     grad[3, 5] = value
-    assert not bool(made.finite())
+    assert not bool(made.grads_finite())
 
 
 def test_an_fp16_overflow_lowers_the_scale_and_keeps_weights_and_rate() -> None:
@@ -226,7 +226,7 @@ def test_sgd_goes_on_with_or_without_momentum(kwargs: dict[str, Any], tmp_path: 
     made = engine(optimizer)
     train(made, 2)
     other = restored(made, engine(optimizer, seed=3), tmp_path)
-    assert ("momentum_buffer" in next(iter(made.owned())).tensors) is bool(kwargs)
+    assert ("momentum_buffer" in next(iter(made.iter_shards())).tensors) is bool(kwargs)
     train(made, seed=50)
     train(other, seed=50)
     assert torch.equal(weights(other), weights(made))
@@ -246,10 +246,10 @@ def test_every_parameter_is_owned_once_whole_under_its_name() -> None:
     policy.model.embed_tokens.weight.requires_grad_(False)  # pyright: ignore
     made = engine({"name": "torch.optim.AdamW"}, model=policy)
     train(made)
-    owned = {part.name: part for part in made.owned()}
+    owned = {part.name: part for part in made.iter_shards()}
     assert set(owned) == set(policy.state_dict())
     for name, tensor in policy.state_dict().items():
-        part: Owned = owned[name]
+        part: Shard = owned[name]
         assert (part.shape, part.start, part.stop) == (tuple(tensor.shape), 0, tensor.numel())
         assert torch.equal(part.tensors["param"].view(part.shape), tensor)
         is_frozen = name == "model.embed_tokens.weight"

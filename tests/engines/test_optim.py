@@ -255,15 +255,15 @@ def test_every_schedule_under_an_engine_is_plain_torch(schedule: dict[str, Any],
     for number in range(STEPS):
         if number == 3:  # a gradient that is not finite counts nowhere
             engine.trainable[0].grad = torch.full_like(engine.trainable[0], float("nan"))
-            assert not bool(engine.finite())
+            assert not bool(engine.grads_finite())
             assert engine.optimizer_step(apply=False).lr == expected[3]
         if number == 5:
-            reader = Reader(save(tmp_path, 1, engine.owned(), {"engine": engine.state()}, ALONE))
+            reader = Reader(save(tmp_path, 1, engine.iter_shards(), {"engine": engine.state()}, ALONE))
             engine = built(2)
-            engine.put(reader.read, reader.keys)
+            engine.load_shards(reader.read, reader.keys)
             engine.set_state(reader.meta["engine"])
         in_order = [p for group in engine.optimizer.param_groups for p in group["params"]]
-        stepped(in_order, engine.finite, number)
+        stepped(in_order, engine.grads_finite, number)
         found.append(engine.optimizer_step(apply=True).lr)
     assert found == expected
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(in_order, weights, strict=True))

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from orchestrator.models.policy import build_policy, load_tokenizer
 from orchestrator.settings.spec import RunSpec
 from orchestrator.training import worker
-from orchestrator.training.given import Given
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.user_objects import UserObjects
 from orchestrator.world import World
 
 need_trl()
@@ -82,7 +82,7 @@ def of_ours(spec: RunSpec) -> list[Heard]:
     run_dir.begin(spec)
     world = World(0, 1, 0, torch.device("cpu"))
     with kept_signals():
-        worker.run(spec, world, LocalSession(run_dir, 0), Given(callbacks=[recording]))
+        worker.run(spec, world, LocalSession(run_dir, 0), UserObjects(callbacks=[recording]))
     return recording.heard
 
 

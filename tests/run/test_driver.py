@@ -18,8 +18,8 @@ from orchestrator.run import driver
 from orchestrator.run.cluster import check_head
 from orchestrator.run.driver import _pickled, _placeable, _unpickled
 from orchestrator.settings.spec import UserError
-from orchestrator.training.given import Given
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.user_objects import UserObjects
 
 
 @pytest.mark.parametrize(("placement", "fits"), [("PACK", 5), ("SPREAD", 5), ("STRICT_PACK", 3), ("STRICT_SPREAD", 2)])
@@ -35,8 +35,8 @@ class Counting(TrainerCallback):
 def test_what_a_python_user_gives_travels_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere")  # so that no token is made
     spec, lr = tiny_spec(tmp_path), 0.25
-    assert _pickled(spec, Given()) == {}
-    sent = _pickled(spec, Given(optimizers=(lambda params: (params, lr), None), callbacks=[Counting()]))
+    assert _pickled(spec, UserObjects()) == {}
+    sent = _pickled(spec, UserObjects(optimizers=(lambda params: (params, lr), None), callbacks=[Counting()]))
     assert set(sent) == {"optimizers", "callbacks"}
     main, other = (_unpickled(sent, world) for world in (ALONE, replace(ALONE, rank=1)))
     assert [type(each) for each in main.callbacks or ()] == [Counting]
@@ -49,11 +49,11 @@ def test_what_a_python_user_gives_travels_by_value(tmp_path: Path, monkeypatch: 
     with pytest.raises(
         UserError, match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); store only names"
     ):
-        _pickled(spec, Given(optimizers=(None, lambda made: lock)))
+        _pickled(spec, UserObjects(optimizers=(None, lambda made: lock)))
     held = Counting()
     held.count = lock
     with pytest.raises(UserError, match=r"callbacks = .*Counting object.*: cannot be sent to the workers \(.*lock"):
-        _pickled(spec, Given(callbacks=[held]))
+        _pickled(spec, UserObjects(callbacks=[held]))
     with pytest.raises(UserError, match="ref_model = 'as sent': cannot be read on a worker"):
         _unpickled({"ref_model": b"cnowhere\nmine\n."}, ALONE)
 

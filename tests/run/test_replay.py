@@ -11,7 +11,7 @@ from support import WORDS, metric_lines, rows, tiny_spec, write_settings
 from orchestrator.data.order import permutation
 from orchestrator.engines import scale
 from orchestrator.run.debug import debug
-from orchestrator.run.replay import Replayed, replay
+from orchestrator.run.replay import ReplayResult, replay
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import committed
@@ -36,7 +36,7 @@ def logged(run_dir: RunDir, step: int) -> dict[str, float]:
     return next(line for line in metric_lines(run_dir.path) if line["step"] == step)
 
 
-def check(run_dir: RunDir, made: Replayed) -> None:
+def check(run_dir: RunDir, made: ReplayResult) -> None:
     """Against what the run has logged of that step."""
     line = logged(run_dir, made.step)
     assert made.loss == pytest.approx(line["loss"], abs=1e-6)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from tiny import ALONE, on_ranks
 
-from orchestrator.engines.base import Owned
+from orchestrator.engines.base import Shard
 from orchestrator.settings.spec import UserError
 from orchestrator.training import checkpoint as module
 from orchestrator.training.checkpoint import (
@@ -36,10 +36,10 @@ from orchestrator.world import World
 META = {"pairs_seen": 8, "engine": {"scheduler": {"milestones": {2: 1, 10: 3}, "lr": [1e-5, 0.1]}}}
 
 
-def part(name: str, shape: tuple[int, ...], start: int, stop: int, offset: float = 0.0) -> Owned:
+def part(name: str, shape: tuple[int, ...], start: int, stop: int, offset: float = 0.0) -> Shard:
     """The range of a parameter that counts upwards, with optimizer state."""
     values = torch.arange(start, stop, dtype=torch.float32) + offset
-    return Owned(name, shape, start, stop, {"param": values, "exp_avg": -values, "step": torch.tensor([3.0])})
+    return Shard(name, shape, start, stop, {"param": values, "exp_avg": -values, "step": torch.tensor([3.0])})
 
 
 def saved(folder: Path, step: int, world: World = ALONE) -> Path:
@@ -89,14 +89,14 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 def test_numbers_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     values = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
     values[:3] = torch.tensor([float("inf"), -0.0, float("nan")]).to(dtype)
-    found = Reader(save(tmp_path, 1, [Owned("a", (40,), 0, 40, {"param": values})], {}, ALONE)).parameter("a")
+    found = Reader(save(tmp_path, 1, [Shard("a", (40,), 0, 40, {"param": values})], {}, ALONE)).parameter("a")
     assert found.dtype == dtype
     assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
 
 
 def test_scalars_and_empty_parameters(tmp_path: Path) -> None:
-    scalar = Owned("scalar", (), 0, 1, {"param": torch.tensor([2.5]), "step": torch.tensor([9.0])})
-    empty = Owned("empty", (0, 3), 0, 0, {"param": torch.zeros(0)})
+    scalar = Shard("scalar", (), 0, 1, {"param": torch.tensor([2.5]), "step": torch.tensor([9.0])})
+    empty = Shard("empty", (0, 3), 0, 0, {"param": torch.zeros(0)})
     reader = Reader(save(tmp_path, 1, [scalar, empty], {}, ALONE))
     assert reader.parameter("scalar").shape == ()
     assert reader.read("scalar", "step", 0, 1).item() == 9.0
@@ -138,7 +138,7 @@ def test_a_gap_between_ranks_is_refused(tmp_path: Path) -> None:
 def test_a_tensor_of_a_shape_of_its_own_is_kept_whole(tmp_path: Path) -> None:
     """Optimizer state need not have the parameter's shape, of which a rank may own any range."""
     state = {"param": torch.arange(6.0), "shaped:2,1:row_var": torch.tensor([3.0, 4.0])}
-    reader = Reader(save(tmp_path, 1, [Owned("a", (3, 4), 6, 12, state)], {}, ALONE))
+    reader = Reader(save(tmp_path, 1, [Shard("a", (3, 4), 6, 12, state)], {}, ALONE))
     assert reader.read("a", "param", 6, 12).tolist() == [0, 1, 2, 3, 4, 5]
     assert reader.read("a", "shaped:2,1:row_var", 0, 2).tolist() == [3, 4]
 
@@ -313,7 +313,7 @@ def test_a_full_disk_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
 
     def work(world: World) -> Path:
         size = 20_000 if world.rank == 1 else 2  # only the second rank writes more than fits
-        values = Owned(f"p{world.rank}", (size,), 0, size, {"param": torch.zeros(size)})
+        values = Shard(f"p{world.rank}", (size,), 0, size, {"param": torch.zeros(size)})
         return save(tmp_path, 3, [values], META, world)
 
     with full_disk(50_000):
@@ -330,7 +330,7 @@ def test_a_folder_that_cannot_be_made_is_raised_on_all(tmp_path: Path) -> None:
 
 def test_an_engine_that_fails_to_hand_out_its_state_is_raised_on_all(tmp_path: Path) -> None:
     def work(world: World) -> Path:
-        def owned() -> Iterator[Owned]:
+        def owned() -> Iterator[Shard]:
             yield part(f"p{world.rank}", (3,), 0, 3)
             if world.rank == 1:
                 raise RuntimeError("CUDA error")
@@ -379,16 +379,16 @@ def test_what_changes_after_a_save_has_begun_does_not_reach_it(tmp_path: Path, g
     seed_everything(3)
     expected = draws()
     seed_everything(3)
-    owned = [Owned("a", (6,), 0, 6, {"param": strided, "step": storage[:1]}), Owned("b", (12,), 0, 12, {"param": view})]
+    owned = [Shard("a", (6,), 0, 6, {"param": strided, "step": storage[:1]}), Shard("b", (12,), 0, 12, {"param": view})]
     saves.save(1, owned, {"history": history}, in_background=True)
-    assert saves.news() is None
+    assert saves.pop_committed() is None
     storage.fill_(-1)
     history.append(2)
     draws()
     gate.set()
     saves.wait()
-    assert saves.news() == tmp_path / "step_00000001"
-    assert saves.news() is None
+    assert saves.pop_committed() == tmp_path / "step_00000001"
+    assert saves.pop_committed() is None
     reader = Reader(tmp_path / "step_00000001")
     assert torch.equal(reader.parameter("a"), torch.arange(0.0, 12.0, 2))
     assert torch.equal(reader.parameter("b"), torch.arange(12.0, 24.0))
@@ -406,7 +406,7 @@ def test_in_the_background_the_same_files_are_written(tmp_path: Path) -> None:
             saves = saver(tmp_path / name, world)
             saves.save(4, mine, META, module.rng_state(), in_background=name == "later")
             saves.wait()
-            assert saves.news() == tmp_path / name / "step_00000004"
+            assert saves.pop_committed() == tmp_path / name / "step_00000004"
 
     assert on_ranks(2, work) == [None, None]
     at_once, later = (
@@ -495,7 +495,7 @@ def test_a_full_disk_of_one_rank_in_the_background_is_raised_on_all(tmp_path: Pa
     def work(world: World) -> None:
         saves = saver(tmp_path, world)
         size = 20_000 if world.rank == rank else 2  # only this rank writes more than fits
-        values = Owned(f"p{world.rank}", (size,), 0, size, {"param": torch.zeros(size)})
+        values = Shard(f"p{world.rank}", (size,), 0, size, {"param": torch.zeros(size)})
         saves.save(3, [values], META, in_background=True)
         saves.wait()
 
@@ -560,14 +560,14 @@ def test_a_save_that_has_failed_does_not_spoil_the_next_one(tmp_path: Path, monk
             saves.wait()
         begin(saves, 4)
         saves.wait()
-        assert saves.news() == tmp_path / "step_00000004"
+        assert saves.pop_committed() == tmp_path / "step_00000004"
 
     assert on_ranks(2, work) == [None, None]
 
 
 def test_state_that_cannot_be_copied_is_raised_on_all(tmp_path: Path) -> None:
     def work(world: World) -> None:
-        def owned() -> Iterator[Owned]:
+        def owned() -> Iterator[Shard]:
             yield part(f"p{world.rank}", (3,), 0, 3)
             if world.rank == 1:
                 raise RuntimeError("CUDA error")

@@ -18,7 +18,7 @@ from orchestrator.settings.spec import UserError
 from orchestrator.training import compute_metrics as module
 from orchestrator.training.compute_metrics import KEY, PADDING, Predictions, UserMetrics, check_memory, user_metrics
 from orchestrator.training.evaluate import evaluate
-from orchestrator.training.given import NOTHING, Given
+from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.world import World
 
 COUNT, BATCH = 7, 3  # pairs: of the set, and of a batch
@@ -225,18 +225,28 @@ def test_anything_else_ends_every_rank_with_the_same_line(
         ({"batch_size": 2}, NOTHING, "evaluation.batch_size", "= 2: applies only"),
         ({"compute_metrics": "math:none"}, NOTHING, KEY, "has no none"),
         ({"compute_metrics": "math:pi"}, NOTHING, KEY, "cannot be called"),
-        ({"compute_metrics": "math:fabs"}, Given(compute_metrics=math.fabs), KEY, "be combined with compute_metrics"),
+        (
+            {"compute_metrics": "math:fabs"},
+            UserObjects(compute_metrics=math.fabs),
+            KEY,
+            "be combined with compute_metrics",
+        ),
         (
             {"without_pairs": True},
-            Given(compute_metrics=raising),
+            UserObjects(compute_metrics=raising),
             "compute_metrics",
             "needs evaluation pairs; set data.eval",
         ),
-        ({"batch_eval_metrics": True}, Given(compute_metrics=raising), KEY, "an EvalPrediction and compute_result"),
+        (
+            {"batch_eval_metrics": True},
+            UserObjects(compute_metrics=raising),
+            KEY,
+            "an EvalPrediction and compute_result",
+        ),
     ],
 )
 def test_a_function_that_cannot_be_asked_is_refused(
-    tmp_path: Path, evaluation: dict[str, Any], given: Given, key: str, says: str
+    tmp_path: Path, evaluation: dict[str, Any], given: UserObjects, key: str, says: str
 ) -> None:
     data = {"data": {"eval": None}} if evaluation.pop("without_pairs", False) else {}
     with pytest.raises(UserError) as caught:

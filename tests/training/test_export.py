@@ -13,7 +13,7 @@ from support import tiny_spec, write_settings
 from tiny import ALONE, ids, pair_rows, save_adapter, tiny_model, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.engines.base import Owned
+from orchestrator.engines.base import Shard
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import Reader, save
 from orchestrator.training.export import export
@@ -25,7 +25,7 @@ MODEL = tiny_model(seed=4)
 
 def checkpoint(run_dir: RunDir, step: int, model: Any) -> Path:
     owned = [
-        Owned(name, tuple(p.shape), 0, p.numel(), {"param": p.detach().flatten()})
+        Shard(name, tuple(p.shape), 0, p.numel(), {"param": p.detach().flatten()})
         for name, p in model.named_parameters()
     ]
     meta = {"pairs_seen": 8 * step, "callbacks": {"best_global_step": None}}

@@ -11,7 +11,7 @@ from support import losses, metric_lines, rows, write_jsonl, write_settings
 from orchestrator.data.order import epoch_order
 from orchestrator.run.replay import replay
 from orchestrator.settings.load import load_spec
-from orchestrator.training.prepare import Prepared, prepare
+from orchestrator.training.prepare import PreparedRun, prepare
 from orchestrator.training.rundir import RunDir
 
 CALLBACKS = """
@@ -60,12 +60,12 @@ def whole(settings: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(settings: Path, whole: Path) -> Prepared:
+def prepared(settings: Path, whole: Path) -> PreparedRun:
     """What its ranks have made ready."""
     return prepare(load_spec(settings, ["callbacks=[]"]))
 
 
-def test_an_epoch_has_the_shares_of_the_sets(prepared: Prepared, whole: Path) -> None:
+def test_an_epoch_has_the_shares_of_the_sets(prepared: PreparedRun, whole: Path) -> None:
     train, held_out = prepared.train, prepared.eval[""]
     assert (len(train), len(held_out)) == (21, 7)
     text, chat = train.shares
@@ -81,7 +81,7 @@ def test_an_epoch_has_the_shares_of_the_sets(prepared: Prepared, whole: Path) ->
 
 
 def test_a_step_trains_on_its_part_of_the_epoch_and_an_evaluation_on_what_is_held_out(
-    prepared: Prepared, whole: Path
+    prepared: PreparedRun, whole: Path
 ) -> None:
     train, held_out = prepared.train, prepared.eval[""]
     order = epoch_order(train.shares, SEED, 1)

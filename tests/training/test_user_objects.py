@@ -13,7 +13,7 @@ from orchestrator.data.collate import CollateContext
 from orchestrator.run.debug import debug
 from orchestrator.run.driver import train
 from orchestrator.settings.spec import UserError
-from orchestrator.training.given import Given
+from orchestrator.training.user_objects import UserObjects
 
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "on_train_end")
 
@@ -61,7 +61,7 @@ class Padding:
 )
 def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Given(**parts)
+        UserObjects(**parts)
 
 
 @pytest.mark.parametrize("call", [debug, train])

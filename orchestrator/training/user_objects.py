@@ -27,7 +27,7 @@ TRL_ARGUMENTS = {
 
 
 @dataclass(frozen=True)
-class Given:
+class UserObjects:
     """A user's functions and objects, used instead of the corresponding settings; callbacks are added to theirs.
 
     Raises:
@@ -63,7 +63,7 @@ class Given:
         return {name: value for name, value in found.items() if value is not None}
 
 
-NOTHING = Given()
+NOTHING = UserObjects()
 
 
 def check_spec(spec: object) -> None:
