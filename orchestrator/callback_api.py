@@ -9,7 +9,7 @@ import sys
 from typing import Any
 from unittest import mock
 
-import transformers.utils
+from transformers.utils import import_utils
 
 
 class _ImportedLater(type):
@@ -29,11 +29,10 @@ class PeftMixedModel(metaclass=_ImportedLater):
 
 
 if "transformers.trainer_utils" not in sys.modules:
-    with mock.patch.object(transformers.utils, "is_peft_available", return_value=False):
+    with mock.patch("transformers.utils.is_peft_available", return_value=False):
         import transformers.trainer_utils as trainer_utils
-    vars(trainer_utils).update(
-        is_peft_available=transformers.utils.is_peft_available, PeftModel=PeftModel, PeftMixedModel=PeftMixedModel
-    )
+    trainer_utils.is_peft_available = import_utils.is_peft_available
+    trainer_utils.PeftModel, trainer_utils.PeftMixedModel = PeftModel, PeftMixedModel  # pyright: ignore
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState  # noqa: E402
 from transformers.trainer_callback import ExportableState  # noqa: E402
