@@ -31,7 +31,7 @@ class PeftMixedModel(metaclass=_ImportedLater):
 if "transformers.trainer_utils" not in sys.modules:
     with mock.patch("transformers.utils.is_peft_available", return_value=False):
         import transformers.trainer_utils as trainer_utils
-    trainer_utils.is_peft_available = import_utils.is_peft_available
+    trainer_utils.is_peft_available = import_utils.is_peft_available  # pyright: ignore
     trainer_utils.PeftModel, trainer_utils.PeftMixedModel = PeftModel, PeftMixedModel  # pyright: ignore
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState  # noqa: E402
