@@ -464,7 +464,7 @@ HERE = [
     ),
     case("no-eval-data", "data.eval=nope.jsonl", "data.eval", "nope.jsonl", "does not exist", "use a JSONL, JSON, CSV"),
     case("hub-data-offline", "data.train=some/pairs", "data.train", "'some/pairs'", "Couldn't reach", "can be reached"),
-    bad_row("not-an-object", [1], "is a list, not an object"),
+    bad_row("not-an-object", [1], "is of type list, not an object"),
     bad_row("text-and-messages", {"prompt": "a", "chosen": [SAID], "rejected": "b"}, "mixes text and messages"),
     bad_row(
         "message-without-content",

@@ -79,7 +79,7 @@ def checked(row: Any, data: DataSpec) -> CheckedRow:
         BadRow: the row has a wrong shape, or holds text that would not be trained on.
     """
     if not isinstance(row, Mapping):
-        raise BadRow("malformed rows", f"is a {type(row).__name__}, not an object with chosen and rejected")
+        raise BadRow("malformed rows", f"is of type {type(row).__name__}, not an object with chosen and rejected")
     try:
         return _checked(dict(row), data)
     except RecursionError:

@@ -74,7 +74,7 @@ def check_spec(spec: object) -> None:
     """
     if not isinstance(spec, RunSpec):
         cure = "pass load_spec(...) of the file or dict, which checks it"
-        raise UserError("spec", spec, f"is a {type(spec).__name__}, not a RunSpec", cure)
+        raise UserError("spec", spec, f"is of type {type(spec).__name__}, not a RunSpec", cure)
 
 
 def check_arguments(others: Mapping[str, object]) -> None:

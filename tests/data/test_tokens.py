@@ -131,7 +131,7 @@ def test_keep_end_is_left_to_the_collator() -> None:
 @pytest.mark.parametrize(
     ("row", "kind", "reason"),
     [
-        (["not", "an object"], "malformed rows", "is a list"),
+        (["not", "an object"], "malformed rows", "is of type list"),
         ({"prompt": "a", "chosen": "b"}, "malformed rows", "no column 'rejected'; its columns are 'prompt', 'chosen'"),
         ({**TEXT_ROW, "chosen": None}, "malformed rows", "chosen is null"),
         ({**TEXT_ROW, "chosen": 3}, "malformed rows", "chosen is int"),

@@ -69,7 +69,7 @@ def test_steps_between_are_redone_and_all_is_printed(run_dir: RunDir) -> None:
     said = forked.finished(run_dir.path, "--replay-step", "5", "batch.micro_batch_size=4")
     assert "step 5 of tiny on cpu, after repeating 1 step from step_00000003" in said
     assert said.count("\nrow ") == 8
-    assert said.count("of the reference") == 16
+    assert said.count(", reference ") == 16
     assert any(word in said for word in WORDS)
     line = logged(run_dir, 5)
     numbers = {words[0]: words for words in map(str.split, said.splitlines()[-2:])}

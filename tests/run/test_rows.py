@@ -161,7 +161,7 @@ def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
         "            its first token has no predecessor and is not scored",
         "  rejected  ⟦vw<end>⟧",
         "            its first token has no predecessor and is not scored",
-        "row 4: left out, malformed rows: is a int, not an object with chosen and rejected",
+        "row 4: dropped, malformed rows: is of type int, not an object with chosen and rejected",
     ]
 
 

@@ -80,7 +80,7 @@ def test_one_whose_package_is_missing_is_refused(tmp_path: Path, monkeypatch: py
     ("name", "words"),
     [
         ("tensorbord", "is not a known tracker; did you mean tensorboard"),
-        ("wandb", "has a block of settings; .* set wandb.mode=auto"),
+        ("wandb", "has its own settings block; .* set wandb.mode=auto"),
         ("something", "is not of the form module:attr"),
     ],
 )

@@ -67,7 +67,7 @@ def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -
 @pytest.mark.parametrize("call", [debug, train])
 @pytest.mark.parametrize("given", ["run.yaml", {"run": {"name": "a"}}])
 def test_what_are_no_settings_is_refused(call: Any, given: Any) -> None:
-    with pytest.raises(UserError, match=f"is a {type(given).__name__}, not a RunSpec; pass load_spec"):
+    with pytest.raises(UserError, match=f"is of type {type(given).__name__}, not a RunSpec; pass load_spec"):
         call(given)
 
 
