@@ -15,6 +15,7 @@ start_ray() {
   base=$(first_port)
   export RAY_ADDRESS=$address:$base
   export RAY_USAGE_STATS_ENABLED=0
+  export RAY_worker_niceness="${RAY_worker_niceness:-0}" # 15 by default: whatever else runs on a node would go first
   export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # else TERM takes 30 s
   make_token
   local options=(

@@ -199,7 +199,8 @@ class RayCluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
-        return kept | auth | {"PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"} | more
+        ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        return kept | auth | ray | {"PATH": path, "OMP_NUM_THREADS": "1"} | more
 
     def start(self, name: str, *flags: str, **env: str) -> None:
         """Start Ray on a node and wait until it has joined; n1 is the head."""

@@ -393,6 +393,8 @@ def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outli
 # --- the same on Ray ---------------------------------------------------------------------------------------------
 
 USERS_MODULE = """
+import os
+from pathlib import Path
 import torch
 from orchestrator import create_reference_model
 
@@ -400,6 +402,7 @@ def lower_half_shared(policy):
     return create_reference_model(policy, 2)
 
 def sgd(params):
+    Path(__file__).with_name("nice").write_text(str(os.nice(0)))
     return torch.optim.SGD(params, lr=0.02)
 
 def halved(optimizer):
@@ -437,6 +440,7 @@ def test_functions_of_the_users_own_module_reach_the_workers(home: Home, tmp_pat
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "nice").read_text() == str(os.nice(0))  # by Ray's default a worker yields to everything else
 
     settings = home.spec("in_settings", **IN_SETTINGS)
     ours(settings)
