@@ -73,7 +73,7 @@ def run(
     """Train one run on this rank, resuming if RUN_DIR has a complete checkpoint.
 
     given: the user's functions and objects; the settings define the rest.
-    observed_by: callbacks of this rank (empty except on rank 0) -> those to use instead, for a debugger.
+    wrap_callbacks: callbacks of this rank (empty except on rank 0) -> those to use instead, for a debugger.
 
     Raises:
         UserError: the settings or the data are wrong, or RUN_DIR has checkpoints but none is usable.
