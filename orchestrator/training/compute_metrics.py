@@ -32,7 +32,7 @@ from orchestrator.world import World
 KEY = "evaluation.compute_metrics"
 MOST_BYTES = 8 * 2**30  # limit of logits gathered in the memory of rank 0
 PADDING = -100  # fills up shorter sequences, as in transformers
-Decisions = list[tuple[EvalPrediction, bool]]
+MetricCalls = list[tuple[EvalPrediction, bool]]
 """(prediction, is_last) calls to make on rank 0 before the next collective; empty on other ranks."""
 
 
@@ -58,7 +58,7 @@ class UserMetrics:
     batch_size: int  # pairs
     padded: PreferenceCollator  # with TRL's layout of batches, for logits
 
-    def numbers(self, world: World, handed: Iterator[Decisions], prefix: str, where: str) -> dict[str, float]:
+    def numbers(self, world: World, handed: Iterator[MetricCalls], prefix: str, where: str) -> dict[str, float]:
         """Call the function on rank 0 and return its numbers, with the prefix before their names, on every rank.
         Collective.
 
@@ -66,17 +66,17 @@ class UserMetrics:
             UserError: on every rank, if the function raises or does not return a dict of numbers.
         """
         numbers: dict[str, float] = {}
-        for asked in handed:
-            found, failure = self._answer(asked, prefix, where) if world.is_main else ({}, None)
+        for calls in handed:
+            found, failure = self._answer(calls, prefix, where) if world.is_main else ({}, None)
             numbers, error = world.gather((found, failure))[0]
             if error is not None:
                 raise failure or error  # on rank 0 `failure` has the user's exception as its cause
         return numbers
 
-    def _answer(self, asked: Decisions, prefix: str, where: str) -> tuple[dict[str, float], UserError | None]:
+    def _answer(self, calls: MetricCalls, prefix: str, where: str) -> tuple[dict[str, float], UserError | None]:
         made: Any = {}
         try:
-            for prediction, is_last in asked:
+            for prediction, is_last in calls:
                 made = self.function(prediction, **({"compute_result": is_last} if self.batched else {}))
         except BdbQuit:  # quitting the debugger in the function ends the run
             raise
@@ -86,12 +86,12 @@ class UserMetrics:
             failure.__cause__ = error
             return {}, failure
         try:
-            return _checked(made, prefix) if asked and asked[-1][1] else {}, None
+            return _checked(made, prefix) if calls and calls[-1][1] else {}, None
         except ValueError as wrong:
             cure = 'return a dict of numbers by name, for example {"accuracy": 0.5}'
             return {}, UserError(KEY, self.name, f"returned {wrong} ({where})", cure)
 
-    def of_pairs(self, table: "PairTable", world: World, pairs: int) -> Iterator[Decisions]:
+    def of_pairs(self, table: "PairTable", world: World, pairs: int) -> Iterator[MetricCalls]:
         """Yield the calls without logits, one for all pairs or one per batch. Collective."""
         whole = table.gathered(world, pairs)
         if whole is None:
@@ -100,16 +100,16 @@ class UserMetrics:
             columns = [column.numpy() for column in whole]
             yield [(EvalPrediction(Predictions(*columns), np.zeros(pairs, np.int64)), True)]  # pyright: ignore
         else:
-            asked: Decisions = []
+            calls: MetricCalls = []
             for start in range(0, pairs, self.batch_size):
                 part = Predictions(*(column[start : start + self.batch_size] for column in whole))
                 labels: Any = torch.zeros(len(part.logps), dtype=torch.int64)
-                asked.append((EvalPrediction(part, labels), start + self.batch_size >= pairs))  # pyright: ignore
-            yield asked
+                calls.append((EvalPrediction(part, labels), start + self.batch_size >= pairs))  # pyright: ignore
+            yield calls
 
     def of_logits(
         self, engine: Engine, loader: Loader, world: World, step: int, each: Callable[[], None]
-    ) -> Iterator[Decisions]:
+    ) -> Iterator[MetricCalls]:
         """Yield the calls with logits [2B, T, V] and input_ids [2B, T] of batches of B pairs, as in TRL's DPOTrainer.
 
         Batches are in the order of the set, their chosen sequences first. They are passed in one call, shorter batches
