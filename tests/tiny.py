@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from patience import patience
+from safetensors.torch import load_file, save_file
 from support import TINY_MODEL, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
@@ -97,6 +98,21 @@ def save_adapter(base: Path, out: Path) -> None:
         if ".lora_" in name:
             torch.nn.init.normal_(p, std=0.05, generator=draw)
     model.save_pretrained(out)
+
+
+def change_weights(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Replace the tensors of a safetensors file."""
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def without_layer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Remove the second of two layers."""
+    return {name: value for name, value in weights.items() if ".layers.1." not in name}
+
+
+def with_third_layer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add a copy of the second layer as a third one."""
+    return {**weights, **{n.replace(".layers.1.", ".layers.2."): v.clone() for n, v in weights.items()}}
 
 
 def data_spec(**settings: Any) -> DataSpec:

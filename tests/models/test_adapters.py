@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import save_adapter, tiny_model
+from safetensors.torch import load_file
+from tiny import change_weights, save_adapter, tiny_model, with_third_layer, without_layer
 
 from orchestrator.models.adapters import add_adapter, check_adapter
 from orchestrator.models.loading import check_weights, config_at
@@ -47,11 +47,6 @@ def refusals(adapter: Path, saved: Path) -> list[str]:
     return lines
 
 
-def change(adapter: Path, weights: Callable[[Weights], Weights]) -> None:
-    file = adapter / "adapter_model.safetensors"
-    save_file(weights(load_file(file)), file, metadata={"format": "pt"})
-
-
 def set_config(adapter: Path, **values: Any) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
@@ -62,16 +57,8 @@ def with_nan(weights: Weights) -> Weights:
     return weights
 
 
-def without_a_layer(weights: Weights) -> Weights:
-    return {name: value for name, value in weights.items() if ".layers.1." not in name}
-
-
 def without_a_factor(weights: Weights) -> Weights:
     return {name: value for name, value in weights.items() if name != FACTOR}
-
-
-def with_a_third_layer(weights: Weights) -> Weights:
-    return {**weights, **{n.replace(".layers.1.", ".layers.2."): v.clone() for n, v in weights.items()}}
 
 
 def with_a_prefix(prefix: str) -> Callable[[Weights], Weights]:
@@ -95,11 +82,11 @@ def of_another_width(weights: Weights) -> Weights:
     [
         (with_nan, "model.layers.1.self_attn.q_proj.lora_A.weight holds NaN: 1 of its"),
         (
-            without_a_layer,
+            without_layer,
             "newly initialised; use weights and adapter_config.json of one adapter, trained on this base",
         ),
         (without_a_factor, "weight model.layers.1.self_attn.q_proj.lora_A.weight is missing from its files"),
-        (with_a_third_layer, "does not use"),
+        (with_third_layer, "does not use"),
         (with_a_prefix("module."), "'module.' of DistributedDataParallel"),
         (with_a_prefix("_orig_mod."), "'_orig_mod.' of torch.compile"),
         (with_dora, "lora_magnitude_vector"),
@@ -108,7 +95,7 @@ def of_another_width(weights: Weights) -> Weights:
     ],
 )
 def test_weights_that_are_not_the_adapters_are_refused(adapter: Path, saved: Path, weights: Any, words: str) -> None:
-    change(adapter, weights)
+    change_weights(adapter / "adapter_model.safetensors", weights)
     for line in refusals(adapter, saved):
         assert words in line
         assert "\n" not in line

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import change_weights, tiny_model, with_third_layer, without_layer
 
 from orchestrator.models.loading import check_weights, config_at, read_model, tokenizer_at
 from orchestrator.settings.spec import UserError
@@ -29,11 +27,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy of a model folder, to change."""
     return shutil.copytree(saved, tmp_path / "model")
-
-
-def change(folder: Path, weights: Callable[[Weights], Weights]) -> None:
-    file = folder / "model.safetensors"
-    save_file(weights(load_file(file)), file, metadata={"format": "pt"})
 
 
 def change_json(file: Path, **values: Any) -> None:
@@ -56,20 +49,12 @@ def refusals(folder: Path, key: str) -> list[str]:
     return lines
 
 
-def without_layer(weights: Weights) -> Weights:
-    return {name: value for name, value in weights.items() if ".layers.1." not in name}
-
-
 def with_prefix(weights: Weights) -> Weights:
     return {f"_orig_mod.{name}": value for name, value in weights.items()}
 
 
 def with_reward_head(weights: Weights) -> Weights:
     return {**weights, "score.weight": torch.ones(1, 32)}
-
-
-def with_third_layer(weights: Weights) -> Weights:
-    return {**weights, **{n.replace(".layers.1.", ".layers.2."): v.clone() for n, v in weights.items()}}
 
 
 def with_half_a_norm(weights: Weights) -> Weights:
@@ -88,7 +73,7 @@ def with_half_a_norm(weights: Weights) -> Weights:
     ],
 )
 def test_weights_that_are_not_the_models_are_refused(folder: Path, key: str, weights: Any, words: str) -> None:
-    change(folder, weights)
+    change_weights(folder / "model.safetensors", weights)
     for line in refusals(folder, key):
         assert line.startswith(f"{key} = ")
         assert words in line
@@ -106,7 +91,10 @@ def test_a_whole_model_is_loaded(saved: Path, mapped: bool) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float, mapped: bool) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
-    change(folder, lambda weights: {**weights, name: weights[name].index_fill(0, torch.tensor([3]), value)})
+    change_weights(
+        folder / "model.safetensors",
+        lambda weights: {**weights, name: weights[name].index_fill(0, torch.tensor([3]), value)},
+    )
     config = config_at("reference.path", str(folder))
     with pytest.raises(UserError, match=rf"reference.path = .*{name} holds (NaN|inf)"):
         read_model("reference.path", str(folder), config, torch.float32, mapped)
