@@ -39,7 +39,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if unknown := [word for word in rest if word.startswith("-")]:
         raise wrong_flag(words, unknown[0], verbs)
     if rest and not hasattr(args, "settings"):
-        raise UserError(args.verb, " ".join(rest), "is an unexpected argument", f"see orchestrator help {args.verb}")
+        raise UserError(
+            args.verb,
+            " ".join(rest),
+            "is an unexpected argument",
+            f"see orchestrator help {args.verb}",
+        )
     if rest:
         args.settings += rest
     return args
@@ -115,16 +120,24 @@ def _add_verbs_of_settings(add: Add) -> None:
     _takes_settings(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     shown = "print the first N training rows as the model sees them, and the lengths of all rows; tokenises the data"
-    plan.add_argument("--show-rows", type=_whole("a number of rows, 1 or more"), metavar="N", help=shown)
-    submit = add("submit", "check the run here, then submit it to a Ray cluster's job server or to Slurm")
+    plan.add_argument(
+        "--show-rows", type=_whole("a number of rows, 1 or more"), metavar="N", help=shown
+    )
+    submit = add(
+        "submit", "check the run here, then submit it to a Ray cluster's job server or to Slurm"
+    )
     _takes_settings(submit)
     submit.add_argument("--to", choices=("ray", "slurm"), help="where to submit the run")
     submit.add_argument(
-        "--address", metavar="URL", help="Ray's job server (http://HEAD:8265); default: RAY_API_SERVER_ADDRESS"
+        "--address",
+        metavar="URL",
+        help="Ray's job server (http://HEAD:8265); default: RAY_API_SERVER_ADDRESS",
     )
     no_wait = "Ray: do not follow the log until the run exits"
     submit.add_argument("--no-wait", dest="wait", action="store_false", help=no_wait)
-    doctor = add("doctor", "check every node of the cluster at RAY_ADDRESS, or this machine, as before a run")
+    doctor = add(
+        "doctor", "check every node of the cluster at RAY_ADDRESS, or this machine, as before a run"
+    )
     without = "settings of the run to check; without them, only the checks that need no settings"
     doctor.add_argument("settings", nargs="*", metavar="FILE|key=value", help=without)
 
@@ -141,10 +154,15 @@ def _add_verbs_of_runs(add: Add) -> None:
     )
     checks = "check every file of all checkpoints and of the pair ledger against its manifest"
     add("verify", checks).add_argument("run_dir", metavar="RUN_DIR")
-    pairs = add("pairs", "show which pairs a run never learned, which look mislabelled, and the effect of length")
+    pairs = add(
+        "pairs",
+        "show which pairs a run never learned, which look mislabelled, and the effect of length",
+    )
     pairs.add_argument("run_dir", metavar="RUN_DIR")
     number = _whole("a number of pairs")
-    pairs.add_argument("--top", type=number, default=5, metavar="N", help="pairs to show of each kind")
+    pairs.add_argument(
+        "--top", type=number, default=5, metavar="N", help="pairs to show of each kind"
+    )
     pairs.add_argument("--json", action="store_true", help="print one JSON object, with full texts")
     export = add("export", "write a checkpoint as a Hugging Face model folder")
     export.add_argument("run_dir", metavar="RUN_DIR")
@@ -157,9 +175,15 @@ def _add_verbs_of_runs(add: Add) -> None:
 
 def _add_debug_flags(debug: argparse.ArgumentParser) -> None:
     ranks = _whole("a number of processes, 1 or more")
-    debug.add_argument("--nproc", type=ranks, default=1, metavar="N", help="number of ranks, one process each")
-    debug.add_argument("--pdb", action="store_true", help="start a debugger when an exception is raised")
-    debug.add_argument("--overfit", action="store_true", help="overfit the first global batch; keep nothing")
+    debug.add_argument(
+        "--nproc", type=ranks, default=1, metavar="N", help="number of ranks, one process each"
+    )
+    debug.add_argument(
+        "--pdb", action="store_true", help="start a debugger when an exception is raised"
+    )
+    debug.add_argument(
+        "--overfit", action="store_true", help="overfit the first global batch; keep nothing"
+    )
     dry_run = "build everything and run one forward and backward pass; keep nothing"
     debug.add_argument("--dry-run", action="store_true", help=dry_run)
     trace = "write a trace of these steps (default 3:5) to RUN_DIR/profile"
@@ -183,5 +207,7 @@ def _whole(what: str) -> Callable[[str], int]:
 def _steps(text: str) -> tuple[int, ...]:
     ends = [int(end) if end.isdecimal() else 0 for end in text.split(":") if text]
     if len(ends) > 2 or 0 in ends or ends != sorted(ends):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a range of steps, counted from 1; for example 3:5")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a range of steps, counted from 1; for example 3:5"
+        )
     return tuple(ends)

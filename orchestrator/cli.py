@@ -43,7 +43,9 @@ def _run(words: Sequence[str]) -> int:
     try:
         args = parse(words)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-        sys.path.insert(0, os.getcwd())  # to import the user's callbacks and collators, as `python -m` does
+        sys.path.insert(
+            0, os.getcwd()
+        )  # to import the user's callbacks and collators, as `python -m` does
         return VERBS[args.verb](args)
     except UserError as error:
         _complain(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}")
@@ -55,7 +57,10 @@ def _run(words: Sequence[str]) -> int:
         _complain(f"error: {error}")
         return FAILED
     except Exception as error:
-        if type(error).__name__ in ("TrainingError", "RunDied"):  # by name: importing them here would import torch
+        if type(error).__name__ in (
+            "TrainingError",
+            "RunDied",
+        ):  # by name: importing them here would import torch
             _complain(f"error: {' '.join(str(error).split())}")
             return FAILED
         raise
@@ -89,14 +94,24 @@ def debug(args: argparse.Namespace) -> int:
 
     leaves_nothing = args.overfit or args.dry_run
     looks_at_steps = leaves_nothing or args.profile is not None
-    if not looks_at_steps and not is_one_of_many() and (done := _finished_already(spec)) is not None:
+    if (
+        not looks_at_steps
+        and not is_one_of_many()
+        and (done := _finished_already(spec)) is not None
+    ):
         return _say_how_it_ended(spec, done)
     from orchestrator.run import debug as here
 
     if args.nproc > 1 and not is_one_of_many():
         command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings, *_flags(args)]
-        code = here.debug_ranks(spec, args.nproc, command, args.profile, keeps_run=not leaves_nothing)
-        result = last_result(RunDir(spec.run_dir)) if code in (DONE, STOPPED) and not leaves_nothing else None
+        code = here.debug_ranks(
+            spec, args.nproc, command, args.profile, keeps_run=not leaves_nothing
+        )
+        result = (
+            last_result(RunDir(spec.run_dir))
+            if code in (DONE, STOPPED) and not leaves_nothing
+            else None
+        )
         return _say_how_it_ended(spec, result) if result else code
     if leaves_nothing:
         from orchestrator.run import trial
@@ -138,12 +153,18 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _refuse_beside(flag: str, value: object, others: dict[str, bool]) -> None:
     for other, is_set in others.items():
         if is_set:
-            raise UserError(flag, value, f"cannot be combined with {other}", f"remove {other} or {flag}")
+            raise UserError(
+                flag, value, f"cannot be combined with {other}", f"remove {other} or {flag}"
+            )
 
 
 def _flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of `debug` that are passed to each rank."""
-    flags = [flag for flag in ("--pdb", "--overfit", "--dry-run") if getattr(args, flag[2:].replace("-", "_"))]
+    flags = [
+        flag
+        for flag in ("--pdb", "--overfit", "--dry-run")
+        if getattr(args, flag[2:].replace("-", "_"))
+    ]
     if args.profile is not None:
         flags.append("--profile=" + ":".join(map(str, args.profile)))
     return flags
@@ -156,9 +177,14 @@ def _replay(args: argparse.Namespace) -> int:
     folders, overrides = files_and_overrides(args.settings)
     if len(folders) != 1:
         raise UserError(
-            "RUN_DIR", " ".join(folders), "exactly one run can be replayed", "use the folder run.dir/run.name"
+            "RUN_DIR",
+            " ".join(folders),
+            "exactly one run can be replayed",
+            "use the folder run.dir/run.name",
         )
-    print("\n".join(lines(replay(RunDir.existing(folders[0]), args.replay_step, overrides, args.pdb))))
+    print(
+        "\n".join(lines(replay(RunDir.existing(folders[0]), args.replay_step, overrides, args.pdb)))
+    )
     return DONE
 
 
@@ -177,7 +203,9 @@ def plan(args: argparse.Namespace) -> int:
             facts |= rows.facts(spec, args.show_rows)
         else:
             print()
-            for line in rows.lines(spec, args.show_rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
+            for line in rows.lines(
+                spec, args.show_rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            ):
                 print(line, flush=True)
     if args.json:
         print(json.dumps(facts))
@@ -191,7 +219,10 @@ def submit(args: argparse.Namespace) -> int:
     if args.to == "slurm" and (args.address or not args.wait):
         flag = "--address" if args.address else "--no-wait"
         raise UserError(
-            "--to", "slurm", f"{flag} applies only to a Ray cluster's job server", f"remove {flag}, or write --to ray"
+            "--to",
+            "slurm",
+            f"{flag} applies only to a Ray cluster's job server",
+            f"remove {flag}, or write --to ray",
         )
     spec = _spec(args)
     from orchestrator.run import submit as to
@@ -264,7 +295,9 @@ def pairs(args: argparse.Namespace) -> int:
     step, rows = ledger.read(run_dir)
     if not rows.num_rows:
         cure = "continue training with training.pair_ledger=true"
-        raise UserError("RUN_DIR", args.run_dir, f"has no record of its pairs up to step {step}", cure)
+        raise UserError(
+            "RUN_DIR", args.run_dir, f"has no record of its pairs up to step {step}", cure
+        )
     found = insight.findings(step, rows)
     try:
         texts = raw_rows(load_spec(run_dir.config).data, "train", found.shown(args.top))
@@ -285,14 +318,20 @@ def export(args: argparse.Namespace) -> int:
     from orchestrator.training.rundir import RunDir
 
     quiet()
-    print(f"model: {write(RunDir.existing(args.run_dir), Path(args.out), args.dtype, which=args.checkpoint)}")
+    print(
+        f"model: {write(RunDir.existing(args.run_dir), Path(args.out), args.dtype, which=args.checkpoint)}"
+    )
     return DONE
 
 
 def _spec(args: argparse.Namespace) -> RunSpec:
     files, overrides = files_and_overrides(args.settings)
     spec = load_spec(files, overrides)
-    if len(files) == 1 and os.path.isdir(files[0]) and not any(word.startswith("run.") for word in overrides):
+    if (
+        len(files) == 1
+        and os.path.isdir(files[0])
+        and not any(word.startswith("run.") for word in overrides)
+    ):
         _check_not_moved(files[0], spec)
     return spec
 
@@ -311,7 +350,11 @@ def _print_facts(facts: dict[str, Any]) -> None:
         if name == "notes":
             continue
         for entry in value if isinstance(value, list) and isinstance(value[0], dict) else [value]:
-            text = ", ".join(f"{key} {each}" for key, each in entry.items()) if isinstance(entry, dict) else entry
+            text = (
+                ", ".join(f"{key} {each}" for key, each in entry.items())
+                if isinstance(entry, dict)
+                else entry
+            )
             print(f"{name:<{width}}  {text}")
     for line in facts["notes"]:
         print(f"note: {line}")
@@ -319,7 +362,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
     if result.status == "stopped":
-        print(f"stopped after step {result.step} ({result.reason}) and saved; the same command resumes")
+        print(
+            f"stopped after step {result.step} ({result.reason}) and saved; the same command resumes"
+        )
         return STOPPED
     from orchestrator.insight.summary import summary
 
@@ -328,7 +373,8 @@ def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
-    verb.__name__: verb for verb in (train, debug, plan, submit, doctor, stop, verify, pairs, export)
+    verb.__name__: verb
+    for verb in (train, debug, plan, submit, doctor, stop, verify, pairs, export)
 }
 
 

@@ -19,7 +19,11 @@ Verbs = Mapping[str, argparse.ArgumentParser]
 
 def is_file(word: str) -> bool:
     """Return whether a word is a settings file, existing or not, or a run directory."""
-    return word.endswith((".yaml", ".yml")) or os.path.isfile(word) or os.path.isfile(f"{word}/config.yaml")
+    return (
+        word.endswith((".yaml", ".yml"))
+        or os.path.isfile(word)
+        or os.path.isfile(f"{word}/config.yaml")
+    )
 
 
 def wrong_verb(word: str, verbs: Verbs) -> UserError:
@@ -46,9 +50,13 @@ def wrong_word(before: str, word: str, following: Sequence[str]) -> UserError:
         fix = f"write {word}{''.join(typed)}"
         return UserError("override", " ".join([word, *typed]), "has spaces around =", fix)
     if not key:
-        return UserError("override", word, "is not of the form key=value", "for example optimizer.lr=1e-6")
+        return UserError(
+            "override", word, "is not of the form key=value", "for example optimizer.lr=1e-6"
+        )
     if before.endswith("="):  # key= value
-        return UserError("override", f"{before} {word}", "has a space after =", f"write {before}{word}")
+        return UserError(
+            "override", f"{before} {word}", "has a space after =", f"write {before}{word}"
+        )
     if os.path.isdir(word):
         return folder_error(word)
     if is_data(Path(word)):
@@ -66,12 +74,22 @@ def wrong_flag(words: Sequence[str], flag: str, verbs: Verbs) -> UserError:
     verb = next((word for word in words if word in verbs), "orchestrator")
     name, has_value, value = flag.partition("=")
     if verb in verbs and name in flags_of(verbs[verb]):
-        return UserError("VERB", flag, "is a flag, which must follow its verb", f"write orchestrator {verb} {flag}")
+        return UserError(
+            "VERB",
+            flag,
+            "is a flag, which must follow its verb",
+            f"write orchestrator {verb} {flag}",
+        )
     if not has_value and flag in words:
         following = [*words[words.index(flag) + 1 :], ""][0]
-        value = "" if "=" in following or following.startswith("-") or is_file(following) else following
+        value = (
+            "" if "=" in following or following.startswith("-") or is_file(following) else following
+        )
     return UserError(
-        name, value or None, f"is not a flag of {verb}", _meant_by_flag(name, value or "VALUE", verb, verbs)
+        name,
+        value or None,
+        f"is not a flag of {verb}",
+        _meant_by_flag(name, value or "VALUE", verb, verbs),
     )
 
 
@@ -82,7 +100,12 @@ def _meant_by_flag(name: str, value: str, verb: str, verbs: Verbs) -> str:
     owners = [other for other in verbs if name in flags_of(verbs[other])]
     also = f"; {name} is a flag of {' and '.join(owners)}" if owners else ""
     homes = by_last_name().get(bare, [])
-    candidates = [bare, TRL_NAMES.get(bare), OTHER_NAMES.get(bare), *(homes if len(homes) == 1 else [])]
+    candidates = [
+        bare,
+        TRL_NAMES.get(bare),
+        OTHER_NAMES.get(bare),
+        *(homes if len(homes) == 1 else []),
+    ]
     if setting := next((each for each in candidates if each in settings()), None):
         return f"write {setting}={value}: settings have no dashes{also}"
     if answer := TRL_NAMES.get(bare) or OTHER_NAMES.get(bare):

@@ -27,7 +27,11 @@ def prepare(keeps_going: bool) -> None:
             continue
         raw = io.BufferedWriter(_Output(stream.fileno(), keeps_going))
         prepared = io.TextIOWrapper(
-            raw, stream.encoding, PLAIN_SYMBOLS, line_buffering=True, write_through=stream.write_through
+            raw,
+            stream.encoding,
+            PLAIN_SYMBOLS,
+            line_buffering=True,
+            write_through=stream.write_through,
         )
         setattr(sys, name, prepared)
 
@@ -59,7 +63,9 @@ def _plain_symbols(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]
-    plain = [FALLBACKS.get(each) or each.encode("ascii", "backslashreplace").decode() for each in letters]
+    plain = [
+        FALLBACKS.get(each) or each.encode("ascii", "backslashreplace").decode() for each in letters
+    ]
     return "".join(plain), error.end
 
 
@@ -81,5 +87,8 @@ class _Output(io.FileIO):
             raise SystemExit(READER_GONE)
         if self.fileno() == 1:
             with suppress(OSError):
-                os.write(2, b"stdout was closed; the run continues, and its metrics are in the run directory\n")
+                os.write(
+                    2,
+                    b"stdout was closed; the run continues, and its metrics are in the run directory\n",
+                )
         return len(data)

@@ -32,7 +32,9 @@ def interface_towards(address: str) -> str:
         probe.connect(where)  # on a datagram socket this looks up the route and sends nothing
         own = probe.getsockname()[0]
     of_interface = psutil.net_if_addrs().items()
-    return next(name for name, addresses in of_interface if own in (each.address for each in addresses))
+    return next(
+        name for name, addresses in of_interface if own in (each.address for each in addresses)
+    )
 
 
 def use_interface(name: str | None, head: str) -> None:
@@ -40,7 +42,10 @@ def use_interface(name: str | None, head: str) -> None:
 
     name: None keeps GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; those not set become the interface towards `head`.
     """
-    variables = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}  # "=": exact name, else NCCL treats it as prefix
+    variables = {
+        "GLOO_SOCKET_IFNAME": "",
+        "NCCL_SOCKET_IFNAME": "=",
+    }  # "=": exact name, else NCCL treats it as prefix
     unset = [variable for variable in variables if name or variable not in os.environ]
     if unset:
         chosen = name or interface_towards(head)
@@ -63,7 +68,10 @@ class World:
         timeout_s: seconds after which a collective raises if a peer does not join it.
         use_gpu: None: use GPUs if this machine has one for each of its ranks.
         """
-        local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local_rank, local_size = (
+            int(os.environ.get("LOCAL_RANK", "0")),
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
         if use_gpu is None:
             use_gpu = local_size <= torch.cuda.device_count()
         device = torch.device("cpu")
@@ -72,7 +80,9 @@ class World:
             device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
         if not dist.is_initialized() and is_one_of_many():
-            dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(
+                "nccl" if use_gpu else "gloo", timeout=timedelta(seconds=timeout_s)
+            )
         if not dist.is_initialized():
             return cls(0, 1, local_rank, device)
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)

@@ -16,7 +16,10 @@ def pairs_of(row: Row) -> set[Pair]:
 
 
 def covering(
-    parts: dict[str, Sequence[str]], refused: Callable[[Row], bool], begun: Sequence[Row] = (), seed: int = 0
+    parts: dict[str, Sequence[str]],
+    refused: Callable[[Row], bool],
+    begun: Sequence[Row] = (),
+    seed: int = 0,
 ) -> list[Row]:
     """Rows that, beside those begun with, have every pair of values that some row can have; greedily few, and the same
     for the same seed.
@@ -25,14 +28,20 @@ def covering(
     """
     draw = random.Random(seed)
     entries = [(part, value) for part, values in parts.items() for value in values]
-    missing = {frozenset((a, b)): None for a, b in combinations(entries, 2) if a[0] != b[0]}  # a dict: it has an order
+    missing = {
+        frozenset((a, b)): None for a, b in combinations(entries, 2) if a[0] != b[0]
+    }  # a dict: it has an order
     for row in begun:
         for pair in pairs_of(row):
             missing.pop(pair, None)
     rows: list[Row] = []
     while missing:
         wanted = next(iter(missing))
-        found = [row for _ in range(CANDIDATES) if (row := _completed(dict(wanted), parts, refused, missing, draw))]
+        found = [
+            row
+            for _ in range(CANDIDATES)
+            if (row := _completed(dict(wanted), parts, refused, missing, draw))
+        ]
         if not found:
             del missing[wanted]  # the two cannot be together
             continue
@@ -58,7 +67,9 @@ def _completed(
     part = draw.choice(left)
 
     def gain(value: str) -> tuple[int, float]:
-        return sum(frozenset(((part, value), other)) in missing for other in row.items()), draw.random()
+        return sum(
+            frozenset(((part, value), other)) in missing for other in row.items()
+        ), draw.random()
 
     for value in sorted(parts[part], key=gain, reverse=True):
         if whole := _completed(row | {part: value}, parts, refused, missing, draw):

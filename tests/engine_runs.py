@@ -31,7 +31,9 @@ from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World
 
-CUT_ALL = str(Path(__file__).parent / "cut_all.json")  # else weights as small as these would not be cut at stage 3
+CUT_ALL = str(
+    Path(__file__).parent / "cut_all.json"
+)  # else weights as small as these would not be cut at stage 3
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
@@ -50,7 +52,9 @@ class Case:
 
     engine: str = "ddp"
     pairs: int = 7  # of a global batch: neither 2 nor 3 ranks nor micro-batches of 2 divide it
-    model: dict[str, Any] = field(default_factory=dict)  # config of the model, whose head is tied to its embeddings
+    model: dict[str, Any] = field(
+        default_factory=dict
+    )  # config of the model, whose head is tied to its embeddings
     frozen: int = 0  # lowest layers, and the embeddings
     optimizer: dict[str, Any] = field(default_factory=lambda: ADAMW)
     scheduler: dict[str, Any] = field(default_factory=lambda: COSINE)
@@ -72,7 +76,9 @@ class Made(NamedTuple):
     norms: list[float]
     rates: list[float]
     weights: dict[str, torch.Tensor]  # at the end, whole; on rank zero alone
-    state: dict[str, dict[str, torch.Tensor]] = {}  # of the optimizer, by parameter, whole; on rank zero alone
+    state: dict[
+        str, dict[str, torch.Tensor]
+    ] = {}  # of the optimizer, by parameter, whole; on rank zero alone
 
 
 def pair_step(case: Case, seed: int = 0) -> PairStep:
@@ -86,7 +92,9 @@ def pair_step(case: Case, seed: int = 0) -> PairStep:
 def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) -> Any:
     """The engine with a model of that seed: another one than the run's for an engine that is to resume it."""
     spec = EngineSpec(**{**ENGINES[case.engine], **case.settings})
-    made = engine_class(spec)(spec, world, case.precision, case.max_grad_norm, case.optimizer.get("weight_decay", 0.0))
+    made = engine_class(spec)(
+        spec, world, case.precision, case.max_grad_norm, case.optimizer.get("weight_decay", 0.0)
+    )
     step = pair_step(case, seed)
     if world.device.type == "cuda":
         _onto_gpu(step, case, world.device)
@@ -123,7 +131,9 @@ def take_step(engine: Engine, case: Case, step: int, world: World) -> tuple[floa
     batches = micro_batches(case, step, world)
     loss = torch.zeros(1, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches):
-        loss += engine.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1).loss
+        loss += engine.micro_step(
+            batch, Counts(case.pairs, 1), last=number == len(batches) - 1
+        ).loss
     non_finite = world.max((~engine.grads_finite()).int().view(1)).item()
     return world.sum(loss).item(), engine.optimizer_step(apply=not non_finite)
 
@@ -131,7 +141,9 @@ def take_step(engine: Engine, case: Case, step: int, world: World) -> tuple[floa
 def train(engine: Engine, case: Case, world: World, steps: range) -> Made:
     """Without weights."""
     taken = [take_step(engine, case, step, world) for step in steps]
-    return Made([t[0] for t in taken], [float(t[1].grad_norm) for t in taken], [t[1].lr for t in taken], {})
+    return Made(
+        [t[0] for t in taken], [float(t[1].grad_norm) for t in taken], [t[1].lr for t in taken], {}
+    )
 
 
 def kept(engine: Engine, world: World, folder: Path, step: int) -> Path:
@@ -181,7 +193,10 @@ def oracle(case: Case, steps: Iterable[int], optimizer: Any = None, schedule: An
     step = pair_step(case)
     named = {n: p for n, p in step.policy.named_parameters() if p.requires_grad}
     groups = [
-        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": case.optimizer.get("weight_decay", 0.0)},
+        {
+            "params": [p for p in named.values() if p.ndim > 1],
+            "weight_decay": case.optimizer.get("weight_decay", 0.0),
+        },
         {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
     ]
     if optimizer is None:
@@ -196,13 +211,17 @@ def oracle(case: Case, steps: Iterable[int], optimizer: Any = None, schedule: An
         loss = step(batch, Counts(case.pairs, 1)).loss
         made.zero_grad()
         loss.backward()
-        norms.append(float(nn.utils.clip_grad_norm_(named.values(), case.max_grad_norm or float("inf"))))
+        norms.append(
+            float(nn.utils.clip_grad_norm_(named.values(), case.max_grad_norm or float("inf")))
+        )
         rates.append(scheduler.get_last_lr()[0])
         made.step()
         scheduler.step()
         losses.append(loss.item())
     weights = {n: p.detach().clone() for n, p in step.policy.named_parameters()}
-    return Made(losses, norms, rates, weights, {n: made.state[p] for n, p in named.items() if made.state[p]})
+    return Made(
+        losses, norms, rates, weights, {n: made.state[p] for n, p in named.items() if made.state[p]}
+    )
 
 
 # --- on every rank, for tests/contract/test_engines.py -----------------------------------------------------------
@@ -234,7 +253,9 @@ def group(world: World, engine: str, folder: Path, canonical: Path) -> dict[str,
         assert mine.tensors.keys() == theirs.tensors.keys()
         for key, value in mine.tensors.items():
             assert torch.equal(value, theirs.tensors[key]), (mine.name, key)
-    whole = Made(begun.losses + gone_on.losses, begun.norms + gone_on.norms, begun.rates + gone_on.rates, {})
+    whole = Made(
+        begun.losses + gone_on.losses, begun.norms + gone_on.norms, begun.rates + gone_on.rates, {}
+    )
     runs["plain"] = with_weights(whole, first, world, folder)
     _, from_canonical = resumed(world, case, canonical)
     return {"runs": runs, "gone on": gone_on, "resumed": after_it, "from canonical": from_canonical}
@@ -294,7 +315,10 @@ def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
             made.scale.value = OVERFLOWING
         taken = [take_step(made, case, step, world) for step in range(steps)]
         losses, updated = [loss for loss, _ in taken], [u for _, u in taken]
-        found[precision] = Made(losses, [], [u.lr for u in updated], {}), [u.skipped for u in updated]
+        found[precision] = (
+            Made(losses, [], [u.lr for u in updated], {}),
+            [u.skipped for u in updated],
+        )
     return found
 
 
@@ -322,7 +346,9 @@ def types(world: World, engine: str) -> dict[str, tuple[Types, list[set[torch.dt
         for number, batch in enumerate(batches := micro_batches(case, 1, world)):
             made.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1)
         gradients = {gradient.dtype for gradient in made._gradients()}
-        weights = {fragment.weight.dtype for fragment in made._fragments() if fragment.holder is not None}
+        weights = {
+            fragment.weight.dtype for fragment in made._fragments() if fragment.holder is not None
+        }
         state = {t.dtype for kept in made._keeper().state.values() for t in kept.values() if t.ndim}
         found[precision] = made.types, [weights, gradients, state]
         made.close()
@@ -353,11 +379,16 @@ def twice(world: World, engine: str) -> list[list[float]]:
 
 
 SEED_STEPS, MOVES_AT = 5, 3
-SGD = Case(pairs=2, optimizer={"name": "torch.optim.SGD", "lr": 1e-2}, scheduler={"name": "constant"})
+SGD = Case(
+    pairs=2, optimizer={"name": "torch.optim.SGD", "lr": 1e-2}, scheduler={"name": "constant"}
+)
 ADAMW_STEP_LR = Case(
     pairs=2,
     optimizer={"name": "torch.optim.AdamW", "lr": 1e-3},
-    scheduler={"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": MOVES_AT, "gamma": 0.1}},
+    scheduler={
+        "name": "torch.optim.lr_scheduler.StepLR",
+        "kwargs": {"step_size": MOVES_AT, "gamma": 0.1},
+    },
 )
 SEEDS: dict[str, tuple[Case, Any, Any]] = {  # settings, and the same as a Python user's functions
     "SGD": (SGD, partial(torch.optim.SGD, lr=1e-2), None),
@@ -374,7 +405,9 @@ def seeds(world: World, engine: str, folder: Path) -> dict[str, Made]:
     found = {}
     for name, (case, optimizer, schedule) in SEEDS.items():
         case = replace(case, engine=engine, total_steps=SEED_STEPS)
-        spec = tiny_spec(folder, optimizer=case.optimizer, scheduler=case.scheduler, engine=ENGINES[engine])
+        spec = tiny_spec(
+            folder, optimizer=case.optimizer, scheduler=case.scheduler, engine=ENGINES[engine]
+        )
         for by, functions in (("YAML", None), ("Python", (optimizer, schedule))):
             made = optim.factories(spec, tiny_model(), SEED_STEPS, world.device, functions)
             found[f"{name} by {by}"] = run(world, case, folder / f"{name} {by}", SEED_STEPS, made)
@@ -392,7 +425,9 @@ def loader(pairs: Pairs, world: World, packed: bool) -> Loader:
 def handed_over(world: World, engine: str, folder: Path, batch_size: int) -> list[Any] | None:
     """What compute_metrics gets of the rows in a folder, on rank zero: the columns of pairs, then logits and labels."""
     made = engine_of(Case(engine=engine), world)
-    pairs = tokenized_pairs(data_spec(train=str(folder / "train.jsonl")), "train", tokenizer(), folder)
+    pairs = tokenized_pairs(
+        data_spec(train=str(folder / "train.jsonl")), "train", tokenizer(), folder
+    )
     found: list[Any] = []
 
     def keep(eval_preds: Any) -> dict[str, float]:
@@ -402,6 +437,8 @@ def handed_over(world: World, engine: str, folder: Path, batch_size: int) -> lis
 
     for logits in (False, True):
         padded = PreferenceCollator(PAD, data_spec())
-        user = UserMetrics(keep, "keep", logits, batched=False, batch_size=batch_size, padded=padded)
+        user = UserMetrics(
+            keep, "keep", logits, batched=False, batch_size=batch_size, padded=padded
+        )
         evaluate(made, loader(pairs, world, packed=True), world, 0, user=user)
     return found if world.is_main else None

@@ -56,7 +56,9 @@ def export_error(folder: Path, base: Path, world: World = ALONE, **settings: Any
     return ((found - policy).abs().max() / policy.abs().max().clamp(min=1)).item()
 
 
-def trained_logits(folder: Path, base: Path, world: World = ALONE, **settings: Any) -> tuple[torch.Tensor, RunDir]:
+def trained_logits(
+    folder: Path, base: Path, world: World = ALONE, **settings: Any
+) -> tuple[torch.Tensor, RunDir]:
     """Take three large steps, export the last one; return the policy's logits, as it is in memory, and the run."""
     blocks = {
         "model": {"init": None, "path": str(base), **settings.pop("model", {})},
@@ -114,6 +116,8 @@ def _has_router(base: Path) -> bool:
     return "router" in json.dumps(json.loads((base / "config.json").read_text()))
 
 
-def export_error_on_ranks(world: World, folder: Path, base: Path, settings: dict[str, Any]) -> float:
+def export_error_on_ranks(
+    world: World, folder: Path, base: Path, settings: dict[str, Any]
+) -> float:
     """`export_error`, for ranks.Ranks; data files have to be there."""
     return export_error(folder, base, world, **settings)

@@ -39,14 +39,23 @@ Hook = Callable[[], None]
 """Called in each rank before it runs: a function of this module or a partial of one, as it travels by its name."""
 
 FORKS = multiprocessing.get_context("forkserver")
-IMPORTED = ["orchestrator.cli", "orchestrator.run.debug", "transformers.models.qwen2.modeling_qwen2"]
+IMPORTED = [
+    "orchestrator.cli",
+    "orchestrator.run.debug",
+    "transformers.models.qwen2.modeling_qwen2",
+]
 # deepspeed: transformers imports all of it, where it is installed, to save a model
-FORKS.set_forkserver_preload([*IMPORTED, "accelerate", "bitsandbytes", "deepspeed", "peft", "pytest", "warmed"])
+FORKS.set_forkserver_preload(
+    [*IMPORTED, "accelerate", "bitsandbytes", "deepspeed", "peft", "pytest", "warmed"]
+)
 GRACE_S = 5.0  # seconds on an idle machine that other ranks get to end after one has failed
 TIMEOUT_S = 120.0
 # Below the ports that a system deals out, and a range for each process of the tests: between the moment in which a port
 # is found free and the one in which rank zero listens there, nothing that other tests start can take it.
-FIRST_PORT, PORTS = 20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")), 1000
+FIRST_PORT, PORTS = (
+    20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
+    1000,
+)
 NEXT_PORT = cycle(random.Random(os.getpid()).sample(range(FIRST_PORT, FIRST_PORT + PORTS), PORTS))
 
 
@@ -74,13 +83,24 @@ def run(
     """`orchestrator debug SETTINGS WORDS...` on so many ranks."""
     start_forking()
     logs = [settings.parent / f"{time.monotonic_ns()}.{name}" for name in ("stdout", "stderr")]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        **(env or {}),
+    }
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     call = ["debug", str(settings), *words]
     processes = [
         FORKS.Process(
             target=_rank,
-            args=(logs, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd or Path.cwd(), call, hook),
+            args=(
+                logs,
+                shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd or Path.cwd(),
+                call,
+                hook,
+            ),
         )
         for rank in range(ranks)
     ]
@@ -115,7 +135,9 @@ def free_port() -> int:
     """A port of this machine on which nothing listens."""
     for port in NEXT_PORT:
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended run leaves there is no matter
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # what an ended run leaves there is no matter
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
@@ -128,7 +150,9 @@ def _codes(processes: list[Any]) -> list[int]:
     """Wait for every rank; one that waits in vain for a rank that failed is ended."""
     deadline, failed = time.monotonic() + patience(TIMEOUT_S), False
     while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
-        if not failed and any(process.exitcode not in (None, cli.DONE, cli.STOPPED) for process in processes):
+        if not failed and any(
+            process.exitcode not in (None, cli.DONE, cli.STOPPED) for process in processes
+        ):
             failed, deadline = True, time.monotonic() + GRACE_S * slowdown()
         time.sleep(0.01)
     for process in processes:
@@ -137,7 +161,9 @@ def _codes(processes: list[Any]) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def _rank(logs: list[Path], env: dict[str, str], cwd: Path, words: list[str], hook: Hook | None) -> None:
+def _rank(
+    logs: list[Path], env: dict[str, str], cwd: Path, words: list[str], hook: Hook | None
+) -> None:
     gc.freeze()  # what is imported stays; looking for garbage in it would copy its memory page by page
     for descriptor, log in enumerate(logs, start=1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -214,9 +240,14 @@ class KeepsLogps(TrainerCallback):
 
     PAIRS = 6
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         model.eval()
-        torch.save(sequence_logps(model, pair_batch(self.PAIRS, packed=True)), Path(args.output_dir, "logps.pt"))
+        torch.save(
+            sequence_logps(model, pair_batch(self.PAIRS, packed=True)),
+            Path(args.output_dir, "logps.pt"),
+        )
 
 
 def watch() -> None:
@@ -262,7 +293,12 @@ def notes_pairs() -> None:
             for name, both in (("", output.logps), ("ref_", output.ref_logps)):
                 columns[f"{name}chosen_logps"], columns[f"{name}rejected_logps"] = both.chunk(2)
             for i in batch.pair_weights.nonzero().flatten().tolist():
-                given.append({"step": trainer.step + 1, **{name: column[i].item() for name, column in columns.items()}})
+                given.append(
+                    {
+                        "step": trainer.step + 1,
+                        **{name: column[i].item() for name, column in columns.items()},
+                    }
+                )
         notes[:] = [trainer.run_dir.path / f"given{trainer.world.rank}.jsonl"]
         return outputs
 
@@ -337,12 +373,27 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
         "half written": (checkpoint, "save_tensors", is_file("rank_"), "in the middle"),
         "written": (checkpoint, "synced_sha256", is_file("rank_"), "before"),
         "rows half written": (checkpoint, "write_rows", is_file("pairs_"), "in the middle"),
-        "part begun": (ledger, "write_rows", lambda _, path: path.name.startswith(".steps_"), "in the middle"),
+        "part begun": (
+            ledger,
+            "write_rows",
+            lambda _, path: path.name.startswith(".steps_"),
+            "in the middle",
+        ),
         "part made": (ledger, "sync_folder", lambda _: True, "after"),
-        "recorded": (checkpoint, "write_atomically", is_file("rank_"), "after"),  # in the background alone
+        "recorded": (
+            checkpoint,
+            "write_atomically",
+            is_file("rank_"),
+            "after",
+        ),  # in the background alone
         "complete": (checkpoint, "synced_sha256", is_file("meta.json"), "after"),
         "renamed": (checkpoint, "write_atomically", is_file("manifest.json"), "before"),
-        "committed": (checkpoint, "retain", lambda folder, *_: step_folder(folder, step).exists(), "before"),
+        "committed": (
+            checkpoint,
+            "retain",
+            lambda folder, *_: step_folder(folder, step).exists(),
+            "before",
+        ),
     }
     home, name, is_due, when = stages[stage]
     call = getattr(home, name)

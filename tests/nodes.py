@@ -61,11 +61,19 @@ def why_not() -> str | None:
     """Why there can be no nodes here, or None."""
     if os.geteuid() != 0:
         return "nodes are network namespaces: only root can make them"
-    missing = [name for name in ("unshare", "nsenter", "setpriv", "ip") if shutil.which(name) is None]
+    missing = [
+        name for name in ("unshare", "nsenter", "setpriv", "ip") if shutil.which(name) is None
+    ]
     if missing:
         return f"{', '.join(missing)} is missing: apt-get install iproute2 util-linux"
-    tried = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, check=False)
-    return None if tried.returncode == 0 else f"namespaces cannot be made here: {tried.stderr.decode().strip()}"
+    tried = subprocess.run(
+        ["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, check=False
+    )
+    return (
+        None
+        if tried.returncode == 0
+        else f"namespaces cannot be made here: {tried.stderr.decode().strip()}"
+    )
 
 
 class Nodes:
@@ -77,17 +85,33 @@ class Nodes:
     def __init__(self, folder: Path, count: int = 2) -> None:
         self.folder = folder
         self.names = [f"n{i + 1}" for i in range(count)]
-        self.address = {"ctl": f"{NETWORK}.1"} | {name: f"{NETWORK}.{11 + i}" for i, name in enumerate(self.names)}
+        self.address = {"ctl": f"{NETWORK}.1"} | {
+            name: f"{NETWORK}.{11 + i}" for i, name in enumerate(self.names)
+        }
         self._first: dict[str, int] = {}  # process 1 of each, as the host numbers it
         self._holders: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> "Nodes":
         self.folder.mkdir(parents=True, exist_ok=True)
-        hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.address.items())]
+        hosts = [
+            "127.0.0.1 localhost",
+            *(f"{address} {name}" for name, address in self.address.items()),
+        ]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
-        (self.folder / "resolv.conf").write_text("")  # a server that cannot be reached would stall gRPC
+        (self.folder / "resolv.conf").write_text(
+            ""
+        )  # a server that cannot be reached would stall gRPC
         try:
-            words = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--pid", "--mount", "--uts"]
+            words = [
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                "unshare",
+                "--net",
+                "--pid",
+                "--mount",
+                "--uts",
+            ]
             self._hold("ctl", words, CONTROLLER, depth=1)
             for name in self.names:
                 self.up(name)
@@ -114,24 +138,37 @@ class Nodes:
         holder = self._holders.pop(name, None)
         if holder is None:
             return
-        if name != "ctl" and name in self._first:  # first: dying processes would still close their connections
-            subprocess.run([*self._network("ctl"), "ip", "link", "delete", self._link(name)], check=True)
+        if (
+            name != "ctl" and name in self._first
+        ):  # first: dying processes would still close their connections
+            subprocess.run(
+                [*self._network("ctl"), "ip", "link", "delete", self._link(name)], check=True
+            )
         holder.kill()
         first = self._first.pop(name, None)
         if first is not None:
             kill_and_wait(first)
         holder.wait()
 
-    def popen(self, name: str, *command: str | Path, cwd: Path | None = None, **options: Any) -> subprocess.Popen[str]:
+    def popen(
+        self, name: str, *command: str | Path, cwd: Path | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
         """Start a command on a node; options are those of subprocess.Popen."""
         return subprocess.Popen(self._there(name, command, cwd), text=True, **options)
 
     def run(
-        self, name: str, *command: str | Path, cwd: Path | None = None, timeout: float = 240, **options: Any
+        self,
+        name: str,
+        *command: str | Path,
+        cwd: Path | None = None,
+        timeout: float = 240,
+        **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a node to its end; stdout and stderr as text."""
         words = self._there(name, command, cwd)
-        return subprocess.run(words, text=True, capture_output=True, timeout=patience(timeout), check=False, **options)
+        return subprocess.run(
+            words, text=True, capture_output=True, timeout=patience(timeout), check=False, **options
+        )
 
     def _there(self, name: str, command: Sequence[str | Path], cwd: Path | None) -> list[str]:
         return [*self._enter(name), "env", "-C", str(cwd or Path.cwd()), *map(str, command)]
@@ -168,12 +205,18 @@ class Nodes:
         self._first[name] = first
         if name != "ctl":
             wait_until(
-                lambda: os.readlink(f"/proc/{first}/ns/net") != os.readlink(f"/proc/{self._first['ctl']}/ns/net")
+                lambda: (
+                    os.readlink(f"/proc/{first}/ns/net")
+                    != os.readlink(f"/proc/{self._first['ctl']}/ns/net")
+                )
             )
             link = self._link(name)
             pair = ["add", link, "type", "veth", "peer", "name", "eth0", "netns", str(first)]
             subprocess.run([*self._network("ctl"), "ip", "link", *pair], check=True)
-            subprocess.run([*self._network("ctl"), "ip", "link", "set", link, "master", "br0", "up"], check=True)
+            subprocess.run(
+                [*self._network("ctl"), "ip", "link", "set", link, "master", "br0", "up"],
+                check=True,
+            )
         assert holder.stdout is not None
         said = holder.stdout.readline()
         assert said == "ready\n", (name, (self.folder / f"{name}.log").read_text())
@@ -204,24 +247,53 @@ class RayCluster:
 
     def start(self, name: str, *flags: str, **env: str) -> None:
         """Start Ray on a node and wait until it has joined; n1 is the head."""
-        ports = ["--node-manager-port=20001", "--object-manager-port=20002", "--runtime-env-agent-port=20003"]
+        ports = [
+            "--node-manager-port=20001",
+            "--object-manager-port=20002",
+            "--runtime-env-agent-port=20003",
+        ]
         ports += ["--dashboard-agent-grpc-port=20004", "--dashboard-agent-listen-port=20005"]
-        ports += ["--metrics-export-port=20006", "--min-worker-port=20100", "--max-worker-port=20999"]
+        ports += [
+            "--metrics-export-port=20006",
+            "--min-worker-port=20100",
+            "--max-worker-port=20999",
+        ]
         if name == "n1":
-            ports += ["--head", f"--port={GCS_PORT}", "--include-dashboard=true", "--ray-client-server-port=20007"]
+            ports += [
+                "--head",
+                f"--port={GCS_PORT}",
+                "--include-dashboard=true",
+                "--ray-client-server-port=20007",
+            ]
             ports += ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}"]
         else:
             ports += [f"--address={self.address}"]
-        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *ports]
+        words = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            *ports,
+        ]
         words += [f"--node-ip-address={self.nodes.address[name]}", f"--num-cpus={self.cpus}"]
         words += ["--object-store-memory=200000000", *flags]
         log = self.nodes.folder / f"ray_{name}.log"
         with open(log, "w") as file:
             started = self.nodes.popen(
-                name, *words, env=self.env(**env), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+                name,
+                *words,
+                env=self.env(**env),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
         self.joined[name] = started
-        wait_until(lambda: "Ray runtime started" in log.read_text() or started.poll() is not None, RAY_START_S)
+        wait_until(
+            lambda: "Ray runtime started" in log.read_text() or started.poll() is not None,
+            RAY_START_S,
+        )
         assert started.poll() is None, log.read_text()
 
     def logs(self, name: str) -> Path:

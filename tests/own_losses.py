@@ -9,7 +9,10 @@ from orchestrator.settings.spec import DpoSpec
 
 def demanding(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """[B] -log sigmoid(b (r_w - r_l) - 1 - margin)."""
-    chosen, rejected = terms.chosen_logps - terms.ref_chosen_logps, terms.rejected_logps - terms.ref_rejected_logps
+    chosen, rejected = (
+        terms.chosen_logps - terms.ref_chosen_logps,
+        terms.rejected_logps - terms.ref_rejected_logps,
+    )
     wanted = 1 if terms.margins is None else 1 + terms.margins
     return -logsigmoid(dpo.beta * (chosen - rejected) - wanted)
 
@@ -32,5 +35,8 @@ def squared(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
 
 def absolute(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     """bco_pair, which is no function of the margin."""
-    chosen, rejected = terms.chosen_logps - terms.ref_chosen_logps, terms.rejected_logps - terms.ref_rejected_logps
+    chosen, rejected = (
+        terms.chosen_logps - terms.ref_chosen_logps,
+        terms.rejected_logps - terms.ref_rejected_logps,
+    )
     return -logsigmoid(dpo.beta * chosen) - logsigmoid(-dpo.beta * rejected)

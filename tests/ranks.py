@@ -45,7 +45,9 @@ class Ranks:
             for _, pipe in self._running:
                 pipe.send_bytes(pickle.dumps((run, args)))
             while waiting:
-                assert time.monotonic() < deadline, f"ranks {sorted(waiting)} have not come to an end"
+                assert time.monotonic() < deadline, (
+                    f"ranks {sorted(waiting)} have not come to an end"
+                )
                 for number in list(waiting):
                     pipe = self._running[number][1]
                     if not pipe.poll(0.01):
@@ -65,8 +67,16 @@ class Ranks:
 
     def _start(self) -> None:
         start_forking()
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-        env |= {"WORLD_SIZE": str(self.size), "LOCAL_WORLD_SIZE": str(self.size), "DS_ACCELERATOR": "cpu"}
+        env = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        env |= {
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.size),
+            "DS_ACCELERATOR": "cpu",
+        }
         for rank in range(self.size):
             ours, theirs = FORKS.Pipe()
             process = FORKS.Process(target=_rank, args=(theirs, env | {"RANK": str(rank)}))
@@ -103,4 +113,6 @@ def _rank(pipe: Any, env: dict[str, str]) -> None:
             made = False, run(world, *args)
         except BaseException:
             made = True, traceback.format_exc()
-        pipe.send_bytes(pickle.dumps(made))  # by send, tensors would go through memory that ends with this process
+        pipe.send_bytes(
+            pickle.dumps(made)
+        )  # by send, tensors would go through memory that ends with this process

@@ -54,7 +54,9 @@ class Job:
 
     def requeued(self) -> None:
         """Wait until it is in the queue once more."""
-        wait_until(lambda: self.slurm.job(self.number)["Restarts"] != "0" and self.state() == "PENDING", 60)
+        wait_until(
+            lambda: self.slurm.job(self.number)["Restarts"] != "0" and self.state() == "PENDING", 60
+        )
 
     def ended(self, seconds: float = 120) -> dict[str, str]:
         """Wait for the end. Nothing is left of the job then, and no file of it has the key of W&B."""
@@ -92,7 +94,12 @@ def with_stubs(**env: str) -> dict[str, str]:
 
 
 def submit_stubbed(
-    slurm: Slurm, folder: Path, script: str, *flags: str, settings: dict[str, Any] | None = None, **env: str
+    slurm: Slurm,
+    folder: Path,
+    script: str,
+    *flags: str,
+    settings: dict[str, Any] | None = None,
+    **env: str,
 ) -> Job:
     """Submit slurm/SCRIPT from `folder`, with settings.json there; env is added to the environment."""
     run_dir = folder / "run"

@@ -16,7 +16,16 @@ from nodes import Nodes, wait_until, why_not
 from patience import patience
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ps")
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "OUT_OF_MEMORY",
+)
 CGROUPS = Path("/sys/fs/cgroup/freezer")
 
 # cred_expire: seconds that a requeued job waits before it may start again (120 by default)
@@ -74,7 +83,9 @@ def why_no_slurm() -> str | None:
     if missing:
         return f"{', '.join(missing)} is missing: apt-get install slurm-wlm procps"
     return why_not() or (
-        None if CGROUPS.is_dir() else f"{CGROUPS} is missing: cgroup v1 keeps track of a job's processes"
+        None
+        if CGROUPS.is_dir()
+        else f"{CGROUPS} is missing: cgroup v1 keeps track of a job's processes"
     )
 
 
@@ -98,7 +109,9 @@ class Slurm:
         (self.folder / "cgroup.conf").write_text(CGROUP_CONF)
         for number in range(self.gpus):
             (self.folder / f"gpu{number}").touch()  # stands for a device
-        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{self.gpus - 1}]\n")
+        (self.folder / "gres.conf").write_text(
+            f"Name=gpu File={self.folder}/gpu[0-{self.gpus - 1}]\n"
+        )
         self.cgroups.mkdir()
         self._munge("ctl")
         self._do("ctl", "slurmctld")
@@ -138,14 +151,24 @@ class Slurm:
         return states[0] if states else ""
 
     def run(
-        self, *command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 240
+        self,
+        *command: str | Path,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 240,
     ) -> subprocess.CompletedProcess[str]:
         """A command on the login node."""
         return self.nodes.run(
-            "ctl", *command, env={**(env or os.environ), "SLURM_CONF": str(self.conf)}, cwd=cwd, timeout=timeout
+            "ctl",
+            *command,
+            env={**(env or os.environ), "SLURM_CONF": str(self.conf)},
+            cwd=cwd,
+            timeout=timeout,
         )
 
-    def sbatch(self, *words: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> int:
+    def sbatch(
+        self, *words: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> int:
         """Submit; returns the job's number."""
         done = self.run("sbatch", "--parsable", *words, env=env, cwd=cwd)
         assert done.returncode == 0, done.stderr
@@ -166,7 +189,9 @@ class Slurm:
 
     def _munge(self, name: str) -> None:
         # munged refuses to run as root, and its socket must be where every client looks; a node comes to see it anew
-        self._do(name, "bash", "-c", "mkdir -p /run/munge && mount -t tmpfs -o mode=755 tmpfs /run/munge")
+        self._do(
+            name, "bash", "-c", "mkdir -p /run/munge && mount -t tmpfs -o mode=755 tmpfs /run/munge"
+        )
         self._do(name, "chown", "munge:munge", "/run/munge")
         self._do(name, "setpriv", "--reuid", "munge", "--regid", "munge", "--init-groups", "munged")
 

@@ -19,7 +19,20 @@ from orchestrator.training.ledger import read
 from orchestrator.training.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["red", "blue", "green", "amber", "stone", "river", "cloud", "lamp", "chair", "garden", "window", "bread"]
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "amber",
+    "stone",
+    "river",
+    "cloud",
+    "lamp",
+    "chair",
+    "garden",
+    "window",
+    "bread",
+]
 TINY_MODEL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -38,7 +51,9 @@ def doc_commands(page: str, heading: str) -> list[str]:
     return re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
 
 
-def rows(count: int, seed: int = 0, conversational: bool = False, longest: int = 12) -> list[dict[str, Any]]:
+def rows(
+    count: int, seed: int = 0, conversational: bool = False, longest: int = 12
+) -> list[dict[str, Any]]:
     """Made-up pairs of random words; lengths vary from 1 to `longest` words."""
     draw = random.Random(seed)
 
@@ -111,7 +126,10 @@ def write_settings(folder: Path, name: str = "run.yaml", **blocks: Any) -> Path:
 
 
 def orchestrator(
-    *words: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 240
+    *words: str | Path,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
     """`orchestrator WORDS...` in a process of its own; stdout and stderr as text."""
     return subprocess.run(
@@ -132,7 +150,9 @@ def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
     """What is the same whenever a run is repeated."""
-    return {name: value for name, value in line.items() if not name.endswith(("runtime", "_per_second"))}
+    return {
+        name: value for name, value in line.items() if not name.endswith(("runtime", "_per_second"))
+    }
 
 
 def losses(run_dir: Path) -> dict[int, float]:

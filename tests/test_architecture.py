@@ -16,7 +16,9 @@ HEAVY = {"torch", "ray", "transformers", "datasets", "wandb", "numpy", "deepspee
 
 def python(code: str) -> str:
     """What a fresh Python prints for some code."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     return done.stdout
 
 
@@ -31,13 +33,19 @@ def public(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef 
 def test_a_file_imports_only_what_stands_above_it() -> None:
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "--no-cache"], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", code, "--no-cache"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 broken" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["orchestrator", "orchestrator.settings.load", "orchestrator.cli"])
+@pytest.mark.parametrize(
+    "module", ["orchestrator", "orchestrator.settings.load", "orchestrator.cli"]
+)
 def test_nothing_heavy_is_loaded_to_read_settings(module: str) -> None:
     loaded = json.loads(python(f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"))
     assert module in loaded

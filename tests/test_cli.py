@@ -54,14 +54,31 @@ def ending_with(outcome: Any) -> Callable[..., RunResult]:
 @pytest.mark.parametrize(
     ("outcome", "code", "words"),
     [
-        (RunResult("stopped", "received SIGINT", 3, "", None), 3, "stopped after step 3 (received SIGINT)"),
-        (UserError("data.train", "x", "is wrong", "mend it"), 2, "error: data.train = 'x': is wrong; mend it"),
-        (TrainingError("step 3: the gradient\nis not finite"), 1, "error: step 3: the gradient is not finite"),
+        (
+            RunResult("stopped", "received SIGINT", 3, "", None),
+            3,
+            "stopped after step 3 (received SIGINT)",
+        ),
+        (
+            UserError("data.train", "x", "is wrong", "mend it"),
+            2,
+            "error: data.train = 'x': is wrong; mend it",
+        ),
+        (
+            TrainingError("step 3: the gradient\nis not finite"),
+            1,
+            "error: step 3: the gradient is not finite",
+        ),
         (KeyboardInterrupt(), 1, "aborted"),
     ],
 )
 def test_how_a_run_ends_decides_the_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, outcome: Any, code: int, words: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
+    outcome: Any,
+    code: int,
+    words: str,
 ) -> None:
     monkeypatch.setattr(here, "debug", ending_with(outcome))
     assert cli.main(["debug", str(write_settings(tmp_path))]) == code
@@ -74,7 +91,10 @@ def test_a_finished_run_says_what_it_reached(
     run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
     losses = {0: 0.7, 2: 0.6, 4: 0.25}
-    lines = [{"step": step, "eval_loss": loss, "eval_rewards/accuracies": 0.5} for step, loss in losses.items()]
+    lines = [
+        {"step": step, "eval_loss": loss, "eval_rewards/accuracies": 0.5}
+        for step, loss in losses.items()
+    ]
     run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"loss": 1}]))
     result = RunResult("finished", "every step was taken", 4, "", "the/model", 4)
     monkeypatch.setattr(here, "debug", ending_with(result))
@@ -85,10 +105,18 @@ def test_a_finished_run_says_what_it_reached(
     assert "evaluation after   loss 0.250000" in out
     assert "model    the/model\n" in out
     assert "W&B" not in out  # it is disabled
-    monkeypatch.setattr(here, "debug", ending_with(replace(result, model_step=2, best_step=2, best_metric=0.6)))
-    assert cli.main(["debug", str(write_settings(tmp_path, evaluation={"metric_for_best": "loss"}))]) == 0
+    monkeypatch.setattr(
+        here, "debug", ending_with(replace(result, model_step=2, best_step=2, best_metric=0.6))
+    )
+    assert (
+        cli.main(["debug", str(write_settings(tmp_path, evaluation={"metric_for_best": "loss"}))])
+        == 0
+    )
     out = capsys.readouterr().out
-    assert f"best     eval_loss 0.600000 after step 2, {run_dir.checkpoints / 'step_00000002'}\n" in out
+    assert (
+        f"best     eval_loss 0.600000 after step 2, {run_dir.checkpoints / 'step_00000002'}\n"
+        in out
+    )
     assert "model    the/model, of step 2\n" in out
 
 
@@ -102,14 +130,19 @@ def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("words", "expected"),
     [
         (["{file}", "optimizer.lr=0"], ["error: optimizer.lr = 0"]),
-        (["{file}", "optimizer.lr=0", "precision=x"], ["errors:", "optimizer.lr = 0", "precision = 'x'"]),
+        (
+            ["{file}", "optimizer.lr=0", "precision=x"],
+            ["errors:", "optimizer.lr = 0", "precision = 'x'"],
+        ),
         (["{file}", "optimizer.lrr=1"], ["did you mean optimizer.lr?"]),
         (["nowhere.yaml"], ["settings file = 'nowhere.yaml': does not exist"]),
         (["optimizer.lr=1"], ["a settings file is required"]),
         (["{file}", "data.train=nowhere.jsonl"], ["data.train", "does not exist"]),
     ],
 )
-def test_wrong_settings_end_with_2(tmp_path: Path, capsys: Output, words: list[str], expected: list[str]) -> None:
+def test_wrong_settings_end_with_2(
+    tmp_path: Path, capsys: Output, words: list[str], expected: list[str]
+) -> None:
     file = write_settings(tmp_path)
     assert cli.main(["plan", *(word.format(file=file) for word in words)]) == 2
     captured = capsys.readouterr()
@@ -130,7 +163,10 @@ def test_a_missing_argument_ends_with_2_and_one_line(capsys: Output) -> None:
         cli.main(["verify"])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "error: the following arguments are required: RUN_DIR; see orchestrator verify --help"
+    assert (
+        line
+        == "error: the following arguments are required: RUN_DIR; see orchestrator verify --help"
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +186,9 @@ def test_help_is_shown_and_ends_with_0(capsys: Output, words: list[str], shown: 
     assert shown in capsys.readouterr().out
 
 
-def test_a_run_directory_is_planned_by_its_own_settings(run_dir: RunDir, tmp_path: Path, capsys: Output) -> None:
+def test_a_run_directory_is_planned_by_its_own_settings(
+    run_dir: RunDir, tmp_path: Path, capsys: Output
+) -> None:
     assert cli.main(["plan", str(run_dir.path), "batch.micro_batch_size=1", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["run_dir"], facts["micro_batch_size"]) == (str(run_dir.path), 1)
@@ -172,7 +210,13 @@ def test_a_run_directory_is_planned_by_its_own_settings(run_dir: RunDir, tmp_pat
     ],
 )
 def test_what_is_not_a_run_directory_is_answered_with_it(
-    run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, verb: str, typed: str, fix: str
+    run_dir: RunDir,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
+    verb: str,
+    typed: str,
+    fix: str,
 ) -> None:
     write_settings(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -200,16 +244,24 @@ def test_a_plan_prints_a_note_for_each_odd_setting(tmp_path: Path, capsys: Outpu
     noted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert cli.main(["plan", file, *odd, "--json"]) == 0
     assert noted == [f"note: {line}" for line in json.loads(capsys.readouterr().out)["notes"]]
-    assert [line.split(" = ")[0] for line in noted] == ["note: optimizer.lr", "note: scheduler.warmup_steps"]
+    assert [line.split(" = ")[0] for line in noted] == [
+        "note: optimizer.lr",
+        "note: scheduler.warmup_steps",
+    ]
 
 
 def test_a_plan_shows_rows(tmp_path: Path, capsys: Output) -> None:
     file = str(write_settings(tmp_path))
     assert cli.main(["plan", "--show-rows", "2", file]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" of ")[0] for line in lines if line.startswith("row ")] == ["row 1", "row 2"]
+    assert [line.split(" of ")[0] for line in lines if line.startswith("row ")] == [
+        "row 1",
+        "row 2",
+    ]
     assert [line for line in lines if line.startswith("  chosen    ⟦ good")] != []
-    assert [line for line in lines if "tokens of 32 rows" in line or "tokens of 8 rows" in line] == [
+    assert [
+        line for line in lines if "tokens of 32 rows" in line or "tokens of 8 rows" in line
+    ] == [
         "data.train: tokens of 32 rows before truncation",
         "data.eval: tokens of 8 rows before truncation",
     ]
@@ -217,7 +269,10 @@ def test_a_plan_shows_rows(tmp_path: Path, capsys: Output) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert [row["row"] for row in facts["rows"]] == [1, 2, 3]
     assert all(row["key"] == "data.train" for row in facts["rows"])
-    assert {name: sets["rows"] for name, sets in facts["lengths"].items()} == {"data.train": 32, "data.eval": 8}
+    assert {name: sets["rows"] for name, sets in facts["lengths"].items()} == {
+        "data.train": 32,
+        "data.eval": 8,
+    }
     assert facts["train_rows"] == 32
 
 
@@ -225,7 +280,10 @@ def test_files_and_overrides_may_stand_in_any_order(tmp_path: Path, capsys: Outp
     first = write_settings(tmp_path)
     second = tmp_path / "second.yaml"
     second.write_text("batch: {global_batch_size: 16}\n")
-    for words in ([first, "cluster.num_workers=2", second], [first, second, "cluster.num_workers=2"]):
+    for words in (
+        [first, "cluster.num_workers=2", second],
+        [first, second, "cluster.num_workers=2"],
+    ):
         assert cli.main(["plan", *map(str, words), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["pairs_per_rank"] == 8
 
@@ -245,7 +303,9 @@ def test_verify_looks_at_every_checkpoint(run_dir: RunDir, capsys: Output) -> No
     assert "meta.json: its content is not what was written" in lines[1]
 
 
-def test_verify_without_a_checkpoint_or_a_run(run_dir: RunDir, tmp_path: Path, capsys: Output) -> None:
+def test_verify_without_a_checkpoint_or_a_run(
+    run_dir: RunDir, tmp_path: Path, capsys: Output
+) -> None:
     for step in (1, 2):
         (run_dir.checkpoints / f"step_{step:08d}" / "manifest.json").unlink()
     assert cli.main(["verify", str(run_dir.path)]) == 1
@@ -258,7 +318,9 @@ def test_export_of_a_folder_that_is_no_run_ends_with_2(tmp_path: Path, capsys: O
     assert "RUN_DIR" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "named"), [(["--no-wait"], "--no-wait"), (["--address", "http://h:1"], "--address")])
+@pytest.mark.parametrize(
+    ("flags", "named"), [(["--no-wait"], "--no-wait"), (["--address", "http://h:1"], "--address")]
+)
 def test_flags_of_a_job_server_mean_nothing_to_slurm(
     tmp_path: Path, capsys: Output, flags: list[str], named: str
 ) -> None:
@@ -277,7 +339,8 @@ def test_a_run_is_asked_to_stop_while_someone_holds_it(tmp_path: Path, capsys: O
         assert cli.main(["stop", str(run_dir.path)]) == 0
         assert run_dir.stop.exists()
         assert re.search(
-            rf"signalled process {os.getpid()} on .*: it saves .* exits with code 3", capsys.readouterr().out
+            rf"signalled process {os.getpid()} on .*: it saves .* exits with code 3",
+            capsys.readouterr().out,
         )
     run_dir.begin(tiny_spec(tmp_path))
     assert cli.main(["stop", str(run_dir.path)]) == 0

@@ -13,7 +13,9 @@ def refused(row: Row) -> bool:
 
 def test_every_pair_that_can_be_is_there_in_few_rows() -> None:
     rows = [dict(zip(PARTS, values, strict=True)) for values in product(*PARTS.values())]
-    possible = set[frozenset[tuple[str, str]]]().union(*(pairs_of(row) for row in rows if not refused(row)))
+    possible = set[frozenset[tuple[str, str]]]().union(
+        *(pairs_of(row) for row in rows if not refused(row))
+    )
     made = covering(PARTS, refused)
     assert set().union(*map(pairs_of, made)) == possible
     assert not any(map(refused, made))

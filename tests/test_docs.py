@@ -75,7 +75,11 @@ def test_yaml_examples_load(text: str, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "base.yaml").write_text(BASE)
     for document in re.split(r"^---$", text, flags=re.MULTILINE):
         (tmp_path / "example.yaml").write_text(document)
-        files = ["example.yaml"] if re.search(r"^run:", document, re.MULTILINE) else ["base.yaml", "example.yaml"]
+        files = (
+            ["example.yaml"]
+            if re.search(r"^run:", document, re.MULTILINE)
+            else ["base.yaml", "example.yaml"]
+        )
         load_spec(files, ["data.eval=null"] if "eval_fraction" in document else [])
 
 

@@ -13,7 +13,12 @@ from orchestrator import cli
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with settings, data, a model and Python code, which is the current one."""
     write_settings(tmp_path)  # run.yaml, train.jsonl, eval.jsonl
-    for name, text in {"a/rows.jsonl": "{}", "model/config.json": "{}", "empty/x": "", "code.py": "x = 1"}.items():
+    for name, text in {
+        "a/rows.jsonl": "{}",
+        "model/config.json": "{}",
+        "empty/x": "",
+        "code.py": "x = 1",
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
@@ -35,29 +40,77 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("plan nope.yaml", "settings file = 'nope.yaml'", "its folder contains run.yaml"),
         ("plan runn.yaml", "settings file = 'runn.yaml'", "did you mean run.yaml?"),
         ("plan run", "FILE = 'run'", "did you mean run.yaml?"),
-        ("plan train.jsonl", "FILE = 'train.jsonl'", "use a YAML file, followed by data.train=train.jsonl"),
-        ("plan none.parquet", "FILE = 'none.parquet'", "use a YAML file, followed by data.train=none.parquet"),
-        ("plan rows.json", "FILE = 'rows.json'", "use a YAML file, followed by data.train=rows.json"),
-        ("plan zero2.json", "FILE = 'zero2.json'", "set engine.kind=deepspeed engine.deepspeed_config=zero2.json"),
+        (
+            "plan train.jsonl",
+            "FILE = 'train.jsonl'",
+            "use a YAML file, followed by data.train=train.jsonl",
+        ),
+        (
+            "plan none.parquet",
+            "FILE = 'none.parquet'",
+            "use a YAML file, followed by data.train=none.parquet",
+        ),
+        (
+            "plan rows.json",
+            "FILE = 'rows.json'",
+            "use a YAML file, followed by data.train=rows.json",
+        ),
+        (
+            "plan zero2.json",
+            "FILE = 'zero2.json'",
+            "set engine.kind=deepspeed engine.deepspeed_config=zero2.json",
+        ),
         ("plan code.py", "FILE = 'code.py'", "use a YAML file"),
         ("plan a", "FILE = 'a'", "use a YAML file, followed by data.train=a"),
         ("plan model", "FILE = 'model'", "set model.path=model in a YAML file"),
         ("plan empty", "FILE = 'empty'", "use a YAML file or a run directory"),
         ("plan .", "FILE = '.'", "use a YAML file, followed by data.train=."),
         # overrides
-        ("plan run.yaml optimizer.lr", "override = 'optimizer.lr'", "for example optimizer.lr=VALUE"),
+        (
+            "plan run.yaml optimizer.lr",
+            "override = 'optimizer.lr'",
+            "for example optimizer.lr=VALUE",
+        ),
         ("plan run.yaml dpo.beta = 4", "override = 'dpo.beta = 4'", "write dpo.beta=4"),
         ("plan run.yaml dpo.beta =4", "override = 'dpo.beta =4'", "write dpo.beta=4"),
         ("plan run.yaml dpo.beta= 4", "override = 'dpo.beta= 4'", "write dpo.beta=4"),
         # flags
-        ("train run.yaml --lr 1e-5", "--lr = '1e-5'", "write optimizer.lr=1e-5: settings have no dashes"),
-        ("train --lr=1e-5 run.yaml", "--lr = '1e-5'", "write optimizer.lr=1e-5: settings have no dashes"),
-        ("train run.yaml --dpo.beta=4", "--dpo.beta = '4'", "write dpo.beta=4: settings have no dashes"),
-        ("train run.yaml --learning-rate 1", "--learning-rate = '1'", "write optimizer.lr=1: settings have no dashes"),
-        ("train run.yaml --max-steps=4", "--max-steps = '4'", "write training.max_steps=4: settings have no dashes"),
-        ("train run.yaml --nproc 2", "--nproc = '2'", "write cluster.num_workers=2: settings have no dashes; --nproc"),
+        (
+            "train run.yaml --lr 1e-5",
+            "--lr = '1e-5'",
+            "write optimizer.lr=1e-5: settings have no dashes",
+        ),
+        (
+            "train --lr=1e-5 run.yaml",
+            "--lr = '1e-5'",
+            "write optimizer.lr=1e-5: settings have no dashes",
+        ),
+        (
+            "train run.yaml --dpo.beta=4",
+            "--dpo.beta = '4'",
+            "write dpo.beta=4: settings have no dashes",
+        ),
+        (
+            "train run.yaml --learning-rate 1",
+            "--learning-rate = '1'",
+            "write optimizer.lr=1: settings have no dashes",
+        ),
+        (
+            "train run.yaml --max-steps=4",
+            "--max-steps = '4'",
+            "write training.max_steps=4: settings have no dashes",
+        ),
+        (
+            "train run.yaml --nproc 2",
+            "--nproc = '2'",
+            "write cluster.num_workers=2: settings have no dashes; --nproc",
+        ),
         ("train run.yaml --pdb", "--pdb = (not set)", "--pdb is a flag of debug"),
-        ("train run.yaml --gradient_accumulation_steps 4", "--gradient", "did you mean batch.global_batch_size (acc"),
+        (
+            "train run.yaml --gradient_accumulation_steps 4",
+            "--gradient",
+            "did you mean batch.global_batch_size (acc",
+        ),
         ("plan run.yaml --show-rws 3", "--show-rws = '3'", "did you mean --show-rows?"),
         ("plan run.yaml --foo", "--foo = (not set)", "settings have no dashes, for example"),
         ("submit run.yaml", "--to = (not set)", "write --to ray or --to slurm"),
@@ -94,7 +147,9 @@ def test_a_file_that_breaks_its_reader_is_refused_in_one_line(
     assert line.startswith(f"error: settings file = '{name}': {rule}")
 
 
-@pytest.mark.parametrize("override", ["a=" + "[" * 3000, "a" + ".a" * 3000 + "=1", "a=" + "9" * 5000, "a=\udc80"])
+@pytest.mark.parametrize(
+    "override", ["a=" + "[" * 3000, "a" + ".a" * 3000 + "=1", "a=" + "9" * 5000, "a=\udc80"]
+)
 def test_an_override_that_breaks_its_reader_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], override: str
 ) -> None:

@@ -62,7 +62,12 @@ def test_wandb_offline_file_holds_every_step_once_and_no_secret(tmp_path: Path) 
         training={"max_steps": 6, "logging_steps": 2},
         wandb={"mode": "offline", "project": "trial", "group": "tests"},
         evaluation={"every_steps": 3},
-        callbacks=[{"path": "my_callbacks:Takes", "kwargs": {"api_key": "a-users-own-key", "note": f"uses {canary}"}}],
+        callbacks=[
+            {
+                "path": "my_callbacks:Takes",
+                "kwargs": {"api_key": "a-users-own-key", "note": f"uses {canary}"},
+            }
+        ],
     )
     (tmp_path / "my_callbacks.py").write_text(
         "from transformers import TrainerCallback\n"
@@ -97,7 +102,9 @@ def test_the_seeds_callbacks_work_as_they_are(tmp_path: Path) -> None:
     settings = write_settings(
         tmp_path,
         training={"max_steps": 12, "logging_steps": 1},
-        optimizer={"lr": 1e-12},  # nothing improves, so the third evaluation of a step stops the run
+        optimizer={
+            "lr": 1e-12
+        },  # nothing improves, so the third evaluation of a step stops the run
         evaluation={"every_steps": 2, "metric_for_best": "loss"},
         callbacks=[
             "my_callbacks:CustomLoggingCallback",
@@ -159,7 +166,9 @@ def test_a_callback_ends_an_epoch_on_all_ranks(tmp_path: Path, killed: bool) -> 
     epochs = [(line["step"], line["epoch"]) for line in metric_lines(run_dir)]
     assert epochs == [(1, 0.25), (2, 0.5), (3, 1.25), (4, 1.5), (5, 1.75), (6, 2.0)]
     assert {line["step"] for line in metric_lines(run_dir) if "eval_loss" in line} == {2, 6}
-    with pytest.raises(UserError, match="a callback ended an epoch after step 2, and there is no checkpoint since"):
+    with pytest.raises(
+        UserError, match="a callback ended an epoch after step 2, and there is no checkpoint since"
+    ):
         replay(RunDir(run_dir), 3)
     assert replay(RunDir(run_dir), 2).loss == pytest.approx(losses(run_dir)[2])
     assert replay(RunDir(run_dir), 5).loss == pytest.approx(losses(run_dir)[5])

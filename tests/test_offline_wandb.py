@@ -81,7 +81,9 @@ def test_summary_holds_the_last_values(run: OfflineRun) -> None:
     assert run.summary["best"] == 0.5
 
 
-def test_a_cut_file_gives_the_whole_records_before_the_cut(run: OfflineRun, run_file: Path, tmp_path: Path) -> None:
+def test_a_cut_file_gives_the_whole_records_before_the_cut(
+    run: OfflineRun, run_file: Path, tmp_path: Path
+) -> None:
     content = run_file.read_bytes()
     assert len(content) > 3 * 32 * 1024
     cut_file = tmp_path / "cut.wandb"

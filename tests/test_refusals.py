@@ -58,7 +58,9 @@ class Given(NamedTuple):
 
 def case(name: str, words: str, *said: str, **given: Any) -> Any:
     """One row of a table: `said` is key, value, rule, cure."""
-    return pytest.param(Given(tuple(words.split("|")) if words else (), **given), Said(*said), id=name)
+    return pytest.param(
+        Given(tuple(words.split("|")) if words else (), **given), Said(*said), id=name
+    )
 
 
 def write(folder: Path, given: Given) -> None:
@@ -93,7 +95,11 @@ def assert_refused(code: int, stderr: str, said: Said) -> None:
 def assert_nothing_runs(mark: str) -> None:
     """No process that inherited the mark is alive; Ray's daemons get a moment to end."""
     marked, deadline = f"{MARK}={mark}".encode(), time.monotonic() + patience(10)
-    while left := [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if marked in environment(path)]:
+    while left := [
+        path.parent.name
+        for path in Path("/proc").glob("[0-9]*/environ")
+        if marked in environment(path)
+    ]:
         assert time.monotonic() < deadline, f"processes {left} were left behind"
         time.sleep(0.2)
 
@@ -105,7 +111,9 @@ def environment(path: Path) -> list[bytes]:
         return []
 
 
-def in_a_process(name: str, folder: Path, *words: str, limit: float = LIMIT_S) -> tuple[int, str, str]:
+def in_a_process(
+    name: str, folder: Path, *words: str, limit: float = LIMIT_S
+) -> tuple[int, str, str]:
     """`orchestrator WORDS` in `folder`: exit code, stdout, stderr. Fails when it is slow or leaves a process behind."""
     mark, start = uuid.uuid4().hex, time.monotonic()
     done = support.orchestrator(*words, cwd=folder, env={**OFFLINE, MARK: mark}, timeout=limit)
@@ -123,7 +131,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+def here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Run]:
     """The same in this process, which has torch loaded already, in tmp_path."""
     mark = uuid.uuid4().hex
     monkeypatch.chdir(tmp_path)
@@ -146,7 +156,14 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
 
 NO_KEYS = ("settings file", "run.yaml", "has no top-level settings", "`run:`")
 SETTINGS = [
-    case("key", "optimizer.learning_rate=1", "optimizer.learning_rate", "1", "is not a setting", "mean optimizer.lr?"),
+    case(
+        "key",
+        "optimizer.learning_rate=1",
+        "optimizer.learning_rate",
+        "1",
+        "is not a setting",
+        "mean optimizer.lr?",
+    ),
     case(
         "key-near",
         "batch.micro_batchsize=1",
@@ -155,17 +172,83 @@ SETTINGS = [
         "is not a setting",
         "mean batch.micro_batch_size?",
     ),
-    case("block", "optimiser.lr=1", "optimiser", "{'lr': 1}", "is not a setting", "did you mean optimizer?"),
-    case("type-number", "optimizer.lr=fast", "optimizer.lr", "'fast'", "valid number", "learning rate"),
-    case("type-integer", "batch.global_batch_size=8.5", "batch.global_batch_size", "8.5", "valid integer", "Pairs per"),
-    case("trl-name", "learning_rate=1", "learning_rate = 1", "1", "is not a setting", "did you mean optimizer.lr?"),
-    case("type-list", "callbacks=mine:Mine", "callbacks", "'mine:Mine'", "valid list", "callbacks=[mine:Mine]"),
-    case("type-block", "optimizer=adam", "optimizer", "'adam'", "is a block of settings", "optimizer.name=adam?"),
-    case("type-name", "scheduler.name=5", "scheduler.name = 5", "5", "string", "linear, cosine, constant"),
+    case(
+        "block",
+        "optimiser.lr=1",
+        "optimiser",
+        "{'lr': 1}",
+        "is not a setting",
+        "did you mean optimizer?",
+    ),
+    case(
+        "type-number",
+        "optimizer.lr=fast",
+        "optimizer.lr",
+        "'fast'",
+        "valid number",
+        "learning rate",
+    ),
+    case(
+        "type-integer",
+        "batch.global_batch_size=8.5",
+        "batch.global_batch_size",
+        "8.5",
+        "valid integer",
+        "Pairs per",
+    ),
+    case(
+        "trl-name",
+        "learning_rate=1",
+        "learning_rate = 1",
+        "1",
+        "is not a setting",
+        "did you mean optimizer.lr?",
+    ),
+    case(
+        "type-list",
+        "callbacks=mine:Mine",
+        "callbacks",
+        "'mine:Mine'",
+        "valid list",
+        "callbacks=[mine:Mine]",
+    ),
+    case(
+        "type-block",
+        "optimizer=adam",
+        "optimizer",
+        "'adam'",
+        "is a block of settings",
+        "optimizer.name=adam?",
+    ),
+    case(
+        "type-name",
+        "scheduler.name=5",
+        "scheduler.name = 5",
+        "5",
+        "string",
+        "linear, cosine, constant",
+    ),
     case("out-of-range", "dpo.beta=0", "dpo.beta", "0", "greater than 0", "Strength"),
-    case("no-name", "", "run.name", "(not set)", "is required", "Name of the run", edits={"run.name": GONE}),
-    case("name-with-slash", "run.name=a/b", "run.name", "'a/b'", "must be 1 to 200 letters", "run.name=llama-dpo"),
-    case("no-block", "", "batch", "(not set)", "is required", "Pairs per step", edits={"batch": GONE}),
+    case(
+        "no-name",
+        "",
+        "run.name",
+        "(not set)",
+        "is required",
+        "Name of the run",
+        edits={"run.name": GONE},
+    ),
+    case(
+        "name-with-slash",
+        "run.name=a/b",
+        "run.name",
+        "'a/b'",
+        "must be 1 to 200 letters",
+        "run.name=llama-dpo",
+    ),
+    case(
+        "no-block", "", "batch", "(not set)", "is required", "Pairs per step", edits={"batch": GONE}
+    ),
     case(
         "both-micro-batch-keys",
         "batch.max_tokens_per_microbatch=100",
@@ -222,7 +305,14 @@ SETTINGS = [
         "has its own setting",
         "set optimizer.lr instead",
     ),
-    case("scheduler-near", "scheduler.name=cosin", "scheduler.name", "'cosin'", "neither a schedule", "mean cosine?"),
+    case(
+        "scheduler-near",
+        "scheduler.name=cosin",
+        "scheduler.name",
+        "'cosin'",
+        "neither a schedule",
+        "mean cosine?",
+    ),
     case(
         "scheduler-plateau",
         "scheduler.name=torch.optim.lr_scheduler.ReduceLROnPlateau",
@@ -247,7 +337,14 @@ SETTINGS = [
         "needs evaluation pairs",
         "set data.eval",
     ),
-    case("two-models", "model.path=x", "model.path", "'x'", "model.init is also set", "remove one of the two"),
+    case(
+        "two-models",
+        "model.path=x",
+        "model.path",
+        "'x'",
+        "model.init is also set",
+        "remove one of the two",
+    ),
     case(
         "no-model",
         "",
@@ -257,7 +354,14 @@ SETTINGS = [
         "or hub name of a causal LM, or set model.init",
         edits=NO_INIT,
     ),
-    case("small-vocabulary", "model.init.vocab_size=9", "model.init.vocab_size", "9", "256 bytes", "260 or more"),
+    case(
+        "small-vocabulary",
+        "model.init.vocab_size=9",
+        "model.init.vocab_size",
+        "9",
+        "256 bytes",
+        "260 or more",
+    ),
     case(
         "zero-stage-of-ddp",
         "engine.zero_stage=3",
@@ -283,11 +387,46 @@ SETTINGS = [
         "cannot be read (No such file",
         "for example configs/deepspeed/zero2.json",
     ),
-    case("wandb-mode", "wandb.mode=ofline", "wandb.mode", "'ofline'", "auto, online, offline", "did you mean offline?"),
-    case("wandb-off", "wandb.mode=off", "wandb.mode", "False", "auto, online, offline", "set wandb.mode=disabled"),
-    case("name-above", "run.name=..", "run.name", "'..'", "start with a letter", "for example run.name=llama-dpo"),
-    case("precision", "precision=bf61", "precision", "'bf61'", "must be one of auto, bf16", "did you mean bf16?"),
-    case("callback-form", "callbacks=[mine.Mine]", "callbacks", "'mine.Mine'", "module:attr", "my_package.my_module:"),
+    case(
+        "wandb-mode",
+        "wandb.mode=ofline",
+        "wandb.mode",
+        "'ofline'",
+        "auto, online, offline",
+        "did you mean offline?",
+    ),
+    case(
+        "wandb-off",
+        "wandb.mode=off",
+        "wandb.mode",
+        "False",
+        "auto, online, offline",
+        "set wandb.mode=disabled",
+    ),
+    case(
+        "name-above",
+        "run.name=..",
+        "run.name",
+        "'..'",
+        "start with a letter",
+        "for example run.name=llama-dpo",
+    ),
+    case(
+        "precision",
+        "precision=bf61",
+        "precision",
+        "'bf61'",
+        "must be one of auto, bf16",
+        "did you mean bf16?",
+    ),
+    case(
+        "callback-form",
+        "callbacks=[mine.Mine]",
+        "callbacks",
+        "'mine.Mine'",
+        "module:attr",
+        "my_package.my_module:",
+    ),
     case(
         "callback-key",
         "callbacks=[{path: 'mine:Mine', kwarg: {a: 1}}]",
@@ -296,12 +435,36 @@ SETTINGS = [
         "is not a setting",
         "kwargs",
     ),
-    case("collator-form", "data.collator=mine", "data.collator", "'mine'", "module:attr", "my_package"),
-    case("no-file", "no.yaml", "settings file", "no.yaml", "does not exist", "did you mean run.yaml?"),
-    case("not-yaml", "", "settings file", "run.yaml", "line 2, column 9", "fix that line", text="run:\n  dir: b: c\n"),
+    case(
+        "collator-form",
+        "data.collator=mine",
+        "data.collator",
+        "'mine'",
+        "module:attr",
+        "my_package",
+    ),
+    case(
+        "no-file", "no.yaml", "settings file", "no.yaml", "does not exist", "did you mean run.yaml?"
+    ),
+    case(
+        "not-yaml",
+        "",
+        "settings file",
+        "run.yaml",
+        "line 2, column 9",
+        "fix that line",
+        text="run:\n  dir: b: c\n",
+    ),
     case("empty-file", "", *NO_KEYS, text=""),
     case("list-file", "", *NO_KEYS, text="- a\n- b\n"),
-    case("interpolation", "run.name=${nope}", "settings", "run.yaml", "'nope' not found", "fix that key"),
+    case(
+        "interpolation",
+        "run.name=${nope}",
+        "settings",
+        "run.yaml",
+        "'nope' not found",
+        "fix that key",
+    ),
     case(
         "override-without-equals",
         "optimizer.lr",
@@ -315,16 +478,22 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("given", "said"), SETTINGS)
-def test_wrong_settings_are_refused(given: Given, said: Said, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_wrong_settings_are_refused(
+    given: Given, said: Said, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     write(tmp_path, given)
-    code, _, stderr = in_a_process(request.node.callspec.id, tmp_path, "debug", "run.yaml", *given.words)
+    code, _, stderr = in_a_process(
+        request.node.callspec.id, tmp_path, "debug", "run.yaml", *given.words
+    )
     assert_refused(code, stderr, said)
     assert not (tmp_path / "runs").exists()
 
 
 def test_every_wrong_setting_has_its_line(tmp_path: Path) -> None:
     write(tmp_path, Given())
-    code, _, stderr = in_a_process("two wrong", tmp_path, "debug", "run.yaml", "optimizer.lr=fast", "dpo.beta=0")
+    code, _, stderr = in_a_process(
+        "two wrong", tmp_path, "debug", "run.yaml", "optimizer.lr=fast", "dpo.beta=0"
+    )
     assert code == 2
     heading, *lines = stderr.splitlines()
     assert heading == "errors:"
@@ -333,7 +502,9 @@ def test_every_wrong_setting_has_its_line(tmp_path: Path) -> None:
 
 # --- data, models and the user's code ----------------------------------------------------------------------------
 
-KEYS_COLLATOR = "import torch\ndef collate(rows):\n    return {'ids': torch.zeros(2 * len(rows), 3)}\n"
+KEYS_COLLATOR = (
+    "import torch\ndef collate(rows):\n    return {'ids': torch.zeros(2 * len(rows), 3)}\n"
+)
 NONE_COLLATOR = "def collate(rows):\n    return None\n"
 MASK_COLLATOR = (
     "import torch\ndef collate(rows):\n    ids = torch.ones(2 * len(rows), 4, dtype=torch.long)\n"
@@ -350,7 +521,11 @@ def bad_row(name: str, row: Any, reason: str, cure: str = "") -> Any:
 
 
 IN_A_PROCESS = [
-    bad_row("no-chosen", {"prompt": "a", "rejected": "b"}, "has no column 'chosen'; its columns are 'prompt'"),
+    bad_row(
+        "no-chosen",
+        {"prompt": "a", "rejected": "b"},
+        "has no column 'chosen'; its columns are 'prompt'",
+    ),
     case(
         "collator-keys",
         "data.collator=mine:collate",
@@ -374,7 +549,14 @@ HERE = [
         )
         for key in ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size")
     ),
-    case("no-data", "data.train=nope.jsonl", "data.train", "nope.jsonl", "does not exist", "use a JSONL, JSON, CSV"),
+    case(
+        "no-data",
+        "data.train=nope.jsonl",
+        "data.train",
+        "nope.jsonl",
+        "does not exist",
+        "use a JSONL, JSON, CSV",
+    ),
     case(
         "not-json",
         "",
@@ -393,7 +575,14 @@ HERE = [
         "set data.max_length=16 or less",
         edits={"model.init.config.max_position_embeddings": 16},
     ),
-    case("no-callback", "callbacks=[nowhere:Mine]", "callbacks", "'nowhere:Mine'", "No module named", "install it"),
+    case(
+        "no-callback",
+        "callbacks=[nowhere:Mine]",
+        "callbacks",
+        "'nowhere:Mine'",
+        "No module named",
+        "install it",
+    ),
     case(
         "scheduler-kwarg",
         "scheduler.name=torch.optim.lr_scheduler.StepLR|scheduler.kwargs.step=3",
@@ -462,16 +651,38 @@ HERE = [
         "set model.pad_token='<|im_end|>'",
         model="no-pad",
     ),
-    case("no-eval-data", "data.eval=nope.jsonl", "data.eval", "nope.jsonl", "does not exist", "use a JSONL, JSON, CSV"),
-    case("hub-data-offline", "data.train=some/pairs", "data.train", "'some/pairs'", "Couldn't reach", "can be reached"),
+    case(
+        "no-eval-data",
+        "data.eval=nope.jsonl",
+        "data.eval",
+        "nope.jsonl",
+        "does not exist",
+        "use a JSONL, JSON, CSV",
+    ),
+    case(
+        "hub-data-offline",
+        "data.train=some/pairs",
+        "data.train",
+        "'some/pairs'",
+        "Couldn't reach",
+        "can be reached",
+    ),
     bad_row("not-an-object", [1], "is of type list, not an object"),
-    bad_row("text-and-messages", {"prompt": "a", "chosen": [SAID], "rejected": "b"}, "mixes text and messages"),
+    bad_row(
+        "text-and-messages",
+        {"prompt": "a", "chosen": [SAID], "rejected": "b"},
+        "mixes text and messages",
+    ),
     bad_row(
         "message-without-content",
         {"prompt": [ASKED], "chosen": [{"role": "assistant"}], "rejected": REJECTED},
         "message 1 of chosen has no text in its content",
     ),
-    bad_row("completion-is-a-number", {"prompt": "a", "chosen": 1, "rejected": "b"}, "chosen is int, neither text nor"),
+    bad_row(
+        "completion-is-a-number",
+        {"prompt": "a", "chosen": 1, "rejected": "b"},
+        "chosen is int, neither text nor",
+    ),
     bad_row(
         "tools-not-json",
         {"prompt": [ASKED], "chosen": [SAID], "rejected": REJECTED, "tools": "none"},
@@ -519,8 +730,24 @@ HERE = [
         "chosen and rejected differ",
         rows=[TIE] * 3,
     ),
-    case("no-rows", "", "data.train", "train.jsonl", "it has no rows", "use a file with rows", rows=[]),
-    case("json-cut-short", "data.train=a.json", "data.train", "a.json", "is not JSON", "fix", files={"a.json": "[{}"}),
+    case(
+        "no-rows",
+        "",
+        "data.train",
+        "train.jsonl",
+        "it has no rows",
+        "use a file with rows",
+        rows=[],
+    ),
+    case(
+        "json-cut-short",
+        "data.train=a.json",
+        "data.train",
+        "a.json",
+        "is not JSON",
+        "fix",
+        files={"a.json": "[{}"},
+    ),
     case(
         "prompts-fill",
         "data.max_length=2",
@@ -548,7 +775,12 @@ HERE = [
         rows=[*GOOD, LONG_PROMPT],
     ),
     case(
-        "no-such-attribute", "callbacks=[json:Mine]", "callbacks", "'json:Mine'", "json has no Mine", "after the colon"
+        "no-such-attribute",
+        "callbacks=[json:Mine]",
+        "callbacks",
+        "'json:Mine'",
+        "json has no Mine",
+        "after the colon",
     ),
     case(
         "not-a-callback",
@@ -575,7 +807,14 @@ HERE = [
         "EarlyStoppingCallback needs it",
         "evaluation.metric_for_best=loss",
     ),
-    case("no-collator", "data.collator=nowhere:mine", "data.collator", "'nowhere:mine'", "No module", "install it"),
+    case(
+        "no-collator",
+        "data.collator=nowhere:mine",
+        "data.collator",
+        "'nowhere:mine'",
+        "No module",
+        "install it",
+    ),
     case(
         "collator-not-callable",
         "data.collator=math:pi",
@@ -711,7 +950,15 @@ HERE = [
         "existing folder",
         edits=NO_INIT,
     ),
-    case("empty-model-folder", "", "model.path", "/empty", "cannot be loaded", "use a folder", model="empty"),
+    case(
+        "empty-model-folder",
+        "",
+        "model.path",
+        "/empty",
+        "cannot be loaded",
+        "use a folder",
+        model="empty",
+    ),
     case(
         "no-weights",
         "",
@@ -723,10 +970,32 @@ HERE = [
         late=True,
     ),
     case(
-        "no-tokenizer", "model.tokenizer=./nope", "model.tokenizer", "nope", "is not a folder", "hub name", model="good"
+        "no-tokenizer",
+        "model.tokenizer=./nope",
+        "model.tokenizer",
+        "nope",
+        "is not a folder",
+        "hub name",
+        model="good",
     ),
-    case("no-end-token", "", "model.path", "no-end", "without an end token", "eos_token", model="no-end"),
-    case("pad-token", "model.pad_token=zz", "model.pad_token", "'zz'", "is not in the", "one that is", model="no-pad"),
+    case(
+        "no-end-token",
+        "",
+        "model.path",
+        "no-end",
+        "without an end token",
+        "eos_token",
+        model="no-end",
+    ),
+    case(
+        "pad-token",
+        "model.pad_token=zz",
+        "model.pad_token",
+        "'zz'",
+        "is not in the",
+        "one that is",
+        model="no-pad",
+    ),
     case(
         "no-template",
         "",
@@ -738,7 +1007,13 @@ HERE = [
         model="no-template",
     ),
     case(
-        "no-reference", "reference.path=./nope", "reference.path", "nope", "is not a folder", "hub name", model="good"
+        "no-reference",
+        "reference.path=./nope",
+        "reference.path",
+        "nope",
+        "is not a folder",
+        "hub name",
+        model="good",
     ),
     case(
         "reference-vocabulary",
@@ -845,7 +1120,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = content["model"]["vocab"]
     ids["a"], ids["b"] = ids["b"], ids["a"]
     vocabulary.write_text(json.dumps(content))
-    shutil.copytree(root / "good", root / "adapter")  # what peft saves: the tokenizer and an adapter
+    shutil.copytree(
+        root / "good", root / "adapter"
+    )  # what peft saves: the tokenizer and an adapter
     (root / "adapter" / "config.json").unlink()
     (root / "adapter" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"})
@@ -862,7 +1139,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(folder: Path, given: Given, models: Path) -> list[str]:
     """Write what was given, and the words that run it."""
     if given.model:
-        given = given._replace(edits={**NO_INIT, "model.path": str(models / given.model), **given.edits})
+        given = given._replace(
+            edits={**NO_INIT, "model.path": str(models / given.model), **given.edits}
+        )
     write(folder, given)
     return ["debug", "run.yaml", *(word.replace("{models}", str(models)) for word in given.words)]
 
@@ -871,15 +1150,21 @@ def command(folder: Path, given: Given, models: Path) -> list[str]:
 def test_wrong_data_are_refused(
     given: Given, said: Said, tmp_path: Path, models: Path, request: pytest.FixtureRequest
 ) -> None:
-    code, _, stderr = in_a_process(request.node.callspec.id, tmp_path, *command(tmp_path, given, models))
+    code, _, stderr = in_a_process(
+        request.node.callspec.id, tmp_path, *command(tmp_path, given, models)
+    )
     assert_refused(code, stderr.replace(f"{tmp_path}/", ""), said)
 
 
 @pytest.mark.parametrize(("given", "said"), HERE)
-def test_wrong_data_are_refused_here(given: Given, said: Said, tmp_path: Path, models: Path, here: Run) -> None:
+def test_wrong_data_are_refused_here(
+    given: Given, said: Said, tmp_path: Path, models: Path, here: Run
+) -> None:
     code, _, stderr = here(*command(tmp_path, given, models))
     assert_refused(code, stderr.replace(f"{tmp_path}/", ""), said)
-    assert given.late or not (tmp_path / "runs" / "tiny" / "config.yaml").exists(), "refused only after the run began"
+    assert given.late or not (tmp_path / "runs" / "tiny" / "config.yaml").exists(), (
+        "refused only after the run began"
+    )
 
 
 # --- rows that are dropped ---------------------------------------------------------------------------------------
@@ -890,7 +1175,11 @@ DROPPED = [
     pytest.param(
         "run.seed=7",
         [*GOOD, TIE, TIE, LONG_PROMPT, SILENT],
-        ["2 dropped (ties)", "1 dropped (prompts that fill data.max_length)", "1 dropped (empty completions)"],
+        [
+            "2 dropped (ties)",
+            "1 dropped (prompts that fill data.max_length)",
+            "1 dropped (empty completions)",
+        ],
         id="default",
     ),
     pytest.param(
@@ -903,7 +1192,9 @@ DROPPED = [
 
 
 @pytest.mark.parametrize(("word", "rows", "counts"), DROPPED)
-def test_dropped_rows_are_counted(word: str, rows: list[Any], counts: list[str], tmp_path: Path, here: Run) -> None:
+def test_dropped_rows_are_counted(
+    word: str, rows: list[Any], counts: list[str], tmp_path: Path, here: Run
+) -> None:
     write(tmp_path, Given(rows=rows))
     code, stdout, stderr = here("debug", "run.yaml", "training.max_steps=1", word)
     assert code == 0, stderr
@@ -926,14 +1217,22 @@ def trained(tmp_path: Path, here: Run) -> Path:
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_changed_setting_is_refused_on_resume(finished: bool, trained: Path, tmp_path: Path, here: Run) -> None:
+def test_a_changed_setting_is_refused_on_resume(
+    finished: bool, trained: Path, tmp_path: Path, here: Run
+) -> None:
     if not finished:
         shutil.rmtree(trained / "model")
         (trained / "result.json").unlink()
     words = ("debug", "run.yaml", "optimizer.lr=1e-4", "dpo.beta=0.2", "training.logging_steps=5")
-    code, _, stderr = here(*words) if finished else in_a_process("changed setting", tmp_path, *words)
+    code, _, stderr = (
+        here(*words) if finished else in_a_process("changed setting", tmp_path, *words)
+    )
     for changed in ("dpo.beta (was 0.1, now 0.2)", "optimizer.lr (was 0.001, now 0.0001)"):
-        assert_refused(code, stderr, Said("run.name", "'tiny'", changed, "restore them to resume it, or choose"))
+        assert_refused(
+            code,
+            stderr,
+            Said("run.name", "'tiny'", changed, "restore them to resume it, or choose"),
+        )
     assert "logging_steps" not in stderr  # it may change
 
 
@@ -946,25 +1245,41 @@ def test_a_run_that_is_running_is_refused(tmp_path: Path) -> None:
         owner.write("process 1 on elsewhere")
         owner.flush()
         code, _, stderr = in_a_process("running", tmp_path, "debug", "run.yaml")
-    said = Said("run.name", "'tiny'", "is running already (process 1 on elsewhere)", "wait for it, or choose")
+    said = Said(
+        "run.name",
+        "'tiny'",
+        "is running already (process 1 on elsewhere)",
+        "wait for it, or choose",
+    )
     assert_refused(code, stderr, said)
 
 
 @pytest.mark.parametrize(
     ("words", "rule"),
-    [(("verify", "nowhere"), "does not exist"), (("export", ".", "out"), "so it is not the directory of a run")],
+    [
+        (("verify", "nowhere"), "does not exist"),
+        (("export", ".", "out"), "so it is not the directory of a run"),
+    ],
     ids=["verify", "export"],
 )
-def test_a_folder_that_is_no_run_is_refused(words: tuple[str, ...], rule: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_refused(
+    words: tuple[str, ...], rule: str, tmp_path: Path
+) -> None:
     code, _, stderr = in_a_process(f"{words[0]} of no run", tmp_path, *words)
-    assert_refused(code, stderr, Said("RUN_DIR", repr(words[1]), rule, "use the folder run.dir/run.name"))
+    assert_refused(
+        code, stderr, Said("RUN_DIR", repr(words[1]), rule, "use the folder run.dir/run.name")
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_without_checkpoint_is_refused(trained: Path, tmp_path: Path, here: Run) -> None:
     shutil.rmtree(trained / "checkpoints")
     code, _, stderr = here("export", "runs/tiny", "out")
-    assert_refused(code, stderr, Said("RUN_DIR", "'runs/tiny'", "has no complete checkpoint", "train it further first"))
+    assert_refused(
+        code,
+        stderr,
+        Said("RUN_DIR", "'runs/tiny'", "has no complete checkpoint", "train it further first"),
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -973,7 +1288,9 @@ def test_an_export_without_checkpoint_is_refused(trained: Path, tmp_path: Path, 
     [("notes", "is a folder with other files"), ("run.yaml", "is a file")],
     ids=["folder", "file"],
 )
-def test_an_export_over_other_things_is_refused(out: str, rule: str, trained: Path, tmp_path: Path, here: Run) -> None:
+def test_an_export_over_other_things_is_refused(
+    out: str, rule: str, trained: Path, tmp_path: Path, here: Run
+) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep me")
     before = (tmp_path / "run.yaml").read_text()
@@ -989,9 +1306,13 @@ def test_an_export_over_other_things_is_refused(out: str, rule: str, trained: Pa
 def test_more_workers_than_cores_are_refused_before_ray_starts(tmp_path: Path) -> None:
     write(tmp_path, Given())
     cores = os.cpu_count()
-    code, _, stderr = in_a_process("cores", tmp_path, "train", "run.yaml", "cluster.num_workers=1000")
+    code, _, stderr = in_a_process(
+        "cores", tmp_path, "train", "run.yaml", "cluster.num_workers=1000"
+    )
     rule = f"1 CPU each, but this machine has {cores} CPUs"
-    assert_refused(code, stderr, Said("cluster.num_workers", "1000", rule, f"set cluster.num_workers={cores}"))
+    assert_refused(
+        code, stderr, Said("cluster.num_workers", "1000", rule, f"set cluster.num_workers={cores}")
+    )
     assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
 
 
@@ -999,7 +1320,9 @@ def test_resources_that_name_nothing_are_refused(tmp_path: Path) -> None:
     write(tmp_path, Given())
     words = ("train", "run.yaml", "cluster.resources.CPU=0")
     code, _, stderr = in_a_process("no resources", tmp_path, *words, limit=RAY_LIMIT_S)
-    assert_refused(code, stderr, Said("cluster.resources", "{'CPU': 0.0}", "requests no resources", "{CPU: 1}"))
+    assert_refused(
+        code, stderr, Said("cluster.resources", "{'CPU': 0.0}", "requests no resources", "{CPU: 1}")
+    )
 
 
 @pytest.mark.ray
@@ -1014,4 +1337,6 @@ def test_a_cluster_that_is_too_small_is_refused(tmp_path: Path) -> None:
 def test_slowest_refusals_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     slowest = sorted(seconds, key=lambda name: -seconds[name])[:3]
     with capsys.disabled():
-        print("\nslowest refusals: " + ", ".join(f"{name} {seconds[name]:.1f} s" for name in slowest))
+        print(
+            "\nslowest refusals: " + ", ".join(f"{name} {seconds[name]:.1f} s" for name in slowest)
+        )

@@ -34,7 +34,9 @@ def test_a_reader_that_has_gone_ends_the_output_alone_or_the_process(
 ) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    stream = io.TextIOWrapper(io.BufferedWriter(terminal._Output(writer, keeps_going)), line_buffering=True)
+    stream = io.TextIOWrapper(
+        io.BufferedWriter(terminal._Output(writer, keeps_going)), line_buffering=True
+    )
     if keeps_going:
         print("no one reads this", file=stream)
     else:
@@ -49,7 +51,10 @@ def test_a_reader_that_has_gone_ends_the_output_alone_or_the_process(
 def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "orchestrator", "help", "settings"], stdout=full, stderr=subprocess.PIPE, check=False
+            [sys.executable, "-m", "orchestrator", "help", "settings"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
         )
     assert done.returncode == 1
     assert done.stderr.decode() == "error: [Errno 28] No space left on device\n"

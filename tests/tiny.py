@@ -44,7 +44,11 @@ CHAT_ROW = {
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, except that "ab" is one token; the chat template marks roles by [u] and [a]."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(alphabet)} | {"<pad>": PAD, "<end>": EOS, "ab": 258}
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)} | {
+        "<pad>": PAD,
+        "<end>": EOS,
+        "ab": 258,
+    }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
     backend.decoder = decoders.ByteLevel()  # pyright: ignore
@@ -67,7 +71,9 @@ def tokenized(row: dict[str, Any], **settings: Any) -> TokenizedPair:
 def pairs_of(folder: Path, content: list[Any], **settings: Any) -> Pairs:
     """The pairs of a JSONL file of these rows."""
     path = write_jsonl(folder / "train.jsonl", content)
-    return tokenized_pairs(data_spec(train=str(path), **settings), "train", tokenizer(), folder / "cache")
+    return tokenized_pairs(
+        data_spec(train=str(path), **settings), "train", tokenizer(), folder / "cache"
+    )
 
 
 def tiny_model(
@@ -100,7 +106,9 @@ def save_adapter(base: Path, out: Path) -> None:
     model.save_pretrained(out)
 
 
-def change_weights(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def change_weights(
+    file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
     """Replace the tensors of a safetensors file."""
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
@@ -112,7 +120,10 @@ def without_layer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def with_third_layer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Add a copy of the second layer as a third one."""
-    return {**weights, **{n.replace(".layers.1.", ".layers.2."): v.clone() for n, v in weights.items()}}
+    return {
+        **weights,
+        **{n.replace(".layers.1.", ".layers.2."): v.clone() for n, v in weights.items()},
+    }
 
 
 def data_spec(**settings: Any) -> DataSpec:
@@ -136,10 +147,14 @@ def pair_rows(pairs: int, seed: int = 0, longest: int = 9) -> list[dict[str, Any
 
 def collator(packed: bool, **data: Any) -> PackedCollator | PreferenceCollator:
     """Ours, of either layout."""
-    return PackedCollator(data_spec(**data)) if packed else PreferenceCollator(PAD, data_spec(**data))
+    return (
+        PackedCollator(data_spec(**data)) if packed else PreferenceCollator(PAD, data_spec(**data))
+    )
 
 
-def pair_batch(pairs: int, seed: int = 0, is_filler: bool = False, packed: bool = False) -> PairBatch:
+def pair_batch(
+    pairs: int, seed: int = 0, is_filler: bool = False, packed: bool = False
+) -> PairBatch:
     """`pair_rows`, collated."""
     return collator(packed)(pair_rows(pairs, seed), is_filler=is_filler)
 
@@ -165,7 +180,9 @@ class Meeting:
             values = self.rounds.setdefault(number, {})
             values[rank] = value
             self.changed.notify_all()
-            self.changed.wait_for(lambda: len(values) == self.size or self.ended - values.keys(), timeout=patience(60))
+            self.changed.wait_for(
+                lambda: len(values) == self.size or self.ended - values.keys(), timeout=patience(60)
+            )
             if len(values) < self.size:
                 raise LeftAlone
             return [values[other] for other in range(self.size)]

@@ -17,7 +17,9 @@ from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import built, run
 from orchestrator.world import World
 
-PRECISIONS = [name for name in get_args(Precision) if name not in ("auto", "tf32")]  # no CPU has TF32
+PRECISIONS = [
+    name for name in get_args(Precision) if name not in ("auto", "tf32")
+]  # no CPU has TF32
 LOSS_NEEDS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}}
 """Settings that a loss cannot do without."""
 LORA: dict[str, dict[str, Any] | None] = {
@@ -53,7 +55,10 @@ def whole_run(world: World, raw: dict[str, Any]) -> Left:
         run(spec, world, NothingToSave())
         world.gather(None)
         files = (spec.cache_dir / "reference_logps").glob("*/*.logps")
-        return Left(list(losses(run_dir.path).values()), sum(path.stat().st_size for path in files) // RECORD.itemsize)
+        return Left(
+            list(losses(run_dir.path).values()),
+            sum(path.stat().st_size for path in files) // RECORD.itemsize,
+        )
 
 
 def curve(world: World, raw: dict[str, Any]) -> list[float]:

@@ -2,7 +2,11 @@
 
 import sys
 
-from orchestrator import debug, load_spec, train  # first: it quiets what bitsandbytes says when TRL imports it
+from orchestrator import (
+    debug,
+    load_spec,
+    train,
+)  # first: it quiets what bitsandbytes says when TRL imports it
 
 # isort: split
 from trl.trainer.dpo_trainer import DataCollatorForPreference

@@ -12,7 +12,9 @@ def in_8_bits(policy):
     # a model from the hub is loaded by its name; this policy was made on the spot and is not in any folder yet
     with tempfile.TemporaryDirectory() as folder:
         policy.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+        )
 
 
 run = debug if "--debug" in sys.argv else train

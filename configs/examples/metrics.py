@@ -6,7 +6,9 @@ from orchestrator import debug, load_spec, train
 
 
 def compute_metrics(eval_preds):
-    logits, labels = eval_preds  # [sequences, tokens, vocabulary] and [sequences, tokens], -100 behind a shorter batch
+    logits, labels = (
+        eval_preds  # [sequences, tokens, vocabulary] and [sequences, tokens], -100 behind a shorter batch
+    )
     guesses, tokens = logits[:, :-1].argmax(-1), labels[:, 1:]
     return {"guessed_tokens": float((guesses == tokens)[tokens != -100].mean())}
 
@@ -14,5 +16,8 @@ def compute_metrics(eval_preds):
 if __name__ == "__main__":  # metrics.yaml imports the function
     run = debug if "--debug" in sys.argv else train
     overrides = [word for word in sys.argv if "=" in word]
-    spec = load_spec("configs/examples/base.yaml", ["run.name=metrics-python", "evaluation.logits=true", *overrides])
+    spec = load_spec(
+        "configs/examples/base.yaml",
+        ["run.name=metrics-python", "evaluation.logits=true", *overrides],
+    )
     run(spec, compute_metrics=compute_metrics)

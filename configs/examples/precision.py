@@ -7,4 +7,8 @@ from orchestrator import debug, load_spec, train
 
 run = debug if "--debug" in sys.argv else train
 overrides = [word for word in sys.argv if "=" in word]
-run(load_spec("configs/examples/base.yaml", ["run.name=precision-python", "precision=fp16", *overrides]))
+run(
+    load_spec(
+        "configs/examples/base.yaml", ["run.name=precision-python", "precision=fp16", *overrides]
+    )
+)

@@ -51,7 +51,9 @@ class Family:
 def letter_case() -> Family:
     capital = ("in capital letters", "in upper case", "with big letters only")
     small = ("in small letters", "in lower case", "with little letters only")
-    animals = words("the cat, the old dog, a grey horse, the little bird, my rabbit, a brown bear, the duck, our hen")
+    animals = words(
+        "the cat, the old dog, a grey horse, the little bird, my rabbit, a brown bear, the duck, our hen"
+    )
     actions = words(
         "sleeps in the sun, waits at the door, drinks from the river, hides behind the tree, runs to the farm, "
         "looks at the moon, sits on the wall, eats the green apple, walks over the bridge"
@@ -81,7 +83,10 @@ def numbers() -> Family:
     for (first, second), scene in zip(product(spelled, spelled), scenes, strict=False):
         # The task writes one number in each form, so copying it follows neither instruction.
         task = "tell me that " + scene.format(first, digits[second])
-        answers = sentence(scene.format(digits[first], digits[second])), sentence(scene.format(first, second))
+        answers = (
+            sentence(scene.format(digits[first], digits[second])),
+            sentence(scene.format(first, second)),
+        )
         scenarios.append(Scenario(task, answers))
     return Family((in_digits, in_words), scenarios)
 
@@ -138,7 +143,10 @@ def invitation() -> Family:
     events = words("picnic, concert, dinner, wedding, party, match, film, lesson, boat trip")
     scenarios = []
     for host, event in product(PEOPLE, events):
-        answers = f"Yes, {host}, I will gladly come to the {event}.", f"No, {host}, I am sorry to miss the {event}."
+        answers = (
+            f"Yes, {host}, I will gladly come to the {event}.",
+            f"No, {host}, I am sorry to miss the {event}.",
+        )
         scenarios.append(Scenario(f"answer {host}, who invites you to the {event}", answers))
     return Family((accept, decline), scenarios)
 
@@ -179,7 +187,9 @@ def pairs_of(family: Family, scenario: Scenario) -> Iterator[Pair]:
         draw = digest(f"{scenario.task} {side}")
         cue, frame = cues[draw % len(cues)], FRAMES[draw // len(cues) % len(FRAMES)]
         yield {
-            "prompt": [{"role": "user", "content": capitalized(frame.format(task=scenario.task, cue=cue))}],
+            "prompt": [
+                {"role": "user", "content": capitalized(frame.format(task=scenario.task, cue=cue))}
+            ],
             "chosen": [{"role": "assistant", "content": scenario.answers[side]}],
             "rejected": [{"role": "assistant", "content": scenario.answers[1 - side]}],
         }

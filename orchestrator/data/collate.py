@@ -58,7 +58,9 @@ class Segments(NamedTuple):
     key_bounds: torch.Tensor  # [2B + 1] int32
     key_index: torch.Tensor  # [keys of all runs] positions in the row
     own_key: torch.Tensor  # [T] inverse: the index in key_index of each position in its own run
-    shared: torch.Tensor  # [S] positions start..fork, which are also keys of their pair's second run
+    shared: (
+        torch.Tensor
+    )  # [S] positions start..fork, which are also keys of their pair's second run
     shared_key: torch.Tensor  # [S] their indices in key_index in that run
     longest: tuple[int, int]  # queries and keys of the longest run, on the host
 
@@ -80,9 +82,13 @@ class PairBatch(NamedTuple):
     completion_tokens: (
         torch.Tensor
     )  # [2B] tokens of the completion, including the unscored first one of an empty prompt
-    completion_index: torch.Tensor  # [C] into the flat [R * T] hidden states: the position BEFORE each token
+    completion_index: (
+        torch.Tensor
+    )  # [C] into the flat [R * T] hidden states: the position BEFORE each token
     completion_labels: torch.Tensor  # [C] the token to predict there
-    scored: tuple[int, ...]  # [2B] number of scored tokens of each sequence, on the host, in the order of the tokens
+    scored: tuple[
+        int, ...
+    ]  # [2B] number of scored tokens of each sequence, on the host, in the order of the tokens
     ref_logps: torch.Tensor | None  # [2B] log-probs of the reference, if already known
     # [B, 3] for losses over the global batch, after its first pass: the pair's loss, and its derivatives with respect
     # to the log-probs of the chosen and the rejected completion
@@ -103,7 +109,11 @@ class PairBatch(NamedTuple):
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
-    return Segments(*(_moved(part, device) for part in value)) if isinstance(value, Segments) else value
+    return (
+        Segments(*(_moved(part, device) for part in value))
+        if isinstance(value, Segments)
+        else value
+    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,10 @@ class PackedCollator:
             ids += [chosen.ids, rejected.ids[shared:]]
             positions += [np.arange(len(chosen.ids)), np.arange(shared, len(rejected.ids))]
             before = rejected.before
-            index += [start + chosen.before, np.where(before < shared, start, branch - shared) + before]
+            index += [
+                start + chosen.before,
+                np.where(before < shared, start, branch - shared) + before,
+            ]
             scored = min((int(part[0]) for part in index[-2:] if len(part)), default=stop)
             spans.append(PairSpan(start, fork, branch, stop, scored))
             start = stop
@@ -186,7 +199,9 @@ class PackedCollator:
             position_ids=torch.from_numpy(np.concatenate(positions))[None],
             attention_mask=None,
             segments=_segments(spans, completion_index),
-            sequence_tokens=torch.tensor([len(pair[side].ids) for side in (0, 1) for pair in pairs]),
+            sequence_tokens=torch.tensor(
+                [len(pair[side].ids) for side in (0, 1) for pair in pairs]
+            ),
             completion_tokens=torch.tensor(
                 [len(pair[side].ids) - pair[side].completion for side in (0, 1) for pair in pairs]
             ),
@@ -201,7 +216,9 @@ class PackedCollator:
 
 def _of_pairs(rows: list[Row], is_filler: bool) -> dict[str, Any]:
     weights = [0.0 if is_filler else row.get("weight", 1.0) for row in rows]
-    margins = [row["margin"] for row in rows if "margin" in row]  # all rows of a data set have a margin, or none
+    margins = [
+        row["margin"] for row in rows if "margin" in row
+    ]  # all rows of a data set have a margin, or none
     return {
         "pair_ids": torch.tensor([row["pair_id"] for row in rows]),
         "pair_weights": torch.tensor(weights, dtype=torch.float64),
@@ -211,9 +228,15 @@ def _of_pairs(rows: list[Row], is_filler: bool) -> dict[str, Any]:
 
 def _segments(spans: list[PairSpan], completion_index: Integers) -> Segments:
     queries = [length for s in spans for length in (s.rejected - s.start, s.stop - s.rejected)]
-    keys = [length for s in spans for length in (s.rejected - s.start, s.fork - s.start + s.stop - s.rejected)]
+    keys = [
+        length
+        for s in spans
+        for length in (s.rejected - s.start, s.fork - s.start + s.stop - s.rejected)
+    ]
     key_index = [
-        np.arange(*run) for s in spans for run in ((s.start, s.rejected), (s.start, s.fork), (s.rejected, s.stop))
+        np.arange(*run)
+        for s in spans
+        for run in ((s.start, s.rejected), (s.start, s.fork), (s.rejected, s.stop))
     ]
     places = np.split(np.arange(sum(keys)), np.cumsum([len(part) for part in key_index])[:-1])
     own_key = [place for i, place in enumerate(places) if i % 3 != 1]
@@ -293,7 +316,12 @@ def batch_from_masks(
 class AdaptedCollator:
     """Adapter of a user's collator: passes it rows (and `context` if it has this parameter), and converts its dict."""
 
-    def __init__(self, collator: UserCollator | UserCodeSpec, pad_token_id: int, vocabulary: int | None = None) -> None:
+    def __init__(
+        self,
+        collator: UserCollator | UserCodeSpec,
+        pad_token_id: int,
+        vocabulary: int | None = None,
+    ) -> None:
         """Import and construct the collator.
 
         collator: an object from Python, or data.collator. pad_token_id: passed to a constructor with this parameter.
@@ -305,7 +333,11 @@ class AdaptedCollator:
             self.key, self.name, kwargs = "data.collator", collator.path, collator.kwargs
             function = user_attribute(self.key, self.name)
         else:
-            self.key, self.name, kwargs = "data_collator", getattr(collator, "__name__", type(collator).__name__), {}
+            self.key, self.name, kwargs = (
+                "data_collator",
+                getattr(collator, "__name__", type(collator).__name__),
+                {},
+            )
             function = collator
         try:
             if inspect.isclass(function):
@@ -320,7 +352,9 @@ class AdaptedCollator:
             raise UserError(self.key, self.name, f"cannot be called ({error})", cure) from None
         self.collator: UserCollator = function
 
-    def __call__(self, rows: list[Row], context: CollateContext, *, is_filler: bool = False) -> PairBatch:
+    def __call__(
+        self, rows: list[Row], context: CollateContext, *, is_filler: bool = False
+    ) -> PairBatch:
         """Collate B rows into a batch with the user's code; the pairs of a filler have weight 0."""
         pairs, whole = len(rows), {id(row): dict(row) for row in rows}
         arguments = {"context": context} if self.wants_context else {}
@@ -328,7 +362,9 @@ class AdaptedCollator:
         where = f"step {context.step}, rank {context.rank}, pairs {numbers:.60}"
         output = call_user_code(self.key, self.name, where, self.collator, rows, **arguments)
         self._check(output, pairs)
-        rows = [whole.get(id(row), row) for row in rows]  # the collator may have sorted rows and removed keys
+        rows = [
+            whole.get(id(row), row) for row in rows
+        ]  # the collator may have sorted rows and removed keys
         known = [output[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in output]
         ref_logps = torch.cat(known).double() if len(known) == 2 else None
         masks = output["attention_mask"], output["completion_mask"]
@@ -340,9 +376,15 @@ class AdaptedCollator:
         shapes = {key: _shape(value) for key, value in output.items()} if is_dict else {}
         ids = output.get("input_ids") if is_dict else None
         width = ids.shape[-1:] if isinstance(ids, torch.Tensor) else ()
-        expected = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), (2 * pairs, *width))
-        expected |= {key: (pairs,) for key in ("ref_chosen_logps", "ref_rejected_logps") if key in shapes}
-        if not isinstance(ids, torch.Tensor) or any(shapes.get(key) != shape for key, shape in expected.items()):
+        expected = dict.fromkeys(
+            ("input_ids", "attention_mask", "completion_mask"), (2 * pairs, *width)
+        )
+        expected |= {
+            key: (pairs,) for key in ("ref_chosen_logps", "ref_rejected_logps") if key in shapes
+        }
+        if not isinstance(ids, torch.Tensor) or any(
+            shapes.get(key) != shape for key, shape in expected.items()
+        ):
             raise UserError(
                 self.key,
                 self.name,
@@ -352,10 +394,14 @@ class AdaptedCollator:
             )
         if ids.is_floating_point() or (ids < 0).any():
             rule = f"returned input_ids of {ids.dtype} with minimum {ids.min().item()}"
-            raise UserError(self.key, self.name, rule, "return integers of 0 or more, also on padding")
+            raise UserError(
+                self.key, self.name, rule, "return integers of 0 or more, also on padding"
+            )
         if self.vocabulary is not None and (largest := int(ids.max())) >= self.vocabulary:
             rule = f"returned token {largest}, but the model has {self.vocabulary} tokens"
-            raise UserError(self.key, self.name, rule, f"return ids below {self.vocabulary}, also on padding")
+            raise UserError(
+                self.key, self.name, rule, f"return ids below {self.vocabulary}, also on padding"
+            )
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:

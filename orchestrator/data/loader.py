@@ -34,7 +34,9 @@ class StepBatches(NamedTuple):
     micro_batches: list[PairBatch]
     indices: list[Integers]  # of each micro-batch's pairs in the data set
     counts: Counts  # of the global batch, or only of this rank if `are_local`
-    are_local: bool  # True for a user's collator, which may change counts: they must be summed over ranks
+    are_local: (
+        bool  # True for a user's collator, which may change counts: they must be summed over ranks
+    )
 
 
 class Loader:
@@ -54,7 +56,9 @@ class Loader:
     def steps(self, pairs_seen: int, step: int) -> Generator[StepBatches]:
         """Yield every step from a position on, endlessly; the caller closes it. step: optimizer steps taken before."""
         plain = self._steps(pairs_seen, step)
-        with closing(plain if isinstance(self.collator, AdaptedCollator) else _prefetched(plain)) as steps:
+        with closing(
+            plain if isinstance(self.collator, AdaptedCollator) else _prefetched(plain)
+        ) as steps:
             for batches in steps:
                 yield self._with_known_reference(batches)
 
@@ -70,7 +74,11 @@ class Loader:
 
         def make(micro: MicroBatch) -> PairBatch:
             batch = self._collate(micro, context)
-            return batch if self.cache is None else batch._replace(ref_logps=self.cache.known(micro.pairs))
+            return (
+                batch
+                if self.cache is None
+                else batch._replace(ref_logps=self.cache.known(micro.pairs))
+            )
 
         return self.order.whole(), make
 
@@ -118,9 +126,20 @@ class Loader:
         context = self._context(step, plan.global_pairs)
         batches = [self._collate(micro, context) for micro in plan.micro_batches]
         are_local = isinstance(self.collator, AdaptedCollator)
-        counts = Counts.total(batch.counts for batch in batches) if are_local else self.counts_of(plan.global_pairs)
+        counts = (
+            Counts.total(batch.counts for batch in batches)
+            if are_local
+            else self.counts_of(plan.global_pairs)
+        )
         indices = [micro.pairs for micro in plan.micro_batches]
-        return StepBatches(plan.epoch, plan.pairs_seen + len(plan.global_pairs), batches, indices, counts, are_local)
+        return StepBatches(
+            plan.epoch,
+            plan.pairs_seen + len(plan.global_pairs),
+            batches,
+            indices,
+            counts,
+            are_local,
+        )
 
     def _collate(self, micro: MicroBatch, context: CollateContext) -> PairBatch:
         rows = [self.pairs[int(index)] for index in micro.pairs]

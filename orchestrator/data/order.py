@@ -15,7 +15,9 @@ from orchestrator.settings.spec import TrainingSpec
 
 Integers = NDArray[np.int64]
 
-MANY = 1024  # pairs per rank from which `deal_many` is balanced enough (evaluation sets, not batches)
+MANY = (
+    1024  # pairs per rank from which `deal_many` is balanced enough (evaluation sets, not batches)
+)
 
 
 def scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -60,14 +62,18 @@ class Share(NamedTuple):
         return np.repeat(np.arange(self.pairs), times)
 
 
-@lru_cache(maxsize=2)  # the current epoch, and the next one, which a prefetching loader already reads
+@lru_cache(
+    maxsize=2
+)  # the current epoch, and the next one, which a prefetching loader already reads
 def epoch_order(shares: tuple[Share, ...], seed: int, epoch: int) -> Integers:
     """Return [E] indices of the pairs of an epoch, in training order; indices continue from one set to the next."""
     taken, first = [], 0
     for number, share in enumerate(shares, 1):
         with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
             # a seed per set: two sets of the same size would have the same order
-            own = scrambled(np.array([seed], np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(number))
+            own = scrambled(
+                np.array([seed], np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(number)
+            )
         taken.append(first + share.taken(int(own[0]), epoch))
         first += share.pairs
     pairs = np.concatenate(taken)
@@ -149,8 +155,16 @@ class PairCost(NamedTuple):
         tokens = prompt + completions.sum(axis=1)
         seen = ((prompt[:, None] + completions) ** 2).sum(axis=1) // 2
         if packed:  # the prompt is computed once
-            return self.token * tokens + self.scored * completions.sum(axis=1) + self.seen * (seen - prompt**2 // 2)
-        return self.token * (tokens + prompt) + self.scored * completions.sum(axis=1) + self.seen * seen
+            return (
+                self.token * tokens
+                + self.scored * completions.sum(axis=1)
+                + self.seen * (seen - prompt**2 // 2)
+            )
+        return (
+            self.token * (tokens + prompt)
+            + self.scored * completions.sum(axis=1)
+            + self.seen * seen
+        )
 
 
 TOKENS = PairCost()
@@ -168,7 +182,9 @@ def run_length(pairs: int, global_batch_size: int, training: TrainingSpec) -> Ru
     """Return the length of a run whose epochs have `pairs` pairs. It ends when max_steps or epochs is reached; after 1
     epoch if neither is set."""
     by_epochs = _length_of_epochs(pairs, global_batch_size, training.epochs or 1.0)
-    if training.max_steps is None or (training.epochs is not None and by_epochs.steps <= training.max_steps):
+    if training.max_steps is None or (
+        training.epochs is not None and by_epochs.steps <= training.max_steps
+    ):
         return by_epochs
     whole, rest = divmod(training.max_steps, -(-pairs // global_batch_size))
     return RunLength(whole + min(rest * global_batch_size, pairs) / pairs, training.max_steps, None)
@@ -180,7 +196,9 @@ def _length_of_epochs(pairs: int, global_batch_size: int, epochs: float) -> RunL
     rest = round((epochs - whole) * pairs)
     if whole + rest == 0:
         rest = 1  # train at least one pair
-    return RunLength(epochs, whole * per_epoch + -(-rest // global_batch_size), whole * pairs + rest)
+    return RunLength(
+        epochs, whole * per_epoch + -(-rest // global_batch_size), whole * pairs + rest
+    )
 
 
 @dataclass(frozen=True)
@@ -211,17 +229,25 @@ class Order:
     world_size: int
     seed: int
     max_pairs: int | None = None  # per micro-batch; at least one of this and the next is set
-    max_tokens: int | None = None  # per micro-batch, including padding; a longer single pair gets its own micro-batch
-    packed: bool = True  # True: prompt | chosen | rejected in one row; False: two padded rows per pair
+    max_tokens: int | None = (
+        None  # per micro-batch, including padding; a longer single pair gets its own micro-batch
+    )
+    packed: bool = (
+        True  # True: prompt | chosen | rejected in one row; False: two padded rows per pair
+    )
     cost: PairCost = TOKENS  # balanced over the ranks
-    shares: tuple[Share, ...] = ()  # per training set, in the order of their pairs; empty: one set, used whole
+    shares: tuple[
+        Share, ...
+    ] = ()  # per training set, in the order of their pairs; empty: one set, used whole
     tokens: Integers = field(init=False, repr=False)  # [N] of both sequences
     costs: Integers = field(init=False, repr=False)  # [N]
 
     def __post_init__(self) -> None:
         if not self.shares:
             object.__setattr__(self, "shares", (Share(self.pairs, self.pairs),))
-        object.__setattr__(self, "tokens", 2 * self.lengths[:, 0] + self.lengths[:, 1] + self.lengths[:, 2])
+        object.__setattr__(
+            self, "tokens", 2 * self.lengths[:, 0] + self.lengths[:, 1] + self.lengths[:, 2]
+        )
         object.__setattr__(self, "costs", self.cost.of(self.lengths, self.packed))
 
     @property
@@ -253,10 +279,17 @@ class Order:
         """Return this rank's share of some pairs [G]; every rank gets equally many micro-batches, including fillers."""
         costs = self.costs[batch]
         many = len(batch) > MANY * self.world_size
-        owners = deal_many(costs, self.world_size) if many else deal(costs[None], self.world_size)[0]
-        dear_to_cheap = np.argsort(-costs, kind="stable")  # pairs of similar length share a micro-batch: less padding
+        owners = (
+            deal_many(costs, self.world_size) if many else deal(costs[None], self.world_size)[0]
+        )
+        dear_to_cheap = np.argsort(
+            -costs, kind="stable"
+        )  # pairs of similar length share a micro-batch: less padding
         per_rank = [
-            [batch[positions] for positions in self._cut(dear_to_cheap[owners[dear_to_cheap] == rank], batch)]
+            [
+                batch[positions]
+                for positions in self._cut(dear_to_cheap[owners[dear_to_cheap] == rank], batch)
+            ]
             for rank in range(self.world_size)
         ]
         mine = [MicroBatch(pairs) for pairs in per_rank[self.rank]]

@@ -27,7 +27,13 @@ from numpy.typing import NDArray
 from orchestrator.data.order import Integers, Share
 from orchestrator.data.shapes import NUMERIC, BadRow, Row, checked, numbers_of
 from orchestrator.data.sources import Place, bad_row_error, check_source, one_of, open_source
-from orchestrator.data.tokens import TokenizedPair, tokenize_checked, tokenizer_identity, truncated, unread_variables
+from orchestrator.data.tokens import (
+    TokenizedPair,
+    tokenize_checked,
+    tokenizer_identity,
+    truncated,
+    unread_variables,
+)
 from orchestrator.settings.spec import DataSpec, Split, TrainingSetSpec, UserError
 
 if TYPE_CHECKING:
@@ -116,20 +122,37 @@ class Pairs:
             dict(sum((Counter(meta[name]) for meta in metas), Counter[str]())) for name in COUNTED
         )
         self.largest_id: int = max(meta["largest_id"] for meta in metas)
-        numbers, lengths = ([np.load(folder / f"{name}.npy") for folder in folders] for name in ("rows", "lengths"))
-        rows = [len(kept) + sum(meta["dropped"].values()) for kept, meta in zip(numbers, metas, strict=True)]
+        numbers, lengths = (
+            [np.load(folder / f"{name}.npy") for folder in folders] for name in ("rows", "lengths")
+        )
+        rows = [
+            len(kept) + sum(meta["dropped"].values())
+            for kept, meta in zip(numbers, metas, strict=True)
+        ]
         self._rows_before: list[int] = list(accumulate(rows[:-1], initial=0))
         of_sets = zip(numbers, self._rows_before, strict=True)
         self.pair_ids: Integers = _joined([kept + before for kept, before in of_sets])
         self.lengths: Integers = _joined(lengths)
-        self.hashes: NDArray[np.uint64] = _joined([np.load(folder / "hashes.npy", mmap_mode="r") for folder in folders])
-        self.swapped: NDArray[np.uint64] = _joined([np.load(folder / "swapped.npy") for folder in folders])
-        kept = [name for name in NUMERIC if (folders[0] / f"{name}.npy").exists()]  # then all folders have it
-        numeric = {name: _joined([np.load(folder / f"{name}.npy") for folder in folders]) for name in kept}
+        self.hashes: NDArray[np.uint64] = _joined(
+            [np.load(folder / "hashes.npy", mmap_mode="r") for folder in folders]
+        )
+        self.swapped: NDArray[np.uint64] = _joined(
+            [np.load(folder / "swapped.npy") for folder in folders]
+        )
+        kept = [
+            name for name in NUMERIC if (folders[0] / f"{name}.npy").exists()
+        ]  # then all folders have it
+        numeric = {
+            name: _joined([np.load(folder / f"{name}.npy") for folder in folders]) for name in kept
+        }
         self.weights: NDArray[np.float64] | None = numeric.get("weights")
         self.margins: NDArray[np.float64] | None = numeric.get("margins")
-        self._starts: Integers = _joined([each.sum(axis=1).cumsum() - each.sum(axis=1) for each in lengths])
-        self._tokens: list[NDArray[np.int32]] = [np.load(folder / "tokens.npy", mmap_mode="r") for folder in folders]
+        self._starts: Integers = _joined(
+            [each.sum(axis=1).cumsum() - each.sum(axis=1) for each in lengths]
+        )
+        self._tokens: list[NDArray[np.int32]] = [
+            np.load(folder / "tokens.npy", mmap_mode="r") for folder in folders
+        ]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -161,7 +184,11 @@ class Pairs:
         few, kept = copy.copy(self), np.sort(indices)
         few.dropped, few.unread, few.unread_columns, few.notes = {}, {}, {}, {}
         few.swapped = self.swapped[kept]
-        few.pair_ids, few.lengths, few.hashes = self.pair_ids[kept], self.lengths[kept], self.hashes[kept]
+        few.pair_ids, few.lengths, few.hashes = (
+            self.pair_ids[kept],
+            self.lengths[kept],
+            self.hashes[kept],
+        )
         few.weights = None if self.weights is None else self.weights[kept]
         few.margins = None if self.margins is None else self.margins[kept]
         few._starts = self._starts[kept]
@@ -170,7 +197,9 @@ class Pairs:
     def tokens(self, index: int) -> NDArray[np.int32]:
         """Return the concatenated token ids of prompt, chosen and rejected of one pair."""
         start = self._starts[index]
-        return self._tokens[self._set_of(self.pair_ids[index])][start : start + self.lengths[index].sum()]
+        return self._tokens[self._set_of(self.pair_ids[index])][
+            start : start + self.lengths[index].sum()
+        ]
 
     def __getitem__(self, index: int) -> Row:
         """Return one pair as input of a collator: pair_id, lists of token ids under TRL's names, and weight and margin
@@ -190,7 +219,9 @@ class Pairs:
 
     def prompts(self) -> Iterator[bytes]:
         """Yield the prompt of each pair as bytes, 4 per token id."""
-        for pair_id, start, length in zip(self.pair_ids, self._starts, self.lengths[:, 0], strict=True):
+        for pair_id, start, length in zip(
+            self.pair_ids, self._starts, self.lengths[:, 0], strict=True
+        ):
             yield self._tokens[self._set_of(pair_id)][start : start + length].tobytes()
 
     def _set_of(self, pair_id: int) -> int:
@@ -224,11 +255,23 @@ def tokenized_pairs(
     for key, source in data.sources(split, name).items():
         check_source(key, source.path)
         rows, identity = open_source(key, source, split)
-        rows, identity = (rows, identity) if first is None else (islice(rows, first), f"{identity} first {first}")
+        rows, identity = (
+            (rows, identity)
+            if first is None
+            else (islice(rows, first), f"{identity} first {first}")
+        )
         folder = cache_dir / "pairs" / _digest(identity, of_tokenizer, data)
-        build_once(folder, partial(_build, key=key, source=source.path, rows=rows, tokenizer=tokenizer, data=data))
+        build_once(
+            folder,
+            partial(_build, key=key, source=source.path, rows=rows, tokenizer=tokenizer, data=data),
+        )
         sets.append(
-            TokenizedSet(key, source.path, source.weight if isinstance(source, TrainingSetSpec) else 1.0, folder)
+            TokenizedSet(
+                key,
+                source.path,
+                source.weight if isinstance(source, TrainingSetSpec) else 1.0,
+                folder,
+            )
         )
     return Pairs(sets)
 
@@ -241,8 +284,12 @@ def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, P
         UserError: a training set or the evaluation set would be empty.
     """
     key = str(seed).encode()
-    hashes = (hashlib.blake2b(prompt, digest_size=8, key=key).digest() for prompt in pairs.prompts())
-    _, prompts, sizes = np.unique(np.frombuffer(b"".join(hashes), "<u8"), return_inverse=True, return_counts=True)
+    hashes = (
+        hashlib.blake2b(prompt, digest_size=8, key=key).digest() for prompt in pairs.prompts()
+    )
+    _, prompts, sizes = np.unique(
+        np.frombuffer(b"".join(hashes), "<u8"), return_inverse=True, return_counts=True
+    )
     left, is_out = fraction * len(pairs), np.zeros(len(sizes), np.bool_)
     for prompt, size in enumerate(sizes.tolist()):
         if size <= left:
@@ -254,11 +301,18 @@ def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, P
     train, held_out = pairs.only(np.flatnonzero(~held)), pairs.only(np.flatnonzero(held))
     for name in COUNTED:  # counts of all rows, as dropped rows belong to neither part
         setattr(train, name, getattr(pairs, name))
-    gone = next((each for each, share in zip(pairs.sets, train.shares, strict=True) if not share.pairs), None)
+    gone = next(
+        (each for each, share in zip(pairs.sets, train.shares, strict=True) if not share.pairs),
+        None,
+    )
     if gone is not None or not len(held_out):
         which = f"every pair of {gone.source}" if gone else "none"
         rule = f"holds out {which}, of {len(pairs)} pairs with {len(sizes)} prompts"
-        cure = "lower it, or set data.eval to a file" if gone else "raise it, or set data.eval to a file"
+        cure = (
+            "lower it, or set data.eval to a file"
+            if gone
+            else "raise it, or set data.eval to a file"
+        )
         raise UserError("data.eval_fraction", fraction, rule, cure)
     return train, held_out
 
@@ -295,7 +349,9 @@ def _digest(identity: str, tokenizer: str, data: DataSpec) -> str:
 class _TokenizedRow(NamedTuple):
     number: int
     result: TokenizedPair | BadRow
-    uncut: tuple[int, int, int] | None  # tokens of prompt, chosen and rejected before truncation, if it has any
+    uncut: (
+        tuple[int, int, int] | None
+    )  # tokens of prompt, chosen and rejected before truncation, if it has any
     numbers: dict[str, float] = {}  # by the names of NUMERIC
     unread: list[str] = []  # variables that the chat template does not read
     unread_columns: tuple[str, ...] = ()
@@ -343,7 +399,9 @@ def _build(
     tokens: list[np.ndarray] = []
     hashes: list[bytes] = []
     swapped: list[bytes] = []
-    numeric: dict[str, list[float]] = {name: [] for name, key in NUMERIC.items() if getattr(data, key) is not None}
+    numeric: dict[str, list[float]] = {
+        name: [] for name, key in NUMERIC.items() if getattr(data, key) is not None
+    }
     counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
     first_bad: dict[str, str] = {}  # by the reason for dropping rows
     for number, result, uncut, of_pair, *noted in _tokenized(rows, _Worker(tokenizer, data)):
@@ -357,7 +415,9 @@ def _build(
             continue
         numbers.append(number)
         lengths.append((len(result.prompt_ids), len(result.chosen_ids), len(result.rejected_ids)))
-        tokens.append(np.array(result.prompt_ids + result.chosen_ids + result.rejected_ids, np.int32))
+        tokens.append(
+            np.array(result.prompt_ids + result.chosen_ids + result.rejected_ids, np.int32)
+        )
         hashes.append(content_hash(lengths[-1], tokens[-1]))
         swapped.append(_swapped_hash(result))
         for name, values in zip(COUNTED[1:], noted, strict=True):
@@ -375,14 +435,20 @@ def _build(
     for name, column in numeric.items():
         np.save(folder / f"{name}.npy", np.array(column, np.float64))
     largest_id = max(int(ids.max()) for ids in tokens)
-    meta = {"source": source, "largest_id": largest_id, **{name: dict(counts[name]) for name in COUNTED}}
+    meta = {
+        "source": source,
+        "largest_id": largest_id,
+        **{name: dict(counts[name]) for name in COUNTED},
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _no_pair(key: str, source: str, dropped: Counter[str], first: dict[str, str]) -> NoPairs:
     """Return the error for a source without a usable row. first: the first row of each reason."""
     if not dropped:
-        return NoPairs(key, source, "leaves no pair to train on (it has no rows)", "use a file with rows")
+        return NoPairs(
+            key, source, "leaves no pair to train on (it has no rows)", "use a file with rows"
+        )
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     cure = "check that its chosen and rejected differ"
     if "prompts that fill data.max_length" in dropped:

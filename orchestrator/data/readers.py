@@ -83,7 +83,9 @@ def _reported(key: str, path: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(key, path, f"is not UTF-8 text ({error.reason})", "convert the file to UTF-8") from None
+        raise UserError(
+            key, path, f"is not UTF-8 text ({error.reason})", "convert the file to UTF-8"
+        ) from None
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         cure = "check that it is complete, and that its suffix is right"
@@ -122,11 +124,16 @@ def _csv_rows(key: str, path: str, delimiter: str) -> Iterator[tuple[int, Any]]:
         try:
             for number, row in enumerate(reader, 1):
                 if None in row:
-                    rule, cure = "has more cells than the header", f"quote cells that hold {delimiter!r}"
+                    rule, cure = (
+                        "has more cells than the header",
+                        f"quote cells that hold {delimiter!r}",
+                    )
                     raise UserError(f"{key} row {number}", row[None], rule, cure)
                 yield number, {name: _cell(name, text) for name, text in row.items()}
         except csv.Error as error:
-            raise UserError(f"{key} row {number + 1}", path, f"is not CSV ({error})", "fix that row") from None
+            raise UserError(
+                f"{key} row {number + 1}", path, f"is not CSV ({error})", "fix that row"
+            ) from None
 
 
 def _cell(name: str, text: str | None) -> Any:
@@ -158,7 +165,9 @@ def _json_rows(key: str, path: str) -> Iterator[tuple[int, Any]]:
                 if number == 1 and not path.endswith("l"):
                     yield from _one_object(key, path, line + "".join(lines))
                     return
-                raise _not_json(f"{key} row {number}", line.strip(), error, f"fix that line of {path}") from None
+                raise _not_json(
+                    f"{key} row {number}", line.strip(), error, f"fix that line of {path}"
+                ) from None
             yield number, row
 
 
@@ -170,7 +179,9 @@ def _array_rows(key: str, path: str, text: str) -> Iterator[tuple[int, Any]]:
         try:
             row, place = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            raise _not_json(f"{key} row {number}", text[place:], error, f"fix that row of {path}") from None
+            raise _not_json(
+                f"{key} row {number}", text[place:], error, f"fix that row of {path}"
+            ) from None
         yield number, row
         place = _skip_blanks(text, place)
         is_more = text[place : place + 1] == ","
@@ -195,8 +206,16 @@ def _one_object(key: str, path: str, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _not_json(key: str, value: str, error: Exception, cure: str) -> UserError:
-    where = f", line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-    reason = "it is nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+    where = (
+        f", line {error.lineno}, column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else ""
+    )
+    reason = (
+        "it is nested too deeply"
+        if isinstance(error, RecursionError)
+        else getattr(error, "msg", str(error))
+    )
     return UserError(key, value, f"is not JSON ({reason}{where})", cure)
 
 

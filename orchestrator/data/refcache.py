@@ -65,7 +65,9 @@ class RefCache:
     def read(self) -> None:
         """Read all that any process has written so far."""
         ascending = self._keys[self._order, 0]
-        for path in sorted(self.folder.glob("*.logps")):  # oldest first: the first entry of a pair wins
+        for path in sorted(
+            self.folder.glob("*.logps")
+        ):  # oldest first: the first entry of a pair wins
             records, end = _whole_records(path, self._read.get(path, 0))
             self._read[path] = end
             place = np.searchsorted(ascending, records["key"][:, 0]).clip(max=len(ascending) - 1)
@@ -92,7 +94,10 @@ class RefCache:
         news = ~self._is_known(index)
         index = index[news]
         records = np.zeros(len(index), RECORD)
-        records["key"], records["logps"] = self._keys[index], logps.cpu().view(2, -1).t().numpy()[news]
+        records["key"], records["logps"] = (
+            self._keys[index],
+            logps.cpu().view(2, -1).t().numpy()[news],
+        )
         records["check"] = _checks(records)
         self._logps[index] = records["logps"]
         if self._own is None:
@@ -101,7 +106,11 @@ class RefCache:
             with open(self._own, "ab") as file:
                 file.write(records.tobytes())
         except OSError as error:
-            logger.warning("%s cannot be written (%s): reference.cache continues without it", self._own, error.strerror)
+            logger.warning(
+                "%s cannot be written (%s): reference.cache continues without it",
+                self._own,
+                error.strerror,
+            )
             self._own = None
 
     def _is_known(self, index: Integers) -> NDArray[np.bool_]:
@@ -111,7 +120,9 @@ class RefCache:
 def _keys(pairs: Pairs, data_set: str, keep_last: int | None) -> NDArray[np.uint64]:
     """Return keys [N, 2]: the hash of each pair's tokens, data set, `keep_last` and number of earlier repetitions."""
     hashes = np.asarray(pairs.hashes)
-    salt = np.frombuffer(hashlib.blake2b(f"{data_set} {keep_last}".encode(), digest_size=16).digest(), "<u8")
+    salt = np.frombuffer(
+        hashlib.blake2b(f"{data_set} {keep_last}".encode(), digest_size=16).digest(), "<u8"
+    )
     by_hash = np.lexsort((np.arange(len(hashes)), hashes[:, 1], hashes[:, 0]))
     is_new = np.append(True, (hashes[by_hash[1:]] != hashes[by_hash[:-1]]).any(axis=1))
     place = np.arange(len(hashes))
@@ -119,7 +130,9 @@ def _keys(pairs: Pairs, data_set: str, keep_last: int | None) -> NDArray[np.uint
     repetition[by_hash] = place - np.maximum.accumulate(np.where(is_new, place, 0))
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
         mixed = repetition * np.uint64(0x9E3779B97F4A7C15)
-        return np.column_stack([scrambled(hashes[:, half] ^ (mixed + salt[half])) for half in (0, 1)])
+        return np.column_stack(
+            [scrambled(hashes[:, half] ^ (mixed + salt[half])) for half in (0, 1)]
+        )
 
 
 def _whole_records(path: Path, start: int) -> tuple[Records, int]:
@@ -134,7 +147,9 @@ def _whole_records(path: Path, start: int) -> tuple[Records, int]:
 
 def _checks(records: Records) -> NDArray[np.uint64]:
     """Return a checksum of each record, which detects torn or overwritten records."""
-    words = np.concatenate([records["key"], np.ascontiguousarray(records["logps"]).view("<u8")], axis=1)
+    words = np.concatenate(
+        [records["key"], np.ascontiguousarray(records["logps"]).view("<u8")], axis=1
+    )
     total = np.full(len(records), 0x9E3779B97F4A7C15, np.uint64)
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
         for column in range(words.shape[1]):

@@ -20,17 +20,23 @@ def contradictory(pairs: Pairs) -> int:
 
 def trained_on(held_out: Pairs, train: Pairs) -> int:
     """Count the evaluation pairs that are also training pairs, with chosen and rejected swapped or not."""
-    return int((np.isin(_keys(held_out), _keys(train)) | np.isin(held_out.swapped, _keys(train))).sum())
+    return int(
+        (np.isin(_keys(held_out), _keys(train)) | np.isin(held_out.swapped, _keys(train))).sum()
+    )
 
 
 def repeat_counts(train: Pairs, held_out: Mapping[str, Pairs]) -> dict[str, int]:
     """Return the counts that are not 0, by their label, the text before ": N"."""
     counts = {
         "training pairs that repeat an earlier one": repeated(train),
-        "training pairs that contradict another one (chosen and rejected are swapped)": contradictory(train),
+        "training pairs that contradict another one (chosen and rejected are swapped)": contradictory(
+            train
+        ),
     }
     for name, pairs in held_out.items():
-        counts[f"{name} evaluation pairs that are also training pairs".lstrip()] = trained_on(pairs, train)
+        counts[f"{name} evaluation pairs that are also training pairs".lstrip()] = trained_on(
+            pairs, train
+        )
     return {words: count for words, count in counts.items() if count}
 
 

@@ -10,7 +10,9 @@ from typing import Any, Literal, NamedTuple
 from orchestrator.settings.spec import TEMPLATE_CALL, DataSpec
 
 Row = dict[str, Any]
-DropReason = Literal["malformed rows", "ties", "empty completions", "prompts that fill data.max_length"]
+DropReason = Literal[
+    "malformed rows", "ties", "empty completions", "prompts that fill data.max_length"
+]
 
 PAIR = ("prompt", "chosen", "rejected")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
@@ -37,7 +39,9 @@ MESSAGES_AS_TEXT = re.compile(
     r"""\s*\[\s*\{.*["'](role["']\s*:\s*["'](system|user|assistant)|from["']\s*:\s*["'](system|human|gpt))["']""",
     re.DOTALL,
 )
-SEVERAL_ANSWERS = re.compile(r"(response|answer|output|completion|generation)s?_?([0-9]+|[a-d])", re.IGNORECASE)
+SEVERAL_ANSWERS = re.compile(
+    r"(response|answer|output|completion|generation)s?_?([0-9]+|[a-d])", re.IGNORECASE
+)
 SHOWN_COLUMNS = 12
 SHOWN_LETTERS = 40
 
@@ -79,7 +83,10 @@ def checked(row: Any, data: DataSpec) -> CheckedRow:
         BadRow: the row has a wrong shape, or holds text that would not be trained on.
     """
     if not isinstance(row, Mapping):
-        raise BadRow("malformed rows", f"is of type {type(row).__name__}, not an object with chosen and rejected")
+        raise BadRow(
+            "malformed rows",
+            f"is of type {type(row).__name__}, not an object with chosen and rejected",
+        )
     try:
         return _checked(dict(row), data)
     except RecursionError:
@@ -94,11 +101,16 @@ def _checked(row: Row, data: DataSpec) -> CheckedRow:
         if column in row:
             shaped[column] = without_nulls(row[column])
             _check_unicode(column, shaped[column])
-    shaped = _with_prompt({**shaped, **{column: _value_of(column, shaped.get(column)) for column in PAIR}})
+    shaped = _with_prompt(
+        {**shaped, **{column: _value_of(column, shaped.get(column)) for column in PAIR}}
+    )
     is_chat = isinstance(shaped["prompt"], list)
     _check_context(row, shaped, data)
     if is_chat and not shaped["prompt"]:
-        raise BadRow("malformed rows", "has no prompt, and chosen and rejected do not start with a common message")
+        raise BadRow(
+            "malformed rows",
+            "has no prompt, and chosen and rejected do not start with a common message",
+        )
     if is_chat:
         template_arguments(shaped, data)
     else:
@@ -117,10 +129,16 @@ def numbers_of(row: Row, data: DataSpec) -> dict[str, float]:
         if (column := getattr(data, setting)) is None:
             continue
         if column not in row:
-            raise BadRow("malformed rows", f"has no column {column!r} (data.{setting}); {_columns_of(row)}")
+            raise BadRow(
+                "malformed rows", f"has no column {column!r} (data.{setting}); {_columns_of(row)}"
+            )
         value: Any = row[column]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value) <= sys.float_info.max or (name == "weights" and value <= 0):
+        if (
+            not is_number
+            or not abs(value) <= sys.float_info.max
+            or (name == "weights" and value <= 0)
+        ):
             rule = "a finite number" + " more than 0" * (name == "weights")
             raise BadRow("malformed rows", f"{column} is {value!r}, not {rule} (data.{setting})")
         numbers[name] = float(value)
@@ -138,14 +156,23 @@ def template_arguments(row: Row, data: DataSpec) -> Row:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise BadRow("malformed rows", f"tools is not JSON ({getattr(error, 'msg', error)})") from None
+            raise BadRow(
+                "malformed rows", f"tools is not JSON ({getattr(error, 'msg', error)})"
+            ) from None
         _check_unicode("tools", tools)
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
         raise BadRow("malformed rows", "tools is neither a list of objects nor JSON of one")
     if not isinstance(own, Mapping):
-        raise BadRow("malformed rows", f"chat_template_kwargs is {type(own).__name__}, not an object")
+        raise BadRow(
+            "malformed rows", f"chat_template_kwargs is {type(own).__name__}, not an object"
+        )
     if taken := own.keys() & set(TEMPLATE_CALL):
-        raise BadRow("malformed rows", f"chat_template_kwargs has {min(taken)!r}, which is not a template variable")
+        raise BadRow(
+            "malformed rows",
+            f"chat_template_kwargs has {min(taken)!r}, which is not a template variable",
+        )
     own = {key: value for key, value in {"tools": tools, **own}.items() if value is not None}
     return {"tools": None, **data.chat_template_kwargs, **own}
 
@@ -172,7 +199,11 @@ def _unknown_columns(row: Row, missing: str) -> BadRow:
     """Return the error for a row without the column `missing`; it names the shape if it is a known one."""
     rename = "" if row.keys() & set(PAIR) else "rename its columns to prompt, chosen and rejected"
     what, cure = _foreign_shape(row) or ("", rename)
-    return BadRow("malformed rows", f"has no column {missing!r}; {_columns_of(row)}{what and f': {what}'}", cure)
+    return BadRow(
+        "malformed rows",
+        f"has no column {missing!r}; {_columns_of(row)}{what and f': {what}'}",
+        cure,
+    )
 
 
 def _foreign_shape(row: Row) -> tuple[str, str] | None:
@@ -187,8 +218,14 @@ def _foreign_shape(row: Row) -> tuple[str, str] | None:
         pair = "preferred_output as chosen, non_preferred_output as rejected"
         return "OpenAI's preference format", f"write input.messages as prompt, {pair}"
     if {"human_ref_A", "human_ref_B"} <= columns:
-        return "SHP", "write history as prompt, the answer that labels prefers (1: A) as chosen, the other as rejected"
-    is_one = columns & {"messages", "conversations", "completion", "text"} and not columns & {"chosen", "rejected"}
+        return (
+            "SHP",
+            "write history as prompt, the answer that labels prefers (1: A) as chosen, the other as rejected",
+        )
+    is_one = columns & {"messages", "conversations", "completion", "text"} and not columns & {
+        "chosen",
+        "rejected",
+    }
     if is_one and not _similar(row):
         return "one answer, not a pair", "use pairs: prompt, chosen and rejected"
     if len(row) == 1 and _is_list_of(next(iter(row.values())), Mapping):
@@ -210,14 +247,20 @@ def _has_several_answers(row: Row) -> bool:
     """Return whether the row has a list of answers, or numbered columns of them."""
     lists = [value for name, value in row.items() if name not in (*CONTEXT, *PAIR)]
     numbered = [name for name in row if SEVERAL_ANSWERS.fullmatch(str(name))]
-    return len(numbered) > 1 or any(_is_list_of(value, str | Mapping) and len(value) > 1 for value in lists)
+    return len(numbered) > 1 or any(
+        _is_list_of(value, str | Mapping) and len(value) > 1 for value in lists
+    )
 
 
 def _similar(row: Row) -> dict[str, str]:
     """Return columns with similar names, by the name that they should have."""
     stems = {"prompt": "prompt", "chosen": "chosen", "rejected": "reject"}
     found = {
-        name: [each for each in map(str, row) if stem in each.lower() and isinstance(row.get(each), str | list)]
+        name: [
+            each
+            for each in map(str, row)
+            if stem in each.lower() and isinstance(row.get(each), str | list)
+        ]
         for name, stem in stems.items()
         if name not in row
     }
@@ -225,7 +268,9 @@ def _similar(row: Row) -> dict[str, str]:
 
 
 def _is_list_of(value: Any, kinds: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, kinds) for each in value)
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(each, kinds) for each in value)
+    )
 
 
 def _check_media(row: Row, data: DataSpec) -> None:
@@ -241,8 +286,14 @@ def _check_context(row: Row, shaped: Row, data: DataSpec) -> None:
     known = (*PAIR, *TEMPLATE_COLUMNS, *_numeric(data), *data.ignore_columns)
     is_bare = row.get("prompt") is None and not prompt
     columns = [column for column in row if column not in known]
-    suspects = [column for column in columns if column in CONTEXT or (is_bare and _is_sentence(row[column]))]
-    lost = [column for column in suspects if any(_squeezed(text) not in prompt for text in _asked(row[column]))]
+    suspects = [
+        column for column in columns if column in CONTEXT or (is_bare and _is_sentence(row[column]))
+    ]
+    lost = [
+        column
+        for column in suspects
+        if any(_squeezed(text) not in prompt for text in _asked(row[column]))
+    ]
     if not lost:
         return
     names, settings = ", ".join(map(repr, map(str, lost))), ", ".join(map(str, lost))
@@ -278,7 +329,11 @@ def _asked(value: Any) -> Iterator[str]:
 
 def _texts(value: Any) -> Iterator[str]:
     """Yield the text itself, or the contents of messages."""
-    yield from [value] if isinstance(value, str) else (str(message.get("content", "")) for message in value)
+    yield from (
+        [value]
+        if isinstance(value, str)
+        else (str(message.get("content", "")) for message in value)
+    )
 
 
 def _squeezed(text: str) -> str:
@@ -292,14 +347,20 @@ def _is_blank(value: Any) -> bool:
 def _unread(row: Row, data: DataSpec, is_chat: bool) -> tuple[str, ...]:
     """Return the columns with a value that are not read."""
     read = {*PAIR, *_numeric(data), *(TEMPLATE_COLUMNS if is_chat else ())}
-    return tuple(str(column) for column, value in row.items() if column not in read and not _is_blank(value))
+    return tuple(
+        str(column) for column, value in row.items() if column not in read and not _is_blank(value)
+    )
 
 
 def _columns_of(row: Row) -> str:
     """Return the columns of a row as text of bounded length."""
     names = [repr(str(name)[:SHOWN_LETTERS]) for name in row]
     more = [f"and {len(names) - SHOWN_COLUMNS} more"] if len(names) > SHOWN_COLUMNS else []
-    return f"its columns are {', '.join(names[:SHOWN_COLUMNS] + more)}" if names else "it has no columns"
+    return (
+        f"its columns are {', '.join(names[:SHOWN_COLUMNS] + more)}"
+        if names
+        else "it has no columns"
+    )
 
 
 # --- values --------------------------------------------------------------------------------------------------------
@@ -310,30 +371,48 @@ def _value_of(column: str, value: Any) -> Any:
     if value is None or (isinstance(value, str) and not MESSAGES_AS_TEXT.match(value)):
         return value
     if isinstance(value, str):
-        reason, cure = f"{column} is a list of messages as text", "write it as a list, in JSONL or Parquet"
+        reason, cure = (
+            f"{column} is a list of messages as text",
+            "write it as a list, in JSONL or Parquet",
+        )
         raise BadRow("malformed rows", reason, cure)
     if isinstance(value, Mapping):
         value = [value]  # one message
     if not isinstance(value, list):
-        raise BadRow("malformed rows", f"{column} is {type(value).__name__}, neither text nor a list of messages")
+        raise BadRow(
+            "malformed rows",
+            f"{column} is {type(value).__name__}, neither text nor a list of messages",
+        )
     if column == "prompt" and not value:
         raise BadRow("malformed rows", "prompt is an empty list of messages")
-    return [_message(f"message {number} of {column}", message) for number, message in enumerate(value, 1)]
+    return [
+        _message(f"message {number} of {column}", message)
+        for number, message in enumerate(value, 1)
+    ]
 
 
 def _message(name: str, message: Any) -> Row:
     if not isinstance(message, Mapping):
-        raise BadRow("malformed rows", f"{name} is {type(message).__name__}, not an object with role and content")
+        raise BadRow(
+            "malformed rows",
+            f"{name} is {type(message).__name__}, not an object with role and content",
+        )
     if "role" not in message and {"from", "value"} <= message.keys():
         cure = "write role and content (human: user, gpt: assistant), and conversations as prompt"
-        raise BadRow("malformed rows", f"{name} has from and value (ShareGPT), not role and content", cure)
+        raise BadRow(
+            "malformed rows", f"{name} has from and value (ShareGPT), not role and content", cure
+        )
     if not isinstance(message.get("role"), str):
         raise BadRow("malformed rows", f"{name} has no role")
     content = message.get("content")
     if isinstance(content, list):
         return {**message, "content": "".join(_text_part(name, part) for part in content)}
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        what = "has no text in its content" if content is None else f"has {type(content).__name__} as content, not text"
+        what = (
+            "has no text in its content"
+            if content is None
+            else f"has {type(content).__name__} as content, not text"
+        )
         raise BadRow("malformed rows", f"{name} {what}")
     return dict(message)
 
@@ -341,9 +420,14 @@ def _message(name: str, message: Any) -> Row:
 def _text_part(name: str, part: Any) -> str:
     """Return the text of one part of a message's content."""
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    if not isinstance(part, Mapping) or kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+    if (
+        not isinstance(part, Mapping)
+        or kind not in TEXT_PARTS
+        or not isinstance(part.get("text"), str)
+    ):
         raise BadRow(
-            "malformed rows", f"{name} has a part of type {kind!r} in its content: only text parts are supported"
+            "malformed rows",
+            f"{name} has a part of type {kind!r} in its content: only text parts are supported",
         )
     return part["text"]
 
@@ -369,7 +453,11 @@ def _check_unicode(column: str, value: Any) -> None:
 def _check_text_settings(data: DataSpec) -> None:
     for key in ("system_prompt", "chat_template_kwargs"):
         if getattr(data, key):
-            raise BadRow("malformed rows", f"is plain text, which does not use data.{key}", f"remove data.{key}")
+            raise BadRow(
+                "malformed rows",
+                f"is plain text, which does not use data.{key}",
+                f"remove data.{key}",
+            )
 
 
 # --- prompt and answers --------------------------------------------------------------------------------------------
@@ -379,7 +467,10 @@ def _with_prompt(row: Row) -> Row:
     """Return the row with prompt, chosen and rejected all text or all messages."""
     prompt, chosen, rejected = (row[column] for column in PAIR)
     if type(chosen) is not type(rejected):
-        kinds = {column: "text" if isinstance(row[column], str) else "messages" for column in ("chosen", "rejected")}
+        kinds = {
+            column: "text" if isinstance(row[column], str) else "messages"
+            for column in ("chosen", "rejected")
+        }
         described = ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
         raise BadRow("malformed rows", f"mixes text and messages: {described}")
     if prompt is None:
@@ -387,16 +478,26 @@ def _with_prompt(row: Row) -> Row:
     if isinstance(chosen, str):
         if isinstance(prompt, str):
             return row
-        return {**row, **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}}
+        return {
+            **row,
+            **{
+                side: [{"role": "assistant", "content": row[side]}]
+                for side in ("chosen", "rejected")
+            },
+        }
     if isinstance(prompt, list):
         return _without_repeated_prompt(row)
     if all(side and side[0]["role"] == "assistant" for side in (chosen, rejected)):
         return {**row, "prompt": [{"role": "user", "content": prompt}]}
     whole = _with_implicit_prompt(row)
-    questions = [message.get("content", "") for message in whole["prompt"] if message["role"] == "user"]
+    questions = [
+        message.get("content", "") for message in whole["prompt"] if message["role"] == "user"
+    ]
     if prompt.strip() not in [question.strip() for question in questions]:
         reason = "prompt is text, but chosen and rejected are conversations that do not both start with it"
-        raise BadRow("malformed rows", reason, "remove the prompt column, or the messages before the answers")
+        raise BadRow(
+            "malformed rows", reason, "remove the prompt column, or the messages before the answers"
+        )
     return whole
 
 
@@ -409,7 +510,11 @@ def _without_repeated_prompt(row: Row) -> Row:
         for message in takewhile(lambda each: each["role"] != "assistant", side):
             if message["role"] == "system" or message in prompt:
                 reason = f"{name} starts with a {message['role']} message, like prompt: it would be repeated"
-                raise BadRow("malformed rows", reason, "remove the prompt column, or the messages before the answers")
+                raise BadRow(
+                    "malformed rows",
+                    reason,
+                    "remove the prompt column, or the messages before the answers",
+                )
     return row
 
 
@@ -435,14 +540,18 @@ def _notes(row: Row, shaped: Row) -> tuple[str, ...]:
         NO_PROMPT: is_text and not prompt,
         EMPTY: any(empty),
         # an answer may start with a word or two of the prompt
-        TWICE: is_text and len(prompt.split()) > 2 and all(side.startswith(prompt) for side in sides),
+        TWICE: is_text
+        and len(prompt.split()) > 2
+        and all(side.startswith(prompt) for side in sides),
         NULLS: _has_null(row.get("tools")),
     }
     return tuple(note for note, is_so in found.items() if is_so)
 
 
 def _is_empty_answer(messages: list[Row]) -> bool:
-    return bool(messages) and not any(message.get("content") or message.get("tool_calls") for message in messages)
+    return bool(messages) and not any(
+        message.get("content") or message.get("tool_calls") for message in messages
+    )
 
 
 def _has_null(value: Any) -> bool:
@@ -461,5 +570,8 @@ def note_lines(unread: Mapping[str, int], notes: Mapping[str, int]) -> Iterator[
 
 def printable(text: str, keep: str = "") -> str:
     """Return a text with control characters (except those in `keep`) and invalid Unicode as escapes."""
-    shown = (each if each.isprintable() or each in keep else each.encode("unicode_escape").decode() for each in text)
+    shown = (
+        each if each.isprintable() or each in keep else each.encode("unicode_escape").decode()
+        for each in text
+    )
     return "".join(shown)

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from orchestrator.data.files import check_no_lfs_pointer
-from orchestrator.data.readers import arrow_table, is_data_file, is_text_file, rows_in_file, text_rows
+from orchestrator.data.readers import (
+    arrow_table,
+    is_data_file,
+    is_text_file,
+    rows_in_file,
+    text_rows,
+)
 from orchestrator.data.shapes import BadRow, Row, checked, numbers_of, printable, without_nulls
 from orchestrator.settings.load import looks_local, scheme_of
 from orchestrator.settings.spec import DATA_SUFFIXES, DataSpec, SourceSpec, Split, UserError
@@ -99,13 +105,19 @@ def check_rows(data: DataSpec, split: Split, name: str = "") -> list[SourceRows]
     Raises:
         UserError: a source cannot be read, or a row is unusable and is not dropped.
     """
-    sources = {key: source for key, source in data.sources(split, name).items() if looks_local(source.path)}
+    sources = {
+        key: source for key, source in data.sources(split, name).items() if looks_local(source.path)
+    }
     return [_check_rows_of(key, source, split, data) for key, source in sources.items()]
 
 
-def bad_row_error(key: str, source: str, number: int, bad: BadRow, data: DataSpec) -> UserError | None:
+def bad_row_error(
+    key: str, source: str, number: int, bad: BadRow, data: DataSpec
+) -> UserError | None:
     """Return the error for an unusable row; None if it is dropped and counted instead."""
-    is_error = bad.kind == "malformed rows" if data.on_bad_row is None else data.on_bad_row == "error"
+    is_error = (
+        bad.kind == "malformed rows" if data.on_bad_row is None else data.on_bad_row == "error"
+    )
     if not is_error:
         return None
     fix = f"fix that row of {source}, or set data.on_bad_row=drop to drop such rows"
@@ -121,7 +133,9 @@ def _check_rows_of(key: str, source: SourceSpec, split: Split, data: DataSpec) -
         rows += 1
         try:
             result = checked(row, data)
-            if result.row["chosen"] != result.row["rejected"]:  # ties are dropped, so their numbers are not checked
+            if (
+                result.row["chosen"] != result.row["rejected"]
+            ):  # ties are dropped, so their numbers are not checked
                 numbers_of(result.row, data)
         except BadRow as bad:
             bad.row = row
@@ -136,14 +150,20 @@ def _check_rows_of(key: str, source: SourceSpec, split: Split, data: DataSpec) -
 
 def _files_below(key: str, folder: str) -> list[str]:
     """Return the data files of a folder, or raise an error that names the files it contains instead."""
-    files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in sorted(names)]
+    files = [
+        os.path.join(place, name) for place, _, names in os.walk(folder) for name in sorted(names)
+    ]
     if not files:
         raise UserError(key, folder, "is a folder without files", READABLE)
     if any(os.path.exists(os.path.join(folder, name)) for name in SAVED):
         return [file for file in files if file.endswith(".arrow")]
     if not (data := [file for file in files if is_data_file(file)]):
-        names = ", ".join(os.path.relpath(file, folder) for file in files[:3]) + ", ..." * (len(files) > 3)
-        raise UserError(key, folder, f"is a folder without data files (it contains {names})", READABLE)
+        names = ", ".join(os.path.relpath(file, folder) for file in files[:3]) + ", ..." * (
+            len(files) > 3
+        )
+        raise UserError(
+            key, folder, f"is a folder without data files (it contains {names})", READABLE
+        )
     return data
 
 
@@ -152,12 +172,19 @@ def _check_file(key: str, source: str, file: str) -> None:
     name = "it" if is_alone else os.path.relpath(file, source)
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(key, source, f"{name} is not a regular file (a pipe, a socket or a device)", READABLE)
+        raise UserError(
+            key, source, f"{name} is not a regular file (a pipe, a socket or a device)", READABLE
+        )
     if not os.access(file, os.R_OK):
-        raise UserError(key, source, f"{name} is not readable by this user", "change its permissions")
+        raise UserError(
+            key, source, f"{name} is not readable by this user", "change its permissions"
+        )
     if not status.st_size and is_alone:
         raise UserError(
-            key, source, "leaves no pair to train on (it has no rows: the file is empty)", "use a file with rows"
+            key,
+            source,
+            "leaves no pair to train on (it has no rows: the file is empty)",
+            "use a file with rows",
         )
     check_no_lfs_pointer(key, source, file)
     if is_alone and not is_data_file(file):
@@ -167,7 +194,12 @@ def _check_file(key: str, source: str, file: str) -> None:
             if ending
             else "is a file without a suffix, so its format is unknown"
         )
-        raise UserError(key, source, rule, f"convert it to JSONL or Parquet; supported are {', '.join(DATA_SUFFIXES)}")
+        raise UserError(
+            key,
+            source,
+            rule,
+            f"convert it to JSONL or Parquet; supported are {', '.join(DATA_SUFFIXES)}",
+        )
 
 
 def _cure_of_missing(source: str) -> str:
@@ -182,18 +214,26 @@ def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
     identities = [open_source(key, source, "train")[1] for key, source in sources.items()]
 
     def texts() -> Iterator[str]:
-        for _, row in chain.from_iterable(open_source(key, source, "train")[0] for key, source in sources.items()):
+        for _, row in chain.from_iterable(
+            open_source(key, source, "train")[0] for key, source in sources.items()
+        ):
             try:
                 whole = checked(row, data).row
             except BadRow:
                 continue  # tokenising the pairs reports it, with the row's number
             for part in (whole["prompt"], whole["chosen"], whole["rejected"]):
-                yield from [part] if isinstance(part, str) else (str(message.get("content") or "") for message in part)
+                yield from (
+                    [part]
+                    if isinstance(part, str)
+                    else (str(message.get("content") or "") for message in part)
+                )
 
     return texts, one_of(identities)[:24]
 
 
-def raw_rows(data: DataSpec, split: Split, pair_ids: Collection[int], name: str = "") -> dict[int, RawRow]:
+def raw_rows(
+    data: DataSpec, split: Split, pair_ids: Collection[int], name: str = ""
+) -> dict[int, RawRow]:
     """Return the rows of some pairs, by pair id; rows that no longer exist or are no longer usable are left out.
 
     Each source is read once, and only as far as needed. name: the evaluation set.
@@ -230,7 +270,9 @@ def first_rows(data: DataSpec, count: int) -> Iterator[tuple[Place, Any]]:
             yield Place(key, source.path, number), row
 
 
-def open_source(key: str, source: SourceSpec, split: Split) -> tuple[Iterable[tuple[int, Any]], str]:
+def open_source(
+    key: str, source: SourceSpec, split: Split
+) -> tuple[Iterable[tuple[int, Any]], str]:
     """Return an iterable of (row number, row) of a source, and a hash of its content."""
     identity = None
     if os.path.isfile(source.path):
@@ -245,10 +287,16 @@ def open_source(key: str, source: SourceSpec, split: Split) -> tuple[Iterable[tu
 
 def one_of(identities: list[str]) -> str:
     """Return the only identity, or a hash of several."""
-    return identities[0] if len(identities) == 1 else hashlib.sha256(" ".join(identities).encode()).hexdigest()
+    return (
+        identities[0]
+        if len(identities) == 1
+        else hashlib.sha256(" ".join(identities).encode()).hexdigest()
+    )
 
 
-def _rows_at(key: str, source: SourceSpec, split: Split, numbers: list[int]) -> tuple[dict[int, Any], int]:
+def _rows_at(
+    key: str, source: SourceSpec, split: Split, numbers: list[int]
+) -> tuple[dict[int, Any], int]:
     """Return the rows with these ascending numbers, and the number of rows in the source or read up to the last."""
     if is_text_file(source.path):
         rows_at, needed, read = dict[int, Any](), set(numbers), 0
@@ -257,7 +305,9 @@ def _rows_at(key: str, source: SourceSpec, split: Split, numbers: list[int]) -> 
                 rows_at[read] = row
         return rows_at, read
     rows = _with_datasets(key, source, split)
-    return {number: _as_written(rows[number - 1]) for number in numbers if number <= len(rows)}, len(rows)
+    return {
+        number: _as_written(rows[number - 1]) for number in numbers if number <= len(rows)
+    }, len(rows)
 
 
 def _as_written(row: Row) -> Row:
@@ -270,7 +320,11 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path, name, part = source.path, source.name, source.split or ("train" if split == "train" else "test")
+    path, name, part = (
+        source.path,
+        source.name,
+        source.split or ("train" if split == "train" else "test"),
+    )
     try:
         if path.endswith(".parquet"):
             return datasets.Dataset.from_parquet(path)
@@ -279,19 +333,33 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
         if os.path.isdir(path) and any(os.path.exists(os.path.join(path, file)) for file in SAVED):
             loaded = datasets.load_from_disk(path)
             if isinstance(loaded, datasets.DatasetDict):
-                return loaded[part] if part in loaded else _refuse_split(key, path, part, list(map(str, loaded)))
+                return (
+                    loaded[part]
+                    if part in loaded
+                    else _refuse_split(key, path, part, list(map(str, loaded)))
+                )
             if source.split:
-                raise UserError(f"{key}.split", part, f"{path} is a single data set without splits", "remove it")
+                raise UserError(
+                    f"{key}.split", part, f"{path} is a single data set without splits", "remove it"
+                )
             return loaded
         return datasets.load_dataset(path, name, split=part)
     except UserError:
         raise
-    except Exception as error:  # datasets raises a dozen types; all mean that the source cannot be read
+    except (
+        Exception
+    ) as error:  # datasets raises a dozen types; all mean that the source cannot be read
         reason = " ".join(str(error).split())[:200]
         if splits := UNKNOWN_SPLIT.search(str(error)):
             _refuse_split(key, path, part, re.findall(r"[\w.-]+", splits[1]))
-        cure = "check that it is complete" if os.path.exists(path) else "use a path, or a hub name that can be reached"
-        raise UserError(key, path, f"cannot be read by `datasets` ({type(error).__name__}: {reason})", cure) from None
+        cure = (
+            "check that it is complete"
+            if os.path.exists(path)
+            else "use a path, or a hub name that can be reached"
+        )
+        raise UserError(
+            key, path, f"cannot be read by `datasets` ({type(error).__name__}: {reason})", cure
+        ) from None
 
 
 def _refuse_split(key: str, path: str, part: str, splits: list[str]) -> NoReturn:

@@ -33,12 +33,23 @@ class TokenizedPair(NamedTuple):
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a hash of all that determines token ids: vocabulary, merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [state, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+    state = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    parts = [
+        state,
+        str(tokenizer.chat_template),
+        str(tokenizer.special_tokens_map),
+        type(tokenizer).__name__,
+    ]
     return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
 
-def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
+def tokenize_pair(
+    row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
+) -> tuple[TokenizedPair, list[int]]:
     """Return `tokenize_checked` of a raw row.
 
     Raises:
@@ -48,7 +59,9 @@ def tokenize_pair(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
     return tokenize_checked(checked(row, data).row, tokenizer, data)
 
 
-def tokenize_checked(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> tuple[TokenizedPair, list[int]]:
+def tokenize_checked(
+    row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
+) -> tuple[TokenizedPair, list[int]]:
     """Return token ids exactly as TRL 1.16: EOS on plain text only, completion from where the ids diverge.
 
     Also returns the last tokens of the prompt, tokenised alone, that are in neither sequence: they merge with the
@@ -67,9 +80,12 @@ def tokenize_checked(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataS
         prompt, chosen, rejected = _conversations(row, tokenizer, data)
     else:
         eos = str(tokenizer.eos_token)
-        ends = [text if text.endswith(eos) else text + eos for text in (row["chosen"], row["rejected"])]
+        ends = [
+            text if text.endswith(eos) else text + eos for text in (row["chosen"], row["rejected"])
+        ]
         prompt, chosen, rejected = (
-            tokenizer(text=text)["input_ids"] for text in (row["prompt"], *(row["prompt"] + end for end in ends))
+            tokenizer(text=text)["input_ids"]
+            for text in (row["prompt"], *(row["prompt"] + end for end in ends))
         )
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     return TokenizedPair(prompt[:start], chosen[start:], rejected[start:]), prompt[start:]
@@ -83,7 +99,9 @@ def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
     Raises:
         BadRow: the pair has nothing left to train on.
     """
-    prompt = pair.prompt_ids[-data.max_prompt_length :] if data.max_prompt_length else pair.prompt_ids
+    prompt = (
+        pair.prompt_ids[-data.max_prompt_length :] if data.max_prompt_length else pair.prompt_ids
+    )
     room = data.max_completion_length
     if data.truncation == "keep_start" and data.max_length is not None:
         left = data.max_length - len(prompt)
@@ -95,16 +113,23 @@ def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
         room = min(left, room or left)
     pair = TokenizedPair(prompt, pair.chosen_ids[:room], pair.rejected_ids[:room])
     if not pair.chosen_ids or not pair.rejected_ids:
-        raise BadRow("empty completions", f"{'chosen' if not pair.chosen_ids else 'rejected'} has no token of its own")
+        raise BadRow(
+            "empty completions",
+            f"{'chosen' if not pair.chosen_ids else 'rejected'} has no token of its own",
+        )
     if pair.chosen_ids == pair.rejected_ids:
         raise BadRow("ties", "chosen equals rejected")
     return pair
 
 
-def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> Iterator[list[int]]:
+def _conversations(
+    row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
+) -> Iterator[list[int]]:
     """Yield the token ids of the prompt (with generation prompt), and of the prompt with each of the two answers."""
     prompt, arguments = row["prompt"], template_arguments(row, data)
-    if data.system_prompt and not any(message["role"] in ("system", "developer") for message in prompt):
+    if data.system_prompt and not any(
+        message["role"] in ("system", "developer") for message in prompt
+    ):
         prompt = [{"role": "system", "content": data.system_prompt}, *prompt]
     try:
         template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
@@ -121,7 +146,9 @@ def _conversations(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpe
     if arguments["tools"] and "tools" not in _words(template):
         # The answers depend on the tools. A row's own variables are only reported: see unread_variables.
         raise BadRow(
-            "malformed rows", "has tools, not read by the chat template", "set data.chat_template to one that does"
+            "malformed rows",
+            "has tools, not read by the chat template",
+            "set data.chat_template to one that does",
         )
     yield _chat(tokenizer, data, prompt, add_generation_prompt=True, **arguments)
     for side in ("chosen", "rejected"):
@@ -133,8 +160,14 @@ def _check_settings_read(template: str, data: DataSpec) -> None:
     for name, value in data.chat_template_kwargs.items():
         if value not in (None, []) and not _reads(template, name):
             near = _nearest(template, name)
-            cure = f"did you mean {near}?" if near else "remove it, or set data.chat_template to one that does"
-            raise UserError(f"data.chat_template_kwargs.{name}", value, "is not read by the chat template", cure)
+            cure = (
+                f"did you mean {near}?"
+                if near
+                else "remove it, or set data.chat_template to one that does"
+            )
+            raise UserError(
+                f"data.chat_template_kwargs.{name}", value, "is not read by the chat template", cure
+            )
 
 
 def unread_variables(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> list[str]:
@@ -148,7 +181,10 @@ def unread_variables(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataS
     arguments = template_arguments(row, data)
     template = tokenizer.get_chat_template(arguments.get("chat_template"), arguments["tools"])
     unread = [name for name in row["chat_template_kwargs"] if not _reads(template, name)]
-    return [f"{name} (it reads {near})" if (near := _nearest(template, name)) else name for name in unread]
+    return [
+        f"{name} (it reads {near})" if (near := _nearest(template, name)) else name
+        for name in unread
+    ]
 
 
 def _reads(template: str, name: str) -> bool:
@@ -166,11 +202,15 @@ def _words(template: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", template))
 
 
-def _chat(tokenizer: "PreTrainedTokenizerBase", data: DataSpec, messages: list[Row], **options: Any) -> list[int]:
+def _chat(
+    tokenizer: "PreTrainedTokenizerBase", data: DataSpec, messages: list[Row], **options: Any
+) -> list[int]:
     from jinja2 import TemplateSyntaxError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]  # pyright: ignore
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)[
+            "input_ids"
+        ]  # pyright: ignore
     except TemplateSyntaxError as error:
         key, value = "data.chat_template", data.chat_template
         if value is None:
@@ -178,7 +218,9 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", data: DataSpec, messages: list[R
         rule = f"has a chat template that is not Jinja: {error.message} (line {error.lineno})"
         raise UserError(key, value, rule, "fix that line") from None
     except Exception as error:  # templates raise any exception (roles must alternate, ...)
-        raise BadRow("malformed rows", f"the chat template rejects it: {' '.join(str(error).split())}") from None
+        raise BadRow(
+            "malformed rows", f"the chat template rejects it: {' '.join(str(error).split())}"
+        ) from None
 
 
 def common_prefix(left: ArrayLike, right: ArrayLike) -> int:

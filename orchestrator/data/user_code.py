@@ -17,15 +17,23 @@ NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorEr
 MEND = "fix it, and run the same command again"
 
 
-def raised_by_user(key: str, name: str, error: Exception, where: str, cure: str = MEND) -> UserError:
+def raised_by_user(
+    key: str, name: str, error: Exception, where: str, cure: str = MEND
+) -> UserError:
     """Return the error for an exception in user code; call it in the frame that called the user code."""
-    called = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in frame.filename]
+    called = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)[1:]
+        if "importlib" not in frame.filename
+    ]
     places = [f"{Path(frame.filename).name} line {frame.lineno}" for frame in called[:1]]
     reason = f"raised {type(error).__name__}: {error} ({'; '.join([*places, where])})"
     return UserError(key, name, reason, cure)
 
 
-def call_user_code(key: str, name: str, where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call_user_code(
+    key: str, name: str, where: str, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """Call a user's function and return its result.
 
     Raises:
@@ -60,7 +68,9 @@ def user_attribute(key: str, path: str) -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        raise UserError(key, path, f"module {name} has no {attribute}", "check the name after the colon") from None
+        raise UserError(
+            key, path, f"module {name} has no {attribute}", "check the name after the colon"
+        ) from None
 
 
 def source_hash(path: str) -> str:

@@ -31,11 +31,15 @@ class PairTerms(NamedTuple):
     rejected_logps: torch.Tensor
     ref_chosen_logps: torch.Tensor
     ref_rejected_logps: torch.Tensor
-    chosen_tokens: torch.Tensor  # of the completion, also its first one, which an empty prompt leaves unscored
+    chosen_tokens: (
+        torch.Tensor
+    )  # of the completion, also its first one, which an empty prompt leaves unscored
     rejected_tokens: torch.Tensor
     chosen_token_sum: torch.Tensor  # chosen_logps with weight 1 for every token
     margins: torch.Tensor | None = None  # values of data.margin_column, if it is set
-    on_policy: torch.Tensor | None = None  # with dpo.use_weighting: the factor of the pair's loss, without gradient
+    on_policy: torch.Tensor | None = (
+        None  # with dpo.use_weighting: the factor of the pair's loss, without gradient
+    )
 
     @classmethod
     def split(
@@ -88,12 +92,17 @@ def loss_of(name: str) -> Loss:
 
 def _of_user(name: str, terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
     loss = user_attribute("dpo.loss_type", name)
-    return call_user_code("dpo.loss_type", name, f"for {len(terms.chosen_logps)} pairs", loss, terms, dpo)
+    return call_user_code(
+        "dpo.loss_type", name, f"for {len(terms.chosen_logps)} pairs", loss, terms, dpo
+    )
 
 
 def log_ratios(terms: PairTerms) -> Both:
     """Return r_w and r_l."""
-    return terms.chosen_logps - terms.ref_chosen_logps, terms.rejected_logps - terms.ref_rejected_logps
+    return (
+        terms.chosen_logps - terms.ref_chosen_logps,
+        terms.rejected_logps - terms.ref_rejected_logps,
+    )
 
 
 def rewards(terms: PairTerms, dpo: DpoSpec) -> Both:
@@ -117,7 +126,9 @@ def _score(log_ratio: torch.Tensor, dpo: DpoSpec) -> torch.Tensor:
     if dpo.f_divergence_type == "js_divergence":  # log(2 t / (t + 1))
         return math.log(2) + logsigmoid(log_ratio)
     power = dpo.f_alpha_divergence_coef - 1
-    if dpo.f_divergence_type == "reverse_kl" or abs(power) < 1e-6:  # log t, the limit of the next for power 0
+    if (
+        dpo.f_divergence_type == "reverse_kl" or abs(power) < 1e-6
+    ):  # log t, the limit of the next for power 0
         return log_ratio
     return torch.expm1(_capped(power * log_ratio)) / power  # (t^power - 1) / power
 
@@ -146,7 +157,9 @@ def _per_token(both: Both, terms: PairTerms) -> Both:
 
 def _smoothed(margin: torch.Tensor, dpo: DpoSpec) -> torch.Tensor:
     """Return -(1 - e) log sigmoid(m) - e log sigmoid(-m)."""
-    return -(1 - dpo.label_smoothing) * logsigmoid(margin) - dpo.label_smoothing * logsigmoid(-margin)
+    return -(1 - dpo.label_smoothing) * logsigmoid(margin) - dpo.label_smoothing * logsigmoid(
+        -margin
+    )
 
 
 # --- TRL's losses ------------------------------------------------------------------------------------------------
@@ -282,7 +295,10 @@ def aot(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
     """Return the paired AOT loss [N]: with d_(k) the k-th smallest log(p_w / p_l) of the policy and c_(k) that of the
     reference, m = b (d_(k) - c_(k)): -(1 - e) log sigmoid(m) - e log sigmoid(-m). Melnyk et al. 2024, arXiv 2406.05882,
     the AOT objective for paired data, in its closed form by sorting, with the logistic penalty."""
-    policys, references = terms.chosen_logps - terms.rejected_logps, terms.ref_chosen_logps - terms.ref_rejected_logps
+    policys, references = (
+        terms.chosen_logps - terms.rejected_logps,
+        terms.ref_chosen_logps - terms.ref_rejected_logps,
+    )
     return _matched(policys, references, dpo, weights)
 
 
@@ -293,7 +309,9 @@ def aot_unpaired(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch
     return _matched(chosen, rejected, dpo, weights)
 
 
-def _matched(upper: torch.Tensor, lower: torch.Tensor, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
+def _matched(
+    upper: torch.Tensor, lower: torch.Tensor, dpo: DpoSpec, weights: torch.Tensor
+) -> torch.Tensor:
     """Return the loss [N] of each `upper`, which should exceed the `lower` of the same rank in the sorted order.
 
     It is the mean of loss(U(t) - L(t)) over the pair's part of t in [0, 1], where U and L are the quantile functions of
@@ -321,7 +339,11 @@ def batch_losses(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch
     with torch.enable_grad():
         terms = terms._replace(chosen_logps=chosen, rejected_logps=rejected)
         asked = zip(dpo.loss_types, dpo.weights, strict=True)
-        losses = sum(factor * BATCH_LOSSES[name](terms, dpo, weights) for name, factor in asked if name in OF_BATCH)
+        losses = sum(
+            factor * BATCH_LOSSES[name](terms, dpo, weights)
+            for name, factor in asked
+            if name in OF_BATCH
+        )
         assert isinstance(losses, torch.Tensor)  # called only if the settings have such a loss
         slopes = torch.autograd.grad(losses @ weights, (chosen, rejected))
     return torch.stack([losses.detach(), *(slope / weights for slope in slopes)], dim=1)
@@ -377,11 +399,17 @@ def check_losses(dpo: DpoSpec, with_margins: bool) -> None:
 
 def _wrong_with(loss: Loss, dpo: DpoSpec, with_margins: bool) -> str:
     """Return what is wrong with a user's loss; empty if nothing is."""
-    logps = torch.tensor([-9.0, -30.0, -12.0, -11.0, -24.0, -12.5], dtype=torch.float64, requires_grad=True)
+    logps = torch.tensor(
+        [-9.0, -30.0, -12.0, -11.0, -24.0, -12.5], dtype=torch.float64, requires_grad=True
+    )
     ref_logps = torch.tensor([-10.0, -28.0, -12.0, -10.0, -25.0, -12.0], dtype=torch.float64)
     margins = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if with_margins else None
     terms = PairTerms.split(logps, ref_logps, torch.tensor([4, 9, 5, 3, 9, 6]), margins)
-    terms = terms._replace(on_policy=torch.full_like(ref_logps[:3], 0.5)) if dpo.use_weighting else terms
+    terms = (
+        terms._replace(on_policy=torch.full_like(ref_logps[:3], 0.5))
+        if dpo.use_weighting
+        else terms
+    )
     given = f"for {len(terms.chosen_logps)} synthetic pairs"
     try:
         found: Any = loss(terms, dpo)

@@ -60,9 +60,13 @@ class PairStep(nn.Module):
     ) -> None:
         super().__init__()
         self.policy = policy
-        self.reference = reference  # not an nn.Module: neither wrapped, trained nor saved with the policy
+        self.reference = (
+            reference  # not an nn.Module: neither wrapped, trained nor saved with the policy
+        )
         # modules of a reference that a sharding engine shards with the policy; their names are not in checkpoints
-        self.reference_modules = nn.ModuleList(reference.own_modules(policy) if shard_reference else [])
+        self.reference_modules = nn.ModuleList(
+            reference.own_modules(policy) if shard_reference else []
+        )
         self.dpo, self.token_metrics = dpo, token_metrics
         # an fp32 reference beside a policy with 16-bit weights computes in the same precision
         self.reference_arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -80,21 +84,30 @@ class PairStep(nn.Module):
         assert batch is not None
         assert counts is not None
         ref_logps = batch.ref_logps
-        with captured_at(self.policy, self.reference.capture_layer if ref_logps is None else None) as captured:
+        with captured_at(
+            self.policy, self.reference.capture_layer if ref_logps is None else None
+        ) as captured:
             hidden = body_hidden(self.policy, batch)
         if ref_logps is None:
             ref_logps = self.ask_reference(batch, *captured)
-        known = PairTerms.split(torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens, batch.margins)
+        known = PairTerms.split(
+            torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens, batch.margins
+        )
 
         def terms_of(pairs: slice, sums: PairSums) -> PairTerms:
             chosen, rejected = sums.logps.unbind(1)
             on_policy = None if sums.aligned is None else sums.aligned.sum(1).exp()
             return known.of(pairs)._replace(
-                chosen_logps=chosen, rejected_logps=rejected, chosen_token_sum=sums.chosen, on_policy=on_policy
+                chosen_logps=chosen,
+                rejected_logps=rejected,
+                chosen_token_sum=sums.chosen,
+                on_policy=on_policy,
             )
 
         of_batch = batch.of_batch
-        if self.dpo.sees_batch and of_batch is None:  # not known until all of the batch has been evaluated
+        if (
+            self.dpo.sees_batch and of_batch is None
+        ):  # not known until all of the batch has been evaluated
             of_batch = ref_logps.new_zeros(len(batch.pair_ids), 3)
 
         def losses_of(pairs: slice, sums: PairSums) -> torch.Tensor:
@@ -105,7 +118,13 @@ class PairStep(nn.Module):
             return losses_of(pairs, sums) * batch.pair_weights[pairs] / counts.pairs
 
         scored = loss_in_head(
-            self.policy, hidden, batch, shares, self.token_metrics, self.dpo.ld_alpha, self.dpo.use_weighting
+            self.policy,
+            hidden,
+            batch,
+            shares,
+            self.token_metrics,
+            self.dpo.ld_alpha,
+            self.dpo.use_weighting,
         )
         terms, losses = terms_of(slice(None), scored.sums), losses_of(slice(None), scored.sums)
         metric_sums = self._metric_sums(batch, scored.tokens, terms, losses)
@@ -129,7 +148,9 @@ class PairStep(nn.Module):
         policy = stored_tensors(self.policy)
         if adapters := {name: p for name, p in policy.items() if ".lora_" in name}:
             policy = adapters
-        return policy | {f"reference.{name}": value for name, value in self.reference.synced_weights().items()}
+        return policy | {
+            f"reference.{name}": value for name, value in self.reference.synced_weights().items()
+        }
 
     @torch.no_grad()
     def _metric_sums(
@@ -150,15 +171,23 @@ class PairStep(nn.Module):
         )
         pair_sums = torch.stack([per_pair @ weights, weights.sum().expand(len(per_pair))], dim=1)
 
-        fed = (batch.sequence_tokens * (weights > 0).double().repeat(2)).sum().view(1)  # independent of pair weights
-        token_sums = self._token_sums(batch, tokens) if tokens is not None else fed.new_zeros(len(TOKEN_METRICS), 2)
+        fed = (
+            (batch.sequence_tokens * (weights > 0).double().repeat(2)).sum().view(1)
+        )  # independent of pair weights
+        token_sums = (
+            self._token_sums(batch, tokens)
+            if tokens is not None
+            else fed.new_zeros(len(TOKEN_METRICS), 2)
+        )
         return torch.cat([pair_sums, token_sums, torch.stack([fed, torch.ones_like(fed)], dim=1)])
 
     def _token_sums(self, batch: PairBatch, tokens: TokenTerms) -> torch.Tensor:
         """Return the sums and counts of the token metrics, [len(TOKEN_METRICS), 2]."""
         values = torch.stack([torch.ones_like(tokens.entropy), *tokens])
         lengths, entropy, logits, top1 = (
-            (sequence_sums(values, batch) * batch.pair_weights.repeat(2)).unflatten(-1, (2, -1)).sum(-1)
+            (sequence_sums(values, batch) * batch.pair_weights.repeat(2))
+            .unflatten(-1, (2, -1))
+            .sum(-1)
         )
         sums = torch.stack([*logits, entropy.sum(), top1[0]])
         return torch.stack([sums, torch.stack([*lengths, lengths.sum(), lengths[0]])], dim=1)

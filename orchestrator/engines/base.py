@@ -38,7 +38,9 @@ class Shard(NamedTuple):
     shape: tuple[int, ...]  # of the whole parameter
     start: int
     stop: int
-    tensors: dict[str, torch.Tensor]  # "param" and the optimizer state of that range, 1-D; under SCALAR names, [1]
+    tensors: dict[
+        str, torch.Tensor
+    ]  # "param" and the optimizer state of that range, 1-D; under SCALAR names, [1]
 
 
 class StepResult(NamedTuple):
@@ -56,7 +58,9 @@ class Engine(Protocol):
     """
 
     step: PairStep
-    optimizer: Optimizer  # the one that the factory built, whose parameter groups the schedule updates
+    optimizer: (
+        Optimizer  # the one that the factory built, whose parameter groups the schedule updates
+    )
     scheduler: LRScheduler
     forward_is_collective: bool  # True if a forward pass is collective, because it gathers weights
 
@@ -65,7 +69,9 @@ class Engine(Protocol):
         """Return the dtypes of weights, arithmetic, gradients and optimizer state."""
         ...
 
-    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+    def wrap(
+        self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory
+    ) -> None:
         """Wrap the module, which is still on the host if the engine shards weights; build optimizer and schedule over
         its trainable parameters."""
         ...

@@ -22,7 +22,9 @@ class DdpEngine(SteppingEngine):
 
     shards_gradients = False
 
-    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+    def wrap(
+        self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory
+    ) -> None:
         self.step = self.module = step
         self.saved = step.saved()
         self.trainable = [p for p in step.parameters() if p.requires_grad]
@@ -58,12 +60,22 @@ class DdpEngine(SteppingEngine):
         deals = isinstance(self.optimizer, ZeroRedundancyOptimizer)
         for index, (name, p) in enumerate(self.saved.items()):
             # trainable parameters belong to the rank with their optimizer state, frozen ones to ranks in turn
-            is_mine = p in mine if p.requires_grad and deals else index % self.world.size == self.world.rank
+            is_mine = (
+                p in mine
+                if p.requires_grad and deals
+                else index % self.world.size == self.world.rank
+            )
             holder = p if p in mine else None
-            yield Fragment(name, tuple(p.shape), 0, p.numel(), p.detach().view(-1), holder, 0, is_mine)
+            yield Fragment(
+                name, tuple(p.shape), 0, p.numel(), p.detach().view(-1), holder, 0, is_mine
+            )
 
     def _keeper(self) -> Optimizer:
-        return self.optimizer.optim if isinstance(self.optimizer, ZeroRedundancyOptimizer) else self.optimizer
+        return (
+            self.optimizer.optim
+            if isinstance(self.optimizer, ZeroRedundancyOptimizer)
+            else self.optimizer
+        )
 
     def _asked(self, *args: Any) -> Any:
         wrapped, self.module = self.module, self.step  # without gradients DDP is not needed

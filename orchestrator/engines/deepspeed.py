@@ -30,20 +30,26 @@ class DeepSpeedEngine(SteppingEngine):
 
     module: Any  # pyright: ignore[reportIncompatibleVariableOverride] - deepspeed's engine
 
-    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+    def wrap(
+        self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory
+    ) -> None:
         self.world.ensure_process_group()
         deepspeed = _imported(self.world)
         _check_precision(self.precision, self.world.device, deepspeed.accelerator.get_accelerator())
         self.step = step
         self.averaged_over = self.world.size
         self.stage = self.settings.stage
-        self.config = config = self._config(sum(p.numel() for p in step.parameters() if p.requires_grad))
+        self.config = config = self._config(
+            sum(p.numel() for p in step.parameters() if p.requires_grad)
+        )
         checked = _checked(config)
         if self.stage == 3:
             self._cut(step, config)
         self.optimizer = optimizer(param_groups(step, self.weight_decay))
         self.scheduler = scheduler(self.optimizer)
-        self.module = _zero_alone(deepspeed.DeepSpeedEngine)(  # as deepspeed.initialize does for such a model
+        self.module = _zero_alone(
+            deepspeed.DeepSpeedEngine
+        )(  # as deepspeed.initialize does for such a model
             args=None,
             model=step,
             optimizer=self.optimizer,
@@ -63,21 +69,30 @@ class DeepSpeedEngine(SteppingEngine):
         """Return DeepSpeed's config: the user's file, overridden by the settings. trained: the number of trainable
         elements."""
         config = _without_auto(copy.deepcopy(self.settings.deepspeed_config or {}))
-        for ours in ("optimizer", "scheduler", "bf16", "fp16"):  # a rule of the settings has compared them
+        for ours in (
+            "optimizer",
+            "scheduler",
+            "bf16",
+            "fp16",
+        ):  # a rule of the settings has compared them
             config.pop(ours, None)
         zero = config.setdefault("zero_optimization", {})
         zero["stage"] = self.stage
         on_gpu = self.world.device.type == "cuda"
         host = {"device": "cpu", "pin_memory": on_gpu}
         if self.settings.offload != "none":
-            zero.setdefault("sub_group_size", 10**8)  # elements updated at a time: torch's Adam copies each
+            zero.setdefault(
+                "sub_group_size", 10**8
+            )  # elements updated at a time: torch's Adam copies each
             zero["offload_optimizer"] = {**host, **(zero.get("offload_optimizer") or {})}
         if self.settings.offload == "parameters":
             zero["offload_param"] = {**host, **(zero.get("offload_param") or {})}
         if self.settings.bucket_size is not None:
             zero["reduce_bucket_size"] = self.settings.bucket_size
         if self.settings.overlap_comm is not None or not on_gpu:
-            zero["overlap_comm"] = bool(self.settings.overlap_comm) and on_gpu  # on a CPU there are no streams
+            zero["overlap_comm"] = (
+                bool(self.settings.overlap_comm) and on_gpu
+            )  # on a CPU there are no streams
         # DeepSpeed allocates a whole bucket even if there is less to reduce
         zero.setdefault("reduce_bucket_size", max(1, min(5 * 10**8 if on_gpu else 10**7, trained)))
         config |= {
@@ -107,7 +122,10 @@ class DeepSpeedEngine(SteppingEngine):
         types = super().types
         if not is_16_bit(self.precision):
             return types
-        added, sent = self.config["data_types"]["grad_accum_dtype"], self.config["communication_data_type"]
+        added, sent = (
+            self.config["data_types"]["grad_accum_dtype"],
+            self.config["communication_data_type"],
+        )
         return types._replace(
             weights=f"{self.precision} (a rank's part also in {types.weights})",
             arithmetic=self.precision,
@@ -121,10 +139,16 @@ class DeepSpeedEngine(SteppingEngine):
         kept = dtype_of(self.precision)
         context = zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=kept)
         for p in step.parameters():
-            to = kept if kept != torch.float32 else (self.held if p.requires_grad else self.frozen_held)
+            to = (
+                kept
+                if kept != torch.float32
+                else (self.held if p.requires_grad else self.frozen_held)
+            )
             p.data = p.data.to(to)
             context._convert_to_zero_parameters([p])
-        for buffer in step.buffers():  # DeepSpeed does not move them when the weights are sharded already
+        for (
+            buffer
+        ) in step.buffers():  # DeepSpeed does not move them when the weights are sharded already
             buffer.data = buffer.data.to(self.world.device)
 
     def _register_heads(self, step: PairStep) -> None:
@@ -152,7 +176,13 @@ class DeepSpeedEngine(SteppingEngine):
         if self._masters()[0].grad is not None:  # offloaded gradients are beside their weights
             return [master.grad for master in self._masters() if master.grad is not None]
         parts = self.zero.averaged_gradients.values()
-        return [gradient for part in parts if part is not None for gradient in part if gradient is not None]
+        return [
+            gradient
+            for part in parts
+            if part is not None
+            for gradient in part
+            if gradient is not None
+        ]
 
     def _update(self) -> None:
         self.zero.step()
@@ -190,7 +220,11 @@ class DeepSpeedEngine(SteppingEngine):
 
     def _masters(self) -> list[torch.Tensor]:
         """Return the flat weights that the optimizer updates on this rank, by group."""
-        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        return (
+            self.zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self.zero.single_partition_of_fp32_groups
+        )
 
     def _fragments(self) -> Iterator[Fragment]:
         find = self._cut_fragment if self.stage == 3 else self._flat_fragment
@@ -201,7 +235,9 @@ class DeepSpeedEngine(SteppingEngine):
                     yield found
             else:  # whole on every rank
                 deals = index % self.world.size == self.world.rank
-                yield Fragment(name, tuple(p.shape), 0, p.numel(), p.detach().view(-1), None, 0, deals)
+                yield Fragment(
+                    name, tuple(p.shape), 0, p.numel(), p.detach().view(-1), None, 0, deals
+                )
 
     def _groups(self) -> list[list[torch.Tensor]]:
         return self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
@@ -213,7 +249,9 @@ class DeepSpeedEngine(SteppingEngine):
         lp, hp = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
         master = self._masters()[group]
         weight = master.detach()[hp.start : hp.start + hp.numel]
-        return Fragment(name, tuple(p.shape), lp.start, lp.start + lp.numel, weight, master, hp.start, True)
+        return Fragment(
+            name, tuple(p.shape), lp.start, lp.start + lp.numel, weight, master, hp.start, True
+        )
 
     def _cut_fragment(self, name: str, p: Any, group: int | None) -> Fragment | None:
         """Return this rank's range in stage 3: each weight is split evenly, and its last part padded."""
@@ -227,7 +265,9 @@ class DeepSpeedEngine(SteppingEngine):
             _, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
             master = self._masters()[group]
             weight = master.detach()[offset:]
-        return Fragment(name, tuple(p.ds_shape), start, stop, weight[: stop - start], master, offset, True)
+        return Fragment(
+            name, tuple(p.ds_shape), start, stop, weight[: stop - start], master, offset, True
+        )
 
     def _weights_were_put(self) -> None:
         if self.stage < 3:
@@ -288,9 +328,13 @@ def _imported(world: World) -> Any:
         accelerator.is_fp16_supported = lambda: True
     # use our group of all ranks: DeepSpeed would create another one with its own time-out
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.group.WORLD  # pyright: ignore[reportPrivateImportUsage]
-    deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False)
+    deepspeed.init_distributed(
+        "nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False
+    )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")  # names it still calls
+    warnings.filterwarnings(
+        "ignore", message=".*is deprecated", module="torch.distributed"
+    )  # names it still calls
     return deepspeed
 
 
@@ -302,7 +346,9 @@ def _check_precision(precision: Precision, device: torch.device, accelerator: An
     """
     if precision == "fp16" and not accelerator.is_fp16_supported():
         rule = f"DeepSpeed does not support fp16 on {device_name(device)}"
-        raise UserError("precision", precision, rule, "set precision=fp32, or engine.kind=ddp or fsdp")
+        raise UserError(
+            "precision", precision, rule, "set precision=fp32, or engine.kind=ddp or fsdp"
+        )
 
 
 def _forget() -> None:
@@ -312,7 +358,11 @@ def _forget() -> None:
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
-    if (linear := getattr(partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)) is not None:
+    if (
+        linear := getattr(
+            partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None
+        )
+    ) is not None:
         nn.functional.linear = linear
 
 
@@ -329,7 +379,9 @@ def _checked(config: dict[str, Any]) -> Any:
     except Exception as error:  # pydantic's errors, and several types of DeepSpeed's
         reason = " ".join(str(error).split())[:160]
         cure = "fix that value in the file"
-        raise UserError("engine.deepspeed_config", config, f"DeepSpeed rejects it: {reason}", cure) from None
+        raise UserError(
+            "engine.deepspeed_config", config, f"DeepSpeed rejects it: {reason}", cure
+        ) from None
 
 
 def _zero_alone(engine: Any) -> Any:

@@ -19,7 +19,9 @@ class FsdpEngine(SteppingEngine):
     """Engine (see base.py) on FSDP2. A rank holds its rows of each weight in fp32 (fp64). Those of a layer are gathered
     when it runs, in bf16 or fp16 if that is the precision, and gradients are summed in fp32."""
 
-    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+    def wrap(
+        self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory
+    ) -> None:
         self.world.ensure_process_group()
         self.mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         step.reference.weights = {}  # otherwise whole weights would stay in memory until the last is sharded
@@ -29,8 +31,12 @@ class FsdpEngine(SteppingEngine):
         for module in step.modules():
             if hasattr(module, "set_gradient_divide_factor"):
                 fsdp: Any = module
-                fsdp.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
-                fsdp.set_force_sum_reduction_for_comms(True)  # gloo only sums, and NCCL cannot divide by 1
+                fsdp.set_gradient_divide_factor(
+                    1.0
+                )  # the loss is divided by the global count already
+                fsdp.set_force_sum_reduction_for_comms(
+                    True
+                )  # gloo only sums, and NCCL cannot divide by 1
         self.step = self.module = step
         step.reference.refresh_weights()
         self.saved = step.saved()
@@ -65,7 +71,9 @@ class FsdpEngine(SteppingEngine):
                 reduce_dtype=self.held if in_16_bits else None,
                 cast_forward_inputs=False,  # a batch has sums in fp64
             ),
-            offload_policy=CPUOffloadPolicy(on_gpu) if self.settings.offload == "parameters" else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy(on_gpu)
+            if self.settings.offload == "parameters"
+            else OffloadPolicy(),
         )
 
     @property
@@ -73,7 +81,9 @@ class FsdpEngine(SteppingEngine):
         types = super().types
         if not is_16_bit(self.precision):
             return types
-        return types._replace(weights=f"{types.weights} (gathered in {self.precision})", arithmetic=self.precision)
+        return types._replace(
+            weights=f"{types.weights} (gathered in {self.precision})", arithmetic=self.precision
+        )
 
     def release(self) -> None:
         for module in (self.step, *_layers(self.step)):
@@ -91,14 +101,25 @@ class FsdpEngine(SteppingEngine):
         for index, (name, p) in enumerate(self.saved.items()):
             local: Any = p.detach()
             if not hasattr(local, "to_local"):  # part of a reference that every rank holds whole
-                yield Fragment(name, tuple(p.shape), 0, p.numel(), local.view(-1), None, 0, index % size == rank)
+                yield Fragment(
+                    name,
+                    tuple(p.shape),
+                    0,
+                    p.numel(),
+                    local.view(-1),
+                    None,
+                    0,
+                    index % size == rank,
+                )
                 continue
             rows, each = p.shape[0], -(-p.shape[0] // size)  # as torch.chunk splits them
             width = p.numel() // rows
             start, stop = (min(at * each, rows) * width for at in (rank, rank + 1))
             if stop > start:
                 holder = p if p.requires_grad else None
-                yield Fragment(name, tuple(p.shape), start, stop, local.to_local().view(-1), holder, 0, True)
+                yield Fragment(
+                    name, tuple(p.shape), start, stop, local.to_local().view(-1), holder, 0, True
+                )
 
     @torch.no_grad()
     def sync_reference(self, alpha: float) -> None:

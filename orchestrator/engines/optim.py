@@ -15,7 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from orchestrator.data.user_code import user_attribute
-from orchestrator.engines.base import IMPLEMENTATIONS, OptimizerFactory, ParamGroups, SchedulerFactory
+from orchestrator.engines.base import (
+    IMPLEMENTATIONS,
+    OptimizerFactory,
+    ParamGroups,
+    SchedulerFactory,
+)
 from orchestrator.settings.counts import counted
 from orchestrator.settings.optimizers import OPTIMIZERS, check_optimizer, optimizer_kind
 from orchestrator.settings.spec import EngineSpec, OptimizerSpec, RunSpec, SchedulerSpec, UserError
@@ -36,14 +41,19 @@ NOT_IN_KWARGS = {
     "num_training_steps",
 }  # arguments that other settings or this program pass
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW)  # updated in one pass over the weights, without a temporary copy
+FUSED = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+)  # updated in one pass over the weights, without a temporary copy
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
     """Return the trainable parameters in groups: matrices with weight decay, norms and biases without. Empty groups are
     left out, because ZeRO-3 would drop them."""
     # ZeRO-3 replaces a sharded weight by an empty vector and keeps its shape in ds_shape
-    trainable = [(p, len(getattr(p, "ds_shape", p.shape))) for p in module.parameters() if p.requires_grad]
+    trainable = [
+        (p, len(getattr(p, "ds_shape", p.shape))) for p in module.parameters() if p.requires_grad
+    ]
     groups: ParamGroups = [
         {"params": [p for p, ndim in trainable if ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p, ndim in trainable if ndim < 2], "weight_decay": 0.0},
@@ -52,7 +62,11 @@ def param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
 
 
 def factories(
-    spec: RunSpec, policy: nn.Module, total_steps: int, device: torch.device, optimizers: Optimizers | None = None
+    spec: RunSpec,
+    policy: nn.Module,
+    total_steps: int,
+    device: torch.device,
+    optimizers: Optimizers | None = None,
 ) -> tuple[OptimizerFactory, SchedulerFactory]:
     """Return the factories of optimizer and schedule for an engine: the user's functions if given, else the settings'.
 
@@ -64,7 +78,9 @@ def factories(
         _check_matrices(spec.optimizer.name, policy)
     return (
         _optimizer_of(make, spec.engine) if make else optimizer_factory(spec.optimizer, device),
-        _schedule_of(schedule, total_steps) if schedule else scheduler_factory(spec.scheduler, total_steps),
+        _schedule_of(schedule, total_steps)
+        if schedule
+        else scheduler_factory(spec.scheduler, total_steps),
     )
 
 
@@ -92,13 +108,19 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
                 raise UserError("optimizer.weight_decay", spec.weight_decay, rule, "set it to 0")
             for group in groups:
                 group.pop("weight_decay", None)
-        fused = {"fused": True} if kind in FUSED and spec.kwargs.keys().isdisjoint(IMPLEMENTATIONS) else {}
+        fused = (
+            {"fused": True}
+            if kind in FUSED and spec.kwargs.keys().isdisjoint(IMPLEMENTATIONS)
+            else {}
+        )
         try:
             made = kind(groups, lr=spec.lr, **fused, **spec.kwargs)
         except REFUSALS as error:
             raise _refused("optimizer.kwargs", spec, error, kind) from None
         # the settings allow user code only with engines whose ranks hold whole parameters
-        return _check_held(made, groups, "optimizer.name", paired=False) if ":" in spec.name else made
+        return (
+            _check_held(made, groups, "optimizer.name", paired=False) if ":" in spec.name else made
+        )
 
     return make
 
@@ -117,7 +139,10 @@ def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory
 
         from orchestrator.callback_api import SchedulerType
 
-        alias = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # plain constant has no warm-up
+        alias = {
+            "constant": "constant_with_warmup",
+            "wsd": "warmup_stable_decay",
+        }  # plain constant has no warm-up
         name = SchedulerType(alias.get(spec.name, spec.name))
         kind, warmup = TYPE_TO_SCHEDULER_FUNCTION[name], spec.warmup(total_steps)
         # polynomial divides by the steps after the warm-up, even if there are none
@@ -160,7 +185,9 @@ def _check_matrices(name: str, policy: nn.Module) -> None:
     others = [n for n, p in policy.named_parameters() if p.requires_grad and p.ndim != 2]
     if name == "torch.optim.Muon" and others:
         rule = f"works only on 2-D weights; not 2-D: {counted(len(others), 'trainable parameter')} ({others[0]}, ...)"
-        raise UserError("optimizer.name", name, rule, "set model.lora, whose weights are all 2-D, or use AdamW")
+        raise UserError(
+            "optimizer.name", name, rule, "set model.lora, whose weights are all 2-D, or use AdamW"
+        )
 
 
 def _named(key: str, name: str) -> Any:
@@ -177,9 +204,13 @@ def _named(key: str, name: str) -> Any:
     except ImportError as error:
         raise UserError(key, name, f"cannot be imported ({error})", f"install {library}") from None
     if not callable(found := getattr(module, last, None)):
-        near = difflib.get_close_matches(last, [other for other in dir(module) if other[0].isupper()], n=1)
+        near = difflib.get_close_matches(
+            last, [other for other in dir(module) if other[0].isupper()], n=1
+        )
         rule = f"{library} {import_module(library).__version__} has no such name"
-        raise UserError(key, name, rule, f"did you mean {home}.{near[0]}?" if near else "check the spelling")
+        raise UserError(
+            key, name, rule, f"did you mean {home}.{near[0]}?" if near else "check the spelling"
+        )
     return found
 
 
@@ -195,9 +226,13 @@ def _takes(kind: Any, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _refused(key: str, spec: OptimizerSpec | SchedulerSpec, error: Exception, kind: Any) -> UserError:
+def _refused(
+    key: str, spec: OptimizerSpec | SchedulerSpec, error: Exception, kind: Any
+) -> UserError:
     """Return an error with a library's message about its arguments, and the arguments that it supports."""
-    said = str(error).replace("`lr_scheduler_kwargs`", "scheduler.kwargs")  # the name in transformers' message
+    said = str(error).replace(
+        "`lr_scheduler_kwargs`", "scheduler.kwargs"
+    )  # the name in transformers' message
     takes = [name for name in _parameters(kind) if name not in NOT_IN_KWARGS]
     cure = f"its arguments are {', '.join(takes)}" if takes else "see its arguments"
     return UserError(key, dict(spec.kwargs), f"{spec.name} rejects them: {said}", cure)
@@ -219,7 +254,9 @@ def _long_enough(schedule: LRScheduler, key: str, total_steps: int) -> LRSchedul
     """Check that a schedule with a last step covers the run: OneCycleLR raises at the step after it."""
     steps = getattr(schedule, "total_steps", total_steps)
     if steps < total_steps:
-        rule = f"{type(schedule).__name__} ends there, but the run has {counted(total_steps, 'step')}"
+        rule = (
+            f"{type(schedule).__name__} ends there, but the run has {counted(total_steps, 'step')}"
+        )
         raise UserError(f"{key}.total_steps", steps, rule, f"set it to {total_steps} or more")
     return schedule
 
@@ -253,14 +290,21 @@ def check_built(made: Any, groups: ParamGroups, engine: EngineSpec) -> Optimizer
     if isinstance(made, Optimizer):
         check_optimizer("optimizers", name_of(made), engine)
     # ZeroRedundancyOptimizer pairs its groups with those passed to it, in order
-    return _check_held(made, groups, "optimizers", paired=engine.kind == "ddp" and engine.shard_optimizer)
+    return _check_held(
+        made, groups, "optimizers", paired=engine.kind == "ddp" and engine.shard_optimizer
+    )
 
 
 def _check_held(made: Any, groups: ParamGroups, key: str, paired: bool) -> Optimizer:
     if not isinstance(made, Optimizer):
-        rule, cure = "is not a torch optimizer", "return a torch.optim.Optimizer for the parameters it is called with"
+        rule, cure = (
+            "is not a torch optimizer",
+            "return a torch.optim.Optimizer for the parameters it is called with",
+        )
         raise UserError(key, type(made).__name__, rule, cure)
-    given, held = ([[id(p) for p in group["params"]] for group in each] for each in (groups, made.param_groups))
+    given, held = (
+        [[id(p) for p in group["params"]] for group in each] for each in (groups, made.param_groups)
+    )
     flat = [sorted(chain.from_iterable(each)) for each in (given, held)]
     if flat[0] != flat[1] or (paired and given != held):
         rule = f"holds other parameter groups than the {len(given)} it was called with"
@@ -296,7 +340,9 @@ def _called(function: Callable[[Any], Any], given: Any) -> Any:
         raise
     except Exception as error:  # it would fail in the same way on every rank and in every attempt
         name = getattr(function, "__name__", type(function).__name__)
-        raise UserError("optimizers", name, f"raised {type(error).__name__}: {error}", "fix it") from error
+        raise UserError(
+            "optimizers", name, f"raised {type(error).__name__}: {error}", "fix it"
+        ) from error
 
 
 # --- resuming from a checkpoint ----------------------------------------------------------------------------------
@@ -311,7 +357,9 @@ def name_of(made: Optimizer | LRScheduler) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def made_by(optimizer: Optimizer, scheduler: LRScheduler, engine: EngineSpec, world_size: int) -> dict[str, Any]:
+def made_by(
+    optimizer: Optimizer, scheduler: LRScheduler, engine: EngineSpec, world_size: int
+) -> dict[str, Any]:
     """Return what a checkpoint stores about the origin of its optimizer state, for `check_resumable`."""
     names = {"optimizer": name_of(optimizer), "scheduler": name_of(scheduler)}
     return {**names, "engine": engine.kind, "world_size": world_size}
@@ -350,5 +398,8 @@ class ReadOnlyOptimizer:
 
         It raises on a change, which would have no effect.
         """
-        groups = ({k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups)
+        groups = (
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self._optimizer.param_groups
+        )
         return [MappingProxyType(group) for group in groups]

@@ -8,7 +8,11 @@ import torch
 
 from orchestrator.settings.spec import Precision, UserError
 
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 
 class Types(NamedTuple):
@@ -31,10 +35,14 @@ def resolved(asked: Precision, device: torch.device) -> Precision:
         return "bf16" if has_bf16 else "fp32"
     name = device_name(device)
     if asked == "bf16" and device.type == "cuda" and not has_bf16:
-        raise UserError("precision", asked, f"{name} does not support bf16", "set precision=fp16 or fp32")
+        raise UserError(
+            "precision", asked, f"{name} does not support bf16", "set precision=fp16 or fp32"
+        )
     # TF32 came with Ampere, as did bf16
     if asked == "tf32" and not (has_bf16 and torch.version.hip is None):
-        cure = "set precision=fp32, or auto" if device.type == "cpu" else "set precision=fp32 or fp16"
+        cure = (
+            "set precision=fp32, or auto" if device.type == "cpu" else "set precision=fp32 or fp16"
+        )
         raise UserError("precision", asked, f"{name} does not support TF32", cure)
     return asked
 
@@ -66,7 +74,9 @@ def name_of(dtype: torch.dtype) -> str:
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """Return the context in which a forward pass computes in that precision with fp32 weights."""
-    return torch.autocast(device.type, dtype_of(precision)) if is_16_bit(precision) else nullcontext()
+    return (
+        torch.autocast(device.type, dtype_of(precision)) if is_16_bit(precision) else nullcontext()
+    )
 
 
 @contextmanager

@@ -38,7 +38,9 @@ class Fragment(NamedTuple):
     start: int
     stop: int
     weight: torch.Tensor  # 1-D view of the weights that the optimizer updates
-    holder: torch.Tensor | None  # the optimizer's key of the state; None if this rank has no state of it
+    holder: (
+        torch.Tensor | None
+    )  # the optimizer's key of the state; None if this rank has no state of it
     offset: int  # of the range in the holder
     is_mine: bool  # True if this rank writes it to a checkpoint
 
@@ -50,7 +52,9 @@ class SteppingEngine:
     module: nn.Module  # the wrapped step, whose forward is called
     optimizer: Optimizer
     scheduler: LRScheduler
-    shards_gradients = True  # True if each rank's gradient norm covers only its part of the gradient
+    shards_gradients = (
+        True  # True if each rank's gradient norm covers only its part of the gradient
+    )
     averaged_over = 1  # in fp16: number of ranks over which the gradient is averaged; unscaling turns it into the sum
 
     def __init__(
@@ -74,7 +78,9 @@ class SteppingEngine:
 
     # --- overridden by each engine -------------------------------------------------------------------------------
 
-    def wrap(self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+    def wrap(
+        self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory
+    ) -> None:
         raise NotImplementedError
 
     def release(self) -> None:
@@ -142,7 +148,9 @@ class SteppingEngine:
         squares = torch.zeros(1, dtype=torch.float64, device=device)
         if gradients:
             norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
-            squares += torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
+            squares += (
+                torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
+            )
         return self.world.sum(squares)[0].sqrt().to(self.held)
 
     def optimizer_step(self, apply: bool) -> StepResult:
@@ -182,7 +190,9 @@ class SteppingEngine:
 
     @torch.no_grad()
     def sync_reference(self, alpha: float) -> None:
-        self.step.reference.sync(dict(self.step.policy.named_parameters(remove_duplicate=False)), alpha)
+        self.step.reference.sync(
+            dict(self.step.policy.named_parameters(remove_duplicate=False)), alpha
+        )
 
     # --- state for checkpoints -----------------------------------------------------------------------------------
 
@@ -191,7 +201,10 @@ class SteppingEngine:
             "scheduler": self.scheduler.state_dict(),
             "scale": self.scale.state(),
             # a scheduler's load_state_dict does not restore the lr in the groups
-            "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups],
+            "groups": [
+                {k: v for k, v in group.items() if k != "params"}
+                for group in self.optimizer.param_groups
+            ],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -213,7 +226,9 @@ class SteppingEngine:
                     # a copy: flattened weights share one scalar
                     tensors[SCALAR + key] = value.detach().flatten().clone()
                 elif value.shape != holder.shape:  # pyright: ignore[reportOptionalMemberAccess]
-                    tensors[f"{SHAPED}{','.join(map(str, value.shape))}:{key}"] = value.detach().flatten().clone()
+                    tensors[f"{SHAPED}{','.join(map(str, value.shape))}:{key}"] = (
+                        value.detach().flatten().clone()
+                    )
                 else:
                     tensors[key] = _flat(value)[offset : offset + stop - start]
             yield Shard(name, shape, start, stop, tensors)
@@ -232,10 +247,16 @@ class SteppingEngine:
                 continue
             # torch keeps scalars of the state on the host unless the optimizer is fused or capturable
             group = groups.get(holder, keeper.defaults)  # ZeRO-3 has groups only during a step
-            scalars_on = holder.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+            scalars_on = (
+                holder.device
+                if group.get("fused") or group.get("capturable")
+                else torch.device("cpu")
+            )
             for key in sorted(keys(name) - {"param"}):
                 if key.startswith(SCALAR):
-                    keeper.state[holder][key.removeprefix(SCALAR)] = read(name, key, 0, 1)[0].to(scalars_on)
+                    keeper.state[holder][key.removeprefix(SCALAR)] = read(name, key, 0, 1)[0].to(
+                        scalars_on
+                    )
                 elif key.startswith(NUMBER):
                     keeper.state[holder][key.removeprefix(NUMBER)] = read(name, key, 0, 1).item()
                 elif key.startswith(SHAPED):
@@ -246,7 +267,9 @@ class SteppingEngine:
                 else:
                     part = read(name, key, start, stop)
                     if key not in keeper.state[holder]:  # some optimizers keep it in 8 bits
-                        keeper.state[holder][key] = torch.zeros_like(holder, dtype=part.dtype, requires_grad=False)
+                        keeper.state[holder][key] = torch.zeros_like(
+                            holder, dtype=part.dtype, requires_grad=False
+                        )
                     _flat(keeper.state[holder][key])[offset : offset + stop - start].copy_(part)
         self._weights_were_put()
 

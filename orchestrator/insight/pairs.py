@@ -41,7 +41,10 @@ def histories(rows: "pa.Table") -> Histories:
     of = {name: column[order] for name, column in of.items()}
     pair_id, first, visits = np.unique(of["pair_id"], return_index=True, return_counts=True)
     last = first + visits - 1
-    margin, tokens = of["margin"], {side: np.maximum(of[f"{side}_tokens"][last], 1) for side in ("chosen", "rejected")}
+    margin, tokens = (
+        of["margin"],
+        {side: np.maximum(of[f"{side}_tokens"][last], 1) for side in ("chosen", "rejected")},
+    )
 
     visit = np.arange(len(margin)) - np.repeat(first, visits)
     centred = visit - np.repeat((visits - 1) / 2, visits)
@@ -49,11 +52,22 @@ def histories(rows: "pa.Table") -> Histories:
         trend = np.add.reduceat(centred * margin, first) / np.add.reduceat(centred**2, first)
 
     def preferred(which: str) -> Numbers:
-        chosen, rejected = (of[f"{which}{side}_logps"][last] / tokens[side] for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            of[f"{which}{side}_logps"][last] / tokens[side] for side in ("chosen", "rejected")
+        )
         return chosen - rejected
 
     longer = of["chosen_tokens"][last].astype(np.int64) - of["rejected_tokens"][last]
-    return Histories(pair_id, visits, margin[first], margin[last], trend, preferred(""), preferred("ref_"), longer)
+    return Histories(
+        pair_id,
+        visits,
+        margin[first],
+        margin[last],
+        trend,
+        preferred(""),
+        preferred("ref_"),
+        longer,
+    )
 
 
 def never_learned(pairs: Histories) -> Integers:
@@ -110,13 +124,21 @@ class LengthBin(NamedTuple):
 
 def by_length(pairs: Histories) -> list[LengthBin]:
     """Return [K] bins by difference in length: two halves each of shorter and longer chosen ones, and equal ones."""
-    halves = [np.median(side) for side in (pairs.longer[pairs.longer < 0], pairs.longer[pairs.longer > 0]) if len(side)]
+    halves = [
+        np.median(side)
+        for side in (pairs.longer[pairs.longer < 0], pairs.longer[pairs.longer > 0])
+        if len(side)
+    ]
     place = np.searchsorted(np.sort([-1, 0, *halves]), pairs.longer)
     bins: list[LengthBin] = []
     for number in np.unique(place):
         longer, margin = pairs.longer[place == number], pairs.margin[place == number]
         share = float((margin > 0).mean())
-        bins.append(LengthBin(int(longer.min()), int(longer.max()), len(longer), float(margin.mean()), share))
+        bins.append(
+            LengthBin(
+                int(longer.min()), int(longer.max()), len(longer), float(margin.mean()), share
+            )
+        )
     return bins
 
 
@@ -143,7 +165,15 @@ def findings(step: int, rows: "pa.Table") -> Findings:
     """Analyse the V rows of a ledger up to a step; V is at least 1."""
     pairs = histories(rows)
     correlation = rank_correlation(pairs.longer, pairs.margin)
-    return Findings(step, rows.num_rows, accuracies(rows), pairs, never_learned(pairs), mislabelled(pairs), correlation)
+    return Findings(
+        step,
+        rows.num_rows,
+        accuracies(rows),
+        pairs,
+        never_learned(pairs),
+        mislabelled(pairs),
+        correlation,
+    )
 
 
 def as_json(found: Findings, top: int, texts: Mapping[int, RawRow]) -> dict[str, Any]:
@@ -161,7 +191,10 @@ def as_json(found: Findings, top: int, texts: Mapping[int, RawRow]) -> dict[str,
         "accuracies": found.accuracies,
         "never_learned": {"pairs": len(found.never_learned), "lowest": shown(found.never_learned)},
         "mislabelled": {"pairs": len(found.mislabelled), "strongest": shown(found.mislabelled)},
-        "length": {"rank_correlation": found.length_correlation, "bins": [b._asdict() for b in by_length(pairs)]},
+        "length": {
+            "rank_correlation": found.length_correlation,
+            "bins": [b._asdict() for b in by_length(pairs)],
+        },
     }
 
 
@@ -172,7 +205,12 @@ def _as_json(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> dict[
         of["trend"] = None
     if raw is None:
         return of
-    return {**of, "source": raw.source, "row": raw.number, **{side: raw.row[side] for side in SIDES}}
+    return {
+        **of,
+        "source": raw.source,
+        "row": raw.number,
+        **{side: raw.row[side] for side in SIDES},
+    }
 
 
 def lines(found: Findings, top: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
@@ -234,7 +272,11 @@ def _said(part: str | list[dict[str, Any]]) -> str:
     """Return a text, or the contents of messages, with roles if there are several."""
     if isinstance(part, str):
         return part
-    texts = [str(message.get("content") or json.dumps(message.get("tool_calls"))) for message in part]
+    texts = [
+        str(message.get("content") or json.dumps(message.get("tool_calls"))) for message in part
+    ]
     if len(part) == 1:
         return texts[0]
-    return " | ".join(f"{message['role']}: {text}" for message, text in zip(part, texts, strict=True))
+    return " | ".join(
+        f"{message['role']}: {text}" for message, text in zip(part, texts, strict=True)
+    )

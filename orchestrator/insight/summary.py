@@ -31,10 +31,14 @@ def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
 
 
 def _evaluations(lines: list[dict[str, Any]]) -> Iterator[str]:
-    for name, prefix in evaluated_sets(dict.fromkeys(key for line in lines for key in line)).items():
+    for name, prefix in evaluated_sets(
+        dict.fromkeys(key for line in lines for key in line)
+    ).items():
         evaluations = [line for line in lines if f"{prefix}loss" in line]
         before = [line for line in evaluations if not line["step"]]
-        for when, line in zip(["before"] * len(before) + ["after"], [*before, evaluations[-1]], strict=True):
+        for when, line in zip(
+            ["before"] * len(before) + ["after"], [*before, evaluations[-1]], strict=True
+        ):
             facts = f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies {line[f'{prefix}rewards/accuracies']:.3f}"
             yield f"evaluation {when:<6}  {facts}{f' ({name})' * bool(name)}"
 
@@ -43,7 +47,9 @@ def _answers(samples: list[dict[str, str]]) -> Iterator[str]:
     for sample in samples:
         yield ""
         for part in ("prompt", "before", "after"):
-            text = "".join(letter for letter in sample[part] if letter.isprintable() or letter.isspace())
+            text = "".join(
+                letter for letter in sample[part] if letter.isprintable() or letter.isspace()
+            )
             yield f"{part:<8} {shorten(text, SHOWN, placeholder=' ...') or '(nothing)'}"
     if samples:
         yield ""
@@ -69,4 +75,6 @@ def _next(spec: RunSpec, result: RunResult) -> Iterator[str]:
 def _short(path: Path | str | None) -> str:
     """Return a path as a user would type it: relative if it is below the current folder."""
     here = Path.cwd()
-    return str(Path(path).relative_to(here)) if path and Path(path).is_relative_to(here) else str(path)
+    return (
+        str(Path(path).relative_to(here)) if path and Path(path).is_relative_to(here) else str(path)
+    )

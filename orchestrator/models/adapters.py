@@ -21,7 +21,10 @@ from orchestrator.settings.spec import LoraSpec, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-POLICY, REFERENCE = "policy", "reference"  # names of the adapter that trains, and of the frozen copy of its start
+POLICY, REFERENCE = (
+    "policy",
+    "reference",
+)  # names of the adapter that trains, and of the frozen copy of its start
 RANK = 16
 # peft settings that make an adapter more than a product of two factors, the only kind that this file merges and
 # switches off.
@@ -36,7 +39,9 @@ MORE_THAN_FACTORS = (
 )
 
 
-def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torch.dtype, disable_dropout: bool) -> None:
+def add_adapter(
+    model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torch.dtype, disable_dropout: bool
+) -> None:
     """Freeze the model and add a trainable adapter of `dtype`: a new one, which does not change the output yet, or the
     one at adapter_path. A loaded adapter is added twice, as the policy's and as a frozen copy for the reference
     (LLaMA-Factory 8974: the reference was the bare base).
@@ -62,7 +67,10 @@ def add_adapter(model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torc
                 reason = " ".join(str(error).split())[:160]
                 cure = "name linear layers of this model, for example [q_proj, v_proj]"
                 raise UserError(
-                    "model.lora.target_modules", spec.target_modules, f"peft rejects it ({reason})", cure
+                    "model.lora.target_modules",
+                    spec.target_modules,
+                    f"peft rejects it ({reason})",
+                    cure,
                 ) from None
     _check_layers(model, spec)
     for layer in adapter_layers(model).values():
@@ -88,12 +96,18 @@ def is_of(adapter: str, parameter: str) -> bool:
 def scalings(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the scaling of each adapter's product, by layer and adapter: no weight holds it."""
     layers = adapter_layers(model).items()
-    return {f"{name}.scaling.{a}": torch.tensor(value) for name, layer in layers for a, value in layer.scaling.items()}
+    return {
+        f"{name}.scaling.{a}": torch.tensor(value)
+        for name, layer in layers
+        for a, value in layer.scaling.items()
+    }
 
 
 def base_name(parameter: str) -> str:
     """Return the name that a parameter of the base has in a model without adapters."""
-    return parameter.replace("base_layer.", "")  # everywhere: adapters of several parameters of a module are nested
+    return parameter.replace(
+        "base_layer.", ""
+    )  # everywhere: adapters of several parameters of a module are nested
 
 
 @contextmanager
@@ -126,7 +140,9 @@ def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel"
     for layer in layers.values() if merged else ():
         _merge(layer)
     for name, layer in layers.items():
-        if name.removesuffix(".base_layer") not in layers.keys() - {name}:  # else it is nested in another adapter
+        if name.removesuffix(".base_layer") not in layers.keys() - {
+            name
+        }:  # else it is nested in another adapter
             model.set_submodule(name, layer.get_base_layer())
     for name, layer in list(model.named_modules()) if merged else ():
         if (plain := unquantized(layer)) is not layer:
@@ -144,7 +160,9 @@ def _merge(layer: Any) -> None:
     plain = unquantized(base)
     if plain is not base:
         layer.base_layer = plain
-        delta = delta if isinstance(plain, nn.Linear) else delta.T  # Conv1D is [in, out], when quantised [out, in]
+        delta = (
+            delta if isinstance(plain, nn.Linear) else delta.T
+        )  # Conv1D is [in, out], when quantised [out, in]
     name = _adapted_parameter(layer)
     weight = getattr(plain, name)
     setattr(plain, name, nn.Parameter((weight + delta).to(weight.dtype), requires_grad=False))
@@ -164,20 +182,34 @@ def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
     """
     from torch._subclasses import FakeTensorMode
 
-    kinds = {(type(layer), _adapted_parameter(layer)): name for name, layer in adapter_layers(model).items()}
+    kinds = {
+        (type(layer), _adapted_parameter(layer)): name
+        for name, layer in adapter_layers(model).items()
+    }
     for name in kinds.values():
         layer: Any = model.get_submodule(name)
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):  # for all experts of a layer it would be gigabytes
+            with FakeTensorMode(
+                allow_non_fake_inputs=True
+            ):  # for all experts of a layer it would be gigabytes
                 delta = layer.get_delta_weight(POLICY)
             weight = getattr(layer.get_base_layer(), _adapted_parameter(layer))
-            fits = delta.shape == weight.shape or not weight.is_floating_point()  # quantised weights are packed
-        except Exception:  # peft, and libraries that it calls, raise many types for an unsupported layer
+            fits = (
+                delta.shape == weight.shape or not weight.is_floating_point()
+            )  # quantised weights are packed
+        except (
+            Exception
+        ):  # peft, and libraries that it calls, raise many types for an unsupported layer
             fits = False
         if not fits:
             key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
             rule = f"the adapter on {name} ({type(layer).__name__}) cannot be merged when the model is exported"
-            raise UserError(key, spec.adapter_path or spec.target_modules, rule, "name linear layers below the head")
+            raise UserError(
+                key,
+                spec.adapter_path or spec.target_modules,
+                rule,
+                "name linear layers below the head",
+            )
 
 
 def check_adapter(spec: LoraSpec) -> Any:
@@ -190,7 +222,9 @@ def check_adapter(spec: LoraSpec) -> Any:
         import peft  # noqa: F401 - only checks that it is installed
     except ImportError as error:
         cure = "pip install 'dpo-orchestrator[peft]'"
-        raise UserError("model.lora", spec.model_dump(exclude_none=True), f"needs peft ({error})", cure) from None
+        raise UserError(
+            "model.lora", spec.model_dump(exclude_none=True), f"needs peft ({error})", cure
+        ) from None
     return None if spec.adapter_path is None else _config_at(spec.adapter_path)
 
 
@@ -204,8 +238,12 @@ def _config_at(path: str) -> Any:
             raise ValueError(f"its type is {type(config).__name__}, not LoraConfig")
         more = [name for name in MORE_THAN_FACTORS if getattr(config, name, None)]
         if more or config.bias != "none":
-            raise ValueError(f"it has more than two factors per layer: {', '.join(more or ['bias'])}")
-    except Exception as error:  # peft and the hub raise many types; all mean that it cannot be loaded
+            raise ValueError(
+                f"it has more than two factors per layer: {', '.join(more or ['bias'])}"
+            )
+    except (
+        Exception
+    ) as error:  # peft and the hub raise many types; all mean that it cannot be loaded
         raise _cannot_load(path, error) from None
     config.inference_mode = False
     return config
@@ -223,10 +261,20 @@ def _cannot_load(path: str, error: Exception) -> UserError:
 def _check_layers(model: "PreTrainedModel", spec: LoraSpec) -> None:
     """Check that no adapter is on the embeddings or the head, where the reference could not switch it off."""
     for name, layer in adapter_layers(model).items():
-        if isinstance(layer.get_base_layer(), nn.Embedding) or layer is model.get_output_embeddings():
+        if (
+            isinstance(layer.get_base_layer(), nn.Embedding)
+            or layer is model.get_output_embeddings()
+        ):
             key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
-            rule = f"an adapter on {name} is not supported: it is part of the embeddings or the head"
-            raise UserError(key, spec.adapter_path or spec.target_modules, rule, "name linear layers below the head")
+            rule = (
+                f"an adapter on {name} is not supported: it is part of the embeddings or the head"
+            )
+            raise UserError(
+                key,
+                spec.adapter_path or spec.target_modules,
+                rule,
+                "name linear layers below the head",
+            )
 
 
 def _load(model: "PreTrainedModel", spec: LoraSpec, config: Any) -> None:
@@ -236,9 +284,14 @@ def _load(model: "PreTrainedModel", spec: LoraSpec, config: Any) -> None:
     path = str(spec.adapter_path)
     config.init_lora_weights = True  # other values (PiSSA, OLoRA) would change the base again
     try:
-        saved = {k.removeprefix("base_model.model."): v for k, v in load_peft_weights(path, device="cpu").items()}
+        saved = {
+            k.removeprefix("base_model.model."): v
+            for k, v in load_peft_weights(path, device="cpu").items()
+        }
         model.add_adapter(config, REFERENCE)
-        _check_layers(model, spec)  # before loading: peft's file of such an adapter also has the layer's own weights
+        _check_layers(
+            model, spec
+        )  # before loading: peft's file of such an adapter also has the layer's own weights
         _check_weights(model, path, saved)
         model.add_adapter(config, POLICY)  # the last one is active
         for name in (REFERENCE, POLICY):
@@ -256,8 +309,13 @@ def _check_weights(model: "PreTrainedModel", path: str, saved: dict[str, torch.T
         for name, parameter in model.named_parameters()
         if is_of(REFERENCE, name)
     }
-    differences = WeightDifferences.between({name: tuple(value.shape) for name, value in saved.items()}, shapes)
-    key, owner = "model.lora.adapter_path", f"the adapter of its config on this {type(model).__name__}"
+    differences = WeightDifferences.between(
+        {name: tuple(value.shape) for name, value in saved.items()}, shapes
+    )
+    key, owner = (
+        "model.lora.adapter_path",
+        f"the adapter of its config on this {type(model).__name__}",
+    )
     fix = "use weights and adapter_config.json of one adapter, trained on this base"
     check_complete(key, path, differences, owner, fix)
     check_finite(key, path, saved.items())

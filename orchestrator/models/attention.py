@@ -69,7 +69,12 @@ class _FlashOnCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: list[Run], scale: float | None
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: list[Run],
+        scale: float | None,
     ) -> torch.Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         keys, values = (_for_each_query_head(x, query.shape[1]) for x in (key, value))
@@ -81,13 +86,19 @@ class _FlashOnCpu(torch.autograd.Function):
             if start == stop:
                 continue
             queries = query[:, :, start:stop]
-            made, normaliser = flash(queries, keys[:, :, start:stop], values[:, :, start:stop], 0.0, True, scale=scale)
+            made, normaliser = flash(
+                queries, keys[:, :, start:stop], values[:, :, start:stop], 0.0, True, scale=scale
+            )
             if shared_start < shared_stop:
                 shared = slice(shared_start, shared_stop)
-                other, other_normaliser = flash(queries, keys[:, :, shared], values[:, :, shared], 0.0, scale=scale)
+                other, other_normaliser = flash(
+                    queries, keys[:, :, shared], values[:, :, shared], 0.0, scale=scale
+                )
                 both = torch.logaddexp(normaliser, other_normaliser)
                 made = made * (normaliser - both).exp().unsqueeze(-1)
-                made = made.addcmul_(other, (other_normaliser - both).exp().unsqueeze(-1).to(made.dtype))
+                made = made.addcmul_(
+                    other, (other_normaliser - both).exp().unsqueeze(-1).to(made.dtype)
+                )
                 normaliser = both
             output[:, start:stop] = made.transpose(1, 2)
             normalisers.append(normaliser)
@@ -127,7 +138,8 @@ class _FlashOnCpu(torch.autograd.Function):
                         total[:, :, where] += part_of_it
         groups = query.shape[1] // key.shape[1]
         d_key, d_value = (
-            x.unflatten(1, (key.shape[1], groups)).sum(2) if groups > 1 else x for x in (d_keys, d_values)
+            x.unflatten(1, (key.shape[1], groups)).sum(2) if groups > 1 else x
+            for x in (d_keys, d_values)
         )
         return d_query, d_key, d_value, None, None
 
@@ -151,7 +163,13 @@ def _blocks(run: Run) -> list[tuple[slice, slice, bool]]:
         below.append((slice(middle, stop), slice(start, middle), False))
     shared = slice(run.shared_start, run.shared_stop)
     return (
-        diagonal + below + ([(slice(run.start, run.stop), shared, False)] if run.shared_start < run.shared_stop else [])
+        diagonal
+        + below
+        + (
+            [(slice(run.start, run.stop), shared, False)]
+            if run.shared_start < run.shared_stop
+            else []
+        )
     )
 
 
@@ -184,7 +202,9 @@ class _KeysOfRuns(torch.autograd.Function):
         found: list[torch.Tensor] = []
         for gradient in gradients:
             again = gradient.index_select(0, segments.shared_key)
-            found.append(gradient.index_select(0, segments.own_key).index_add_(0, segments.shared, again))
+            found.append(
+                gradient.index_select(0, segments.own_key).index_add_(0, segments.shared, again)
+            )
         return (*found, None)
 
 
@@ -238,7 +258,9 @@ def _sdpa(
         seen = [slice(shared_start, shared_stop), slice(start, stop)]
         k, v = (torch.cat([x[:, :, part] for part in seen], 2) for x in (keys, values))
         bias = causal_lower_right(stop - start, k.shape[2])
-        output[:, :, start:stop] = scaled_dot_product_attention(query[:, :, start:stop], k, v, bias, scale=scale)  # pyright: ignore[reportArgumentType]
+        output[:, :, start:stop] = scaled_dot_product_attention(
+            query[:, :, start:stop], k, v, bias, scale=scale
+        )  # pyright: ignore[reportArgumentType]
     return output.transpose(1, 2)
 
 
@@ -246,13 +268,19 @@ def _for_each_query_head(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.repeat_interleave(heads // x.shape[1], 1) if heads != x.shape[1] else x
 
 
-KERNELS: dict[AttentionName, Callable[..., torch.Tensor]] = {"cpu": _flash_on_cpu, "varlen": _varlen, "sdpa": _sdpa}
+KERNELS: dict[AttentionName, Callable[..., torch.Tensor]] = {
+    "cpu": _flash_on_cpu,
+    "varlen": _varlen,
+    "sdpa": _sdpa,
+}
 
 
 # --- behind transformers' interface ------------------------------------------------------------------------------
 
 
-def choose_kernel(asked: AttentionName, device: torch.device, precision: Precision) -> AttentionName:
+def choose_kernel(
+    asked: AttentionName, device: torch.device, precision: Precision
+) -> AttentionName:
     """Return the kernel for packed rows.
 
     Raises:
@@ -273,7 +301,9 @@ def choose_kernel(asked: AttentionName, device: torch.device, precision: Precisi
 def not_exact(config: Any, longest: int) -> str | None:
     """Return why packed rows would change this model's log-probs; None if they do not."""
     text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = (
+        getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    )
     if text.model_type not in CHECKED:
         return f"{text.model_type} is not among the architectures checked for it ({', '.join(CHECKED)})"
     if window is not None and longest > window:
@@ -282,7 +312,9 @@ def not_exact(config: Any, longest: int) -> str | None:
         return f"its rotary embedding depends on a sequence's length beyond {fixed} tokens, and a pair has two lengths"
     if getattr(text, "use_bidirectional_attention", None):
         return "its attention is bidirectional"
-    if any(value for name, value in vars(text).items() if name in ("attention_dropout", "attn_pdrop")):
+    if any(
+        value for name, value in vars(text).items() if name in ("attention_dropout", "attn_pdrop")
+    ):
         return "it has dropout in its attention (model.disable_dropout=true removes it)"
     return None
 
@@ -304,11 +336,17 @@ def use_packed_attention(model: "PreTrainedModel", kernel: AttentionName) -> Non
     ) -> tuple[torch.Tensor, None]:
         segments = options.pop(LAYOUT, None)
         if segments is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings return query and key in fp32
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **options
+            )
+        if torch.is_autocast_enabled(
+            query.device.type
+        ):  # rotary embeddings return query and key in fp32
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return KERNELS[kernel](query, key, value, segments, scaling, hasattr(module, "skips_unscored")), None
+        return KERNELS[kernel](
+            query, key, value, segments, scaling, hasattr(module, "skips_unscored")
+        ), None
 
     name = f"packed_pairs_{kernel}"  # with "flash" in it transformers would look for that package
     AttentionInterface.register(name, attention)

@@ -49,13 +49,17 @@ def still_noise(model: "PreTrainedModel") -> list[str]:
         kept += [names[module] for module in training]
         drawing = _drawing(model)
     if drawing and not _repeats(model):
-        raise _noise_stays(next(name for name, module in model.named_modules() if module is drawing[0]))
+        raise _noise_stays(
+            next(name for name, module in model.named_modules() if module is drawing[0])
+        )
     return kept
 
 
 def _noise_stays(module: str) -> UserError:
     rule = f"{module} draws random numbers in training, which cannot be switched off"
-    return UserError("model.disable_dropout", True, rule, "set model.disable_dropout=false to train with noise")
+    return UserError(
+        "model.disable_dropout", True, rule, "set model.disable_dropout=false to train with noise"
+    )
 
 
 def check_causal(model: "PreTrainedModel", logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -72,7 +76,12 @@ def check_causal(model: "PreTrainedModel", logits: Callable[[torch.Tensor], torc
     rounding = 2e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-5
     if (first - second).abs().max() > rounding * first.abs().max():
         rule = "the logits of a token depend on later tokens: with its config it is not a causal LM"
-        raise UserError("model", type(model).__name__, rule, "use a decoder (for an encoder type: is_decoder=true)")
+        raise UserError(
+            "model",
+            type(model).__name__,
+            rule,
+            "use a decoder (for an encoder type: is_decoder=true)",
+        )
 
 
 def depends_on_gradients(model: "PreTrainedModel") -> bool:
@@ -88,7 +97,9 @@ def depends_on_gradients(model: "PreTrainedModel") -> bool:
             logits = model(input_ids=_ids(model, TOKENS), use_cache=False).logits.detach()
         _detach_states(model)
         with torch.no_grad():
-            return not torch.equal(logits, model(input_ids=_ids(model, TOKENS), use_cache=False).logits)
+            return not torch.equal(
+                logits, model(input_ids=_ids(model, TOKENS), use_cache=False).logits
+            )
     finally:
         model.train(training)
 
@@ -104,7 +115,9 @@ def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
     ids[0, 5:], mask[0, 5:] = 0, 0
     try:
         padded = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0, :5]
-        alone = body(input_ids=ids[:1, :5], attention_mask=mask[:1, :5], use_cache=False).last_hidden_state[0]
+        alone = body(
+            input_ids=ids[:1, :5], attention_mask=mask[:1, :5], use_cache=False
+        ).last_hidden_state[0]
     finally:
         model.train(training)
     return ((padded - alone).abs().amax() / alone.abs().amax()).item()
@@ -125,7 +138,11 @@ def freeze_unreached(model: "PreTrainedModel", ranks: int) -> list[str]:
         rule = "an expert has no gradient on a rank that routes no token to it"
         raise UserError("model", type(model).__name__, rule, "train it on one rank")
     trained = reached | routed
-    frozen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
+    frozen = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in trained
+    ]
     for _, p in frozen:
         p.requires_grad_(False)
     return [name for name, _ in frozen]
@@ -148,7 +165,11 @@ def _forward(model: "PreTrainedModel") -> torch.Tensor:
     model.train()
     try:
         return model(input_ids=_ids(model, TOKENS), use_cache=False).logits
-    except (RuntimeError, ValueError, TypeError) as error:  # Reformer trains on sequences of one length only
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:  # Reformer trains on sequences of one length only
         rule = f"its forward pass fails in training ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         raise UserError("model", type(model).__name__, rule, "use another model") from None
     finally:
@@ -263,9 +284,14 @@ def _routed(model: "PreTrainedModel", reached: set[int]) -> set[int]:
     routed: set[int] = set()
     for modules in model.modules():
         if isinstance(modules, nn.ModuleList):
-            of_each = [(type(m), {id(p) for p in m.parameters() if p.requires_grad}) for m in modules]
+            of_each = [
+                (type(m), {id(p) for p in m.parameters() if p.requires_grad}) for m in modules
+            ]
             kinds = {kind for kind, parameters in of_each if parameters & reached}
             routed |= {
-                p for kind, parameters in of_each if kind in kinds and not parameters & reached for p in parameters
+                p
+                for kind, parameters in of_each
+                if kind in kinds and not parameters & reached
+                for p in parameters
             }
     return routed

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm", "GemmaRMSNorm")
-ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "MistralAttention", "GemmaAttention")
+ATTENTIONS = (
+    "LlamaAttention",
+    "Qwen2Attention",
+    "Qwen3Attention",
+    "MistralAttention",
+    "GemmaAttention",
+)
 MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 
 
@@ -45,7 +51,9 @@ def fuse(model: "PreTrainedModel", dtype: torch.dtype | None = None) -> None:
 
 def _norm(norm: Any, is_gemma: bool, hidden: torch.Tensor) -> torch.Tensor:
     # Gemma scales by 1 + weight
-    weight, epsilon = (1 + norm.weight, norm.eps) if is_gemma else (norm.weight, norm.variance_epsilon)
+    weight, epsilon = (
+        (1 + norm.weight, norm.eps) if is_gemma else (norm.weight, norm.variance_epsilon)
+    )
     if hidden.is_cuda:  # there torch has a kernel for it, and another for its derivative
         return rms_norm(hidden.to(weight.dtype), weight.shape, weight, epsilon)
     return _RmsNorm.apply(hidden, weight, epsilon)  # pyright: ignore[reportReturnType]
@@ -78,7 +86,9 @@ def _attend(
         attention_mask,
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
-        sliding_window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+        sliding_window=getattr(
+            attention, "sliding_window", getattr(attention.config, "sliding_window", None)
+        ),
         **options,
     )
     return attention.o_proj(found.reshape(*rows, -1)), weights
@@ -96,7 +106,12 @@ def _products(hidden: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, .
 
 def _is_bare(layer: nn.Module) -> bool:
     """Return whether the layer is a plain nn.Linear: no adapter, no quantisation, no hooks."""
-    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    watched = (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
     return type(layer) is nn.Linear and not watched and "forward" not in vars(layer)
 
 
@@ -117,7 +132,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         x = x.to(weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # it would square in 16 bits, where 400^2 overflows fp16
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # it would square in 16 bits, where 400^2 overflows fp16
             scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
@@ -126,7 +143,9 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         normed = x * scale
-        d_weight = (gradients[0] * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        d_weight = (
+            (gradients[0] * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        )
         if not ctx.needs_input_grad[0]:
             return None, d_weight, None
         d_normed = gradients[0] * weight
@@ -156,11 +175,15 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        turned_back = (_turn(x, cos, sin, dtype, -1) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
+        turned_back = (
+            _turn(x, cos, sin, dtype, -1) for x, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
         return (*turned_back, None, None)
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, sign: int) -> torch.Tensor:
+def _turn(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, sign: int
+) -> torch.Tensor:
     """Rotate x; sign -1 rotates back."""
     x1, x2 = x.chunk(2, -1)
     made = x * cos
@@ -170,7 +193,9 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dt
         second.addcmul_(x1, sin, value=sign)
         return made
     turned = torch.empty_like(made, dtype=dtype)  # rounded once, when stored
-    for half, (own, other, by) in zip(turned.chunk(2, -1), ((first, x2, -sign), (second, x1, sign)), strict=True):
+    for half, (own, other, by) in zip(
+        turned.chunk(2, -1), ((first, x2, -sign), (second, x1, sign)), strict=True
+    ):
         torch.addcmul(own, other, sin, value=by, out=half)
     return turned
 

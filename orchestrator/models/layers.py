@@ -25,12 +25,19 @@ def body_of(model: "PreTrainedModel") -> Any:
     """
     if model.base_model is not model:
         return model.base_model
-    embeddings = model.get_input_embeddings()  # Llama 4 has no attribute of the name in its base_model_prefix
+    embeddings = (
+        model.get_input_embeddings()
+    )  # Llama 4 has no attribute of the name in its base_model_prefix
     for child in model.children():
         if child is not embeddings and any(module is embeddings for module in child.modules()):
             return child
     cure = "use a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
-    raise UserError("model", type(model).__name__, "has no module that returns hidden states without logits", cure)
+    raise UserError(
+        "model",
+        type(model).__name__,
+        "has no module that returns hidden states without logits",
+        cure,
+    )
 
 
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
@@ -48,7 +55,9 @@ def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
     raise UserError("model", type(model).__name__, f"has no list of {count} layers", cure)
 
 
-def lowest(model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = None) -> list[nn.Module]:
+def lowest(
+    model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = None
+) -> list[nn.Module]:
     """Return the modules that run before layer `count`: the embeddings, modules registered beside them, and layers."""
     layers = decoder_layers(model) if layers is None else layers
     before: list[nn.Module] = []
@@ -67,7 +76,10 @@ def head_is_tied(model: "PreTrainedModel") -> bool:
 
 
 def freeze_lowest(
-    model: "PreTrainedModel", count: int, keep_head: bool = True, layers: nn.ModuleList | None = None
+    model: "PreTrainedModel",
+    count: int,
+    keep_head: bool = True,
+    layers: nn.ModuleList | None = None,
 ) -> bool:
     """Freeze the embeddings and the first `count` layers; return whether the output head was tied to the embeddings.
 
@@ -79,7 +91,9 @@ def freeze_lowest(
         assert isinstance(head, nn.Linear)
         head.weight = nn.Parameter(head.weight.detach().clone())
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False  # otherwise loading or saving the model would tie them again
+            config.tie_word_embeddings = (
+                False  # otherwise loading or saving the model would tie them again
+            )
     for module in lowest(model, count, layers):
         module.requires_grad_(False)
     return tied
@@ -114,7 +128,9 @@ class _Passed(nn.Module):
         self.__dict__["layer"] = layer  # not registered: its parameters do not belong to this stack
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)  # attributes that a model reads, such as attention_type
+        return getattr(
+            self.__dict__["layer"], name
+        )  # attributes that a model reads, such as attention_type
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
@@ -130,7 +146,9 @@ class UpperLayers:
     def __init__(self, model: "PreTrainedModel", first: int) -> None:
         layers = decoder_layers(model)
         self.entered = layers[first]
-        self.body = _with_layers(body_of(model), layers, nn.ModuleList([_Passed(x) for x in layers[:first]]))
+        self.body = _with_layers(
+            body_of(model), layers, nn.ModuleList([_Passed(x) for x in layers[:first]])
+        )
 
     def __call__(self, captured: torch.Tensor, **options: Any) -> torch.Tensor:
         """Return the last hidden states [R, T, H].
@@ -140,7 +158,10 @@ class UpperLayers:
 
         def enter(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...]:
             # the body may have added position embeddings to its input by now
-            return (captured, *args[1:]) if args else (), given if args else {**given, "hidden_states": captured}
+            return (captured, *args[1:]) if args else (), given if args else {
+                **given,
+                "hidden_states": captured,
+            }
 
         handle = self.entered.register_forward_pre_hook(enter, with_kwargs=True)
         try:
@@ -156,5 +177,8 @@ def _with_layers(module: nn.Module, layers: nn.ModuleList, lower: nn.ModuleList)
     if not any(child is layers for child in module.modules()):
         return module
     other = copy.copy(module)
-    other._modules = {name: child and _with_layers(child, layers, lower) for name, child in module._modules.items()}
+    other._modules = {
+        name: child and _with_layers(child, layers, lower)
+        for name, child in module._modules.items()
+    }
     return other

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orchestrator.models.mapped import load_mapped
-from orchestrator.models.model_files import CONFIG_FILES, TOKENIZER_FILES, check_files, check_weight_files
+from orchestrator.models.model_files import (
+    CONFIG_FILES,
+    TOKENIZER_FILES,
+    check_files,
+    check_weight_files,
+)
 from orchestrator.models.weight_checks import WeightDifferences, check_complete, check_finite
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import UserError
@@ -31,7 +36,9 @@ def tokenizer_at(key: str, path: str) -> "PreTrainedTokenizerBase":
     check_files(key, path, TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(path, **NO_CODE)
-    except Exception as error:  # transformers and the hub raise many types; all mean that it cannot be loaded
+    except (
+        Exception
+    ) as error:  # transformers and the hub raise many types; all mean that it cannot be loaded
         raise _cannot_load(key, path, "tokenizer", error) from None
 
 
@@ -54,7 +61,9 @@ def config_at(key: str, path: str) -> Any:
     return config
 
 
-def read_model(key: str, path: str, config: Any, dtype: torch.dtype, mapped: bool) -> "PreTrainedModel":
+def read_model(
+    key: str, path: str, config: Any, dtype: torch.dtype, mapped: bool
+) -> "PreTrainedModel":
     """Load a causal LM with weights of `dtype` on the CPU; mapped: see `load_mapped`.
 
     Raises:
@@ -107,26 +116,36 @@ def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
         return UserError(key, path, rule, "use a model whose architecture is part of transformers")
     if "Padding_idx must be within" in str(error):  # torch.nn.Embedding, of transformers
         rule = "pad_token_id in its config.json is not a token of its vocabulary"
-        return UserError(key, path, rule, "set pad_token_id to null there: padding needs no token of the model")
+        return UserError(
+            key, path, rule, "set pad_token_id to null there: padding needs no token of the model"
+        )
     reason = " ".join(str(error).split())[:200]
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         cure = "it is an adapter: merge it into its base first"
         if key == "model.path":
-            cure = "it is an adapter: set model.path to its base and model.lora.adapter_path to this"
+            cure = (
+                "it is an adapter: set model.path to its base and model.lora.adapter_path to this"
+            )
     elif os.path.isdir(path):
         cure = "use a folder with config.json, tokenizer and weights"
     else:
         cure = f"use a hub name that can be reached, or a folder (./{path})"
-    return UserError(key, path, f"its {what} cannot be loaded ({type(error).__name__}: {reason})", cure)
+    return UserError(
+        key, path, f"its {what} cannot be loaded ({type(error).__name__}: {reason})", cure
+    )
 
 
 def _checked(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:
     """Call `from_pretrained` or `load_mapped`, and check the weights it reports as missing, unused or mismatched."""
     try:
-        model, info = load(path, output_loading_info=True, ignore_mismatched_sizes=True, **options, **NO_CODE)
+        model, info = load(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options, **NO_CODE
+        )
     except Exception as error:  # transformers, safetensors and the hub raise many types
         raise _cannot_load(key, path, "model", error) from None
-    check_complete(key, path, WeightDifferences.from_loading_info(info), f"a {type(model).__name__}")
+    check_complete(
+        key, path, WeightDifferences.from_loading_info(info), f"a {type(model).__name__}"
+    )
     return model
 
 
@@ -139,5 +158,7 @@ def _check_not_quantized(key: str, path: str, config: Any) -> None:
         quantization = quantization.to_dict()
     method = quantization.get("quant_method") or "bitsandbytes"
     rule = f"its weights are quantised ({method}) and cannot train"
-    fix = "use the checkpoint in 16 or 32 bits; model.lora.base=nf4 quantises a frozen base in memory"
+    fix = (
+        "use the checkpoint in 16 or 32 bits; model.lora.base=nf4 quantises a frozen base in memory"
+    )
     raise UserError(key, path, rule, fix)

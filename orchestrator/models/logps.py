@@ -19,7 +19,9 @@ from orchestrator.settings.spec import DataSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 2**26  # logits in memory at once (256 MB in fp32); a pair that needs several chunks is computed twice
+CHUNK_LOGITS = (
+    2**26
+)  # logits in memory at once (256 MB in fp32); a pair that needs several chunks is computed twice
 ON_GPU = 4  # times as many on a GPU: fewer launches, and a pair's logits are seldom computed twice
 
 
@@ -32,9 +34,13 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 class PairSums(NamedTuple):
     """Per-pair sums over tokens that a loss is computed from, for b pairs, in fp64, the chosen first."""
 
-    logps: torch.Tensor  # [b, 2] summed over completion tokens; those beyond the shorter one have weight dpo.ld_alpha
+    logps: (
+        torch.Tensor
+    )  # [b, 2] summed over completion tokens; those beyond the shorter one have weight dpo.ld_alpha
     chosen: torch.Tensor  # [b] of the chosen, every token with weight 1
-    aligned: torch.Tensor | None  # [b, 2] mean over tokens of log p(label) - log(sum of p^2), without gradient
+    aligned: (
+        torch.Tensor | None
+    )  # [b, 2] mean over tokens of log p(label) - log(sum of p^2), without gradient
 
 
 PairLosses = Callable[[slice, PairSums], torch.Tensor]
@@ -51,7 +57,9 @@ class TokenTerms(NamedTuple):
 
 def body_hidden(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
     """Return the last hidden states [R, T, H], computed without the head."""
-    return body_of(model)(input_ids=batch.input_ids, use_cache=False, **layout_of(batch)).last_hidden_state
+    return body_of(model)(
+        input_ids=batch.input_ids, use_cache=False, **layout_of(batch)
+    ).last_hidden_state
 
 
 def layout_of(batch: PairBatch) -> dict[str, Any]:
@@ -85,7 +93,11 @@ class _Tails(NamedTuple):
         """Return the number of tokens of each part, from that of each sequence."""
         if self.ld_alpha is None:
             return scored
-        both = [(min(pair), tokens) for pair in zip(scored[::2], scored[1::2], strict=True) for tokens in pair]
+        both = [
+            (min(pair), tokens)
+            for pair in zip(scored[::2], scored[1::2], strict=True)
+            for tokens in pair
+        ]
         return tuple(part for shared, tokens in both for part in (shared, tokens - shared))
 
     def sums(self, of_parts: torch.Tensor, aligned: torch.Tensor | None) -> PairSums:
@@ -124,7 +136,12 @@ def packed_error(model: "PreTrainedModel", device: torch.device) -> float:
 
 def small_batches(device: torch.device) -> tuple[PairBatch, PairBatch]:
     """Return one pair of a few tokens as a packed and a padded batch, to probe a model."""
-    row = {"pair_id": 0, "prompt_ids": [3, 1, 2, 0], "chosen_ids": [1, 4, 2], "rejected_ids": [5, 3, 4, 1]}
+    row = {
+        "pair_id": 0,
+        "prompt_ids": [3, 1, 2, 0],
+        "chosen_ids": [1, 4, 2],
+        "rejected_ids": [5, 3, 4, 1],
+    }
     data = DataSpec(train="")  # pyright: ignore[reportCallIssue]
     return PackedCollator(data)([row]).to(device), PreferenceCollator(0, data)([row]).to(device)
 
@@ -156,7 +173,9 @@ class Head(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Return whether the logits are one matrix product, with a gradient in closed form."""
-        plain = type(self.module) is torch.nn.Linear and self.module.bias is None and self.cap is None
+        plain = (
+            type(self.module) is torch.nn.Linear and self.module.bias is None and self.cap is None
+        )
         return plain and type(self.module.weight) is torch.nn.Parameter  # pyright: ignore[reportUnknownMemberType]
 
     @contextmanager
@@ -211,14 +230,18 @@ def loss_in_head(
         if head.scale != 1.0:
             selected = selected * head.scale
         with head.weight_at_hand() as weight:
-            if not torch.is_grad_enabled():  # otherwise the Function would compute gradients that are not used
+            if (
+                not torch.is_grad_enabled()
+            ):  # otherwise the Function would compute gradients that are not used
                 selected, weight = selected.detach(), weight.detach()
             loss, logps, chosen, aligned, *tokens = _LossInHead.apply(  # pyright: ignore
                 selected, weight, batch, pair_losses, tails, with_metrics, with_aligned
             )
         sums = PairSums(logps, chosen, aligned if with_aligned else None)
         return Scored(loss, sums, TokenTerms(*tokens) if with_metrics else None)
-    logps, aligned, tokens = _token_terms(head, selected, batch.completion_labels, with_metrics, with_aligned)
+    logps, aligned, tokens = _token_terms(
+        head, selected, batch.completion_labels, with_metrics, with_aligned
+    )
     of_parts = _pair_sums(logps, tails.parts(batch.scored))
     sums = tails.sums(of_parts, None if aligned is None else _pair_means(aligned, batch.scored))
     return Scored(pair_losses(slice(None), sums).sum(), _detached(sums), tokens)
@@ -230,7 +253,10 @@ def _detached(sums: PairSums) -> PairSums:
 
 @torch.no_grad()
 def sequence_logps(
-    model: "PreTrainedModel", batch: PairBatch, hidden: torch.Tensor | None = None, ld_alpha: float | None = None
+    model: "PreTrainedModel",
+    batch: PairBatch,
+    hidden: torch.Tensor | None = None,
+    ld_alpha: float | None = None,
 ) -> torch.Tensor:
     """Return the log-probs [2B] of a whole model in fp64, without gradient; bitwise equal to those in its loss.
 
@@ -286,31 +312,48 @@ class _LossInHead(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             needed = ctx.needs_input_grad[:2]
             work = _HeadWork(
-                hidden.to(dtype), weight.to(dtype), batch.completion_labels, tails, with_metrics, with_aligned, *needed
+                hidden.to(dtype),
+                weight.to(dtype),
+                batch.completion_labels,
+                tails,
+                with_metrics,
+                with_aligned,
+                *needed,
             )
             losses = [torch.zeros((), dtype=torch.float64, device=hidden.device)]
             none = losses[0].new_zeros(0, 2)
             found = [PairSums(none, none[:, 0], none)]
             for pairs, tokens in _groups(batch.scored, _rows_at_once(len(weight), weight.device)):
-                loss, sums = work.group(tokens, batch.scored[2 * pairs.start : 2 * pairs.stop], pairs, pair_losses)
+                loss, sums = work.group(
+                    tokens, batch.scored[2 * pairs.start : 2 * pairs.stop], pairs, pair_losses
+                )
                 losses.append(loss)
                 found.append(sums)
         ctx.found = [(work.d_hidden, hidden.dtype), (work.d_weight, weight.dtype)]
         logps, chosen, aligned = zip(*found, strict=True)
-        outputs = (torch.cat(logps), torch.cat(chosen), torch.cat(aligned if with_aligned else [none]), *work.metrics)
+        outputs = (
+            torch.cat(logps),
+            torch.cat(chosen),
+            torch.cat(aligned if with_aligned else [none]),
+            *work.metrics,
+        )
         ctx.mark_non_differentiable(*outputs)
         return (torch.stack(losses).sum(), *outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         factor: torch.Tensor = gradients[0]  # 1, or the loss scale of fp16
-        is_one = factor.device.type == "cpu" and factor.item() == 1  # on a GPU .item() would synchronise
+        is_one = (
+            factor.device.type == "cpu" and factor.item() == 1
+        )  # on a GPU .item() would synchronise
         given: list[torch.Tensor | None] = []
         for made, dtype in ctx.found:
             if made is not None and not is_one:
                 made.mul_(factor.to(made.dtype))
             given.append(None if made is None else made.to(dtype))
-        del ctx.found  # autograd may keep these tensors as the gradients; a second backward pass fails
+        del (
+            ctx.found
+        )  # autograd may keep these tensors as the gradients; a second backward pass fails
         return (*given, None, None, None, None, None)
 
 
@@ -343,7 +386,9 @@ class _Softmax(NamedTuple):
     @property
     def aligned(self) -> torch.Tensor:
         """Return log p(label) - log(sum of p^2), [n, 1]."""
-        log_root = torch.linalg.vector_norm(self.exps, dim=-1, keepdim=True).log() - self.total.log()
+        log_root = (
+            torch.linalg.vector_norm(self.exps, dim=-1, keepdim=True).log() - self.total.log()
+        )
         return self.logps - 2 * log_root
 
 
@@ -364,7 +409,9 @@ class _HeadWork:
         self.hidden, self.weight, self.labels, self.tails = hidden, weight, labels[:, None], tails
         self.with_metrics, self.with_aligned = with_metrics, with_aligned
         self.precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        made_like = torch.empty_like if len(hidden) else torch.zeros_like  # every element will be written
+        made_like = (
+            torch.empty_like if len(hidden) else torch.zeros_like
+        )  # every element will be written
         self.d_hidden = made_like(hidden, dtype=self.precise) if for_hidden else None
         self.d_weight = made_like(weight, dtype=self.precise) if for_weight else None
         self.metrics = hidden.new_zeros((3, len(hidden) if with_metrics else 0), dtype=self.precise)
@@ -374,7 +421,10 @@ class _HeadWork:
     ) -> tuple[torch.Tensor, PairSums]:
         """Return the loss and the sums of a few pairs, and store their gradients."""
         rows = _rows_at_once(len(self.weight), self.weight.device)
-        chunks = [slice(start, min(start + rows, tokens.stop)) for start in range(tokens.start, tokens.stop, rows)]
+        chunks = [
+            slice(start, min(start + rows, tokens.stop))
+            for start in range(tokens.start, tokens.stop, rows)
+        ]
         softmax = None
         logps: list[torch.Tensor] = [self.hidden.new_zeros(0, 1, dtype=self.precise)]
         aligned = logps.copy()
@@ -396,12 +446,18 @@ class _HeadWork:
             loss = pair_losses(pairs, sums).sum()
         [per_part] = torch.autograd.grad(loss, leaf)
         slopes = zip(per_part.flatten().to(self.precise).unbind(), parts, strict=True)
-        coefficients = torch.cat([one.expand(length) for one, length in slopes])  # GPU lengths would synchronise
+        coefficients = torch.cat(
+            [one.expand(length) for one, length in slopes]
+        )  # GPU lengths would synchronise
         for chunk in chunks:
             if softmax is None or len(chunks) > 1:
                 softmax = None
                 softmax = self._softmax(chunk, is_first=False)
-            self._gradients(chunk, softmax, coefficients[chunk.start - tokens.start : chunk.stop - tokens.start, None])
+            self._gradients(
+                chunk,
+                softmax,
+                coefficients[chunk.start - tokens.start : chunk.stop - tokens.start, None],
+            )
         return loss.detach(), _detached(sums)
 
     def _softmax(self, chunk: slice, is_first: bool) -> _Softmax:
@@ -414,7 +470,9 @@ class _HeadWork:
         exps = logits.sub_(top).exp_()
         total = exps.sum(-1, keepdim=True)
         if self.with_metrics and is_first and not self._entropy_by_product:
-            self.metrics[0, chunk] = (total.log() - torch.special.xlogy(exps, exps).sum(-1, keepdim=True) / total)[:, 0]
+            self.metrics[0, chunk] = (
+                total.log() - torch.special.xlogy(exps, exps).sum(-1, keepdim=True) / total
+            )[:, 0]
         return _Softmax(exps, total, top, at_label)
 
     @property
@@ -437,7 +495,9 @@ class _HeadWork:
             product = exps @ self.weight
             self.d_hidden[chunk] = product * factors
             if self.with_metrics and self._entropy_by_product:
-                mean = torch.linalg.vecdot(product, hidden)[:, None] / total + at_label  # of z under p
+                mean = (
+                    torch.linalg.vecdot(product, hidden)[:, None] / total + at_label
+                )  # of z under p
                 self.metrics[0, chunk] = (top + total.log() - mean)[:, 0]
         if self.d_weight is None:
             return
@@ -465,7 +525,11 @@ class _OfTokens(NamedTuple):
 
 
 def _token_terms(
-    head: Head, selected: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool = False
+    head: Head,
+    selected: torch.Tensor,
+    labels: torch.Tensor,
+    with_metrics: bool,
+    with_aligned: bool = False,
 ) -> _OfTokens:
     """Compute log-probs and metrics of all C tokens in chunks. selected: [C, H]."""
     rows = _rows_at_once(head.vocabulary, selected.device)
@@ -482,7 +546,9 @@ def _token_terms(
     )
 
 
-def _terms(head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool) -> _OfTokens:
+def _terms(
+    head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics: bool, with_aligned: bool
+) -> _OfTokens:
     logits = head(hidden)
     normaliser = logits.logsumexp(-1)
     at_label = logits.gather(-1, labels[:, None])[:, 0]
@@ -493,7 +559,9 @@ def _terms(head: Head, hidden: torch.Tensor, labels: torch.Tensor, with_metrics:
             aligned = logps - ((2 * logits).logsumexp(-1) - 2 * normaliser)
         if with_metrics:
             entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-            tokens = TokenTerms(entropy, logits.mean(-1), (at_label == logits.amax(-1)).to(logits.dtype))
+            tokens = TokenTerms(
+                entropy, logits.mean(-1), (at_label == logits.amax(-1)).to(logits.dtype)
+            )
     return _OfTokens(logps, aligned, tokens)
 
 

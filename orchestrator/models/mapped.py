@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def load_mapped(path: str, config: Any, dtype: torch.dtype, **options: Any) -> "tuple[PreTrainedModel, dict[str, Any]]":
+def load_mapped(
+    path: str, config: Any, dtype: torch.dtype, **options: Any
+) -> "tuple[PreTrainedModel, dict[str, Any]]":
     """Call from_pretrained(path, dtype=dtype, **options), but keep the parameters in the dtype of their files, mapped.
 
     The engine casts a parameter to `dtype` when it shards it, with the same result as from_pretrained's. Buffers and
@@ -65,7 +67,9 @@ def mapped_twin(model: "PreTrainedModel") -> "PreTrainedModel":
 
     An engine shards the copy together with the model: neither may be changed in place before both are sharded.
     """
-    same: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    same: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
     return copy.deepcopy(model, same)  # deepcopy does not copy objects in its memo
 
 
@@ -76,7 +80,9 @@ def types_when_cut(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, to
     Buffers are left out: they have their final dtype. If model.lora.base sets the dtype, no weight is cast, and the
     result does not apply.
     """
-    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
+    names = [
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()
+    ]
     return dict.fromkeys([*names, *map(base_name, names)], dtype)
 
 
@@ -99,13 +105,17 @@ def _type_of_files(path: str, config: Any) -> torch.dtype | None:
     if transformers does more than read them."""
     from safetensors import safe_open
 
-    if getattr(config, "quantization_config", None) or getattr(config, "transformers_weights", None):
+    if getattr(config, "quantization_config", None) or getattr(
+        config, "transformers_weights", None
+    ):
         return None
     found: set[str] = set()
     for file in _safetensors_files(path):
         with safe_open(file, framework="pt") as tensors:
             names = [name for name in tensors.keys() if not name.endswith("inv_freq")]  # noqa: SIM118 - not a dict
-            found |= {tensors.get_slice(name).get_dtype() for name in names}  # inv_freq is of old releases and ignored
+            found |= {
+                tensors.get_slice(name).get_dtype() for name in names
+            }  # inv_freq is of old releases and ignored
     floats = {name for name in found if name != "BOOL" and name[0] not in "IU"}
     if not floats or not floats <= FLOATS.keys():
         return None
@@ -139,7 +149,9 @@ def _leave_only_parameters(model: "PreTrainedModel", dtype: torch.dtype) -> None
     for name, buffer in meant.named_buffers():
         owner, _, leaf = name.rpartition(".")
         loaded = model.get_buffer(name)
-        setattr(model.get_submodule(owner), leaf, loaded.to(buffer.dtype) if name in saved else buffer)
+        setattr(
+            model.get_submodule(owner), leaf, loaded.to(buffer.dtype) if name in saved else buffer
+        )
     model.config.dtype = dtype
     for part in model.config.sub_configs:
         if (inner := getattr(model.config, part)) is not None:

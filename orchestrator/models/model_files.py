@@ -85,9 +85,14 @@ def _check_length(key: str, folder: str, file: Path) -> None:
         if expected <= length:
             try:
                 header = json.loads(opened.read(header_length))
-                expected += max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+                expected += max(
+                    (t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"),
+                    default=0,
+                )
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(key, folder, f"{file.name} is not a safetensors file", "download it again") from None
+                raise UserError(
+                    key, folder, f"{file.name} is not a safetensors file", "download it again"
+                ) from None
     if length == 0:
         raise UserError(key, folder, f"{file.name} is empty", "download or copy it again")
     if length < expected:

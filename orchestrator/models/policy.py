@@ -24,7 +24,15 @@ from orchestrator.models.mapped import load_made, save_made, weights_aside
 from orchestrator.models.quantized import quantized
 from orchestrator.models.rope import most_positions
 from orchestrator.settings.counts import counted
-from orchestrator.settings.spec import DpoSpec, Dtype, InitSpec, LoraSpec, Quantized, RunSpec, UserError
+from orchestrator.settings.spec import (
+    DpoSpec,
+    Dtype,
+    InitSpec,
+    LoraSpec,
+    Quantized,
+    RunSpec,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +41,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Dtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 CANNOT_RUN = (
     RuntimeError,
     ValueError,
@@ -80,15 +92,27 @@ def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     if model.pad_token is not None:
         if model.pad_token not in tokenizer.get_vocab():
             raise UserError(
-                "model.pad_token", model.pad_token, "is not in the tokenizer's vocabulary", "use one that is"
+                "model.pad_token",
+                model.pad_token,
+                "is not in the tokenizer's vocabulary",
+                "use one that is",
             )
         tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token_id is None:
         eos = tokenizer.eos_token
-        cure = f"set model.pad_token='{eos}'" if eos else "set model.pad_token to a token of its vocabulary"
+        cure = (
+            f"set model.pad_token='{eos}'"
+            if eos
+            else "set model.pad_token to a token of its vocabulary"
+        )
         raise UserError(key, source, "has a tokenizer without a pad token", cure)
     if tokenizer.eos_token_id is None:
-        raise UserError(key, source, "has a tokenizer without an end token", "use a tokenizer with eos_token set")
+        raise UserError(
+            key,
+            source,
+            "has a tokenizer without an end token",
+            "use a tokenizer with eos_token set",
+        )
     if spec.data.chat_template is not None:
         tokenizer.chat_template = spec.data.chat_template
     return tokenizer
@@ -101,22 +125,37 @@ def load_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
     if spec.model.init is None:
         return config_at("model.path", str(spec.model.path))
     init = spec.model.init
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    tokens = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     known = _plain_config(init.model_type)
     for key, value in init.config.items():
         if not hasattr(known, key):
             near = difflib.get_close_matches(key, known.to_dict(), n=1)
-            cure = f"did you mean {near[0]}?" if near else "see that architecture's config in transformers"
-            raise UserError(f"model.init.config.{key}", value, f"{type(known).__name__} has no such key", cure)
+            cure = (
+                f"did you mean {near[0]}?"
+                if near
+                else "see that architecture's config in transformers"
+            )
+            raise UserError(
+                f"model.init.config.{key}", value, f"{type(known).__name__} has no such key", cure
+            )
         if key in SIZES and isinstance(value, int) and value < 1:
             raise UserError(
-                f"model.init.config.{key}", value, "must be 1 or more", f"for example {getattr(known, key)}"
+                f"model.init.config.{key}",
+                value,
+                "must be 1 or more",
+                f"for example {getattr(known, key)}",
             )
     try:
-        return AutoConfig.for_model(init.model_type, **{"vocab_size": len(tokenizer), **tokens, **init.config})
+        return AutoConfig.for_model(
+            init.model_type, **{"vocab_size": len(tokenizer), **tokens, **init.config}
+        )
     except Exception as error:  # each config class checks its own values in its own way
         reason = " ".join(str(error).split())[:160]
-        raise UserError("model.init.config", init.config, f"transformers rejects it: {reason}", "fix it") from None
+        raise UserError(
+            "model.init.config", init.config, f"transformers rejects it: {reason}", "fix it"
+        ) from None
 
 
 def _plain_config(model_type: str) -> Any:
@@ -127,7 +166,9 @@ def _plain_config(model_type: str) -> Any:
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
         cure = f"did you mean {near[0]}?" if near else "for example qwen2"
-        raise UserError("model.init.model_type", model_type, "is not a causal LM of transformers", cure)
+        raise UserError(
+            "model.init.model_type", model_type, "is not a causal LM of transformers", cure
+        )
     return AutoConfig.for_model(model_type)
 
 
@@ -153,7 +194,9 @@ def build_policy(
     if spec.model.path is not None:
         model = load_model("model.path", spec.model.path, spec.model.disable_dropout, dtype, mapped)
     elif mapped:
-        model = load_made(made_weights(spec, tokenizer, dtype), _made_config(spec, tokenizer), dtype)
+        model = load_made(
+            made_weights(spec, tokenizer, dtype), _made_config(spec, tokenizer), dtype
+        )
         check_head(model)
         fuse(model)
     else:
@@ -161,8 +204,12 @@ def build_policy(
         fuse(model)
     if lora is not None:
         model = _with_adapter(model, lora, spec, dtype, device or model.device)
-    elif spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers":  # it freezes them itself
-        freeze_lowest(model, spec.model.num_frozen_layers, keep_head=spec.model.tied_head == "untie")
+    elif (
+        spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers"
+    ):  # it freezes them itself
+        freeze_lowest(
+            model, spec.model.num_frozen_layers, keep_head=spec.model.tied_head == "untie"
+        )
     if spec.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # transformers makes the embeddings' output require a gradient, which only reentrant checkpointing needs
@@ -173,7 +220,9 @@ def build_policy(
     return model
 
 
-def made_weights(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype = torch.float32) -> Path:
+def made_weights(
+    spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype = torch.float32
+) -> Path:
     """Return the cache folder with the weights of model.init for `load_made`.
 
     The first process that calls this initialises the weights and temporarily holds one full copy; the others wait.
@@ -186,11 +235,21 @@ def made_weights(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: tor
     from safetensors import SafetensorError
 
     config = _made_config(spec, tokenizer)
-    depends_on = [config.to_dict(), spec.run.seed, str(dtype), torch.__version__, transformers.__version__]
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
+    depends_on = [
+        config.to_dict(),
+        spec.run.seed,
+        str(dtype),
+        torch.__version__,
+        transformers.__version__,
+    ]
+    digest = hashlib.sha256(
+        json.dumps(depends_on, sort_keys=True, default=str).encode()
+    ).hexdigest()
     folder = spec.cache_dir / "models" / f"{config.model_type}-{digest[:16]}"
     try:
-        build_once(folder, lambda unfinished: save_made(_random_model(spec, config, dtype), unfinished))
+        build_once(
+            folder, lambda unfinished: save_made(_random_model(spec, config, dtype), unfinished)
+        )
     except (OSError, SafetensorError) as error:
         rule = f"the weights of model.init cannot be written there ({error})"
         cure = "set data.cache_dir to a folder with enough free space"
@@ -217,13 +276,20 @@ def _random_model(spec: RunSpec, config: Any, dtype: torch.dtype) -> "PreTrained
             reason = " ".join(str(error).split())[:160]
             given = spec.model.init.config if spec.model.init else None
             raise UserError(
-                "model.init.config", given, f"no model can be built from it: {reason}", "fix its sizes"
+                "model.init.config",
+                given,
+                f"no model can be built from it: {reason}",
+                "fix its sizes",
             ) from None
     return model
 
 
 def _with_adapter(
-    model: "PreTrainedModel", lora: LoraSpec, spec: RunSpec, dtype: torch.dtype, device: torch.device
+    model: "PreTrainedModel",
+    lora: LoraSpec,
+    spec: RunSpec,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> "PreTrainedModel":
     """Return the model as a frozen base, quantised or cast as model.lora.base says, with a trainable adapter."""
     if lora.base in get_args(Quantized):
@@ -262,7 +328,11 @@ def pair_cost(model: "PreTrainedModel") -> PairCost:
     body = [m for m in body_of(model).modules() if not isinstance(m, torch.nn.Embedding)]
     matrices = {p for module in body for p in module.parameters(recurse=False) if p.ndim >= 2}
     # from the layers, not from the config: in some models heads differ by layer, others have no attention
-    queries = sum(getattr(m, "out_features", 0) for name, m in model.named_modules() if name.endswith("q_proj"))
+    queries = sum(
+        getattr(m, "out_features", 0)
+        for name, m in model.named_modules()
+        if name.endswith("q_proj")
+    )
     return PairCost(
         token=sum(p.numel() for p in matrices),
         scored=text.vocab_size * text.hidden_size,
@@ -280,7 +350,9 @@ def check_model(spec: RunSpec, config: Any) -> None:
         return
     model = check_weights("model.path", spec.model.path, config)
     if model is not None and spec.model.lora is not None:
-        add_adapter(model, spec.model.lora, spec.run.seed, torch.float32, spec.model.disable_dropout)
+        add_adapter(
+            model, spec.model.lora, spec.run.seed, torch.float32, spec.model.disable_dropout
+        )
 
 
 def check_frozen(config: Any, spec: RunSpec) -> None:
@@ -291,8 +363,17 @@ def check_frozen(config: Any, spec: RunSpec) -> None:
     """
     layers, frozen = getattr(config.get_text_config(), "num_hidden_layers", 0), spec.frozen_layers
     if frozen is not None and frozen >= layers:
-        key = "model.num_frozen_layers" if spec.model.num_frozen_layers else "reference.num_shared_layers"
-        raise UserError(key, frozen, f"the model has {counted(layers, 'layer')}", f"set it to {layers - 1} or less")
+        key = (
+            "model.num_frozen_layers"
+            if spec.model.num_frozen_layers
+            else "reference.num_shared_layers"
+        )
+        raise UserError(
+            key,
+            frozen,
+            f"the model has {counted(layers, 'layer')}",
+            f"set it to {layers - 1} or less",
+        )
 
 
 def check_router(config: Any, dpo: DpoSpec) -> None:
@@ -305,7 +386,9 @@ def check_router(config: Any, dpo: DpoSpec) -> None:
     coefficient = getattr(text, "router_aux_loss_coef", 0)
     if hasattr(text, "output_router_logits") and coefficient and dpo.router_aux_loss_coef is None:
         rule = f"the model's config sets {coefficient} for a load-balancing loss, which is not computed here"
-        raise UserError("dpo.router_aux_loss_coef", None, rule, "set it to 0 to train without that loss")
+        raise UserError(
+            "dpo.router_aux_loss_coef", None, rule, "set it to 0 to train without that loss"
+        )
 
 
 def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
@@ -343,7 +426,9 @@ def _no_dropout(config: Any, disable: bool) -> None:
 @contextmanager
 def _at_least_fp32(head: torch.nn.Module) -> Iterator[None]:
     """Keep the head's output in fp32 within the context, so that what a model does to it differs from rounding."""
-    handle = head.register_forward_hook(lambda _, __, logits: logits.to(torch.promote_types(logits.dtype, torch.float)))
+    handle = head.register_forward_hook(
+        lambda _, __, logits: logits.to(torch.promote_types(logits.dtype, torch.float))
+    )
     try:
         yield
     finally:
@@ -363,7 +448,9 @@ def check_head(model: "PreTrainedModel") -> None:
     except CANNOT_RUN as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         cure = "check the sizes in its config.json, or use another model"
-        raise UserError("model", type(model).__name__, f"its forward pass fails ({reason})", cure) from None
+        raise UserError(
+            "model", type(model).__name__, f"its forward pass fails ({reason})", cure
+        ) from None
 
 
 @torch.no_grad()
@@ -379,7 +466,9 @@ def _check_head(model: "PreTrainedModel") -> None:
         hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         apart = head(hidden)
     model.train(training)
-    if whole.shape != apart.shape or not torch.allclose(whole.to(apart.dtype), apart, rtol=1e-4, atol=1e-4):
+    if whole.shape != apart.shape or not torch.allclose(
+        whole.to(apart.dtype), apart, rtol=1e-4, atol=1e-4
+    ):
         rule = f"changes its logits after the head in a way that is not supported ({_difference(whole, apart)})"
         cure = "use a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
         raise UserError("model", type(model).__name__, rule, cure)
@@ -426,7 +515,9 @@ def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
         )
         wrapped.chat_template = CHAT_TEMPLATE
         wrapped.save_pretrained(unfinished)
-        config.save_pretrained(unfinished)  # AutoTokenizer picks the class by it: the same as from an exported model
+        config.save_pretrained(
+            unfinished
+        )  # AutoTokenizer picks the class by it: the same as from an exported model
 
     build_once(folder, build)
     return folder

@@ -12,7 +12,9 @@ from orchestrator.settings.spec import Quantized
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OUTLIER = 6.0  # an activation larger than this keeps 16 bits: Dettmers et al. 2022, arXiv 2208.07339
+OUTLIER = (
+    6.0  # an activation larger than this keeps 16 bits: Dettmers et al. 2022, arXiv 2208.07339
+)
 
 
 def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -> "PreTrainedModel":
@@ -21,12 +23,16 @@ def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    made: dict[int, Any] = {}  # deepcopy does not copy modules in its memo: no full copy ever exists
+    made: dict[
+        int, Any
+    ] = {}  # deepcopy does not copy modules in its memo: no full copy ever exists
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             made[id(module)] = _linear(module, kind, device)
     other: Any = copy.deepcopy(model, made).requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
-    setattr(other, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # peft looks for it
+    setattr(
+        other, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True
+    )  # peft looks for it
     return other
 
 
@@ -37,7 +43,9 @@ def exact_int8_products() -> None:
     bits: sums overflow fp16 (65,504, and one product is up to 16,129), and bf16 keeps 8 bits of them.
     """
     op = "bitsandbytes::int8_linear_matmul"
-    if "bitsandbytes" in sys.modules and not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"):
+    if "bitsandbytes" in sys.modules and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        op, "CPU"
+    ):
         torch.library.register_kernel(op, "cpu", _int8_product)
 
 
@@ -69,7 +77,9 @@ def unquantized(layer: Any) -> Any:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         held: Any = layer  # the first forward pass moves its scales from the weight to the state
-        full = int8_vectorwise_dequant(held.weight.data, held.state.SCB if held.weight.SCB is None else held.weight.SCB)
+        full = int8_vectorwise_dequant(
+            held.weight.data, held.state.SCB if held.weight.SCB is None else held.weight.SCB
+        )
     else:
         return layer
     if getattr(layer, "was_conv1d", False):
@@ -98,7 +108,9 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
 
     bnb: Any = bnb_  # bitsandbytes does not export its types
     weight: torch.Tensor = linear.weight.detach()
-    weight = weight if isinstance(linear, nn.Linear) else weight.t().contiguous()  # GPT-2's Conv1D is [in, out]
+    weight = (
+        weight if isinstance(linear, nn.Linear) else weight.t().contiguous()
+    )  # GPT-2's Conv1D is [in, out]
     options: Any = {"bias": linear.bias is not None, "device": "meta"}
     made: Any
     was_conv1d = not isinstance(linear, nn.Linear)
@@ -110,10 +122,20 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
     else:
         made = bnb.LinearNF4(weight.shape[1], weight.shape[0], compress_statistics=False, **options)
         made.weight = bnb.Params4bit(
-            weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=False, module=made
+            weight.cpu(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=False,
+            module=made,
         )
-        made.support_avx512bf16_for_cpu = False  # it repacks the weight at the first evaluation; then training fails
-    made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        made.support_avx512bf16_for_cpu = (
+            False  # it repacks the weight at the first evaluation; then training fails
+        )
+    made.bias = (
+        None
+        if linear.bias is None
+        else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+    )
     made = made.to(device)
     made.was_conv1d = was_conv1d
     made.register_forward_pre_hook(_as_matrix)
@@ -128,7 +150,10 @@ def _own_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Te
     """Copy an fp16 input on a CPU: bitsandbytes temporarily zeroes outliers in place, which autograd treats as a
     change."""
     there, *rest = inputs
-    return (there.clone() if there.dtype == torch.float16 and there.device.type == "cpu" else there, *rest)
+    return (
+        there.clone() if there.dtype == torch.float16 and there.device.type == "cpu" else there,
+        *rest,
+    )
 
 
 def _as_matrix(layer: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -23,7 +23,13 @@ from orchestrator.models.adapters import (
     scalings,
     without_adapter,
 )
-from orchestrator.models.layers import UpperLayers, captured_at, decoder_layers, freeze_lowest, lowest
+from orchestrator.models.layers import (
+    UpperLayers,
+    captured_at,
+    decoder_layers,
+    freeze_lowest,
+    lowest,
+)
 from orchestrator.models.loading import check_weights, config_at, tokenizer_at
 from orchestrator.models.logps import body_hidden, layout_of, sequence_logps, small_batches
 from orchestrator.models.mapped import mapped_twin
@@ -46,9 +52,13 @@ class Reference:
     """A separate frozen model. Deliberately not an nn.Module, so that a module that holds it registers no parameter."""
 
     model: "PreTrainedModel"
-    capture_layer: int | None = None  # the layer of the policy whose input it needs; None for a separate model
+    capture_layer: int | None = (
+        None  # the layer of the policy whose input it needs; None for a separate model
+    )
     is_start = False  # True if its weights are those that the policy starts with
-    exact: "Reference | None" = None  # another model that it approximates, until the error is measured
+    exact: "Reference | None" = (
+        None  # another model that it approximates, until the error is measured
+    )
     is_synced = False  # True if `sync` will be called
     ld_alpha: float | None = None  # dpo.ld_alpha: it sums a sequence as the policy does
     weights: dict[str, torch.Tensor] = {}  # empty unless it is a separate model
@@ -127,13 +137,19 @@ class SharedLayers(Reference):
         if captured is None:
             return super().__call__(batch)
         with torch.no_grad():
-            return sequence_logps(self.model, batch, self.upper(captured, **layout_of(batch)), self.ld_alpha)
+            return sequence_logps(
+                self.model, batch, self.upper(captured, **layout_of(batch)), self.ld_alpha
+            )
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
         """Return the upper layers, and all other modules of the model that hold weights of their own."""
         policys = {id(p) for p in policy.parameters()}
         found: list[nn.Module] = list(decoder_layers(self.model)[self.capture_layer :])
-        inside = {module for layer in (*found, *lowest(policy, self.capture_layer or 0)) for module in layer.modules()}
+        inside = {
+            module
+            for layer in (*found, *lowest(policy, self.capture_layer or 0))
+            for module in layer.modules()
+        }
         for module in self.model.modules():
             held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
             own = [tensor for tensor in held if id(tensor) not in policys]
@@ -220,7 +236,10 @@ class Absent(Reference):
 
 
 def identity_of(
-    tensors: dict[str, torch.Tensor], config: Any, world: World, types: Mapping[str, torch.dtype] | None = None
+    tensors: dict[str, torch.Tensor],
+    config: Any,
+    world: World,
+    types: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Any]:
     """Return what a model's log-probs depend on: its config and the sha256 of its weights. Collective: each rank hashes
     a part of the weights.
@@ -235,12 +254,18 @@ def identity_of(
         mine.append(hashlib.sha256(content).hexdigest())
     digests = world.gather(mine)
     whole = [(name, digests[i % world.size][i // world.size]) for i, (name, _) in enumerate(named)]
-    kept = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    kept = {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in ("_name_or_path", "transformers_version")
+    }
     kept = json.loads(json.dumps(kept, sort_keys=True, default=str))
     return {"weights": hashlib.sha256(json.dumps(whole).encode()).hexdigest(), "config": kept}
 
 
-def check_reference(spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_reference(
+    spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
     """Check, before any weight is loaded, that another model as reference has the policy's tokens.
 
     Raises:
@@ -264,13 +289,17 @@ def check_reference(spec: RunSpec, policy_config: Any, tokenizer: "PreTrainedTok
     different = [token for token in ours if others.get(token) != ours[token]]
     if different:
         token = min(different, key=ours.__getitem__)
-        rule = f"its tokenizer maps {token!r} to id {others.get(token)}, the policy's to {ours[token]}"
+        rule = (
+            f"its tokenizer maps {token!r} to id {others.get(token)}, the policy's to {ours[token]}"
+        )
         raise UserError("reference.path", path, f"{rule} ({len(different)} tokens differ)", cure)
 
 
 def _tokenizer_at(path: str) -> Any:
     """Load the tokenizer of a model; None if it has none: a folder with weights only is a valid reference."""
-    if os.path.isdir(path) and not any("token" in name or "vocab" in name for name in os.listdir(path)):
+    if os.path.isdir(path) and not any(
+        "token" in name or "vocab" in name for name in os.listdir(path)
+    ):
         return None  # transformers would create an empty one
     try:
         return tokenizer_at("reference.path", path)
@@ -324,11 +353,15 @@ def build_reference(
     return made
 
 
-def place(reference: Reference, policy: "PreTrainedModel", device: torch.device, dtype: torch.dtype | None) -> None:
+def place(
+    reference: Reference, policy: "PreTrainedModel", device: torch.device, dtype: torch.dtype | None
+) -> None:
     """Move the reference's own weights to the device and cast them to a dtype (None: keep theirs)."""
     for module in reference.own_modules(policy):
         for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():  # others are the codes of a quantised layer, already on the device
+            if (
+                tensor.is_floating_point()
+            ):  # others are the codes of a quantised layer, already on the device
                 is_buffer = not isinstance(tensor, nn.Parameter)  # rotary frequencies are not cast
                 tensor.data = tensor.data.to(device, None if is_buffer else dtype)
 
@@ -356,9 +389,13 @@ def create_reference_model(
         try:
             layers = model.get_submodule(pattern.partition("{layer}")[0].rstrip("."))
         except AttributeError as error:
-            raise ValueError(f"pattern {pattern!r} does not match any layers of this model: {error}") from None
+            raise ValueError(
+                f"pattern {pattern!r} does not match any layers of this model: {error}"
+            ) from None
     if not 0 <= num_shared_layers < len(layers):
-        raise ValueError(f"num_shared_layers = {num_shared_layers}: the model has {len(layers)} layers")
+        raise ValueError(
+            f"num_shared_layers = {num_shared_layers}: the model has {len(layers)} layers"
+        )
     return _sharing(model, num_shared_layers, keep_head=True, layers=layers)
 
 
@@ -381,7 +418,9 @@ def _sharing(
     one |= {id(x): x for m in lower for x in (m, *m.parameters())}
     if was_tied:
         head: Any = model.get_output_embeddings()
-        one[id(head.weight)] = model.get_input_embeddings().weight  # tied, as it was before freeze_lowest
+        one[id(head.weight)] = (
+            model.get_input_embeddings().weight
+        )  # tied, as it was before freeze_lowest
     made = copy.deepcopy(model, one)  # deepcopy does not copy objects in its memo
     models = set(model.modules())
     for module in made.modules():
@@ -390,16 +429,22 @@ def _sharing(
     return made.requires_grad_(False)
 
 
-def _copy(spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype, device: torch.device) -> Reference:
+def _copy(
+    spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype, device: torch.device
+) -> Reference:
     """Build a copy of the policy's start or load the model at reference.path, in reference.dtype or quantised."""
     wanted = spec.reference
     full: Any = policy  # the model that the reference is, or approximates
     if wanted.path is not None:
-        full = load_model("reference.path", wanted.path, spec.model.disable_dropout, dtype, mapped=wanted.sharded)
+        full = load_model(
+            "reference.path", wanted.path, spec.model.disable_dropout, dtype, mapped=wanted.sharded
+        )
     elif spec.model.lora is not None or wanted.kind not in get_args(Quantized):
         full = _start_of(spec, policy)
     if wanted.kind in get_args(Quantized):
-        if full.dtype != dtype:  # its layers return their input's dtype, and autocast cannot mix two 16-bit dtypes
+        if (
+            full.dtype != dtype
+        ):  # its layers return their input's dtype, and autocast cannot mix two 16-bit dtypes
             full = cast_to(full, "fp32")
         model = quantized(full, wanted.kind, device)  # pyright: ignore[reportArgumentType]
     else:
@@ -424,7 +469,10 @@ def _start_of(spec: RunSpec, policy: "PreTrainedModel") -> Any:
         policy.to("cpu")  # pyright: ignore[reportArgumentType] - two models may not fit the device
     start = mapped_twin(policy) if spec.reference.sharded else copy.deepcopy(policy)
     policy.to(device)  # pyright: ignore[reportArgumentType]
-    goes_on, is_quantised = lora is not None and lora.adapter_path is not None, spec.reference.kind != "copy"
+    goes_on, is_quantised = (
+        lora is not None and lora.adapter_path is not None,
+        spec.reference.kind != "copy",
+    )
     if lora is None or (goes_on and not is_quantised):
         return start
     return without_adapter(start, merged=goes_on)
@@ -438,11 +486,19 @@ def _let_move(reference: Reference, policy: "PreTrainedModel") -> None:
     """
     theirs = dict(policy.named_parameters(remove_duplicate=False))
     reference.is_synced = True
-    head, embeddings = reference.model.get_output_embeddings(), reference.model.get_input_embeddings()
+    head, embeddings = (
+        reference.model.get_output_embeddings(),
+        reference.model.get_input_embeddings(),
+    )
     assert head is not None
     policys_head: Any = policy.get_output_embeddings()
-    if head.weight is embeddings.weight and policys_head.weight is not policy.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # the policy's head was untied
+    if (
+        head.weight is embeddings.weight
+        and policys_head.weight is not policy.get_input_embeddings().weight
+    ):
+        head.weight = nn.Parameter(
+            head.weight.detach().clone(), requires_grad=False
+        )  # the policy's head was untied
         name = next(n for n, m in reference.model.named_modules() if m is head)
         reference.weights[f"{name}.weight"] = head.weight
         if isinstance(reference, SharedLayers):
@@ -499,7 +555,9 @@ def check_function(ref_model: RefModel | None) -> None:
         raise UserError("ref_model", type(ref_model).__name__, rule, cure)
 
 
-def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, device: torch.device) -> Reference:
+def _of_function(
+    spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, device: torch.device
+) -> Reference:
     """Build the reference from the model that a user's function returns; lowest layers that share the policy's memory
     become SharedLayers, which run once.
 
@@ -510,13 +568,17 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, 
     wanted = spec.reference
     if wanted.kind != "copy" or wanted.path is not None or wanted.dtype is not None:
         rule = "the settings define the reference too"
-        raise UserError(key, name, rule, "remove reference.kind, reference.path and reference.dtype")
+        raise UserError(
+            key, name, rule, "remove reference.kind, reference.path and reference.dtype"
+        )
     model: Any = ref_model(policy)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # unwraps peft's model, and keeps the adapter layers
     if not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")):
         cure = "for example ref_model=lambda policy: AutoModelForCausalLM.from_pretrained(...)"
-        raise UserError(key, name, f"returned a {type(model).__name__}", f"return a causal LM, {cure}")
+        raise UserError(
+            key, name, f"returned a {type(model).__name__}", f"return a causal LM, {cure}"
+        )
     sizes = [config.get_text_config().vocab_size for config in (policy.config, model.config)]
     if sizes[0] != sizes[1]:
         rule = f"returned a model with a vocabulary of {sizes[1]} tokens, the policy has {sizes[0]}"
@@ -526,11 +588,15 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, 
     both = [trained[p.data_ptr()] for p in model.parameters() if p.data_ptr() in trained]
     if both:
         rule = f"returned a model that holds the policy's {both[0]}, which trains"
-        raise UserError(key, name, rule, "return a copy, for example by create_reference_model(policy, 6)")
+        raise UserError(
+            key, name, rule, "return a copy, for example by create_reference_model(policy, 6)"
+        )
     count = _layers_in_common(policy, model)
     if count is not None and not spec.model.disable_dropout:
         rule = "the policy's dropout would reach the reference through the layers that ref_model shares"
-        raise UserError("model.disable_dropout", False, rule, "set it to true, or do not share layers")
+        raise UserError(
+            "model.disable_dropout", False, rule, "set it to true, or do not share layers"
+        )
     held = "shares layers with the policy" if count is not None else "is in 8 or 4 bits"
     if wanted.offload and (count is not None or is_quantized(model)):
         raise UserError("reference.offload", True, f"the model from ref_model {held}", "remove it")
@@ -541,7 +607,9 @@ def _of_function(spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, 
         made = SharedLayers(_with_the_policys(model, policy, count), policy, count)
         _check_upper(made, policy)
     else:
-        stays = wanted.offload or wanted.sharded or model.device == device  # a 4-bit model does not support .to()
+        stays = (
+            wanted.offload or wanted.sharded or model.device == device
+        )  # a 4-bit model does not support .to()
         made = Reference(model if stays else model.to(device))
     made.is_start = _equal(policy, made)
     return made
@@ -551,17 +619,23 @@ def _layers_in_common(policy: "PreTrainedModel", model: "PreTrainedModel") -> in
     """Return how many of the lowest layers share the policy's memory; None if not even the embeddings do."""
 
     def is_one(ours: nn.Module, theirs: nn.Module) -> bool:
-        return [p.data_ptr() for p in ours.parameters()] == [p.data_ptr() for p in theirs.parameters()]
+        return [p.data_ptr() for p in ours.parameters()] == [
+            p.data_ptr() for p in theirs.parameters()
+        ]
 
     if not is_one(policy.get_input_embeddings(), model.get_input_embeddings()):
         return None
-    for number, (ours, theirs) in enumerate(zip(decoder_layers(policy), decoder_layers(model), strict=False)):
+    for number, (ours, theirs) in enumerate(
+        zip(decoder_layers(policy), decoder_layers(model), strict=False)
+    ):
         if not is_one(ours, theirs):
             return number
     return None  # all layers are shared: none is left to run separately
 
 
-def _with_the_policys(model: "PreTrainedModel", policy: "PreTrainedModel", count: int) -> "PreTrainedModel":
+def _with_the_policys(
+    model: "PreTrainedModel", policy: "PreTrainedModel", count: int
+) -> "PreTrainedModel":
     """Replace modules of the model that share the policy's memory by the policy's, so that they stay shared when moved
     or cast."""
     ours = {id(m) for m in lowest(policy, count)}
@@ -577,6 +651,8 @@ def _equal(policy: "PreTrainedModel", reference: Reference) -> bool:
     if ours.keys() != theirs.keys():
         return False
     return all(
-        ours[name].dtype == value.dtype and ours[name].shape == value.shape and torch.equal(ours[name], value)
+        ours[name].dtype == value.dtype
+        and ours[name].shape == value.shape
+        and torch.equal(ours[name], value)
         for name, value in theirs.items()
     )

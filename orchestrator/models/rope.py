@@ -20,14 +20,18 @@ BY_LENGTH = ("dynamic", "longrope")
 def _parameters(config: Any) -> list[dict[str, Any]]:
     """Return the rope parameters of a config: one set, or one for each type of layer."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return [each for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each]
+    return [
+        each for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each
+    ]
 
 
 def fixed_up_to(config: Any) -> int | None:
     """Return the length up to which the frequencies are the same for all sequences; None if they never differ."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     lengths = [
-        rope.get("original_max_position_embeddings") or limit if rope["rope_type"] == "longrope" else limit
+        rope.get("original_max_position_embeddings") or limit
+        if rope["rope_type"] == "longrope"
+        else limit
         for rope in _parameters(config)
         if rope["rope_type"] in BY_LENGTH
     ]
@@ -45,13 +49,18 @@ def most_positions(config: Any) -> int | None:
         return window  # beyond it Doge selects keys by all tokens, including later ones
     if limit is None or limit < 1 or any(rope["rope_type"] == "dynamic" for rope in scaled):
         return None
-    before = [(rope.get("factor"), rope.get("original_max_position_embeddings") or limit) for rope in scaled]
+    before = [
+        (rope.get("factor"), rope.get("original_max_position_embeddings") or limit)
+        for rope in scaled
+    ]
     return max([limit, *(int(factor * length) for factor, length in before if factor)])
 
 
 def use_own_lengths(model: "PreTrainedModel") -> None:
     """Use the frequencies of its own length for each row of a padded batch."""
-    if any(isinstance(getattr(module, "rows_by_length", None), _Rows) for module in model.modules()):
+    if any(
+        isinstance(getattr(module, "rows_by_length", None), _Rows) for module in model.modules()
+    ):
         return
     rows = _Rows()
     body_of(model).register_forward_pre_hook(rows.note_lengths, with_kwargs=True)
@@ -84,7 +93,9 @@ class _Rows:
             if name.endswith("max_seq_len_cached"):
                 setattr(rotary, name, 0)
 
-    def by_row(self, rotary: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
+    def by_row(
+        self, rotary: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any
+    ) -> Any:
         """Call the module once for each length, and combine the results by row."""
         lengths = self.lengths
         if lengths is None or (lengths == lengths[0]).all():
@@ -92,7 +103,9 @@ class _Rows:
         whole = output
         for length in lengths.unique().tolist():
             self.forget_longest(rotary, args)
-            found = rotary.forward(*_clamped(args, length - 1), **_clamped_keywords(options, length - 1))
+            found = rotary.forward(
+                *_clamped(args, length - 1), **_clamped_keywords(options, length - 1)
+            )
             whole = _where(lengths == length, found, whole)
         return whole
 

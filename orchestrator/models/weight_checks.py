@@ -21,7 +21,9 @@ WRAPPERS = {
     "base_model.model.": "peft",
     "pretrained_model.": "TRL's value head",
 }
-HEADS_OF_OTHER_TASKS = re.compile(r"(^|\.)(score|v_head|value_head|reward_head|classifier|regression_head)\.")
+HEADS_OF_OTHER_TASKS = re.compile(
+    r"(^|\.)(score|v_head|value_head|reward_head|classifier|regression_head)\."
+)
 # Weights that no causal LM of transformers uses: heads that predict further tokens, and buffers of old releases.
 NEVER_USED = re.compile(r"(^|\.)mtp(_\w+)?\.|inv_freq$|\.masked_bias$")
 
@@ -38,18 +40,26 @@ class WeightDifferences:
     def from_loading_info(cls, info: dict[str, Any]) -> "WeightDifferences":
         """Return the differences that transformers' `from_pretrained(output_loading_info=True)` reports."""
         unexpected = sorted(name for name in info["unexpected_keys"] if not NEVER_USED.search(name))
-        mismatched = sorted((name, tuple(ours), tuple(its)) for name, ours, its in info["mismatched_keys"])
+        mismatched = sorted(
+            (name, tuple(ours), tuple(its)) for name, ours, its in info["mismatched_keys"]
+        )
         return cls(sorted(info["missing_keys"]), unexpected, mismatched)
 
     @classmethod
     def between(cls, files: dict[str, Shape], model: dict[str, Shape]) -> "WeightDifferences":
         """Return the differences between the shapes in files and those in a model."""
         both = sorted(files.keys() & model.keys())
-        mismatched = [(name, files[name], model[name]) for name in both if files[name] != model[name]]
-        return cls(sorted(model.keys() - files.keys()), sorted(files.keys() - model.keys()), mismatched)
+        mismatched = [
+            (name, files[name], model[name]) for name in both if files[name] != model[name]
+        ]
+        return cls(
+            sorted(model.keys() - files.keys()), sorted(files.keys() - model.keys()), mismatched
+        )
 
 
-def check_complete(key: str, source: str, differences: WeightDifferences, model: str, fix: str | None = None) -> None:
+def check_complete(
+    key: str, source: str, differences: WeightDifferences, model: str, fix: str | None = None
+) -> None:
     """Check that files hold exactly the weights that the model has.
 
     transformers and peft initialise missing weights anew, and drop the others, without an error.
@@ -64,7 +74,11 @@ def check_complete(key: str, source: str, differences: WeightDifferences, model:
     Raises:
         UserError: the weights are not exactly those of the model.
     """
-    missing, unexpected, mismatched = differences.missing, differences.unexpected, differences.mismatched
+    missing, unexpected, mismatched = (
+        differences.missing,
+        differences.unexpected,
+        differences.mismatched,
+    )
     if mismatched:
         name, in_files, in_model = mismatched[0]
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
@@ -72,13 +86,22 @@ def check_complete(key: str, source: str, differences: WeightDifferences, model:
         raise UserError(key, source, rule, "use files and a config that belong together")
     if missing and (wrapper := _wrapper_in(unexpected)):
         rule = f"{wrapper!r} of {WRAPPERS[wrapper]} is in the names of its weights, so {_listed(missing)} missing"
-        raise UserError(key, source, rule, f"save the model without the wrapper, or remove {wrapper!r} from the names")
+        raise UserError(
+            key,
+            source,
+            rule,
+            f"save the model without the wrapper, or remove {wrapper!r} from the names",
+        )
     if missing or unexpected:
         rules = []
         if missing:
-            rules.append(f"{_listed(missing)} missing from its files and would be newly initialised")
+            rules.append(
+                f"{_listed(missing)} missing from its files and would be newly initialised"
+            )
         if unexpected:
-            rules.append(f"its files hold what {model} does not use: {_listed(unexpected, verb=False)}")
+            rules.append(
+                f"its files hold what {model} does not use: {_listed(unexpected, verb=False)}"
+            )
         raise UserError(key, source, "; ".join(rules), fix or _fix(missing, unexpected, model))
 
 
@@ -93,7 +116,9 @@ def check_finite(key: str, source: str, tensors: Iterable[tuple[str, torch.Tenso
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
             continue
-        if not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():  # NaN propagates into both
+        if (
+            not torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
+        ):  # NaN propagates into both
             bad = int((~torch.isfinite(tensor)).sum())
             kind = "NaN" if tensor.isnan().any() else "inf"
             rule = f"{name} holds {kind}: {bad} of its {tensor.numel()} values are not finite in {tensor.dtype}"

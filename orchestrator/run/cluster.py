@@ -23,7 +23,9 @@ from orchestrator.settings.spec import RunSpec, UserError
 # only settings and small objects through Ray; the rest spills to disk.
 OBJECT_STORE_BYTES = 256 * 2**20
 SOCKET_BYTES = 107  # maximum length of a Unix socket's name on Linux
-LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below Ray's folder
+LONGEST_SOCKET = (
+    "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below Ray's folder
+)
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
 
@@ -46,7 +48,9 @@ def entered(spec: RunSpec | None) -> Iterator[None]:
         UserError: neither is possible in this environment.
     """
     authenticate(spec)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that its default will change
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # else Ray warns that its default will change
     check_head()
     # Ray starts workers at nice 15: beside two busy processes on two cores ranks got 3 % of a core
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -55,12 +59,17 @@ def entered(spec: RunSpec | None) -> Iterator[None]:
         import ray
 
         if ray.is_initialized():
-            rule, cure = "this process has already called ray.init", "call ray.shutdown() before training"
+            rule, cure = (
+                "this process has already called ray.init",
+                "call ray.shutdown() before training",
+            )
             raise UserError("ray.init", None, rule, cure)
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         except Exception as error:  # Ray raises many types, including Exception itself
-            raise _cannot_join(error) if is_joined() else _cannot_start(error, options["_temp_dir"]) from None
+            raise (
+                _cannot_join(error) if is_joined() else _cannot_start(error, options["_temp_dir"])
+            ) from None
         try:
             yield
         finally:
@@ -96,11 +105,16 @@ def _ray_folder() -> Iterator[str]:
     short = next((each for each in SHORT_FOLDERS if os.access(each, os.W_OK | os.X_OK)), None)
     if short is None:
         rule = f"is too long: the name of a socket in it can have at most {SOCKET_BYTES} bytes"
-        raise UserError(key, parent, rule, "set RAY_TMPDIR to a shorter folder that you can write to")
+        raise UserError(
+            key, parent, rule, "set RAY_TMPDIR to a shorter folder that you can write to"
+        )
     with tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True) as here:
         link = os.path.join(here, "t")
         os.symlink(_existing(folder, key), link)
-        print(f"Ray's files are in {folder}, through the link {link}: {key} is too long for its sockets", flush=True)
+        print(
+            f"Ray's files are in {folder}, through the link {link}: {key} is too long for its sockets",
+            flush=True,
+        )
         yield link
 
 
@@ -115,7 +129,9 @@ def _existing(folder: str, key: str) -> str:
 
 def _cannot_use(key: str, folder: str, error: OSError) -> UserError:
     rule = f"Ray's files cannot be written there ({one_line(error)})"
-    return UserError(key, folder, rule, "set RAY_TMPDIR to a folder with room that you can write to")
+    return UserError(
+        key, folder, rule, "set RAY_TMPDIR to a folder with room that you can write to"
+    )
 
 
 def _use_train_v2() -> None:
@@ -141,11 +157,18 @@ def _cannot_join(error: Exception) -> UserError:
 
 
 def _cannot_start(error: Exception, folder: str) -> UserError:
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOENT):
+    if isinstance(error, OSError) and error.errno in (
+        errno.EACCES,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.ENOENT,
+    ):
         return _cannot_use("RAY_TMPDIR", os.path.dirname(folder), error)
     logs = next(Path(folder).resolve().glob(f"session_*_{os.getpid()}/logs"), folder)
     cure = f"see {logs}, or train without Ray: orchestrator debug FILE --nproc N"
-    return UserError("RAY_ADDRESS", None, f"Ray does not start on this machine ({one_line(error)})", cure)
+    return UserError(
+        "RAY_ADDRESS", None, f"Ray does not start on this machine ({one_line(error)})", cure
+    )
 
 
 def authenticate(spec: RunSpec | None) -> None:
@@ -177,7 +200,9 @@ def check_head() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):
         cure = "use it with orchestrator submit --to ray --address, or set RAY_ADDRESS=HEAD:6379"
-        raise UserError("RAY_ADDRESS", address, "is the address of a job server, not of a cluster", cure)
+        raise UserError(
+            "RAY_ADDRESS", address, "is the address of a job server, not of a cluster", cure
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return
@@ -185,4 +210,6 @@ def check_head() -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
         cure = "start the cluster's head there (ray start --head), or unset RAY_ADDRESS"
-        raise UserError("RAY_ADDRESS", address, f"no Ray answers there ({one_line(error)})", cure) from None
+        raise UserError(
+            "RAY_ADDRESS", address, f"no Ray answers there ({one_line(error)})", cure
+        ) from None

@@ -25,7 +25,13 @@ from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.user_objects import ComputeMetrics, GivenCallback, UserObjects, check_arguments, check_spec
+from orchestrator.training.user_objects import (
+    ComputeMetrics,
+    GivenCallback,
+    UserObjects,
+    check_arguments,
+    check_spec,
+)
 from orchestrator.training.worker import run
 from orchestrator.world import A_WEEK, World
 
@@ -79,7 +85,9 @@ def debug(
         steps = None
         if profile is not None:
             steps = _chosen(spec, prepare(spec, given).train.pairs_per_epoch, run_dir, profile)
-        elif world.size == 1:  # with several ranks, none may wait in a collective while another tokenises
+        elif (
+            world.size == 1
+        ):  # with several ranks, none may wait in a collective while another tokenises
             prepare(spec, given)
         if world.is_main:
             run_dir.begin(spec)
@@ -92,7 +100,9 @@ def debug(
 @contextmanager
 def joined(spec: RunSpec, post_mortem: bool) -> Iterator[World]:
     """Yield the World of this process, and leave it at the end; with post_mortem, collectives do not time out."""
-    world = World.join(int(A_WEEK.total_seconds()) if post_mortem else spec.cluster.collective_timeout_s)
+    world = World.join(
+        int(A_WEEK.total_seconds()) if post_mortem else spec.cluster.collective_timeout_s
+    )
     try:
         yield world
     finally:
@@ -130,7 +140,9 @@ def _chosen(spec: RunSpec, per_epoch: int, run_dir: RunDir, profile: Steps) -> t
         return min(taken + 3, last), min(taken + 5, last)
     if not taken < profile[0] <= profile[-1] <= last:
         rule = f"the remaining steps of this run are {taken + 1} to {last}"
-        raise UserError("--profile", _written(profile), rule, f"for example --profile={taken + 1}:{last}")
+        raise UserError(
+            "--profile", _written(profile), rule, f"for example --profile={taken + 1}:{last}"
+        )
     return profile[0], profile[-1]
 
 
@@ -139,7 +151,11 @@ def _written(profile: Steps) -> str | bool:
 
 
 def debug_ranks(
-    spec: RunSpec, ranks: int, command: list[str], profile: Steps | None = None, keeps_run: bool = True
+    spec: RunSpec,
+    ranks: int,
+    command: list[str],
+    profile: Steps | None = None,
+    keeps_run: bool = True,
 ) -> int:
     """Start `command` once per rank on this machine; return the first exit code that is not 0.
 
@@ -160,7 +176,12 @@ def debug_ranks(
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), OWNED: "1"}
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            OWNED: "1",
+        }
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
         shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -189,7 +210,9 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
             forward(signal.SIGKILL, None)
         time.sleep(POLL_S)
-    codes = [code if code >= 0 else 1 for code in (process.returncode for process in processes)]  # below 0: a signal
+    codes = [
+        code if code >= 0 else 1 for code in (process.returncode for process in processes)
+    ]  # below 0: a signal
     if 2 in codes:  # a UserError of one rank is the reason; the others failed because of it
         return 2
     return next((code for code in codes if code not in (0, 3)), max(codes))

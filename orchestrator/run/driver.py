@@ -34,7 +34,13 @@ from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import TrainingError
-from orchestrator.training.user_objects import ComputeMetrics, GivenCallback, UserObjects, check_arguments, check_spec
+from orchestrator.training.user_objects import (
+    ComputeMetrics,
+    GivenCallback,
+    UserObjects,
+    check_arguments,
+    check_spec,
+)
 from orchestrator.training.worker import run
 from orchestrator.world import World, use_interface
 
@@ -89,20 +95,31 @@ def train(
             return done
         _check_local_size(spec)
         if spec.cluster.preflight:
-            _refuse(preflight.look_here(spec) + preflight.space_checks(spec, optimizers is not None))
+            _refuse(
+                preflight.look_here(spec) + preflight.space_checks(spec, optimizers is not None)
+            )
         prepare(spec, given)  # errors of settings and data are raised here, before Ray starts
         run_dir.begin(spec)
         with entered(spec), _stop_on_signal(run_dir), _following(rank_log(run_dir, 0)):
-            return _supervised(spec, run_dir, lambda wait_s: _fit(spec, run_dir, sent, wait_s, looked_at))
+            return _supervised(
+                spec, run_dir, lambda wait_s: _fit(spec, run_dir, sent, wait_s, looked_at)
+            )
 
 
-def _supervised(spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception | None]) -> RunResult:
+def _supervised(
+    spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception | None]
+) -> RunResult:
     """Call fit until the run ends. Ray's own FailureConfig stays 0: it would retry from a checkpoint of its choice.
 
     fit: function from seconds to wait for nodes to the exception that ended the attempt, or None.
     """
     supervisor = Supervisor(spec.cluster.max_failures)
-    outcomes: Any = {"finished": "ended", "stopped": "ended", "refused": "refused", "failed": "failed"}
+    outcomes: Any = {
+        "finished": "ended",
+        "stopped": "ended",
+        "refused": "refused",
+        "failed": "failed",
+    }
     wait_s, where = CLUSTER_WAIT_S, "the start"
     while True:
         run_dir.result.unlink(missing_ok=True)
@@ -189,7 +206,8 @@ def _fit(
             name=f"{spec.run.name}-{time.time_ns()}",
             # if fewer are enough, do not wait for workers without room
             failure_config=FailureConfig(
-                max_failures=0, controller_failure_limit=0 if workers > spec.cluster.min_workers else -1
+                max_failures=0,
+                controller_failure_limit=0 if workers > spec.cluster.min_workers else -1,
             ),
         ),
     )
@@ -217,7 +235,10 @@ def _torch_config(spec: RunSpec, backend: str) -> Any:
     import ray
     from ray.train.torch import TorchConfig
 
-    name, head = spec.cluster.network_interface, ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
+    name, head = (
+        spec.cluster.network_interface,
+        ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]"),
+    )
 
     class Backend(TorchConfig().backend_cls):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
@@ -238,18 +259,28 @@ def worker_loop(config: dict[str, Any]) -> None:
     run_dir = RunDir(spec.run_dir)
     world = World.join(spec.cluster.collective_timeout_s, config["use_gpu"])
     with (
-        open(rank_log(run_dir, world.rank), "a", buffering=1, encoding="utf-8", errors="backslashreplace") as log,
+        open(
+            rank_log(run_dir, world.rank),
+            "a",
+            buffering=1,
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as log,
         redirect_stdout(log),
         redirect_stderr(log),
     ):
-        logging.basicConfig(stream=log, level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+        logging.basicConfig(
+            stream=log, level=logging.WARNING, format="%(levelname)s: %(message)s", force=True
+        )
         try:
             _say_where(world)
             # Checkpoints are not reported to Ray: it accepts only those in its own folder, waits up to 2 s for each
             # report, and can lose its record of them in a crash. Manifests record which exist.
             run(spec, world, LocalSession(run_dir, world.rank), _unpickled(config["given"], world))
         except UserError as error:
-            run_dir.write_result({"status": "refused", "error": [error.key, error.value, error.rule, error.cure]})
+            run_dir.write_result(
+                {"status": "refused", "error": [error.key, error.value, error.rule, error.cure]}
+            )
             raise
         except TrainingError as error:
             run_dir.write_result({"status": "failed", "reason": str(error)})
@@ -271,8 +302,15 @@ def _say_where(world: World) -> None:
     for rank, node in enumerate(world.gather(here)):
         nodes.setdefault(node, []).append(rank)
     if world.is_main:
-        ranks = (f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}" for ranks in nodes.values())
-        print("ranks: " + "; ".join(f"{each} on {node}" for each, node in zip(ranks, nodes, strict=True)), flush=True)
+        ranks = (
+            f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+            for ranks in nodes.values()
+        )
+        print(
+            "ranks: "
+            + "; ".join(f"{each} on {node}" for each, node in zip(ranks, nodes, strict=True)),
+            flush=True,
+        )
 
 
 def _pickled(spec: RunSpec, given: UserObjects) -> dict[str, bytes]:
@@ -293,7 +331,9 @@ def _pickled(spec: RunSpec, given: UserObjects) -> dict[str, bytes]:
         except Exception as error:  # any object inside may raise any exception
             reason = " ".join(str(error).split())[:160]
             cure = "store only names and paths in it, and create models and open files when it is called"
-            raise UserError(name, repr(part), f"cannot be sent to the workers ({reason})", cure) from None
+            raise UserError(
+                name, repr(part), f"cannot be sent to the workers ({reason})", cure
+            ) from None
     return sent
 
 
@@ -358,9 +398,14 @@ def _check_local_size(spec: RunSpec) -> None:
     """Check before Ray starts that the workers fit on this machine, unless a cluster is joined."""
     if is_joined():
         return
-    cores, each = usable_cores(), spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0)
+    cores, each = (
+        usable_cores(),
+        spec.cluster.resources.get("CPU", 1 if not spec.cluster.resources else 0),
+    )
     if spec.cluster.min_workers * each > cores:
-        raise _too_small(spec, f"{each:g} CPU each, but this machine has {cores} CPUs", int(cores // each))
+        raise _too_small(
+            spec, f"{each:g} CPU each, but this machine has {cores} CPUs", int(cores // each)
+        )
 
 
 def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
@@ -397,7 +442,10 @@ def _workers(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int
                     if not printed:
                         printed = True
                         fewest = cluster.min_workers
-                        print(f"workers: {count} of {fewest} are placed; waiting for the others", flush=True)
+                        print(
+                            f"workers: {count} of {fewest} are placed; waiting for the others",
+                            flush=True,
+                        )
                     _heed(run_dir)
                     _capacity(spec, wait_s, run_dir)  # Ray notices a lost node only after a while
                 time.sleep(POLL_S)
@@ -429,7 +477,9 @@ def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threadi
     """
     if spec.cluster.placement not in FREE_PLACEMENTS:
         return
-    while training.is_alive() and not run_dir.heartbeat(0).exists():  # the run's own workers are placed first
+    while (
+        training.is_alive() and not run_dir.heartbeat(0).exists()
+    ):  # the run's own workers are placed first
         training.join(POLL_S)
     with _places(spec, spec.cluster.max_workers - workers) as granted:
         found, since = 0, time.monotonic()
@@ -438,7 +488,9 @@ def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threadi
             if (now := granted()) != found:
                 found, since = now, time.monotonic()
             elif found and time.monotonic() - since > GROWTH_WAIT_S and not run_dir.stop.exists():
-                print(f"workers: room for {workers + found}; saving, to resume with them", flush=True)
+                print(
+                    f"workers: room for {workers + found}; saving, to resume with them", flush=True
+                )
                 _ask_for_growth(run_dir)
 
 
@@ -466,7 +518,10 @@ def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> in
         nodes = _alive()
         holds = [node["Resources"] for node in nodes]
         # 0.6 / 0.2 is a little less than 3, and 1 // 0.2 is 4
-        per_node = [int(min(node.get(name, 0) / n for name, n in needed.items() if n) + 1e-6) for node in holds]
+        per_node = [
+            int(min(node.get(name, 0) / n for name, n in needed.items() if n) + 1e-6)
+            for node in holds
+        ]
         fits = _placeable(per_node, spec.cluster.placement)
         if fits >= spec.cluster.min_workers:
             return fits
@@ -475,18 +530,19 @@ def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> in
         if not printed and time.monotonic() > began + CLUSTER_WAIT_S:
             printed = True
             print(
-                f"the cluster can hold {counted(fits, 'worker')}; waiting {wait_s:g} s for a node to join", flush=True
+                f"the cluster can hold {counted(fits, 'worker')}; waiting {wait_s:g} s for a node to join",
+                flush=True,
             )
         _heed(run_dir)
         time.sleep(0.5)
     amounts_each = ", ".join(f"{amount:g} {name}" for name, amount in needed.items())
     alike: dict[str, list[str]] = {}
     for node, has in zip(nodes, holds, strict=True):
-        alike.setdefault(", ".join(f"{has.get(name, 0):g} {name}" for name in needed), []).append(_named(node))
+        alike.setdefault(", ".join(f"{has.get(name, 0):g} {name}" for name in needed), []).append(
+            _named(node)
+        )
     there = "; ".join(f"{amounts} on {preflight.listed(names)}" for amounts, names in alike.items())
-    rule = (
-        f"{amounts_each} each, placed {spec.cluster.placement}, but the nodes of the cluster can hold {fits}: {there}"
-    )
+    rule = f"{amounts_each} each, placed {spec.cluster.placement}, but the nodes of the cluster can hold {fits}: {there}"
     raise _too_small(spec, rule, fits)
 
 
@@ -494,7 +550,9 @@ def _alive() -> list[dict[str, Any]]:
     """Return the live nodes of the cluster as described by Ray, sorted by address."""
     import ray
 
-    return sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
+    return sorted(
+        (node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"]
+    )
 
 
 def _named(node: dict[str, Any]) -> str:
@@ -522,14 +580,20 @@ def doctor(spec: RunSpec | None) -> list[preflight.Check]:
     checks = preflight.space_checks(spec) if spec is not None else []
     if not is_joined():
         # without a cluster all workers are on this machine
-        gpus = spec.cluster.resources.get("GPU", 0) * spec.cluster.min_workers if spec is not None else 0
+        gpus = (
+            spec.cluster.resources.get("GPU", 0) * spec.cluster.min_workers
+            if spec is not None
+            else 0
+        )
         return preflight.look_here(spec, gpus) + checks
     with entered(spec):
         if spec is not None:
             try:
                 _capacity(spec, CLUSTER_WAIT_S)
             except UserError as small:
-                checks.append(preflight.Check(small.key, "", str(small.value), small.rule, small.cure))
+                checks.append(
+                    preflight.Check(small.key, "", str(small.value), small.rule, small.cure)
+                )
         return _look(spec, _nodes(spec)) + checks
 
 
@@ -546,7 +610,9 @@ def _look_at_new_nodes(spec: RunSpec, looked_at: set[str]) -> None:
     nodes = [node for node in _nodes(spec) if node["NodeID"] not in looked_at]
     is_first, began = not looked_at, time.monotonic()
     looked_at |= {node["NodeID"] for node in nodes}
-    if not nodes or looked_at <= {ray.get_runtime_context().get_node_id()}:  # this machine has been checked already
+    if not nodes or looked_at <= {
+        ray.get_runtime_context().get_node_id()
+    }:  # this machine has been checked already
         return
     # a node that is lost while an attempt dies must not end the run
     _refuse(check for check in _look(spec, nodes) if is_first or check.name != preflight.SILENT)
@@ -561,7 +627,11 @@ def _refuse(checks: Iterable[preflight.Check]) -> None:
 def _nodes(spec: RunSpec | None) -> list[dict[str, Any]]:
     """Return the live nodes that can hold a worker; without settings all live nodes."""
     needed = _resources(spec) if spec is not None else {}
-    return [node for node in _alive() if all(node["Resources"].get(name, 0) >= n for name, n in needed.items())]
+    return [
+        node
+        for node in _alive()
+        if all(node["Resources"].get(name, 0) >= n for name, n in needed.items())
+    ]
 
 
 def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.Check]:
@@ -585,12 +655,19 @@ def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.C
             lambda method, *arguments: getattr(actor, method).remote(*arguments).future(),
         )
 
-    gpus, free = (resources.get("GPU", 0) for resources in (ray.cluster_resources(), ray.available_resources()))
+    gpus, free = (
+        resources.get("GPU", 0)
+        for resources in (ray.cluster_resources(), ray.available_resources())
+    )
     use_gpu = _resources(spec).get("GPU", 0) > 0 if spec is not None else gpus > 0
     driver = preflight.this_process(f"{preflight.DRIVER} ({os.uname().nodename})")
     try:
-        machines = {_named(node): node for node in nodes}.values()  # Ray may count one machine as several nodes
-        return preflight.look(driver, [probed(node) for node in machines], spec, free == gpus, use_gpu)
+        machines = {
+            _named(node): node for node in nodes
+        }.values()  # Ray may count one machine as several nodes
+        return preflight.look(
+            driver, [probed(node) for node in machines], spec, free == gpus, use_gpu
+        )
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -605,11 +682,17 @@ def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
     received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if number in received and number != signal.SIGUSR1:  # Slurm may send USR1, and then TERM while the run saves
+        if (
+            number in received and number != signal.SIGUSR1
+        ):  # Slurm may send USR1, and then TERM while the run saves
             raise KeyboardInterrupt
         received.append(number)
         run_dir.stop.write_text(f"received {signal.Signals(number).name}")
-        print("stopping: the run saves after the next step; repeat to abort", file=sys.stderr, flush=True)
+        print(
+            "stopping: the run saves after the next step; repeat to abort",
+            file=sys.stderr,
+            flush=True,
+        )
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:

@@ -25,7 +25,9 @@ FIRST_ROWS = 256  # rows of each source to tokenise if there are more
 class _Outlook(NamedTuple):
     """Facts that the checks of a run have established."""
 
-    counts: dict[str, int | None]  # rows by the setting of a source; None if the source must be loaded to know
+    counts: dict[
+        str, int | None
+    ]  # rows by the setting of a source; None if the source must be loaded to know
     per_epoch: int | None = None  # pairs, if all rows were tokenised
     positions: int | None = None  # of the model
     gpus: int | None = None  # of this machine
@@ -59,7 +61,11 @@ def counted(spec: RunSpec) -> dict[str, Any]:
 
 def _counts(spec: RunSpec) -> dict[str, int | None]:
     splits = DATA_KEYS.values()
-    return {key: count_rows(key, each, split) for split in splits for key, each in spec.data.sources(split).items()}
+    return {
+        key: count_rows(key, each, split)
+        for split in splits
+        for key, each in spec.data.sources(split).items()
+    }
 
 
 def _asks_for_other_devices(spec: RunSpec) -> bool:
@@ -87,7 +93,9 @@ def _checked(spec: RunSpec, on_this_device: bool) -> _Outlook:
         notes = tuple(f"{key} = {name}: {why}" for key, name in names.items())
         return _Outlook(_counts(spec), gpus=gpus, notes=notes)
     names = unread_sources(spec)
-    unread = tuple(f"{key} = {name}: its rows are checked where the run starts" for key, name in names.items())
+    unread = tuple(
+        f"{key} = {name}: its rows are checked where the run starts" for key, name in names.items()
+    )
     if unread and spec.model.init is not None:  # the tokenizer of model.init is trained on the rows
         return _Outlook(_counts(spec), gpus=gpus, notes=unread)
     with scratch_cache(spec) as scratch:
@@ -111,13 +119,21 @@ def _tokenized(spec: RunSpec, parts: "Parts") -> _Outlook:
     if (rows := _total(counts.values())) is None or rows > SMALL_ROWS:
         return _Outlook(counts, notes=tuple(_large_data(spec, parts)))
     prepared = tokenize(spec, parts)
-    sets = {"data.train": prepared.train} | {spec.data.eval_key(name): each for name, each in prepared.eval.items()}
-    lines = [f"{key}: {line}" for key, pairs in sets.items() for line in note_lines(pairs.unread_columns, pairs.notes)]
+    sets = {"data.train": prepared.train} | {
+        spec.data.eval_key(name): each for name, each in prepared.eval.items()
+    }
+    lines = [
+        f"{key}: {line}"
+        for key, pairs in sets.items()
+        for line in note_lines(pairs.unread_columns, pairs.notes)
+    ]
     lines += repeat_lines(prepared.train, prepared.eval)
     if is_small(spec, parts.config):
         lines += rehearse(spec, prepared)
     else:
-        lines.append("the weights were not loaded: orchestrator debug --dry-run loads them and runs a trial step")
+        lines.append(
+            "the weights were not loaded: orchestrator debug --dry-run loads them and runs a trial step"
+        )
     return _Outlook(counts, prepared.train.pairs_per_epoch, notes=tuple(lines))
 
 
@@ -132,7 +148,10 @@ def _large_data(spec: RunSpec, parts: "Parts") -> Iterator[str]:
 
     with suppress(NoPairs):  # later rows may have usable pairs
         tokenize(spec, parts, first=FIRST_ROWS)
-    for rows in (check_rows(spec.data, "train"), *(check_rows(spec.data, "eval", name) for name in spec.data.eval)):
+    for rows in (
+        check_rows(spec.data, "train"),
+        *(check_rows(spec.data, "eval", name) for name in spec.data.eval),
+    ):
         for each in rows:
             yield from (f"{each.key}: {line}" for line in note_lines(each.unread, each.notes))
     yield f"the first {FIRST_ROWS} rows of each source were tokenised; the run tokenises all"
@@ -141,11 +160,15 @@ def _large_data(spec: RunSpec, parts: "Parts") -> Iterator[str]:
 def _facts(spec: RunSpec, outlook: _Outlook) -> dict[str, Any]:
     batch, ranks = spec.batch, spec.cluster.num_workers
     each = ranks if isinstance(ranks, list) else [ranks]  # the fewest and the most
-    by_ranks: dict[str, list[Any]] = {"pairs_per_rank": [batch.pairs_per_rank(count) for count in each]}
+    by_ranks: dict[str, list[Any]] = {
+        "pairs_per_rank": [batch.pairs_per_rank(count) for count in each]
+    }
     if batch.micro_batch_size:
         by_ranks["grad_accum"] = [batch.grad_accum(count) for count in each]
     sets, counts = _training_sets(spec, outlook.counts), outlook.counts
-    train_rows, per_epoch = (_total(each[name] for each in sets) for name in ("rows", "rows_per_epoch"))
+    train_rows, per_epoch = (
+        _total(each[name] for each in sets) for name in ("rows", "rows_per_epoch")
+    )
     facts: dict[str, Any] = {
         "run_dir": str(spec.run_dir),
         "train_rows": train_rows,
@@ -156,13 +179,17 @@ def _facts(spec: RunSpec, outlook: _Outlook) -> dict[str, Any]:
     for name in ("micro_batch_size", "max_tokens_per_microbatch"):
         if (size := getattr(batch, name)) is not None:
             facts[name] = size
-    facts |= {name: values if isinstance(ranks, list) else values[0] for name, values in by_ranks.items()}
+    facts |= {
+        name: values if isinstance(ranks, list) else values[0] for name, values in by_ranks.items()
+    }
     if len(sets) > 1 or train_rows != per_epoch:
         facts |= {"train_sets": sets, "rows_per_epoch": per_epoch}
     if outlook.per_epoch not in (None, per_epoch):
         per_epoch = facts["pairs_per_epoch"] = outlook.per_epoch
     length = _length(spec, per_epoch) if per_epoch else {}
-    known = Known(length.get("steps"), per_epoch, length.get("epochs"), outlook.positions, outlook.gpus)
+    known = Known(
+        length.get("steps"), per_epoch, length.get("epochs"), outlook.positions, outlook.gpus
+    )
     return facts | length | {"notes": [*notes(spec, known), *outlook.notes]}
 
 
@@ -191,7 +218,9 @@ def _training_sets(spec: RunSpec, counts: dict[str, int | None]) -> list[dict[st
         if (rows := counts[key]) is not None:
             rows -= round(rows * (spec.data.eval_fraction or 0))
         taken = None if rows is None else Share.of(rows, source.weight).per_epoch
-        sets.append({"source": source.path, "rows": rows, "weight": source.weight, "rows_per_epoch": taken})
+        sets.append(
+            {"source": source.path, "rows": rows, "weight": source.weight, "rows_per_epoch": taken}
+        )
     return sets
 
 
@@ -200,7 +229,10 @@ def _eval_rows(spec: RunSpec, counts: dict[str, int | None], train_rows: int | N
     if spec.data.eval_fraction is not None:
         rows = _total(counts.values())
         return None if rows is None or train_rows is None else rows - train_rows
-    by_name = {name: counts[key] for name, key in zip(spec.data.eval, spec.data.sources("eval"), strict=True)}
+    by_name = {
+        name: counts[key]
+        for name, key in zip(spec.data.eval, spec.data.sources("eval"), strict=True)
+    }
     return by_name.get("", by_name or 0)
 
 

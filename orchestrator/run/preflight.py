@@ -44,7 +44,10 @@ MAX_SKEW_S = 3.0  # seconds by which a clock may differ from the others
 PINGS = 5
 FULL = 2**20  # free bytes below which a run cannot start
 BUSY = 0.1  # fraction of a GPU's memory that a driver and a desktop may use
-DRIVER, SILENT = "driver", "node"  # name of the driver process, and of the check that all nodes answer
+DRIVER, SILENT = (
+    "driver",
+    "node",
+)  # name of the driver process, and of the check that all nodes answer
 FOLDER = ".preflight"  # prefix of the folder in which nodes write test files
 
 
@@ -67,7 +70,12 @@ class Check:
 def refusal(checks: Iterable[Check]) -> UserError | None:
     """Return an error with one line for each failed check; None if all passed."""
     errors = [
-        UserError(f"{check.name} on {check.node}" if check.node else check.name, check.found, check.wrong, check.cure)
+        UserError(
+            f"{check.name} on {check.node}" if check.node else check.name,
+            check.found,
+            check.wrong,
+            check.cure,
+        )
         for check in merged(checks)
         if not check.ok
     ]
@@ -77,12 +85,17 @@ def refusal(checks: Iterable[Check]) -> UserError | None:
 def table(checks: Iterable[Check]) -> str:
     """Return a table with one line per distinct result, with the fix after a failure."""
     checks = merged(checks)
-    rows = [("ok" if check.ok else "RED", check.name, check.node or "here", check.found) for check in checks]
+    rows = [
+        ("ok" if check.ok else "RED", check.name, check.node or "here", check.found)
+        for check in checks
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines: list[str] = []
     for check, row in zip(checks, rows, strict=True):
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells + ([] if check.ok else [f"{check.wrong}; {check.cure}"])).rstrip())
+        lines.append(
+            "  ".join(cells + ([] if check.ok else [f"{check.wrong}; {check.cure}"])).rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -97,7 +110,9 @@ def merged(checks: Iterable[Check]) -> list[Check]:
 def listed(nodes: Iterable[str]) -> str:
     """Return the names of nodes as text, shortened if there are many."""
     names = list(dict.fromkeys(nodes))
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+    return (
+        ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+    )
 
 
 # --- asking all nodes --------------------------------------------------------------------------------------------
@@ -115,7 +130,12 @@ class Node(NamedTuple):
 def this_process(name: str = "", gpus: float = 0) -> Node:
     """Return this process as a Node."""
     probe = Probe()
-    return Node(name, "", gpus, lambda method, *arguments: in_thread(partial(getattr(probe, method), *arguments)))
+    return Node(
+        name,
+        "",
+        gpus,
+        lambda method, *arguments: in_thread(partial(getattr(probe, method), *arguments)),
+    )
 
 
 def look_here(spec: RunSpec | None, gpus: float = 0) -> list[Check]:
@@ -124,7 +144,11 @@ def look_here(spec: RunSpec | None, gpus: float = 0) -> list[Check]:
 
 
 def look(
-    driver: Node, nodes: Sequence[Node], spec: RunSpec | None, gpus_idle: bool = True, use_gpu: bool = False
+    driver: Node,
+    nodes: Sequence[Node],
+    spec: RunSpec | None,
+    gpus_idle: bool = True,
+    use_gpu: bool = False,
 ) -> list[Check]:
     """Run all checks on all nodes; takes DEADLINE_S seconds at most, longer under load.
 
@@ -141,10 +165,15 @@ def look(
         checks += _look_at_folders(asking, driver, spec)
     if nodes:
         checks += clock_checks(_offsets(asking, driver))
-        checks += port_checks(_unreached(asking, driver), {name: of.ports for name, of in facts.items()})
+        checks += port_checks(
+            _unreached(asking, driver), {name: of.ports for name, of in facts.items()}
+        )
     if len(nodes) > 1:
         if asking.silent or not all(check.ok for check in checks):
-            checks += [Check("all-reduce", node.name, "not measured until the other checks pass") for node in nodes]
+            checks += [
+                Check("all-reduce", node.name, "not measured until the other checks pass")
+                for node in nodes
+            ]
         else:
             checks += bandwidth_checks(_rates(asking, driver, spec, use_gpu))
     return checks + silence_checks(asking.silent)
@@ -170,7 +199,9 @@ class _Asking:
         """Return {node: answer} of the nodes that answer within so many seconds; asks all, or only `nodes`."""
         targets = [node for node in self.there if nodes is None or node in nodes]
         left = max(0.0, min(seconds * self._slowness, self._deadline - time.monotonic()))
-        answers = answered({node.name: node.ask(method, *arguments(node)) for node in targets}, left)
+        answers = answered(
+            {node.name: node.ask(method, *arguments(node)) for node in targets}, left
+        )
         for node in targets:
             if isinstance(answers[node.name], Exception):
                 self.there.remove(node)
@@ -188,18 +219,28 @@ def _look_at_folders(asking: _Asking, driver: Node, spec: RunSpec) -> list[Check
         return []  # the driver did not answer, which silence_checks reports
     try:
         usable = {key: probe for key, probe in probes.items() if key not in errors}
-        failed = asking.all("leave", lambda node: (usable, files[node.name]), SHARED_S + READ_S + ANSWER_S)
+        failed = asking.all(
+            "leave", lambda node: (usable, files[node.name]), SHARED_S + READ_S + ANSWER_S
+        )
         names = {key: [files[node] for node in failed if key not in failed[node]] for key in usable}
 
         def written(node: Node) -> dict[str, Path]:
             return {key: probe for key, probe in usable.items() if key not in failed[node.name]}
 
-        unseen = asking.all("find", lambda node: (written(node), names), SHARED_S + READ_S + ANSWER_S)
+        unseen = asking.all(
+            "find", lambda node: (written(node), names), SHARED_S + READ_S + ANSWER_S
+        )
     finally:
         wait([driver.ask("clear", probes)], READ_S)
     by_file = {file: node for node, file in files.items()}
-    missed = {node: {key: [by_file[f] for f in found] for key, found in of.items()} for node, of in unseen.items()}
-    unmade = [Check(key, driver.name, str(where[key]), *_unwritable(key, why)) for key, why in errors.items()]
+    missed = {
+        node: {key: [by_file[f] for f in found] for key, found in of.items()}
+        for node, of in unseen.items()
+    }
+    unmade = [
+        Check(key, driver.name, str(where[key]), *_unwritable(key, why))
+        for key, why in errors.items()
+    ]
     return unmade + folder_checks({key: where[key] for key in usable}, failed, missed)
 
 
@@ -225,21 +266,34 @@ def _unreached(asking: _Asking, driver: Node) -> dict[str, dict[str, str]]:
     ports = asking.all("listen", lambda node: (node.address,), ANSWER_S, nodes)
     targets = {node.name: (node.address, ports[node.name]) for node in nodes if node.name in ports}
     tried = asking.all(
-        "connect", lambda node: ({t: at for t, at in targets.items() if t != node.name},), CONNECT_S + ANSWER_S, nodes
+        "connect",
+        lambda node: ({t: at for t, at in targets.items() if t != node.name},),
+        CONNECT_S + ANSWER_S,
+        nodes,
     )
     return {
-        target: {source: failed[target] for source, failed in tried.items() if target in failed} for target in targets
+        target: {source: failed[target] for source, failed in tried.items() if target in failed}
+        for target in targets
     }
 
 
 def _rates(asking: _Asking, driver: Node, spec: RunSpec | None, use_gpu: bool) -> dict[str, float]:
     """Return {node: bytes per second of an all-reduce between all nodes}."""
     nodes = [node for node in asking.there if node is not driver]
-    first, size, rank = nodes[0], len(nodes), {node.name: number for number, node in enumerate(nodes)}
-    met = asking.all("meet", lambda node: (node.address if node is first else None, size), IMPORT_S, nodes)
+    first, size, rank = (
+        nodes[0],
+        len(nodes),
+        {node.name: number for number, node in enumerate(nodes)},
+    )
+    met = asking.all(
+        "meet", lambda node: (node.address if node is first else None, size), IMPORT_S, nodes
+    )
     if len(met) < size:
         return {}
-    meeting, interface = (first.address, met[first.name]), spec.cluster.network_interface if spec else None
+    meeting, interface = (
+        (first.address, met[first.name]),
+        spec.cluster.network_interface if spec else None,
+    )
 
     def arguments(node: Node) -> tuple[Any, ...]:
         towards = (nodes[1] if node is first else first).address
@@ -260,7 +314,15 @@ def version_checks(facts: Mapping[str, Facts], driver: str = DRIVER) -> list[Che
         for node, version in found.items():
             alike = node == driver and _public(version) == _public(usual)
             wrong = "" if version == usual or alike else f"the others have {usual}"
-            checks.append(Check(package, node, version, wrong, wrong and _installed_by(facts[node], package, usual)))
+            checks.append(
+                Check(
+                    package,
+                    node,
+                    version,
+                    wrong,
+                    wrong and _installed_by(facts[node], package, usual),
+                )
+            )
     return checks
 
 
@@ -283,11 +345,17 @@ def _installed_by(facts: Facts, package: str, version: str) -> str:
     if version == MISSING:
         return f"run {facts.python} -m pip uninstall {package} there"
     build = version.partition("+")[2] if package == "torch" else ""
-    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""  # index of such builds
-    return f"run {facts.python} -m pip install {package}=={version}{index} there, and restart its Ray"
+    index = (
+        f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    )  # index of such builds
+    return (
+        f"run {facts.python} -m pip install {package}=={version}{index} there, and restart its Ray"
+    )
 
 
-def gpu_checks(facts: Mapping[str, Facts], expected: Mapping[str, float], idle: bool) -> list[Check]:
+def gpu_checks(
+    facts: Mapping[str, Facts], expected: Mapping[str, float], idle: bool
+) -> list[Check]:
     """Check that torch can use the expected GPUs of each node and, if Ray is idle, that no other process uses them."""
     checks: list[Check] = []
     for node, of in facts.items():
@@ -304,7 +372,9 @@ def gpu_checks(facts: Mapping[str, Facts], expected: Mapping[str, float], idle: 
             wrong = f"another process uses {used} of {total} on a GPU that Ray considers free"
             cure = "end the processes that nvidia-smi shows there"
         cards = Counter(f"{card.name}, {_size(card.total)}" for card in gpus.cards).items()
-        found = f"{gpus.to_torch} for torch" + "".join(f"; {count} x {card}" for card, count in cards)
+        found = f"{gpus.to_torch} for torch" + "".join(
+            f"; {count} x {card}" for card, count in cards
+        )
         found += f" ({gpus.reason})" * bool(gpus.reason and not wrong)
         checks.append(Check("GPUs", node, found, wrong, cure))
     return checks
@@ -332,14 +402,19 @@ def file_checks(facts: Mapping[str, Facts], paths: Mapping[str, str]) -> list[Ch
             if isinstance(found, UserError):
                 checks.append(Check(key, node, path, found.rule, found.cure))
                 continue
-            usual, cure = _usual(sizes), "copy the same files there, or to a file system shared by all nodes"
+            usual, cure = (
+                _usual(sizes),
+                "copy the same files there, or to a file system shared by all nodes",
+            )
             wrong = "" if found == usual else f"has {found} bytes there, but {usual} on the others"
             checks.append(Check(key, node, path, wrong, wrong and cure))
     return checks
 
 
 def folder_checks(
-    where: Mapping[str, Path], failed: Mapping[str, Mapping[str, str]], unseen: Mapping[str, Mapping[str, list[str]]]
+    where: Mapping[str, Path],
+    failed: Mapping[str, Mapping[str, str]],
+    unseen: Mapping[str, Mapping[str, list[str]]],
 ) -> list[Check]:
     """Check that folders are shared by all nodes and writable.
 
@@ -379,7 +454,9 @@ def clock_checks(offsets: Mapping[str, tuple[float, float]]) -> list[Check]:
     return checks
 
 
-def port_checks(unreached: Mapping[str, Mapping[str, str]], ranges: Mapping[str, tuple[int, int]]) -> list[Check]:
+def port_checks(
+    unreached: Mapping[str, Mapping[str, str]], ranges: Mapping[str, tuple[int, int]]
+) -> list[Check]:
     """Check that nodes reach each other. unreached: node -> {node that cannot connect: reason}; ranges: its ports."""
     checks: list[Check] = []
     for target, sources in unreached.items():
@@ -405,9 +482,13 @@ def silence_checks(silent: Iterable[tuple[str, str, str]]) -> list[Check]:
     for method, node, why in silent:
         if method in ("meet", "all_reduce"):
             cure = "set cluster.network_interface to an interface through which the nodes reach each other"
-            checks.append(Check("all-reduce", node, why, "an all-reduce between the nodes fails", cure))
+            checks.append(
+                Check("all-reduce", node, why, "an all-reduce between the nodes fails", cure)
+            )
         else:
-            cure = "check that it is up (ray status) and its Ray logs, or remove it from the cluster"
+            cure = (
+                "check that it is up (ray status) and its Ray logs, or remove it from the cluster"
+            )
             checks.append(Check(SILENT, node, why, f"could not be checked ({method})", cure))
     return checks
 
@@ -456,7 +537,9 @@ def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> DiskBudget:
 
     init, lora = spec.model.init, spec.model.lora
     if init is not None:
-        config = AutoConfig.for_model(init.model_type, **{"vocab_size": init.vocab_size, **init.config})
+        config = AutoConfig.for_model(
+            init.model_type, **{"vocab_size": init.vocab_size, **init.config}
+        )
     else:
         config = config_at("model.path", str(spec.model.path))
     with torch.device("meta"):
@@ -467,10 +550,21 @@ def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> DiskBudget:
             freeze_lowest(model, spec.frozen_layers, spec.model.tied_head == "untie")
     exported = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
     saved = [p for name, p in model.named_parameters() if lora is None or ".lora_" in name]
-    weight, state = dtype_held(spec.precision).itemsize, 0.0 if own_optimizer else _state_bytes(spec)
+    weight, state = (
+        dtype_held(spec.precision).itemsize,
+        0.0 if own_optimizer else _state_bytes(spec),
+    )
     checkpoint = sum(p.numel() * (weight + state * p.requires_grad) for p in saved)
-    every, steps, keeps_best = spec.checkpoint.every_steps, spec.training.max_steps, spec.evaluation.metric_for_best
-    at_once = 1 if every is None and keeps_best is None else spec.checkpoint.keep + 1 + (keeps_best is not None)
+    every, steps, keeps_best = (
+        spec.checkpoint.every_steps,
+        spec.training.max_steps,
+        spec.evaluation.metric_for_best,
+    )
+    at_once = (
+        1
+        if every is None and keeps_best is None
+        else spec.checkpoint.keep + 1 + (keeps_best is not None)
+    )
     if steps is not None:
         at_once = min(at_once, steps if keeps_best or every is None else -(-steps // every))
     return DiskBudget(int(checkpoint), at_once, 4 * exported)
@@ -491,21 +585,31 @@ def _state_bytes(spec: RunSpec) -> float:
     p.grad = torch.zeros_like(p)
     optimizer = optimizer_factory(spec.optimizer)([{"params": [p], "weight_decay": 0.0}])
     optimizer.step()
-    state = [value for value in optimizer.state[p].values() if isinstance(value, torch.Tensor) and value.ndim]
+    state = [
+        value
+        for value in optimizer.state[p].values()
+        if isinstance(value, torch.Tensor) and value.ndim
+    ]
     return sum(value.nbytes for value in state) / p.numel()
 
 
 def space_checks(spec: RunSpec, own_optimizer: bool = False) -> list[Check]:
     """Check for free space for what the run has still to write; own_optimizer: as in `disk_needed`."""
     where = folders(spec)
-    asks: dict[str, Callable[[], Any]] = {key: partial(_free, folder) for key, folder in where.items()}
+    asks: dict[str, Callable[[], Any]] = {
+        key: partial(_free, folder) for key, folder in where.items()
+    }
     asks["needed"] = partial(disk_needed, spec, own_optimizer)
     asks["held"] = partial(_bytes_below, [spec.run_dir / "checkpoints", spec.run_dir / "model"])
     found = side_by_side(asks, IMPORT_S)
     needed: DiskBudget | None = (
         found["needed"] if isinstance(found["needed"], DiskBudget) else None
     )  # other checks report the error
-    more = max(FULL, needed.total - found["held"]) if needed and isinstance(found["held"], int) else FULL
+    more = (
+        max(FULL, needed.total - found["held"])
+        if needed and isinstance(found["held"], int)
+        else FULL
+    )
     checks: list[Check] = []
     for key, folder in where.items():
         if not isinstance(free := found[key], int):  # other checks report the error
@@ -513,12 +617,17 @@ def space_checks(spec: RunSpec, own_optimizer: bool = False) -> list[Check]:
         wants, why, less = (more if key == "run.dir" else FULL), "", ""
         if key == "run.dir" and needed:
             of = f"{needed.checkpoints} of {_size(needed.checkpoint)} at once, and the model of {_size(needed.model)}"
-            why, less = f" for checkpoints ({of})", f", lower checkpoint.keep ({spec.checkpoint.keep})"
+            why, less = (
+                f" for checkpoints ({of})",
+                f", lower checkpoint.keep ({spec.checkpoint.keep})",
+            )
         wrong = f"the run needs {_size(wants)} more in {folder}{why}"
         cure = f"free some space there{less}, or set {key} to another file system"
         lacks = free < wants
         name, has = f"space in {key}", f"{_size(free)} free, {_size(wants)} needed"
-        checks.append(Check(name, "", f"{_size(free)} free" if lacks else has, wrong * lacks, cure * lacks))
+        checks.append(
+            Check(name, "", f"{_size(free)} free" if lacks else has, wrong * lacks, cure * lacks)
+        )
     return checks
 
 
@@ -528,7 +637,9 @@ def _free(folder: Path) -> int:
 
 
 def _bytes_below(folders: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sum(
+        path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def _size(count: float) -> str:
@@ -547,8 +658,12 @@ def check_answers(spec: RunSpec) -> None:
         UserError: for the first setting whose file system does not.
     """
     paths = {**{key: str(folder) for key, folder in folders(spec).items()}, **sources(spec)}
-    free: dict[str, Callable[[], Any]] = {key: partial(_free, folder) for key, folder in folders(spec).items()}
-    read: dict[str, Callable[[], Any]] = {key: partial(bytes_at, key, path) for key, path in sources(spec).items()}
+    free: dict[str, Callable[[], Any]] = {
+        key: partial(_free, folder) for key, folder in folders(spec).items()
+    }
+    read: dict[str, Callable[[], Any]] = {
+        key: partial(bytes_at, key, path) for key, path in sources(spec).items()
+    }
     for key, found in side_by_side({**free, **read}, READ_S).items():
         if isinstance(found, TimeoutError):
             cure = f"fix its file system, or set {key} to a path on another one"

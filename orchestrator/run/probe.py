@@ -40,7 +40,9 @@ MISSING = "missing"
 NOT_SEEN = "a file of the driver there is not visible"
 
 READ_S = 5.0  # seconds after which a file system counts as hung
-SHARED_S = 5.0  # seconds until a node sees files of another one; NFS may use cached metadata for a while
+SHARED_S = (
+    5.0  # seconds until a node sees files of another one; NFS may use cached metadata for a while
+)
 CONNECT_S = 3.0  # seconds within which a port answers
 IMPORT_S = 25.0  # seconds within which a heavy library is imported
 ALL_REDUCE_S = 12.0  # seconds to form a process group and reduce a few tensors
@@ -86,9 +88,12 @@ class Probe:
 
     def facts(self, paths: Mapping[str, str], expects_gpus: bool) -> Facts:
         """Return facts about this node. paths: setting -> path that must be readable."""
-        read = side_by_side({key: partial(bytes_at, key, path) for key, path in paths.items()}, READ_S)
+        read = side_by_side(
+            {key: partial(bytes_at, key, path) for key, path in paths.items()}, READ_S
+        )
         files = {
-            key: found if isinstance(found, int) else _unreadable(key, paths[key], found) for key, found in read.items()
+            key: found if isinstance(found, int) else _unreadable(key, paths[key], found)
+            for key, found in read.items()
         }
         gpus = side_by_side({"gpus": partial(_gpus, expects_gpus)}, IMPORT_S)["gpus"]
         if isinstance(gpus, Exception):
@@ -116,16 +121,23 @@ class Probe:
                 file.flush()
                 os.fsync(file.fileno())
 
-        return _failures({key: partial(leave, folder) for key, folder in folders.items()}, SHARED_S + READ_S)
+        return _failures(
+            {key: partial(leave, folder) for key, folder in folders.items()}, SHARED_S + READ_S
+        )
 
-    def find(self, folders: Mapping[str, Path], names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    def find(
+        self, folders: Mapping[str, Path], names: Mapping[str, Sequence[str]]
+    ) -> dict[str, list[str]]:
         """Look for files with those names in each folder; return {setting: names not found}."""
 
         def find(key: str) -> list[str]:
             return [path.name for path in _missing([folders[key] / name for name in names[key]])]
 
         found = side_by_side({key: partial(find, key) for key in folders}, SHARED_S + READ_S)
-        return {key: list(names[key]) if isinstance(seen, Exception) else seen for key, seen in found.items()}
+        return {
+            key: list(names[key]) if isinstance(seen, Exception) else seen
+            for key, seen in found.items()
+        }
 
     def clear(self, folders: Mapping[str, Path]) -> None:
         """Remove the folders, and created parent folders that are empty."""
@@ -155,7 +167,9 @@ class Probe:
         def connect(target: tuple[str, int]) -> None:
             socket.create_connection(target, CONNECT_S).close()
 
-        return _failures({node: partial(connect, target) for node, target in targets.items()}, CONNECT_S + 1)
+        return _failures(
+            {node: partial(connect, target) for node, target in targets.items()}, CONNECT_S + 1
+        )
 
     def meet(self, address: str | None, size: int) -> int:
         """Prepare for a process group of that size. With an address, host its store and return the port."""
@@ -170,7 +184,13 @@ class Probe:
         return self._store.port
 
     def all_reduce(
-        self, rank: int, size: int, meeting: tuple[str, int], towards: str, interface: str | None, use_gpu: bool
+        self,
+        rank: int,
+        size: int,
+        meeting: tuple[str, int],
+        towards: str,
+        interface: str | None,
+        use_gpu: bool,
     ) -> float:
         """Run a few all-reduces of BANDWIDTH_BYTES over all nodes; return the bytes per second of the fastest.
 
@@ -208,7 +228,10 @@ def answered(futures: "Mapping[str, Future[Any]]", seconds: float) -> dict[str, 
     """Wait for futures; return each result, or its exception, which is TimeoutError if it is not done in time."""
     wait(futures.values(), seconds)
     late = TimeoutError(f"no answer within {seconds:.0f} s")
-    return {key: (future.exception() or future.result()) if future.done() else late for key, future in futures.items()}
+    return {
+        key: (future.exception() or future.result()) if future.done() else late
+        for key, future in futures.items()
+    }
 
 
 def _failures(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, str]:
@@ -233,8 +256,14 @@ def in_thread(ask: Callable[[], Any]) -> "Future[Any]":
 
 def one_line(error: Exception) -> str:
     """Return a short text for an exception."""
-    error = getattr(error, "cause", None) or error  # Ray's wrapper includes the traceback of the other process
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    error = (
+        getattr(error, "cause", None) or error
+    )  # Ray's wrapper includes the traceback of the other process
+    reason = (
+        (error.strerror if isinstance(error, OSError) else None)
+        or str(error)
+        or type(error).__name__
+    )
     return shorten(reason, 200, placeholder=" ...")
 
 
@@ -311,7 +340,11 @@ def _gpus(expected: bool) -> Gpus:
 
 def cards() -> tuple[Card, ...]:
     """Return the GPUs visible to this process, by nvidia-smi, which creates no CUDA context on them."""
-    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    command = [
+        "nvidia-smi",
+        "--query-gpu=index,uuid,name,memory.total,memory.used",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=READ_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -320,7 +353,9 @@ def cards() -> tuple[Card, ...]:
     cards: list[Card] = []
     for line in done.stdout.splitlines() if done.returncode == 0 else ():
         index, uuid, name, total, used = (cell.strip() for cell in line.split(","))
-        if may_use is None or any(word and (word == index or uuid.startswith(word)) for word in may_use.split(",")):
+        if may_use is None or any(
+            word and (word == index or uuid.startswith(word)) for word in may_use.split(",")
+        ):
             mib = [int(cell) if cell.isdecimal() else 0 for cell in (total, used)]  # some say [N/A]
             cards.append(Card(name, mib[0] * 2**20, mib[1] * 2**20))
     return tuple(cards)

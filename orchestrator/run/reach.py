@@ -50,7 +50,9 @@ def _hub_answers() -> bool:
     """Return whether the hub's host accepts connections; with a proxy, assume so."""
     from huggingface_hub import constants
 
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
         return True
     url = urlsplit(constants.ENDPOINT)
     try:

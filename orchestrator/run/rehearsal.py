@@ -56,7 +56,9 @@ def rehearse(spec: RunSpec, prepared: PreparedRun) -> list[str]:
             _try_a_step(spec, few, world)
     except (UserError, TrainingError):
         raise
-    except Exception as error:  # the machine of the run may have a kernel or library that is missing here
+    except (
+        Exception
+    ) as error:  # the machine of the run may have a kernel or library that is missing here
         reason = " ".join(str(error).split())[:160]
         return [f"a trial step on this machine's CPU failed ({type(error).__name__}: {reason})"]
     finally:
@@ -80,7 +82,9 @@ def _try_a_step(spec: RunSpec, few: PreparedRun, world: World) -> None:
 def _on_cpu(spec: RunSpec, pairs: int) -> RunSpec:
     """Return the settings without those that need a GPU, an engine's library or the length of the run."""
     updates: dict[str, Any] = {
-        "engine": EngineSpec(shard_optimizer=spec.engine.shard_optimizer and spec.engine.kind == "ddp"),  # pyright: ignore
+        "engine": EngineSpec(
+            shard_optimizer=spec.engine.shard_optimizer and spec.engine.kind == "ddp"
+        ),  # pyright: ignore
         "scheduler": SchedulerSpec(),
         "batch": spec.batch.model_copy(update={"global_batch_size": pairs}),
         "reference": spec.reference.model_copy(update={"sharded": False}),
@@ -89,7 +93,9 @@ def _on_cpu(spec: RunSpec, pairs: int) -> RunSpec:
     if spec.model.attention in ("varlen", "cpu"):
         updates["model"] = spec.model.model_copy(update={"attention": "auto"})
     if spec.optimizer.name.startswith("deepspeed."):
-        updates["optimizer"] = spec.optimizer.model_copy(update={"name": "torch.optim.AdamW", "kwargs": {}})
+        updates["optimizer"] = spec.optimizer.model_copy(
+            update={"name": "torch.optim.AdamW", "kwargs": {}}
+        )
     return spec.model_copy(update=updates)
 
 
@@ -111,7 +117,12 @@ def _bytes_of_config(config: Any) -> int:
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, RuntimeError, TypeError, ArithmeticError):  # the rehearsal reports the error
+    except (
+        ValueError,
+        RuntimeError,
+        TypeError,
+        ArithmeticError,
+    ):  # the rehearsal reports the error
         return 0
     return 4 * sum(parameter.numel() for parameter in model.parameters())
 

@@ -92,9 +92,13 @@ def replay(
     _check_reached(run_dir, spec, step)
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         prepared = prepare(spec, given)
-        total = run_length(prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training).steps
+        total = run_length(
+            prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training
+        ).steps
         if step > total:
-            raise UserError("--replay-step", step, f"the run has {counted(total, 'step')}", f"use 1 to {total}")
+            raise UserError(
+                "--replay-step", step, f"the run has {counted(total, 'step')}", f"use 1 to {total}"
+            )
         found = _newest_before(run_dir, step)
         if found is not None:
             _check_readable(Reader(found).meta, step, world)
@@ -119,7 +123,9 @@ def replay(
             ]
             pairs.sort(key=lambda pair: (math.isfinite(pair.loss), -pair.loss))
             loss = sum(float(output.loss) for _, output in outputs)
-            return ReplayResult(step, found, batches.epoch, pairs, loss, grad_norm, _logged(run_dir, step))
+            return ReplayResult(
+                step, found, batches.epoch, pairs, loss, grad_norm, _logged(run_dir, step)
+            )
 
 
 def _say(spec: RunSpec, step: int, found: Path | None, world: World) -> None:
@@ -136,7 +142,10 @@ def _taken(
     for skipped in count():
         batches = next(steps)
         if stops:
-            print("the next line runs the step: `batches` are its micro-batches, `trainer` is the trainer", flush=True)
+            print(
+                "the next line runs the step: `batches` are its micro-batches, `trainer` is the trainer",
+                flush=True,
+            )
             breakpoint()
         outputs = trainer.micro_steps(batches)
         is_finite = bool(trainer.engine.grads_finite())
@@ -146,16 +155,22 @@ def _taken(
     raise AssertionError  # not reached: count() is endless
 
 
-def _pairs(trainer: Trainer, indices: list[int], output: StepOutput, tokens: torch.Tensor) -> Iterator[ReplayedPair]:
+def _pairs(
+    trainer: Trainer, indices: list[int], output: StepOutput, tokens: torch.Tensor
+) -> Iterator[ReplayedPair]:
     """Yield the results of the pairs at these indices. tokens: [2B] tokens of their completions."""
     tokenizer = trainer.callbacks.objects["processing_class"]
     split = PairTerms.split(output.logps.cpu(), output.ref_logps.cpu(), tokens.cpu())
     numbers = (output.losses, *rewards(split, trainer.spec.dpo), *split[:4])
-    for index, loss, chosen, rejected, *logps in zip(indices, *(number.tolist() for number in numbers), strict=True):
+    for index, loss, chosen, rejected, *logps in zip(
+        indices, *(number.tolist() for number in numbers), strict=True
+    ):
         row = trainer.loader.pairs[index]
         texts = (tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
         place = trainer.loader.pairs.place(row["pair_id"])
-        yield ReplayedPair(place.source, place.row, loss, (chosen, rejected), (*logps[:2],), (*logps[2:],), *texts)
+        yield ReplayedPair(
+            place.source, place.row, loss, (chosen, rejected), (*logps[:2],), (*logps[2:],), *texts
+        )
 
 
 def lines(replayed: ReplayResult) -> Iterator[str]:
@@ -195,7 +210,9 @@ def _check_reached(run_dir: RunDir, spec: RunSpec, step: int) -> None:
     else:
         saved = [step_of(folder) for folder in committed(run_dir.checkpoints)]
         logged = [int(line["step"]) + spec.training.logging_steps for line in _metrics(run_dir)]
-        beats = [json.loads(path.read_text())["step"] for path in run_dir.logs.glob("heartbeat_*.json")]
+        beats = [
+            json.loads(path.read_text())["step"] for path in run_dir.logs.glob("heartbeat_*.json")
+        ]
         reached = max((1, *(taken + 1 for taken in saved + beats), *logged))
     if step > reached:
         rule = f"the run in {run_dir.path} has reached at most step {reached}"
@@ -218,7 +235,9 @@ def _check_readable(meta: dict[str, Any], step: int, world: World) -> None:
     name, ranks = meta["made_by"]["optimizer"], meta["world_size"]
     if optimizer_kind(name) != "elementwise" and ranks != world.size:
         rule = f"one rank cannot read the state of {name} of {ranks} ranks"
-        raise UserError("--replay-step", step, rule, "replay a run with one rank, or with torch.optim.AdamW")
+        raise UserError(
+            "--replay-step", step, rule, "replay a run with one rank, or with torch.optim.AdamW"
+        )
 
 
 def _check_epochs(run_dir: RunDir, taken: int, step: int) -> None:

@@ -68,7 +68,9 @@ def _tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     return load_tokenizer(spec)
 
 
-def _pairs_of_sets(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> tuple[Pairs, dict[str, Pairs]]:
+def _pairs_of_sets(
+    spec: RunSpec, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Pairs, dict[str, Pairs]]:
     """Return the training pairs, and the evaluation pairs by the name of their set.
 
     A set that is not in the cache yet is added to it, and the run reads it from there.
@@ -113,7 +115,9 @@ class ShownRow(NamedTuple):
     rejected: ShownSide | None
 
 
-def shown_rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", count: int) -> Iterator[ShownRow]:
+def shown_rows(
+    data: DataSpec, tokenizer: "PreTrainedTokenizerBase", count: int
+) -> Iterator[ShownRow]:
     """Yield the first training rows, processed by the functions that create the batches of a run.
 
     Raises:
@@ -127,13 +131,23 @@ def shown_rows(data: DataSpec, tokenizer: "PreTrainedTokenizerBase", count: int)
             yield ShownRow(place, f"{bad.kind}: {bad.reason}", "", None, None)
             continue
         fed = fed_sequences(kept._asdict(), data.keep_last)
-        sides = zip((whole.chosen_ids, whole.rejected_ids), (kept.chosen_ids, kept.rejected_ids), fed, strict=True)
+        sides = zip(
+            (whole.chosen_ids, whole.rejected_ids),
+            (kept.chosen_ids, kept.rejected_ids),
+            fed,
+            strict=True,
+        )
         shown = []
         for completion, kept_completion, sequence in sides:
             uncut, prompt = whole.prompt_ids + completion, len(whole.prompt_ids)
             stop = prompt + len(kept_completion)
             start = stop - len(sequence.ids)
-            pieces = uncut[:start], uncut[start:prompt], uncut[max(start, prompt) : stop], uncut[stop:]
+            pieces = (
+                uncut[:start],
+                uncut[start:prompt],
+                uncut[max(start, prompt) : stop],
+                uncut[stop:],
+            )
             shown.append(ShownSide(*_parts(tokenizer, pieces), scored=len(sequence.labels)))
         yield ShownRow(place, None, _text(tokenizer, left_out), *shown)
 
@@ -145,7 +159,8 @@ def json_row(shown: ShownRow) -> dict[str, Any]:
     for side in ("chosen", "rejected"):
         if (of := row[side]) is not None:
             row[side] = {
-                name: part._asdict() if isinstance(part, Part) else part for name, part in of._asdict().items()
+                name: part._asdict() if isinstance(part, Part) else part
+                for name, part in of._asdict().items()
             }
     return row
 
@@ -166,7 +181,9 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def lengths(uncut: Integers, data: DataSpec, dropped: dict[str, int], unread: dict[str, int]) -> dict[str, Any]:
+def lengths(
+    uncut: Integers, data: DataSpec, dropped: dict[str, int], unread: dict[str, int]
+) -> dict[str, Any]:
     """Return statistics of lengths and truncation, by name, as JSON types.
 
     uncut: [M, 3] tokens of prompt, chosen and rejected before truncation. dropped: rows by reason. unread: rows by
@@ -206,15 +223,23 @@ def row_lines(shown: ShownRow, tokenizer: "PreTrainedTokenizerBase", colour: boo
         yield f"{name}: dropped, {shown.dropped}"
         return
     sides = {"chosen": shown.chosen, "rejected": shown.rejected}
-    counts = ", ".join(f"{side} {len(of.prompt.ids)} + {len(of.completion.ids)}" for side, of in sides.items())
+    counts = ", ".join(
+        f"{side} {len(of.prompt.ids)} + {len(of.completion.ids)}" for side, of in sides.items()
+    )
     yield f"{name}: tokens of prompt + completion: {counts}"
     if shown.left_out:
         differs = "followed by a completion it does not, so the completion starts earlier"
         yield f"  tokenised alone the prompt ends with {shown.left_out!r}; {differs}"
     paint = _Paint(tokenizer, colour)
-    is_shared = (shown.chosen.cut_before, shown.chosen.prompt) == (shown.rejected.cut_before, shown.rejected.prompt)
+    is_shared = (shown.chosen.cut_before, shown.chosen.prompt) == (
+        shown.rejected.cut_before,
+        shown.rejected.prompt,
+    )
     if is_shared:
-        yield from _block("prompt", paint.cut(shown.chosen.cut_before, at_end=False) + paint(shown.chosen.prompt, ""))
+        yield from _block(
+            "prompt",
+            paint.cut(shown.chosen.cut_before, at_end=False) + paint(shown.chosen.prompt, ""),
+        )
     for (side, of), code in zip(sides.items(), ("32", "31"), strict=True):
         before = "" if is_shared else paint.cut(of.cut_before, at_end=False) + paint(of.prompt, "")
         completion = paint(of.completion, code).removesuffix("\n")
@@ -237,7 +262,9 @@ class _Paint:
         if not self.colour:
             return text
         text = self._special.sub(lambda found: f"\x1b[1m{found[0]}\x1b[22m", text)
-        return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if code and line else line for line in text.split("\n"))
+        return "\n".join(
+            f"\x1b[{code}m{line}\x1b[0m" if code and line else line for line in text.split("\n")
+        )
 
     def cut(self, part: Part, at_end: bool) -> str:
         """Return a mark for cut tokens: their number, and the text next to the kept part."""
@@ -252,11 +279,15 @@ class _Paint:
 
 def _visible(text: str) -> str:
     """Return text with symbols for line breaks, spaces at the end of a line and control characters."""
-    return re.sub(r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), printable(text, keep="\n")).replace("\n", "⏎\n")
+    return re.sub(
+        r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), printable(text, keep="\n")
+    ).replace("\n", "⏎\n")
 
 
 def _block(name: str, text: str) -> Iterator[str]:
-    for label, line in zip(chain([name], repeat("")), text.removesuffix("\n").split("\n"), strict=False):
+    for label, line in zip(
+        chain([name], repeat("")), text.removesuffix("\n").split("\n"), strict=False
+    ):
         yield f"  {label:<10}{line}"
 
 

@@ -28,7 +28,18 @@ if TYPE_CHECKING:
 SUBMITTED = "submitted.yaml"  # the resolved settings of the run
 # Not copied from the working directory, besides what the settings name and git ignores: files that no job needs,
 # secrets, and .gitignore, which Ray would apply and might then omit the settings.
-LEFT_OUT = (".git", ".gitignore", ".env", ".env.*", ".netrc", ".venv", "venv", "wandb", "__pycache__", "*.egg-info")
+LEFT_OUT = (
+    ".git",
+    ".gitignore",
+    ".env",
+    ".env.*",
+    ".netrc",
+    ".venv",
+    "venv",
+    "wandb",
+    "__pycache__",
+    "*.egg-info",
+)
 LIMIT_BYTES = 500 * 2**20  # maximum size of a package in Ray
 
 POLL_S = 1.0
@@ -59,7 +70,9 @@ def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
         save_spec(spec, Path(folder, SUBMITTED))
         try:  # nothing else in runtime_env: it is readable by all who can query the job
             client.submit_job(
-                entrypoint=f"orchestrator train {SUBMITTED}", submission_id=job, runtime_env={"working_dir": folder}
+                entrypoint=f"orchestrator train {SUBMITTED}",
+                submission_id=job,
+                runtime_env={"working_dir": folder},
             )
         except RuntimeError as error:
             raise ConnectionError(f"the job server rejects the job: {one_line(error)}") from None
@@ -74,8 +87,13 @@ def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
         return 1
     details = client.get_job_info(job)
     code = details.driver_exit_code
-    if code is None:  # it never started, or was killed with its node or by `ray job stop`, which waits 3 s
-        print(f"error: job {job}: {' '.join((details.message or details.status).split())}", file=sys.stderr)
+    if (
+        code is None
+    ):  # it never started, or was killed with its node or by `ray job stop`, which waits 3 s
+        print(
+            f"error: job {job}: {' '.join((details.message or details.status).split())}",
+            file=sys.stderr,
+        )
         return 1
     return code if code >= 0 else 1  # below 0: a signal
 
@@ -101,7 +119,9 @@ def _client(address: str | None) -> "JobSubmissionClient":
             "use --address http://HEAD:8265; the head needs ray[default] and ray start --dashboard-host=0.0.0.0, "
             "and with RAY_AUTH_MODE=token set RAY_AUTH_TOKEN_PATH here to a file with its token"
         )
-        raise UserError("--address", address, f"no job server accepts us ({one_line(error)})", cure) from None
+        raise UserError(
+            "--address", address, f"no job server accepts us ({one_line(error)})", cure
+        ) from None
 
 
 @contextmanager
@@ -137,14 +157,18 @@ async def _follow(client: "JobSubmissionClient", job: str) -> None:
                     seen += len(text)
                     printed = max(printed, seen)
             is_whole = True
-        if is_over:  # no more log will come, even if the connection broke: it may be lost with its node
+        if (
+            is_over
+        ):  # no more log will come, even if the connection broke: it may be lost with its node
             return
         try:
             is_over, answered = client.get_job_status(job).is_terminal(), time.monotonic()
         except away as error:
             if time.monotonic() > answered + AWAY_S:
                 lost = f"the job server has not answered for {AWAY_S:g} s ({one_line(error)})"
-                raise ConnectionError(f"{lost}; the job may continue: ray job logs --follow {job}") from None
+                raise ConnectionError(
+                    f"{lost}; the job may continue: ray job logs --follow {job}"
+                ) from None
         if is_over and is_whole:
             return
         await asyncio.sleep(POLL_S)
@@ -166,18 +190,30 @@ def stage(spec: RunSpec, source: Path, target: Path) -> None:
         subfolders[:] = [name for name in subfolders if not _is_left_out(here / name, left_out)]
         for name in files:
             path = here / name
-            if _is_left_out(path, left_out) or not os.path.isfile(path) or not os.access(path, os.R_OK):
+            if (
+                _is_left_out(path, left_out)
+                or not os.path.isfile(path)
+                or not os.access(path, os.R_OK)
+            ):
                 continue
             inside = path.relative_to(source)
             if not _is_unicode(inside):
                 rule = f"contains {str(inside)!r}, whose name is not UTF-8"
-                raise UserError("working directory", str(source), rule, "add it to .gitignore, or move it elsewhere")
+                raise UserError(
+                    "working directory",
+                    str(source),
+                    rule,
+                    "add it to .gitignore, or move it elsewhere",
+                )
             sizes[inside.parts[0]] = sizes.get(inside.parts[0], 0) + path.stat().st_size
             if sum(sizes.values()) > LIMIT_BYTES:
                 largest = max(sizes, key=lambda part: sizes[part])
                 rule = f"contains more than {LIMIT_BYTES >> 20} MB besides data and outputs, most of it in {largest}"
                 raise UserError(
-                    "working directory", str(source), rule, f"add {largest} to .gitignore, or move it elsewhere"
+                    "working directory",
+                    str(source),
+                    rule,
+                    f"add {largest} to .gitignore, or move it elsewhere",
                 )
             (target / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target / inside)
@@ -211,7 +247,15 @@ def _ignored_by_git(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: git fails; ignored files may be large or secret, so they must be known.
     """
-    command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z"]
+    command = [
+        "git",
+        "ls-files",
+        "--others",
+        "--ignored",
+        "--exclude-standard",
+        "--directory",
+        "-z",
+    ]
     env = {**os.environ, "LC_ALL": "C"}  # its messages are parsed below
     try:
         listed = subprocess.run(command, cwd=folder, env=env, capture_output=True, check=False)
@@ -221,7 +265,12 @@ def _ignored_by_git(folder: Path) -> Iterator[Path]:
     if listed.returncode and "not a git repository" not in message:
         reason = " ".join(message.split())[:200]
         cure = "fix that, or submit from a copy without .git"
-        raise UserError("working directory", str(folder), f"git cannot list ignored files there ({reason})", cure)
+        raise UserError(
+            "working directory",
+            str(folder),
+            f"git cannot list ignored files there ({reason})",
+            cure,
+        )
     for name in os.fsdecode(listed.stdout).split("\0"):
         if name:
             yield folder / name.rstrip("/")
@@ -249,7 +298,9 @@ def to_slurm(spec: RunSpec) -> int:
     script = next((path for path in BATCH_SCRIPTS if path.is_file()), None)
     if script is None:
         cure = "install the project into a virtual environment, or from a checkout (pip install --editable)"
-        raise UserError("--to", "slurm", f"there is no {' nor '.join(map(str, BATCH_SCRIPTS))}", cure)
+        raise UserError(
+            "--to", "slurm", f"there is no {' nor '.join(map(str, BATCH_SCRIPTS))}", cure
+        )
     run_dir.logs.mkdir(parents=True, exist_ok=True)
     settings = run_dir.path / SUBMITTED
     save_spec(spec, settings)
@@ -259,8 +310,12 @@ def to_slurm(spec: RunSpec) -> int:
         env["VIRTUAL_ENV"] = sys.prefix  # the first place where the job looks for this program
     print(shlex.join(command))
     job = _sbatch(spec, command, env)
-    folder, log = (shlex.quote(str(path)) for path in (spec.run_dir, run_dir.logs / f"slurm-{job}.log"))
-    print(f"job      {job}\nstop     orchestrator stop {folder}\nfollow   tail -F {log}\nqueue    squeue --job {job}")
+    folder, log = (
+        shlex.quote(str(path)) for path in (spec.run_dir, run_dir.logs / f"slurm-{job}.log")
+    )
+    print(
+        f"job      {job}\nstop     orchestrator stop {folder}\nfollow   tail -F {log}\nqueue    squeue --job {job}"
+    )
     return 0
 
 
@@ -273,7 +328,9 @@ def slurm_flags(spec: RunSpec) -> list[str]:
     slurm, cluster = spec.slurm, spec.cluster
     if not cluster.resources:
         cure = "for example cluster.resources={GPU: 1, CPU: 8}"
-        raise UserError("cluster.resources", {}, "is required: Slurm allocates only requested resources", cure)
+        raise UserError(
+            "cluster.resources", {}, "is required: Slurm allocates only requested resources", cure
+        )
     each = _workers_per_node(spec)
     fewest, most = (math.ceil(count / each) for count in (cluster.min_workers, cluster.max_workers))
     gpus, cpus = (math.ceil(cluster.resources.get(name, 0) * each) for name in ("GPU", "CPU"))
@@ -300,8 +357,12 @@ def _workers_per_node(spec: RunSpec) -> int:
         return 1
     if cluster.placement == "STRICT_PACK" or cluster.max_workers == 1:
         return cluster.max_workers
-    rule = f"is required for {cluster.max_workers} workers with cluster.placement {cluster.placement}"
-    raise UserError("slurm.workers_per_node", None, rule, "set it to the GPUs of a node, for example 8")
+    rule = (
+        f"is required for {cluster.max_workers} workers with cluster.placement {cluster.placement}"
+    )
+    raise UserError(
+        "slurm.workers_per_node", None, rule, "set it to the GPUs of a node, for example 8"
+    )
 
 
 def _sbatch(spec: RunSpec, command: list[str], env: dict[str, str]) -> str:
@@ -311,7 +372,9 @@ def _sbatch(spec: RunSpec, command: list[str], env: dict[str, str]) -> str:
     except FileNotFoundError:
         cure = "submit on a machine with Slurm's commands, such as a login node of the cluster"
         raise UserError("--to", "slurm", "there is no sbatch on PATH", cure) from None
-    message = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
+    message = "; ".join(
+        line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()
+    )
     if done.returncode == 0:
         if message:  # a warning
             print(f"sbatch: {message}", file=sys.stderr)
@@ -319,4 +382,9 @@ def _sbatch(spec: RunSpec, command: list[str], env: dict[str, str]) -> str:
     if "slurm controller" in message:
         raise ConnectionError(f"sbatch: {message}")
     block = spec.slurm.model_dump(exclude_defaults=True)
-    raise UserError("slurm", block, f"sbatch rejects the job: {message}", "change this block, or cluster.resources")
+    raise UserError(
+        "slurm",
+        block,
+        f"sbatch rejects the job: {message}",
+        "change this block, or cluster.resources",
+    )

@@ -70,7 +70,9 @@ def _on_first_batch(
     """Yield a trainer at the start of the run whose only data is the first global batch; shown: callbacks."""
     if spec.reference_cache == "lazy":
         # cached log-probs would make a step cheaper than those of the first epoch, and new ones must not be written
-        spec = spec.model_copy(update={"reference": spec.reference.model_copy(update={"cache": "off"})})
+        spec = spec.model_copy(
+            update={"reference": spec.reference.model_copy(update={"cache": "off"})}
+        )
     prepared = prepare(spec, given)
     with (
         scratch_run(spec) as (bare, run_dir),
@@ -112,11 +114,15 @@ def overfit(
         UserError: the settings or the data are wrong.
         TrainingError: training cannot continue.
     """
-    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"logging_steps": 1})})
+    spec = spec.model_copy(
+        update={"training": spec.training.model_copy(update={"logging_steps": 1})}
+    )
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         shown = [ConsoleCallback()] if world.is_main else []
         with _on_first_batch(spec, world, given, shown) as trainer:
-            trainer.total_pairs = None  # end by steps: some batches of a run are smaller than this one
+            trainer.total_pairs = (
+                None  # end by steps: some batches of a run are smaller than this one
+            )
             trainer.callbacks.fire("on_train_begin")
             with closing(trainer.loader.steps(0, 0)) as steps:
                 trainer.train(steps)
@@ -169,17 +175,22 @@ def dry_run(
         sums = MetricSums(world)
         for _, output in outputs:
             sums.add(output.metric_sums)
-        result = DryRunResult(len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world))
+        result = DryRunResult(
+            len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world)
+        )
         if world.is_main:
             _say(result)
         return result
 
 
 def _say(result: DryRunResult) -> None:
-    print(f"forward and backward pass of the first {counted(result.pairs, 'pair')}: {result.seconds:.2f} s")
+    print(
+        f"forward and backward pass of the first {counted(result.pairs, 'pair')}: {result.seconds:.2f} s"
+    )
     print(f"loss {result.metrics['loss']:.6f}, gradient norm {result.grad_norm:.6g}")
     print(
-        f"peak memory {result.peak_bytes / 2**20:,.0f} MB {result.where}, before the first update creates the ", end=""
+        f"peak memory {result.peak_bytes / 2**20:,.0f} MB {result.where}, before the first update creates the ",
+        end="",
     )
     print("optimizer state; nothing was kept", flush=True)
 

@@ -77,6 +77,12 @@ def described(name: str) -> list[str]:
             lines += ["", f"{dotted}: {text}"]
         else:
             default = field.get_default(call_default_factory=True)
-            shown = "required" if field.is_required() else "not set" if default is None else repr(default)
+            shown = (
+                "required"
+                if field.is_required()
+                else "not set"
+                if default is None
+                else repr(default)
+            )
             lines.append(f"  {dotted} ({shown})  {text}")
     return lines[1:] if lines and not lines[0] else lines

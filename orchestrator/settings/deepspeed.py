@@ -26,7 +26,9 @@ class _Feature(NamedTuple):
 
     why: str
     cure: str = REMOVE
-    may_be: tuple[object, ...] = ()  # values that have no effect; when empty, those that switch it off
+    may_be: tuple[
+        object, ...
+    ] = ()  # values that have no effect; when empty, those that switch it off
 
 
 _COUNTED = "the loss is divided once, by the count of the global batch"
@@ -35,7 +37,8 @@ _CPU_ADAM = "needs DeepSpeed's own optimizer, with part of its state on the devi
 _BATCHES = "only run.seed decides which pairs are in a step"
 FEATURES = {
     "activation_checkpointing": _Feature(
-        "works only with models that call it", "set training.gradient_checkpointing=true, and remove it from the file"
+        "works only with models that call it",
+        "set training.gradient_checkpointing=true, and remove it from the file",
     ),
     "bfloat16": _Feature("was renamed", 'use "bf16"'),
     "compile": _Feature("compiles other hooks into the model"),
@@ -45,14 +48,22 @@ FEATURES = {
         "gradients are added in fp32, or bf16 to save memory", may_be=("fp32", "bf16")
     ),
     "data_types.keep_in_fp32_modules": _Feature("precision decides what computes in 16 bits"),
-    "data_types.param_dtype": _Feature("precision decides it", "set precision, and remove it from the file"),
+    "data_types.param_dtype": _Feature(
+        "precision decides it", "set precision, and remove it from the file"
+    ),
     "dataloader_drop_last": _Feature("every pair is used once per epoch"),
     "expert_parallel": _Feature("expert parallelism is not supported; only ZeRO shards experts"),
     "fp16.auto_cast": _Feature("precision decides what is computed in 16 bits"),
-    "fp16.fp16_master_weights_and_grads": _Feature("the weights that the optimizer updates are kept in fp32"),
-    "bf16.bf16_master_weights_and_grads": _Feature("the weights that the optimizer updates are kept in fp32"),
+    "fp16.fp16_master_weights_and_grads": _Feature(
+        "the weights that the optimizer updates are kept in fp32"
+    ),
+    "bf16.bf16_master_weights_and_grads": _Feature(
+        "the weights that the optimizer updates are kept in fp32"
+    ),
     "bf16.bf16_optimizer_states": _Feature("the state of the optimizer is kept in fp32"),
-    "bf16.check_grad_overflow": _Feature("a gradient that is not finite is never applied", may_be=(True,)),
+    "bf16.check_grad_overflow": _Feature(
+        "a gradient that is not finite is never applied", may_be=(True,)
+    ),
     "gradient_allreduce_op": _Feature(_COUNTED, may_be=("mean",)),
     "gradient_predivide_factor": _Feature(_COUNTED, may_be=(1,)),
     "hybrid_engine": _Feature("no text is generated during training"),
@@ -65,15 +76,23 @@ FEATURES = {
     "tensor_parallel.autotp_size": _Feature(
         "tensor parallelism is not supported; only ZeRO shards layers", may_be=(0, 1)
     ),
-    "torch_autocast": _Feature("precision decides it", "set precision=bf16, and remove it from the file"),
-    "wandb": _Feature("the run reports to W&B itself", "use the block wandb, and remove it from the file"),
+    "torch_autocast": _Feature(
+        "precision decides it", "set precision=bf16, and remove it from the file"
+    ),
+    "wandb": _Feature(
+        "the run reports to W&B itself", "use the block wandb, and remove it from the file"
+    ),
     "weight_quantization": _Feature("trainable weights are not quantised"),
     "zero_force_ds_cpu_optimizer": _Feature(
         "optimizer.name decides which optimizer runs",
         "set it to false, and, for DeepSpeed's, optimizer.name=deepspeed.ops.adam.DeepSpeedCPUAdam",
     ),
-    "zero_optimization.cpu_offload": _Feature("was renamed", 'use "offload_optimizer": {"device": "cpu"}'),
-    "zero_optimization.cpu_offload_param": _Feature("was renamed", 'use "offload_param": {"device": "cpu"}'),
+    "zero_optimization.cpu_offload": _Feature(
+        "was renamed", 'use "offload_optimizer": {"device": "cpu"}'
+    ),
+    "zero_optimization.cpu_offload_param": _Feature(
+        "was renamed", 'use "offload_param": {"device": "cpu"}'
+    ),
     "zero_optimization.legacy_stage1": _Feature("shards the state in another layout"),
     "zero_optimization.offload_optimizer.ratio": _Feature(_CPU_ADAM, may_be=(1,)),
     "zero_optimization.offload_optimizer.super_offload": _Feature(_CPU_ADAM),
@@ -118,7 +137,15 @@ ZERO_KEYS = """
     zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights
 """.split()  # noqa: SIM905 - one a line would be a page
 
-BLOCKS = ("bf16", "data_types", "fp16", "optimizer", "scheduler", "tensor_parallel", "zero_optimization")
+BLOCKS = (
+    "bf16",
+    "data_types",
+    "fp16",
+    "optimizer",
+    "scheduler",
+    "tensor_parallel",
+    "zero_optimization",
+)
 
 # Values of the loss scale used here, and DeepSpeed's defaults: a file with these values changes nothing.
 LOSS_SCALE = {
@@ -131,7 +158,13 @@ LOSS_SCALE = {
 }
 
 # Default arguments of optimizers, which a file may state.
-OPTIMIZER_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8, "momentum": 0, "amsgrad": False, "bias_correction": True}
+OPTIMIZER_DEFAULTS = {
+    "betas": [0.9, 0.999],
+    "eps": 1e-8,
+    "momentum": 0,
+    "amsgrad": False,
+    "bias_correction": True,
+}
 DEEPSPEEDS_OWN = {"FusedAdam": "AdamW", "DeepSpeedCPUAdam": "AdamW"}
 SCHEDULES = {
     "WarmupLR": ("constant_with_warmup", "constant"),
@@ -149,7 +182,16 @@ def contradictions(spec: "RunSpec") -> Iterator[Contradiction]:
         if not isinstance(file.get(block, {}), dict) and file[block] != AUTO:
             yield Contradiction(block, file[block], "must be a block of keys", REMOVE)
             return
-    for look in (_features, _stage, _offload, _sizes, _precision, _loss_scale, _optimizer, _schedule):
+    for look in (
+        _features,
+        _stage,
+        _offload,
+        _sizes,
+        _precision,
+        _loss_scale,
+        _optimizer,
+        _schedule,
+    ):
         yield from look(file, spec)
 
 
@@ -178,7 +220,9 @@ def _features(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
             yield Contradiction(path, value, "is no longer supported by DeepSpeed", REMOVE)
     for path, feature in FEATURES.items():
         value = _at(file, path)
-        if value is not None and not (value in feature.may_be if feature.may_be else _is_off(value)):
+        if value is not None and not (
+            value in feature.may_be if feature.may_be else _is_off(value)
+        ):
             yield Contradiction(path, value, feature.why, feature.cure)
     for name, value in _block(file, "zero_optimization").items():
         if name not in ZERO_KEYS and value != AUTO:
@@ -191,27 +235,48 @@ def _stage(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     path = "zero_optimization.stage"
     stage = _at(file, path)
     if stage == 0:
-        yield Contradiction(path, stage, "shards nothing", "set engine.kind=ddp, or stage 1, 2 or 3 in the file")
+        yield Contradiction(
+            path, stage, "shards nothing", "set engine.kind=ddp, or stage 1, 2 or 3 in the file"
+        )
     elif stage not in (None, 1, 2, 3):
         yield Contradiction(path, stage, "is not a ZeRO stage", "set 1, 2 or 3 in the file")
     elif stage not in (None, spec.engine.stage):
-        yield Contradiction(path, stage, f"contradicts engine.zero_stage = {spec.engine.zero_stage}", AGREE)
+        yield Contradiction(
+            path, stage, f"contradicts engine.zero_stage = {spec.engine.zero_stage}", AGREE
+        )
 
 
 def _offload(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     offload = spec.engine.offload
     ours = {"offload_optimizer": offload != "none", "offload_param": offload == "parameters"}
     devices = {name: _at(file, f"zero_optimization.{name}.device") for name in ours}
-    to_host = {name: ours[name] if device is None else device != "none" for name, device in devices.items()}
-    meant = "parameters" if to_host["offload_param"] else "optimizer" if to_host["offload_optimizer"] else "none"
-    cure = f'set engine.offload={meant}, or "auto" in the file' if meant != offload else 'set "cpu" in the file'
+    to_host = {
+        name: ours[name] if device is None else device != "none" for name, device in devices.items()
+    }
+    meant = (
+        "parameters"
+        if to_host["offload_param"]
+        else "optimizer"
+        if to_host["offload_optimizer"]
+        else "none"
+    )
+    cure = (
+        f'set engine.offload={meant}, or "auto" in the file'
+        if meant != offload
+        else 'set "cpu" in the file'
+    )
     for name, device in devices.items():
         path = f"zero_optimization.{name}.device"
         if device == "nvme":
             rule = "is not supported: checkpoints are written from memory"
             yield Contradiction(path, device, rule, 'set "cpu" in the file, and engine.offload')
         elif device not in (None, "none", "cpu"):
-            yield Contradiction(path, device, "is not a device that DeepSpeed knows", 'set "cpu" or "none" in the file')
+            yield Contradiction(
+                path,
+                device,
+                "is not a device that DeepSpeed knows",
+                'set "cpu" or "none" in the file',
+            )
         elif to_host[name] != ours[name]:
             yield Contradiction(path, device, f"contradicts engine.offload = {offload}", cure)
 
@@ -224,7 +289,9 @@ def _sizes(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
         "gradient_clipping": ("training.max_grad_norm", norm),
         "train_batch_size": ("batch.global_batch_size", batch.global_batch_size),
         "train_micro_batch_size_per_gpu": (
-            ("batch.micro_batch_size", pairs) if pairs else (tokens, batch.max_tokens_per_microbatch)
+            ("batch.micro_batch_size", pairs)
+            if pairs
+            else (tokens, batch.max_tokens_per_microbatch)
         ),
     }
     if engine.bucket_size is not None:
@@ -233,8 +300,12 @@ def _sizes(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
         sides["zero_optimization.overlap_comm"] = ("engine.overlap_comm", engine.overlap_comm)
     for path, (key, ours) in sides.items():
         in_file = _at(file, path)
-        if in_file is not None and (in_file != (ours or 0) or key == tokens):  # DeepSpeed's 0: no clipping
-            yield Contradiction(path, in_file, f"contradicts {key} = {'null' if ours is None else ours}", AGREE)
+        if in_file is not None and (
+            in_file != (ours or 0) or key == tokens
+        ):  # DeepSpeed's 0: no clipping
+            yield Contradiction(
+                path, in_file, f"contradicts {key} = {'null' if ours is None else ours}", AGREE
+            )
     yield from _accumulation(file, spec)
 
 
@@ -258,18 +329,34 @@ def _precision(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]
     off = [name for name, enabled in switches.items() if enabled is False]
     rule = f"contradicts precision = {spec.precision}"
     if len(on) == 2:
-        yield Contradiction("fp16.enabled", switches["fp16"], "bf16.enabled is also true", "enable only one of the two")
+        yield Contradiction(
+            "fp16.enabled",
+            switches["fp16"],
+            "bf16.enabled is also true",
+            "enable only one of the two",
+        )
     elif on and on[0] != spec.precision:
-        yield Contradiction(f"{on[0]}.enabled", switches[on[0]], rule, f'set precision={on[0]}, or "auto" in the file')
+        yield Contradiction(
+            f"{on[0]}.enabled",
+            switches[on[0]],
+            rule,
+            f'set precision={on[0]}, or "auto" in the file',
+        )
     elif spec.precision in off:
-        yield Contradiction(f"{spec.precision}.enabled", False, rule, 'set another precision, or "auto" in the file')
+        yield Contradiction(
+            f"{spec.precision}.enabled", False, rule, 'set another precision, or "auto" in the file'
+        )
     elif len(off) == 2 and spec.precision not in ("fp32", "tf32"):
         rule += ": with fp16.enabled = false it means fp32"
-        yield Contradiction("bf16.enabled", False, rule, 'set precision=fp32, or "auto" in the file')
+        yield Contradiction(
+            "bf16.enabled", False, rule, 'set precision=fp32, or "auto" in the file'
+        )
     sent = _at(file, "communication_data_type")
     if sent not in (None, "fp32") and spec.precision not in ("bf16", "fp16"):
         rule = f"would send gradients in {sent}, but precision is {spec.precision}"
-        yield Contradiction("communication_data_type", sent, rule, f"set precision=bf16, or {REMOVE}")
+        yield Contradiction(
+            "communication_data_type", sent, rule, f"set precision=bf16, or {REMOVE}"
+        )
 
 
 def _loss_scale(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
@@ -279,14 +366,18 @@ def _loss_scale(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction
         value = _at(file, f"fp16.{name}")
         if value is not None and value not in may_be:
             rule = "all engines use the same loss scale: it starts at 65536, halves at each overflow and doubles "
-            yield Contradiction(f"fp16.{name}", value, rule + "after 2000 steps without one", REMOVE)
+            yield Contradiction(
+                f"fp16.{name}", value, rule + "after 2000 steps without one", REMOVE
+            )
 
 
 def _optimizer(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     ours, kind = spec.optimizer, _at(file, "optimizer.type")
     params: dict[str, Any] = dict(_block(file, "optimizer.params"))
     params.pop("torch_adam", None)  # selects the implementation, which optimizer.name decides
-    decays_weights = params.pop("adam_w_mode", True) is not False  # DeepSpeed's Adam is AdamW by default
+    decays_weights = (
+        params.pop("adam_w_mode", True) is not False
+    )  # DeepSpeed's Adam is AdamW by default
     last = ours.name.replace(":", ".").rpartition(".")[2]
     last = DEEPSPEEDS_OWN.get(last, last)
     if kind is not None:
@@ -294,7 +385,9 @@ def _optimizer(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]
         meant, has = str(kind).lower(), last.lower()
         is_adam = not ours.weight_decay and {meant, has} <= same.keys()  # the same without decay
         if same.get(meant, meant) != has and not is_adam:
-            yield Contradiction("optimizer.type", kind, f"contradicts optimizer.name = {ours.name}", AGREE)
+            yield Contradiction(
+                "optimizer.type", kind, f"contradicts optimizer.name = {ours.name}", AGREE
+            )
     for name, in_file in params.items():
         own = name in ("lr", "weight_decay")
         value = getattr(ours, name) if own else ours.kwargs.get(name, OPTIMIZER_DEFAULTS.get(name))
@@ -310,9 +403,13 @@ def _schedule(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     for param, value in _block(file, "scheduler.params").items():
         if value not in (AUTO, None):
             cure = 'set "auto" in the file, and set scheduler.warmup_steps, scheduler.kwargs or optimizer.lr'
-            yield Contradiction(f"scheduler.params.{param}", value, "the settings define the schedule", cure)
+            yield Contradiction(
+                f"scheduler.params.{param}", value, "the settings define the schedule", cure
+            )
     same = SCHEDULES.get(str(kind), ())
     if kind is not None and name not in same:
         cure = f"set scheduler.name={same[0]}, or " if same else ""
         rule = f"contradicts scheduler.name = {name}"
-        yield Contradiction("scheduler.type", kind, rule, f"{cure}remove the block scheduler from the file")
+        yield Contradiction(
+            "scheduler.type", kind, rule, f"{cure}remove the block scheduler from the file"
+        )

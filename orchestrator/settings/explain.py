@@ -33,7 +33,14 @@ MAIN_SETTINGS = {
 }
 
 # Settings that may be any text, also digits, which YAML reads as a number.
-FREE_TEXT = ("run.name", "wandb.project", "wandb.group", "slurm.partition", "slurm.account", "slurm.qos")
+FREE_TEXT = (
+    "run.name",
+    "wandb.project",
+    "wandb.group",
+    "slurm.partition",
+    "slurm.account",
+    "slurm.qos",
+)
 
 
 def explain(error: ValidationError) -> list[UserError]:
@@ -50,16 +57,29 @@ def _explain_one(details: Any) -> UserError:
         return UserError(key, value, "is not a setting", meant_by(location, block))
     if kind == "model_type" and (inner := block_at(location)):
         return _explain_block(location, value, inner)
-    described = f"it is: {field.description}" if field and field.description else "see orchestrator/settings/spec.py"
+    described = (
+        f"it is: {field.description}"
+        if field and field.description
+        else "see orchestrator/settings/spec.py"
+    )
     if kind == "missing" or (value is None and field and field.is_required()):
         return UserError(key, None, "is required", described)
     setting = ".".join(part for part in location if isinstance(part, str))
     fix = _other_value(setting, value) or _fix_of_type(key, kind, value)
     if kind == "literal_error":
         allowed = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return UserError(key, value, f"must be one of {', '.join(allowed)}", fix or _allowed_value(value, allowed))
-    default = field.get_default(call_default_factory=True) if field and not field.is_required() else None
-    example = f"for example {key}={default} ({described})" if default not in (None, {}, []) else described
+        return UserError(
+            key,
+            value,
+            f"must be one of {', '.join(allowed)}",
+            fix or _allowed_value(value, allowed),
+        )
+    default = (
+        field.get_default(call_default_factory=True) if field and not field.is_required() else None
+    )
+    example = (
+        f"for example {key}={default} ({described})" if default not in (None, {}, []) else described
+    )
     rule = details["msg"][0].lower() + details["msg"][1:]
     return UserError(key, value, rule, fix or example)
 
@@ -74,7 +94,9 @@ def meant_by(location: tuple[int | str, ...], block: type[Block] = RunSpec) -> s
     if homes := by_last_name().get(name):
         return f"did you mean {' or '.join(homes[:3])}?"
     names = [*by_last_name(), *TRL_NAMES, *OTHER_NAMES]
-    if (near := nearest(name, names, cutoff=0.85)) and (answer := _name_elsewhere(near, "") or _homes_of(near)):
+    if (near := nearest(name, names, cutoff=0.85)) and (
+        answer := _name_elsewhere(near, "") or _homes_of(near)
+    ):
         return answer
     if block is RunSpec:
         return "`orchestrator help settings` lists all settings; for example optimizer.lr=1e-6"
@@ -102,7 +124,9 @@ def _explain_block(location: tuple[int | str, ...], value: Any, block: type[Bloc
     if value in (None, ""):
         held = settings().get(setting)
         about = f"it is: {held.description}" if held else "remove it"
-        return UserError(key if not isinstance(location[-1], int) else setting, None, "is empty", about)
+        return UserError(
+            key if not isinstance(location[-1], int) else setting, None, "is empty", about
+        )
     for name in MAIN_SETTINGS.get(setting, ()):
         if fix := _other_value(f"{setting}.{name}", value):
             return UserError(key, value, "is a block of settings", fix)
@@ -111,8 +135,12 @@ def _explain_block(location: tuple[int | str, ...], value: Any, block: type[Bloc
         return UserError(key, value, "is a block of settings", fix)
     for name in MAIN_SETTINGS.get(setting, ()):
         if _accepts(block, name, value) or name == MAIN_SETTINGS[setting][-1]:
-            return UserError(key, value, "is a block of settings", f"did you mean {key}.{name}={value}?")
-    return UserError(key, value, "is a block of settings", "its keys are " + ", ".join(block.model_fields))
+            return UserError(
+                key, value, "is a block of settings", f"did you mean {key}.{name}={value}?"
+            )
+    return UserError(
+        key, value, "is a block of settings", "its keys are " + ", ".join(block.model_fields)
+    )
 
 
 def _accepts(block: type[Block], name: str, value: Any) -> bool:
@@ -136,15 +164,28 @@ def _other_value(setting: str, value: Any) -> str | None:
 def _fix_of_type(key: str, kind: str, value: Any) -> str | None:
     """Return how to write a value of the wrong type."""
     if kind in ("list_type", "dict_type") and isinstance(value, str):
-        return f"for example {key}=[{value}]" if kind == "list_type" else f"for example {key}={{name: {value}}}"
+        return (
+            f"for example {key}=[{value}]"
+            if kind == "list_type"
+            else f"for example {key}={{name: {value}}}"
+        )
     if kind == "int_from_float" and 0 < value < 1 and "steps" in key:
-        part = f"for a fraction set scheduler.warmup_ratio={value}" if "warmup" in key else f"for example {key}=100"
+        part = (
+            f"for a fraction set scheduler.warmup_ratio={value}"
+            if "warmup" in key
+            else f"for example {key}=100"
+        )
         return f"it is a number of steps; {part}"
     if value is None and ":" in key.rpartition(".")[2]:
         return f"write a space after the colon: {{{key.rpartition('.')[2].replace(':', ': ')}}}"
     if kind == "run_name":
         return "for example run.name=llama-dpo"
-    if kind == "string_type" and key in FREE_TEXT and isinstance(value, int | float) and not isinstance(value, bool):
+    if (
+        kind == "string_type"
+        and key in FREE_TEXT
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    ):
         return f"YAML reads {value} as a number; quote it: \"{key}='{value}'\""
     return None
 
@@ -158,4 +199,6 @@ def _allowed_value(value: Any, allowed: list[str]) -> str:
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location if part != "")  # a single evaluation set has the name ""
+    return ".".join(
+        str(part) for part in location if part != ""
+    )  # a single evaluation set has the name ""

@@ -13,7 +13,12 @@ from yaml import YAMLError
 
 from orchestrator.settings.explain import explain
 from orchestrator.settings.spec import DATA_SUFFIXES, RunSpec, Split, UserError
-from orchestrator.settings.wrong_file import folder_error, missing_file, no_settings, unreadable_file
+from orchestrator.settings.wrong_file import (
+    folder_error,
+    missing_file,
+    no_settings,
+    unreadable_file,
+)
 
 RUN_CONFIG = "config.yaml"  # in a run directory: the settings of the run
 FLATTEN = "flatten it: settings are at most a few levels deep"
@@ -45,7 +50,9 @@ SettingsSource = str | Path | Mapping[str, Any]
 """A YAML file, or nested settings as YAML would hold them."""
 
 
-def load_spec(files: Sequence[SettingsSource] | SettingsSource, overrides: Sequence[str] | str = ()) -> RunSpec:
+def load_spec(
+    files: Sequence[SettingsSource] | SettingsSource, overrides: Sequence[str] | str = ()
+) -> RunSpec:
     """Merge YAML files or dicts from left to right, apply the `a.b=c` override(s), and validate the result.
 
     Relative paths are resolved from the current folder and become absolute: workers run elsewhere.
@@ -61,12 +68,18 @@ def load_spec(files: Sequence[SettingsSource] | SettingsSource, overrides: Seque
         raw: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise UserError("settings", " ".join(map(str, paths)), f"cannot be merged: {reason}", "fix that key") from None
+        raise UserError(
+            "settings", " ".join(map(str, paths)), f"cannot be merged: {reason}", "fix that key"
+        ) from None
     except RecursionError:
-        raise UserError("settings", " ".join(map(str, paths)), "are nested too deeply", FLATTEN) from None
+        raise UserError(
+            "settings", " ".join(map(str, paths)), "are nested too deeply", FLATTEN
+        ) from None
     except TypeError:  # OmegaConf's error for this case
         rule = "cannot be merged: one has a list where a later file or override has a block"
-        raise UserError("settings", " ".join(map(str, paths)), rule, "write a list there too") from None
+        raise UserError(
+            "settings", " ".join(map(str, paths)), rule, "write a list there too"
+        ) from None
     return make_spec(raw)
 
 
@@ -118,7 +131,9 @@ def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for dotted in keys:
         if dotted in DATA_KEYS:
-            found |= {key: source.path for key, source in spec.data.sources(DATA_KEYS[dotted]).items()}
+            found |= {
+                key: source.path for key, source in spec.data.sources(DATA_KEYS[dotted]).items()
+            }
             continue
         value: Any = spec
         for name in dotted.split("."):
@@ -145,14 +160,20 @@ def check_model_names(spec: RunSpec) -> None:
             raise UserError(key, name, "is not a folder", "use an existing folder or a hub name")
         if not looks_local(name) and "/" not in name and name not in WITHOUT_OWNER:
             rule = "is not a folder, and a hub name needs an owner (OWNER/NAME)"
-            raise UserError(key, name, rule, f"use an existing folder (./{name}) or the full hub name")
+            raise UserError(
+                key, name, rule, f"use an existing folder (./{name}) or the full hub name"
+            )
 
 
 def looks_local(source: str) -> bool:
     """Return whether a data or model setting is a path rather than a hub repository or a URL."""
     if scheme_of(source):
         return False
-    return source.startswith((".", "/", "~")) or source.endswith(DATA_SUFFIXES) or os.path.exists(source)
+    return (
+        source.startswith((".", "/", "~"))
+        or source.endswith(DATA_SUFFIXES)
+        or os.path.exists(source)
+    )
 
 
 def _settings_of(source: SettingsSource) -> DictConfig:
@@ -170,11 +191,17 @@ def _read(path: Path) -> DictConfig:
     if error := unreadable_file(path):
         raise error
     config = _parsed(path)
-    plain = OmegaConf.to_container(config) if isinstance(config, DictConfig | ListConfig) else config
+    plain = (
+        OmegaConf.to_container(config) if isinstance(config, DictConfig | ListConfig) else config
+    )
     if error := no_settings(path, plain):
         raise error
     # OmegaConf parses plain text as {text: None}
-    if not isinstance(config, DictConfig) or not config or all(value is None for value in config.values()):
+    if (
+        not isinstance(config, DictConfig)
+        or not config
+        or all(value is None for value in config.values())
+    ):
         fix = "write blocks such as `run:` and `data:`"
         raise UserError("settings file", str(path), "has no top-level settings", fix)
     return config
@@ -185,7 +212,12 @@ def _parsed(path: Path) -> Any:
         return OmegaConf.load(path)
     except RecursionError:
         raise UserError("settings file", str(path), "is nested too deeply", FLATTEN) from None
-    except (YAMLError, ValueError, OSError, OmegaConfBaseException) as error:  # ValueError: not UTF-8, no such date
+    except (
+        YAMLError,
+        ValueError,
+        OSError,
+        OmegaConfBaseException,
+    ) as error:  # ValueError: not UTF-8, no such date
         rule = f"is not YAML: {' '.join(str(error).split())}"
         raise UserError("settings file", str(path), rule, "fix that line") from None
 
@@ -194,14 +226,25 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
-            raise UserError("override", override, "is not of the form key=value", "for example optimizer.lr=1e-6")
+            raise UserError(
+                "override",
+                override,
+                "is not of the form key=value",
+                "for example optimizer.lr=1e-6",
+            )
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except RecursionError:
         raise UserError("override", " ".join(overrides), "is nested too deeply", FLATTEN) from None
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:  # ValueError: not UTF-8, too long a number
+    except (
+        OmegaConfBaseException,
+        YAMLError,
+        ValueError,
+    ) as error:  # ValueError: not UTF-8, too long a number
         reason = " ".join(str(error).split())
-        raise UserError("override", " ".join(overrides), f"cannot be read: {reason}", "quote the value") from None
+        raise UserError(
+            "override", " ".join(overrides), f"cannot be read: {reason}", "quote the value"
+        ) from None
 
 
 def _make_paths_absolute(raw: dict[str, Any]) -> None:
@@ -231,7 +274,11 @@ def _check_scheme(key: str, value: Any) -> None:
     elif key in FOLDER_KEYS:
         fix = "use a folder that every node can write, and copy it from there"
     else:
-        fix = "use the hub name, OWNER/NAME" if "hf" in scheme or "huggingface" in value else "use a folder"
+        fix = (
+            "use the hub name, OWNER/NAME"
+            if "hf" in scheme or "huggingface" in value
+            else "use a folder"
+        )
     raise UserError(key, value, f"{scheme}:// is not supported", fix)
 
 

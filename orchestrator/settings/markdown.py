@@ -23,7 +23,13 @@ Write a setting in its block (`optimizer: {lr: 5e-7}`) or as an override (`optim
 The last column says whether a setting may change when the run is resumed.
 """
 TABLE = ("| setting | values | default | | on resume |", "|---|---|---|---|---|")
-VALUES: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true, false", list: "list"}
+VALUES: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true, false",
+    list: "list",
+}
 
 
 def page() -> str:

@@ -8,11 +8,22 @@ from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import RunSpec, SourceSpec
 
 # Highest usual learning rate, by the last part of the optimizer's name; optimizers not listed are like Adam.
-HIGHEST_LR = {"SGD": 10.0, "ASGD": 10.0, "Adadelta": 10.0, "Rprop": 10.0, "Adagrad": 1.0, "Muon": 1.0, "Adafactor": 0.1}
+HIGHEST_LR = {
+    "SGD": 10.0,
+    "ASGD": 10.0,
+    "Adadelta": 10.0,
+    "Rprop": 10.0,
+    "Adagrad": 1.0,
+    "Muon": 1.0,
+    "Adafactor": 0.1,
+}
 HIGHEST_LR_OF_ADAM, LOWEST_LR = 1e-2, 1e-10
 TYPICAL_LR = "usual values for DPO with AdamW are 1e-7 to 1e-5, with model.lora up to 1e-4"
 ODD_BETA = (1e-3, 5.0)
-PER_TOKEN = ("simpo", "sigmoid_norm")  # losses whose beta multiplies log-probs per token and is therefore larger
+PER_TOKEN = (
+    "simpo",
+    "sigmoid_norm",
+)  # losses whose beta multiplies log-probs per token and is therefore larger
 MANY_EPOCHS = 10
 
 
@@ -41,13 +52,21 @@ def _learning(spec: RunSpec, known: Known) -> Iterator[str]:
     if lr > highest and ":" not in name:
         yield _line("optimizer.lr", f"{lr:g}", f"is very high for {name}", TYPICAL_LR)
     if lr < LOWEST_LR:
-        yield _line("optimizer.lr", f"{lr:g}", "is so low that fp32 weights hardly change", TYPICAL_LR)
+        yield _line(
+            "optimizer.lr", f"{lr:g}", "is so low that fp32 weights hardly change", TYPICAL_LR
+        )
     if not ODD_BETA[0] <= beta <= ODD_BETA[1] and not set(PER_TOKEN) & set(spec.dpo.loss_types):
-        how = "the reference hardly constrains the policy" if beta < 1 else "the policy can hardly leave the reference"
+        how = (
+            "the reference hardly constrains the policy"
+            if beta < 1
+            else "the policy can hardly leave the reference"
+        )
         yield _line("dpo.beta", f"{beta:g}", how, "usual values are 0.01 to 1")
     if spec.dpo.label_smoothing >= 0.5 and "exo_pair" not in spec.dpo.loss_types:
         what = "assumes that at least half of all labels are wrong"
-        yield _line("dpo.label_smoothing", spec.dpo.label_smoothing, what, "usual values are 0 to 0.3")
+        yield _line(
+            "dpo.label_smoothing", spec.dpo.label_smoothing, what, "usual values are 0 to 0.3"
+        )
 
 
 def _length(spec: RunSpec, known: Known) -> Iterator[str]:
@@ -55,41 +74,86 @@ def _length(spec: RunSpec, known: Known) -> Iterator[str]:
     if steps is not None:
         warmup = spec.scheduler.warmup(steps)
         if warmup >= steps and warmup > 1:
-            key = "scheduler.warmup_steps" if spec.scheduler.warmup_ratio is None else "scheduler.warmup_ratio"
+            key = (
+                "scheduler.warmup_steps"
+                if spec.scheduler.warmup_ratio is None
+                else "scheduler.warmup_ratio"
+            )
             value = getattr(spec.scheduler, key.rpartition(".")[2])
             what = f"the run has {counted(steps, 'step')} and ends during the warm-up, before it reaches optimizer.lr"
-            yield _line(key, value, what, f"lower it, for example scheduler.warmup_steps={steps // 10}")
+            yield _line(
+                key, value, what, f"lower it, for example scheduler.warmup_steps={steps // 10}"
+            )
         for key, every, what in _intervals(spec):
             if every is not None and every > steps:
-                yield _line(key, every, f"the run has {counted(steps, 'step')}: {what}", f"set it to {steps} or less")
+                yield _line(
+                    key,
+                    every,
+                    f"the run has {counted(steps, 'step')}: {what}",
+                    f"set it to {steps} or less",
+                )
     if known.epochs is not None and known.epochs > MANY_EPOCHS:
         what = f"every pair is seen {known.epochs:.4g} times, and DPO overfits after a few epochs"
         by_steps = spec.training.max_steps is not None
         key = "training.max_steps" if by_steps else "training.epochs"
-        yield _line(key, getattr(spec.training, key.rpartition(".")[2]), what, "watch the evaluation, or train less")
+        yield _line(
+            key,
+            getattr(spec.training, key.rpartition(".")[2]),
+            what,
+            "watch the evaluation, or train less",
+        )
     if known.pairs is not None and spec.batch.global_batch_size > known.pairs:
         what = f"an epoch has {counted(known.pairs, 'pair')}, so each step uses all of them"
-        yield _line("batch.global_batch_size", spec.batch.global_batch_size, what, "lower it for more than one step")
+        yield _line(
+            "batch.global_batch_size",
+            spec.batch.global_batch_size,
+            what,
+            "lower it for more than one step",
+        )
 
 
 def _intervals(spec: RunSpec) -> Iterator[tuple[str, int | None, str]]:
     """Yield (setting, its interval in steps, effect of an interval longer than the run)."""
-    yield "training.logging_steps", spec.training.logging_steps, "only the last training step is logged"
-    yield "evaluation.every_steps", spec.evaluation.every_steps, "evaluation runs only before and after training"
+    yield (
+        "training.logging_steps",
+        spec.training.logging_steps,
+        "only the last training step is logged",
+    )
+    yield (
+        "evaluation.every_steps",
+        spec.evaluation.every_steps,
+        "evaluation runs only before and after training",
+    )
     yield "checkpoint.every_steps", spec.checkpoint.every_steps, "the only checkpoint is the last"
     yield "reference.sync_every", spec.reference.sync_every, "the reference is never updated"
 
 
 def _models(spec: RunSpec, known: Known) -> Iterator[str]:
-    if spec.model.lora is not None and spec.reference.kind == "copy" and spec.reference.path is None:
+    if (
+        spec.model.lora is not None
+        and spec.reference.kind == "copy"
+        and spec.reference.path is None
+    ):
         what = "with model.lora each rank stores the frozen base twice"
-        yield _line("reference.kind", "copy", what, "reference.kind=adapter_off is as exact and needs no copy")
+        yield _line(
+            "reference.kind",
+            "copy",
+            what,
+            "reference.kind=adapter_off is as exact and needs no copy",
+        )
     if known.positions is not None and (spec.data.max_length or 0) > known.positions:
         what = f"the model has {known.positions} positions, and a longer row is an error"
-        yield _line("data.max_length", spec.data.max_length, what, f"set it to {known.positions} or less")
+        yield _line(
+            "data.max_length", spec.data.max_length, what, f"set it to {known.positions} or less"
+        )
     if known.gpus == 0 and spec.cluster.resources.get("GPU"):
         what = "this machine has no GPU, so debug trains on the CPU"
-        yield _line("cluster.resources", spec.cluster.resources, what, "use train or submit where the GPUs are")
+        yield _line(
+            "cluster.resources",
+            spec.cluster.resources,
+            what,
+            "use train or submit where the GPUs are",
+        )
 
 
 def _data(spec: RunSpec, known: Known) -> Iterator[str]:
@@ -100,7 +164,9 @@ def _data(spec: RunSpec, known: Known) -> Iterator[str]:
             yield _line(key, source.path, what, "set data.eval_fraction=0.05 instead")
     if (spec.data.eval_fraction or 0) > 0.5:
         what = "more pairs are held out than trained on"
-        yield _line("data.eval_fraction", spec.data.eval_fraction, what, "usual values are 0.01 to 0.1")
+        yield _line(
+            "data.eval_fraction", spec.data.eval_fraction, what, "usual values are 0.01 to 0.1"
+        )
 
 
 def _place(source: SourceSpec, default_split: str) -> tuple[str, str | None, str | None]:

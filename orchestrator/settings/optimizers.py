@@ -73,7 +73,9 @@ def optimizer_kind(name: str) -> OptimizerKind:
         world size; "whole": more of the same parameter; "unknown": user code.
     """
     module, _, last = name.rpartition(".")
-    if module == "deepspeed.ops.adam" or (module == "torch.optim" and last in ELEMENTWISE_OPTIMIZERS):
+    if module == "deepspeed.ops.adam" or (
+        module == "torch.optim" and last in ELEMENTWISE_OPTIMIZERS
+    ):
         return "elementwise"
     return "whole" if module in OPTIMIZERS else "unknown"
 
@@ -91,7 +93,9 @@ def check_optimizer(key: str, name: str, engine: EngineSpec) -> None:
     if name in USELESS_OPTIMIZERS:
         raise UserError(key, name, USELESS_OPTIMIZERS[name], adamw)
     if module == "deepspeed.ops.adam" and engine.kind != "deepspeed":
-        raise UserError(key, name, "works only under deepspeed", f"set engine.kind=deepspeed, or {adamw}")
+        raise UserError(
+            key, name, "works only under deepspeed", f"set engine.kind=deepspeed, or {adamw}"
+        )
     if kind == "unknown" and (engine.kind != "ddp" or engine.shard_optimizer):
         rule = "is user code, which may need more than the shard that a rank holds"
         raise UserError(key, name, rule, "set engine.kind=ddp and engine.shard_optimizer=false")
@@ -104,11 +108,15 @@ def check_optimizer(key: str, name: str, engine: EngineSpec) -> None:
             why += "raise" if last == "Muon" else "silently compute something else"
         raise UserError(key, name, why, f"set engine.kind=ddp, or {adamw}")
     if name == "torch.optim.Adagrad" and engine.kind == "deepspeed":
-        rule = "is rebuilt by deepspeed with one parameter group, so norms and biases would be decayed"
+        rule = (
+            "is rebuilt by deepspeed with one parameter group, so norms and biases would be decayed"
+        )
         raise UserError(key, name, rule, f"set engine.kind=ddp or fsdp, or {adamw}")
     if last == "DeepSpeedCPUAdam" and engine.offload == "none":
         rule, cure = "updates weights in host memory", "set engine.offload=optimizer"
         raise UserError(key, name, rule, f"{cure}, or use deepspeed.ops.adam.FusedAdam")
     if last == "FusedAdam" and engine.offload != "none":
         rule = f"updates weights on the GPU, but engine.offload is {engine.offload}"
-        raise UserError(key, name, rule, "use deepspeed.ops.adam.DeepSpeedCPUAdam or torch.optim.AdamW")
+        raise UserError(
+            key, name, rule, "use deepspeed.ops.adam.DeepSpeedCPUAdam or torch.optim.AdamW"
+        )

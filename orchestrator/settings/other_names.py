@@ -246,8 +246,15 @@ _REASONS = {
         "train_on_prompt",
         "mask_history",
     ),
-    "W&B reads it from the environment: set WANDB_ENTITY": ("wandb_entity", "wandb.entity", "wandb.team"),
-    "W&B reads it from the environment: set WANDB_TAGS or WANDB_NOTES": ("wandb.tags", "wandb.notes"),
+    "W&B reads it from the environment: set WANDB_ENTITY": (
+        "wandb_entity",
+        "wandb.entity",
+        "wandb.team",
+    ),
+    "W&B reads it from the environment: set WANDB_TAGS or WANDB_NOTES": (
+        "wandb.tags",
+        "wandb.notes",
+    ),
     "the run directory stores the id of the W&B run, and a resumed run continues it": (
         "wandb_run_id",
         "wandb.id",
@@ -273,9 +280,16 @@ _REASONS = {
         "modules_to_save",
     ),
     "an adapter has no dropout": ("lora.dropout",),
-    "adapters are supported on linear layers only; set model.lora.target_modules": ("lora.target_parameters",),
+    "adapters are supported on linear layers only; set model.lora.target_modules": (
+        "lora.target_parameters",
+    ),
     "download that revision, and set model.path to its folder": ("revision", "model.revision"),
-    "model.path determines it": ("model_type", "tokenizer_type", "processor_type", "is_llama_derived_model"),
+    "model.path determines it": (
+        "model_type",
+        "tokenizer_type",
+        "processor_type",
+        "is_llama_derived_model",
+    ),
     "weights are always written as safetensors": ("save_safetensors", "safe_serialization"),
     "the metrics of every step are in the run directory and in W&B": ("plot_loss", "logging_dir"),
     "upload RUN_DIR/model after the run, for example with hf upload": (
@@ -296,14 +310,19 @@ _REASONS = {
     "an adapter for the reference is not supported; merge it, and set reference.path to the merged model": (
         "ref_model_adapters",
     ),
-    "new tokens are not supported; add them to the model and tokenizer first": ("resize_vocab", "new_special_tokens"),
+    "new tokens are not supported; add them to the model and tokenizer first": (
+        "resize_vocab",
+        "new_special_tokens",
+    ),
 }
 NO_COUNTERPART = {name: why for why, names in _REASONS.items() for name in names}
 
 _APO = "set dpo.loss_type=apo_zero (chosen completions better than the model's) or apo_down (worse)"
 _KTO = "KTO trains on single completions, which are not supported; for pairs set dpo.loss_type=apo_zero or bco_pair"
 _ODPO = "set dpo.loss_type=sigmoid and data.margin_column to the column of margins"
-_CPO = "CPO is not implemented; losses without a reference are simpo and orpo: set dpo.loss_type=simpo"
+_CPO = (
+    "CPO is not implemented; losses without a reference are simpo and orpo: set dpo.loss_type=simpo"
+)
 _NO_8_BITS = "set precision=auto; for a base in 8 or 4 bits set model.lora.base=int8 or nf4"
 # Fixes for values with other names, by setting. Keys are folded (settings/near.py).
 OTHER_VALUES: dict[str, dict[str, str]] = {
@@ -346,7 +365,15 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
         **{
             name.format(stage): f"set engine.kind=deepspeed and engine.zero_stage={stage}"
             for stage in (1, 2, 3)
-            for name in ("zero{}", "zero_{}", "deepspeed{}", "deepspeed_{}", "deepspeed_zero{}", "ds{}", "stage{}")
+            for name in (
+                "zero{}",
+                "zero_{}",
+                "deepspeed{}",
+                "deepspeed_{}",
+                "deepspeed_zero{}",
+                "ds{}",
+                "stage{}",
+            )
         },
         "zero": "set engine.kind=deepspeed and engine.zero_stage=2",
         "ds": "set engine.kind=deepspeed",

@@ -35,7 +35,14 @@ from orchestrator.settings.spec import (
 )
 
 # Common names of Ray's built-in resources, in lower case; any other name is a custom resource of the cluster.
-RAY_NAMES = {"gpu": "GPU", "gpus": "GPU", "num_gpus": "GPU", "cpu": "CPU", "cpus": "CPU", "num_cpus": "CPU"}
+RAY_NAMES = {
+    "gpu": "GPU",
+    "gpus": "GPU",
+    "num_gpus": "GPU",
+    "cpu": "CPU",
+    "cpus": "CPU",
+    "num_cpus": "CPU",
+}
 
 
 def check_rules(spec: RunSpec) -> None:
@@ -94,10 +101,14 @@ def _refuse(clashes: list[_Clash]) -> None:
 
 def _one_model(spec: RunSpec) -> None:
     if spec.model.path and spec.model.init:
-        raise UserError("model.path", spec.model.path, "model.init is also set", "remove one of the two")
+        raise UserError(
+            "model.path", spec.model.path, "model.init is also set", "remove one of the two"
+        )
     if not (spec.model.path or spec.model.init):
         cure = "set it to a folder or hub name of a causal LM, or set model.init"
-        raise UserError("model.path", spec.model.path, "either this or model.init is required", cure)
+        raise UserError(
+            "model.path", spec.model.path, "either this or model.init is required", cure
+        )
     if spec.model.init and spec.model.init.vocab_size < 260:
         raise UserError(
             "model.init.vocab_size",
@@ -112,7 +123,10 @@ def _one_micro_batch_key(spec: RunSpec) -> None:
     if (batch.micro_batch_size is None) == (batch.max_tokens_per_microbatch is None):
         raise UserError(
             "batch",
-            {"micro_batch_size": batch.micro_batch_size, "max_tokens_per_microbatch": batch.max_tokens_per_microbatch},
+            {
+                "micro_batch_size": batch.micro_batch_size,
+                "max_tokens_per_microbatch": batch.max_tokens_per_microbatch,
+            },
             "exactly one of the two must set the size of a forward pass",
             "remove one" if batch.micro_batch_size else "set batch.micro_batch_size=1",
         )
@@ -283,11 +297,22 @@ def _known_optimizer(spec: RunSpec) -> None:
     if ":" in name:
         _user_code("optimizer.name", name)
     elif last not in OPTIMIZERS.get(module, ()) and name not in USELESS_OPTIMIZERS:
-        dotted = {end: f"{home}.{end}" for home, ends in OPTIMIZERS.items() if module in ("", home) for end in ends}
+        dotted = {
+            end: f"{home}.{end}"
+            for home, ends in OPTIMIZERS.items()
+            if module in ("", home)
+            for end in ends
+        }
         near = nearest(last, dotted)
         meant = TRL_OPTIMIZERS.get(folded(name)) or (dotted[near] if near else "")
-        rule = "is neither a supported optimizer of torch, bitsandbytes or deepspeed nor a module:attr"
-        cure = f"did you mean {meant}?" if meant else "use one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS)
+        rule = (
+            "is neither a supported optimizer of torch, bitsandbytes or deepspeed nor a module:attr"
+        )
+        cure = (
+            f"did you mean {meant}?"
+            if meant
+            else "use one of torch.optim." + ", ".join(ELEMENTWISE_OPTIMIZERS)
+        )
         raise UserError("optimizer.name", name, rule, cure)
     check_optimizer("optimizer.name", name, spec.engine)
     for key in {"lr", "weight_decay"} & kwargs.keys():
@@ -330,7 +355,9 @@ def _known_scheduler(spec: RunSpec) -> None:
                 "scheduler.name",
                 name,
                 "is neither a schedule of transformers nor a torch.optim.lr_scheduler.NAME",
-                f"did you mean {meant}?" if meant else "use one of " + ", ".join(get_args(SchedulerName)),
+                f"did you mean {meant}?"
+                if meant
+                else "use one of " + ", ".join(get_args(SchedulerName)),
             ),
             _Clash(
                 bool(scheduler.warmup_steps and scheduler.warmup_ratio is not None),
@@ -383,14 +410,19 @@ def _evaluation(spec: RunSpec) -> None:
             )
     if spec.data.eval and spec.data.eval_fraction is not None:
         rule = "data.eval is also set"
-        raise UserError("data.eval_fraction", spec.data.eval_fraction, rule, "remove one of the two")
+        raise UserError(
+            "data.eval_fraction", spec.data.eval_fraction, rule, "remove one of the two"
+        )
     for name in spec.data.eval_sets:
         if name and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             cure = "use letters, digits, _ and -"
             raise UserError("data.eval", name, "cannot be part of a metric's name", cure)
         if name in EVALUATED:
             raise UserError("data.eval", name, "is the name of a metric", "rename that set")
-    no_best, by = spec.evaluation.metric_for_best is None, "for example evaluation.metric_for_best=loss"
+    no_best, by = (
+        spec.evaluation.metric_for_best is None,
+        "for example evaluation.metric_for_best=loss",
+    )
     which, stopping = spec.checkpoint.export, spec.evaluation.early_stopping
     rule = "needs evaluation.metric_for_best, which decides what is better"
     if no_best and stopping is not None:
@@ -410,14 +442,24 @@ def check_metric_for_best(spec: RunSpec, has_more: bool = False) -> None:
     metric_for_best = spec.evaluation.metric_for_best
     if metric_for_best is None:
         return
-    metrics = [f"{name}_{metric}" if name else metric for name in spec.data.eval_sets for metric in EVALUATED]
+    metrics = [
+        f"{name}_{metric}" if name else metric
+        for name in spec.data.eval_sets
+        for metric in EVALUATED
+    ]
     bare = metric_for_best.removeprefix("eval_")
     if has_more and any(bare.startswith(f"{name}_" * bool(name)) for name in spec.data.eval_sets):
         return
     if bare not in metrics:
         near = difflib.get_close_matches(bare, metrics, n=1)
-        cure = f"did you mean {near[0]}?" if near else f"for example evaluation.metric_for_best={metrics[0]}"
-        raise UserError("evaluation.metric_for_best", metric_for_best, "is not an evaluated metric", cure)
+        cure = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"for example evaluation.metric_for_best={metrics[0]}"
+        )
+        raise UserError(
+            "evaluation.metric_for_best", metric_for_best, "is not an evaluated metric", cure
+        )
 
 
 def _engine_parts(spec: RunSpec) -> None:
@@ -454,7 +496,9 @@ def _engine_parts(spec: RunSpec) -> None:
                 engine.offload == "optimizer" and kind != "deepspeed",
                 "engine.offload",
                 engine.offload,
-                "under fsdp the state is stored with the weights" if kind == "fsdp" else "ddp does not support offload",
+                "under fsdp the state is stored with the weights"
+                if kind == "fsdp"
+                else "ddp does not support offload",
                 "set engine.offload=parameters" if kind == "fsdp" else "set engine.kind=deepspeed",
             ),
             _Clash(
@@ -506,7 +550,11 @@ def _deepspeed_file(spec: RunSpec) -> None:
 
 def _model_parts(spec: RunSpec) -> None:
     model, lora = spec.model, spec.model.lora or LoraSpec()  # pyright: ignore[reportCallIssue]
-    own = {name: getattr(lora, name) for name in ("r", "alpha", "target_modules") if getattr(lora, name) is not None}
+    own = {
+        name: getattr(lora, name)
+        for name in ("r", "alpha", "target_modules")
+        if getattr(lora, name) is not None
+    }
     _refuse(
         [
             _Clash(
@@ -604,7 +652,11 @@ def _reference_shares(spec: RunSpec) -> None:
 def _reference_weights(spec: RunSpec) -> None:
     """Check settings that depend on which weights the reference has."""
     reference, kind = spec.reference, spec.reference.kind
-    quantised, copied, own_start = kind in get_args(Quantized), kind == "copy", reference.path is None
+    quantised, copied, own_start = (
+        kind in get_args(Quantized),
+        kind == "copy",
+        reference.path is None,
+    )
     base = spec.model.lora.base if spec.model.lora else None
     _refuse(
         [
@@ -623,7 +675,8 @@ def _reference_weights(spec: RunSpec) -> None:
                 "set precision=fp32, or reference.kind=copy",
             ),
             _Clash(
-                reference.dtype is not None and not (copied or (kind == "precomputed" and not own_start)),
+                reference.dtype is not None
+                and not (copied or (kind == "precomputed" and not own_start)),
                 "reference.dtype",
                 reference.dtype,
                 "the policy itself computes the log-probs, in its own type"
@@ -659,9 +712,15 @@ def _reference_sharded(spec: RunSpec) -> None:
     elif reference.kind not in ("copy", "shared_layers"):
         why = f"kind {reference.kind} has no weights to shard"
     elif reference.dtype is not None:
-        why, cure = f"the shards have the policy's type, not {reference.dtype}", "remove it, or reference.dtype"
+        why, cure = (
+            f"the shards have the policy's type, not {reference.dtype}",
+            "remove it, or reference.dtype",
+        )
     elif reference.offload:
-        why, cure = "engine.offload decides where shards are stored", "remove it, or reference.offload"
+        why, cure = (
+            "engine.offload decides where shards are stored",
+            "remove it, or reference.offload",
+        )
     if why:
         raise UserError("reference.sharded", reference.sharded, why, cure)
 
@@ -680,12 +739,25 @@ def _reference_sync(spec: RunSpec) -> None:
         why = "log-probs computed once belong to one fixed reference"
     elif reference.cache == "full":
         why = "log-probs cached by reference.cache=full are wrong once the reference is updated"
-    if not why and reference.sharded and spec.engine.kind == "deepspeed" and spec.precision in ("bf16", "fp16"):
+    if (
+        not why
+        and reference.sharded
+        and spec.engine.kind == "deepspeed"
+        and spec.precision in ("bf16", "fp16")
+    ):
         refuse_moving_shards(reference, spec.precision)
     if why:
-        cure = "remove it, or train without model.lora" if spec.model.lora else "remove it, or set reference.kind=copy"
+        cure = (
+            "remove it, or train without model.lora"
+            if spec.model.lora
+            else "remove it, or set reference.kind=copy"
+        )
         if reference.kind in ("copy", "shared_layers") and not spec.model.lora:
-            cure = "remove reference.dtype" if reference.dtype in ("bf16", "fp16") else "set reference.cache=off"
+            cure = (
+                "remove reference.dtype"
+                if reference.dtype in ("bf16", "fp16")
+                else "set reference.cache=off"
+            )
         raise UserError("reference.sync_every", reference.sync_every, why, cure)
 
 
@@ -697,7 +769,10 @@ def refuse_moving_shards(reference: ReferenceSpec, precision: str) -> None:
     Raises:
         UserError: always, for reference.sync_every.
     """
-    rule, cure = f"a reference that deepspeed shards in {precision} loses small updates", "set reference.sharded=false"
+    rule, cure = (
+        f"a reference that deepspeed shards in {precision} loses small updates",
+        "set reference.sharded=false",
+    )
     raise UserError("reference.sync_every", reference.sync_every, rule, cure)
 
 
@@ -705,7 +780,12 @@ def _reference_cache(spec: RunSpec) -> None:
     reference = spec.reference
     if reference.kind == "precomputed" and reference.cache == "off":
         cure = "remove reference.cache, or set reference.kind=copy"
-        raise UserError("reference.cache", reference.cache, "kind precomputed stores its log-probs in the cache", cure)
+        raise UserError(
+            "reference.cache",
+            reference.cache,
+            "kind precomputed stores its log-probs in the cache",
+            cure,
+        )
     if spec.data.collator:
         check_cache_with_collator(reference, "data.collator")
 
@@ -718,7 +798,9 @@ def check_cache_with_collator(reference: ReferenceSpec, collator: str) -> None:
     """
     if reference.kind != "precomputed" and reference.cache != "full":
         return
-    key, value = ("kind", reference.kind) if reference.kind == "precomputed" else ("cache", reference.cache)
+    key, value = (
+        ("kind", reference.kind) if reference.kind == "precomputed" else ("cache", reference.cache)
+    )
     rule = f"the batches of {collator} are not known in advance"
     cure = "remove it, or return ref_chosen_logps and ref_rejected_logps from the collator"
     raise UserError(f"reference.{key}", value, rule, cure)
@@ -729,7 +811,12 @@ def _resources(spec: RunSpec) -> None:
     for name in resources:
         if (ray_name := RAY_NAMES.get(name.lower(), name)) != name:
             fix = f"did you mean cluster.resources.{ray_name}={resources[name]:g}?"
-            raise UserError(f"cluster.resources.{name}", resources[name], "is not the name of a Ray resource", fix)
+            raise UserError(
+                f"cluster.resources.{name}",
+                resources[name],
+                "is not the name of a Ray resource",
+                fix,
+            )
     if resources and not any(resources.values()):
         raise UserError(
             "cluster.resources",
@@ -754,7 +841,10 @@ def _slurm(spec: RunSpec) -> None:
     slurm, cluster = spec.slurm, spec.cluster
     each = slurm.workers_per_node
     no_flag = next((entry for entry in slurm.args if not entry.startswith("--")), None)
-    exported = next((entry for entry in slurm.args if entry.startswith("--export=") and entry.count("=") > 1), None)
+    exported = next(
+        (entry for entry in slurm.args if entry.startswith("--export=") and entry.count("=") > 1),
+        None,
+    )
     _refuse(
         [
             _Clash(
@@ -765,7 +855,9 @@ def _slurm(spec: RunSpec) -> None:
                 "lower it, or raise slurm.time",
             ),
             _Clash(
-                cluster.placement == "STRICT_PACK" and each is not None and each < cluster.max_workers,
+                cluster.placement == "STRICT_PACK"
+                and each is not None
+                and each < cluster.max_workers,
                 "slurm.workers_per_node",
                 each,
                 f"cluster.placement STRICT_PACK needs all {cluster.max_workers} workers on one node",
@@ -800,7 +892,12 @@ def _known_callback(name: str) -> None:
     if name in TRACKERS:
         return
     if name == "wandb":
-        raise UserError("callbacks", name, "W&B has its own settings block", "remove it here, and set wandb.mode=auto")
+        raise UserError(
+            "callbacks",
+            name,
+            "W&B has its own settings block",
+            "remove it here, and set wandb.mode=auto",
+        )
     if near := difflib.get_close_matches(name, TRACKERS, n=1):
         raise UserError("callbacks", name, "is not a known tracker", f"did you mean {near[0]}?")
     _user_code("callbacks", name)
@@ -810,6 +907,10 @@ def _user_code(key: str, value: str) -> None:
     module, colon, attribute = value.partition(":")
     if colon and attribute and (module.endswith(".py") or "/" in module):
         meant = module.removesuffix(".py").lstrip("./").replace("/", ".")
-        raise UserError(key, value, "names a file, not a module", f"did you mean {meant}:{attribute}?")
+        raise UserError(
+            key, value, "names a file, not a module", f"did you mean {meant}:{attribute}?"
+        )
     if not (colon and module and attribute):
-        raise UserError(key, value, "is not of the form module:attr", "for example my_package.my_module:my_name")
+        raise UserError(
+            key, value, "is not of the form module:attr", "for example my_package.my_module:my_name"
+        )

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 
@@ -21,7 +28,9 @@ class UserError(Exception):
     """
 
     def __init__(self, key: str, value: object, rule: str, cure: str) -> None:
-        super().__init__(key, value, rule, cure)  # all four in args: errors are pickled between processes
+        super().__init__(
+            key, value, rule, cure
+        )  # all four in args: errors are pickled between processes
         self.key, self.value, self.rule, self.cure = key, value, rule, cure
 
     def __str__(self) -> str:
@@ -120,7 +129,11 @@ TRACKERS: dict[str, str | None] = {
 """Trackers of transformers' report_to, and the package that each needs; W&B has its own settings block."""
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
-DATA_SUFFIXES = (*(kind + packed for kind in TEXT_SUFFIXES for packed in COMPRESSIONS), ".parquet", ".arrow")
+DATA_SUFFIXES = (
+    *(kind + packed for kind in TEXT_SUFFIXES for packed in COMPRESSIONS),
+    ".parquet",
+    ".arrow",
+)
 """Suffixes of data files that can be read."""
 EVALUATED = (
     "loss",
@@ -144,7 +157,9 @@ Exported = Literal["last", "best"]
 MOST = 10**12  # limit of every count; larger numbers would overflow in tensors
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 NonNegative = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # torch allows 64 bits, and each rank adds its rank
+Seed = Annotated[
+    int, Field(ge=0, le=2**63 - 1)
+]  # torch allows 64 bits, and each rank adds its rank
 # Arguments of transformers' apply_chat_template that are set here already and are not template variables.
 TEMPLATE_CALL = (
     "conversation",
@@ -166,7 +181,11 @@ class Block(BaseModel):
     """Frozen group of settings without unknown keys; the docstring under a field is its description."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -183,7 +202,9 @@ class IdentitySpec(Block):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value):  # excludes .., .cache and flags
+        if not re.fullmatch(
+            r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value
+        ):  # excludes .., .cache and flags
             rule = "must be 1 to 200 letters, digits, '.', '-' and '_', and start with a letter, digit or '_'"
             raise PydanticCustomError("run_name", rule)  # pyright: ignore[reportArgumentType]
         return value
@@ -349,7 +370,9 @@ class DataSpec(Block):
             return {"": value}
         if not value or not isinstance(value, dict):
             raise PydanticCustomError("sets", "must be one source, or {NAME: source}")
-        return {str(name): source for name, source in value.items()}  # YAML reads a bare 2024 as a number
+        return {
+            str(name): source for name, source in value.items()
+        }  # YAML reads a bare 2024 as a number
 
     @field_serializer("eval")
     def _one_set_has_no_name(self, value: dict[str, SourceSpec]) -> Any:
@@ -366,7 +389,10 @@ class DataSpec(Block):
         data.eval, or data.eval.NAME. name: return only this evaluation set."""
         if split == "train":
             several = len(self.train) > 1
-            return {f"data.train.{place}" if several else "data.train": each for place, each in enumerate(self.train)}
+            return {
+                f"data.train.{place}" if several else "data.train": each
+                for place, each in enumerate(self.train)
+            }
         sets = self.eval if name is None else {name: self.eval[name]}
         return {self.eval_key(name): source for name, source in sets.items()}
 
@@ -392,12 +418,16 @@ def jinja_template(given: str) -> str:
     path = Path(given).expanduser()
     cure = "use a file such as my-template.jinja, a tokenizer's folder, or the template text"
     try:
-        found = (path / "chat_template.jinja" if path.is_dir() else path).read_text(encoding="utf-8")
+        found = (path / "chat_template.jinja" if path.is_dir() else path).read_text(
+            encoding="utf-8"
+        )
     except (OSError, UnicodeDecodeError) as error:
         rule = f"cannot be read ({getattr(error, 'strerror', 'it is not UTF-8 text')})"
         raise UserError("data.chat_template", given, rule, cure) from None
     if "{{" not in found and "{%" not in found:
-        raise UserError("data.chat_template", given, "is not a Jinja template: it has neither {{ nor {%", cure)
+        raise UserError(
+            "data.chat_template", given, "is not a Jinja template: it has neither {{ nor {%", cure
+        )
     return found
 
 
@@ -439,8 +469,12 @@ class DpoSpec(Block):
         names = list(value) if isinstance(value, list | tuple) else [value]
         own = [name for name in names if isinstance(name, str) and ":" in name]
         if not names or any(name not in (*get_args(LossType), *own) for name in names):
-            raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, get_args(LossType)))})
-        return names[0] if len(names) == 1 else names  # a list of one equals its entry, also on resume
+            raise PydanticKnownError(
+                "literal_error", {"expected": ", ".join(map(repr, get_args(LossType)))}
+            )
+        return (
+            names[0] if len(names) == 1 else names
+        )  # a list of one equals its entry, also on resume
 
     @property
     def loss_types(self) -> list[str]:
@@ -480,7 +514,11 @@ class BatchSpec(Block):
 
     def grad_accum(self, ranks: int) -> int | None:
         """Return the forward passes per step on that rank; None if max_tokens_per_microbatch decides."""
-        return -(-self.pairs_per_rank(ranks) // self.micro_batch_size) if self.micro_batch_size else None
+        return (
+            -(-self.pairs_per_rank(ranks) // self.micro_batch_size)
+            if self.micro_batch_size
+            else None
+        )
 
 
 class OptimizerSpec(Block):
@@ -514,7 +552,11 @@ class SchedulerSpec(Block):
 
     def warmup(self, total_steps: int) -> int:
         """Return the warm-up steps in a run of `total_steps`."""
-        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * total_steps)
+        return (
+            self.warmup_steps
+            if self.warmup_ratio is None
+            else math.ceil(self.warmup_ratio * total_steps)
+        )
 
 
 class TrainingSpec(Block):
@@ -571,7 +613,9 @@ class EngineSpec(Block):
         """Return the ZeRO stage that deepspeed runs."""
         zero = (self.deepspeed_config or {}).get("zero_optimization")
         in_file = zero.get("stage") if isinstance(zero, dict) else None
-        return self.zero_stage or next((stage for stage in get_args(ZeroStage) if stage == in_file), 2)
+        return self.zero_stage or next(
+            (stage for stage in get_args(ZeroStage) if stage == in_file), 2
+        )
 
     @property
     def shards_weights(self) -> bool:
@@ -594,7 +638,9 @@ def deepspeed_json(given: str | dict[str, Any] | None) -> dict[str, Any]:
         rule = f"cannot be read ({error.strerror})"
         raise UserError("engine.deepspeed_config", path, rule, cure) from None
     except ValueError as error:
-        raise UserError("engine.deepspeed_config", path, f"is not valid JSON: {error}", cure) from None
+        raise UserError(
+            "engine.deepspeed_config", path, f"is not valid JSON: {error}", cure
+        ) from None
     if not isinstance(found, dict):
         raise UserError("engine.deepspeed_config", path, "is not a JSON object", cure)
     return found
@@ -688,7 +734,11 @@ class EvaluationSpec(Block):
     @property
     def best_metric(self) -> str | None:
         """Return metric_for_best as evaluations report it."""
-        return None if self.metric_for_best is None else f"eval_{self.metric_for_best.removeprefix('eval_')}"
+        return (
+            None
+            if self.metric_for_best is None
+            else f"eval_{self.metric_for_best.removeprefix('eval_')}"
+        )
 
 
 class CheckpointSpec(Block):
@@ -712,7 +762,9 @@ class ClusterSpec(Block):
     added (in an existing cluster, placed PACK or SPREAD), the run saves and resumes with more."""
     resources: dict[str, Annotated[float, Field(ge=0)]] = Field({}, json_schema_extra=FREE)
     """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU if there is any, else one CPU."""
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", json_schema_extra=FREE)
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", json_schema_extra=FREE
+    )
     """Ray's placement strategy for the workers."""
     storage_path: str | None = Field(None, json_schema_extra=FREE)
     """Folder for Ray Train's own records; RUN_DIR/logs/ray when not set. It never contains checkpoints."""
@@ -734,9 +786,13 @@ class ClusterSpec(Block):
     @classmethod
     def _one_or_two_numbers(cls, value: Any) -> Any:
         is_range = isinstance(value, list | tuple)
-        ends = [int(end) if str(end).isdecimal() else 0 for end in (value if is_range else [value] * 2)]
+        ends = [
+            int(end) if str(end).isdecimal() else 0 for end in (value if is_range else [value] * 2)
+        ]
         if len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
-            raise PydanticCustomError("workers", "must be an integer of 1 or more, or [fewest, most]")
+            raise PydanticCustomError(
+                "workers", "must be an integer of 1 or more, or [fewest, most]"
+            )
         return ends if is_range else ends[0]
 
     @property
@@ -774,8 +830,12 @@ class SlurmSpec(Block):
     def _seconds_are_a_time(cls, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
-        if value is not None and not re.fullmatch(r"\d+-\d+(:\d\d?){0,2}|\d+(:\d\d?){1,2}", str(value)):
-            raise PydanticCustomError("time", "must be D-HH:MM:SS, HH:MM:SS or MM:SS, or a number of seconds")
+        if value is not None and not re.fullmatch(
+            r"\d+-\d+(:\d\d?){0,2}|\d+(:\d\d?){1,2}", str(value)
+        ):
+            raise PydanticCustomError(
+                "time", "must be D-HH:MM:SS, HH:MM:SS or MM:SS, or a number of seconds"
+            )
         return value
 
     @property

@@ -114,7 +114,9 @@ _REASONS = {
         "pad_to_multiple_of",
     ),
     "it uses the micro-batches of training": ("precompute_ref_batch_size",),
-    "code from the hub is never run; install the package that adds the model to transformers": ("trust_remote_code",),
+    "code from the hub is never run; install the package that adds the model to transformers": (
+        "trust_remote_code",
+    ),
     "download that revision, and set model.path to its folder": ("model_revision",),
     "cluster.num_workers and the engine decide ranks, devices and the process group": (
         "accelerator_config",

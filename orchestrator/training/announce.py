@@ -32,7 +32,9 @@ def print_run(
     """Print the data, the ranks, the length of the run and notes on its settings."""
     held_out = ((evaluation_named(name), pairs) for name, pairs in prepared.eval.items())
     for name, pairs in (("training", prepared.train), *held_out):
-        dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
+        dropped = "".join(
+            f", {count} dropped ({reason})" for reason, count in pairs.dropped.items()
+        )
         bring = (f"; rows with {variable}: {rows}" for variable, rows in pairs.unread.items())
         unread = "".join(f"{each}, not used by the chat template" for each in bring)
         print(
@@ -43,10 +45,15 @@ def print_run(
             print(f"  {line}", flush=True)
         for each, share in zip(pairs.sets, pairs.shares, strict=True):
             if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
-                print(f"  {each.source}: {counted(share.pairs, 'pair')}, {share.per_epoch} per epoch", flush=True)
+                print(
+                    f"  {each.source}: {counted(share.pairs, 'pair')}, {share.per_epoch} per epoch",
+                    flush=True,
+                )
         if prepared.collator is not None and spec.data.keep_last is not None:
             long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
-            print(f"{prepared.collator.name} must truncate {long} of them, which are longer than data.max_length")
+            print(
+                f"{prepared.collator.name} must truncate {long} of them, which are longer than data.max_length"
+            )
     for line in repeat_lines(prepared.train, prepared.eval):
         print(line, flush=True)
     if (user := prepared.user_metrics) is not None and not user.logits:
@@ -55,13 +62,28 @@ def print_run(
         )
     if user is not None and user.logits and not user.batched:
         vocabulary = prepared.config.get_text_config().vocab_size
-        size = max(bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values())
-        print(f"each evaluation gathers {size / 2**20:,.1f} MB of logits in the memory of rank 0", flush=True)
-    engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[spec.engine.kind]
+        size = max(
+            bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values()
+        )
+        print(
+            f"each evaluation gathers {size / 2**20:,.1f} MB of logits in the memory of rank 0",
+            flush=True,
+        )
+    engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[
+        spec.engine.kind
+    ]
     where = f"{counted(world.size, 'rank')} on {world.device.type} in {precision}{engine}"
-    print(f"{where}, {counted(spec.batch.global_batch_size, 'pair')} a step, {counted(max_steps, 'step')}", flush=True)
-    if spec.reference_cache == "lazy" and any(share.per_epoch != share.pairs for share in prepared.train.shares):
-        print("training sets have weights: reference log-probs are cached only with reference.cache=full; ", end="")
+    print(
+        f"{where}, {counted(spec.batch.global_batch_size, 'pair')} a step, {counted(max_steps, 'step')}",
+        flush=True,
+    )
+    if spec.reference_cache == "lazy" and any(
+        share.per_epoch != share.pairs for share in prepared.train.shares
+    ):
+        print(
+            "training sets have weights: reference log-probs are cached only with reference.cache=full; ",
+            end="",
+        )
         print("the reference runs in every step")
     positions = getattr(prepared.config.get_text_config(), "max_position_embeddings", None)
     per_epoch, gpus = prepared.train.pairs_per_epoch, torch.cuda.device_count()
@@ -84,8 +106,16 @@ def print_types(engine: Engine, precision: Precision) -> None:
     if isinstance(judge, PolicyStart) or not own:
         reference = "same as policy"
     else:
-        held = "int8" if is_int8(judge.model) else "nf4" if is_quantized(judge.model) else name_of(own[0].dtype)
-        casts = is_16_bit(precision) and (types.arithmetic != precision or step.reference_arithmetic is not nullcontext)
+        held = (
+            "int8"
+            if is_int8(judge.model)
+            else "nf4"
+            if is_quantized(judge.model)
+            else name_of(own[0].dtype)
+        )
+        casts = is_16_bit(precision) and (
+            types.arithmetic != precision or step.reference_arithmetic is not nullcontext
+        )
         reference = f"{held}, arithmetic {precision} by autocast" if casts else held
     softmax = "fp64" if precision == "fp64" else "fp32"
     print(
@@ -103,24 +133,42 @@ def print_models(
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     own = reference.own_bytes(policy) / 2**20
     if spec.reference.sharded:
-        own = sum(p.nbytes for m in reference.own_modules(policy) for p in m.parameters()) / 2**20 / world.size
+        own = (
+            sum(p.nbytes for m in reference.own_modules(policy) for p in m.parameters())
+            / 2**20
+            / world.size
+        )
     where = "of host memory" if spec.reference.offload else "of memory"
     print(f"{trained:,} trainable parameters; reference: {kind}, ", end="")
     print(
-        "freed before the first step" if spec.reference.kind == "precomputed" else f"{own:.3g} MB {where} on each rank"
+        "freed before the first step"
+        if spec.reference.kind == "precomputed"
+        else f"{own:.3g} MB {where} on each rank"
     )
-    if getattr(prepared.config, "tie_word_embeddings", False) and not policy.config.tie_word_embeddings:
-        print("output head untied from the frozen embeddings: it now has its own, trainable weights")
+    if (
+        getattr(prepared.config, "tie_word_embeddings", False)
+        and not policy.config.tie_word_embeddings
+    ):
+        print(
+            "output head untied from the frozen embeddings: it now has its own, trainable weights"
+        )
     elif getattr(policy.config, "tie_word_embeddings", False) and not head_is_tied(policy):
-        print("the weights have a separate output head, although the config ties it to the embeddings: both train,")
+        print(
+            "the weights have a separate output head, although the config ties it to the embeddings: both train,"
+        )
         print("and the exported config has tie_word_embeddings: false")
     if type(policy.config) is not type(prepared.config):
         kind, text = prepared.config.model_type, type(policy).__name__
-        print(f"{kind}: only its language model ({text}) is loaded, trained and exported, without its other parts")
+        print(
+            f"{kind}: only its language model ({text}) is loaded, trained and exported, without its other parts"
+        )
 
 
 def print_frozen(names: list[str]) -> None:
     """Print which parameters were frozen because they get no gradient from text."""
     if names:
         modules = sorted({".".join(name.split(".")[:2]) for name in names})
-        print(f"frozen: {len(names)} parameters without a gradient from text, in {', '.join(modules)}", flush=True)
+        print(
+            f"frozen: {len(names)} parameters without a gradient from text, in {', '.join(modules)}",
+            flush=True,
+        )

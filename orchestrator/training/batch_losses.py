@@ -20,12 +20,18 @@ class GlobalBatch:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.parts: list[torch.Tensor] = []  # [8, B] on the device, in the layout that `_losses_in_order` reads
+        self.parts: list[
+            torch.Tensor
+        ] = []  # [8, B] on the device, in the layout that `_losses_in_order` reads
 
     def add(self, batch: PairBatch, output: StepOutput) -> None:
         """Add a micro-batch (on the device)."""
         of_sequences = (output.logps, output.ref_logps, batch.completion_tokens.double())
-        rows = [batch.pair_ids.double(), batch.pair_weights, *torch.cat([each.view(2, -1) for each in of_sequences])]
+        rows = [
+            batch.pair_ids.double(),
+            batch.pair_weights,
+            *torch.cat([each.view(2, -1) for each in of_sequences]),
+        ]
         self.parts.append(torch.stack(rows))
 
     def shares(self, dpo: DpoSpec) -> Sequence[torch.Tensor]:
@@ -35,7 +41,9 @@ class GlobalBatch:
         # sorted by id, so that the result for equal values does not depend on which rank had which pair
         found, place = _losses_in_order(torch.cat(ranks, dim=1), dpo)
         before = sum(part.shape[1] for part in ranks[: self.world.rank])
-        return found[place[before : before + mine.shape[1]]].split([part.shape[1] for part in self.parts])
+        return found[place[before : before + mine.shape[1]]].split(
+            [part.shape[1] for part in self.parts]
+        )
 
     def metric_sums(self, dpo: DpoSpec) -> torch.Tensor:
         """Return the part of the metric sums [len(METRICS), 2] that an evaluated batch lacks. Collective."""
@@ -51,13 +59,17 @@ def _losses_in_order(seen: torch.Tensor, dpo: DpoSpec) -> tuple[torch.Tensor, to
     order = seen[0].argsort(stable=True)
     _, weights, *logps_and_tokens = seen[:, order]
     real = weights > 0
-    logps, ref_logps, tokens = (each[:, real].flatten() for each in torch.stack(logps_and_tokens).view(3, 2, -1))
+    logps, ref_logps, tokens = (
+        each[:, real].flatten() for each in torch.stack(logps_and_tokens).view(3, 2, -1)
+    )
     found = seen.new_zeros(len(weights), 3)
     found[real] = batch_losses(PairTerms.split(logps, ref_logps, tokens), dpo, weights[real])
     return found, order.argsort()
 
 
-def first_pass(engine: Engine, batches: list[PairBatch], counts: Counts, dpo: DpoSpec, world: World) -> list[PairBatch]:
+def first_pass(
+    engine: Engine, batches: list[PairBatch], counts: Counts, dpo: DpoSpec, world: World
+) -> list[PairBatch]:
     """Return a rank's micro-batches of a step with their losses over the global batch and the reference's log-probs,
     which the pass with gradient then does not compute again. Collective.
 

@@ -88,19 +88,31 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Path, world: World, keep: int, timeout_s: float, ledger: Ledger | None = None
+        self,
+        checkpoints: Path,
+        world: World,
+        keep: int,
+        timeout_s: float,
+        ledger: Ledger | None = None,
     ) -> None:
         """Initialise the saver.
 
         keep: number of newest checkpoints to retain besides the best. timeout_s: that of the run's collectives.
         ledger: on rank 0 only.
         """
-        self.checkpoints, self.world, self.keep, self.timeout_s = checkpoints, world, keep, timeout_s
+        self.checkpoints, self.world, self.keep, self.timeout_s = (
+            checkpoints,
+            world,
+            keep,
+            timeout_s,
+        )
         self.ledger = ledger
         self._draft: _Draft | None = None  # the checkpoint being written in the background
         self._thread = threading.Thread()
         self._given_up = threading.Event()
-        self._error: str | None = None  # of this rank's thread, as text: an exception would keep its frames alive
+        self._error: str | None = (
+            None  # of this rank's thread, as text: an exception would keep its frames alive
+        )
         self._news: Path | None = None
 
     def save(
@@ -123,7 +135,9 @@ class Saver:
         """
         self.wait()
         if not in_background:
-            self._news = save(self.checkpoints, step, owned, meta, self.world, rng, seen, self.ledger)
+            self._news = save(
+                self.checkpoints, step, owned, meta, self.world, rng, seen, self.ledger
+            )
             if self.world.is_main:
                 retain(self.checkpoints, self.keep, best)
             return
@@ -160,7 +174,9 @@ class Saver:
     def pop_committed(self) -> Path | None:
         """Return (once) the checkpoint committed since the last call. Rank 0 sees it as soon as it commits; other ranks
         after wait()."""
-        if (news := self._news) is not None:  # an unconditional reset could lose a value that the thread sets meanwhile
+        if (
+            news := self._news
+        ) is not None:  # an unconditional reset could lose a value that the thread sets meanwhile
             self._news = None
         return news
 
@@ -174,7 +190,12 @@ class Saver:
             self._thread.join()
 
     def _run(
-        self, draft: "_Draft", copies: list[Shard], rng: RngState, seen: pa.Table | None, best: Path | None
+        self,
+        draft: "_Draft",
+        copies: list[Shard],
+        rng: RngState,
+        seen: pa.Table | None,
+        best: Path | None,
     ) -> None:
         try:
             self._write(draft, copies, rng, seen)
@@ -185,7 +206,9 @@ class Saver:
             if self.world.is_main:
                 draft.remove()
 
-    def _write(self, draft: "_Draft", copies: list[Shard], rng: RngState, seen: pa.Table | None) -> None:
+    def _write(
+        self, draft: "_Draft", copies: list[Shard], rng: RngState, seen: pa.Table | None
+    ) -> None:
         """Write this rank's files, then a record of them or of the failure."""
         try:
             draft.record(draft.write(copies, rng, seen))
@@ -240,7 +263,10 @@ def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[An
     try:
         mine, failure = part(*args), None
     except (UserError, ReadFailed) as error:
-        mine, failure = [], (type(error), error.args)  # the exception itself would keep the frames of run() alive
+        mine, failure = (
+            [],
+            (type(error), error.args),
+        )  # the exception itself would keep the frames of run() alive
     every = world.gather((mine, failure))
     for _, failure in every:
         if failure is not None:
@@ -255,7 +281,9 @@ class Reader:
         self.folder = folder
         self.meta: dict[str, Any] = _decoded(json.loads((folder / "meta.json").read_text()))
         index = json.loads((folder / "index.json").read_text())
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in index["shapes"].items()}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(shape) for name, shape in index["shapes"].items()
+        }
         self._ranges: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for file, tensor, name, key, start, stop in index["ranges"]:
             self._ranges[name, key].append((start, stop, file, tensor))
@@ -281,7 +309,9 @@ class Reader:
                 pieces.append(self._file(file).get_slice(tensor)[at - begin : upto - begin])
                 at = upto
         if at < stop:
-            raise CorruptCheckpoint(f"{self.folder}: elements {at} to {stop} of {key} of {name} are missing")
+            raise CorruptCheckpoint(
+                f"{self.folder}: elements {at} to {stop} of {key} of {name} are missing"
+            )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.zeros(0)])
 
     def parameter(self, name: str) -> torch.Tensor:
@@ -317,7 +347,12 @@ class _Draft:
     raised on all."""
 
     def __init__(
-        self, checkpoints: Path, step: int, meta: dict[str, Any], world: World, ledger: Ledger | None = None
+        self,
+        checkpoints: Path,
+        step: int,
+        meta: dict[str, Any],
+        world: World,
+        ledger: Ledger | None = None,
     ) -> None:
         self.checkpoints, self.step, self.world, self.ledger = checkpoints, step, world, ledger
         self.final = step_folder(checkpoints, step)
@@ -329,7 +364,10 @@ class _Draft:
 
     def _begin(self, meta: dict[str, Any]) -> str:
         self.meta = json.dumps(_encoded({**meta, "step": self.step, "world_size": self.world.size}))
-        for leftover in (self.final, *self.checkpoints.glob(".step_*.partial")):  # from a crash, or corrupt
+        for leftover in (
+            self.final,
+            *self.checkpoints.glob(".step_*.partial"),
+        ):  # from a crash, or corrupt
             shutil.rmtree(leftover, ignore_errors=True)
         self.partial.mkdir(parents=True)
         return self.partial.name
@@ -358,10 +396,14 @@ class _Draft:
     def remove(self) -> None:
         gone = self.partial.with_suffix(".gone.partial")
         with suppress(OSError):  # it is gone already
-            os.rename(self.partial, gone)  # atomic: other ranks find either the whole folder or none
+            os.rename(
+                self.partial, gone
+            )  # atomic: other ranks find either the whole folder or none
         shutil.rmtree(gone, ignore_errors=True)
 
-    def write(self, owned: Iterable[Shard], rng: RngState, seen: pa.Table | None = None) -> dict[str, Any]:
+    def write(
+        self, owned: Iterable[Shard], rng: RngState, seen: pa.Table | None = None
+    ) -> dict[str, Any]:
         """Write this rank's tensors, random state and rows; return their record for rank 0."""
         file, rng_file, seen_file = _rank_files(self.world.rank)
         tensors: dict[str, torch.Tensor] = {}
@@ -372,7 +414,9 @@ class _Draft:
             for key, value in part.tensors.items():
                 label = str(len(tensors))
                 tensors[label] = value.cpu().contiguous()  # no copy if it is on the host already
-                is_whole = key.startswith(SCALAR) or value.numel() != part.stop - part.start  # another shape
+                is_whole = (
+                    key.startswith(SCALAR) or value.numel() != part.stop - part.start
+                )  # another shape
                 begin, end = (0, value.numel()) if is_whole else (part.start, part.stop)
                 ranges.append((file, label, part.name, key, begin, end))
         save_tensors(tensors, self.partial / file)
@@ -380,7 +424,12 @@ class _Draft:
         files = {name: synced_sha256(self.partial / name) for name in (file, rng_file)}
         if seen is not None:
             write_rows(seen, self.partial / seen_file)
-        return {"shapes": shapes, "ranges": ranges, "files": files, "seen": [] if seen is None else [seen_file]}
+        return {
+            "shapes": shapes,
+            "ranges": ranges,
+            "files": files,
+            "seen": [] if seen is None else [seen_file],
+        }
 
     def remove_part(self) -> None:
         for name in _rank_files(self.world.rank):
@@ -399,7 +448,9 @@ class _Draft:
         ranges = [entry for part in parts for entry in part["ranges"]]
         files = {name: digest for part in parts for name, digest in part["files"].items()}
         if self.ledger is not None:
-            joined = self.ledger.join(self.partial, [name for part in parts for name in part["seen"]])
+            joined = self.ledger.join(
+                self.partial, [name for part in parts for name in part["seen"]]
+            )
             files |= {name: synced_sha256(self.partial / name) for name in joined}
         index = json.dumps({"shapes": shapes, "ranges": ranges})
         for name, document in (("index.json", index), ("meta.json", self.meta)):
@@ -408,7 +459,9 @@ class _Draft:
         os.rename(self.partial, self.final)
         sync_folder(self.checkpoints)
         ledger = {} if self.ledger is None else self.ledger.parts
-        manifest = json.dumps({"format": FORMAT, "step": self.step, "files": files, "ledger": ledger}, indent=1)
+        manifest = json.dumps(
+            {"format": FORMAT, "step": self.step, "files": files, "ledger": ledger}, indent=1
+        )
         write_atomically(self.final / MANIFEST, manifest)
         sync_folder(self.final)
         if self.ledger is not None:
@@ -425,7 +478,11 @@ def _copied(part: Shard) -> Shard:
 
 
 def _rank_files(rank: int) -> tuple[str, str, str]:
-    return f"rank_{rank:05d}.safetensors", f"rng_{rank:05d}.safetensors", f"pairs_{rank:05d}.parquet"
+    return (
+        f"rank_{rank:05d}.safetensors",
+        f"rng_{rank:05d}.safetensors",
+        f"pairs_{rank:05d}.parquet",
+    )
 
 
 def rng_state() -> RngState:

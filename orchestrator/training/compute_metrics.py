@@ -58,7 +58,9 @@ class UserMetrics:
     batch_size: int  # pairs
     padded: PreferenceCollator  # with TRL's layout of batches, for logits
 
-    def numbers(self, world: World, handed: Iterator[MetricCalls], prefix: str, where: str) -> dict[str, float]:
+    def numbers(
+        self, world: World, handed: Iterator[MetricCalls], prefix: str, where: str
+    ) -> dict[str, float]:
         """Call the function on rank 0 and return its numbers, with the prefix before their names, on every rank.
         Collective.
 
@@ -73,15 +75,23 @@ class UserMetrics:
                 raise failure or error  # on rank 0 `failure` has the user's exception as its cause
         return numbers
 
-    def _answer(self, calls: MetricCalls, prefix: str, where: str) -> tuple[dict[str, float], UserError | None]:
+    def _answer(
+        self, calls: MetricCalls, prefix: str, where: str
+    ) -> tuple[dict[str, float], UserError | None]:
         made: Any = {}
         try:
             for prediction, is_last in calls:
-                made = self.function(prediction, **({"compute_result": is_last} if self.batched else {}))
+                made = self.function(
+                    prediction, **({"compute_result": is_last} if self.batched else {})
+                )
         except BdbQuit:  # quitting the debugger in the function ends the run
             raise
         except Exception as error:
-            cure = MEND if self.logits else f"{MEND}; or set evaluation.logits=true to receive logits, as in TRL"
+            cure = (
+                MEND
+                if self.logits
+                else f"{MEND}; or set evaluation.logits=true to receive logits, as in TRL"
+            )
             failure = raised_by_user(KEY, self.name, error, where, cure)
             failure.__cause__ = error
             return {}, failure
@@ -137,7 +147,9 @@ class UserMetrics:
     def _collated(self, loader: Loader, indices: Integers, world: World, step: int) -> PairBatch:
         if not isinstance(loader.collator, AdaptedCollator):
             return self.padded([loader.pairs[int(index)] for index in indices])
-        made = loader.batch(indices, step) if world.is_main else None  # on one rank: it may draw random numbers
+        made = (
+            loader.batch(indices, step) if world.is_main else None
+        )  # on one rank: it may draw random numbers
         return world.gather(made)[0]
 
 
@@ -152,7 +164,9 @@ class PairTable:
     def add(self, indices: Integers, batch: PairBatch, output: StepOutput) -> None:
         """Add the output of a step for the pairs at these indices of the set."""
         tokens = batch.completion_tokens.to(output.logps)
-        of_pairs = torch.cat(rewards(PairTerms.split(output.logps, output.ref_logps, tokens), self.dpo))
+        of_pairs = torch.cat(
+            rewards(PairTerms.split(output.logps, output.ref_logps, tokens), self.dpo)
+        )
         columns = torch.stack([output.logps, output.ref_logps, of_pairs, tokens])
         self._indices.append(indices)
         self._rows.append(columns.unflatten(1, (2, -1)).permute(2, 0, 1))
@@ -180,11 +194,15 @@ def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor
     head = Head.of(model)
     at_once = max(1, CHUNK_LOGITS // (2 * head.vocabulary * world.size))  # positions
     for first in range(0, pairs, world.size):
-        mine = min(first + world.rank, pairs - 1)  # repeats a pair if none is left: a forward pass may be collective
+        mine = min(
+            first + world.rank, pairs - 1
+        )  # repeats a pair if none is left: a forward pass may be collective
         rows = [mine, pairs + mine]
         assert batch.attention_mask is not None
         hidden = body_of(model)(
-            input_ids=batch.input_ids[rows], attention_mask=batch.attention_mask[rows], use_cache=False
+            input_ids=batch.input_ids[rows],
+            attention_mask=batch.attention_mask[rows],
+            use_cache=False,
         ).last_hidden_state
         for start in range(0, width, at_once):
             parts = world.collect(head(hidden[:, start : start + at_once]))
@@ -255,16 +273,28 @@ def user_metrics(spec: RunSpec, given: UserObjects, pad_token_id: int) -> UserMe
     if wanted.compute_metrics is not None:
         name = wanted.compute_metrics
         if function is not None:
-            raise UserError(KEY, name, "cannot be combined with compute_metrics", "remove one of the two")
+            raise UserError(
+                KEY, name, "cannot be combined with compute_metrics", "remove one of the two"
+            )
         function = user_attribute(KEY, name)
     if function is None:
         for key in ("logits", "batch_eval_metrics", "batch_size"):
             if value := getattr(wanted, key):
                 rule = "applies only with evaluation.compute_metrics"
-                raise UserError(f"evaluation.{key}", value, rule, "set that to a function as module:attr, or remove it")
+                raise UserError(
+                    f"evaluation.{key}",
+                    value,
+                    rule,
+                    "set that to a function as module:attr, or remove it",
+                )
         return None
     if not spec.data.eval_sets:
-        raise UserError("compute_metrics", name, "needs evaluation pairs", "set data.eval, or data.eval_fraction=0.05")
+        raise UserError(
+            "compute_metrics",
+            name,
+            "needs evaluation pairs",
+            "set data.eval, or data.eval_fraction=0.05",
+        )
     batched = wanted.batch_eval_metrics
     arguments: dict[str, Any] = {"compute_result": True} if batched else {}
     try:
@@ -275,7 +305,14 @@ def user_metrics(spec: RunSpec, given: UserObjects, pad_token_id: int) -> UserMe
         cure = f"use a function of {takes}, or a class without arguments whose instances are such functions"
         raise UserError(KEY, name, f"cannot be called ({error})", cure) from None
     batch_size = wanted.batch_size or spec.batch.micro_batch_size or 1
-    return UserMetrics(function, name, wanted.logits, batched, batch_size, PreferenceCollator(pad_token_id, spec.data))
+    return UserMetrics(
+        function,
+        name,
+        wanted.logits,
+        batched,
+        batch_size,
+        PreferenceCollator(pad_token_id, spec.data),
+    )
 
 
 def bytes_together(user: UserMetrics, pairs: Pairs, vocabulary: int, spec: RunSpec) -> int:

@@ -43,7 +43,9 @@ def evaluate(
     seen = GlobalBatch(world) if dpo.sees_batch else None
     table = PairTable(dpo) if user is not None and not user.logits else None
     cached = loader.cache
-    known = cached is not None and all(cached.known(micro.pairs) is not None for micro in micro_batches)
+    known = cached is not None and all(
+        cached.known(micro.pairs) is not None for micro in micro_batches
+    )
     ask_all = engine.forward_is_collective and not all_ranks(world, known)
     for micro in micro_batches:
         batch = make(micro)
@@ -140,6 +142,10 @@ def reference_error(
         # fillers run too: the forward pass may be collective
         errors = (engine.reference_logps(on_device) - exact(on_device)).view(2, -1).t()
         mine += errors[batch.pair_weights.to(errors.device) > 0].tolist()
-    found = torch.tensor([pair for pairs in world.gather(mine) for pair in pairs], dtype=torch.float64)
+    found = torch.tensor(
+        [pair for pairs in world.gather(mine) for pair in pairs], dtype=torch.float64
+    )
     sequences, margins = found.abs(), (found[:, 0] - found[:, 1]).abs()
-    return LogpError(len(found), sequences.max().item(), sequences.mean().item(), margins.max().item())
+    return LogpError(
+        len(found), sequences.max().item(), sequences.mean().item(), margins.max().item()
+    )

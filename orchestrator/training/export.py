@@ -30,7 +30,11 @@ from orchestrator.world import World
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 """Files of a multimodal model that training does not read, but its export contains."""
 TRAINED_BY = "Trained with preference pairs by dpo-orchestrator."
 
@@ -59,13 +63,19 @@ def export(
     """
     spec = load_spec(run_dir.config)
     if checkpoint is None:
-        checkpoint = _chosen(run_dir, which or spec.checkpoint.export, spec.evaluation.metric_for_best)
+        checkpoint = _chosen(
+            run_dir, which or spec.checkpoint.export, spec.evaluation.metric_for_best
+        )
     if out.is_file():
         raise UserError("OUT", str(out), "is a file", "choose a new folder")
     if out.exists() and any(out.iterdir()) and not _is_export(out):
         raise UserError("OUT", str(out), "is a folder with other files", "choose a new folder")
     reader = Reader(checkpoint)
-    model = _merged(run_dir, spec, reader, dtype) if spec.model.lora else _trained(run_dir, spec, reader, dtype)
+    model = (
+        _merged(run_dir, spec, reader, dtype)
+        if spec.model.lora
+        else _trained(run_dir, spec, reader, dtype)
+    )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -88,7 +98,9 @@ def _save(model: "PreTrainedModel", folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def keep_for_export(run_dir: RunDir, policy: Any, tokenizer: Any, config: Any, source: str | None) -> None:
+def keep_for_export(
+    run_dir: RunDir, policy: Any, tokenizer: Any, config: Any, source: str | None
+) -> None:
     """Write the files that an export needs besides weights: config, tokenizer, generation config, image processors.
 
     config: see exported_config. source: the folder or hub name that the policy was loaded from.
@@ -110,14 +122,20 @@ def exported_config(policy: Any, loaded: Any) -> Any:
     Training uses its own copy, in which dropout and other noise may be off. transformers loads a separate head from a
     checkpoint even if the config ties it, and training with frozen embeddings unties the two.
     """
-    parts = (loaded, loaded.get_text_config(), policy.config)  # a text model may be loaded from a multimodal config
+    parts = (
+        loaded,
+        loaded.get_text_config(),
+        policy.config,
+    )  # a text model may be loaded from a multimodal config
     config = copy.deepcopy(next(part for part in parts if type(part) is type(policy.config)))
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = head_is_tied(policy)
     config.architectures = [type(policy).__name__]
     config.dtype = policy.dtype
     config.__dict__.pop("quantization_config", None)  # an export is in full precision
-    for name in config._get_generation_parameters():  # of old files; the generation config has them now
+    for (
+        name
+    ) in config._get_generation_parameters():  # of old files; the generation config has them now
         delattr(config, name)
     return config
 
@@ -133,10 +151,16 @@ def check_exportable(policy: Any, config: Any, spec: RunSpec) -> None:
     with torch.device("meta"):
         built = _new_model(config, torch.float32)
     theirs = {name: tuple(value.shape) for name, value in stored_tensors(built).items()}
-    ours = {base_name(name): tuple(value.shape) for name, value in stored_tensors(policy).items() if not _is_lora(name)}
+    ours = {
+        base_name(name): tuple(value.shape)
+        for name, value in stored_tensors(policy).items()
+        if not _is_lora(name)
+    }
     if is_quantized(policy):  # quantised weights are packed into other shapes
         theirs, ours = dict.fromkeys(theirs, ()), dict.fromkeys(ours, ())
-    if different := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+    if different := sorted(
+        name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+    ):
         rule = f"an export would not hold the trained weights: {_some(different)} differ from those of its config"
         fix = "save the model once with transformers' save_pretrained, and use that folder"
         key = "model.path" if spec.model.path else "model.init"
@@ -187,9 +211,15 @@ def _chosen(run_dir: RunDir, which: Exported, metric: str | None) -> Path:
         if step:
             rule = f"its best checkpoint is not complete ({complaints[0]})"
         else:
-            reason = f"no evaluation has measured {metric}" if metric else "evaluation.metric_for_best was not set"
+            reason = (
+                f"no evaluation has measured {metric}"
+                if metric
+                else "evaluation.metric_for_best was not set"
+            )
             rule = f"has no best checkpoint ({reason})"
-        raise UserError("RUN_DIR", str(run_dir.path), rule, "export the last one: --checkpoint last")
+        raise UserError(
+            "RUN_DIR", str(run_dir.path), rule, "export the last one: --checkpoint last"
+        )
     return best
 
 
@@ -210,7 +240,9 @@ def _trained(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> An
         raise UserError("checkpoint", str(reader.folder), rule, "export a checkpoint of this run")
     keeps = _kept_in_fp32(model, DTYPES[dtype])
     for name, parameter in parameters.items():
-        parameter.data = reader.parameter(name).to(torch.float32 if keeps(name) else parameter.dtype)
+        parameter.data = reader.parameter(name).to(
+            torch.float32 if keeps(name) else parameter.dtype
+        )
     _fill_buffers(model, run_dir, spec, reader)
     return model
 
@@ -234,7 +266,9 @@ def _untie(model: Any, reader: Reader) -> None:
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if first.setdefault(id(parameter), name) != name and name in reader.shapes:
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty_like(parameter)))
+            setattr(
+                model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty_like(parameter))
+            )
             for config in (model.config, model.config.get_text_config()):
                 config.tie_word_embeddings = False
 
@@ -265,8 +299,12 @@ def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any
     for name, parameter in model.named_parameters():
         if _is_lora(name):
             parameter.copy_(reader.parameter(name))
-    trained_on = reader.meta["identity"].get("base", reader.meta["identity"]["reference"])["weights"]
-    found = identity_of(PolicyStart(model).tensors(), model.config, World(0, 1, 0, torch.device("cpu")))["weights"]
+    trained_on = reader.meta["identity"].get("base", reader.meta["identity"]["reference"])[
+        "weights"
+    ]
+    found = identity_of(
+        PolicyStart(model).tensors(), model.config, World(0, 1, 0, torch.device("cpu"))
+    )["weights"]
     if found != trained_on:
         rule = "its weights are not those that the adapter was trained on"
         raise UserError("model.path", spec.model.path, rule, "restore them")
@@ -301,9 +339,17 @@ def _named(source: SourceSpec) -> str:
 
 
 def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
-    base = spec.model.path or f"random {spec.model.init.model_type if spec.model.init else ''} weights"
-    hub_base = f"base_model: {base}\n" if spec.model.path and not spec.model.path.startswith("/") else ""
-    start = "the base with its initial adapter" if spec.model.lora and spec.model.lora.adapter_path else "the base"
+    base = (
+        spec.model.path or f"random {spec.model.init.model_type if spec.model.init else ''} weights"
+    )
+    hub_base = (
+        f"base_model: {base}\n" if spec.model.path and not spec.model.path.startswith("/") else ""
+    )
+    start = (
+        "the base with its initial adapter"
+        if spec.model.lora and spec.model.lora.adapter_path
+        else "the base"
+    )
     schedule = f"{spec.scheduler.name}, {spec.scheduler.warmup_steps} warm-up steps"
     weighted = zip(spec.dpo.loss_types, spec.dpo.weights, strict=True)
     losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weighted)

@@ -12,7 +12,11 @@ from typing import Protocol
 
 from orchestrator.training.rundir import RunDir
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: sent by Slurm before a job's time limit
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # USR1: sent by Slurm before a job's time limit
 HEARTBEAT_S = 1.0  # minimum interval in seconds between two writes of the heartbeat file
 
 
@@ -52,7 +56,13 @@ class LocalSession:
         if now - self._last_beat < HEARTBEAT_S:
             return
         self._last_beat = now
-        beat = {"step": step, "phase": phase, "time": time.time(), "pid": os.getpid(), "host": os.uname().nodename}
+        beat = {
+            "step": step,
+            "phase": phase,
+            "time": time.time(),
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+        }
         path = self.run_dir.heartbeat(self.rank)
         partial = path.with_suffix(".tmp")
         with suppress(OSError):  # the checkpoint reports a full disk

@@ -40,18 +40,30 @@ if TYPE_CHECKING:
     from orchestrator.data.collate import PairBatch
     from orchestrator.dpo.step import StepOutput
 
-NUMBERS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "loss")  # as in StepOutput
+NUMBERS = (
+    "chosen_logps",
+    "rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "loss",
+)  # as in StepOutput
 SCHEMA = pa.schema(
     [
         ("pair_id", pa.int64()),
-        ("step", pa.int32()),  # optimizer steps including this one; the numbers are from before its update
+        (
+            "step",
+            pa.int32(),
+        ),  # optimizer steps including this one; the numbers are from before its update
         ("epoch", pa.int32()),  # from 0
         ("chosen_logps", pa.float64()),  # nats, summed over the completion, as are the next three
         ("rejected_logps", pa.float64()),
         ("ref_chosen_logps", pa.float64()),
         ("ref_rejected_logps", pa.float64()),
         ("margin", pa.float64()),  # of the rewards
-        ("loss", pa.float64()),  # the pair's term in the mean over the global batch, without its weight
+        (
+            "loss",
+            pa.float64(),
+        ),  # the pair's term in the mean over the global batch, without its weight
         ("chosen_tokens", pa.int32()),  # of the completion
         ("rejected_tokens", pa.int32()),
     ]
@@ -78,7 +90,9 @@ class SeenPairs:
     def __init__(self, dpo: DpoSpec) -> None:
         self.dpo = dpo
         self._steps: list[_Step] = []
-        self._coming: tuple[int, int, list[PairBatch], torch.Tensor, Any] | None = None  # being copied from the device
+        self._coming: tuple[int, int, list[PairBatch], torch.Tensor, Any] | None = (
+            None  # being copied from the device
+        )
 
     def add(self, step: int, epoch: int, outputs: "list[tuple[PairBatch, StepOutput]]") -> None:
         """Add a step: its micro-batches, on the host, and their outputs."""
@@ -88,7 +102,9 @@ class SeenPairs:
         mine = [(batch, output) for batch, output in outputs if batch.pair_weights.any()]
         if not mine:
             return
-        numbers = torch.cat([part.detach() for _, o in mine for part in (o.logps, o.ref_logps, o.losses)])
+        numbers = torch.cat(
+            [part.detach() for _, o in mine for part in (o.logps, o.ref_logps, o.losses)]
+        )
         copied = numbers.to("cpu", non_blocking=True)  # from a GPU into pinned memory
         event = torch.cuda.Event() if numbers.is_cuda else None
         if event is not None:
@@ -125,8 +141,13 @@ def _table(steps: list[_Step], dpo: DpoSpec) -> pa.Table:
     numbers = np.concatenate([each.numbers for each in steps], axis=1)
     tokens = np.concatenate([each.tokens for each in steps], axis=1)
     counts = [len(each.pair_ids) for each in steps]
-    logps, ref_logps = torch.from_numpy(numbers[:2]).flatten(), torch.from_numpy(numbers[2:4]).flatten()
-    chosen, rejected = rewards(PairTerms.split(logps, ref_logps, torch.from_numpy(tokens).flatten()), dpo)
+    logps, ref_logps = (
+        torch.from_numpy(numbers[:2]).flatten(),
+        torch.from_numpy(numbers[2:4]).flatten(),
+    )
+    chosen, rejected = rewards(
+        PairTerms.split(logps, ref_logps, torch.from_numpy(tokens).flatten()), dpo
+    )
     columns = {
         **dict(zip(NUMBERS, numbers, strict=True)),
         "pair_id": np.concatenate([each.pair_ids for each in steps]),
@@ -150,7 +171,9 @@ def _each_once(table: pa.Table) -> pa.Table:
 def write_rows(table: pa.Table, path: Path) -> None:
     """Write one Parquet file of about 50 bytes a row; byte-stream split, because similar fp64 numbers share their first
     bytes."""
-    pq.write_table(table, path, compression="zstd", use_dictionary=False, use_byte_stream_split=True)
+    pq.write_table(
+        table, path, compression="zstd", use_dictionary=False, use_byte_stream_split=True
+    )
 
 
 class Ledger:
@@ -169,7 +192,11 @@ class Ledger:
             listed = listed_in(checkpoint)
             assert listed is not None, "a resumed checkpoint was verified"
             self.parts, self._tail = listed.parts, _tail_of(checkpoint, listed)
-        for path in (*self.folder.glob("steps_*.parquet"), *self.folder.glob(".*.partial"), self.folder / COPY):
+        for path in (
+            *self.folder.glob("steps_*.parquet"),
+            *self.folder.glob(".*.partial"),
+            self.folder / COPY,
+        ):
             if path.name not in self.parts:
                 path.unlink(missing_ok=True)
         if checkpoint is not None:
@@ -177,7 +204,9 @@ class Ledger:
 
     def join(self, draft: Path, names: list[str]) -> list[str]:
         """Replace the rows that ranks wrote into these files of a draft by the tail; return the names of its files."""
-        if self._tail.num_rows >= PART_ROWS:  # the newest checkpoint has it, without the rows of this one
+        if (
+            self._tail.num_rows >= PART_ROWS
+        ):  # the newest checkpoint has it, without the rows of this one
             self._make_part()
         new = pa.concat_tables([SCHEMA.empty_table(), *(_read(draft / name) for name in names)])
         for name in names:
@@ -203,7 +232,9 @@ class Ledger:
         partial = self.folder / f".{name}.partial"
         write_rows(self._tail, partial)
         self.parts = {**self.parts, name: synced_sha256(partial)}
-        (self.folder / COPY).unlink(missing_ok=True)  # first: a crash in between leaves no duplicate rows
+        (self.folder / COPY).unlink(
+            missing_ok=True
+        )  # first: a crash in between leaves no duplicate rows
         os.replace(partial, self.folder / name)
         sync_folder(self.folder)
         self._tail = SCHEMA.empty_table()
@@ -225,7 +256,12 @@ def read(run_dir: RunDir) -> tuple[int, pa.Table]:
                 failure = failure or error
         if failure is None:
             cure = "wait for its first save (checkpoint.every_steps) or for its end"
-            raise UserError("RUN_DIR", str(run_dir.path), "has no checkpoint yet; each save writes its rows", cure)
+            raise UserError(
+                "RUN_DIR",
+                str(run_dir.path),
+                "has no checkpoint yet; each save writes its rows",
+                cure,
+            )
     raise ReadFailed(f"the pair ledger of {run_dir.path} cannot be read ({failure})")
 
 
@@ -251,5 +287,7 @@ def _tail_of(checkpoint: Path, listed: ManifestFiles) -> pa.Table:
 
 
 def _read(path: Path) -> pa.Table:
-    with pq.ParquetFile(path) as file:  # pq.read_table would treat a folder named lr=1e-6 as a column
+    with pq.ParquetFile(
+        path
+    ) as file:  # pq.read_table would treat a folder named lr=1e-6 as a column
         return file.read()

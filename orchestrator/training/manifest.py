@@ -11,7 +11,10 @@ from orchestrator.settings.spec import UserError
 
 FORMAT = 4
 MANIFEST = "manifest.json"
-CORRUPT, UNREADABLE = "manifest.corrupt.json", "manifest.unreadable.json"  # names of disabled manifests
+CORRUPT, UNREADABLE = (
+    "manifest.corrupt.json",
+    "manifest.unreadable.json",
+)  # names of disabled manifests
 
 
 class ManifestFiles(NamedTuple):
@@ -55,7 +58,9 @@ def set_aside(checkpoints: Path, valid: Path) -> None:
     """
     for folder in committed(checkpoints):
         if folder.name > valid.name:
-            (folder / MANIFEST).rename(folder / (UNREADABLE if listed_in(folder) is None else CORRUPT))
+            (folder / MANIFEST).rename(
+                folder / (UNREADABLE if listed_in(folder) is None else CORRUPT)
+            )
 
 
 def committed(checkpoints: Path) -> list[Path]:
@@ -65,7 +70,11 @@ def committed(checkpoints: Path) -> list[Path]:
         ReadFailed: the folder cannot be listed at the moment; a glob would silently return nothing.
     """
     try:
-        folders = [path for path in checkpoints.iterdir() if path.name.startswith("step_") and _is_there(path)]
+        folders = [
+            path
+            for path in checkpoints.iterdir()
+            if path.name.startswith("step_") and _is_there(path)
+        ]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -124,7 +133,9 @@ def listed_in(folder: Path) -> ManifestFiles | None:
         return None
     if manifest["format"] != FORMAT:
         cure = "use the version of this program that wrote it, or choose another run.name"
-        raise UserError(f"{path} format", manifest["format"], f"this version reads format {FORMAT}", cure)
+        raise UserError(
+            f"{path} format", manifest["format"], f"this version reads format {FORMAT}", cure
+        )
     if not isinstance(manifest.get("files"), dict):
         return None
     return ManifestFiles(manifest["files"], manifest.get("ledger", {}))

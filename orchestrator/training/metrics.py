@@ -42,5 +42,12 @@ class MetricSums:
 
 def means(totals: list[list[float]]) -> dict[str, float]:
     """Return the mean of each metric by name; num_tokens stays a sum. Token metrics without a count are left out."""
-    named = {name: total for name, total in zip(METRICS, totals, strict=True) if total[1] or name not in TOKEN_METRICS}
-    return {name: sum_ if name == "num_tokens" else sum_ / (count or 1.0) for name, (sum_, count) in named.items()}
+    named = {
+        name: total
+        for name, total in zip(METRICS, totals, strict=True)
+        if total[1] or name not in TOKEN_METRICS
+    }
+    return {
+        name: sum_ if name == "num_tokens" else sum_ / (count or 1.0)
+        for name, (sum_, count) in named.items()
+    }

@@ -69,7 +69,9 @@ def prepare(spec: RunSpec, given: UserObjects = NOTHING) -> PreparedRun:
     check_code(spec, given)
     parts = load_parts(spec, given)
     if spec.engine.shards_weights and spec.model.init is not None:
-        made_weights(spec, parts.tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
+        made_weights(
+            spec, parts.tokenizer, dtype_held(spec.precision)
+        )  # once, for all ranks to map
     return tokenize(spec, parts)
 
 
@@ -135,7 +137,8 @@ def tokenize(spec: RunSpec, parts: Parts, first: int | None = None) -> PreparedR
     tokenizer, config = parts.tokenizer, parts.config
     train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir, first=first)
     held_out = {
-        name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name, first) for name in spec.data.eval
+        name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name, first)
+        for name in spec.data.eval
     }
     check_fit(config, train, "data.train", spec)
     for name, pairs in held_out.items():
@@ -155,11 +158,18 @@ def _steps(spec: RunSpec, train: Pairs) -> int:
     return run_length(train.pairs_per_epoch, spec.batch.global_batch_size, spec.training).steps
 
 
-def _user_collator(spec: RunSpec, given: UserObjects, tokenizer: Any, config: Any) -> AdaptedCollator | None:
+def _user_collator(
+    spec: RunSpec, given: UserObjects, tokenizer: Any, config: Any
+) -> AdaptedCollator | None:
     """Return the user's collator, from the settings or from the caller."""
     named, collator = spec.data.collator, given.data_collator
     if named is not None and collator is not None:
-        raise UserError("data.collator", named.path, "cannot be combined with data_collator", "remove one of the two")
+        raise UserError(
+            "data.collator",
+            named.path,
+            "cannot be combined with data_collator",
+            "remove one of the two",
+        )
     if collator is not None:
         check_cache_with_collator(spec.reference, "data_collator")
     found = named if collator is None else collator
@@ -183,7 +193,9 @@ def quiet() -> None:
     import transformers
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns, and accelerate imports it in any run
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # otherwise it warns, and accelerate imports it in any run
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.*")

@@ -45,12 +45,18 @@ def finished_line(run_dir: RunDir) -> str:
     """Return a line with the time at which a run finished, and how to train once more."""
     when = datetime.fromtimestamp(run_dir.result.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     name = run_dir.path.name
-    return f"{name} has finished already, on {when}: nothing to do; run.name={name}-2 trains once more"
+    return (
+        f"{name} has finished already, on {when}: nothing to do; run.name={name}-2 trains once more"
+    )
 
 
 def evaluated_sets(logs: Collection[str]) -> dict[str, str]:
     """Return the names of the evaluation sets with metrics in `logs`, and the prefix of these: eval_ for a single set
     without a name, else eval_NAME_."""
     suffix = "rewards/accuracies"  # every evaluation has it, and a loss
-    prefixes = [name.removesuffix(suffix) for name in logs if name.startswith("eval_") and name.endswith(suffix)]
+    prefixes = [
+        name.removesuffix(suffix)
+        for name in logs
+        if name.startswith("eval_") and name.endswith(suffix)
+    ]
     return {prefix[len("eval_") : -1]: prefix for prefix in prefixes if f"{prefix}loss" in logs}

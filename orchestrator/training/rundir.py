@@ -23,7 +23,9 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.pairs = path / "pairs.parquet"  # a folder
-        self.tokenizer = path / "tokenizer"  # and the model's config.json: an export needs both besides weights
+        self.tokenizer = (
+            path / "tokenizer"
+        )  # and the model's config.json: an export needs both besides weights
         self.model = path / "model"
         self.wandb = path / "wandb"
         self.logs = path / "logs"
@@ -86,7 +88,9 @@ class RunDir:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             cure = "set run.dir to another folder"
-            raise UserError("run.dir", str(self.path), f"cannot be created ({reason})", cure) from None
+            raise UserError(
+                "run.dir", str(self.path), f"cannot be created ({reason})", cure
+            ) from None
         with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,7 +105,9 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
-            self.stop.unlink(missing_ok=True)  # a request to an earlier attempt; later ones are for this attempt
+            self.stop.unlink(
+                missing_ok=True
+            )  # a request to an earlier attempt; later ones are for this attempt
             yield
 
     def owner(self) -> str | None:
@@ -131,8 +137,15 @@ class RunDir:
 
 def _not_a_run(path: Path) -> UserError:
     """Return the error of a path that is not a run directory, with the directory that was probably meant."""
-    rule, fix = "holds no config.yaml, so it is not the directory of a run", "use the folder run.dir/run.name"
-    runs = [str(config.parent) for config in sorted(path.glob("*/config.yaml"))] if path.is_dir() else []
+    rule, fix = (
+        "holds no config.yaml, so it is not the directory of a run",
+        "use the folder run.dir/run.name",
+    )
+    runs = (
+        [str(config.parent) for config in sorted(path.glob("*/config.yaml"))]
+        if path.is_dir()
+        else []
+    )
     if path.is_file():
         rule = "is a file, not the directory of a run"
         with suppress(UserError):
@@ -142,7 +155,10 @@ def _not_a_run(path: Path) -> UserError:
     elif runs:
         rule, fix = "contains runs, but is not a run", f"for example {runs[-1]}"
     elif not path.exists():
-        rule, siblings = "does not exist", [*path.parent.glob("*/config.yaml"), *Path("runs").glob("*/config.yaml")]
+        rule, siblings = (
+            "does not exist",
+            [*path.parent.glob("*/config.yaml"), *Path("runs").glob("*/config.yaml")],
+        )
         near = {config.parent.name: str(config.parent) for config in siblings}
         if meant := nearest(path.name, near):
             fix = f"did you mean {near[meant]}?"

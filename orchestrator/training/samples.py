@@ -28,29 +28,42 @@ def answered_samples(
         return []
     try:
         return _answered(spec, run_dir, prepared, device)
-    except Exception as error:  # generation may fail in many ways, which do not affect the trained model
+    except (
+        Exception
+    ) as error:  # generation may fail in many ways, which do not affect the trained model
         reason = " ".join(str(error).split())[:200]
-        logger.warning("evaluation.samples: no prompt was answered (%s: %s)", type(error).__name__, reason)
+        logger.warning(
+            "evaluation.samples: no prompt was answered (%s: %s)", type(error).__name__, reason
+        )
         return []
 
 
-def _answered(spec: RunSpec, run_dir: RunDir, prepared: PreparedRun, device: torch.device) -> list[dict[str, str]]:
+def _answered(
+    spec: RunSpec, run_dir: RunDir, prepared: PreparedRun, device: torch.device
+) -> list[dict[str, str]]:
     from transformers import AutoModelForCausalLM
 
     name, pairs = next(iter(prepared.eval.items()))  # not empty: a rule of the settings
-    prompts = [pairs[index]["prompt_ids"] for index in range(min(spec.evaluation.samples, len(pairs)))]
+    prompts = [
+        pairs[index]["prompt_ids"] for index in range(min(spec.evaluation.samples, len(pairs)))
+    ]
     start = build_policy(spec, prepared.tokenizer, torch.float32)
     before = greedy_answers(start, prepared.tokenizer, prompts, device)
     del start
-    after = greedy_answers(AutoModelForCausalLM.from_pretrained(run_dir.model), prepared.tokenizer, prompts, device)
+    after = greedy_answers(
+        AutoModelForCausalLM.from_pretrained(run_dir.model), prepared.tokenizer, prompts, device
+    )
     texts = _prompt_texts(spec, name, pairs, len(prompts))
     return [
-        dict(zip(("prompt", "before", "after"), each, strict=True)) for each in zip(texts, before, after, strict=True)
+        dict(zip(("prompt", "before", "after"), each, strict=True))
+        for each in zip(texts, before, after, strict=True)
     ]
 
 
 @torch.no_grad()
-def greedy_answers(model: Any, tokenizer: Any, prompts: list[list[int]], device: torch.device) -> list[str]:
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: list[list[int]], device: torch.device
+) -> list[str]:
     """Return the greedy continuation of each prompt by a model, as text."""
     model = model.to(device).eval()
     answers = []

@@ -87,13 +87,18 @@ class Trainer:
     precision: Precision
     identity: dict[str, Any]  # of the models and the tokenizer; a resumed run must have the same
     user_metrics: UserMetrics | None
-    start_tolerance: Tolerance | None  # for policy and reference before the first step; None: they may differ
+    start_tolerance: (
+        Tolerance | None
+    )  # for policy and reference before the first step; None: they may differ
 
     def __post_init__(self) -> None:
         self.step = 0  # optimizer steps taken
         self.pairs_seen = 0
         self.tokens_seen = 0.0
-        self.losses_seen = (0.0, 0.0)  # sum and count of the logged losses, for their mean at the end
+        self.losses_seen = (
+            0.0,
+            0.0,
+        )  # sum and count of the logged losses, for their mean at the end
         self.window = MetricSums(self.world)  # since the last log
         self.last: StepResult | None = None
         self.evaluated_at = self.saved_at = -1
@@ -101,15 +106,21 @@ class Trainer:
         keep, timeout_s = self.spec.checkpoint.keep, self.spec.cluster.collective_timeout_s
         self.seen = SeenPairs(self.spec.dpo) if self.spec.training.pair_ledger else None
         self.ledger = Ledger(self.run_dir.pairs) if self.world.is_main else None
-        self.saver = checkpoint.Saver(self.run_dir.checkpoints, self.world, keep, timeout_s, self.ledger)
+        self.saver = checkpoint.Saver(
+            self.run_dir.checkpoints, self.world, keep, timeout_s, self.ledger
+        )
         self.resumed_from: Path | None = None
-        self.rng: checkpoint.RngState | None = None  # before the current step; a resumed run repeats that step
+        self.rng: checkpoint.RngState | None = (
+            None  # before the current step; a resumed run repeats that step
+        )
         self.stopping = False  # requested from outside: save, to be resumed later
         self.finishing = False  # requested by a callback: end training
         self.ending_epoch = False  # requested by a callback: skip the rest of the epoch
         self.epochs_ended: list[int] = []  # the steps after which an epoch ended early
         self.said_unscored = False
-        self.sources = _sources(self.spec)  # at start: a file that is edited later is not the code that runs
+        self.sources = _sources(
+            self.spec
+        )  # at start: a file that is edited later is not the code that runs
         self.in_epoch = False
         self.callbacks.fire("on_init_end")
 
@@ -145,7 +156,11 @@ class Trainer:
                 logger.warning(message, name, meta["step"])
         self.engine.load_shards(reader.read, reader.keys)
         self.engine.set_state(meta["engine"])
-        self.step, self.pairs_seen, self.tokens_seen = meta["step"], meta["pairs_seen"], meta["tokens_seen"]
+        self.step, self.pairs_seen, self.tokens_seen = (
+            meta["step"],
+            meta["pairs_seen"],
+            meta["tokens_seen"],
+        )
         self.evaluated_at, self.saved_at = meta["evaluated_at"], self.step
         self.losses_seen = (meta["losses_seen"][0], meta["losses_seen"][1])
         # a callback may have ended training, or the epoch, before the process died
@@ -161,12 +176,16 @@ class Trainer:
     @property
     def made_by(self) -> dict[str, Any]:
         """Return the origin of the optimizer state, for a checkpoint."""
-        return made_by(self.engine.optimizer, self.engine.scheduler, self.spec.engine, self.world.size)
+        return made_by(
+            self.engine.optimizer, self.engine.scheduler, self.spec.engine, self.world.size
+        )
 
     @property
     def is_over(self) -> bool:
         """Return whether all steps are taken."""
-        return self.step >= self.max_steps or (self.total_pairs is not None and self.pairs_seen >= self.total_pairs)
+        return self.step >= self.max_steps or (
+            self.total_pairs is not None and self.pairs_seen >= self.total_pairs
+        )
 
     @property
     def should_continue(self) -> bool:
@@ -179,9 +198,14 @@ class Trainer:
 
     def _update_state(self) -> None:
         state = self.callbacks.state
-        state.global_step, state.epoch = self.step, self.pairs_seen / self.loader.order.pairs_per_epoch
+        state.global_step, state.epoch = (
+            self.step,
+            self.pairs_seen / self.loader.order.pairs_per_epoch,
+        )
         state.num_input_tokens_seen = int(self.tokens_seen)
-        state.total_flos = 6.0 * self.loader.order.cost.token * self.tokens_seen  # the formula of transformers
+        state.total_flos = (
+            6.0 * self.loader.order.cost.token * self.tokens_seen
+        )  # the formula of transformers
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -254,7 +278,9 @@ class Trainer:
         self._update_state()
         self.session.heartbeat(self.step, "train")
         due = self._due
-        self.callbacks.end_step(log=due.log, evaluate=due.evaluate, save=due.save, stop=self.is_over)
+        self.callbacks.end_step(
+            log=due.log, evaluate=due.evaluate, save=due.save, stop=self.is_over
+        )
         if due.log:
             self.log()
         if due.evaluate:
@@ -264,7 +290,9 @@ class Trainer:
     def _due(self) -> Decisions:
         """Return what is due after the current step by the settings."""
         evaluation, over = self.spec.evaluation, self.is_over
-        by_epoch = evaluation.every_epoch and evaluation.every_steps is None  # evaluated after the end of the epoch
+        by_epoch = (
+            evaluation.every_epoch and evaluation.every_steps is None
+        )  # evaluated after the end of the epoch
         evaluate = self._is_at(evaluation.every_steps) or (over and not by_epoch)
         return Decisions(
             non_finite=False,
@@ -306,10 +334,15 @@ class Trainer:
             self._report_totals()
         self.callbacks.fire("on_train_end")
         folder, state = step_folder(self.run_dir.checkpoints, self.step), self.callbacks.state
-        status, reason = "finished", "every step was taken" if self.is_over else "requested by a callback"
+        status, reason = (
+            "finished",
+            "every step was taken" if self.is_over else "requested by a callback",
+        )
         if stopped:
             status, reason = "stopped", self.session.stop_requested() or "requested on another rank"
-        return FitResult(status, reason, self.step, folder, state.best_global_step, state.best_metric)
+        return FitResult(
+            status, reason, self.step, folder, state.best_global_step, state.best_metric
+        )
 
     def micro_steps(self, made: StepBatches) -> list[tuple[PairBatch, StepOutput]]:
         """Run forward and backward for this rank's micro-batches, and return each (on the host) with its output. The
@@ -328,7 +361,10 @@ class Trainer:
             outputs.append((batch, output))
             if i < last:
                 self.callbacks.fire("on_substep_end")
-        for batch, output in outputs:  # before the next collective: all ranks find it in the next epoch
+        for (
+            batch,
+            output,
+        ) in outputs:  # before the next collective: all ranks find it in the next epoch
             self.loader.remember(batch, output.ref_logps)
         if self.step == 0 and self.start_tolerance is not None:
             self._check_start(outputs, self.start_tolerance)
@@ -350,16 +386,29 @@ class Trainer:
         known = all(batch.ref_logps is not None for batch in made.micro_batches)
         if all_ranks(self.world, known) or self.loader.cache is None:
             return made
-        return made._replace(micro_batches=[batch._replace(ref_logps=None) for batch in made.micro_batches])
+        return made._replace(
+            micro_batches=[batch._replace(ref_logps=None) for batch in made.micro_batches]
+        )
 
-    def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], start_tolerance: Tolerance) -> None:
+    def _check_start(
+        self, outputs: list[tuple[PairBatch, StepOutput]], start_tolerance: Tolerance
+    ) -> None:
         """Check that the policy equals its reference before the first update, where every reward is 0 and the sigmoid
         loss ln 2."""
-        by_user = isinstance(self.loader.collator, AdaptedCollator)  # log-probs in a batch may then be the user's
-        judged = [(b, o) for b, o in outputs if b.pair_weights.any() and not (by_user and b.ref_logps is not None)]
+        by_user = isinstance(
+            self.loader.collator, AdaptedCollator
+        )  # log-probs in a batch may then be the user's
+        judged = [
+            (b, o)
+            for b, o in outputs
+            if b.pair_weights.any() and not (by_user and b.ref_logps is not None)
+        ]
         apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
         for batch, output in judged[:MEASURED]:
-            rounding = start_tolerance.token * batch.completion_tokens.to(self.world.device).double().sqrt()
+            rounding = (
+                start_tolerance.token
+                * batch.completion_tokens.to(self.world.device).double().sqrt()
+            )
             apart.append((output.logps - output.ref_logps).abs() - rounding)
         worst = self.world.max(torch.cat(apart).amax().view(1)).item()
         if worst > start_tolerance.nats:  # False for NaN, which is detected in the gradient
@@ -374,10 +423,14 @@ class Trainer:
     def _agree(self, finite: torch.Tensor | None = None) -> Decisions:
         """Combine the requests of all ranks in one small reduction, so that all act on them at the same step."""
         stop = int(self.session.stop_requested() is not None)
-        flags = torch.tensor([0, stop, *self.callbacks.take_requests()], dtype=torch.int32, device=self.world.device)
+        flags = torch.tensor(
+            [0, stop, *self.callbacks.take_requests()], dtype=torch.int32, device=self.world.device
+        )
         if finite is not None:
             flags[0] = ~finite
-        non_finite, stop, finish, end_epoch, save, evaluate, log = map(bool, self.world.max(flags).tolist())
+        non_finite, stop, finish, end_epoch, save, evaluate, log = map(
+            bool, self.world.max(flags).tolist()
+        )
         self.stopping |= stop
         self.finishing |= finish
         self.ending_epoch |= end_epoch and self.in_epoch
@@ -431,7 +484,9 @@ class Trainer:
         found: dict[str, float] = {}
         for name, loader in self.eval_loaders.items():
             after = self._after_evaluated_batch
-            metrics = evaluate(self.engine, loader, self.world, self.step, after, by_token, name, self.user_metrics)
+            metrics = evaluate(
+                self.engine, loader, self.world, self.step, after, by_token, name, self.user_metrics
+            )
             if twice := found.keys() & metrics.keys():
                 rule = f"two evaluation sets have a metric {min(twice)}"
                 raise UserError("data.eval", name, rule, "rename that set")
@@ -480,7 +535,9 @@ class Trainer:
         in_background = self.spec.checkpoint.async_save and not last
         best = self.callbacks.state.best_global_step
         folder = None if best is None else step_folder(self.run_dir.checkpoints, best)
-        self.saver.save(self.step, self.engine.iter_shards(), meta, self.rng, in_background, folder, seen)
+        self.saver.save(
+            self.step, self.engine.iter_shards(), meta, self.rng, in_background, folder, seen
+        )
         self.saved_at, self.saved_epoch = self.step, self.callbacks.state.epoch
         self._notify_saved()
 
@@ -536,7 +593,9 @@ class Trainer:
         if name not in metrics:
             near = difflib.get_close_matches(name, metrics, n=1) or list(metrics)
             cure = f"did you mean {near[0].removeprefix('eval_')}?"
-            raise UserError("evaluation.metric_for_best", name, "is not among the evaluated metrics", cure)
+            raise UserError(
+                "evaluation.metric_for_best", name, "is not among the evaluated metrics", cure
+            )
         sign = 1 if self.spec.greater_is_better else -1
         best = -math.inf if state.best_metric is None else sign * state.best_metric
         if self.step and sign * metrics[name] > best:  # False for NaN
@@ -553,13 +612,19 @@ class Trainer:
             state.best_model_checkpoint = str(folder)
             return
         if self.world.is_main:
-            logger.warning("the best checkpoint %s is missing; the next evaluation becomes the best", folder)
+            logger.warning(
+                "the best checkpoint %s is missing; the next evaluation becomes the best", folder
+            )
         state.best_metric = state.best_global_step = None
 
 
 def _sources(spec: RunSpec) -> dict[str, str]:
     """Return a hash of each user file that affects the results, by its module:attr."""
-    named = [*spec.dpo.own_losses, spec.optimizer.name, spec.data.collator.path if spec.data.collator else ""]
+    named = [
+        *spec.dpo.own_losses,
+        spec.optimizer.name,
+        spec.data.collator.path if spec.data.collator else "",
+    ]
     return {name: source_hash(name) for name in named if ":" in name}
 
 
@@ -567,7 +632,9 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
     """Yield the differences of two nested dicts of plain values, with shortened hashes."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in dict.fromkeys([*before, *now]):
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            yield from _differences(
+                before.get(name), now.get(name), f"{key}.{name}" if key else name
+            )
     elif before != now:
         old, new = (str(value)[:12] for value in (before, now))
         yield f"{key} (was {old}, now {new})"

@@ -50,11 +50,18 @@ class UserObjects:
         check_function(self.ref_model)
         check_functions(self.optimizers)
         if not isinstance(self.callbacks, list | tuple | None):
-            raise UserError("callbacks", type(self.callbacks).__name__, "is not a list", "use callbacks=[...]")
+            raise UserError(
+                "callbacks", type(self.callbacks).__name__, "is not a list", "use callbacks=[...]"
+            )
         for key in ("compute_metrics", "data_collator"):
             value = getattr(self, key)
             if not (value is None or callable(value)):
-                raise UserError(key, type(value).__name__, "cannot be called", "use a function or a callable object")
+                raise UserError(
+                    key,
+                    type(value).__name__,
+                    "cannot be called",
+                    "use a function or a callable object",
+                )
 
     @property
     def parts(self) -> dict[str, Any]:

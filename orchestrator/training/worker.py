@@ -16,7 +16,15 @@ import torch
 from orchestrator.callback_api import TrainerCallback
 from orchestrator.data.collate import Counts, PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
-from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_lengths, longest_sequences, run_length
+from orchestrator.data.order import (
+    Order,
+    PairCost,
+    Share,
+    epoch_order,
+    fed_lengths,
+    longest_sequences,
+    run_length,
+)
 from orchestrator.data.pairs import Pairs
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.data.tokens import tokenizer_identity
@@ -24,7 +32,14 @@ from orchestrator.dpo.step import PairStep
 from orchestrator.engines.base import Engine
 from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import ReadOnlyOptimizer, factories
-from orchestrator.engines.precision import autocast, dtype_held, dtype_of, is_16_bit, resolved, tf32_switched
+from orchestrator.engines.precision import (
+    autocast,
+    dtype_held,
+    dtype_of,
+    is_16_bit,
+    resolved,
+    tf32_switched,
+)
 from orchestrator.models.adapters import adapter_layers
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.behaviour import freeze_unreached, padding_error
@@ -32,13 +47,26 @@ from orchestrator.models.logps import packed_error
 from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import DTYPES, build_policy, pair_cost
 from orchestrator.models.quantized import exact_int8_products, is_int8, is_quantized
-from orchestrator.models.reference import Absent, PolicyStart, Reference, build_reference, identity_of, place
+from orchestrator.models.reference import (
+    Absent,
+    PolicyStart,
+    Reference,
+    build_reference,
+    identity_of,
+    place,
+)
 from orchestrator.models.rope import fixed_up_to, use_own_lengths
 from orchestrator.settings.counts import counted
 from orchestrator.settings.rules import refuse_moving_shards
 from orchestrator.settings.spec import AttentionName, Precision, Quantized, RunSpec, UserError
 from orchestrator.training import checkpoint, manifest
-from orchestrator.training.announce import evaluation_named, print_frozen, print_models, print_run, print_types
+from orchestrator.training.announce import (
+    evaluation_named,
+    print_frozen,
+    print_models,
+    print_run,
+    print_types,
+)
 from orchestrator.training.callbacks import Callbacks, build_callbacks, training_args
 from orchestrator.training.evaluate import fill_reference_cache, reference_error
 from orchestrator.training.export import check_exportable, export, exported_config, keep_for_export
@@ -99,7 +127,9 @@ def _trained(
 ) -> FitResult:
     """Train from the newest checkpoint; all parts of the run are freed when this returns."""
     found = _newest_checkpoint(run_dir, world)
-    callbacks = wrap_callbacks(build_callbacks(spec, run_dir, given.callbacks) if world.is_main else [])
+    callbacks = wrap_callbacks(
+        build_callbacks(spec, run_dir, given.callbacks) if world.is_main else []
+    )
     with built(spec, prepared, world, session, run_dir, given, found, callbacks) as trainer:
         return trainer.fit()
 
@@ -125,7 +155,16 @@ def built(
     precision = resolved(spec.precision, world.device)
     with tf32_switched(precision == "tf32"):
         trainer = _assembled(
-            spec, precision, prepared, world, session, run_dir, given, found, callbacks, first_batch_only
+            spec,
+            precision,
+            prepared,
+            world,
+            session,
+            run_dir,
+            given,
+            found,
+            callbacks,
+            first_batch_only,
         )
         with closing(trainer.engine):
             yield trainer
@@ -147,7 +186,9 @@ def _assembled(
     dtype = dtype_held(precision)
     # DeepSpeed casts and moves weights itself: in fp32 they may not fit the device
     built_on = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
-    policy = build_policy(spec, prepared.tokenizer, dtype, built_on, mapped=spec.engine.shards_weights)
+    policy = build_policy(
+        spec, prepared.tokenizer, dtype, built_on, mapped=spec.engine.shards_weights
+    )
     frozen = freeze_unreached(policy, world.size)
     reference = build_reference(spec, policy, dtype, given.ref_model, world.device)
     exact_int8_products()
@@ -160,10 +201,21 @@ def _assembled(
     config = exported_config(policy, prepared.config)
     check_exportable(policy, config, spec)
     if world.is_main:
-        is_whole = type(config) is type(prepared.config)  # not only the language model of a multimodal one
-        keep_for_export(run_dir, policy, prepared.tokenizer, config, spec.model.path if is_whole else None)
+        is_whole = type(config) is type(
+            prepared.config
+        )  # not only the language model of a multimodal one
+        keep_for_export(
+            run_dir, policy, prepared.tokenizer, config, spec.model.path if is_whole else None
+        )
     if found is None and world.is_main:
-        print_models(spec, prepared, policy, reference, "ref_model" if given.ref_model else spec.reference.kind, world)
+        print_models(
+            spec,
+            prepared,
+            policy,
+            reference,
+            "ref_model" if given.ref_model else spec.reference.kind,
+            world,
+        )
         print_frozen(frozen)
     step = _pair_step(spec, policy, reference, world, precision, dtype)
     engine = _engine(spec, world, precision, dtype)
@@ -173,8 +225,13 @@ def _assembled(
     collator = _collator(spec, prepared, attention)
     loader, eval_loaders = _loaders(spec, prepared, world, cost, collator, first_batch_only)
     if spec.reference_cache != "off" and prepared.collator is None:
-        said_by = {"reference": identity["reference"], **_arithmetic(spec, precision, attention, world)}
-        if fixed_up_to(reference.model.config) is not None:  # earlier releases used the longest row's for all
+        said_by = {
+            "reference": identity["reference"],
+            **_arithmetic(spec, precision, attention, world),
+        }
+        if (
+            fixed_up_to(reference.model.config) is not None
+        ):  # earlier releases used the longest row's for all
             said_by["rope"] = "by each row's own length"
         _open_caches(spec, loader, eval_loaders, said_by)
     if found is None and world.is_main:
@@ -182,13 +239,19 @@ def _assembled(
         print_types(engine, precision)
     _warm_up_ddp_buckets(engine, loader, collator, world)
 
-    near = _start_tolerance(spec, engine, loader, policy, reference, world, precision) if found is None else None
+    near = (
+        _start_tolerance(spec, engine, loader, policy, reference, world, precision)
+        if found is None
+        else None
+    )
     if spec.reference_cache == "full":
         _fill_caches(spec, engine, loader, eval_loaders, world, session)
     if spec.reference.kind == "precomputed":
         reference = step.reference = Absent()
 
-    args = training_args(spec, run_dir, length.steps, length.epochs, world, precision, str(found) if found else None)
+    args = training_args(
+        spec, run_dir, length.steps, length.epochs, world, precision, str(found) if found else None
+    )
     trainer = Trainer(
         spec,
         world,
@@ -211,9 +274,15 @@ def _assembled(
     return trainer
 
 
-def _arithmetic(spec: RunSpec, precision: Precision, attention: AttentionName, world: World) -> dict[str, Any]:
+def _arithmetic(
+    spec: RunSpec, precision: Precision, attention: AttentionName, world: World
+) -> dict[str, Any]:
     """Return what a reference's log-probs depend on besides its weights and the tokens."""
-    made: dict[str, Any] = {"precision": precision, "attention": attention, "device": world.device.type}
+    made: dict[str, Any] = {
+        "precision": precision,
+        "attention": attention,
+        "device": world.device.type,
+    }
     if _casts(spec, precision):
         made["weights"] = precision
     if spec.dpo.ld_alpha is not None:
@@ -224,7 +293,9 @@ def _arithmetic(spec: RunSpec, precision: Precision, attention: AttentionName, w
 def _handed_to_callbacks(spec: RunSpec, prepared: PreparedRun, engine: Engine) -> dict[str, Any]:
     """Return the keyword arguments that transformers passes to every hook."""
     return {
-        "model": None if spec.engine.shards_weights else engine.step.policy,  # its weights would be shards
+        "model": None
+        if spec.engine.shards_weights
+        else engine.step.policy,  # its weights would be shards
         "processing_class": prepared.tokenizer,
         "optimizer": ReadOnlyOptimizer(engine.optimizer),
         "lr_scheduler": engine.scheduler,
@@ -251,16 +322,32 @@ def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
 
 
 def _pair_step(
-    spec: RunSpec, policy: Any, reference: Reference, world: World, precision: Precision, dtype: torch.dtype
+    spec: RunSpec,
+    policy: Any,
+    reference: Reference,
+    world: World,
+    precision: Precision,
+    dtype: torch.dtype,
 ) -> PairStep:
     """Build the module that the engine wraps, with a reference that computes in the policy's precision."""
     wanted, casts = spec.reference, _casts(spec, precision)
     stays = wanted.sync_every is not None or wanted.dtype is not None or wanted.offload
-    if wanted.sync_every is not None and wanted.sharded and casts and spec.engine.kind == "deepspeed":
+    if (
+        wanted.sync_every is not None
+        and wanted.sharded
+        and casts
+        and spec.engine.kind == "deepspeed"
+    ):
         refuse_moving_shards(wanted, precision)
     if not wanted.sharded and not wanted.offload:
         as_file = None if spec.model.lora and spec.model.lora.base else dtype
-        of_weights = dtype_of(precision) if casts and not stays else as_file if spec.engine.shards_weights else None
+        of_weights = (
+            dtype_of(precision)
+            if casts and not stays
+            else as_file
+            if spec.engine.shards_weights
+            else None
+        )
         place(reference, policy, world.device, None if wanted.dtype else of_weights)
     step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics, wanted.sharded)
     if casts and stays:
@@ -289,11 +376,16 @@ def _attention(
     Raises:
         UserError: the rows are padded, and the model's output for one depends on the others.
     """
-    fed = [fed_lengths(pairs.lengths, spec.data.keep_last) for pairs in (prepared.train, *prepared.eval.values())]
+    fed = [
+        fed_lengths(pairs.lengths, spec.data.keep_last)
+        for pairs in (prepared.train, *prepared.eval.values())
+    ]
     longest = max(int(longest_sequences(lengths).max()) for lengths in fed)
     policy, reference = engine.step.policy, engine.step.reference
     judges = [reference.model] + ([reference.exact.model] if reference.exact is not None else [])
-    models = [model for model in dict.fromkeys((policy, *judges)) if model is not None]  # one if both are the same
+    models = [
+        model for model in dict.fromkeys((policy, *judges)) if model is not None
+    ]  # one if both are the same
     for model in models:
         if longest > (fixed_up_to(model.config) or longest):
             use_own_lengths(model)
@@ -310,7 +402,8 @@ def _attention(
         for model in models:
             use_packed_attention(model, name)
         mine = [
-            engine.run_in_forward(partial(packed_error, model, world.device)) / _packed_tolerance(model, precision)
+            engine.run_in_forward(partial(packed_error, model, world.device))
+            / _packed_tolerance(model, precision)
             for model in models
         ]
         # all ranks must have one layout, which decides the number of micro-steps; NaN exceeds every tolerance
@@ -323,11 +416,11 @@ def _attention(
 def _check_padding(models: list[Any], engine: Engine, world: World, precision: Precision) -> None:
     """Check that a sequence's log-probs do not depend on its padding. Collective."""
     for model in models:
-        error = engine.run_in_forward(partial(padding_error, model, world.device)) / _packed_tolerance(model, precision)
+        error = engine.run_in_forward(
+            partial(padding_error, model, world.device)
+        ) / _packed_tolerance(model, precision)
         if not max(world.gather(error)) <= 1:
-            rule = (
-                f"log-probs of a sequence depend on the rows beside it: they differ by {error:.1e} times the rounding"
-            )
+            rule = f"log-probs of a sequence depend on the rows beside it: they differ by {error:.1e} times the rounding"
             raise UserError("model", type(model).__name__, rule, "use another model")
 
 
@@ -338,33 +431,57 @@ def _packed_tolerance(model: Any, precision: Precision) -> float:
 
 def _rounding(policy: Any, precision: Precision) -> float:
     """Return the random error, in nats, of a token's log-prob under the policy."""
-    bases = [name for name, dtype in DTYPES.items() if policy.dtype == dtype] + ["int8"] * is_int8(policy)
+    bases = [name for name, dtype in DTYPES.items() if policy.dtype == dtype] + ["int8"] * is_int8(
+        policy
+    )
     return max(SAME_LOGPS[name] for name in (precision, *bases))
 
 
 def _identity(
-    spec: RunSpec, prepared: PreparedRun, policy: Any, reference: Reference, world: World, dtype: torch.dtype
+    spec: RunSpec,
+    prepared: PreparedRun,
+    policy: Any,
+    reference: Reference,
+    world: World,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Return what the results of a run depend on besides its settings and rows; a checkpoint can only be resumed with
     the same."""
     types = None  # mapped weights have the dtype of their file until they are sharded
-    if spec.engine.shards_weights and not (spec.model.lora and spec.model.lora.base) and not spec.reference.dtype:
+    if (
+        spec.engine.shards_weights
+        and not (spec.model.lora and spec.model.lora.base)
+        and not spec.reference.dtype
+    ):
         types = types_when_cut(policy, dtype)
-    made: dict[str, Any] = {"reference": identity_of(reference.tensors(), reference.model.config, world, types)}
-    if adapter_layers(policy) and not isinstance(reference, PolicyStart):  # then the reference is the base
+    made: dict[str, Any] = {
+        "reference": identity_of(reference.tensors(), reference.model.config, world, types)
+    }
+    if adapter_layers(policy) and not isinstance(
+        reference, PolicyStart
+    ):  # then the reference is the base
         made["base"] = identity_of(PolicyStart(policy).tensors(), policy.config, world, types)
     # a user's function may have frozen some: without it the same command would train them
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
-    made["trainable"] = {"count": len(trainable), "names": hashlib.sha256("\n".join(trainable).encode()).hexdigest()}
+    made["trainable"] = {
+        "count": len(trainable),
+        "names": hashlib.sha256("\n".join(trainable).encode()).hexdigest(),
+    }
     template = str(prepared.tokenizer.chat_template).encode()
-    if spec.model.path or spec.model.tokenizer:  # a new tokenizer depends on the rows, which have a hash too
+    if (
+        spec.model.path or spec.model.tokenizer
+    ):  # a new tokenizer depends on the rows, which have a hash too
         made["tokenizer"] = tokenizer_identity(prepared.tokenizer)
     return made | {"chat_template": hashlib.sha256(template).hexdigest()}
 
 
-def _collator(spec: RunSpec, prepared: PreparedRun, attention: AttentionName) -> PackedCollator | PreferenceCollator:
+def _collator(
+    spec: RunSpec, prepared: PreparedRun, attention: AttentionName
+) -> PackedCollator | PreferenceCollator:
     pad = pad_id(prepared.tokenizer, prepared.config)
-    return PreferenceCollator(pad, spec.data) if attention == "padded" else PackedCollator(spec.data)
+    return (
+        PreferenceCollator(pad, spec.data) if attention == "padded" else PackedCollator(spec.data)
+    )
 
 
 def _loaders(
@@ -376,7 +493,9 @@ def _loaders(
     first_batch_only: bool,
 ) -> tuple[Loader, dict[str, Loader]]:
     packed = isinstance(collator, PackedCollator)
-    limits = [spec.batch.max_tokens_per_microbatch] + [CPU_ROW] * (packed and world.device.type == "cpu")
+    limits = [spec.batch.max_tokens_per_microbatch] + [CPU_ROW] * (
+        packed and world.device.type == "cpu"
+    )
 
     def loader(pairs: Pairs, shares: tuple[Share, ...] = ()) -> Loader:
         order = Order(
@@ -394,12 +513,18 @@ def _loaders(
         return Loader(pairs, order, prepared.collator or collator)
 
     if first_batch_only:
-        first = epoch_order(prepared.train.shares, spec.run.seed, epoch=0)[: spec.batch.global_batch_size]
+        first = epoch_order(prepared.train.shares, spec.run.seed, epoch=0)[
+            : spec.batch.global_batch_size
+        ]
         return loader(prepared.train.only(np.unique(first))), {}
-    return loader(prepared.train, prepared.train.shares), {name: loader(pairs) for name, pairs in prepared.eval.items()}
+    return loader(prepared.train, prepared.train.shares), {
+        name: loader(pairs) for name, pairs in prepared.eval.items()
+    }
 
 
-def _open_caches(spec: RunSpec, loader: Loader, eval_loaders: dict[str, Loader], identity: dict[str, Any]) -> None:
+def _open_caches(
+    spec: RunSpec, loader: Loader, eval_loaders: dict[str, Loader], identity: dict[str, Any]
+) -> None:
     """Open the caches of log-probs of a reference with that identity, for all loaders.
 
     Raises:
@@ -433,7 +558,9 @@ def _warm_up_ddp_buckets(
     """
     if world.size > 1:
         shortest = loader.pairs[int(loader.order.costs.argmin())]
-        engine.micro_step(collator([shortest], is_filler=True).to(world.device), Counts(1, 1), last=True)
+        engine.micro_step(
+            collator([shortest], is_filler=True).to(world.device), Counts(1, 1), last=True
+        )
         engine.drop_gradients()
 
 
@@ -460,7 +587,9 @@ def _start_tolerance(
 
     def exact(batch: PairBatch) -> torch.Tensor:
         if reference.exact is None:
-            return engine.evaluate(batch, Counts(1, 1)).logps  # the reference approximates the policy
+            return engine.evaluate(
+                batch, Counts(1, 1)
+            ).logps  # the reference approximates the policy
         with autocast(world.device, precision):
             return reference.exact(batch)
 
@@ -499,23 +628,37 @@ def _fill_caches(
     Raises:
         UserError: on every rank, if one lacks log-probs of reference.kind=precomputed in its cache.
     """
-    for name, each in (("training", loader), *((evaluation_named(name), each) for name, each in eval_loaders.items())):
+    for name, each in (
+        ("training", loader),
+        *((evaluation_named(name), each) for name, each in eval_loaders.items()),
+    ):
         if each.cache is None:
             continue
         beat = partial(session.heartbeat, 0, "reference cache")
         pairs, seconds = fill_reference_cache(engine, each, world, beat)
         if pairs and world.is_main:
-            print(f"reference cache: {counted(pairs, f'{name} pair')} in {seconds:.1f} s", flush=True)
+            print(
+                f"reference cache: {counted(pairs, f'{name} pair')} in {seconds:.1f} s", flush=True
+            )
         missing = max(world.gather(len(each.cache.unknown())))
         if missing and spec.reference.kind == "precomputed":
             rule = f"the log-probs of {counted(missing, f'{name} pair')} could not be written to {each.cache.folder}"
-            raise UserError("reference.kind", "precomputed", rule, "free space there, or set data.cache_dir to another")
+            raise UserError(
+                "reference.kind",
+                "precomputed",
+                rule,
+                "free space there, or set data.cache_dir to another",
+            )
 
 
-def _concluded(spec: RunSpec, prepared: PreparedRun, ended: FitResult, run_dir: RunDir, world: World) -> RunResult:
+def _concluded(
+    spec: RunSpec, prepared: PreparedRun, ended: FitResult, run_dir: RunDir, world: World
+) -> RunResult:
     model_step = None
     if ended.status == "finished":
-        wants_best = spec.checkpoint.export == "best" and ended.best_step is not None  # None if all were NaN
+        wants_best = (
+            spec.checkpoint.export == "best" and ended.best_step is not None
+        )  # None if all were NaN
         model_step = ended.best_step if wants_best else ended.step
     result = RunResult(
         ended.status,
@@ -531,9 +674,12 @@ def _concluded(spec: RunSpec, prepared: PreparedRun, ended: FitResult, run_dir: 
         if model_step is not None:
             if spec.checkpoint.export == "best" and ended.best_step is None:
                 logger.warning(
-                    "no evaluation after a step had a number for %s: the last is exported", spec.evaluation.best_metric
+                    "no evaluation after a step had a number for %s: the last is exported",
+                    spec.evaluation.best_metric,
                 )
             export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
-            result = replace(result, samples=answered_samples(spec, run_dir, prepared, world.device))
+            result = replace(
+                result, samples=answered_samples(spec, run_dir, prepared, world.device)
+            )
         run_dir.write_result(result.__dict__)
     return result

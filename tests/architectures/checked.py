@@ -28,8 +28,16 @@ PADDED = "two padded rows per pair instead of a packed one: "
 # Longer than the windows of the tiny configs, of several lengths; the answers of one begin alike.
 ROWS = [
     {"prompt": "Say red river.", "chosen": " amber stone", "rejected": " no"},
-    {"prompt": "A much longer question about clouds, lamps and chairs:", "chosen": " yes", "rejected": " perhaps not"},
-    {"prompt": "Hi", "chosen": " garden window bread", "rejected": " garden window stone and more of it"},
+    {
+        "prompt": "A much longer question about clouds, lamps and chairs:",
+        "chosen": " yes",
+        "rejected": " perhaps not",
+    },
+    {
+        "prompt": "Hi",
+        "chosen": " garden window bread",
+        "rejected": " garden window stone and more of it",
+    },
     {"prompt": "Count to four,", "chosen": " one two three four", "rejected": " four four"},
 ]
 
@@ -46,7 +54,9 @@ class Row:
     reward: float = math.nan  # the largest at the first step
     steps: float = math.nan  # of losses, from plain torch
     moved: float = math.nan  # by how much the loss moved meanwhile
-    weights: float = math.nan  # of trained weights, from plain torch, relative to how far they moved
+    weights: float = (
+        math.nan
+    )  # of trained weights, from plain torch, relative to how far they moved
     export: float = math.nan  # of logits, from the policy's
     refusal: str = ""
     crash: str = ""
@@ -61,7 +71,12 @@ class Row:
     def line(self) -> str:
         """The row of the table."""
         why = self.refusal or self.crash or (self.not_built and f"not built: {self.not_built}")
-        numbers = [f"{self.start:.0e}", f"{self.steps:.0e}", f"{self.weights:.0e}", f"{self.export:.0e}"]
+        numbers = [
+            f"{self.start:.0e}",
+            f"{self.steps:.0e}",
+            f"{self.weights:.0e}",
+            f"{self.export:.0e}",
+        ]
         if why:
             numbers = [""] * len(numbers)
         return f"| {' | '.join([self.model_type, self.model_class, self.layout, *numbers, why])} |"
@@ -133,7 +148,12 @@ def checked(model_type: str, folder: Path, **more: Any) -> Row:
     try:
         run_dir.begin(spec)
         with redirect_stdout(said):
-            run(spec, World(0, 1, 0, torch.device("cpu")), NothingToSave(), wrap_callbacks=lambda made: [*made, keep])
+            run(
+                spec,
+                World(0, 1, 0, torch.device("cpu")),
+                NothingToSave(),
+                wrap_callbacks=lambda made: [*made, keep],
+            )
     except UserError as error:
         row.refusal = str(error)
         return row
@@ -149,7 +169,9 @@ def checked(model_type: str, folder: Path, **more: Any) -> Row:
     row.moved = max(abs(loss - losses[0]) for loss in losses)
     row.weights = _of_weights(keep.model, expected, start)
     row.export = _of_logits(keep.model, AutoModelForCausalLM.from_pretrained(run_dir.model))
-    row.notes = " | ".join(line for line in said.getvalue().splitlines() if "frozen" in line or "noise" in line)
+    row.notes = " | ".join(
+        line for line in said.getvalue().splitlines() if "frozen" in line or "noise" in line
+    )
     return row
 
 
@@ -184,7 +206,10 @@ def plain_losses(policy: PreTrainedModel) -> list[float]:
         optimizer.zero_grad()
         losses.append(0.0)
         for prompt, chosen, rejected in _sequences():
-            ratio = [_logp(policy, prompt, answer) - _logp(reference, prompt, answer) for answer in (chosen, rejected)]
+            ratio = [
+                _logp(policy, prompt, answer) - _logp(reference, prompt, answer)
+                for answer in (chosen, rejected)
+            ]
             loss = -torch.nn.functional.logsigmoid(BETA * (ratio[0] - ratio[1])) / len(ROWS)
             loss.backward()
             losses[-1] += loss.item()

@@ -48,9 +48,16 @@ def _work(model_type: str, sender: Any) -> None:
         try:
             row = checked(model_type, Path(folder))
         except Exception as error:
-            ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "/orchestrator/" in frame.filename]
+            ours = [
+                frame
+                for frame in traceback.extract_tb(error.__traceback__)
+                if "/orchestrator/" in frame.filename
+            ]
             at = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
-            row = Row(model_type, crash=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{at}")
+            row = Row(
+                model_type,
+                crash=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{at}",
+            )
     sender.send(row)
 
 

@@ -11,7 +11,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 # One of each kind: packed; a router; values by layer; attention in chunks; a state space; a vision tower; noise that no
 # setting switches off; a bias of the attention's scores; an encoder.
-SAMPLE = ["llama", "mixtral", "gemma4_text", "llama4_text", "mamba", "gemma3", "phimoe", "inkling_text"]
+SAMPLE = [
+    "llama",
+    "mixtral",
+    "gemma4_text",
+    "llama4_text",
+    "mamba",
+    "gemma3",
+    "phimoe",
+    "inkling_text",
+]
 REFUSED = ["bert"]
 
 

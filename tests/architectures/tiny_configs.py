@@ -7,7 +7,10 @@ from tiny import EOS, PAD
 from transformers import AutoConfig, PretrainedConfig
 
 HIDDEN, HEADS, LAYERS, VOCABULARY = 32, 4, 2, 300
-COMPASS_ROPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+COMPASS_ROPE = {
+    kind: {"rope_type": "default", "rope_theta": 1e4}
+    for kind in ("full_attention", "sliding_attention")
+}
 
 # Names of sizes, and what they become; the first pattern that matches decides.
 RULES: list[tuple[str, Any]] = [
@@ -16,22 +19,40 @@ RULES: list[tuple[str, Any]] = [
     (r"attention_hidden_size", HIDDEN),
     (r"(unpadded_)?vocab_size(_per_layer_input)?|decoder_vocab_size", VOCABULARY),
     (r"hidden_size_per_layer_input", 8),
-    (r"hidden_size|d_model|n_embd|dim_model_base|word_embed_proj_dim|embedding_size|backbone_hidden_size", HIDDEN),
+    (
+        r"hidden_size|d_model|n_embd|dim_model_base|word_embed_proj_dim|embedding_size|backbone_hidden_size",
+        HIDDEN,
+    ),
     (r"cross_attention_hidden_size|vision_output_dim|projection_dim|output_proj_dims", HIDDEN),
     (r"num_layers_per_stack", 1),
-    (r"(num_|n_)(hidden_|encoder_|decoder_|global_)?layers?|(encoder|decoder)_layers|depth", LAYERS),
+    (
+        r"(num_|n_)(hidden_|encoder_|decoder_|global_)?layers?|(encoder|decoder)_layers|depth",
+        LAYERS,
+    ),
     (r"\w*num_key_value_heads|num_kv_heads|multi_query_group_num", 2),
     (r"linear_num_key_heads|linear_num_value_heads|linear_num_heads", 2),
-    (r"\w*num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|index_n_heads", HEADS),
-    (r"head_dim|swa_head_dim|global_head_dim|kv_channels|dim_head|attention_head_dim|d_kv|swa_v_head_dim", 8),
+    (
+        r"\w*num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|index_n_heads",
+        HEADS,
+    ),
+    (
+        r"head_dim|swa_head_dim|global_head_dim|kv_channels|dim_head|attention_head_dim|d_kv|swa_v_head_dim",
+        8,
+    ),
     (r"linear_(key|value)_head_dim|linear_head_dim", 8),
     (r"qk_rope_head_dim|rotary_dim", 4),
     (r"qk_nope_head_dim|v_head_dim|index_head_dim", 8),
     (r"qk_head_dim", 12),
     (r"(q|kv|o)_lora_rank|gated_norm_rank|laurel_rank|d_rel|hc_lowrank", 8),
     (r"index_topk", 64),
-    (r"(moe|shared_expert|moe_shared_expert|expert|shared_experts)_(intermediate|ffn_hidden)_size", 16),
-    (r"\w*intermediate_size(_mlp)?|\w*ffn_dim|n_inner|dim_ff|dff|d_ff|ffn_hidden_size|feed_forward_proj_dim", 48),
+    (
+        r"(moe|shared_expert|moe_shared_expert|expert|shared_experts)_(intermediate|ffn_hidden)_size",
+        16,
+    ),
+    (
+        r"\w*intermediate_size(_mlp)?|\w*ffn_dim|n_inner|dim_ff|dff|d_ff|ffn_hidden_size|feed_forward_proj_dim",
+        48,
+    ),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts|moe_top_k", 2),
     (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts", 4),
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
@@ -40,9 +61,15 @@ RULES: list[tuple[str, Any]] = [
     (r"first_k_dense_replace|moe_layer_start_index|num_dense_layers|n_hash_layers", 1),
     (r"max_window_layers", 1),
     (r"num_kv_shared_layers", 0),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_source_positions", 512),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_source_positions",
+        512,
+    ),
     (r"max_target_positions|context_length|max_sequence_length", 512),
-    (r"sliding_window(_size)?|attention_chunk_size|local_attention|keep_window_size|attention_window_size", 8),
+    (
+        r"sliding_window(_size)?|attention_chunk_size|local_attention|keep_window_size|attention_window_size",
+        8,
+    ),
     (r"(mamba_)?(d_state|state_size)|ssm_state_size|mamba_state_dim", 8),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 4),
     (r"mamba_d_head|mamba_head_dim|mamba_headdim", 16),
@@ -106,9 +133,22 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     """The values of a config that the rules change."""
     values = config.to_dict()
-    layers = next((values[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in values), 0)
-    lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == layers > 0}
-    lists = {name: value for name, value in lists.items() if len(set(map(str, value))) < layers}  # not layers' numbers
+    layers = next(
+        (
+            values[n]
+            for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+            if n in values
+        ),
+        0,
+    )
+    lists = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, list) and len(value) == layers > 0
+    }
+    lists = {
+        name: value for name, value in lists.items() if len(set(map(str, value))) < layers
+    }  # not layers' numbers
     few = _layers_to_show(lists)
     made: dict[str, Any] = {}
     for name, value in values.items():
@@ -118,7 +158,9 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
             made[name] = [_element(name, value[index]) for index in few]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             made |= _by_rule(name, value, len(few) if lists else LAYERS)
-    if "kv_lora_rank" in made and "num_key_value_heads" in made:  # multi-head latent attention has no groups
+    if (
+        "kv_lora_rank" in made and "num_key_value_heads" in made
+    ):  # multi-head latent attention has no groups
         made["num_key_value_heads"] = HEADS
         made["head_dim"] = made.get("qk_rope_head_dim", 4)
     return made | OVERRIDES.get(config.model_type, {})
@@ -136,7 +178,11 @@ def _by_rule(name: str, value: float, layers: int) -> dict[str, Any]:
         return {name: 0.1}
     for pattern, small in RULES:
         if re.fullmatch(pattern, name):
-            size = layers if small == LAYERS and "layer" in name and name != "max_window_layers" else small
+            size = (
+                layers
+                if small == LAYERS and "layer" in name and name != "max_window_layers"
+                else small
+            )
             return {name: size}
     return {}
 

@@ -54,7 +54,9 @@ def timed(world: World, rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     sizes = (1, 2, 4)
@@ -62,9 +64,16 @@ def main() -> None:
     print("optimizer state + weights, MB on the rank that holds most")
     print(f"{'engine':8}" + "".join(f"{f'N = {size}':>16}" for size in sizes))
     for name in ENGINES:
-        cells = [[max(rank[name][i] for rank in by_size[size]) / 1e6 for i in (0, 1)] for size in sizes]
-        print(f"{name:8}" + "".join(f"{f'{state:.1f} + {weights:.1f}':>16}" for state, weights in cells))
-    seconds = {name: statistics.median(times) for name, times in on_gloo(2, timed, rounds)[0].items()}
+        cells = [
+            [max(rank[name][i] for rank in by_size[size]) / 1e6 for i in (0, 1)] for size in sizes
+        ]
+        print(
+            f"{name:8}"
+            + "".join(f"{f'{state:.1f} + {weights:.1f}':>16}" for state, weights in cells)
+        )
+    seconds = {
+        name: statistics.median(times) for name, times in on_gloo(2, timed, rounds)[0].items()
+    }
     print(f"\nstep on 2 ranks, median of {rounds}")
     for name, median in seconds.items():
         print(f"{name:8}{median:8.3f} s{median / seconds['ddp']:8.2f} times ddp's")

@@ -66,20 +66,30 @@ def _uneven(order: Order, batch: Integers) -> float:
     from orchestrator.data.order import deal
 
     costs = order.costs[batch]
-    loads = np.bincount(deal(costs[None], order.world_size)[0], weights=costs, minlength=order.world_size)
+    loads = np.bincount(
+        deal(costs[None], order.world_size)[0], weights=costs, minlength=order.world_size
+    )
     return float(loads.max() / loads.mean())
 
 
 def main() -> None:
     """Every combination of the three, as a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", default="10000,300000,3000000")
     parser.add_argument("--ranks", default="1,8,64,512")
-    parser.add_argument("--batch", default="64,1024", help="pairs of a global batch; those under 2 a rank are left out")
+    parser.add_argument(
+        "--batch",
+        default="64,1024",
+        help="pairs of a global batch; those under 2 a rank are left out",
+    )
     parser.add_argument("--json", help="write what was found here")
     args = parser.parse_args()
     found: list[dict[str, Any]] = []
-    print(f"{'pairs':>10}{'ranks':>7}{'batch':>7}{'permutation s':>15}{'peak MB':>9}{'plan ms':>9}{'uneven':>8}")
+    print(
+        f"{'pairs':>10}{'ranks':>7}{'batch':>7}{'permutation s':>15}{'peak MB':>9}{'plan ms':>9}{'uneven':>8}"
+    )
     for pairs in map(int, args.pairs.split(",")):
         made = lengths(pairs)
         for ranks in map(int, args.ranks.split(",")):

@@ -64,7 +64,9 @@ class Alternating(Trainer):
     def fit(self) -> FitResult:
         """Never saved nor resumed: this run is a measurement."""
         self.callbacks.fire("on_train_begin")
-        self.start_tolerance = None  # the bare loop moves the policy before the first step is counted
+        self.start_tolerance = (
+            None  # the bare loop moves the policy before the first step is counted
+        )
         last = self.max_steps
         bare_loop(self, 2)  # warm both
         kept = self.seen
@@ -109,8 +111,13 @@ def bare_loop(trainer: Trainer, steps: int) -> float:
 
 def main() -> None:
     """One run whose trainer measures both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a file of preference pairs; pairs of about 500 tokens are made up if not given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        help="a file of preference pairs; pairs of about 500 tokens are made up if not given",
+    )
     parser.add_argument("--steps", type=int, default=10, help="of one turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
@@ -136,7 +143,9 @@ def main() -> None:
         Alternating.steps_per_turn, Alternating.of_ledger = args.steps, args.ledger
         worker.Trainer = Alternating
         with contextlib.suppress(SystemExit):  # how Alternating ends
-            worker.run(spec, World(0, 1, 0, torch.device("cpu")), LocalSession(RunDir(spec.run_dir), 0))
+            worker.run(
+                spec, World(0, 1, 0, torch.device("cpu")), LocalSession(RunDir(spec.run_dir), 0)
+            )
     ratios = [program / bare - 1 for bare, program in Alternating.turns]
     what = "the ledger" if args.ledger else "the program"
     each = [bare / args.steps for bare, _ in Alternating.turns]
@@ -145,7 +154,9 @@ def main() -> None:
         f"({min(ratios):+.2%}..{max(ratios):+.2%} over {len(ratios)} turns of {args.steps} steps)"
     )
     if args.json:
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), "turns": Alternating.turns}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"arguments": vars(args), "turns": Alternating.turns}, indent=1) + "\n"
+        )
 
 
 def _made_up(folder: Path) -> Path:
@@ -159,7 +170,9 @@ def _made_up(folder: Path) -> Path:
 
     with path.open("w") as file:
         for _ in range(200):
-            file.write(json.dumps({"prompt": words(60), "chosen": words(50), "rejected": words(50)}) + "\n")
+            file.write(
+                json.dumps({"prompt": words(60), "chosen": words(50), "rejected": words(50)}) + "\n"
+            )
     return path
 
 

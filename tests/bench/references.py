@@ -159,7 +159,9 @@ def error_of(reference: Reference, policy: Any, bench: Bench) -> LogpError:
     batches = [collate([row]) for row in bench.rows]
     errors = torch.stack([reference(batch) - exact(batch) for batch in batches])  # [pairs, 2]
     margins = (errors[:, 0] - errors[:, 1]).abs()
-    return LogpError(len(errors), errors.abs().max().item(), errors.abs().mean().item(), margins.max().item())
+    return LogpError(
+        len(errors), errors.abs().max().item(), errors.abs().mean().item(), margins.max().item()
+    )
 
 
 def _trl(kind: Trl, bench: Bench) -> Contender:
@@ -169,7 +171,11 @@ def _trl(kind: Trl, bench: Bench) -> Contender:
     if kind.base is not None:
         policy = loaded(policy, kind.base, bench)
     reference = None if kind.reference is None else _reference_of_trl(kind.reference, policy, bench)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if kind.lora else None
+    lora = (
+        LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        if kind.lora
+        else None
+    )
     step = trl(bench, policy, reference, micro=1, precompute=kind.precompute, peft_config=lora)
     own = Reference(reference).own_bytes(policy) / 2**20 if reference is not None else 0.0
     return Contender(step, policy, own, None)
@@ -189,11 +195,17 @@ def loaded(model: Any, kind: str, bench: Bench) -> Any:
     """The model in 8 or 4 bits, as transformers loads it from a folder."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
+    }
     config = BitsAndBytesConfig(**({"load_in_8bit": True} if kind == "int8" else four))
     with tempfile.TemporaryDirectory(dir=bench.spec.run.dir) as folder:
         model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.float32
+        )
 
 
 @torch.no_grad()
@@ -204,11 +216,15 @@ def move(policy: Any) -> None:
         if not parameter.requires_grad:
             continue
         is_adapter = ".lora_" in name
-        name = name.rpartition(".lora_")[0] + name.partition(".lora_")[2][:1] if is_adapter else name
+        name = (
+            name.rpartition(".lora_")[0] + name.partition(".lora_")[2][:1] if is_adapter else name
+        )
         draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(parameter.shape, generator=draw)
         if is_adapter:
-            parameter.data = 0.03 * noise  # in fp32, where TRL would train adapters of a quantised base in bf16
+            parameter.data = (
+                0.03 * noise
+            )  # in fp32, where TRL would train adapters of a quantised base in bf16
         else:
             parameter += 0.3 * parameter.std().nan_to_num() * noise
 
@@ -253,7 +269,9 @@ def _agreeing(name: str, losses: dict[str, float]) -> float:
     """The difference between our loss and TRL's; raises where it is none of rounding."""
     difference = abs(losses[name] - losses[OURS[name].twin])
     if not difference <= OURS[name].tolerance:
-        raise SystemExit(f"{name} and {OURS[name].twin} differ by {difference:.1e}: these are not the same step")
+        raise SystemExit(
+            f"{name} and {OURS[name].twin} differ by {difference:.1e}: these are not the same step"
+        )
     return difference
 
 
@@ -270,7 +288,10 @@ def table(found: dict[str, Any]) -> list[list[str]]:
         cells = [label, *_pair(here, there, "seconds_per_pair", 3), "-"]
         if there is not None:
             ratios = [b / a for a, b in zip(here["rounds"], there["rounds"], strict=True)]
-            cells[3:] = [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}..{max(ratios):.2f}"]
+            cells[3:] = [
+                f"{statistics.median(ratios):.2f}",
+                f"{min(ratios):.2f}..{max(ratios):.2f}",
+            ]
         peak, own = _pair(here, there, "peak_mb", 0), _pair(here, there, "weights_mb", 1)
         made.append([*cells, *peak, *own[:2], *_pair(here, there, "sum_mb", 0)])
     return made
@@ -292,7 +313,9 @@ def report(bench: Bench, found: dict[str, Any]) -> None:
     else:
         widths = [max(map(len, column)) + 2 for column in zip(HEADS, *cells, strict=True)]
         for row in [HEADS, *cells]:
-            rest = "".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            rest = "".join(
+                cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
+            )
             print(row[0].ljust(widths[0]) + rest)
     print()
     for name, row in found.items():
@@ -303,24 +326,36 @@ def report(bench: Bench, found: dict[str, Any]) -> None:
             )
     for name, row in found.items():
         if row["difference_of_losses"] is not None:
-            print(f"{name}: mean losses of a batch are {OURS[name].twin}'s to {row['difference_of_losses']:.0e}")
+            print(
+                f"{name}: mean losses of a batch are {OURS[name].twin}'s to {row['difference_of_losses']:.0e}"
+            )
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="synthetic:1", help="a file of preference pairs, or synthetic:RATIO")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="synthetic:1", help="a file of preference pairs, or synthetic:RATIO"
+    )
     parser.add_argument("--only", help=f"of {','.join([*OURS, *TRL])}")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and one completion")
+    parser.add_argument(
+        "--max-length", type=int, default=1024, help="tokens of a prompt and one completion"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true", help="time only")
-    parser.add_argument("--markdown", action="store_true", help="print the table for docs/benchmarks.md")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table for docs/benchmarks.md"
+    )
     parser.add_argument("--json", help="write what was found here")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
-    parser.set_defaults(size="bench", precision="fp32", gradient_checkpointing=False)  # what step.py asks for
+    parser.set_defaults(
+        size="bench", precision="fp32", gradient_checkpointing=False
+    )  # what step.py asks for
     args = parser.parse_args()
     args.only = args.only.split(",") if args.only else [*OURS, *TRL]
     if unknown := set(args.only) - {*OURS, *TRL}:
@@ -349,7 +384,9 @@ def main() -> None:
             found[name] |= {"peak_mb": peak, "sum_mb": peak + found[name]["weights_mb"]}
     report(bench, found)
     if args.json:
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), "contenders": found}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"arguments": vars(args), "contenders": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -110,7 +110,10 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 LARGE = ("7b", "llama-7b")  # too large for each contender to have models of its own
 OURS, TRL = ("ours-cached", "ours-live"), ("trl-default", "trl-live", "trl-best")
-TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}  # of the mean loss of a batch; TRL's own fp32 sums are off by up to 1.4e-5
+TOLERANCE = {
+    "fp32": 2e-5,
+    "bf16": 2e-2,
+}  # of the mean loss of a batch; TRL's own fp32 sums are off by up to 1.4e-5
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 
 
@@ -179,7 +182,11 @@ def _synthetic(ratio: float, args: argparse.Namespace) -> Rows:
 def models(bench: Bench) -> tuple[Any, Any]:
     """Policy and reference: random weights, a little apart, so that losses are not all ln 2. With bf16 the weights are
     fp32 under autocast, but for a large model, two of which would not fit one device so: all contenders' are bf16."""
-    dtype = torch.bfloat16 if bench.args.precision == "bf16" and bench.args.size in LARGE else torch.float32
+    dtype = (
+        torch.bfloat16
+        if bench.args.precision == "bf16" and bench.args.size in LARGE
+        else torch.float32
+    )
     torch.manual_seed(0)
     with torch.device(bench.device):
         reference = build_policy(bench.spec, bench.tokenizer, dtype)
@@ -205,7 +212,12 @@ def ours(bench: Bench, policy: Any, reference: Reference, cached: bool) -> Step:
     engine = DdpEngine(spec.engine, world, precision, 1.0, 0.0)
     pair_step = PairStep(policy, reference, spec.dpo)
     engine.wrap(pair_step, optimizer_factory(spec.optimizer), scheduler_factory(spec.scheduler, 1))
-    lengths = np.array([[len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in bench.rows])
+    lengths = np.array(
+        [
+            [len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
+            for row in bench.rows
+        ]
+    )
     limit = CPU_ROW if bench.device.type == "cpu" else None
     order = Order(lengths, args.batch, 0, 1, 0, args.batch, limit, cost=pair_cost(policy))
     collate = PackedCollator(spec.data)
@@ -220,17 +232,26 @@ def ours(bench: Bench, policy: Any, reference: Reference, cached: bool) -> Step:
         for number, micro in enumerate(micro_batches):
             batch = collate([bench.rows[index] for index in micro.pairs])
             if cached:
-                ref_logps = torch.stack([known[int(index)] for index in micro.pairs], dim=1).flatten()
+                ref_logps = torch.stack(
+                    [known[int(index)] for index in micro.pairs], dim=1
+                ).flatten()
                 batch = batch._replace(ref_logps=ref_logps)
             last = number == len(micro_batches) - 1
-            total += engine.micro_step(batch.to(bench.device), Counts(len(pairs), 1), last).loss.item()
+            total += engine.micro_step(
+                batch.to(bench.device), Counts(len(pairs), 1), last
+            ).loss.item()
         return total
 
     return step
 
 
 def trl(
-    bench: Bench, policy: Any, reference: Any, micro: int, precompute: bool = False, peft_config: Any = None
+    bench: Bench,
+    policy: Any,
+    reference: Any,
+    micro: int,
+    precompute: bool = False,
+    peft_config: Any = None,
 ) -> Step:
     """DPOTrainer's own collator and compute_loss, `micro` pairs at a time; no code of ours runs in it."""
     from datasets import Dataset
@@ -239,7 +260,9 @@ def trl(
 
     args = bench.args
     for model in (policy, reference):
-        for module in model.modules() if model is not None else ():  # transformers' own norms and MLPs again
+        for module in (
+            model.modules() if model is not None else ()
+        ):  # transformers' own norms and MLPs again
             module.__dict__.pop("forward", None)
     config = DPOConfig(
         output_dir=str(bench.spec.run_dir),
@@ -256,9 +279,13 @@ def trl(
         seed=0,
     )
     prepare = DPOTrainer._prepare_dataset
-    DPOTrainer._prepare_dataset = lambda self, dataset, *_, **__: dataset  # the pairs are token ids already
+    DPOTrainer._prepare_dataset = lambda self, dataset, *_, **__: (
+        dataset
+    )  # the pairs are token ids already
     try:
-        rows = Dataset.from_list([{k: v for k, v in row.items() if k != "pair_id"} for row in bench.rows])
+        rows = Dataset.from_list(
+            [{k: v for k, v in row.items() if k != "pair_id"} for row in bench.rows]
+        )
         trainer = DPOTrainer(
             policy,
             reference,
@@ -277,8 +304,12 @@ def trl(
         total = 0.0
         for start in range(0, len(pairs), micro):
             chunk = pairs[start : start + micro]
-            inputs = trainer._prepare_inputs(trainer.data_collator([rows_of_trl[index] for index in chunk]))
-            with autocast(bench.device, "fp32" if policy.dtype == torch.bfloat16 else args.precision):
+            inputs = trainer._prepare_inputs(
+                trainer.data_collator([rows_of_trl[index] for index in chunk])
+            )
+            with autocast(
+                bench.device, "fp32" if policy.dtype == torch.bfloat16 else args.precision
+            ):
                 loss = trainer.compute_loss(model, inputs) * len(chunk) / len(pairs)
             loss.backward()
             total += loss.item()
@@ -371,7 +402,9 @@ def _names(args: argparse.Namespace) -> list[str]:
 def batches_of(bench: Bench) -> list[list[int]]:
     """The pairs of each step, by their place in the rows."""
     size = bench.args.batch
-    return [list(range(start, start + size)) for start in range(0, len(bench.rows) - size + 1, size)]
+    return [
+        list(range(start, start + size)) for start in range(0, len(bench.rows) - size + 1, size)
+    ]
 
 
 def flops(bench: Bench, name: str, policy: Any, recomputed: bool = True) -> float:
@@ -385,7 +418,10 @@ def flops(bench: Bench, name: str, policy: Any, recomputed: bool = True) -> floa
     live = name in ("ours-live", "trl-live", "trl-default")
     checkpointing = name == "trl-default" or bench.args.gradient_checkpointing
     body, head = 3 + live + (recomputed and checkpointing), 3 + live + (recomputed and name in TRL)
-    lengths = [[len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in bench.rows]
+    lengths = [
+        [len(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        for row in bench.rows
+    ]
     micro = _trl_micro(bench, name) if name in TRL else 1
     total = 0.0
     for start in range(0, len(lengths), micro):
@@ -425,10 +461,15 @@ def compare(bench: Bench) -> dict[str, Any]:
                 seconds[name].append(round_seconds[name])
     tolerance = TOLERANCE[bench.args.precision]
     if not largest <= tolerance:
-        raise SystemExit(f"losses differ by {largest:.2e}, more than {tolerance}: these are not the same step")
+        raise SystemExit(
+            f"losses differ by {largest:.2e}, more than {tolerance}: these are not the same step"
+        )
     pairs = sum(map(len, batches))
     used = [row for batch in batches for row in (bench.rows[index] for index in batch)]
-    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in used)
+    tokens = sum(
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for row in used
+    )
     share = pairs / len(bench.rows)
     return {
         "pairs": pairs,
@@ -453,7 +494,11 @@ def compare(bench: Bench) -> dict[str, Any]:
 def report(bench: Bench, found: dict[str, Any]) -> None:
     """The table, with the ratio of ours to each of TRL's, its spread over rounds, and the ceiling on paper."""
     contenders = found["contenders"]
-    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU, {bench.args.threads} thread(s)"
+    device = (
+        torch.cuda.get_device_name()
+        if bench.device.type == "cuda"
+        else f"CPU, {bench.args.threads} thread(s)"
+    )
     peak = next((value for name, value in PEAK_FLOPS.items() if name in device), None)
     print(
         f"{found['pairs']} pairs of {bench.args.data}, {found['tokens_per_pair']:.0f} tokens each, "
@@ -464,13 +509,24 @@ def report(bench: Bench, found: dict[str, Any]) -> None:
     peak = peak if bench.args.precision == "bf16" else None
     print(f"{'':13}{kind + '/pair':>12}{'tokens/s':>12}{'peak MB':>10}{'MFU':>7}")
     for name, row in contenders.items():
-        used = f"{row['flops_needed'] / (row['seconds_per_pair'] * found['pairs']) / peak:.0%}" if peak else "-"
+        used = (
+            f"{row['flops_needed'] / (row['seconds_per_pair'] * found['pairs']) / peak:.0%}"
+            if peak
+            else "-"
+        )
         memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-"
-        print(f"{name:13}{row['seconds_per_pair']:12.4f}{row['tokens_per_s']:12,.0f}{memory:>10}{used:>7}")
+        print(
+            f"{name:13}{row['seconds_per_pair']:12.4f}{row['tokens_per_s']:12,.0f}{memory:>10}{used:>7}"
+        )
     print(f"\n{'ratio of':13}{'to':13}{'time':>7}{'rounds':>15}{'on paper':>10}{'memory':>8}")
     for mine in OURS:
         for theirs in (name for name in contenders if name in TRL):
-            ratios = [b / a for a, b in zip(contenders[mine]["rounds"], contenders[theirs]["rounds"], strict=True)]
+            ratios = [
+                b / a
+                for a, b in zip(
+                    contenders[mine]["rounds"], contenders[theirs]["rounds"], strict=True
+                )
+            ]
             paper = contenders[theirs]["flops"] / contenders[mine]["flops"]
             memory = (
                 f"{contenders[mine]['peak_mb'] / contenders[theirs]['peak_mb']:.2f}"
@@ -478,12 +534,16 @@ def report(bench: Bench, found: dict[str, Any]) -> None:
                 else "-"
             )
             spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
-            print(f"{theirs:13}{mine:13}{statistics.median(ratios):7.2f}{spread:>15}{paper:10.2f}{memory:>8}")
+            print(
+                f"{theirs:13}{mine:13}{statistics.median(ratios):7.2f}{spread:>15}{paper:10.2f}{memory:>8}"
+            )
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--data",
         default="synthetic:1",
@@ -494,9 +554,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--against", default="trl-default,trl-best", help=",".join(TRL))
     parser.add_argument("--size", choices=SIZES, default="bench")
     parser.add_argument("--precision", choices=TOLERANCE, default="fp32")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="in ours and in trl-live, trl-best too")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="in ours and in trl-live, trl-best too",
+    )
     parser.add_argument("--trl-micro", type=int, default=4, help="pairs of a padded micro-batch")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and one completion")
+    parser.add_argument(
+        "--max-length", type=int, default=1024, help="tokens of a prompt and one completion"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true", help="time only")

@@ -13,12 +13,25 @@ from engine_runs import ENGINES
 from ranks import Ranks
 from support import raw_settings, rows, write_jsonl
 from tiny import tiny_model, tokenizer
-from worker_runs import LORA, LOSS_NEEDS, PRECISIONS, QUANTISED_BASE, WITH_LORA, Left, curve, tolerance, whole_run
+from worker_runs import (
+    LORA,
+    LOSS_NEEDS,
+    PRECISIONS,
+    QUANTISED_BASE,
+    WITH_LORA,
+    Left,
+    curve,
+    tolerance,
+    whole_run,
+)
 
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import OF_BATCH, OF_SCORES, LossType, UserError
 
-STEPS, PAIRS = 3, 6  # steps of 4 and of 2 pairs; the third is in the second epoch, which asks a cache
+STEPS, PAIRS = (
+    3,
+    6,
+)  # steps of 4 and of 2 pairs; the third is in the second epoch, which asks a cache
 SHARED = 1  # layers of 2
 LIMIT_S = 60  # of a run; then its ranks are ended
 
@@ -76,15 +89,27 @@ class Refusal(NamedTuple):
 
 
 REFUSED = [
-    Refusal({"objective": {"of shorter tails"}, "loss": {"sft"}}, "dpo.ld_alpha", "is not used by sft"),
-    Refusal({"objective": {"by likelihood"}, "loss": set(OF_BATCH)}, "dpo.use_weighting", "compares sorted pairs"),
+    Refusal(
+        {"objective": {"of shorter tails"}, "loss": {"sft"}}, "dpo.ld_alpha", "is not used by sft"
+    ),
+    Refusal(
+        {"objective": {"by likelihood"}, "loss": set(OF_BATCH)},
+        "dpo.use_weighting",
+        "compares sorted pairs",
+    ),
     Refusal(
         {"objective": {"of a divergence"}, "loss": set(NAMES) - set(OF_SCORES)},
         "dpo.f_divergence_type",
         "works only for losses of the difference of a pair's scores",
     ),
-    Refusal({"precision": {"fp64"}, "engine": DEEPSPEED}, "precision", "deepspeed accumulates gradients"),
-    Refusal({"lora": QUANTISED_BASE, "engine": CUTTING}, "model.lora.base", "cannot shard quantised weights"),
+    Refusal(
+        {"precision": {"fp64"}, "engine": DEEPSPEED}, "precision", "deepspeed accumulates gradients"
+    ),
+    Refusal(
+        {"lora": QUANTISED_BASE, "engine": CUTTING},
+        "model.lora.base",
+        "cannot shard quantised weights",
+    ),
     Refusal(
         {"precision": {"fp64"}, "lora": {"lora on bf16"} | QUANTISED_BASE},
         "model.lora.base",
@@ -95,13 +120,24 @@ REFUSED = [
         "reference.kind",
         "with model.lora every layer of the base can be shared",
     ),
-    Refusal({"reference": {"adapter off"}, "lora": {"none"}}, "reference.kind", "there is no adapter to switch off"),
     Refusal(
-        {"reference": {"copy", "copy, cached", "copy, cached before", "int8", "nf4"}, "lora": QUANTISED_BASE},
+        {"reference": {"adapter off"}, "lora": {"none"}},
+        "reference.kind",
+        "there is no adapter to switch off",
+    ),
+    Refusal(
+        {
+            "reference": {"copy", "copy, cached", "copy, cached before", "int8", "nf4"},
+            "lora": QUANTISED_BASE,
+        },
         "reference.kind",
         "is frozen, so the reference needs no copy of it",
     ),
-    Refusal({"reference": {"int8", "nf4"}, "precision": {"fp64"}}, "precision", "computes in 16 or 32 bits"),
+    Refusal(
+        {"reference": {"int8", "nf4"}, "precision": {"fp64"}},
+        "precision",
+        "computes in 16 or 32 bits",
+    ),
     Refusal(
         {"reference": {"precomputed"}, "collator": THEIRS},
         "reference.kind",
@@ -117,7 +153,11 @@ REFUSED = [
 
 def refusals_of(row: Row) -> list[Refusal]:
     """Those that a row, or a part of one, meets."""
-    return [each for each in REFUSED if all(row.get(part) in values for part, values in each.parts.items())]
+    return [
+        each
+        for each in REFUSED
+        if all(row.get(part) in values for part, values in each.parts.items())
+    ]
 
 
 def is_refused(row: Row) -> bool:
@@ -146,7 +186,12 @@ def settings(folder: Path, row: Row) -> dict[str, Any]:
     return raw_settings(
         folder,
         run={"dir": str(folder), "name": name_of(row)},
-        model={"init": None, "path": str(folder / "base"), "attention": row["layout"], "lora": LORA[row["lora"]]},
+        model={
+            "init": None,
+            "path": str(folder / "base"),
+            "attention": row["layout"],
+            "lora": LORA[row["lora"]],
+        },
         reference=REFERENCES[row["reference"]],
         dpo={"loss_type": [row["loss"], *BESIDE.get(row["objective"], [])]}
         | LOSS_NEEDS.get(row["loss"], {})
@@ -171,7 +216,10 @@ def twin(folder: Path, row: Row) -> dict[str, Any]:
         reference = row["reference"]
     elif row["lora"] in QUANTISED_BASE:
         reference = "adapter off"
-    raw = settings(folder, row | {"engine": "ddp", "layout": "padded", "collator": "ours", "reference": reference})
+    raw = settings(
+        folder,
+        row | {"engine": "ddp", "layout": "padded", "collator": "ours", "reference": reference},
+    )
     raw["reference"] = raw["reference"] | {"cache": "off"}
     if row["reference"] == "shared layers":
         raw["model"]["num_frozen_layers"] = SHARED
@@ -185,7 +233,10 @@ def twin(folder: Path, row: Row) -> dict[str, Any]:
 def test_what_cannot_be_is_refused_with_its_reason_and_nothing_else_is(tmp_path: Path) -> None:
     """Before anything is built. The loss and what becomes of it have no part in what else is refused, a layout in
     nothing."""
-    of_loss, usual = ("loss", "objective"), {"loss": "sigmoid", **{part: values[0] for part, values in PARTS.items()}}
+    of_loss, usual = (
+        ("loss", "objective"),
+        {"loss": "sigmoid", **{part: values[0] for part, values in PARTS.items()}},
+    )
     others = [part for part in PARTS if part not in (*of_loss, "layout")]
     met: set[str] = set()
     for parts in (of_loss, others):
@@ -207,7 +258,9 @@ def rules_met(raw: dict[str, Any], row: Row) -> set[str]:
     else:
         assert not expected, f"{row} is not refused"
         return set()
-    found = {each.rule for each in expected if each.key == refused.key and each.rule in refused.rule}
+    found = {
+        each.rule for each in expected if each.key == refused.key and each.rule in refused.rule
+    }
     assert found, f"{row} is refused: {refused}"
     assert "\n" not in str(refused)
     return found
@@ -215,14 +268,19 @@ def rules_met(raw: dict[str, Any], row: Row) -> set[str]:
 
 # --- what can be -------------------------------------------------------------------------------------------------
 
-STEEPER = {"sppo_hard": 2}  # a loss of squares of log-ratios, which others squash: how much less near its twins are
+STEEPER = {
+    "sppo_hard": 2
+}  # a loss of squares of log-ratios, which others squash: how much less near its twins are
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs, and a model with its tokenizer."""
     made = tmp_path_factory.mktemp("combinations")
-    weighed = [{**row, "weight": 0.5 + i, "margin": 0.1 * i} for i, row in enumerate(rows(PAIRS, longest=4))]
+    weighed = [
+        {**row, "weight": 0.5 + i, "margin": 0.1 * i}
+        for i, row in enumerate(rows(PAIRS, longest=4))
+    ]
     write_jsonl(made / "train.jsonl", weighed)
     tiny_model(hidden_size=64, initializer_range=0.1).save_pretrained(made / "base")
     tokenizer().save_pretrained(made / "base")
@@ -252,7 +310,9 @@ def assert_trains_like_its_twin(pools: Pools, folder: Path, row: Row) -> None:
 
 
 def every(rows: list[Row]) -> Callable[..., Any]:
-    return pytest.mark.parametrize("row", [pytest.param(row, id="-".join(row.values())) for row in rows])
+    return pytest.mark.parametrize(
+        "row", [pytest.param(row, id="-".join(row.values())) for row in rows]
+    )
 
 
 @every(FIRST)

@@ -47,9 +47,18 @@ REFUSED = {  # (engine, kind): why
 }
 # Those of which a checkpoint or a shard holds something: a reference that moves or is cut, a policy's adapter alone.
 # test_combinations.py has the others, undisturbed; stage 1 does as stage 2, where weights are whole as well.
-RESUMED = [kind for kind, settings in KINDS.items() if {"sharded", "sync_every"} & settings.reference.keys()]
+RESUMED = [
+    kind
+    for kind, settings in KINDS.items()
+    if {"sharded", "sync_every"} & settings.reference.keys()
+]
 RESUMED.append("adapter off")
-CELLS = [(engine, kind) for engine in ("zero2", "zero3", "fsdp") for kind in RESUMED if (engine, kind) not in REFUSED]
+CELLS = [
+    (engine, kind)
+    for engine in ("zero2", "zero3", "fsdp")
+    for kind in RESUMED
+    if (engine, kind) not in REFUSED
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("engine_references")
     write_jsonl(made / "train.jsonl", rows(16, longest=4))
     write_jsonl(made / "eval.jsonl", rows(4, seed=1, longest=4))
-    tiny_model(hidden_size=64, initializer_range=0.1, num_hidden_layers=3).save_pretrained(made / "base")
+    tiny_model(hidden_size=64, initializer_range=0.1, num_hidden_layers=3).save_pretrained(
+        made / "base"
+    )
     tokenizer().save_pretrained(made / "base")
     return made
 

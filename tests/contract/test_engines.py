@@ -41,7 +41,9 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Gro
 
     @cache
     def group(engine: str, size: int) -> Group:
-        return Group(engine, size, folder / f"{engine}-{size}", folder / "canonical" / f"step_{SAVED:08d}")
+        return Group(
+            engine, size, folder / f"{engine}-{size}", folder / "canonical" / f"step_{SAVED:08d}"
+        )
 
     return group
 
@@ -63,7 +65,9 @@ def assert_alike(made: Made, expected: Made, steps: slice = slice(None)) -> None
 @every_engine
 @every_size
 @every_case
-def test_the_curve_and_the_weights_are_those_of_plain_torch(groups: Any, engine: str, size: int, case: str) -> None:
+def test_the_curve_and_the_weights_are_those_of_plain_torch(
+    groups: Any, engine: str, size: int, case: str
+) -> None:
     made, expected = groups(engine, size).runs[case], oracle(case)
     assert_alike(made, expected)
     assert made.weights.keys() == expected.weights.keys()
@@ -78,7 +82,9 @@ def test_the_oracle_learns_and_clips() -> None:
     assert min(made.norms) > 0.5  # every gradient is clipped at 0.05
     assert all((value - start[name]).abs().max() > 1e-3 for name, value in made.weights.items())
     frozen = oracle("frozen")
-    assert torch.equal(frozen.weights["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    assert torch.equal(
+        frozen.weights["model.embed_tokens.weight"], start["model.embed_tokens.weight"]
+    )
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -103,7 +109,9 @@ def test_a_checkpoint_is_what_plain_torch_holds(groups: Any, engine: str, size: 
 
 @every_engine
 @every_size
-def test_it_goes_on_from_a_checkpoint_of_another_along_the_same_curve(groups: Any, engine: str, size: int) -> None:
+def test_it_goes_on_from_a_checkpoint_of_another_along_the_same_curve(
+    groups: Any, engine: str, size: int
+) -> None:
     assert_alike(groups(engine, size).from_canonical, oracle("plain"), slice(SAVED, STEPS))
 
 
@@ -116,7 +124,9 @@ def test_it_goes_on_from_its_own_bit_for_bit(groups: Any, engine: str, size: int
 
 
 ALL = [(engine, size) for engine in ENGINES for size in SIZES]
-PAIRS = random.Random(5).sample([(a, b) for a in ALL for b in ALL if a[0] != b[0] and a[1] != b[1]], 6)
+PAIRS = random.Random(5).sample(
+    [(a, b) for a in ALL for b in ALL if a[0] != b[0] and a[1] != b[1]], 6
+)
 
 
 @pytest.mark.parametrize(("writer", "reader"), PAIRS, ids=lambda end: f"{end[0]}x{end[1]}")
@@ -186,14 +196,20 @@ def test_a_skipped_fp16_step_counts_nowhere(in_16_bits: Any, engine: str) -> Non
 
 
 def test_an_fp16_step_overflows_on_many_ranks_where_it_does_on_one() -> None:
-    [alone], [first, *_] = on_gloo(1, engine_runs.scales_that_fit), on_gloo(4, engine_runs.scales_that_fit)
+    [alone], [first, *_] = (
+        on_gloo(1, engine_runs.scales_that_fit),
+        on_gloo(4, engine_runs.scales_that_fit),
+    )
     assert first == alone
 
 
 SAID = {
     "ddp": Types("fp32", "bf16 by autocast", "fp32", "fp32"),
     "fsdp": Types("fp32 (gathered in bf16)", "bf16", "fp32", "fp32"),
-    **dict.fromkeys(("zero1", "zero2", "zero3"), Types("bf16 (a rank's part also in fp32)", "bf16", "fp32", "fp32")),
+    **dict.fromkeys(
+        ("zero1", "zero2", "zero3"),
+        Types("bf16 (a rank's part also in fp32)", "bf16", "fp32", "fp32"),
+    ),
 }
 
 
@@ -206,7 +222,12 @@ def test_what_is_said_of_types_is_so(engine: str) -> None:
         assert held == [{torch.float32}] * 3
 
 
-OFFLOADS = [("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters")]
+OFFLOADS = [
+    ("zero1", "optimizer"),
+    ("zero2", "optimizer"),
+    ("zero3", "optimizer"),
+    ("zero3", "parameters"),
+]
 
 
 @pytest.mark.parametrize(("engine", "offload"), [*OFFLOADS, ("fsdp", "parameters")])

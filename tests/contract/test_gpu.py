@@ -24,9 +24,17 @@ from orchestrator.world import World
 
 GPU = torch.device("cuda", 0)
 STEPS = 6
-NEAR: dict[Precision, float] = {"fp32": 1e-4, "tf32": 0.01, "bf16": 0.05, "fp16": 0.05}  # of a loss, relative
+NEAR: dict[Precision, float] = {
+    "fp32": 1e-4,
+    "tf32": 0.01,
+    "bf16": 0.05,
+    "fp16": 0.05,
+}  # of a loss, relative
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 
 def needs(engine: str) -> None:
@@ -119,11 +127,15 @@ def test_a_step_does_not_wait_for_the_gpu(alone: World, precision: Precision) ->
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert finite.item()
-    assert seen.take()["loss"].to_pylist() == torch.cat([output.losses for output in outputs]).tolist()
+    assert (
+        seen.take()["loss"].to_pylist() == torch.cat([output.losses for output in outputs]).tolist()
+    )
 
 
 @pytest.mark.parametrize("rows_at_once", [2**20, 8])
-def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(
+    rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logps, "CHUNK_LOGITS", 300 * rows_at_once)
     monkeypatch.setattr(logps, "ON_GPU", 1)
     found = []
@@ -137,7 +149,9 @@ def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(rows_at_once: int, monkey
             margin = 0.1 * (sums.logps[:, 0] - sums.logps[:, 1])
             return -torch.nn.functional.logsigmoid(margin) / 5 * sums.aligned.sum(1).exp()
 
-        scored = loss_in_head(model, hidden, batch, pair_losses, True, ld_alpha=0.4, with_aligned=True)
+        scored = loss_in_head(
+            model, hidden, batch, pair_losses, True, ld_alpha=0.4, with_aligned=True
+        )
         scored.loss.backward()
         assert scored.tokens is not None
         made = [scored.loss, scored.logps, *scored.tokens, hidden.grad, model.lm_head.weight.grad]
@@ -148,7 +162,9 @@ def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(rows_at_once: int, monkey
 
 def test_a_run_goes_on_bit_for_bit(deterministic: None, tmp_path: Path) -> None:
     """`orchestrator debug`, in bf16, stopped and resumed."""
-    settings = write_settings(tmp_path, precision="bf16", training={"max_steps": 6}, evaluation={"every_steps": 2})
+    settings = write_settings(
+        tmp_path, precision="bf16", training={"max_steps": 6}, evaluation={"every_steps": 2}
+    )
     assert cli.main(["debug", str(settings), "run.name=whole"]) == cli.DONE
     assert cli.main(["debug", str(settings), "run.name=stopped", stops_at(3)]) == cli.STOPPED
     (tmp_path / "runs" / "stopped" / "STOP").unlink(missing_ok=True)

@@ -9,14 +9,26 @@ import pytest
 import worker_runs
 from ranks import Ranks
 from safetensors.torch import load_file
-from support import losses, metric_lines, orchestrator, raw_settings, rows, write_jsonl, write_settings
+from support import (
+    losses,
+    metric_lines,
+    orchestrator,
+    raw_settings,
+    rows,
+    write_jsonl,
+    write_settings,
+)
 from tiny import tiny_model, tokenizer
 
 from orchestrator.settings.spec import LossType
 
 # 30 pairs in batches of 8: the last batch of an epoch has 6, which neither 4 ranks nor micro-batches of 4 divide
 SETTINGS: dict[str, Any] = {
-    "training": {"max_steps": 9, "logging_steps": 1, "max_grad_norm": 0.05},  # every gradient is clipped
+    "training": {
+        "max_steps": 9,
+        "logging_steps": 1,
+        "max_grad_norm": 0.05,
+    },  # every gradient is clipped
     "batch": {"global_batch_size": 8, "micro_batch_size": 2},
     "evaluation": {"every_steps": 3},
     "scheduler": {"name": "cosine", "warmup_steps": 3},
@@ -29,7 +41,10 @@ CUTS = {
     "2x2": (2, ["batch.micro_batch_size=2"]),
     "4x1": (4, ["batch.micro_batch_size=2"]),
     "3 ranks": (3, ["batch.micro_batch_size=1"]),
-    "more ranks than pairs": (3, ["batch.global_batch_size=2", "batch.micro_batch_size=1", "training.max_steps=9"]),
+    "more ranks than pairs": (
+        3,
+        ["batch.global_batch_size=2", "batch.micro_batch_size=1", "training.max_steps=9"],
+    ),
     "token budget": (2, TOKEN_BUDGET),
     "checkpointing": (2, ["training.gradient_checkpointing=true"]),
     "padded": (2, ["model.attention=padded"]),
@@ -51,12 +66,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(settings: Path, name: str, ranks: int, overrides: list[str], extra: dict[str, str] | None = None) -> Path:
+def run(
+    settings: Path, name: str, ranks: int, overrides: list[str], extra: dict[str, str] | None = None
+) -> Path:
     name = name.replace(" ", "-")
     own = f"run.dir={settings.parent / name}"  # a run that finds another's reference log-probs would not make its own
     words = [own, f"run.name={name}", *overrides]
     if name == BY_COMMAND:
-        ended = orchestrator("debug", settings, "--nproc", str(ranks), *words, cwd=settings.parent, env=extra)
+        ended = orchestrator(
+            "debug", settings, "--nproc", str(ranks), *words, cwd=settings.parent, env=extra
+        )
         assert ended.returncode == 0, ended.stderr
     else:
         forked.finished(settings, *words, ranks=ranks, cwd=settings.parent, env=extra)
@@ -83,8 +102,17 @@ def test_same_curve_and_weights(settings: Path, cut: str) -> None:
         assert set(line) == set(expected)
         for name in ("rewards/accuracies", "num_tokens", "learning_rate", "epoch"):
             assert line.get(name, 0) == pytest.approx(expected.get(name, 0)), name
-        for name in ("grad_norm", "rewards/margins", "logps/chosen", "logits/chosen", "entropy", "mean_token_accuracy"):
-            assert line.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-4, abs=1e-5), name
+        for name in (
+            "grad_norm",
+            "rewards/margins",
+            "logps/chosen",
+            "logits/chosen",
+            "entropy",
+            "mean_token_accuracy",
+        ):
+            assert line.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-4, abs=1e-5), (
+                name
+            )
     weights, expected_weights = (load_file(d / "model" / "model.safetensors") for d in (made, twin))
     for name, value in expected_weights.items():
         assert (weights[name] - value).abs().max() < 1e-5, name
@@ -92,7 +120,11 @@ def test_same_curve_and_weights(settings: Path, cut: str) -> None:
 
 OF_THE_GLOBAL_BATCH = {
     "sft": ["dpo.loss_type=sft"],
-    "mpo": ["dpo.loss_type=[robust,bco_pair,sft]", "dpo.loss_weights=[0.8,0.2,1]", "dpo.label_smoothing=0.1"],
+    "mpo": [
+        "dpo.loss_type=[robust,bco_pair,sft]",
+        "dpo.loss_weights=[0.8,0.2,1]",
+        "dpo.label_smoothing=0.1",
+    ],
     "aot": ["dpo.loss_type=[aot,aot_unpaired,sft]", "dpo.label_smoothing=0.1"],
 }
 
@@ -101,7 +133,10 @@ OF_THE_GLOBAL_BATCH = {
 def test_what_is_of_a_micro_batch_in_trl_is_of_the_global_batch(settings: Path, loss: str) -> None:
     """A mean over tokens, and the sorting of pairs. Five steps of 8 and 6 pairs, evaluated before, within and after."""
     short = [*OF_THE_GLOBAL_BATCH[loss], "training.max_steps=5"]
-    twin, *made = (run(settings, f"{loss} {cut}", CUTS[cut][0], [*CUTS[cut][1], *short]) for cut in ("1x4", *SPLITS))
+    twin, *made = (
+        run(settings, f"{loss} {cut}", CUTS[cut][0], [*CUTS[cut][1], *short])
+        for cut in ("1x4", *SPLITS)
+    )
     for each in made:
         assert losses(each) == pytest.approx(losses(twin), abs=1e-5)
         assert evaluations(each) == pytest.approx(evaluations(twin), abs=1e-6)
@@ -112,8 +147,15 @@ def test_what_is_of_a_micro_batch_in_trl_is_of_the_global_batch(settings: Path, 
 # --- every objective -----------------------------------------------------------------------------------------------
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    **{loss: {"loss_type": loss, **worker_runs.LOSS_NEEDS.get(loss, {})} for loss in get_args(LossType)},
-    "ld_alpha, use_weighting": {"loss_type": ["hinge", "sft"], "ld_alpha": 0.3, "use_weighting": True},
+    **{
+        loss: {"loss_type": loss, **worker_runs.LOSS_NEEDS.get(loss, {})}
+        for loss in get_args(LossType)
+    },
+    "ld_alpha, use_weighting": {
+        "loss_type": ["hinge", "sft"],
+        "ld_alpha": 0.3,
+        "use_weighting": True,
+    },
     "own, f-divergence, weighed pairs": {
         "loss_type": ["own_losses:demanding", "sigmoid", "sft"],
         "f_divergence_type": "forward_kl",
@@ -137,7 +179,10 @@ Curves = dict[tuple[int, str, str], list[float]]
 def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
     """Three steps of 8, 6 and 8 pairs in fp64, of every objective, on ranks that stay."""
     folder = tmp_path_factory.mktemp("losses")
-    weighed = [{**row, "weight": 0.25 + i % 5, "margin": 0.1 * i} for i, row in enumerate(rows(14, longest=4))]
+    weighed = [
+        {**row, "weight": 0.25 + i % 5, "margin": 0.1 * i}
+        for i, row in enumerate(rows(14, longest=4))
+    ]
     write_jsonl(folder / "train.jsonl", weighed)
     tiny_model(initializer_range=0.1, num_hidden_layers=1).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
@@ -147,7 +192,10 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
         settings = [
             raw_settings(
                 folder,
-                run={"dir": str(folder), "name": f"{ranks}-{layout}-{name}".replace(", ", "-").replace(" ", "_")},
+                run={
+                    "dir": str(folder),
+                    "name": f"{ranks}-{layout}-{name}".replace(", ", "-").replace(" ", "_"),
+                },
                 model={"init": None, "path": str(folder / "base"), "attention": LAYOUTS[layout]},
                 data={"eval": None, **(WEIGHED if "weighed pairs" in name else {})},
                 dpo=OBJECTIVES[name],
@@ -166,7 +214,9 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_loss_and_what_changes_it_is_that_of_the_global_batch(curves: Curves, name: str) -> None:
+def test_every_loss_and_what_changes_it_is_that_of_the_global_batch(
+    curves: Curves, name: str
+) -> None:
     expected = curves[1, "packed", name]
     assert len(set(expected)) == 3
     for ranks in RANKS:
@@ -188,7 +238,11 @@ def test_collators_know_the_distribution(settings: Path, tmp_path: Path) -> None
     assert losses(aware) == pytest.approx(losses(ours), abs=1e-6)
     tokens = {line["step"]: line["num_tokens"] for line in metric_lines(aware)}
 
-    calls = [json.loads(line) for rank in (0, 1) for line in (tmp_path / f"seen.{rank}").read_text().splitlines()]
+    calls = [
+        json.loads(line)
+        for rank in (0, 1)
+        for line in (tmp_path / f"seen.{rank}").read_text().splitlines()
+    ]
     # a loader may run a step ahead of the last update
     by_step = {step: [call for call in calls if call["step"] == step] for step in (1, 2, 3)}
     for step, made in by_step.items():
@@ -196,9 +250,13 @@ def test_collators_know_the_distribution(settings: Path, tmp_path: Path) -> None
         assert {call["rank"] for call in made} == {0, 1}
         assert {call["global_pairs"] for call in made} == {8}
         pairs = [pair for call in made for pair in call["pairs"]]
-        fillers = len(pairs) - len(set(pairs))  # a rank with fewer micro-batches repeats a cheap pair, weightless
+        fillers = len(pairs) - len(
+            set(pairs)
+        )  # a rank with fewer micro-batches repeats a cheap pair, weightless
         assert len(set(pairs)) == 8
         assert {call["rank"] for call in made if len(call["pairs"])} == {0, 1}
         if not fillers:
-            assert {call["global_tokens"] for call in made} == {sum(call["tokens"] for call in made)}
+            assert {call["global_tokens"] for call in made} == {
+                sum(call["tokens"] for call in made)
+            }
         assert made[0]["global_tokens"] == tokens[step] - tokens.get(step - 1, 0)

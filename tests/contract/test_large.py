@@ -64,9 +64,14 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
         "engine": {
             "kind": "deepspeed",
             "offload": "parameters",
-            "deepspeed_config": {"zero_optimization": ZERO, "data_types": {"grad_accum_dtype": "bf16"}},
+            "deepspeed_config": {
+                "zero_optimization": ZERO,
+                "data_types": {"grad_accum_dtype": "bf16"},
+            },
         },
-        "reference": {"kind": "precomputed"},  # by the policy as it starts: no second model in memory
+        "reference": {
+            "kind": "precomputed"
+        },  # by the policy as it starts: no second model in memory
         "wandb": {"mode": "disabled"},
     }
     path = tmp_path / "billion.yaml"
@@ -76,7 +81,9 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
     log = tmp_path / "log"
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env={**env, "MALLOC_ARENA_MAX": "2"})
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env={**env, "MALLOC_ARENA_MAX": "2"}
+        )
     peak, over = [0], threading.Event()
 
     def watch() -> None:
@@ -97,7 +104,9 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
     assert code == 0, said
     [count] = re.findall(r"([\d,]+) trainable parameters", said)
     seconds = time.monotonic() - began
-    print(f"\n{count} parameters, AdamW, bf16 over fp32: peak {peak[0] / 1e9:.1f} GB in {seconds:.0f} s")
+    print(
+        f"\n{count} parameters, AdamW, bf16 over fp32: peak {peak[0] / 1e9:.1f} GB in {seconds:.0f} s"
+    )
     assert int(count.replace(",", "")) > 1e9
     assert losses(tmp_path / "runs" / "billion") == {1: pytest.approx(math.log(2), abs=1e-6)}
     assert peak[0] < LIMIT

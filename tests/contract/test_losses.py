@@ -20,19 +20,29 @@ SETTINGS: dict[str, Any] = {
     "training": {"max_steps": 3, "logging_steps": 1},
     "optimizer": {"lr": 3e-3},
 }
-SAME = tuple(name for name in METRICS if name != "num_tokens")  # tokens are fed, whatever a pair weighs
+SAME = tuple(
+    name for name in METRICS if name != "num_tokens"
+)  # tokens are fed, whatever a pair weighs
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_curve_of_a_weight_of_two_is_that_of_the_row_twice(tmp_path: Path, ranks: int) -> None:
     weights = [2 if i in (1, 4) else 1 for i in range(PAIRS)]
-    content = [{**row, "w": w, "m": 0.1 * i} for i, (row, w) in enumerate(zip(rows(PAIRS), weights, strict=True))]
+    content = [
+        {**row, "w": w, "m": 0.1 * i}
+        for i, (row, w) in enumerate(zip(rows(PAIRS), weights, strict=True))
+    ]
     repeated = [{**row, "w": 1} for row in content for _ in range(row["w"])]
     curves: list[list[dict[str, float]]] = []
     for name, made in (("weighed", content), ("repeated", repeated)):
         write_jsonl(tmp_path / f"{name}.jsonl", made)
         file = tmp_path / f"{name}.jsonl"
-        words = (f"run.name={name}", f"data.train={file}", f"data.eval={file}", f"batch.global_batch_size={len(made)}")
+        words = (
+            f"run.name={name}",
+            f"data.train={file}",
+            f"data.eval={file}",
+            f"batch.global_batch_size={len(made)}",
+        )
         bytes_alone = "model.init.vocab_size=260"  # with more, the tokenizer would depend on how often a row is there
         forked.finished(write_settings(tmp_path, **SETTINGS), *words, bytes_alone, ranks=ranks)
         curves.append(metric_lines(tmp_path / "runs" / name))
@@ -59,9 +69,13 @@ def of_all(terms, dpo):
 
 def test_a_loss_of_a_users_trains_as_its_twin(tmp_path: Path) -> None:
     (tmp_path / "my_losses.py").write_text(MINE)
-    settings = write_settings(tmp_path, data={"eval": None}, training={"max_steps": 3, "logging_steps": 1})
+    settings = write_settings(
+        tmp_path, data={"eval": None}, training={"max_steps": 3, "logging_steps": 1}
+    )
     for name, loss in (("twin", "[sigmoid,sft]"), ("mine", "['my_losses:dpo_again',sft]")):
-        forked.finished(settings, f"run.name={name}", f"dpo.loss_type={loss}", ranks=2, cwd=tmp_path)
+        forked.finished(
+            settings, f"run.name={name}", f"dpo.loss_type={loss}", ranks=2, cwd=tmp_path
+        )
     assert losses(tmp_path / "runs" / "mine") == losses(tmp_path / "runs" / "twin")
     refused = forked.run(settings, "run.name=wrong", "dpo.loss_type=my_losses:of_all", cwd=tmp_path)
     assert refused.codes == [cli.WRONG]
@@ -72,7 +86,13 @@ def test_experts_train_without_their_load_balancing_loss(tmp_path: Path) -> None
     sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
     settings = write_settings(
         tmp_path,
-        model={"init": {"model_type": "qwen3_moe", "vocab_size": 300, "config": {**TINY_MODEL, **sizes}}},
+        model={
+            "init": {
+                "model_type": "qwen3_moe",
+                "vocab_size": 300,
+                "config": {**TINY_MODEL, **sizes},
+            }
+        },
         data={"eval": None},
         optimizer={"lr": 3e-3},
     )

@@ -43,7 +43,9 @@ MATRIX = [
 class Refusal(NamedTuple):
     """Combinations that cannot be, why, and what can be instead."""
 
-    parts: dict[str, set[str]]  # it is about those that have one of these values in each of these parts
+    parts: dict[
+        str, set[str]
+    ]  # it is about those that have one of these values in each of these parts
     key: str
     rule: str
     cure: str
@@ -99,7 +101,9 @@ REFUSED = [
 
 def refusal_of(combination: Combination) -> Refusal | None:
     cell = combination._asdict()
-    return next((one for one in REFUSED if all(cell[part] in one.parts[part] for part in one.parts)), None)
+    return next(
+        (one for one in REFUSED if all(cell[part] in one.parts[part] for part in one.parts)), None
+    )
 
 
 # --- the runs ----------------------------------------------------------------------------------------------------
@@ -108,7 +112,10 @@ PAIRS = 6  # steps of 4 and of 2 pairs; the third step is in the second epoch, w
 SHARED = 1  # layers of 2
 # Weights so large that some activations pass 6, which int8 treats apart, and that the parts of a sum round.
 MODEL = {**TINY_MODEL, "hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.22}
-QUANTISATION = {"int8": 0.06, "nf4": 0.2}  # how far a loss may be from the one with a full copy; seen 0.032 and 0.12
+QUANTISATION = {
+    "int8": 0.06,
+    "nf4": 0.2,
+}  # how far a loss may be from the one with a full copy; seen 0.032 and 0.12
 LN2 = math.log(2)
 
 
@@ -129,7 +136,11 @@ def settings(folder: Path, combination: Combination, frozen_layers: int | None =
             "lora": LORA[lora],
             "num_frozen_layers": frozen_layers,
         },
-        reference={"kind": kind, "cache": cache, "num_shared_layers": SHARED if kind == "shared_layers" else None},
+        reference={
+            "kind": kind,
+            "cache": cache,
+            "num_shared_layers": SHARED if kind == "shared_layers" else None,
+        },
         precision=precision,
         data={"eval": None},
         batch={"global_batch_size": 4, "micro_batch_size": 2},
@@ -189,7 +200,9 @@ def sharing(combination: Combination) -> Any:
 
 @pytest.mark.slow  # test_combinations.py has every two of these together
 @pytest.mark.parametrize("combination", [sharing(c) for c in MATRIX if not refusal_of(c)])
-def test_what_can_be_trains_like_its_twin(trained: Callable[..., Run], combination: Combination) -> None:
+def test_what_can_be_trains_like_its_twin(
+    trained: Callable[..., Run], combination: Combination
+) -> None:
     run, twin = trained(combination), trained(*twin_of(combination))
     near = tolerance(combination.precision, combination.kind, combination.lora)
     assert len(run.losses) == 3

@@ -15,7 +15,11 @@ from safetensors.torch import load_file
 from support import losses, metric_lines, rows, write_jsonl, write_settings
 from tiny import save_adapter, tiny_model, tokenizer
 
-STEPS, STOP, SYNC = 6, 3, 2  # 16 pairs by 4: the second epoch, whose log-probs are known, begins at step 5
+STEPS, STOP, SYNC = (
+    6,
+    3,
+    2,
+)  # 16 pairs by 4: the second epoch, whose log-probs are known, begins at step 5
 RESUMED = 2  # ranks
 LAYERS, FROZEN = 3, 2
 FREEZING: dict[str, Any] = {"num_frozen_layers": FROZEN}
@@ -45,7 +49,9 @@ KINDS = {
     "copy, offloaded": Kind({"offload": True}, twin="copy"),
     "copy, offloaded, synced": Kind({"offload": True} | MOVING, twin="copy, synced"),
     "shared": Kind(SHARING, twin="copy, layers frozen"),
-    "shared, checkpointing": Kind(SHARING, training={"gradient_checkpointing": True}, twin="copy, layers frozen"),
+    "shared, checkpointing": Kind(
+        SHARING, training={"gradient_checkpointing": True}, twin="copy, layers frozen"
+    ),
     "shared, synced": Kind(SHARING | MOVING, twin="copy, layers frozen, synced"),
     "int8": Kind({"kind": "int8"}),
     "nf4": Kind({"kind": "nf4"}),
@@ -57,7 +63,9 @@ KINDS = {
 
 def params(kind: str, *more: Any) -> Any:
     """Parameters of a test; those of twins share a worker, as they share runs."""
-    return pytest.param(kind, *more, marks=pytest.mark.xdist_group(f"references, {KINDS[kind].twin or kind}"))
+    return pytest.param(
+        kind, *more, marks=pytest.mark.xdist_group(f"references, {KINDS[kind].twin or kind}")
+    )
 
 
 every_kind = pytest.mark.parametrize("kind", [params(kind) for kind in KINDS])
@@ -72,7 +80,10 @@ class Run(NamedTuple):
 
     def watched(self, rank: int) -> list[dict[str, Any]]:
         """What forked.watch has written; a step twice where the run was resumed."""
-        return [json.loads(line) for line in (self.folder / f"watched{rank}.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (self.folder / f"watched{rank}.jsonl").read_text().splitlines()
+        ]
 
 
 Runs = Callable[..., Run]
@@ -84,7 +95,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("references")
     write_jsonl(folder / "train.jsonl", rows(16, longest=4))
     write_jsonl(folder / "eval.jsonl", rows(4, seed=1, longest=4))
-    tiny_model(num_hidden_layers=LAYERS, hidden_size=64, initializer_range=0.1).save_pretrained(folder / "base")
+    tiny_model(num_hidden_layers=LAYERS, hidden_size=64, initializer_range=0.1).save_pretrained(
+        folder / "base"
+    )
     tokenizer().save_pretrained(folder / "base")
     save_adapter(folder / "base", folder / "adapter")
 
@@ -115,7 +128,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def curve(run: Run) -> dict[tuple[int, str], float]:
     """Each loss, of training and evaluation, by step."""
     lines = metric_lines(run.folder)
-    return {(line["step"], name): line[name] for line in lines for name in ("loss", "eval_loss") if name in line}
+    return {
+        (line["step"], name): line[name]
+        for line in lines
+        for name in ("loss", "eval_loss")
+        if name in line
+    }
 
 
 # --- the curve ---------------------------------------------------------------------------------------------------
@@ -123,7 +141,12 @@ def curve(run: Run) -> dict[tuple[int, str], float]:
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [params(name, ranks) for name, kind in KINDS.items() for ranks in (1, 2) if kind.twin or ranks > 1],
+    [
+        params(name, ranks)
+        for name, kind in KINDS.items()
+        for ranks in (1, 2)
+        if kind.twin or ranks > 1
+    ],
 )
 def test_the_curve_is_that_of_a_copy_on_one_rank(runs: Runs, kind: str, ranks: int) -> None:
     twin = runs(KINDS[kind].twin or kind, 1)
@@ -131,7 +154,9 @@ def test_the_curve_is_that_of_a_copy_on_one_rank(runs: Runs, kind: str, ranks: i
     assert curve(runs(kind, ranks)) == pytest.approx(curve(twin), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", [params(name) for name, kind in KINDS.items() if name != "copy" and not kind.twin])
+@pytest.mark.parametrize(
+    "kind", [params(name) for name, kind in KINDS.items() if name != "copy" and not kind.twin]
+)
 def test_the_curves_of_twins_are_far_from_one_another(runs: Runs, kind: str) -> None:
     """Else it would say little that a curve is its twin's."""
     plain = curve(runs("copy", 1))
@@ -146,7 +171,9 @@ def test_a_run_begins_at_ln_2(runs: Runs, kind: str, ranks: int) -> None:
 
 @any_ranks
 @pytest.mark.parametrize("kind", [params("int8"), params("nf4")])
-def test_a_quantised_one_begins_within_its_measured_error(runs: Runs, kind: str, ranks: int) -> None:
+def test_a_quantised_one_begins_within_its_measured_error(
+    runs: Runs, kind: str, ranks: int
+) -> None:
     run = runs(kind, ranks)
     found = re.search(r"reward margins by at most (\S+)", run.log)
     assert found
@@ -164,7 +191,9 @@ def test_resumed_in_the_middle_it_is_bitwise_the_undisturbed_run(runs: Runs, kin
     whole, resumed = runs(kind, RESUMED), runs(kind, RESUMED, stopped=True)
     assert f"resumed after step {STOP}" in resumed.log
     assert curve(resumed) == curve(whole)
-    weights, expected = (load_file(run.folder / "model" / "model.safetensors") for run in (resumed, whole))
+    weights, expected = (
+        load_file(run.folder / "model" / "model.safetensors") for run in (resumed, whole)
+    )
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
@@ -176,7 +205,9 @@ def is_frozen(kind: Kind, parameter: str) -> bool:
     if "lora" in kind.model:
         return ".lora_" not in parameter or ".policy." not in parameter
     if "num_frozen_layers" in kind.model or "num_shared_layers" in kind.reference:
-        return "embed_tokens" in parameter or any(f".layers.{layer}." in parameter for layer in range(FROZEN))
+        return "embed_tokens" in parameter or any(
+            f".layers.{layer}." in parameter for layer in range(FROZEN)
+        )
     return False
 
 
@@ -185,7 +216,9 @@ def test_what_is_frozen_stays_and_the_rest_moves(runs: Runs, kind: str) -> None:
     whole, resumed = runs(kind, RESUMED), runs(kind, RESUMED, stopped=True)
     lines = resumed.watched(0)
     assert [line["step"] for line in lines] == [*range(STOP + 1), *range(STOP, STEPS + 1)]
-    assert {line["step"]: line for line in lines} == {line["step"]: line for line in whole.watched(0)}
+    assert {line["step"]: line for line in lines} == {
+        line["step"]: line for line in whole.watched(0)
+    }
     assert all(resumed.watched(rank) == lines for rank in range(RESUMED))
     for name, first in lines[0]["policy"].items():
         if is_frozen(KINDS[kind], name):

@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(made / "train.jsonl", rows(8, longest=4))
     write_jsonl(made / "eval.jsonl", rows(2, seed=1, longest=4))
     vision = {**SIZES, "image_size": 32, "patch_size": 16}
-    config = AutoConfig.for_model("gemma3", text_config=SIZES, vision_config=vision, mm_tokens_per_image=4)
+    config = AutoConfig.for_model(
+        "gemma3", text_config=SIZES, vision_config=vision, mm_tokens_per_image=4
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(made / "base")
@@ -52,9 +54,12 @@ def settings(folder: Path, engine: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "engine", ["ddp", *[pytest.param(each, marks=pytest.mark.slow) for each in ENGINES if each != "ddp"]]
+    "engine",
+    ["ddp", *[pytest.param(each, marks=pytest.mark.slow) for each in ENGINES if each != "ddp"]],
 )
-def test_text_alone_trains_on_two_ranks_as_on_one(pools: tuple[Ranks, Ranks], folder: Path, engine: str) -> None:
+def test_text_alone_trains_on_two_ranks_as_on_one(
+    pools: tuple[Ranks, Ranks], folder: Path, engine: str
+) -> None:
     losses = pools[0].call(curve, settings(folder, engine))[0]
     [expected] = pools[1].call(curve, settings(folder, "ddp"))
     assert losses == pytest.approx(expected, abs=1e-5)

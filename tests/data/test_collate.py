@@ -29,10 +29,13 @@ CONTEXT = CollateContext(rank=1, world_size=3, step=5, global_pairs=16, global_t
 
 def trl_shaped(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """What TRL's DataCollatorForPreference makes."""
-    sequences = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+    sequences = [
+        (row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows
+    ]
     width = max(len(prompt) + len(completion) for prompt, completion in sequences)
     made = {
-        name: torch.zeros(len(sequences), width, dtype=torch.long) for name in ("attention_mask", "completion_mask")
+        name: torch.zeros(len(sequences), width, dtype=torch.long)
+        for name in ("attention_mask", "completion_mask")
     }
     made["input_ids"] = torch.full((len(sequences), width), PAD)
     for i, (prompt, completion) in enumerate(sequences):
@@ -98,7 +101,10 @@ def test_the_packed_example_of_the_docstring() -> None:
     assert segments.key_bounds.tolist() == [0, 5, 9, 12, 16]
     assert segments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 6, 7, 9, 10]
     assert segments.own_key.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 14, 15]
-    assert (segments.shared.tolist(), segments.shared_key.tolist()) == ([0, 1, 2, 6, 7], [5, 6, 7, 12, 13])
+    assert (segments.shared.tolist(), segments.shared_key.tolist()) == (
+        [0, 1, 2, 6, 7],
+        [5, 6, 7, 12, 13],
+    )
     assert segments.longest == (5, 5)
     assert segments.query_bounds.dtype == segments.key_bounds.dtype == torch.int32
 
@@ -142,7 +148,12 @@ def test_what_both_sequences_begin_with_is_laid_down_once(
     ("max_length", "input_ids", "positions", "labels"),
     [
         (5, [1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 3], [4, 5, 6]),
-        (4, [2, 3, 4, 5, 1, 2, 3, 6], [0, 1, 2, 3, 0, 1, 2, 3], [4, 5, 6]),  # cut apart, they share nothing
+        (
+            4,
+            [2, 3, 4, 5, 1, 2, 3, 6],
+            [0, 1, 2, 3, 0, 1, 2, 3],
+            [4, 5, 6],
+        ),  # cut apart, they share nothing
         (3, [3, 4, 5, 2, 3, 6], [0, 1, 2, 0, 1, 2], [4, 5, 6]),
         (2, [4, 5, 3, 6], [0, 1, 0, 1], [5, 6]),
     ],
@@ -157,14 +168,24 @@ def test_keep_end_cuts_each_packed_sequence_from_its_start(
     assert batch.completion_labels.tolist() == labels
 
 
-@pytest.mark.parametrize("cut", [{}, *({"max_length": n, "truncation": "keep_end"} for n in (1, 2, 4, 6))], ids=str)
+@pytest.mark.parametrize(
+    "cut", [{}, *({"max_length": n, "truncation": "keep_end"} for n in (1, 2, 4, 6))], ids=str
+)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("is_filler", [False, True])
 def test_both_layouts_hold_the_same_sequences_and_score_the_same_tokens(
     cut: dict[str, Any], seed: int, is_filler: bool
 ) -> None:
-    packed, padded = (collator(kind, **cut)(awkward_rows(seed), is_filler=is_filler) for kind in (True, False))
-    for name in ("pair_ids", "pair_weights", "sequence_tokens", "completion_tokens", "completion_labels"):
+    packed, padded = (
+        collator(kind, **cut)(awkward_rows(seed), is_filler=is_filler) for kind in (True, False)
+    )
+    for name in (
+        "pair_ids",
+        "pair_weights",
+        "sequence_tokens",
+        "completion_tokens",
+        "completion_labels",
+    ):
         assert torch.equal(getattr(packed, name), getattr(padded, name)), name
         assert getattr(packed, name).dtype == getattr(padded, name).dtype, name
     assert packed.scored == padded.scored
@@ -172,18 +193,28 @@ def test_both_layouts_hold_the_same_sequences_and_score_the_same_tokens(
     row, width = packed.input_ids[0], padded.input_ids.shape[1]
     spans = segments_of(packed).spans
     chosen = [row[span.start : span.rejected] for span in spans]
-    rejected = [torch.cat([row[span.start : span.fork], row[span.rejected : span.stop]]) for span in spans]
-    for found, ids, length in zip(chosen + rejected, padded.input_ids, padded.sequence_tokens, strict=True):
+    rejected = [
+        torch.cat([row[span.start : span.fork], row[span.rejected : span.stop]]) for span in spans
+    ]
+    for found, ids, length in zip(
+        chosen + rejected, padded.input_ids, padded.sequence_tokens, strict=True
+    ):
         assert torch.equal(found, ids[:length])
     assert packed.position_ids is not None
-    assert torch.equal(row[packed.completion_index], padded.input_ids.flatten()[padded.completion_index])
-    assert torch.equal(packed.position_ids[0, packed.completion_index], padded.completion_index % width)
+    assert torch.equal(
+        row[packed.completion_index], padded.input_ids.flatten()[padded.completion_index]
+    )
+    assert torch.equal(
+        packed.position_ids[0, packed.completion_index], padded.completion_index % width
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_segments_let_each_token_see_its_own_sequence_up_to_itself(seed: int) -> None:
     batch = PackedCollator(data_spec())(awkward_rows(seed))
-    spans, scoring, queries, keys, key_index, own_key, shared, shared_key, longest = segments_of(batch)
+    spans, scoring, queries, keys, key_index, own_key, shared, shared_key, longest = segments_of(
+        batch
+    )
     tokens = batch.input_ids.shape[1]
     expected = torch.zeros(tokens, tokens, dtype=torch.bool)
     for start, fork, rejected, stop, scored in spans:
@@ -206,9 +237,19 @@ def test_segments_let_each_token_see_its_own_sequence_up_to_itself(seed: int) ->
 
 def test_the_padded_example_of_the_docstring() -> None:
     batch = PreferenceCollator(0, data_spec())(EXAMPLE)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]]
+    assert batch.input_ids.tolist() == [
+        [1, 2, 3, 4, 5],
+        [7, 8, 9, 0, 0],
+        [1, 2, 3, 6, 0],
+        [7, 8, 10, 11, 0],
+    ]
     assert batch.attention_mask is not None
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
+    assert batch.attention_mask.tolist() == [
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 0],
+    ]
     assert batch.completion_index.tolist() == [2, 3, 12, 6, 16, 17]
     assert batch.completion_labels.tolist() == [4, 5, 6, 9, 10, 11]
     assert batch.scored == (2, 1, 1, 2)
@@ -244,15 +285,21 @@ def test_counts_leave_padding_and_fillers_out(packed: bool) -> None:
         (2, [[4, 5], [3, 6]], [5, 6]),  # nothing stands before the 4 any more: it is not scored
     ],
 )
-def test_keep_end_cuts_each_sequence_from_its_start(max_length: int, input_ids: list[list[int]], labels: Any) -> None:
-    batch = PreferenceCollator(0, data_spec(max_length=max_length, truncation="keep_end"))(EXAMPLE[:1])
+def test_keep_end_cuts_each_sequence_from_its_start(
+    max_length: int, input_ids: list[list[int]], labels: Any
+) -> None:
+    batch = PreferenceCollator(0, data_spec(max_length=max_length, truncation="keep_end"))(
+        EXAMPLE[:1]
+    )
     assert batch.input_ids.tolist() == input_ids
     assert batch.completion_labels.tolist() == labels
 
 
 @both_layouts
 def test_keep_start_was_done_when_the_rows_were_tokenised(packed: bool) -> None:
-    assert collator(packed, max_length=2)(EXAMPLE).input_ids.shape == ((1, 11) if packed else (4, 5))
+    assert collator(packed, max_length=2)(EXAMPLE).input_ids.shape == (
+        (1, 11) if packed else (4, 5)
+    )
 
 
 @both_layouts
@@ -261,7 +308,9 @@ def test_a_batch_moves_whole(packed: bool) -> None:
     moved = batch.to(torch.device("meta"))
     assert moved.ref_logps is None
     assert moved.scored == batch.scored
-    tensors = [value for value in (*moved, *(moved.segments or ())) if isinstance(value, torch.Tensor)]
+    tensors = [
+        value for value in (*moved, *(moved.segments or ())) if isinstance(value, torch.Tensor)
+    ]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert len(tensors) == (15 if packed else 8)
     assert (moved.segments is not None) is packed
@@ -293,7 +342,9 @@ def test_a_collator_with_a_parameter_context_gets_it() -> None:
     assert calls == [None, CONTEXT, CONTEXT]
 
 
-def test_a_collator_is_made_with_its_arguments_and_the_tokenizers_padding(user_module: ModuleType) -> None:
+def test_a_collator_is_made_with_its_arguments_and_the_tokenizers_padding(
+    user_module: ModuleType,
+) -> None:
     class Padding:
         def __init__(self, pad_token_id: int, multiple_of: int = 1) -> None:
             self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
@@ -304,7 +355,10 @@ def test_a_collator_is_made_with_its_arguments_and_the_tokenizers_padding(user_m
     def padded(rows: list[Any], pad_token_id: int, multiple_of: int) -> dict[str, torch.Tensor]:
         more = -trl_shaped(rows)["input_ids"].shape[1] % multiple_of
         fills = {"input_ids": pad_token_id}
-        return {name: pad(value, (0, more), value=fills.get(name, 0)) for name, value in trl_shaped(rows).items()}
+        return {
+            name: pad(value, (0, more), value=fills.get(name, 0))
+            for name, value in trl_shaped(rows).items()
+        }
 
     user_module.Padding, user_module.padded = Padding, padded  # type: ignore[attr-defined]
 
@@ -320,12 +374,17 @@ def test_a_collator_is_made_with_its_arguments_and_the_tokenizers_padding(user_m
     ):
         ids = collate(EXAMPLE, CONTEXT).input_ids
         assert (ids.shape[1], int(ids[1, -1])) == fed
-    with pytest.raises(UserError, match=r"Padding': cannot be called \(.*'other'.*\{path, kwargs\}"):
+    with pytest.raises(
+        UserError, match=r"Padding': cannot be called \(.*'other'.*\{path, kwargs\}"
+    ):
         by_settings("Padding", other=1)
 
 
 def test_a_users_reference_log_probs_are_taken() -> None:
-    known = {"ref_chosen_logps": torch.tensor([-1.5, -2.5]), "ref_rejected_logps": torch.tensor([-3.5, -4.5])}
+    known = {
+        "ref_chosen_logps": torch.tensor([-1.5, -2.5]),
+        "ref_rejected_logps": torch.tensor([-3.5, -4.5]),
+    }
     batch = AdaptedCollator(lambda rows: trl_shaped(rows) | known, PAD)(EXAMPLE, CONTEXT)
     assert batch.ref_logps is not None
     assert batch.ref_logps.dtype == torch.float64
@@ -334,7 +393,14 @@ def test_a_users_reference_log_probs_are_taken() -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    ["no mask", "half the rows", "a mask of another shape", "log-probs of one side twice", "an array", "no dict"],
+    [
+        "no mask",
+        "half the rows",
+        "a mask of another shape",
+        "log-probs of one side twice",
+        "an array",
+        "no dict",
+    ],
 )
 def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
@@ -349,19 +415,29 @@ def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
             made["attention_mask"] = made["attention_mask"].numpy()  # type: ignore[assignment]
         return list(made.values()) if broken == "no dict" else made  # type: ignore[return-value]
 
-    with pytest.raises(UserError, match=r"data_collator = 'collate': returned .*for 2 pairs.*\[2 \* pairs, tokens\]"):
+    with pytest.raises(
+        UserError,
+        match=r"data_collator = 'collate': returned .*for 2 pairs.*\[2 \* pairs, tokens\]",
+    ):
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"), [((-100, torch.int64), "int64 with minimum -100"), ((1, torch.float32), "float32")]
+    ("ids", "said"),
+    [((-100, torch.int64), "int64 with minimum -100"), ((1, torch.float32), "float32")],
 )
 def test_ids_that_are_none_are_refused(ids: tuple[int, torch.dtype], said: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         made = trl_shaped(rows)
-        return made | {"input_ids": made["input_ids"].masked_fill(made["attention_mask"] == 0, ids[0]).to(ids[1])}
+        return made | {
+            "input_ids": made["input_ids"]
+            .masked_fill(made["attention_mask"] == 0, ids[0])
+            .to(ids[1])
+        }
 
-    with pytest.raises(UserError, match=f"'collate': returned input_ids of torch.{said}.*; return integers of 0"):
+    with pytest.raises(
+        UserError, match=f"'collate': returned input_ids of torch.{said}.*; return integers of 0"
+    ):
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
 
 
@@ -373,14 +449,19 @@ def test_a_collator_may_sort_its_rows_and_take_out_keys() -> None:
             row.clear()
         return made
 
-    weighed = [{**row, "weight": weight, "margin": weight - 1} for row, weight in zip(EXAMPLE, (2.0, 3.0), strict=True)]
+    weighed = [
+        {**row, "weight": weight, "margin": weight - 1}
+        for row, weight in zip(EXAMPLE, (2.0, 3.0), strict=True)
+    ]
     batch = AdaptedCollator(collate, PAD)(weighed, CONTEXT)
     assert (batch.pair_ids.tolist(), batch.pair_weights.tolist()) == ([12, 11], [3, 2])
     assert batch.margins is not None
     assert batch.margins.tolist() == [2, 1]
 
 
-def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_not_its_fault() -> None:
+def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_not_its_fault() -> (
+    None
+):
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         raise raised
 

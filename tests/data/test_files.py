@@ -15,13 +15,17 @@ def test_a_pointer_is_refused_by_name(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_text(POINTER)
     assert is_lfs_pointer(file)
-    with pytest.raises(UserError, match=rf"model.path = .*: {name} is a git-lfs pointer.*git lfs pull"):
+    with pytest.raises(
+        UserError, match=rf"model.path = .*: {name} is a git-lfs pointer.*git lfs pull"
+    ):
         check_no_lfs_pointer("model.path", str(tmp_path), file)
     with pytest.raises(UserError, match=r"data.train = .*: it is a git-lfs pointer"):
         check_no_lfs_pointer("data.train", str(file), file)
 
 
-@pytest.mark.parametrize("content", [b"", b"version", b'{"prompt": "version https://git-lfs"}\n', b"\x00\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"version", b'{"prompt": "version https://git-lfs"}\n', b"\x00\xff"]
+)
 def test_other_files_are_not_pointers(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "train.jsonl"
     file.write_bytes(content)

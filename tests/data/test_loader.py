@@ -12,7 +12,12 @@ from patience import patience
 from support import rows, write_jsonl
 from tiny import PAD, both_layouts, collator, data_spec, tokenizer
 
-from orchestrator.data.collate import AdaptedCollator, CollateContext, PackedCollator, PreferenceCollator
+from orchestrator.data.collate import (
+    AdaptedCollator,
+    CollateContext,
+    PackedCollator,
+    PreferenceCollator,
+)
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.order import Order, fed_lengths
 from orchestrator.data.pairs import Pairs, tokenized_pairs
@@ -33,7 +38,9 @@ def loader(pairs: Pairs, rank: int = 0, world: int = 1, collator: Any = None) ->
 
 
 def pair_ids(made: StepBatches) -> list[int]:
-    return sorted(int(i) for batch in made.micro_batches for i in batch.pair_ids[batch.pair_weights > 0])
+    return sorted(
+        int(i) for batch in made.micro_batches for i in batch.pair_ids[batch.pair_weights > 0]
+    )
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -48,7 +55,10 @@ def test_steps_go_on_from_any_position(pairs: Pairs) -> None:
         rest = list(islice(loader(pairs).steps(whole[done - 1].pairs_seen, done), 6 - done))
         assert [pair_ids(made) for made in rest] == [pair_ids(made) for made in whole[done:]]
         for left, right in zip(rest, whole[done:], strict=True):
-            assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(left[2], right[2], strict=True))
+            assert all(
+                torch.equal(a.input_ids, b.input_ids)
+                for a, b in zip(left[2], right[2], strict=True)
+            )
 
 
 def test_an_epoch_holds_every_row_once(pairs: Pairs) -> None:
@@ -57,12 +67,16 @@ def test_an_epoch_holds_every_row_once(pairs: Pairs) -> None:
 
 
 def test_counts_are_of_the_global_batch_on_every_rank(pairs: Pairs) -> None:
-    ranks = [next(loader(pairs, rank, 3).steps(16, 2)) for rank in range(3)]  # the last, smaller batch
+    ranks = [
+        next(loader(pairs, rank, 3).steps(16, 2)) for rank in range(3)
+    ]  # the last, smaller batch
     assert {made.counts.pairs for made in ranks} == {5}
     assert not any(made.are_local for made in ranks)
     scored = sum(batch.counts.chosen_tokens for made in ranks for batch in made.micro_batches)
     assert {made.counts.chosen_tokens for made in ranks} == {scored}
-    assert sorted(i for made in ranks for i in pair_ids(made)) == pair_ids(next(loader(pairs).steps(16, 2)))
+    assert sorted(i for made in ranks for i in pair_ids(made)) == pair_ids(
+        next(loader(pairs).steps(16, 2))
+    )
 
 
 def test_an_evaluation_makes_every_row_once(pairs: Pairs) -> None:
@@ -85,7 +99,11 @@ def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs) ->
         mask = torch.zeros_like(batch.input_ids)
         mask.view(-1)[batch.completion_index + 1] = 1
         assert batch.attention_mask is not None
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "completion_mask": mask}
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "completion_mask": mask,
+        }
 
     ranks = [loader(pairs, rank, 2, AdaptedCollator(collate, PAD)) for rank in range(2)]
     steps = [next(each.steps(8, 4)) for each in ranks]
@@ -95,7 +113,9 @@ def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs) ->
     assert sum(made.counts.chosen_tokens for made in steps) == expected.chosen_tokens
     lengths = [pairs.lengths[int(i)] for i in ranks[0].order.plan(8).global_pairs]
     tokens = sum(int(2 * prompt + chosen + rejected) for prompt, chosen, rejected in lengths)
-    assert {context for context, _ in contexts} == {CollateContext(rank, 2, 5, 8, tokens) for rank in range(2)}
+    assert {context for context, _ in contexts} == {
+        CollateContext(rank, 2, 5, 8, tokens) for rank in range(2)
+    }
     assert {thread for _, thread in contexts} == {threading.current_thread().name}
 
 
@@ -110,7 +130,11 @@ def test_keep_end_counts_the_tokens_that_are_fed(
     data = data_spec(train=train, max_length=max_length, truncation="keep_end")
     made = tokenized_pairs(data, "train", tokenizer(), tmp_path)
     order = Order(fed_lengths(made.lengths, data.keep_last), 8, 0, 1, 7, 8, packed=packed)
-    step = next(Loader(made, order, collator(packed, max_length=max_length, truncation="keep_end")).steps(0, 0))
+    step = next(
+        Loader(made, order, collator(packed, max_length=max_length, truncation="keep_end")).steps(
+            0, 0
+        )
+    )
     fed = sum(int(batch.sequence_tokens.sum()) for batch in step.micro_batches)
     assert order.tokens.sum() == fed < int(made.lengths.sum() + made.lengths[:, 0].sum())
     scored = [length for batch in step.micro_batches for length in batch.scored[::2]]
@@ -133,7 +157,9 @@ def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
         time.sleep(0.02)
     time.sleep(0.1)
     assert set(made) == {"loader"}
-    assert len(made) == 3 + 3 + 2 + 3  # micro-batches of the step taken, of two that are ready, of one in hand
+    assert (
+        len(made) == 3 + 3 + 2 + 3
+    )  # micro-batches of the step taken, of two that are ready, of one in hand
     steps.close()  # type: ignore[attr-defined]
 
 

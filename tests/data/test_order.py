@@ -31,7 +31,9 @@ def lengths(pairs: int, seed: int = 0, longest: int = 40) -> Integers:
     return np.random.default_rng(seed).integers(1, longest, (pairs, 3))
 
 
-def orders(world: int, pairs: int, batch: int, micro: int | None = 2, **settings: Any) -> list[Order]:
+def orders(
+    world: int, pairs: int, batch: int, micro: int | None = 2, **settings: Any
+) -> list[Order]:
     """The order as each rank of a world computes it."""
     made = settings.pop("lengths", None)
     made = lengths(pairs) if made is None else made
@@ -41,7 +43,13 @@ def orders(world: int, pairs: int, batch: int, micro: int | None = 2, **settings
 def seen(ranks: list[Order], pairs_seen: int) -> list[int]:
     """The pairs that the ranks of a world train on at a step, fillers left out."""
     plans = [order.plan(pairs_seen) for order in ranks]
-    return sorted(int(i) for plan in plans for micro in plan.micro_batches if not micro.is_filler for i in micro.pairs)
+    return sorted(
+        int(i)
+        for plan in plans
+        for micro in plan.micro_batches
+        if not micro.is_filler
+        for i in micro.pairs
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +61,9 @@ def seen(ranks: list[Order], pairs_seen: int) -> list[int]:
         ((8, 2**40, 3), [6, 2, 1, 4, 3, 7, 0, 5]),
     ],
 )
-def test_the_permutation_never_changes(arguments: tuple[int, int, int], expected: list[int]) -> None:
+def test_the_permutation_never_changes(
+    arguments: tuple[int, int, int], expected: list[int]
+) -> None:
     assert permutation(*arguments).tolist() == expected
 
 
@@ -108,12 +118,22 @@ def test_the_last_batch_of_an_epoch_is_smaller() -> None:
 
 # --- several training sets ---------------------------------------------------------------------------------------
 
-SETS = st.lists(st.builds(Share.of, st.integers(1, 30), st.floats(0.01, 4)), min_size=1, max_size=4).map(tuple)
+SETS = st.lists(
+    st.builds(Share.of, st.integers(1, 30), st.floats(0.01, 4)), min_size=1, max_size=4
+).map(tuple)
 
 
 @pytest.mark.parametrize(
     ("pairs", "weight", "per_epoch"),
-    [(100, 1.0, 100), (100, 0.125, 12), (100, 0.375, 38), (10, 2.5, 25), (100, 0.001, 1), (7, 1 / 7, 1), (0, 2.0, 0)],
+    [
+        (100, 1.0, 100),
+        (100, 0.125, 12),
+        (100, 0.375, 38),
+        (10, 2.5, 25),
+        (100, 0.001, 1),
+        (7, 1 / 7, 1),
+        (0, 2.0, 0),
+    ],
 )
 def test_a_weight_says_how_often_the_pairs_of_a_set_are_seen_in_an_epoch(
     pairs: int, weight: float, per_epoch: int
@@ -139,8 +159,14 @@ def test_after_any_number_of_epochs_the_pairs_of_a_set_were_seen_equally_often(
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
-def test_sets_of_weight_one_are_seen_in_the_order_of_a_single_set(sizes: list[int], seed: int, epoch: int) -> None:
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 9),
+)
+def test_sets_of_weight_one_are_seen_in_the_order_of_a_single_set(
+    sizes: list[int], seed: int, epoch: int
+) -> None:
     found = epoch_order(tuple(Share.of(size, 1.0) for size in sizes), seed, epoch)
     assert np.array_equal(found, permutation(sum(sizes), seed, epoch))
 
@@ -174,7 +200,9 @@ def test_weighted_sets_give_the_same_global_batches_at_any_world_size(world: int
             assert seen(ranks, start) == sorted(plan.global_pairs.tolist())
             found += plan.global_pairs.tolist()
         assert found == epoch_order(sets, 7, epoch).tolist()
-    whole = [i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs]
+    whole = [
+        i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs
+    ]
     assert sorted(whole) == list(range(50))  # an evaluation, or what fills a cache
 
 
@@ -193,7 +221,9 @@ def test_weighted_sets_give_the_same_global_batches_at_any_world_size(world: int
     ],
     ids=str,
 )
-def test_every_rank_runs_as_many_micro_batches_and_fillers_only_where_needed(world: int, limit: dict[str, Any]) -> None:
+def test_every_rank_runs_as_many_micro_batches_and_fillers_only_where_needed(
+    world: int, limit: dict[str, Any]
+) -> None:
     ranks = orders(world, 50, 11, **limit)
     for start in (0, 44):
         per_rank = [order.plan(start).micro_batches for order in ranks]
@@ -221,30 +251,43 @@ def test_a_filler_is_the_cheapest_pair_of_the_batch() -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_an_evaluation_sees_every_pair_once(world: int) -> None:
     ranks = orders(world, 37, 8)
-    found = [i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs]
+    found = [
+        i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs
+    ]
     assert sorted(found) == list(range(37))
     assert len({len(order.whole()) for order in ranks}) == 1
 
 
 @pytest.mark.parametrize(("world", "batch"), [(2, 32), (8, 64), (5, 64)])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("cost", [TOKENS, PairCost(token=10_000, scored=30_000, seen=4)], ids=["tokens", "model"])
-def test_skewed_lengths_are_balanced_over_ranks(world: int, batch: int, packed: bool, cost: PairCost) -> None:
+@pytest.mark.parametrize(
+    "cost", [TOKENS, PairCost(token=10_000, scored=30_000, seen=4)], ids=["tokens", "model"]
+)
+def test_skewed_lengths_are_balanced_over_ranks(
+    world: int, batch: int, packed: bool, cost: PairCost
+) -> None:
     skewed = np.exp(np.random.default_rng(1).normal(5, 1, (1024, 3))).astype(np.int64).clip(1, 1500)
     ranks = orders(world, 1024, batch, lengths=skewed, packed=packed, cost=cost)
     slowest = mean = 0.0
     for start in range(0, 1024, batch):
         carried = np.array(
-            [sum(o.costs[m.pairs].sum() for m in o.plan(start).micro_batches if not m.is_filler) for o in ranks]
+            [
+                sum(o.costs[m.pairs].sum() for m in o.plan(start).micro_batches if not m.is_filler)
+                for o in ranks
+            ]
         )
-        assert ranks[0].costs[ranks[0].plan(start).global_pairs].max() <= carried.mean()  # else nobody could balance it
+        assert (
+            ranks[0].costs[ranks[0].plan(start).global_pairs].max() <= carried.mean()
+        )  # else nobody could balance it
         slowest, mean = slowest + carried.max(), mean + carried.mean()
     assert slowest <= 1.1 * mean
 
 
 def test_the_tokens_of_a_pair_are_those_of_both_sequences_in_either_layout() -> None:
     for packed in (True, False):
-        assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]), packed=packed)[0].tokens.tolist() == [27]
+        assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]), packed=packed)[
+            0
+        ].tokens.tolist() == [27]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +305,9 @@ def test_the_tokens_of_a_pair_are_those_of_both_sequences_in_either_layout() -> 
 )
 def test_what_a_pair_costs(cost: PairCost, packed: bool, expected: int) -> None:
     assert cost.of(np.array([[10, 3, 4]]), packed).tolist() == [expected]
-    assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]), packed=packed, cost=cost)[0].costs.tolist() == [expected]
+    assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]), packed=packed, cost=cost)[
+        0
+    ].costs.tolist() == [expected]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -286,7 +331,8 @@ def test_a_long_pair_is_balanced_by_what_its_attention_costs() -> None:
         [share] = [
             pairs
             for order in orders(2, 11, 11, micro=11, lengths=made, cost=cost)
-            if 0 in (pairs := [int(i) for micro in order.plan(0).micro_batches for i in micro.pairs])
+            if 0
+            in (pairs := [int(i) for micro in order.plan(0).micro_batches for i in micro.pairs])
         ]
         return len(share) - 1
 
@@ -296,7 +342,9 @@ def test_a_long_pair_is_balanced_by_what_its_attention_costs() -> None:
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_token_budget_holds_except_for_a_pair_that_is_larger_alone(world: int, packed: bool) -> None:
+def test_the_token_budget_holds_except_for_a_pair_that_is_larger_alone(
+    world: int, packed: bool
+) -> None:
     budget = 80 if packed else 150
     alone, shared = [], []
     for order in orders(world, 200, 40, micro=None, max_tokens=budget, packed=packed):
@@ -320,7 +368,12 @@ def test_both_limits_hold_together() -> None:
 
 
 def test_micro_batches_hold_no_more_pairs_than_asked() -> None:
-    sizes = [len(m.pairs) for o in orders(3, 50, 20, micro=3) for m in o.plan(0).micro_batches if not m.is_filler]
+    sizes = [
+        len(m.pairs)
+        for o in orders(3, 50, 20, micro=3)
+        for m in o.plan(0).micro_batches
+        if not m.is_filler
+    ]
     assert sum(sizes) == 20
     assert max(sizes) == 3
 
@@ -351,13 +404,17 @@ def test_a_block_of_batches_is_dealt_as_each_batch_alone() -> None:
 
 
 @pytest.mark.parametrize(("batches", "size"), [(500, 2000), (20_000, 50)])
-def test_a_million_pairs_on_512_ranks_take_memory_for_the_pairs_alone(batches: int, size: int) -> None:
+def test_a_million_pairs_on_512_ranks_take_memory_for_the_pairs_alone(
+    batches: int, size: int
+) -> None:
     costs = np.random.default_rng(3).integers(1, 4000, (batches, size))
     tracemalloc.start()
     owners = deal(costs, 512)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * costs.nbytes  # a word for the result and a few that are gone: never a table of pairs by ranks
+    assert (
+        peak < 4 * costs.nbytes
+    )  # a word for the result and a few that are gone: never a table of pairs by ranks
     for batch in range(0, batches, batches // 5):
         loads = np.bincount(owners[batch], costs[batch], 512)
         assert np.count_nonzero(loads) == min(size, 512)
@@ -394,7 +451,15 @@ def test_very_many_pairs_are_dealt_evenly_at_once() -> None:
     assert len(loads) == 8
     assert loads.max() / loads.mean() < 1.002
     made = lengths(9000)
-    ranks = [Order(made, 8, rank, 8, 7, 4) for rank in range(8)]  # more than MANY a rank: an evaluation
-    found = [i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs.tolist()]
+    ranks = [
+        Order(made, 8, rank, 8, 7, 4) for rank in range(8)
+    ]  # more than MANY a rank: an evaluation
+    found = [
+        i
+        for order in ranks
+        for micro in order.whole()
+        if not micro.is_filler
+        for i in micro.pairs.tolist()
+    ]
     assert sorted(found) == list(range(9000))
     assert len({len(order.whole()) for order in ranks}) == 1

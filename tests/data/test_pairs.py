@@ -57,7 +57,11 @@ GOOD, TIE, MALFORMED = TEXT_ROW, {**TEXT_ROW, "chosen": " no"}, {"prompt": "no a
     ],
 )
 def test_what_happens_to_unusable_rows(
-    tmp_path: Path, content: list[Any], on_bad_row: str | None, row_numbers: Any, dropped: dict[str, int] | None
+    tmp_path: Path,
+    content: list[Any],
+    on_bad_row: str | None,
+    row_numbers: Any,
+    dropped: dict[str, int] | None,
 ) -> None:
     if isinstance(row_numbers, str):
         with pytest.raises(UserError, match=f"data.train {row_numbers} = .*data.on_bad_row=drop"):
@@ -80,13 +84,23 @@ def test_pairs_are_read_back_as_a_collator_takes_them(tmp_path: Path) -> None:
     assert len(found) == 20
     for index, row in enumerate(content):
         prompt, chosen, rejected = tokenized(row)
-        expected = {"pair_id": index + 1, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        expected = {
+            "pair_id": index + 1,
+            "prompt_ids": prompt,
+            "chosen_ids": chosen,
+            "rejected_ids": rejected,
+        }
         assert found[index] == expected
         assert found.lengths[index].tolist() == [len(prompt), len(chosen), len(rejected)]
 
 
 def test_the_lengths_before_truncation_are_kept_of_dropped_rows_too(tmp_path: Path) -> None:
-    content = [{**GOOD, "prompt": "p" * 9, "chosen": "c" * 30}, MALFORMED, TIE, {**GOOD, "prompt": "p" * 20}]
+    content = [
+        {**GOOD, "prompt": "p" * 9, "chosen": "c" * 30},
+        MALFORMED,
+        TIE,
+        {**GOOD, "prompt": "p" * 20},
+    ]
     cuts = {"max_length": 12, "max_completion_length": 2}
     found = pairs_of(tmp_path, content, on_bad_row="drop", **cuts)
     assert found.lengths.tolist() == [[9, 2, 2]]
@@ -101,7 +115,9 @@ SETS = [[TIE, GOOD, GOOD, TIE], rows(3, conversational=True), [MALFORMED, *rows(
 
 def several(folder: Path, contents: list[list[Any]], **settings: Any) -> tuple[DataSpec, Pairs]:
     """The pairs of a JSONL file for each list of rows, of weights 1, 2, 3, ..."""
-    paths = [write_jsonl(folder / f"{number}.jsonl", content) for number, content in enumerate(contents)]
+    paths = [
+        write_jsonl(folder / f"{number}.jsonl", content) for number, content in enumerate(contents)
+    ]
     sets = [{"path": str(path), "weight": weight} for weight, path in enumerate(paths, 1)]
     data = data_spec(train=sets, **settings)
     return data, tokenized_pairs(data, "train", tokenizer(), folder / "cache")
@@ -110,7 +126,9 @@ def several(folder: Path, contents: list[list[Any]], **settings: Any) -> tuple[D
 def test_the_pairs_of_several_sets_are_those_of_each(tmp_path: Path) -> None:
     data, found = several(tmp_path, SETS, on_bad_row="drop")
     alone = [
-        tokenized_pairs(data_spec(train=each.path, on_bad_row="drop"), "train", tokenizer(), tmp_path / "cache")
+        tokenized_pairs(
+            data_spec(train=each.path, on_bad_row="drop"), "train", tokenizer(), tmp_path / "cache"
+        )
         for each in data.train
     ]
     assert found.pair_ids.tolist() == [2, 3, 5, 6, 7, 9, 10, 11, 12]
@@ -149,7 +167,10 @@ def test_some_pairs_of_several_sets(tmp_path: Path) -> None:
 
 def test_the_identity_of_several_sets_is_of_all_of_them(tmp_path: Path) -> None:
     first, second, third = ([GOOD], [GOOD, GOOD], rows(3))
-    found = [several(tmp_path, contents)[1] for contents in ([first, second], [second, first], [first, third], [first])]
+    found = [
+        several(tmp_path, contents)[1]
+        for contents in ([first, second], [second, first], [first, third], [first])
+    ]
     assert len({pairs.identity for pairs in found}) == 4
     assert found[3].identity == found[3].sets[0].folder.name
 
@@ -175,7 +196,8 @@ def of_prompts(folder: Path, *sets: list[str], **settings: Any) -> Pairs:
     """Pairs with these prompts, no two of them alike."""
     numbers = count()
     contents = [
-        [{"prompt": prompt, "chosen": f" {next(numbers)}", "rejected": " no"} for prompt in each] for each in sets
+        [{"prompt": prompt, "chosen": f" {next(numbers)}", "rejected": " no"} for prompt in each]
+        for each in sets
     ]
     return several(folder, contents, **settings)[1]
 
@@ -187,7 +209,11 @@ def prompts_of(pairs: Pairs) -> list[str]:
 @pytest.fixture(scope="module")
 def fifty(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     """50 pairs of 20 prompts, which have 1 to 4 pairs each, in both of two sets where they can."""
-    prompts = [letter * 3 for place, letter in enumerate("cdefghijklmnopqrstuv") for _ in range(1 + place % 4)]
+    prompts = [
+        letter * 3
+        for place, letter in enumerate("cdefghijklmnopqrstuv")
+        for _ in range(1 + place % 4)
+    ]
     return of_prompts(tmp_path_factory.mktemp("fifty"), prompts[::2], prompts[1::2])
 
 
@@ -200,9 +226,12 @@ def test_a_fraction_is_held_out_by_prompt(fifty: Pairs, fraction: float, seed: i
     assert abs(len(held_out) - fraction * len(fifty)) <= 4 / 2  # half of the largest prompt
     for part in (train, held_out):
         whole = {int(pair_id): fifty[index] for index, pair_id in enumerate(fifty.pair_ids)}
-        assert [part[index] for index in range(len(part))] == [whole[int(pair_id)] for pair_id in part.pair_ids]
+        assert [part[index] for index in range(len(part))] == [
+            whole[int(pair_id)] for pair_id in part.pair_ids
+        ]
     assert [share.pairs for share in train.shares] == [
-        sum(fifty.place(pair_id).key == each.key for pair_id in train.pair_ids) for each in fifty.sets
+        sum(fifty.place(pair_id).key == each.key for pair_id in train.pair_ids)
+        for each in fifty.sets
     ]
     again = without_held_out(fifty, fraction, seed)[1]
     assert np.array_equal(again.pair_ids, held_out.pair_ids)
@@ -212,7 +241,10 @@ def test_a_fraction_is_held_out_by_prompt(fifty: Pairs, fraction: float, seed: i
 
 def test_what_is_held_out_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     prompts = [f"prompt {number}" for number in range(12)]
-    found = [without_held_out(of_prompts(tmp_path, made), 0.25, 7)[1] for made in (prompts, prompts[::-1])]
+    found = [
+        without_held_out(of_prompts(tmp_path, made), 0.25, 7)[1]
+        for made in (prompts, prompts[::-1])
+    ]
     assert set(prompts_of(found[0])) == set(prompts_of(found[1]))
 
 
@@ -227,8 +259,16 @@ def test_a_large_prompt_is_left_where_others_come_nearer(tmp_path: Path) -> None
     ("sets", "fraction", "words"),
     [
         ([["a"] * 5 + ["b"] * 5], 0.1, "holds out none, of 10 pairs with 2 prompts; raise it"),
-        ([["a"] * 5], 0.9, r"holds out every pair of \S+/0.jsonl, of 5 pairs with 1 prompts; lower it"),
-        ([["a"], ["a"] * 3 + ["b"]], 0.9, r"holds out every pair of \S+/0.jsonl, of 5 pairs with 2 prompts; lower it"),
+        (
+            [["a"] * 5],
+            0.9,
+            r"holds out every pair of \S+/0.jsonl, of 5 pairs with 1 prompts; lower it",
+        ),
+        (
+            [["a"], ["a"] * 3 + ["b"]],
+            0.9,
+            r"holds out every pair of \S+/0.jsonl, of 5 pairs with 2 prompts; lower it",
+        ),
     ],
 )
 def test_a_fraction_that_leaves_nothing_is_refused(
@@ -243,17 +283,23 @@ def test_rows_that_are_held_out_are_found(tmp_path: Path) -> None:
     _, held_out = without_held_out(found, 0.3, 7)
     asked = raw_rows(data, "eval", held_out.pair_ids.tolist())
     assert list(asked) == held_out.pair_ids.tolist()
-    assert {(row.source, row.number) for row in asked.values()} == {found.place(i)[1:] for i in asked}
+    assert {(row.source, row.number) for row in asked.values()} == {
+        found.place(i)[1:] for i in asked
+    }
 
 
 # --- weights and margins -----------------------------------------------------------------------------------------
 
-WEIGHED = [{**row, "w": weight, "m": -weight} for row, weight in zip(rows(3), (2.0, 0.5, 3.0), strict=True)]
+WEIGHED = [
+    {**row, "w": weight, "m": -weight} for row, weight in zip(rows(3), (2.0, 0.5, 3.0), strict=True)
+]
 
 
 @pytest.mark.parametrize("columns", [["weight"], ["margin"], ["weight", "margin"]])
 @pytest.mark.parametrize("parquet", [False, True])
-def test_pairs_have_the_weights_and_margins_of_their_rows(tmp_path: Path, columns: list[str], parquet: bool) -> None:
+def test_pairs_have_the_weights_and_margins_of_their_rows(
+    tmp_path: Path, columns: list[str], parquet: bool
+) -> None:
     import datasets
 
     content = [{**TIE, "w": None, "m": None}, *WEIGHED]
@@ -350,8 +396,15 @@ def test_the_cache_is_used_until_a_setting_that_matters_changes(
     assert len(builds) == 1 + is_new
 
 
-def test_a_cache_of_conversations_knows_what_their_template_was_given(tmp_path: Path, builds: list[Path]) -> None:
-    for settings in ({}, {"system_prompt": "a"}, {"system_prompt": "b"}, {"chat_template_kwargs": {"mood": "glad"}}):
+def test_a_cache_of_conversations_knows_what_their_template_was_given(
+    tmp_path: Path, builds: list[Path]
+) -> None:
+    for settings in (
+        {},
+        {"system_prompt": "a"},
+        {"system_prompt": "b"},
+        {"chat_template_kwargs": {"mood": "glad"}},
+    ):
         pairs_of(tmp_path, rows(4, conversational=True), **settings)
     assert len(builds) == 4
     assert len(set(builds)) == 4
@@ -411,7 +464,9 @@ def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path])
     for name in ("tokens.npy", "lengths.npy", "rows.npy", "hashes.npy", "meta.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     assert found[1].dropped == {"malformed rows": 2, "ties": 1}
-    assert found[1].pair_ids.tolist() == [i for i in range(1, len(content) + 1) if i not in (701, 1201, 2301)]
+    assert found[1].pair_ids.tolist() == [
+        i for i in range(1, len(content) + 1) if i not in (701, 1201, 2301)
+    ]
     assert len(builds) == 2
 
 

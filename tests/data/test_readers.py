@@ -42,11 +42,15 @@ def rows_of(path: Path) -> list[Any]:
         ("a.csv", CSV),
         (
             "a.tsv",
-            CSV.replace("prompt,chosen,", "prompt\tchosen\t").replace("., yes,", ".\t yes\t").replace(",,", "\t\t"),
+            CSV.replace("prompt,chosen,", "prompt\tchosen\t")
+            .replace("., yes,", ".\t yes\t")
+            .replace(",,", "\t\t"),
         ),
     ],
 )
-def test_a_file_is_read_and_counted_in_any_compression(tmp_path: Path, name: str, text: str, packed: str) -> None:
+def test_a_file_is_read_and_counted_in_any_compression(
+    tmp_path: Path, name: str, text: str, packed: str
+) -> None:
     path = tmp_path / (name + packed)
     path.write_bytes(COMPRESSED[packed](text.encode()))
     assert rows_of(path) == ROWS
@@ -70,15 +74,35 @@ def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}\n", r"data.train row 2 = .* is not JSON \(Exceeds the limit"),
-        ("a.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", r"row 2 = .* is not JSON \(it is nested too deeply\)"),
-        ("a.json", '[{"a": 1}, ' + "[" * 100_000, r"row 2 = .* is not JSON \(it is nested too deeply\)"),
-        ("a.json", '[{"a": 1}, {"a": 9}', "data.train = .*the array ends after row 2 without a bracket"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": ' + "9" * 5000 + "}\n",
+            r"data.train row 2 = .* is not JSON \(Exceeds the limit",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n' + "[" * 100_000 + "\n",
+            r"row 2 = .* is not JSON \(it is nested too deeply\)",
+        ),
+        (
+            "a.json",
+            '[{"a": 1}, ' + "[" * 100_000,
+            r"row 2 = .* is not JSON \(it is nested too deeply\)",
+        ),
+        (
+            "a.json",
+            '[{"a": 1}, {"a": 9}',
+            "data.train = .*the array ends after row 2 without a bracket",
+        ),
         ("a.json", '[{"a": 1} {"a": 9}]', "row 1 = .*neither a comma and another row nor the end"),
         ("a.json", '[{"a": 1}] [1]', r"data.train = '\[1\]': follows the end of the JSON array"),
         ("a.json", '[{"a": 1}, {a: 2}]', "data.train row 2 = .* is not JSON"),
         ("a.json", '{"a": 1,\n "b": }', r"data.train = .* is not JSON \(Expecting value, line 2"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", r"data.train row 2 = \['3'\]: has more cells than the header"),
+        (
+            "a.csv",
+            "a,b\n1,2\n1,2,3\n",
+            r"data.train row 2 = \['3'\]: has more cells than the header",
+        ),
         ("a.csv", 'a,b\n1,"2\n', r"data.train row 1 = .* is not CSV"),
         ("a.csv", b"a,b\n1,\xff\n", "is not UTF-8 text"),
         ("a.jsonl.gz", b"no gzip", "data.train = .*cannot be read .Not a gzipped file"),
@@ -89,7 +113,9 @@ def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
     ],
     ids=range(16),
 )
-def test_what_is_wrong_in_a_file_is_one_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+def test_what_is_wrong_in_a_file_is_one_line(
+    tmp_path: Path, name: str, content: str | bytes, words: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError, match=words) as caught:

@@ -34,7 +34,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     return made_pairs(tmp_path_factory.mktemp("pairs"), rows(COUNT))
 
 
-def cache(folder: Path, pairs: Pairs, split: Any = "train", keep_last: int | None = None) -> RefCache:
+def cache(
+    folder: Path, pairs: Pairs, split: Any = "train", keep_last: int | None = None
+) -> RefCache:
     folder.mkdir(exist_ok=True)
     return RefCache(folder, pairs, split, keep_last)
 
@@ -52,7 +54,9 @@ def add(cache: RefCache, pairs: Pairs, indices: Any) -> None:
 def rehash(pairs: Pairs, index: int) -> None:
     """As tokenising them would have."""
     pairs.hashes = np.array(pairs.hashes)
-    pairs.hashes[index] = np.frombuffer(content_hash(pairs.lengths[index], pairs.tokens(index)), "<u8")
+    pairs.hashes[index] = np.frombuffer(
+        content_hash(pairs.lengths[index], pairs.tokens(index)), "<u8"
+    )
 
 
 def files(folder: Path) -> list[Path]:
@@ -88,7 +92,9 @@ def test_known_is_all_or_nothing(tmp_path: Path, pairs: Pairs) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_an_answer_that_is_no_number_is_never_known(tmp_path: Path, pairs: Pairs, side: int) -> None:
+def test_an_answer_that_is_no_number_is_never_known(
+    tmp_path: Path, pairs: Pairs, side: int
+) -> None:
     found, answer = cache(tmp_path, pairs), torch.tensor([-2.0, -1.0], dtype=torch.float64)
     answer[side] = torch.nan
     found.add(torch.tensor([int(pairs.pair_ids[3])]), answer)
@@ -97,7 +103,9 @@ def test_an_answer_that_is_no_number_is_never_known(tmp_path: Path, pairs: Pairs
         assert 3 in each.unknown()
 
 
-def test_what_another_process_wrote_is_found_at_the_next_reading(tmp_path: Path, pairs: Pairs) -> None:
+def test_what_another_process_wrote_is_found_at_the_next_reading(
+    tmp_path: Path, pairs: Pairs
+) -> None:
     ours, theirs = cache(tmp_path, pairs), cache(tmp_path, pairs)
     add(ours, pairs, np.array([1]))
     add(theirs, pairs, np.array([2, 3]))
@@ -160,7 +168,9 @@ def test_rows_of_the_same_tokens_have_answers_of_their_own(tmp_path: Path) -> No
     assert torch.equal(given, answers(twins, np.array([1, 4])))
 
 
-def test_neither_row_numbers_nor_the_order_of_rows_are_part_of_the_question(tmp_path: Path, pairs: Pairs) -> None:
+def test_neither_row_numbers_nor_the_order_of_rows_are_part_of_the_question(
+    tmp_path: Path, pairs: Pairs
+) -> None:
     add(cache(tmp_path / "cache", pairs), pairs, ALL)
     other = made_pairs(tmp_path, [*rows(2, seed=9), *rows(COUNT)[::-1]])
     found = cache(tmp_path / "cache", other)
@@ -183,14 +193,23 @@ def _evaluation(folder: Path, pairs: Pairs) -> RefCache:
 
 
 def test_the_window_and_the_split_are_part_of_the_question(tmp_path: Path, pairs: Pairs) -> None:
-    kinds: list[Callable[[Path, Pairs], RefCache]] = [cache, _keep_last, _other_keep_last, _evaluation]
+    kinds: list[Callable[[Path, Pairs], RefCache]] = [
+        cache,
+        _keep_last,
+        _other_keep_last,
+        _evaluation,
+    ]
     for number, kind in enumerate(kinds):
         folder = tmp_path / str(number)
         add(kind(folder, pairs), pairs, ALL)
-        assert [known(other(folder, pairs)) != [] for other in kinds] == [other is kind for other in kinds]
+        assert [known(other(folder, pairs)) != [] for other in kinds] == [
+            other is kind for other in kinds
+        ]
 
 
-def test_every_token_and_where_the_completions_begin_are_part_of_the_question(tmp_path: Path, pairs: Pairs) -> None:
+def test_every_token_and_where_the_completions_begin_are_part_of_the_question(
+    tmp_path: Path, pairs: Pairs
+) -> None:
     add(cache(tmp_path, pairs), pairs, ALL)
     total = int(pairs.lengths[3].sum())
     start = int(pairs.lengths[:3].sum())
@@ -208,7 +227,11 @@ def test_every_token_and_where_the_completions_begin_are_part_of_the_question(tm
 
 
 def test_each_identity_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    base: dict[str, Any] = {"reference": {"weights": "a", "config": {"x": 1}}, "precision": "fp32", "attention": "cpu"}
+    base: dict[str, Any] = {
+        "reference": {"weights": "a", "config": {"x": 1}},
+        "precision": "fp32",
+        "attention": "cpu",
+    }
     changes: list[dict[str, Any]] = [
         {},
         {"reference": {"weights": "b", "config": {"x": 1}}},
@@ -224,7 +247,9 @@ def test_each_identity_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert [path.name for path in folders[0].iterdir()] == ["meta.json"]
 
 
-def test_the_format_is_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_format_is_part_of_the_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = cache_folder(tmp_path, {})
     monkeypatch.setattr("orchestrator.data.refcache.FORMAT", 2)
     assert cache_folder(tmp_path, {}) != before
@@ -269,9 +294,13 @@ def test_the_identity_changes_with_two_weights_exchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"rms_norm_eps": 1e-5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}], ids=str
+    "change",
+    [{"rms_norm_eps": 1e-5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}],
+    ids=str,
 )
-def test_the_identity_changes_with_the_config_and_not_with_where_it_lies(change: dict[str, Any]) -> None:
+def test_the_identity_changes_with_the_config_and_not_with_where_it_lies(
+    change: dict[str, Any],
+) -> None:
     base, other = tiny_model(), tiny_model(**change)
     assert identity(base)["weights"] == identity(other)["weights"]
     assert identity(base) != identity(other)
@@ -287,7 +316,9 @@ def test_the_identity_changes_with_the_type_of_the_weights() -> None:
 # --- in the loader -----------------------------------------------------------------------------------------------
 
 
-def loader(pairs: Pairs, folder: Path, global_batch: int = 4, rank: int = 0, ranks: int = 1) -> Loader:
+def loader(
+    pairs: Pairs, folder: Path, global_batch: int = 4, rank: int = 0, ranks: int = 1
+) -> Loader:
     order = Order(pairs.lengths, global_batch, rank, ranks, 7, 2)
     made = Loader(pairs, order, PreferenceCollator(PAD, data_spec()))
     made.cache = cache(folder, pairs)
@@ -299,7 +330,9 @@ def remember(loader: Loader, pairs: Pairs, made: StepBatches) -> None:
         loader.remember(batch, answers(pairs, indices))
 
 
-@pytest.mark.parametrize("global_batch", [4, COUNT])  # with one step an epoch, the next is made before this is due
+@pytest.mark.parametrize(
+    "global_batch", [4, COUNT]
+)  # with one step an epoch, the next is made before this is due
 def test_the_second_epoch_knows_all(tmp_path: Path, pairs: Pairs, global_batch: int) -> None:
     ours = loader(pairs, tmp_path, global_batch)
     per_epoch = -(-COUNT // global_batch)
@@ -313,7 +346,9 @@ def test_the_second_epoch_knows_all(tmp_path: Path, pairs: Pairs, global_batch: 
                 assert torch.equal(batch.ref_logps, answers(pairs, indices))
         remember(ours, pairs, made)
     steps.close()
-    assert [path.stat().st_size for path in files(tmp_path)] == [COUNT * RECORD.itemsize]  # each once
+    assert [path.stat().st_size for path in files(tmp_path)] == [
+        COUNT * RECORD.itemsize
+    ]  # each once
 
 
 def test_in_the_second_epoch_what_other_ranks_said_is_known(tmp_path: Path, pairs: Pairs) -> None:
@@ -323,7 +358,9 @@ def test_in_the_second_epoch_what_other_ranks_said_is_known(tmp_path: Path, pair
         for each, mine in zip(ranks, steps, strict=True):
             made = next(mine)
             real = [batch for batch in made.micro_batches if batch.pair_weights.any()]
-            assert all((batch.ref_logps is not None) == (number >= -(-COUNT // 4)) for batch in real)
+            assert all(
+                (batch.ref_logps is not None) == (number >= -(-COUNT // 4)) for batch in real
+            )
             remember(each, pairs, made)
     for mine in steps:
         mine.close()
@@ -383,7 +420,9 @@ def test_of_two_answers_the_older_stays(tmp_path: Path, pairs: Pairs) -> None:
         assert torch.equal(found.known(np.array([0])), answers(pairs, np.array([0])))  # pyright: ignore
 
 
-def test_reading_again_reads_only_what_is_new(tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_again_reads_only_what_is_new(
+    tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader, writer = cache(tmp_path, pairs), cache(tmp_path, pairs)
     add(writer, pairs, np.array([0, 1, 2]))
     reader.read()

@@ -18,13 +18,23 @@ def swapped(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def pairs_of(folder: Path, *sets: list[dict[str, Any]], **settings: Any) -> Pairs:
-    paths = [str(write_jsonl(folder / f"{number}.jsonl", content)) for number, content in enumerate(sets)]
-    return tokenized_pairs(data_spec(train=paths, **settings), "train", tokenizer(), folder / "cache")
+    paths = [
+        str(write_jsonl(folder / f"{number}.jsonl", content)) for number, content in enumerate(sets)
+    ]
+    return tokenized_pairs(
+        data_spec(train=paths, **settings), "train", tokenizer(), folder / "cache"
+    )
 
 
 @pytest.mark.parametrize("content", [TEXT, CHAT], ids=["text", "chat"])
-def test_repeated_and_contradictory_pairs_are_counted_over_all_sets(tmp_path: Path, content: list[Any]) -> None:
-    found = pairs_of(tmp_path, content, [content[0], swapped(content[1]), swapped(content[1]), swapped(content[0])])
+def test_repeated_and_contradictory_pairs_are_counted_over_all_sets(
+    tmp_path: Path, content: list[Any]
+) -> None:
+    found = pairs_of(
+        tmp_path,
+        content,
+        [content[0], swapped(content[1]), swapped(content[1]), swapped(content[0])],
+    )
     assert repeated(found) == 2  # the first pair, and what is swapped twice
     assert contradictory(found) == 2
     plain = pairs_of(tmp_path, content)
@@ -42,7 +52,8 @@ def test_rows_that_become_the_same_tokens_repeat_each_other(tmp_path: Path) -> N
 
 def test_evaluation_pairs_that_are_trained_on_are_counted_by_set(tmp_path: Path) -> None:
     train, first, second = (
-        pairs_of(tmp_path, content) for content in (TEXT, [*TEXT[:2], swapped(TEXT[2]), *rows(3, seed=5)], TEXT[:1])
+        pairs_of(tmp_path, content)
+        for content in (TEXT, [*TEXT[:2], swapped(TEXT[2]), *rows(3, seed=5)], TEXT[:1])
     )
     assert trained_on(first, train) == 3
     assert list(repeat_lines(train, {"hard": first, "": second})) == [

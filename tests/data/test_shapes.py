@@ -64,10 +64,23 @@ def refusal(row: Any, **settings: Any) -> BadRow:
         {"prompt": ASKED, "chosen": [YES], "rejected": [NO]},
         {"prompt": [ASKED], "chosen": "yes", "rejected": "no"},
         {"prompt": [turn("user", [part("Say "), part("it.")])], "chosen": [YES], "rejected": [NO]},
-        {"prompt": [ASKED], "chosen": [turn("assistant", [part("yes", "output_text")])], "rejected": NO},
+        {
+            "prompt": [ASKED],
+            "chosen": [turn("assistant", [part("yes", "output_text")])],
+            "rejected": NO,
+        },
         {"prompt": None, "chosen": [turn("user", [part("Say it.")]), YES], "rejected": [ASKED, NO]},
-        {"prompt": [{**ASKED, "name": None, "tool_calls": None}], "chosen": [YES], "rejected": [NO], "tools": None},
-        {"prompt": [{"role": "user", "content": [{**part("Say it."), "image": None}]}], "chosen": YES, "rejected": NO},
+        {
+            "prompt": [{**ASKED, "name": None, "tool_calls": None}],
+            "chosen": [YES],
+            "rejected": [NO],
+            "tools": None,
+        },
+        {
+            "prompt": [{"role": "user", "content": [{**part("Say it."), "image": None}]}],
+            "chosen": YES,
+            "rejected": NO,
+        },
     ],
 )
 def test_shapes_of_one_conversation_give_the_same_tokens(row: Row) -> None:
@@ -81,7 +94,8 @@ def test_a_prompt_text_may_be_any_question_of_the_conversation_before_the_answer
         assert checked({"prompt": prompt, **sides}, data_spec()).row == expected
     for prompt in ("What?", "Say", ""):
         assert (
-            "prompt is text, but chosen and rejected are conversations" in refusal({"prompt": prompt, **sides}).reason
+            "prompt is text, but chosen and rejected are conversations"
+            in refusal({"prompt": prompt, **sides}).reason
         )
 
 
@@ -95,7 +109,11 @@ def test_a_prompt_that_one_side_repeats_is_not_trained_twice(side: str) -> None:
 
 
 def test_a_prompt_text_that_text_answers_repeat_is_said() -> None:
-    row = {"prompt": "How do you do?", "chosen": "How do you do? Well.", "rejected": "How do you do? Badly."}
+    row = {
+        "prompt": "How do you do?",
+        "chosen": "How do you do? Well.",
+        "rejected": "How do you do? Badly.",
+    }
     assert checked(row, data_spec()).notes == (TWICE,)
     assert checked({**row, "rejected": "Badly."}, data_spec()).notes == ()
 
@@ -106,9 +124,9 @@ def test_a_prompt_text_that_text_answers_repeat_is_said() -> None:
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
 def test_a_null_answer_is_another_message_than_a_missing_column(column: str) -> None:
     assert refusal({**TEXT_ROW, column: None}).reason == f"{column} is null"
-    assert refusal({name: text for name, text in TEXT_ROW.items() if name != column}).reason.startswith(
-        f"has no column {column!r}"
-    )
+    assert refusal(
+        {name: text for name, text in TEXT_ROW.items() if name != column}
+    ).reason.startswith(f"has no column {column!r}")
 
 
 def test_nulls_in_objects_are_absent_values_and_nulls_in_lists_stay() -> None:
@@ -117,7 +135,11 @@ def test_nulls_in_objects_are_absent_values_and_nulls_in_lists_stay() -> None:
 
 
 TOOL = {"name": "f", "parameters": {"zone": {"type": "string"}}}
-NULL_TOOL = {"name": "f", "default": None, "parameters": {"city": None, "zone": {"type": "string", "enum": None}}}
+NULL_TOOL = {
+    "name": "f",
+    "default": None,
+    "parameters": {"city": None, "zone": {"type": "string", "enum": None}},
+}
 
 
 def test_nulls_in_tools_are_left_out_and_counted_and_tools_as_text_keep_them() -> None:
@@ -136,7 +158,11 @@ def test_parquet_and_jsonl_give_the_same_tokens_where_arrow_adds_nulls(tmp_path:
     from orchestrator.data.pairs import tokenized_pairs
 
     def call(**arguments: Any) -> Row:
-        return {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": arguments}}]}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"arguments": arguments}}],
+        }
 
     content = [
         {**CHAT_ROW, "tools": [TOOL], "chat_template_kwargs": {"mood": "sad"}},
@@ -171,19 +197,37 @@ def test_parquet_and_jsonl_give_the_same_tokens_where_arrow_adds_nulls(tmp_path:
             {**CHAT_ROW, "prompt": [turn("user", [part("Say it."), {"type": "image"}])]},
             "message 1 of prompt has a part of type 'image'",
         ),
-        ({**CHAT_ROW, "chosen": turn("assistant", [{"type": "image_url", "image_url": "x"}])}, "type 'image_url'"),
-        ({**CHAT_ROW, "chosen": turn("assistant", ["yes"])}, "message 1 of chosen has a part of type 'str'"),
-        ({**CHAT_ROW, "chosen": turn("assistant", [{"type": "text", "text": None}])}, "a part of type 'text'"),
+        (
+            {**CHAT_ROW, "chosen": turn("assistant", [{"type": "image_url", "image_url": "x"}])},
+            "type 'image_url'",
+        ),
+        (
+            {**CHAT_ROW, "chosen": turn("assistant", ["yes"])},
+            "message 1 of chosen has a part of type 'str'",
+        ),
+        (
+            {**CHAT_ROW, "chosen": turn("assistant", [{"type": "text", "text": None}])},
+            "a part of type 'text'",
+        ),
         (
             {**CHAT_ROW, "chosen": turn("assistant", {"text": "yes"})},
             "message 1 of chosen has dict as content, not text",
         ),
-        ({**CHAT_ROW, "chosen": turn("assistant", 3)}, "message 1 of chosen has int as content, not text"),
-        ({**CHAT_ROW, "chosen": ["yes", "oui"]}, "message 1 of chosen is str, not an object with role and content"),
+        (
+            {**CHAT_ROW, "chosen": turn("assistant", 3)},
+            "message 1 of chosen has int as content, not text",
+        ),
+        (
+            {**CHAT_ROW, "chosen": ["yes", "oui"]},
+            "message 1 of chosen is str, not an object with role and content",
+        ),
         ({**TEXT_ROW, "chosen": 4.5}, "chosen is float, neither text nor a list of messages"),
         ({**TEXT_ROW, "prompt": True}, "prompt is bool"),
         ({**TEXT_ROW, "chosen": json.dumps([YES])}, "chosen is a list of messages as text"),
-        ({**TEXT_ROW, "prompt": str([{"from": "human", "value": "x"}])}, "prompt is a list of messages as text"),
+        (
+            {**TEXT_ROW, "prompt": str([{"from": "human", "value": "x"}])},
+            "prompt is a list of messages as text",
+        ),
     ],
 )
 def test_what_is_not_text_is_refused_with_the_reason(row: Row, reason: str) -> None:
@@ -211,9 +255,13 @@ HALF = "smile \ud83d"
         ({**CHAT_ROW, "chat_template_kwargs": {HALF: 1}}, "chat_template_kwargs"),
     ],
 )
-def test_half_of_a_surrogate_pair_is_named_and_dropped_where_rows_may_be(tmp_path: Path, row: Row, column: str) -> None:
+def test_half_of_a_surrogate_pair_is_named_and_dropped_where_rows_may_be(
+    tmp_path: Path, row: Row, column: str
+) -> None:
     assert f"{column} is not Unicode text: '\\ud83d' at character 7" in refusal(row).reason
-    with pytest.raises(UserError, match=rf"data\.train row 2 = .*: {column} is not Unicode text") as caught:
+    with pytest.raises(
+        UserError, match=rf"data\.train row 2 = .*: {column} is not Unicode text"
+    ) as caught:
         pairs_of(tmp_path, [TEXT_ROW, row])
     assert str(caught.value).isascii()
     assert pairs_of(tmp_path, [TEXT_ROW, row], on_bad_row="drop").dropped == {"malformed rows": 1}
@@ -241,7 +289,10 @@ def test_a_row_that_is_nested_too_deeply_is_named() -> None:
         ({"question": "What?", "system": "Be kind.", **ANSWERS}, "'question', 'system'"),  # orca
         ({"instruction": "What?", "input": "", **ANSWERS}, "'instruction'"),  # alpaca
         ({"system": "", "input": "What?", **ANSWERS, "status": "tie"}, "'input'"),
-        ({"query": "What?", "chosen": "The one", "rejected": "The other"}, "'query'"),  # "The " is no prompt
+        (
+            {"query": "What?", "chosen": "The one", "rejected": "The other"},
+            "'query'",
+        ),  # "The " is no prompt
         ({"frage": "Wie geht es?", "id": "12", **ANSWERS}, "'frage'"),
         ({"conversations": [{"from": "human", "value": "What?"}], **ANSWERS}, "'conversations'"),
         ({"dialog": [turn("user", "What?")], "chosen": [YES], "rejected": [NO]}, "'dialog'"),
@@ -249,7 +300,9 @@ def test_a_row_that_is_nested_too_deeply_is_named() -> None:
 )
 def test_a_row_without_prompt_does_not_lose_its_question(row: Row, columns: str) -> None:
     bad = refusal(row)
-    assert f"has no prompt, and {columns}, which could be part of it, would be ignored" in bad.reason
+    assert (
+        f"has no prompt, and {columns}, which could be part of it, would be ignored" in bad.reason
+    )
     assert "into prompt, or set data.ignore_columns=[" in bad.cure
 
 
@@ -264,7 +317,9 @@ def test_a_row_without_prompt_does_not_lose_its_question(row: Row, columns: str)
         ("messages", [turn("user", "Another.")]),
     ],
 )
-def test_a_part_of_the_question_beside_the_prompt_is_refused_or_ignored_by_a_setting(column: str, value: Any) -> None:
+def test_a_part_of_the_question_beside_the_prompt_is_refused_or_ignored_by_a_setting(
+    column: str, value: Any
+) -> None:
     for row in (TEXT_ROW, CHAT_ROW):
         bad = refusal({**row, column: value})
         assert f"has {column!r} besides prompt, which does not contain its text" in bad.reason
@@ -274,15 +329,33 @@ def test_a_part_of_the_question_beside_the_prompt_is_refused_or_ignored_by_a_set
 
 
 def test_columns_that_the_prompt_contains_or_that_say_nothing_are_only_named() -> None:
-    row = {**TEXT_ROW, "question": "Say  it.", "system": "", "history": [], "score": 0, "id": None, "source": "a b"}
+    row = {
+        **TEXT_ROW,
+        "question": "Say  it.",
+        "system": "",
+        "history": [],
+        "score": 0,
+        "id": None,
+        "source": "a b",
+    }
     assert checked(row, data_spec()).unread == ("question", "score", "source")
-    row = {**CHAT_ROW, "messages": [ASKED, YES], "tools": [TOOL], "w": 1.0, "chat_template_kwargs": {"mood": 1}}
+    row = {
+        **CHAT_ROW,
+        "messages": [ASKED, YES],
+        "tools": [TOOL],
+        "w": 1.0,
+        "chat_template_kwargs": {"mood": 1},
+    }
     assert checked(row, data_spec(weight_column="w")).unread == ("messages",)
     assert checked({**TEXT_ROW, "tools": [TOOL]}, data_spec()).unread == ("tools",)
 
 
 def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
-    content = [{**TEXT_ROW, "score": 1}, {**TEXT_ROW, "score": 2, "prompt": ""}, {"chosen": "a b", "rejected": "a c"}]
+    content = [
+        {**TEXT_ROW, "score": 1},
+        {**TEXT_ROW, "score": 2, "prompt": ""},
+        {"chosen": "a b", "rejected": "a c"},
+    ]
     found = pairs_of(tmp_path, [*content, {**TEXT_ROW, "chosen": "", "id": "x"}])
     assert found.unread_columns == found.sets[0].unread_columns == {"score": 2, "id": 1}
     assert found.notes == {NO_PROMPT: 1, IMPLICIT: 1, EMPTY: 1}
@@ -304,13 +377,29 @@ def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
             "a good and a bad completion",
         ),
         (
-            {"input": {"messages": [ASKED]}, "preferred_output": [YES], "non_preferred_output": [NO]},
+            {
+                "input": {"messages": [ASKED]},
+                "preferred_output": [YES],
+                "non_preferred_output": [NO],
+            },
             "OpenAI",
             "input.messages",
         ),
-        ({"history": "What?", "human_ref_A": "It.", "human_ref_B": "No.", "labels": 1}, "SHP", "history as prompt"),
-        ({"prompt": "What?", "responses": ["a", "b"], "scores": [1, 2]}, "several answers", "a worse one as rejected"),
-        ({"prompt": "What?", "response_0": "a", "response_1": "b", "better": 0}, "several answers", "rejected"),
+        (
+            {"history": "What?", "human_ref_A": "It.", "human_ref_B": "No.", "labels": 1},
+            "SHP",
+            "history as prompt",
+        ),
+        (
+            {"prompt": "What?", "responses": ["a", "b"], "scores": [1, 2]},
+            "several answers",
+            "a worse one as rejected",
+        ),
+        (
+            {"prompt": "What?", "response_0": "a", "response_1": "b", "better": 0},
+            "several answers",
+            "rejected",
+        ),
         (
             {"instruction": "What?", "completions": [{"response": "a"}, {"response": "b"}]},
             "several answers",
@@ -331,7 +420,11 @@ def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
         ),
         ({"a": "b"}, "its columns are 'a'", "rename its columns to prompt, chosen and rejected"),
         ({"prompt": "a", "rejected": "b"}, "its columns are 'prompt', 'rejected'", ""),
-        ({f"column{number}": "x" * 99 for number in range(40)}, "'column11', and 28 more", "rename its columns"),
+        (
+            {f"column{number}": "x" * 99 for number in range(40)},
+            "'column11', and 28 more",
+            "rename its columns",
+        ),
         (
             {"conversations": [ASKED], "chosen": {"from": "gpt", "value": "a"}, "rejected": NO},
             "(ShareGPT)",
@@ -339,20 +432,30 @@ def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_shape_of_another_trainer_is_named_with_what_to_do(row: Row, what: str, cure: str) -> None:
+def test_a_shape_of_another_trainer_is_named_with_what_to_do(
+    row: Row, what: str, cure: str
+) -> None:
     bad = refusal(row)
     assert what in bad.reason
     assert cure in bad.cure
     assert bool(cure) == bool(bad.cure)
 
 
-def test_the_first_row_is_answered_for_the_whole_file_and_a_later_one_for_itself(tmp_path: Path) -> None:
+def test_the_first_row_is_answered_for_the_whole_file_and_a_later_one_for_itself(
+    tmp_path: Path,
+) -> None:
     odd = {"chosen_answer": "a", "rejected_answer": "b"}
-    with pytest.raises(UserError, match=r"data\.train row 1 = .*; rename 'chosen_answer' to 'chosen' [^;]*'rejected'$"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.train row 1 = .*; rename 'chosen_answer' to 'chosen' [^;]*'rejected'$",
+    ):
         pairs_of(tmp_path, [odd, TEXT_ROW])
-    with pytest.raises(UserError, match=r"row 2 = .*; rename .*, or fix that row of .*data\.on_bad_row=drop"):
+    with pytest.raises(
+        UserError, match=r"row 2 = .*; rename .*, or fix that row of .*data\.on_bad_row=drop"
+    ):
         pairs_of(tmp_path, [TEXT_ROW, odd])
     with pytest.raises(
-        UserError, match=r"leaves no pair .*\(2 malformed rows\); fix them: row 1 has no column 'chosen'"
+        UserError,
+        match=r"leaves no pair .*\(2 malformed rows\); fix them: row 1 has no column 'chosen'",
     ):
         pairs_of(tmp_path, [odd, odd], on_bad_row="drop")

@@ -60,7 +60,9 @@ def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
         datasets.Dataset.from_list(content).save_to_disk(str(path))
     else:
         other = datasets.Dataset.from_list(rows(3, seed=9))
-        datasets.DatasetDict({"train": datasets.Dataset.from_list(content), "test": other}).save_to_disk(str(path))
+        datasets.DatasetDict(
+            {"train": datasets.Dataset.from_list(content), "test": other}
+        ).save_to_disk(str(path))
     return path
 
 
@@ -84,13 +86,19 @@ def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
 )
 def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversational: bool) -> None:
     content = rows(6, conversational=conversational)
-    content.insert(2, {**content[0], "chosen": content[0]["rejected"]})  # a tie, to see the row numbers move
+    content.insert(
+        2, {**content[0], "chosen": content[0]["rejected"]}
+    )  # a tie, to see the row numbers move
     path = written(tmp_path, form, content)
     data = data_spec(train=str(path))
     found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
     assert found.pair_ids.tolist() == [1, 2, 4, 5, 6, 7]
     for index, row in enumerate(content[:2] + content[3:]):
-        assert (found[index]["prompt_ids"], found[index]["chosen_ids"], found[index]["rejected_ids"]) == tokenized(row)
+        assert (
+            found[index]["prompt_ids"],
+            found[index]["chosen_ids"],
+            found[index]["rejected_ids"],
+        ) == tokenized(row)
     asked = raw_rows(data, "train", [7, 2, 2, 8])
     assert asked == {number: (str(path), number, content[number - 1]) for number in (2, 7)}
 
@@ -98,8 +106,12 @@ def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversati
 def test_a_csv_file_holds_the_same_pairs(tmp_path: Path) -> None:
     content = [{**row, "w": 0.5} for row in rows(4)]
     path = written(tmp_path, "file.csv", content)
-    found = tokenized_pairs(data_spec(train=str(path), weight_column="w"), "train", tokenizer(), tmp_path / "cache")
-    assert [found[index]["prompt_ids"] for index in range(4)] == [tokenized(row).prompt_ids for row in content]
+    found = tokenized_pairs(
+        data_spec(train=str(path), weight_column="w"), "train", tokenizer(), tmp_path / "cache"
+    )
+    assert [found[index]["prompt_ids"] for index in range(4)] == [
+        tokenized(row).prompt_ids for row in content
+    ]
     assert found.weights is not None
     assert found.weights.tolist() == [0.5] * 4
     assert count_rows("data.train", SourceSpec(path=str(path)), "train") == 4
@@ -128,8 +140,14 @@ def test_a_source_names_its_split(tmp_path: Path) -> None:
     assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 6
     assert raw_rows(data, "train", {3, 4})[4].row == rows(6)[0]
     for wrong, words in (
-        ("odd", r"data\.train = .*: has no split 'odd'; its splits are train, test; .*split: train"),
-        ("train", r"data\.train\.split = 'train': .* is a single data set without splits; remove it"),
+        (
+            "odd",
+            r"data\.train = .*: has no split 'odd'; its splits are train, test; .*split: train",
+        ),
+        (
+            "train",
+            r"data\.train\.split = 'train': .* is a single data set without splits; remove it",
+        ),
     ):
         saved = path if wrong == "odd" else written(tmp_path, "saved folder", rows(2))
         data = data_spec(train={"path": str(saved), "split": wrong})
@@ -148,7 +166,9 @@ def test_a_folder_of_files_is_one_source(tmp_path: Path) -> None:
     assert [row.row for row in raw_rows(data, "train", range(1, 6)).values()] == content
 
 
-def test_a_hub_source_names_its_configuration_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_source_names_its_configuration_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     asked: list[tuple[Any, ...]] = []
@@ -179,7 +199,9 @@ def test_a_hub_source_names_its_configuration_and_split(tmp_path: Path, monkeypa
         ("e.jsonl", None, "does not exist"),
     ],
 )
-def test_an_unreadable_source_is_refused(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+def test_an_unreadable_source_is_refused(
+    tmp_path: Path, name: str, content: bytes | None, words: str
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -197,10 +219,15 @@ def test_rows_are_counted_without_loading(tmp_path: Path) -> None:
     assert count_rows("data.eval", source, "eval") == 3
 
 
-def test_splits_of_a_folder_or_the_hub_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_of_a_folder_or_the_hub_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
-    parts = {"train_prefs": datasets.Dataset.from_list(rows(2)), "test_prefs": datasets.Dataset.from_list(rows(1))}
+    parts = {
+        "train_prefs": datasets.Dataset.from_list(rows(2)),
+        "test_prefs": datasets.Dataset.from_list(rows(1)),
+    }
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "files").mkdir()
     write_jsonl(tmp_path / "files" / "test.jsonl", rows(2))
@@ -221,7 +248,10 @@ def test_splits_of_a_folder_or_the_hub_are_named(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("s3://bucket/a.jsonl", "s3:// is not supported; copy it to a disk that every node can read"),
+        (
+            "s3://bucket/a.jsonl",
+            "s3:// is not supported; copy it to a disk that every node can read",
+        ),
         ("GS://bucket/folder", "gs:// is not supported"),
         ("file:///data/a.jsonl", "remove file://: /data/a.jsonl"),
         ("hf://datasets/org/pairs", "hf:// is not supported; write org/pairs"),
@@ -263,9 +293,14 @@ def test_all_rows_are_checked_without_a_tokenizer_as_tokenising_does(tmp_path: P
     for content, words in (
         ([good, {**good, "chosen": None}], "row 2 = .*: chosen is null"),
         ([good, {**good, "w": -1}], "row 2 = .*: w is -1, not a finite number"),
-        ([{**good, "tools": 3, "prompt": CHAT_ROW["prompt"]}], "row 1 = .*: tools is neither a list"),
+        (
+            [{**good, "tools": 3, "prompt": CHAT_ROW["prompt"]}],
+            "row 1 = .*: tools is neither a list",
+        ),
     ):
-        data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), weight_column="w")
+        data = data_spec(
+            train=str(write_jsonl(tmp_path / "train.jsonl", content)), weight_column="w"
+        )
         errors = []
         for check in (
             lambda data: check_rows(data, "train"),
@@ -277,7 +312,9 @@ def test_all_rows_are_checked_without_a_tokenizer_as_tokenising_does(tmp_path: P
         assert errors[0] == errors[1]
     path = write_jsonl(tmp_path / "train.jsonl", [good, tie, MALFORMED])
     data = data_spec(train=[str(path), "org/pairs"], weight_column="w", on_bad_row="drop")
-    assert check_rows(data, "train") == [SourceRows("data.train.0", str(path), 3, 1, {"score": 1}, {})]
+    assert check_rows(data, "train") == [
+        SourceRows("data.train.0", str(path), 3, 1, {"score": 1}, {})
+    ]
 
 
 def test_the_texts_a_tokenizer_is_trained_on(tmp_path: Path) -> None:

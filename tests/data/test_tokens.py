@@ -33,14 +33,22 @@ def test_tools_and_template_options_reach_the_template() -> None:
     [
         ({"mood": "glad"}, {}, "glad"),
         ({"mood": "glad"}, {"chat_template_kwargs": {"mood": "sad"}}, "sad"),
-        ({"mood": "glad"}, {"chat_template_kwargs": {"mood": None}}, "glad"),  # how Parquet says that it has none
+        (
+            {"mood": "glad"},
+            {"chat_template_kwargs": {"mood": None}},
+            "glad",
+        ),  # how Parquet says that it has none
         ({"tools": [{"a": 1}]}, {}, "{'a': 1};"),
         ({"tools": [{"a": 1}], "mood": "glad"}, {"tools": [{"b": 2}]}, "{'b': 2};glad"),
         ({"tools": [{"a": 1}]}, {"tools": "[]"}, ""),
     ],
 )
-def test_a_rows_own_template_options_win(everyones: dict[str, Any], own: dict[str, Any], reached: str) -> None:
-    assert tokenized({**CHAT_ROW, **own}, chat_template_kwargs=everyones)[0] == ids(reached + "[u]Say it.~[a]")
+def test_a_rows_own_template_options_win(
+    everyones: dict[str, Any], own: dict[str, Any], reached: str
+) -> None:
+    assert tokenized({**CHAT_ROW, **own}, chat_template_kwargs=everyones)[0] == ids(
+        reached + "[u]Say it.~[a]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,8 +68,14 @@ def test_a_system_prompt_is_for_conversations_without_one(before: list[Any], pro
 
 @pytest.mark.parametrize("side", ["chosen", "rejected", "both"])
 def test_the_completion_starts_where_either_side_leaves_the_prompt(side: str) -> None:
-    row = {"prompt": "xa", "chosen": "b1" if side != "rejected" else "c", "rejected": "b2" if side != "chosen" else "d"}
-    prompt, chosen, rejected = tokenized(row)  # "ab" is one token: the a of the prompt is not there any more
+    row = {
+        "prompt": "xa",
+        "chosen": "b1" if side != "rejected" else "c",
+        "rejected": "b2" if side != "chosen" else "d",
+    }
+    prompt, chosen, rejected = tokenized(
+        row
+    )  # "ab" is one token: the a of the prompt is not there any more
     assert prompt == ids("x")
     assert chosen == [*ids("a" + row["chosen"]), EOS]
     assert rejected == [*ids("a" + row["rejected"]), EOS]
@@ -100,9 +114,14 @@ def test_an_implicit_prompt_of_a_conversation() -> None:
         (5, ("pppp", "c", "r")),
     ],
 )
-def test_keep_start_cuts_completions(max_length: int | None, expected: tuple[str, str, str]) -> None:
+def test_keep_start_cuts_completions(
+    max_length: int | None, expected: tuple[str, str, str]
+) -> None:
     found = tokenized({"prompt": "pppp", "chosen": "ccc", "rejected": "rr"}, max_length=max_length)
-    assert found == tuple([t for part in ids(text) for t in [EOS if [part] == ids(".") else part]] for text in expected)
+    assert found == tuple(
+        [t for part in ids(text) for t in [EOS if [part] == ids(".") else part]]
+        for text in expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,16 +131,31 @@ def test_keep_start_cuts_completions(max_length: int | None, expected: tuple[str
         ({"max_prompt_length": 3}, ("678", "hijkl.", "vw.")),
         ({"max_completion_length": 6}, ("12345678", "hijkl.", "vw.")),
         ({"max_completion_length": 3}, ("12345678", "hij", "vw.")),
-        ({"max_prompt_length": 3, "max_length": 7}, ("678", "hijk", "vw.")),  # a prompt that would have filled it
+        (
+            {"max_prompt_length": 3, "max_length": 7},
+            ("678", "hijk", "vw."),
+        ),  # a prompt that would have filled it
         ({"max_completion_length": 2, "max_length": 9}, ("12345678", "h", "v")),
         ({"max_completion_length": 2, "max_length": 20}, ("12345678", "hi", "vw")),
-        ({"max_prompt_length": 3, "max_completion_length": 2, "max_length": 4, "truncation": "keep_end"}, None),
+        (
+            {
+                "max_prompt_length": 3,
+                "max_completion_length": 2,
+                "max_length": 4,
+                "truncation": "keep_end",
+            },
+            None,
+        ),
     ],
 )
-def test_prompts_keep_their_end_and_completions_their_start(settings: dict[str, Any], expected: Any) -> None:
+def test_prompts_keep_their_end_and_completions_their_start(
+    settings: dict[str, Any], expected: Any
+) -> None:
     found = tokenized({"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}, **settings)
     texts = expected or ("678", "hi", "vw")
-    assert found == tuple([t for part in text for t in ([EOS] if part == "." else ids(part))] for text in texts)
+    assert found == tuple(
+        [t for part in text for t in ([EOS] if part == "." else ids(part))] for text in texts
+    )
 
 
 def test_keep_end_is_left_to_the_collator() -> None:
@@ -132,7 +166,11 @@ def test_keep_end_is_left_to_the_collator() -> None:
     ("row", "kind", "reason"),
     [
         (["not", "an object"], "malformed rows", "is of type list"),
-        ({"prompt": "a", "chosen": "b"}, "malformed rows", "no column 'rejected'; its columns are 'prompt', 'chosen'"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            "malformed rows",
+            "no column 'rejected'; its columns are 'prompt', 'chosen'",
+        ),
         ({**TEXT_ROW, "chosen": None}, "malformed rows", "chosen is null"),
         ({**TEXT_ROW, "chosen": 3}, "malformed rows", "chosen is int"),
         (
@@ -141,19 +179,35 @@ def test_keep_end_is_left_to_the_collator() -> None:
             "mixes text and messages: chosen is text, rejected is messages",
         ),
         ({**CHAT_ROW, "prompt": []}, "malformed rows", "empty list"),
-        ({**CHAT_ROW, "chosen": [{"content": "x"}]}, "malformed rows", "message 1 of chosen has no role"),
+        (
+            {**CHAT_ROW, "chosen": [{"content": "x"}]},
+            "malformed rows",
+            "message 1 of chosen has no role",
+        ),
         (
             {**CHAT_ROW, "chosen": [{"role": "assistant", "content": 3}]},
             "malformed rows",
             "message 1 of chosen has int as content, not text",
         ),
         ({**CHAT_ROW, "tools": "[not JSON"}, "malformed rows", "tools"),
-        ({**CHAT_ROW, "tools": {"name": "f"}}, "malformed rows", "tools is neither a list of objects"),
+        (
+            {**CHAT_ROW, "tools": {"name": "f"}},
+            "malformed rows",
+            "tools is neither a list of objects",
+        ),
         ({**CHAT_ROW, "tools": '["f"]'}, "malformed rows", "tools is neither a list of objects"),
         ({**CHAT_ROW, "chat_template_kwargs": "text"}, "malformed rows", "chat_template_kwargs"),
-        ({**CHAT_ROW, "chat_template_kwargs": {"padding": True}}, "malformed rows", "'padding', which is not a"),
+        (
+            {**CHAT_ROW, "chat_template_kwargs": {"padding": True}},
+            "malformed rows",
+            "'padding', which is not a",
+        ),
         ({**TEXT_ROW, "rejected": " yes"}, "ties", "chosen equals rejected"),
-        ({**TEXT_ROW, "prompt": "long " * 9}, "prompts that fill data.max_length", "45 tokens, data.max_length is 40"),
+        (
+            {**TEXT_ROW, "prompt": "long " * 9},
+            "prompts that fill data.max_length",
+            "45 tokens, data.max_length is 40",
+        ),
         ({**CHAT_ROW, "chosen": []}, "empty completions", "chosen has no token of its own"),
     ],
 )
@@ -169,7 +223,9 @@ def test_a_rows_variable_that_its_template_does_not_read_is_counted(tmp_path: Pa
     found = pairs_of(tmp_path, [{**CHAT_ROW, "chat_template_kwargs": each} for each in variables])
     assert found.unread == found.sets[0].unread == {"moood (it reads mood)": 2, "x9": 1}
     moods = [{**CHAT_ROW, "chat_template_kwargs": {"mood": each.get("mood")}} for each in variables]
-    assert [found.tokens(index).tolist() for index in range(4)] == [[*chain(*tokenized(row))] for row in moods]
+    assert [found.tokens(index).tolist() for index in range(4)] == [
+        [*chain(*tokenized(row))] for row in moods
+    ]
 
 
 def test_a_pair_that_truncation_makes_alike_is_a_tie() -> None:
@@ -182,14 +238,15 @@ def test_a_pair_that_truncation_makes_alike_is_a_tie() -> None:
 def test_what_acts_on_conversations_alone_is_refused_beside_text(key: str) -> None:
     with pytest.raises(BadRow, match=f"is plain text, which does not use data.{key}"):
         tokenized(TEXT_ROW, **{key: "Be kind." if key == "system_prompt" else {"mood": "glad"}})
-    assert tokenized({**TEXT_ROW, "tools": "no matter", "chat_template_kwargs": {"mood": 1}}) == tokenized(
-        TEXT_ROW
-    )  # as in TRL
+    assert tokenized(
+        {**TEXT_ROW, "tools": "no matter", "chat_template_kwargs": {"mood": 1}}
+    ) == tokenized(TEXT_ROW)  # as in TRL
 
 
 def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"data.chat_template_kwargs.moood = False: is not read .*; did you mean mood\?"
+        UserError,
+        match=r"data.chat_template_kwargs.moood = False: is not read .*; did you mean mood\?",
     ):
         tokenized(CHAT_ROW, chat_template_kwargs={"moood": False})
 
@@ -197,9 +254,17 @@ def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
 @pytest.mark.parametrize(
     ("template", "error", "said"),
     [
-        (None, UserError, "has no chat template, but the data are conversations; set data.chat_template"),
+        (
+            None,
+            UserError,
+            "has no chat template, but the data are conversations; set data.chat_template",
+        ),
         ({"rag": "{{ messages }}"}, UserError, "has no chat template that is the default"),
-        ("{% for m in messages %}", UserError, r"model.tokenizer = .*is not Jinja: Unexpected end of template.*line 1"),
+        (
+            "{% for m in messages %}",
+            UserError,
+            r"model.tokenizer = .*is not Jinja: Unexpected end of template.*line 1",
+        ),
         ("{{ raise_exception('No.') }}", BadRow, "the chat template rejects it: No."),
         ("{{ messages }}", BadRow, "has tools, not read by the chat template"),
     ],
@@ -209,4 +274,6 @@ def test_a_template_that_does_not_do_is_refused(
 ) -> None:
     monkeypatch.setattr(tokenizer(), "chat_template", template)
     with pytest.raises(error, match=said):
-        tokenized({**CHAT_ROW, "tools": [{"name": "f"}]} if "messages }" in str(template) else CHAT_ROW)
+        tokenized(
+            {**CHAT_ROW, "tools": [{"name": "f"}]} if "messages }" in str(template) else CHAT_ROW
+        )

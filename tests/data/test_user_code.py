@@ -11,14 +11,21 @@ from orchestrator.settings.spec import UserError
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("import math\n1 / 0", r"raised ZeroDivisionError: division by zero \(broken_{}.py line 2; when imported\)"),
+        (
+            "import math\n1 / 0",
+            r"raised ZeroDivisionError: division by zero \(broken_{}.py line 2; when imported\)",
+        ),
         ("def f(:", r"raised SyntaxError: invalid syntax \(broken_{}.py, line 1\)"),
         ("import math\nmath.nothing", r"raised AttributeError: .*nothing.*line 2; when imported"),
     ],
     ids=["raises", "no_python", "lacks"],
 )
 def test_a_module_that_raises_is_said_in_a_line(
-    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    source: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     name = request.node.callspec.id
     (tmp_path / f"broken_{name}.py").write_text(source)
@@ -29,7 +36,10 @@ def test_a_module_that_raises_is_said_in_a_line(
 
 @pytest.mark.parametrize(
     ("path", "rule"),
-    [("no_such_module:x", "cannot be imported"), ("orchestrator.data.collate:nothing", "has no nothing")],
+    [
+        ("no_such_module:x", "cannot be imported"),
+        ("orchestrator.data.collate:nothing", "has no nothing"),
+    ],
 )
 def test_user_code_that_is_not_there_is_refused(path: str, rule: str) -> None:
     with pytest.raises(UserError, match=rule) as caught:
@@ -37,7 +47,9 @@ def test_user_code_that_is_not_there_is_refused(path: str, rule: str) -> None:
     assert caught.value.key == "callbacks"
 
 
-def test_an_edit_of_the_file_changes_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_of_the_file_changes_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (file := tmp_path / "edited_later.py").write_text("def loss(): ...")
     monkeypatch.syspath_prepend(tmp_path)
     before = source_hash("edited_later:loss")

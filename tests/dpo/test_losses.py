@@ -47,7 +47,9 @@ def spec(beta: float = 0.1, **settings: Any) -> DpoSpec:
     return DpoSpec(**{"beta": beta, "label_smoothing": EPSILON, **settings})
 
 
-def slopes(name: LossType, terms: PairTerms, dpo: DpoSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def slopes(
+    name: LossType, terms: PairTerms, dpo: DpoSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[B] losses and their derivatives by the log-probs of chosen and rejected."""
     chosen, rejected = (each.clone().requires_grad_() for each in terms[:2])
     terms = terms._replace(chosen_logps=chosen, rejected_logps=rejected, chosen_token_sum=chosen)
@@ -101,11 +103,18 @@ def test_sigmoid(beta: float) -> None:
 def test_ipo_is_of_means_per_completion_token(beta: float) -> None:
     logps = LOGPS.clone().requires_grad_()
     losses = LOSSES["ipo"](PairTerms.split(logps, REFERENCE, TOKENS), spec(beta))
-    off = [2 / 4 + 1 / 2 - 0.5 / beta, -1 / 1 - 2 / 5 - 0.5 / beta, -0.5 / beta]  # from the margin that it wants
+    off = [
+        2 / 4 + 1 / 2 - 0.5 / beta,
+        -1 / 1 - 2 / 5 - 0.5 / beta,
+        -0.5 / beta,
+    ]  # from the margin that it wants
     assert losses.dtype == torch.float64
     assert losses.tolist() == pytest.approx([each**2 for each in off], rel=1e-14)
     losses.sum().backward()
-    slopes = [2 * each / tokens for each, tokens in zip([*off, *(-each for each in off)], TOKENS.tolist(), strict=True)]
+    slopes = [
+        2 * each / tokens
+        for each, tokens in zip([*off, *(-each for each in off)], TOKENS.tolist(), strict=True)
+    ]
     assert logps.grad is not None
     assert logps.grad.tolist() == pytest.approx(slopes, rel=1e-13)
 
@@ -113,7 +122,9 @@ def test_ipo_is_of_means_per_completion_token(beta: float) -> None:
 def test_ipo_takes_a_completion_without_tokens_for_one_of_one_as_trl_does() -> None:
     """A user's collator may cut one away; 0 / 0 would make the whole batch NaN."""
     logps = torch.tensor([0.0, -3.0], dtype=torch.float64, requires_grad=True)
-    terms = PairTerms.split(logps, torch.tensor([0.0, -2.0], dtype=torch.float64), torch.tensor([0, 2]))
+    terms = PairTerms.split(
+        logps, torch.tensor([0.0, -2.0], dtype=torch.float64), torch.tensor([0, 2])
+    )
     loss = LOSSES["ipo"](terms, spec(0.5))
     assert loss.tolist() == [(0 + 0.5 - 1) ** 2]
     loss.sum().backward()
@@ -162,14 +173,18 @@ AT_THE_START: dict[LossType, tuple[float, float, float]] = {
 def test_policy_equal_to_reference(name: LossType) -> None:
     logps, tokens = torch.tensor([4 * Q, 2 * Q], dtype=torch.float64), torch.tensor([4, 2])
     found = slopes(name, PairTerms.split(logps, logps, tokens), spec(B))
-    assert [each.item() for each in found] == pytest.approx(AT_THE_START[name], rel=1e-13, abs=1e-15)
+    assert [each.item() for each in found] == pytest.approx(
+        AT_THE_START[name], rel=1e-13, abs=1e-15
+    )
 
 
 @NAMES
 def test_a_loss_with_its_pairs_turned_round_is_another(name: LossType) -> None:
     """The chosen one is to gain: by 3 nats over the rejected one it is better than with 3 nats less."""
     terms = PairTerms.split(
-        torch.tensor([-9.0, -12.0, -12.0, -9.0]).double(), torch.full((4,), -9.0).double(), TOKENS[:4]
+        torch.tensor([-9.0, -12.0, -12.0, -9.0]).double(),
+        torch.full((4,), -9.0).double(),
+        TOKENS[:4],
     )
     terms = terms._replace(chosen_tokens=torch.full((2,), 6), rejected_tokens=torch.full((2,), 6))
     better, worse = LOSSES[name](terms, spec(0.2)).tolist()
@@ -179,15 +194,21 @@ def test_a_loss_with_its_pairs_turned_round_is_another(name: LossType) -> None:
 @NAMES
 def test_smoothing_acts_where_the_settings_say(name: LossType) -> None:
     terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)
-    acts = not torch.equal(LOSSES[name](terms, spec()), LOSSES[name](terms, spec(label_smoothing=0.2)))
+    acts = not torch.equal(
+        LOSSES[name](terms, spec()), LOSSES[name](terms, spec(label_smoothing=0.2))
+    )
     assert acts == (name in SMOOTHED)
 
 
 @NAMES
 @pytest.mark.parametrize("divergence", get_args(FDivergence)[1:])
-def test_an_f_divergence_acts_where_the_settings_say(name: LossType, divergence: FDivergence) -> None:
+def test_an_f_divergence_acts_where_the_settings_say(
+    name: LossType, divergence: FDivergence
+) -> None:
     terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)
-    acts = not torch.equal(LOSSES[name](terms, spec()), LOSSES[name](terms, spec(f_divergence_type=divergence)))
+    acts = not torch.equal(
+        LOSSES[name](terms, spec()), LOSSES[name](terms, spec(f_divergence_type=divergence))
+    )
     assert acts == (name in OF_SCORES and name != "sft")  # which has none, and takes any
 
 
@@ -204,20 +225,28 @@ def test_labels_that_are_never_wrong_give_dpo(name: LossType) -> None:
 
 
 @pytest.mark.parametrize("name", ["cdpo", "exo_pair"])
-def test_a_smoothed_loss_is_least_where_the_margin_says_how_sure_the_label_is(name: LossType) -> None:
+def test_a_smoothed_loss_is_least_where_the_margin_says_how_sure_the_label_is(
+    name: LossType,
+) -> None:
     """sigmoid(margin) = 1 - epsilon: there the gradient is 0, and on either side points to it."""
     at = torch.tensor([TILT - 0.1, TILT, TILT + 0.1], dtype=torch.float64)
     zero = torch.zeros(3, dtype=torch.float64)
-    _, by_chosen, _ = slopes(name, PairTerms(at, zero, zero, zero, TOKENS[:3], TOKENS[3:], at), spec(1.0))
+    _, by_chosen, _ = slopes(
+        name, PairTerms(at, zero, zero, zero, TOKENS[:3], TOKENS[3:], at), spec(1.0)
+    )
     assert by_chosen.sign().tolist()[::2] == [-1, 1]
     assert by_chosen[1].item() == pytest.approx(0, abs=1e-15)
 
 
 def test_alpha_divergences_lead_from_the_forward_to_the_reverse_kl() -> None:
     alpha = {"f_divergence_type": "alpha_divergence"}
-    assert of("sigmoid", **alpha, f_alpha_divergence_coef=0.0) == of("sigmoid", f_divergence_type="forward_kl")
+    assert of("sigmoid", **alpha, f_alpha_divergence_coef=0.0) == of(
+        "sigmoid", f_divergence_type="forward_kl"
+    )
     assert of("sigmoid", **alpha, f_alpha_divergence_coef=1.0) == of("sigmoid")
-    assert of("sigmoid", **alpha, f_alpha_divergence_coef=1 + 2e-6) == pytest.approx(of("sigmoid"), rel=1e-5)
+    assert of("sigmoid", **alpha, f_alpha_divergence_coef=1 + 2e-6) == pytest.approx(
+        of("sigmoid"), rel=1e-5
+    )
     assert of("sigmoid", **alpha) != pytest.approx(of("sigmoid"), rel=1e-2)
 
 
@@ -250,14 +279,18 @@ def test_a_batch_without_a_chosen_token_has_no_sft_loss_of_its_own() -> None:
 
 
 def test_weighting_multiplies_the_loss_of_each_pair_and_takes_no_part_in_its_slope() -> None:
-    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)._replace(on_policy=torch.tensor([0.5, 2.0, 0.25]).double())
+    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)._replace(
+        on_policy=torch.tensor([0.5, 2.0, 0.25]).double()
+    )
     found = pair_losses(terms, spec(loss_type=["sigmoid", "ipo"], use_weighting=True), Counts(3, 9))
     both = [first + second for first, second in zip(of("sigmoid"), of("ipo"), strict=True)]
     assert found.tolist() == pytest.approx([0.5 * both[0], 2 * both[1], 0.25 * both[2]], rel=1e-14)
 
 
 def test_sft_counts_every_token_alike_whatever_ld_alpha_is() -> None:
-    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)._replace(chosen_token_sum=torch.tensor([-11.0, -22.0, -8.0]))
+    terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)._replace(
+        chosen_token_sum=torch.tensor([-11.0, -22.0, -8.0])
+    )
     assert LOSSES["sft"](terms, spec(ld_alpha=0.5)).tolist() == [11, 22, 8]
 
 
@@ -293,18 +326,25 @@ def test_a_users_loss_stands_beside_others(monkeypatch: pytest.MonkeyPatch) -> N
     dpo = users(monkeypatch, lambda terms, dpo: dpo.label_smoothing * terms.chosen_logps**2)
     check_losses(dpo, with_margins=False)
     found = pair_losses(PairTerms.split(LOGPS, REFERENCE, TOKENS), dpo, Counts(3, 9))
-    expected = [2 * EPSILON * logp**2 + 0.5 * loss for logp, loss in zip([10, 20, 7], of("sigmoid"), strict=True)]
+    expected = [
+        2 * EPSILON * logp**2 + 0.5 * loss
+        for logp, loss in zip([10, 20, 7], of("sigmoid"), strict=True)
+    ]
     assert found.tolist() == pytest.approx(expected, rel=1e-14)
 
 
-def test_a_users_loss_is_given_what_weighting_needs_where_that_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_loss_is_given_what_weighting_needs_where_that_is_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dpo = users(monkeypatch, lambda terms, _: -terms.on_policy * terms.chosen_logps)
     check_losses(dpo.model_copy(update={"use_weighting": True}), with_margins=False)
     with pytest.raises(UserError, match="raises TypeError"):
         check_losses(dpo, with_margins=False)
 
 
-def test_a_users_loss_is_given_margins_where_the_data_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_loss_is_given_margins_where_the_data_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dpo = users(monkeypatch, lambda terms, _: terms.margins - terms.chosen_logps)
     check_losses(dpo, with_margins=True)
     with pytest.raises(UserError, match="raises TypeError"):
@@ -319,7 +359,10 @@ def test_a_users_loss_is_given_margins_where_the_data_have_them(monkeypatch: pyt
         (lambda _, __: 1.0, "returns float for 3 synthetic pairs"),
         (lambda terms, _: terms.chosen_logps.log(), "nan.*not finite"),
         (lambda terms, _: terms.chosen_logps.detach(), "without a gradient"),
-        (lambda terms, _: terms.chosen_logps - terms.chosen_logps.mean(), "but .* for one at a time"),
+        (
+            lambda terms, _: terms.chosen_logps - terms.chosen_logps.mean(),
+            "but .* for one at a time",
+        ),
         (lambda terms: terms.chosen_logps, "raises TypeError"),
         (lambda terms, _: (terms.chosen_logps * 0).sqrt(), "has the gradient .*(nan|inf)"),
     ],
@@ -337,17 +380,20 @@ def test_a_users_loss_that_raises_later_is_said_in_a_line(monkeypatch: pytest.Mo
     def loss(terms: PairTerms, _: DpoSpec) -> torch.Tensor:
         raise ValueError("not\nthese")
 
-    line = (
-        r"dpo.loss_type = 'a_users_losses:mine': raised ValueError: not these \(test_losses.py line \d+; for 3 pairs\)"
-    )
+    line = r"dpo.loss_type = 'a_users_losses:mine': raised ValueError: not these \(test_losses.py line \d+; for 3 pairs\)"
     with pytest.raises(UserError) as caught:
-        pair_losses(PairTerms.split(LOGPS, REFERENCE, TOKENS), users(monkeypatch, loss), Counts(3, 9))
+        pair_losses(
+            PairTerms.split(LOGPS, REFERENCE, TOKENS), users(monkeypatch, loss), Counts(3, 9)
+        )
     assert re.match(line, str(caught.value))
     assert isinstance(caught.value.__cause__, ValueError)
 
 
 def test_a_users_loss_that_is_not_there_is_refused() -> None:
-    for name, complaint in (("nowhere_at_all:loss", "cannot be imported"), ("math:loss", "module math has no loss")):
+    for name, complaint in (
+        ("nowhere_at_all:loss", "cannot be imported"),
+        ("math:loss", "module math has no loss"),
+    ):
         with pytest.raises(UserError, match=complaint):
             check_losses(spec(loss_type=name), with_margins=False)
 
@@ -359,7 +405,9 @@ EVERY_BATCH_LOSS = spec(0.3, loss_type=list(BATCH_LOSSES), loss_weights=[0.5, 2]
 
 def random_terms(pairs: int, seed: int = 0) -> PairTerms:
     draw = torch.Generator().manual_seed(seed)
-    logps, ref_logps = (-20 * torch.rand(2 * pairs, generator=draw, dtype=torch.float64) for _ in range(2))
+    logps, ref_logps = (
+        -20 * torch.rand(2 * pairs, generator=draw, dtype=torch.float64) for _ in range(2)
+    )
     return PairTerms.split(logps, ref_logps, torch.ones(2 * pairs, dtype=torch.int64))
 
 
@@ -372,7 +420,9 @@ def by_sorting(terms: PairTerms) -> torch.Tensor:
     w, x, ref_w, ref_x = terms[:4]
     margins = [0.3 * ((w - x).sort().values - (ref_w - ref_x).sort().values)]
     margins.append(0.3 * ((w - ref_w).sort().values - (x - ref_x).sort().values))
-    paired, unpaired = (-(1 - EPSILON) * m.sigmoid().log() - EPSILON * (-m).sigmoid().log() for m in margins)
+    paired, unpaired = (
+        -(1 - EPSILON) * m.sigmoid().log() - EPSILON * (-m).sigmoid().log() for m in margins
+    )
     return (0.5 * paired + 2 * unpaired).mean()
 
 
@@ -417,7 +467,9 @@ def test_a_known_loss_has_its_value_and_its_slopes() -> None:
 
 @pytest.mark.parametrize("divergence", get_args(FDivergence))
 @NAMES
-def test_extreme_log_ratios_leave_loss_and_gradient_finite(name: LossType, divergence: FDivergence) -> None:
+def test_extreme_log_ratios_leave_loss_and_gradient_finite(
+    name: LossType, divergence: FDivergence
+) -> None:
     """Up to 1e4 nats of either sign on either side: what the policy rules out, or what the reference does."""
     ends = [-1e4, -800.0, -90.0, -1.0, -1e-9, 0.0]
     sides = torch.tensor(list(product(ends, repeat=4)), dtype=torch.float64).t()
@@ -432,7 +484,9 @@ def test_extreme_log_ratios_leave_loss_and_gradient_finite(name: LossType, diver
 
 def test_a_warm_discopop_has_its_product_where_one_factor_is_beyond_the_cap() -> None:
     far = torch.tensor([-120.0, 0.0], dtype=torch.float64)
-    terms = PairTerms.split(far, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.int64))
+    terms = PairTerms.split(
+        far, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.int64)
+    )
     loss = LOSSES["discopop"](terms, spec(1.0, discopop_tau=2.0)).item()
     assert loss == pytest.approx(math.exp(120) / (1 + math.exp(60)), rel=1e-12)
 
@@ -455,7 +509,9 @@ def test_a_preference_that_is_lost_by_far_still_has_its_whole_gradient() -> None
 
 
 @pytest.mark.parametrize(("margin", "expected"), [(1e5, 0.0), (-1e5, 1e5)])
-def test_extreme_margins_neither_overflow_nor_lose_their_gradient(margin: float, expected: float) -> None:
+def test_extreme_margins_neither_overflow_nor_lose_their_gradient(
+    margin: float, expected: float
+) -> None:
     zero = torch.zeros(2, dtype=torch.float64)
     logps = torch.tensor([margin, 0.0], dtype=torch.float64, requires_grad=True)
     loss = LOSSES["sigmoid"](PairTerms.split(logps, zero, TOKENS[:2]), spec(1.0)).sum()

@@ -19,9 +19,15 @@ COUNTS = Counts(PAIRS, 1)
 CUTS = [[12], [1] * 12, [2] * 6, [5, 4, 3], [1, 11]]
 
 
-def made_step(reference_seed: int = 1, dtype: torch.dtype = torch.float64, dpo: DpoSpec = DPO) -> PairStep:
+def made_step(
+    reference_seed: int = 1, dtype: torch.dtype = torch.float64, dpo: DpoSpec = DPO
+) -> PairStep:
     """For both layouts."""
-    return PairStep(tiny_model(dtype=dtype, packed=True), Reference(tiny_model(reference_seed, dtype, True)), dpo)
+    return PairStep(
+        tiny_model(dtype=dtype, packed=True),
+        Reference(tiny_model(reference_seed, dtype, True)),
+        dpo,
+    )
 
 
 def micro_batches(cut: list[int], packed: bool = True) -> list[PairBatch]:
@@ -36,7 +42,9 @@ def run(step: PairStep, batches: list[PairBatch], counts: Counts = COUNTS) -> St
         outputs.append(step(batch, counts))
         outputs[-1].loss.backward()
     halves = [torch.cat([output.logps.chunk(2)[side] for output in outputs]) for side in (0, 1)]
-    ref_halves = [torch.cat([output.ref_logps.chunk(2)[side] for output in outputs]) for side in (0, 1)]
+    ref_halves = [
+        torch.cat([output.ref_logps.chunk(2)[side] for output in outputs]) for side in (0, 1)
+    ]
     loss = sum((output.loss.detach() for output in outputs), torch.zeros(()))
     metric_sums = sum((output.metric_sums for output in outputs), torch.zeros(()))
     losses = torch.cat([output.losses for output in outputs])
@@ -58,18 +66,25 @@ def metrics(output: StepOutput) -> dict[str, float]:
     return means(output.metric_sums.tolist())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=["fp64", "fp32"]
+)
 @both_layouts
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_loss_gradient_and_metrics_depend_on_neither_cut_nor_layout(
     cut: list[int], packed: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     whole_step, cut_step = made_step(dtype=dtype), made_step(dtype=dtype)
-    whole, parts = run(whole_step, micro_batches(CUTS[0])), run(cut_step, micro_batches(cut, packed))
+    whole, parts = (
+        run(whole_step, micro_batches(CUTS[0])),
+        run(cut_step, micro_batches(cut, packed)),
+    )
     assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=tolerance)
     reference = gradients(whole_step)
     assert (gradients(cut_step) - reference).norm() <= 10 * tolerance * reference.norm()
-    sums, expected = (output.metric_sums.flatten()[:-1] for output in (parts, whole))  # num_tokens has no count
+    sums, expected = (
+        output.metric_sums.flatten()[:-1] for output in (parts, whole)
+    )  # num_tokens has no count
     assert torch.allclose(sums, expected, rtol=10 * tolerance, atol=10 * tolerance)
     assert torch.allclose(parts.logps, whole.logps, rtol=10 * tolerance)
     assert torch.allclose(parts.ref_logps, whole.ref_logps, rtol=10 * tolerance)
@@ -83,7 +98,9 @@ def test_the_loss_is_the_mean_over_the_global_batch() -> None:
     expected = losses.mean()
     assert torch.allclose(output.losses, losses, rtol=1e-12)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert run(step, micro_batches([12]), Counts(48, 1)).loss.item() == pytest.approx(expected.item() / 4, rel=1e-12)
+    assert run(step, micro_batches([12]), Counts(48, 1)).loss.item() == pytest.approx(
+        expected.item() / 4, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
@@ -94,7 +111,10 @@ def test_the_gradient_is_that_of_the_mean_loss(loss_type: LossType) -> None:
     head = step.policy.lm_head.weight  # pyright: ignore
     assert isinstance(head, torch.nn.Parameter)
     assert head.grad is not None
-    grad, direction = head.grad.clone(), torch.randn(head.shape, generator=torch.Generator().manual_seed(0)).double()
+    grad, direction = (
+        head.grad.clone(),
+        torch.randn(head.shape, generator=torch.Generator().manual_seed(0)).double(),
+    )
     found = []
     with torch.no_grad():
         for sign in (1, -1, -1):
@@ -108,7 +128,10 @@ def test_the_gradient_is_that_of_the_mean_loss(loss_type: LossType) -> None:
 def test_a_filler_contributes_exactly_nothing(packed: bool) -> None:
     plain, filled = made_step(), made_step()
     expected = run(plain, micro_batches([7, 5], packed))
-    fillers = [pair_batch(2, 9, is_filler=True, packed=packed), pair_batch(1, 8, is_filler=True, packed=packed)]
+    fillers = [
+        pair_batch(2, 9, is_filler=True, packed=packed),
+        pair_batch(1, 8, is_filler=True, packed=packed),
+    ]
     outputs = run(filled, [fillers[0], *micro_batches([7, 5], packed), fillers[1]])
     assert outputs.loss.item() == expected.loss.item()
     assert torch.equal(outputs.metric_sums[:-1], expected.metric_sums[:-1])
@@ -131,10 +154,16 @@ def test_a_weight_of_two_is_the_row_twice(packed: bool) -> None:
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
     assert (gradients(weighed) - gradients(repeated)).norm() <= 1e-12 * gradients(repeated).norm()
     assert torch.allclose(output.metric_sums[:-1], expected.metric_sums[:-1], rtol=1e-12)
-    assert torch.allclose(output.losses, expected.losses[:6], rtol=1e-12)  # a pair's own, whatever it weighs
+    assert torch.allclose(
+        output.losses, expected.losses[:6], rtol=1e-12
+    )  # a pair's own, whatever it weighs
     assert output.metric_sums[-1, 0].item() == found.sequence_tokens.sum().item()
-    third = found._replace(pair_weights=found.pair_weights / 3)  # only their ratios count, also below 1
-    assert run(weighed, [third], third.counts).loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    third = found._replace(
+        pair_weights=found.pair_weights / 3
+    )  # only their ratios count, also below 1
+    assert run(weighed, [third], third.counts).loss.item() == pytest.approx(
+        expected.loss.item(), rel=1e-12
+    )
     assert metrics(run(weighed, [third], third.counts)) == pytest.approx(metrics(output), rel=1e-12)
 
 
@@ -144,11 +173,15 @@ def test_a_filler_alone_has_a_gradient_of_zeros(packed: bool) -> None:
     output = run(step, [pair_batch(2, is_filler=True, packed=packed)])
     assert output.loss.item() == 0.0
     assert torch.count_nonzero(gradients(step)) == 0
-    assert len(gradients(step)) == sum(p.numel() for p in step.parameters())  # collectives need every one
+    assert len(gradients(step)) == sum(
+        p.numel() for p in step.parameters()
+    )  # collectives need every one
     assert set(metrics(output).values()) == {0.0}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-15), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-15), (torch.float32, 1e-6)], ids=["fp64", "fp32"]
+)
 @both_layouts
 @pytest.mark.parametrize("token_metrics", [True, False])
 def test_policy_equal_to_reference_gives_ln_2_and_zeros(
@@ -176,7 +209,9 @@ def test_metrics_equal_a_naive_computation(packed: bool) -> None:
     output = run(step, micro_batches([12], packed))
     [batch] = micro_batches([12], packed=False)
     chosen, rejected = (0.3 * (output.logps - output.ref_logps)).chunk(2)
-    logits = step.policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.detach()
+    logits = step.policy(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask
+    ).logits.detach()
     picked = logits.flatten(0, 1)[batch.completion_index]
     is_chosen = batch.completion_index < batch.input_ids.numel() // 2
     logp = picked.log_softmax(-1)
@@ -196,7 +231,9 @@ def test_metrics_equal_a_naive_computation(packed: bool) -> None:
         "num_tokens": batch.sequence_tokens.sum(),
     }
     assert tuple(expected) == METRICS
-    assert metrics(output) == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-10)
+    assert metrics(output) == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, rel=1e-10
+    )
     assert output.metric_sums[:, 1].tolist() == [PAIRS] * 7 + [
         int(is_chosen.sum()),
         int((~is_chosen).sum()),

@@ -79,14 +79,18 @@ def test_the_engine_does_not_divide_the_gradient() -> None:
     before, applied = weights(made), gradient(made)
     assert bool(made.grads_finite())
     updated = made.optimizer_step(apply=True)
-    decay = torch.cat([torch.full((p.numel(),), 0.01 if p.ndim > 1 else 0.0) for p in made.saved.values()])
+    decay = torch.cat(
+        [torch.full((p.numel(),), 0.01 if p.ndim > 1 else 0.0) for p in made.saved.values()]
+    )
     assert torch.allclose(weights(made), before - applied - decay * before, atol=1e-7)
     assert updated.grad_norm.item() == pytest.approx(applied.norm().item(), rel=1e-6)
     assert (updated.lr, updated.skipped) == (1.0, False)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(0.01, 0.01), (1e6, None), (None, None)])
-def test_the_gradient_is_clipped_and_its_norm_is_reported_before(limit: float | None, expected: float | None) -> None:
+def test_the_gradient_is_clipped_and_its_norm_is_reported_before(
+    limit: float | None, expected: float | None
+) -> None:
     made = engine({**SGD, "lr": 1.0}, max_grad_norm=limit)
     made.weight_decay = 0.0
     for group in made.optimizer.param_groups:
@@ -120,7 +124,9 @@ def test_a_discarded_micro_step_leaves_nothing() -> None:
 
 
 def test_the_schedule_moves_with_applied_steps_only() -> None:
-    made = engine(SGD, {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 1, "gamma": 0.5}})
+    made = engine(
+        SGD, {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 1, "gamma": 0.5}}
+    )
     used = []
     for apply in (True, False, False, True, True):
         made.micro_step(pair_batch(4), COUNTS, last=True)
@@ -196,14 +202,20 @@ def test_evaluation_has_no_gradient_and_no_dropout() -> None:
     first, second = made.evaluate(batch, COUNTS), made.evaluate(batch, COUNTS)
     assert not first.loss.requires_grad
     assert torch.equal(first.logps, second.logps)
-    assert torch.equal(torch.get_rng_state(), state)  # else evaluating would change the training that follows
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # else evaluating would change the training that follows
     assert noisy.training
     assert all(p.grad is None for p in noisy.parameters())
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE_OPTIMIZERS)
 def test_weights_and_optimizer_state_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
-    optimizer = {"name": f"torch.optim.{name}", "lr": 1e-2, "kwargs": {"momentum": 0.9} if name == "SGD" else {}}
+    optimizer = {
+        "name": f"torch.optim.{name}",
+        "lr": 1e-2,
+        "kwargs": {"momentum": 0.9} if name == "SGD" else {},
+    }
     made = engine(optimizer, {"name": "linear"})
     train(made, 2)
     other = restored(made, engine(optimizer, {"name": "linear"}, seed=3), tmp_path)
@@ -253,7 +265,9 @@ def test_every_parameter_is_owned_once_whole_under_its_name() -> None:
         assert (part.shape, part.start, part.stop) == (tuple(tensor.shape), 0, tensor.numel())
         assert torch.equal(part.tensors["param"].view(part.shape), tensor)
         is_frozen = name == "model.embed_tokens.weight"
-        assert set(part.tensors) == ({"param"} if is_frozen else {"param", "exp_avg", "exp_avg_sq", "scalar:step"})
+        assert set(part.tensors) == (
+            {"param"} if is_frozen else {"param", "exp_avg", "exp_avg_sq", "scalar:step"}
+        )
 
 
 def test_a_frozen_parameter_is_restored_too(tmp_path: Path) -> None:
@@ -276,9 +290,15 @@ def test_a_frozen_parameter_is_restored_too(tmp_path: Path) -> None:
         {"name": "cosine"},
         {"name": "constant", "warmup_steps": 6},
         {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 2, "gamma": 0.5}},
-        {"name": "torch.optim.lr_scheduler.MultiStepLR", "kwargs": {"milestones": [2, 4, 4, 6], "gamma": 0.5}},
+        {
+            "name": "torch.optim.lr_scheduler.MultiStepLR",
+            "kwargs": {"milestones": [2, 4, 4, 6], "gamma": 0.5},
+        },
         {"name": "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", "kwargs": {"T_0": 3}},
-        {"name": "torch.optim.lr_scheduler.OneCycleLR", "kwargs": {"max_lr": 0.1, "total_steps": 20}},
+        {
+            "name": "torch.optim.lr_scheduler.OneCycleLR",
+            "kwargs": {"max_lr": 0.1, "total_steps": 20},
+        },
         {"name": "torch.optim.lr_scheduler.ExponentialLR", "kwargs": {"gamma": 0.9}},
     ],
     ids=lambda schedule: schedule["name"].rpartition(".")[2],

@@ -34,7 +34,14 @@ from orchestrator.engines.optim import (
 from orchestrator.models.reference import Reference
 from orchestrator.run.debug import debug
 from orchestrator.settings.optimizers import ELEMENTWISE_OPTIMIZERS, OPTIMIZERS
-from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, SchedulerName, SchedulerSpec, UserError
+from orchestrator.settings.spec import (
+    DpoSpec,
+    EngineSpec,
+    OptimizerSpec,
+    SchedulerName,
+    SchedulerSpec,
+    UserError,
+)
 from orchestrator.training.checkpoint import Reader, save
 
 
@@ -67,7 +74,11 @@ def test_matrices_are_decayed_and_norms_and_biases_are_not() -> None:
     matrices, others = param_groups(module, 0.1)
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert [id(p) for p in matrices["params"]] == [id(module.linear.weight)]
-    assert {id(p) for p in others["params"]} == {id(module.linear.bias), id(module.norm.weight), id(module.norm.bias)}
+    assert {id(p) for p in others["params"]} == {
+        id(module.linear.bias),
+        id(module.norm.weight),
+        id(module.norm.bias),
+    }
 
 
 def test_no_group_is_empty() -> None:
@@ -86,7 +97,9 @@ def test_every_optimizer_of_the_settings_exists_and_moves_weights(name: str) -> 
     made.step()
     assert not any(
         torch.equal(old, new)
-        for old, new in zip(before, (p for group in made.param_groups for p in group["params"]), strict=True)
+        for old, new in zip(
+            before, (p for group in made.param_groups for p in group["params"]), strict=True
+        )
     )
 
 
@@ -107,15 +120,29 @@ def test_arguments_reach_the_optimizer_and_decay_its_groups() -> None:
     [
         ({"name": "torch.optim.Nothing"}, "optimizer.name", "has no such name"),
         ({"kwargs": {"momentun": 0.9}, "name": "torch.optim.SGD"}, "optimizer.kwargs", "momentun"),
-        ({"kwargs": {"momentum": -1}, "name": "torch.optim.SGD"}, "optimizer.kwargs", "Invalid momentum"),
-        ({"kwargs": {"betta": 1}, "name": "bitsandbytes.optim.AdamW8bit"}, "optimizer.kwargs", "betta.*are betas, eps"),
-        ({"kwargs": {"betta": 1}, "name": "deepspeed.ops.adam.FusedAdam"}, "optimizer.kwargs", "betta.*bias_correc"),
+        (
+            {"kwargs": {"momentum": -1}, "name": "torch.optim.SGD"},
+            "optimizer.kwargs",
+            "Invalid momentum",
+        ),
+        (
+            {"kwargs": {"betta": 1}, "name": "bitsandbytes.optim.AdamW8bit"},
+            "optimizer.kwargs",
+            "betta.*are betas, eps",
+        ),
+        (
+            {"kwargs": {"betta": 1}, "name": "deepspeed.ops.adam.FusedAdam"},
+            "optimizer.kwargs",
+            "betta.*bias_correc",
+        ),
         ({"name": "math:pi"}, "optimizer.name", "cannot be called"),
         ({"name": "math:tau_"}, "optimizer.name", "module math has no tau_"),
         ({"name": "builtins:dict"}, "optimizer.kwargs", "see its arguments"),
     ],
 )
-def test_a_wrong_optimizer_is_refused_before_it_is_built(settings: dict[str, Any], key: str, words: str) -> None:
+def test_a_wrong_optimizer_is_refused_before_it_is_built(
+    settings: dict[str, Any], key: str, words: str
+) -> None:
     with pytest.raises(UserError, match=words) as caught:
         check_optim(OptimizerSpec(**settings), SchedulerSpec())
     assert caught.value.key == key
@@ -144,7 +171,9 @@ def test_named_schedules(name: str, expected: Callable[[float], float], warmup: 
 
 
 def test_a_schedule_of_torch() -> None:
-    spec = SchedulerSpec(name="torch.optim.lr_scheduler.StepLR", kwargs={"step_size": 2, "gamma": 0.5})
+    spec = SchedulerSpec(
+        name="torch.optim.lr_scheduler.StepLR", kwargs={"step_size": 2, "gamma": 0.5}
+    )
     assert rates(spec, 6) == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
 
 
@@ -172,8 +201,12 @@ def test_a_wrong_schedule_is_refused(name: str, kwargs: dict[str, Any], key: str
 
 
 def test_a_schedule_that_ends_before_the_run_is_refused() -> None:
-    spec = SchedulerSpec(name="torch.optim.lr_scheduler.OneCycleLR", kwargs={"max_lr": 1.0, "total_steps": 9})
-    with pytest.raises(UserError, match=r"scheduler.kwargs.total_steps = 9: .*the run has 10 steps; set it to 10"):
+    spec = SchedulerSpec(
+        name="torch.optim.lr_scheduler.OneCycleLR", kwargs={"max_lr": 1.0, "total_steps": 9}
+    )
+    with pytest.raises(
+        UserError, match=r"scheduler.kwargs.total_steps = 9: .*the run has 10 steps; set it to 10"
+    ):
         scheduler_factory(spec, 10)(optimizer(name="torch.optim.AdamW"))
     assert scheduler_factory(spec, 9)(optimizer(name="torch.optim.AdamW"))
 
@@ -202,14 +235,29 @@ OF_TORCH: dict[str, dict[str, Any]] = {
     "OneCycleLR": {"max_lr": 1e-2, "total_steps": STEPS},
     "PolynomialLR": {"total_iters": 6},
 }
-NOT_BY_NAME = {"LRScheduler", "ReduceLROnPlateau", "SequentialLR", "ChainedScheduler", "LambdaLR", "MultiplicativeLR"}
+NOT_BY_NAME = {
+    "LRScheduler",
+    "ReduceLROnPlateau",
+    "SequentialLR",
+    "ChainedScheduler",
+    "LambdaLR",
+    "MultiplicativeLR",
+}
 SCHEDULES = [
-    *({"name": name, "warmup_steps": 2, "kwargs": SPECIFIC.get(name, {})} for name in get_args(SchedulerName)),
-    *({"name": f"torch.optim.lr_scheduler.{name}", "kwargs": kwargs} for name, kwargs in OF_TORCH.items()),
+    *(
+        {"name": name, "warmup_steps": 2, "kwargs": SPECIFIC.get(name, {})}
+        for name in get_args(SchedulerName)
+    ),
+    *(
+        {"name": f"torch.optim.lr_scheduler.{name}", "kwargs": kwargs}
+        for name, kwargs in OF_TORCH.items()
+    ),
 ]
 
 
-def plain_schedule(made: torch.optim.Optimizer, name: str, kwargs: dict[str, Any], warmup_steps: int = 0) -> Any:
+def plain_schedule(
+    made: torch.optim.Optimizer, name: str, kwargs: dict[str, Any], warmup_steps: int = 0
+) -> Any:
     """As a user of torch or transformers writes it."""
     if name.startswith("torch."):
         return getattr(lr_scheduler, name.rpartition(".")[2])(made, **kwargs)
@@ -226,19 +274,28 @@ def stepped(weights: list[nn.Parameter], update: Callable[[], Any], seed: int) -
 
 
 def test_the_names_of_schedules_are_those_of_transformers_and_torch() -> None:
-    of_transformers = {name.value for name in TYPE_TO_SCHEDULER_FUNCTION} - {"reduce_lr_on_plateau", "greedy"}
+    of_transformers = {name.value for name in TYPE_TO_SCHEDULER_FUNCTION} - {
+        "reduce_lr_on_plateau",
+        "greedy",
+    }
     assert set(get_args(SchedulerName)) - {"wsd"} == of_transformers
     assert set(lr_scheduler.__all__) - NOT_BY_NAME == set(OF_TORCH)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["name"].rpartition(".")[2])
-def test_every_schedule_under_an_engine_is_plain_torch(schedule: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "schedule", SCHEDULES, ids=lambda schedule: schedule["name"].rpartition(".")[2]
+)
+def test_every_schedule_under_an_engine_is_plain_torch(
+    schedule: dict[str, Any], tmp_path: Path
+) -> None:
     def built(seed: int) -> Any:
         dealt = EngineSpec()  # pyright: ignore[reportCallIssue]
         engine = engine_class(dealt)(dealt, ALONE, "fp32", None, 0.1)
         step = PairStep(tiny_model(seed), Reference(tiny_model(1)), DpoSpec())  # pyright: ignore[reportCallIssue]
         adamw = OptimizerSpec(lr=PEAK)  # pyright: ignore[reportCallIssue]
-        engine.wrap(step, optimizer_factory(adamw), scheduler_factory(SchedulerSpec(**schedule), STEPS))
+        engine.wrap(
+            step, optimizer_factory(adamw), scheduler_factory(SchedulerSpec(**schedule), STEPS)
+        )
         return engine
 
     policy = tiny_model(0)
@@ -258,7 +315,9 @@ def test_every_schedule_under_an_engine_is_plain_torch(schedule: dict[str, Any],
             assert not bool(engine.grads_finite())
             assert engine.optimizer_step(apply=False).lr == expected[3]
         if number == 5:
-            reader = Reader(save(tmp_path, 1, engine.iter_shards(), {"engine": engine.state()}, ALONE))
+            reader = Reader(
+                save(tmp_path, 1, engine.iter_shards(), {"engine": engine.state()}, ALONE)
+            )
             engine = built(2)
             engine.load_shards(reader.read, reader.keys)
             engine.set_state(reader.meta["engine"])
@@ -283,12 +342,18 @@ def test_schedules_find_the_peak_and_the_momentum_of_a_sharded_optimizer() -> No
         make = optimizer_factory(OptimizerSpec(lr=PEAK))  # pyright: ignore[reportCallIssue]
         dealt = ZeroRedundancyOptimizer(param_groups(sharded, 0.1), optimizer_class=make)  # pyright: ignore
         adamw = torch.optim.AdamW(param_groups(whole, 0.1), lr=PEAK, fused=True)
-        ours, plain = scheduler_factory(SchedulerSpec(**schedule), STEPS)(dealt), plain_schedule(adamw, **schedule)
+        ours, plain = (
+            scheduler_factory(SchedulerSpec(**schedule), STEPS)(dealt),
+            plain_schedule(adamw, **schedule),
+        )
         for _ in range(STEPS):
             for each, after in ((dealt, ours), (adamw, plain)):
                 each.step()
                 after.step()
-            seen = [[(group["lr"], tuple(group["betas"])) for group in each.param_groups] for each in (dealt, adamw)]
+            seen = [
+                [(group["lr"], tuple(group["betas"])) for group in each.param_groups]
+                for each in (dealt, adamw)
+            ]
             assert seen[0] == seen[1]
     assert name_of(dealt) == "torch.optim.AdamW"
 
@@ -297,7 +362,11 @@ def test_schedules_find_the_peak_and_the_momentum_of_a_sharded_optimizer() -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["torch.optim.Adafactor", *map("bitsandbytes.optim.{}".format, OPTIMIZERS["bitsandbytes.optim"])]
+    "name",
+    [
+        "torch.optim.Adafactor",
+        *map("bitsandbytes.optim.{}".format, OPTIMIZERS["bitsandbytes.optim"]),
+    ],
 )
 def test_an_optimizer_of_whole_parameters_moves_weights(name: str) -> None:
     weight = nn.Parameter(torch.ones(80, 80))
@@ -314,7 +383,9 @@ def test_an_optimizer_of_whole_parameters_moves_weights(name: str) -> None:
 def test_muon_takes_matrices_alone(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, optimizer={"name": "torch.optim.Muon"})
     check_optim(spec.optimizer, spec.scheduler)
-    with pytest.raises(UserError, match=r"Muon': .*[0-9]+ trainable parameters? \(linear.bias.*model.lora"):
+    with pytest.raises(
+        UserError, match=r"Muon': .*[0-9]+ trainable parameters? \(linear.bias.*model.lora"
+    ):
         factories(spec, Small(), 4, ALONE.device)
     matrices = nn.Linear(3, 2, bias=False)
     make, _ = factories(spec, matrices, 4, ALONE.device)
@@ -326,7 +397,10 @@ def test_deepspeeds_own_are_not_compiled_on_a_cpu(tmp_path: Path) -> None:
         engine = {"kind": "deepspeed", "offload": offload}
         spec = tiny_spec(tmp_path, engine=engine, optimizer={"name": f"deepspeed.ops.adam.{name}"})
         check_optim(spec.optimizer, spec.scheduler)
-        with pytest.raises(UserError, match=f"optimizer.name = .*{name}': takes minutes to compile.*torch.optim.AdamW"):
+        with pytest.raises(
+            UserError,
+            match=f"optimizer.name = .*{name}': takes minutes to compile.*torch.optim.AdamW",
+        ):
             factories(spec, Small(), 4, ALONE.device)
 
 
@@ -356,7 +430,9 @@ def flat(params: Any) -> list[nn.Parameter]:
 )
 def test_only_two_functions_are_taken(optimizers: Any, tmp_path: Path) -> None:
     for refuses in (check_functions, lambda given: debug(tiny_spec(tmp_path), optimizers=given)):
-        with pytest.raises(UserError, match=r"optimizers = .*; use \(params -> optimizer, optimizer -> schedule\)"):
+        with pytest.raises(
+            UserError, match=r"optimizers = .*; use \(params -> optimizer, optimizer -> schedule\)"
+        ):
             refuses(optimizers)
     assert not (tmp_path / "runs").exists()
 
@@ -367,16 +443,26 @@ def test_only_two_functions_are_taken(optimizers: Any, tmp_path: Path) -> None:
         (torch.optim.SGD, ZERO, ""),
         (torch.optim.Adafactor, DEALT, ""),
         (torch.optim.Adafactor, ZERO, "torch.optim.Adafactor.*deepspeed flattens into one vector"),
-        (lambda params: torch.optim.LBFGS(flat(params)), WHOLE, "torch.optim.LBFGS.*needs a closure"),
+        (
+            lambda params: torch.optim.LBFGS(flat(params)),
+            WHOLE,
+            "torch.optim.LBFGS.*needs a closure",
+        ),
         (Mine, WHOLE, ""),
         (Mine, DEALT, "test_optim:Mine.*set engine.kind=ddp and engine.shard_optimizer=false"),
         (lambda params: None, DEALT, "NoneType.*is not a torch optimizer"),
         (lambda params: torch.optim.SGD(flat(params)), WHOLE, ""),
-        (lambda params: torch.optim.SGD(flat(params)), DEALT, "other parameter groups than the 2.*unchanged"),
+        (
+            lambda params: torch.optim.SGD(flat(params)),
+            DEALT,
+            "other parameter groups than the 2.*unchanged",
+        ),
         (lambda params: torch.optim.SGD(flat(params)[:1]), WHOLE, "other parameter groups"),
     ],
 )
-def test_what_a_function_built_needs_an_engine_that_leaves_its_maths(make: Any, engine: EngineSpec, words: str) -> None:
+def test_what_a_function_built_needs_an_engine_that_leaves_its_maths(
+    make: Any, engine: EngineSpec, words: str
+) -> None:
     groups = param_groups(Small(), 0.1)
     made = make([dict(group) for group in groups])
     if not words:
@@ -392,11 +478,19 @@ def test_what_a_function_built_needs_an_engine_that_leaves_its_maths(make: Any, 
     [
         ((lambda params: {}["lr"], None), "'<lambda>': raised KeyError: 'lr'"),
         ((None, lambda made: None), "'NoneType': is not a torch schedule"),
-        ((None, lr_scheduler.ReduceLROnPlateau), "'ReduceLROnPlateau': is not a torch schedule that depends only on"),
-        ((None, lambda made: lr_scheduler.OneCycleLR(made, 1.0, 3)), "total_steps = 3: OneCycleLR ends there"),
+        (
+            (None, lr_scheduler.ReduceLROnPlateau),
+            "'ReduceLROnPlateau': is not a torch schedule that depends only on",
+        ),
+        (
+            (None, lambda made: lr_scheduler.OneCycleLR(made, 1.0, 3)),
+            "total_steps = 3: OneCycleLR ends there",
+        ),
     ],
 )
-def test_what_a_function_does_wrong_is_said_in_a_line(optimizers: Any, words: str, tmp_path: Path) -> None:
+def test_what_a_function_does_wrong_is_said_in_a_line(
+    optimizers: Any, words: str, tmp_path: Path
+) -> None:
     make, schedule = factories(tiny_spec(tmp_path), Small(), 4, ALONE.device, optimizers)
     with pytest.raises(UserError, match=words):
         schedule(make(param_groups(Small(), 0.1)))
@@ -412,12 +506,20 @@ def test_the_settings_say_what_no_function_says(tmp_path: Path) -> None:
         make, schedule = factories(spec, Small(), 4, ALONE.device, optimizers)
         made = make(param_groups(Small(), 0.1))
         assert type(made) is kind
-        assert [(group["lr"], group["weight_decay"]) for group in made.param_groups] == [(lr, 0.1), (lr, 0.0)]
+        assert [(group["lr"], group["weight_decay"]) for group in made.param_groups] == [
+            (lr, 0.1),
+            (lr, 0.0),
+        ]
         assert isinstance(schedule(made), lr_scheduler.StepLR) is bool(optimizers and optimizers[1])
 
 
 def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_path: Path) -> None:
-    optimizer = {"name": "torch.optim.SGD", "lr": 0.5, "weight_decay": 0.1, "kwargs": {"momentum": 0.9}}
+    optimizer = {
+        "name": "torch.optim.SGD",
+        "lr": 0.5,
+        "weight_decay": 0.1,
+        "kwargs": {"momentum": 0.9},
+    }
     schedule = {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 2, "gamma": 0.1}}
     by_name = tiny_spec(tmp_path, run={"name": "by-name"}, optimizer=optimizer, scheduler=schedule)
     by_function = tiny_spec(tmp_path, run={"name": "by-function"}, optimizer={"weight_decay": 0.1})
@@ -442,17 +544,22 @@ def test_state_that_is_not_elementwise_stays_where_it_was_made() -> None:
     check_resumable(made_by(adamw, steady[0], ZERO, 2), made_by(adamw, steady[0], DEALT, 3))
     before = made_by(adafactor, steady[1], DEALT, 2)
     check_resumable(before, made_by(adafactor, steady[1], DEALT, 2))
-    said = (
-        "cluster.num_workers = 3: the state of torch.optim.Adafactor is not elementwise, .*written with 2; set clu.*=2"
-    )
+    said = "cluster.num_workers = 3: the state of torch.optim.Adafactor is not elementwise, .*written with 2; set clu.*=2"
     with pytest.raises(UserError, match=said):
         check_resumable(before, made_by(adafactor, steady[1], DEALT, 3))
-    with pytest.raises(UserError, match=r"engine.kind = 'deepspeed': .*written with ddp; set engine.kind=ddp"):
+    with pytest.raises(
+        UserError, match=r"engine.kind = 'deepspeed': .*written with ddp; set engine.kind=ddp"
+    ):
         check_resumable(before, made_by(adafactor, steady[1], ZERO, 2))
-    with pytest.raises(UserError, match=r"optimizer = 'torch.optim.AdamW': the run was started with torch.*Adafactor"):
+    with pytest.raises(
+        UserError,
+        match=r"optimizer = 'torch.optim.AdamW': the run was started with torch.*Adafactor",
+    ):
         check_resumable(before, made_by(adamw, steady[0], DEALT, 2))
     cosine = get_scheduler("cosine", adafactor, 0, 4)
-    with pytest.raises(UserError, match=r"scheduler = .*LambdaLR': the run was started with .*StepLR; use the same"):
+    with pytest.raises(
+        UserError, match=r"scheduler = .*LambdaLR': the run was started with .*StepLR; use the same"
+    ):
         check_resumable(before, made_by(adafactor, cosine, DEALT, 2))
 
 

@@ -16,7 +16,9 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
     assert resolved("auto", CPU) == "fp32"
     for has, expected in ((True, "bf16"), (False, "fp32")):
         # torch says that it is supported where it is emulated, unless it is asked not to
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has
+        )
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
         assert resolved("auto", GPU) == expected
     assert resolved("fp16", GPU) == "fp16"
@@ -28,12 +30,18 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("asked", ["bf16", "fp16", "fp32", "fp64"])
 def test_a_cpu_has_all_but_tf32(asked: Precision) -> None:
     assert resolved(asked, CPU) == asked
-    with pytest.raises(UserError, match=r"precision = 'tf32': a CPU does not support TF32; set precision=fp32"):
+    with pytest.raises(
+        UserError, match=r"precision = 'tf32': a CPU does not support TF32; set precision=fp32"
+    ):
         resolved("tf32", CPU)
 
 
 def test_weights_are_named_as_in_the_settings() -> None:
-    assert [name_of(dtype_held(precision)) for precision in ("tf32", "bf16", "fp64")] == ["fp32", "fp32", "fp64"]
+    assert [name_of(dtype_held(precision)) for precision in ("tf32", "bf16", "fp64")] == [
+        "fp32",
+        "fp32",
+        "fp64",
+    ]
     assert name_of(torch.bfloat16) == "bf16"
 
 
@@ -42,7 +50,11 @@ def switches() -> list[Any]:
     cuda, cudnn, host = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     new: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, host.matmul]  # pyright: ignore
     found: list[Any] = [each.fp32_precision for each in new]
-    for old in (torch.get_float32_matmul_precision, lambda: cuda.matmul.allow_tf32, lambda: cudnn.allow_tf32):
+    for old in (
+        torch.get_float32_matmul_precision,
+        lambda: cuda.matmul.allow_tf32,
+        lambda: cudnn.allow_tf32,
+    ):
         try:
             found.append(old())
         except RuntimeError as error:
@@ -71,11 +83,21 @@ def unset() -> Iterator[None]:
         each.fp32_precision = "none"
 
 
-@pytest.mark.parametrize("before", [lambda: None, by_the_old_name, in_16_bits_on_the_host, as_transformers_does])
-def test_tf32_is_switched_whatever_was_set_which_comes_back(unset: None, before: Callable[[], None]) -> None:
+@pytest.mark.parametrize(
+    "before", [lambda: None, by_the_old_name, in_16_bits_on_the_host, as_transformers_does]
+)
+def test_tf32_is_switched_whatever_was_set_which_comes_back(
+    unset: None, before: Callable[[], None]
+) -> None:
     before()
     was = switches()
-    for on, inside in ((True, ["tf32"] * 4 + ["high", True, True]), (False, ["ieee"] * 4 + ["highest", False, False])):
+    for on, inside in (
+        (True, ["tf32"] * 4 + ["high", True, True]),
+        (False, ["ieee"] * 4 + ["highest", False, False]),
+    ):
         with tf32_switched(on):
             assert switches() == inside
-        assert [old for old, new in zip(was, switches(), strict=True) if old != new] in ([], 2 * [RuntimeError])
+        assert [old for old, new in zip(was, switches(), strict=True) if old != new] in (
+            [],
+            2 * [RuntimeError],
+        )

@@ -55,23 +55,31 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: Nodes) -> None:
         self.folder, self.nodes, self.ray = folder, nodes, RayCluster(nodes)
-        self.data, self.runs, self.packages = (folder / name for name in ("data", "runs", "packages"))
+        self.data, self.runs, self.packages = (
+            folder / name for name in ("data", "runs", "packages")
+        )
         for path in (self.data, self.runs, self.packages):
             path.mkdir()
         cluster = {"num_workers": 2, "resources": {"CPU": 1}, "placement": "SPREAD"}
         self.settings = write_settings(self.data, cluster=cluster, run={"dir": str(self.runs)})
         (self.packages / "sitecustomize.py").write_text(SITECUSTOMIZE)
         self.ray.start("n1", "--include-dashboard=false")  # nobody submits a job
-        self.ray.start("n2", "--num-gpus=1", PYTHONPATH=str(self.packages), CUDA_VISIBLE_DEVICES="99")
+        self.ray.start(
+            "n2", "--num-gpus=1", PYTHONPATH=str(self.packages), CUDA_VISIBLE_DEVICES="99"
+        )
 
         self.env = self.ray.env(RAY_ADDRESS=self.ray.address, CUDA_VISIBLE_DEVICES="")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.forking = nodes.popen("n1", sys.executable, "-c", COMMANDS, cwd=folder, env=self.env, **pipes)
+        self.forking = nodes.popen(
+            "n1", sys.executable, "-c", COMMANDS, cwd=folder, env=self.env, **pipes
+        )
 
     def doctor(self) -> subprocess.CompletedProcess[str]:
         """The verb with the settings, on the first node."""
         command = [sys.executable, "-m", "orchestrator.cli", "doctor", self.settings]
-        return self.nodes.run("n1", *command, cwd=self.folder, timeout=REFUSED_WITHIN_S, env=self.env)
+        return self.nodes.run(
+            "n1", *command, cwd=self.folder, timeout=REFUSED_WITHIN_S, env=self.env
+        )
 
     def train(self, *words: str) -> tuple[int, str]:
         """The verb with the settings, on the first node; exit code, and what it said."""
@@ -80,7 +88,9 @@ class Cluster:
         assert self.forking.stdout is not None
         self.forking.stdin.write(json.dumps([str(log), "train", str(self.settings), *words]) + "\n")
         self.forking.stdin.flush()
-        ended, _, _ = select.select([self.forking.stdout], [], [], patience(REFUSED_WITHIN_S - IMPORTED_WITHIN_S))
+        ended, _, _ = select.select(
+            [self.forking.stdout], [], [], patience(REFUSED_WITHIN_S - IMPORTED_WITHIN_S)
+        )
         assert ended, f"still running: {log.read_text()}"
         return int(self.forking.stdout.readline()), log.read_text()
 
@@ -105,7 +115,10 @@ def test_on_a_whole_cluster_everything_is_green(cluster: Cluster) -> None:
     lines = {line.split(maxsplit=2)[1]: line for line in done.stdout.splitlines()}
     assert all(line.startswith("ok ") for line in lines.values())
     everywhere = "driver (n1), 10.77.0.11 (n1), 10.77.0.12 (n2)"
-    assert all(everywhere in lines[name] for name in ("python", "torch", "ray", "data.train", "run.dir", "clock"))
+    assert all(
+        everywhere in lines[name]
+        for name in ("python", "torch", "ray", "data.train", "run.dir", "clock")
+    )
     assert "B/s, 16.8 MB over 2 nodes" in lines["all-reduce"]
     assert list(cluster.runs.iterdir()) == []  # nothing is left of it
 
@@ -235,7 +248,9 @@ def as_it_is(cluster: Cluster) -> Iterator[None]:
         ),
     ],
 )
-def test_a_broken_cluster_is_refused(cluster: Cluster, broken: Broken, words: list[str], says: str) -> None:
+def test_a_broken_cluster_is_refused(
+    cluster: Cluster, broken: Broken, words: list[str], says: str
+) -> None:
     with broken(cluster):
         code, said = cluster.train(*words)
     assert code == 2, said

@@ -14,7 +14,11 @@ import pytest
 from patience import patience
 from support import losses, metric_lines, write_settings
 
-STEPS, STOPS, GROWS = 8, 3, 5  # two epochs of 32 pairs; after which steps the run goes on with other workers
+STEPS, STOPS, GROWS = (
+    8,
+    3,
+    5,
+)  # two epochs of 32 pairs; after which steps the run goes on with other workers
 
 CALLBACKS = """
 import time
@@ -55,7 +59,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @contextmanager
-def started(code: str, *words: str | Path, cwd: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    code: str, *words: str | Path, cwd: Path, **env: str
+) -> Iterator[subprocess.Popen[str]]:
     """Python code in a process that is ended after all, if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
@@ -127,9 +133,13 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
     assert errors == ""  # nothing has died
 
     undisturbed = losses(tmp_path / "runs" / "undisturbed")
-    assert [line["step"] for line in metric_lines(run_dir)] == [*range(1, STEPS + 1)]  # each once, and so each pair
+    assert [line["step"] for line in metric_lines(run_dir)] == [
+        *range(1, STEPS + 1)
+    ]  # each once, and so each pair
     assert losses(run_dir) == pytest.approx(undisturbed, abs=1e-5)
-    assert undisturbed[STEPS] < undisturbed[1] - 0.05  # so that a step lost, or taken twice, would be seen
+    assert (
+        undisturbed[STEPS] < undisturbed[1] - 0.05
+    )  # so that a step lost, or taken twice, would be seen
 
 
 def waits_for_step(step: int, run_dir: Path, process: subprocess.Popen[str]) -> None:

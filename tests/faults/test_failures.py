@@ -22,7 +22,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 
 def test_fp16_skips_the_overflow_and_goes_on(tmp_path: Path) -> None:
     """The first loss scale of 65536 may or may not overflow; whatever it does, lr follows the steps that were taken."""
-    settings = write_settings(tmp_path, precision="fp16", scheduler={"name": "linear", "warmup_steps": 2})
+    settings = write_settings(
+        tmp_path, precision="fp16", scheduler={"name": "linear", "warmup_steps": 2}
+    )
     ended = forked.run(settings)
     assert ended.codes == [0], ended.stderr
     assert sorted(losses(tmp_path / "runs" / "tiny")) == [1, 2, 3, 4]
@@ -35,7 +37,9 @@ def test_bf16_runs_and_begins_at_ln_2(tmp_path: Path) -> None:
 
 
 def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    settings = write_settings(tmp_path, training={"max_steps": 8, "logging_steps": 1}, checkpoint={"every_steps": 2})
+    settings = write_settings(
+        tmp_path, training={"max_steps": 8, "logging_steps": 1}, checkpoint={"every_steps": 2}
+    )
     whole = forked.run(settings, "run.name=whole")
     assert whole.codes == [0], whole.stderr
     run_dir = tmp_path / "runs" / "whole"
@@ -64,10 +68,14 @@ def ended_run(tmp_path: Path) -> tuple[Path, Path]:
 
 def kept(run_dir: Path) -> dict[Path, bytes]:
     """Every file below the checkpoints that can be read, with its content."""
-    return {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
+    return {
+        path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()
+    }
 
 
-def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(ended_run: tuple[Path, Path]) -> None:
+def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(
+    ended_run: tuple[Path, Path],
+) -> None:
     settings, run_dir = ended_run
     for step, name in ((2, "index.json"), (4, "meta.json")):
         (run_dir / "checkpoints" / f"step_{step:08d}" / name).write_text("")
@@ -75,7 +83,9 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(ended_run:
     for _ in range(2):  # the refusal changes nothing, so the same command is refused again
         again = forked.run(settings)
         assert again.codes == [2], again.stderr
-        complaint = f"{run_dir}/checkpoints/step_00000004/meta.json: its content is not what was written"
+        complaint = (
+            f"{run_dir}/checkpoints/step_00000004/meta.json: its content is not what was written"
+        )
         assert again.stderr.splitlines() == [
             f"error: run.dir = '{run_dir}': has checkpoints, but none is complete ({complaint}); restore their files, "
             f"or choose another run.name, or remove {run_dir}/checkpoints to start over"
@@ -109,7 +119,9 @@ def test_a_file_that_cannot_be_read_ends_the_attempt_alone(ended_run: tuple[Path
     before = kept(run_dir)
     failed = forked.run(settings)
     assert failed.codes == [1], failed.stderr
-    assert failed.stderr.startswith(f"error: {path} cannot be read now (Too many levels of symbolic links); ")
+    assert failed.stderr.startswith(
+        f"error: {path} cannot be read now (Too many levels of symbolic links); "
+    )
     assert len(failed.stderr.splitlines()) == 1
     assert kept(run_dir) == before
     (run_dir / "meta.json").rename(path)
@@ -139,7 +151,9 @@ def collate(rows):
 
 
 def test_code_that_was_edited_and_a_step_that_scores_nothing_are_said(tmp_path: Path) -> None:
-    settings = write_settings(tmp_path, data={"collator": "my_collator:collate"}, training={"max_steps": 2})
+    settings = write_settings(
+        tmp_path, data={"collator": "my_collator:collate"}, training={"max_steps": 2}
+    )
     (tmp_path / "my_collator.py").write_text(SCORES_NOTHING)
     ended = forked.run(settings, cwd=tmp_path)
     assert ended.codes == [0], ended.stderr
@@ -149,7 +163,9 @@ def test_code_that_was_edited_and_a_step_that_scores_nothing_are_said(tmp_path: 
         (tmp_path / "my_collator.py").write_text(SCORES_NOTHING + "\n" * edited)
         again = forked.run(settings, cwd=tmp_path)
         assert again.codes == [0], again.stderr
-        said = "my_collator:collate was edited since this run started: steps after 2 use the new code"
+        said = (
+            "my_collator:collate was edited since this run started: steps after 2 use the new code"
+        )
         assert (said in again.stderr) == edited
         (tmp_path / "runs" / "tiny" / "result.json").unlink()
 
@@ -173,7 +189,10 @@ def test_a_stopped_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
     """A stop is agreed when the next step has drawn its dropout already; the resumed run must draw it again."""
     (tmp_path / "my_callbacks.py").write_text(DRAWS)
     config = {**TINY_MODEL, "attention_dropout": 0.2}
-    model = {"init": {"model_type": "qwen2", "vocab_size": 300, "config": config}, "disable_dropout": False}
+    model = {
+        "init": {"model_type": "qwen2", "vocab_size": 300, "config": config},
+        "disable_dropout": False,
+    }
     settings = write_settings(tmp_path, model=model)
     whole = forked.run(settings, "run.name=whole", cwd=tmp_path)
     assert whole.codes == [0], whole.stderr

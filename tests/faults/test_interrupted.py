@@ -20,7 +20,10 @@ from support import ledger_rows, losses, metric_lines, orchestrator, without_tim
 
 STEPS, EVERY = 60, 10  # so many that a signal from outside comes in the middle
 LONG: dict[str, Any] = {
-    "training": {"max_steps": STEPS, "logging_steps": 3},  # a window of the log is open at most checkpoints
+    "training": {
+        "max_steps": STEPS,
+        "logging_steps": 3,
+    },  # a window of the log is open at most checkpoints
     "checkpoint": {"every_steps": EVERY, "keep": 3},
     "evaluation": {"every_steps": 25},
     "cluster": {"num_workers": 2},
@@ -57,13 +60,18 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
 
 def weights(run_dir: Path) -> dict[str, bytes]:
     """The exported weights, bit by bit."""
-    return {name: value.numpy().tobytes() for name, value in load_file(run_dir / "model" / "model.safetensors").items()}
+    return {
+        name: value.numpy().tobytes()
+        for name, value in load_file(run_dir / "model" / "model.safetensors").items()
+    }
 
 
 def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
     assert weights(run_dir) == weights(undisturbed)
     lines, expected = metric_lines(run_dir), metric_lines(undisturbed)
-    assert [line["step"] for line in lines] == [line["step"] for line in expected]  # each step once, in order
+    assert [line["step"] for line in lines] == [
+        line["step"] for line in expected
+    ]  # each step once, in order
     assert list(map(without_times, lines)) == list(map(without_times, expected))
     assert ledger_rows(run_dir) == ledger_rows(undisturbed)
 
@@ -81,7 +89,9 @@ def undisturbed(settings: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)  # two starts of Ray beside another worker of the tests
-def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(settings: Path, undisturbed: Path) -> None:
+def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(
+    settings: Path, undisturbed: Path
+) -> None:
     run_dir = settings.parent / "runs" / "on-ray"
     with started("train", settings, "run.name=on-ray") as process:
         wait_for_step(run_dir, 2 * EVERY + 5, process)
@@ -106,7 +116,9 @@ def test_killed_debug_run_resumes_bitwise(settings: Path, ranks: int) -> None:
     """Three ranks: the order in which gloo sums depends on DDP's buckets, which must be settled before a resume too."""
     forked.finished(settings, f"run.name=whole{ranks}", ranks=ranks)
     run_dir, words = settings.parent / "runs" / f"dead{ranks}", [f"run.name=dead{ranks}"]
-    dead = forked.run(settings, *words, ranks=ranks, hook=partial(forked.at_step, EVERY + 5, signal.SIGKILL))
+    dead = forked.run(
+        settings, *words, ranks=ranks, hook=partial(forked.at_step, EVERY + 5, signal.SIGKILL)
+    )
     assert dead.codes == [-signal.SIGKILL] * ranks, dead.log
     assert not (run_dir / "model").exists()
     assert f"resumed after step {EVERY}" in forked.finished(settings, *words, ranks=ranks)
@@ -124,7 +136,9 @@ def test_sigterm_in_debug_saves_and_resumes(settings: Path, undisturbed: Path) -
     assert_same_run(run_dir, undisturbed)
 
 
-def test_resume_at_another_world_size_sees_the_same_batches(settings: Path, undisturbed: Path) -> None:
+def test_resume_at_another_world_size_sees_the_same_batches(
+    settings: Path, undisturbed: Path
+) -> None:
     run_dir, words = settings.parent / "runs" / "resized", ["run.name=resized"]
     stopped = forked.run(settings, *words, hook=partial(forked.at_step, EVERY + 5, signal.SIGINT))
     assert stopped.codes == [3], stopped.log

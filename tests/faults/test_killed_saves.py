@@ -21,13 +21,28 @@ NOTED = "callbacks=['forked:NotesSaves']"
 # (stage, rank that dies) of attempts that follow one another: each but the last leaves the checkpoint of step 2 alone
 ALONE = [
     (stage, 0)
-    for stage in ("begun", "half written", "written", "part begun", "part made", "complete", "renamed", "committed")
+    for stage in (
+        "begun",
+        "half written",
+        "written",
+        "part begun",
+        "part made",
+        "complete",
+        "renamed",
+        "committed",
+    )
 ]
 KILLS = {
     (1, False): ALONE,
     (1, True): [("recorded", 0), *ALONE],
     (2, False): [
-        *[("begun", 0), ("half written", 1), ("written", 1), ("rows half written", 1), ("part made", 0)],
+        *[
+            ("begun", 0),
+            ("half written", 1),
+            ("written", 1),
+            ("rows half written", 1),
+            ("part made", 0),
+        ],
         *[(stage, 0) for stage in ("complete", "renamed", "committed")],
     ],
     (2, True): [
@@ -85,12 +100,19 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
     in_background: bool,
 ) -> None:
     name = f"killed-{ranks}-{in_background}"
-    words, run_dir = [f"run.name={name}", f"checkpoint.async_save={in_background}"], folder_of(settings, name)
+    words, run_dir = (
+        [f"run.name={name}", f"checkpoint.async_save={in_background}"],
+        folder_of(settings, name),
+    )
     left: list[int] = []
     rows = ledger_rows(undisturbed(ranks))
     for stage, rank in KILLS[ranks, in_background]:
-        dead = forked.run(settings, *words, ranks=ranks, hook=partial(forked.dies_saving, stage, rank, 2 * EVERY))
-        assert dead.codes == [-9 if each == rank else 1 for each in range(ranks)], dead.log  # neither hangs nor aborts
+        dead = forked.run(
+            settings, *words, ranks=ranks, hook=partial(forked.dies_saving, stage, rank, 2 * EVERY)
+        )
+        assert dead.codes == [-9 if each == rank else 1 for each in range(ranks)], (
+            dead.log
+        )  # neither hangs nor aborts
         assert f"resumed after step {EVERY}" in dead.log or not left
         left = [2 * EVERY, EVERY] if stage == "committed" else [EVERY]
         assert steps_committed(run_dir) == left, stage
@@ -98,8 +120,14 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
 
     assert f"resumed after step {2 * EVERY}" in forked.finished(settings, *words, ranks=ranks)
     assert cli.main(["verify", str(run_dir)]) == cli.DONE
-    assert capsys.readouterr().out == "step_00000005: whole\nstep_00000004: whole\npairs.parquet: whole\n"
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000004", "step_00000005"]
+    assert (
+        capsys.readouterr().out
+        == "step_00000005: whole\nstep_00000004: whole\npairs.parquet: whole\n"
+    )
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "step_00000004",
+        "step_00000005",
+    ]
     assert weights(run_dir) == weights(undisturbed(ranks))
     assert losses(run_dir) == losses(undisturbed(ranks))
     assert ledger_rows(run_dir) == rows
@@ -110,7 +138,9 @@ def told(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "saves.jsonl").read_text().splitlines()]
 
 
-def test_callbacks_hear_of_each_save_when_it_is_there(settings: Path, undisturbed: Callable[[int], Path]) -> None:
+def test_callbacks_hear_of_each_save_when_it_is_there(
+    settings: Path, undisturbed: Callable[[int], Path]
+) -> None:
     words = ["run.name=told", NOTED, BACKGROUND, "checkpoint.keep=9"]
     log = forked.finished(settings, *words, ranks=2, hook=partial(forked.slow_saves, 0.1))
     run_dir, twin = folder_of(settings, "told"), undisturbed(2)
@@ -131,21 +161,38 @@ def test_a_save_that_the_last_evaluation_asks_for_is_waited_for(settings: Path) 
     assert [line["step"] for line in told(folder_of(settings, "asked"))] == [0, 2, 4, 5]
 
 
-@pytest.mark.parametrize(("every", "rank"), [(2, 0), (2, 1), (3, 1)])  # found before the next save, or before the last
-def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks(settings: Path, every: int, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("every", "rank"), [(2, 0), (2, 1), (3, 1)]
+)  # found before the next save, or before the last
+def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks(
+    settings: Path, every: int, rank: int
+) -> None:
     name = f"full-{every}-{rank}"
     words = [f"run.name={name}", f"checkpoint.every_steps={every}", BACKGROUND]
-    ended = forked.run(settings, *words, ranks=2, hook=partial(forked.disk_full_saving, rank, every))
+    ended = forked.run(
+        settings, *words, ranks=2, hook=partial(forked.disk_full_saving, rank, every)
+    )
     assert ended.codes == [1, 1], ended.log
     reason = f"(rank {rank}: OSError: [Errno 28] No space left on device)"
-    assert ended.log.count(f"error: the checkpoint of step {every} could not be written {reason}; free space in") == 2
+    assert (
+        ended.log.count(
+            f"error: the checkpoint of step {every} could not be written {reason}; free space in"
+        )
+        == 2
+    )
     run_dir = folder_of(settings, name)
     assert list((run_dir / "checkpoints").iterdir()) == []
     assert max(losses(run_dir)) == {2: 4, 3: STEPS}[every]  # training had gone on
 
 
 def test_a_save_under_way_outlives_training_that_cannot_go_on(settings: Path) -> None:
-    words = ["run.name=nan", "optimizer.lr=1e30", "scheduler.name=constant", "checkpoint.every_steps=1", BACKGROUND]
+    words = [
+        "run.name=nan",
+        "optimizer.lr=1e30",
+        "scheduler.name=constant",
+        "checkpoint.every_steps=1",
+        BACKGROUND,
+    ]
     ended = forked.run(settings, *words, hook=partial(forked.slow_saves, 0.5))
     assert ended.codes == [1]
     assert "the gradient is not finite" in ended.log

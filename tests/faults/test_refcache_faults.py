@@ -124,7 +124,10 @@ class Runner:
         codes = json.loads(back.readline())
         lines = asked.read_text().splitlines() if asked.exists() else []
         made = [json.loads(line) for line in lines]
-        questions = [Question([(row, tokens) for row, tokens in each["pairs"]], each["in_step"]) for each in made]
+        questions = [
+            Question([(row, tokens) for row, tokens in each["pairs"]], each["in_step"])
+            for each in made
+        ]
         return Run(run_dir / name, codes, questions, log.read_text())
 
     def finished(self, folder: str, name: str, *words: str, ranks: int = 1, **env: str) -> Run:
@@ -171,7 +174,9 @@ def evaluations(run: Run) -> list[float]:
 def assert_each_once(pairs: Counter[tuple[int, int]]) -> None:
     assert sum(pairs.values()) == TRAIN + EVAL
     # row 3 of the training pairs and row 3 of the evaluation pairs may by chance be of the same length
-    assert Counter(row for row, _ in pairs.elements()) == Counter([*range(1, TRAIN + 1), *range(1, EVAL + 1)])
+    assert Counter(row for row, _ in pairs.elements()) == Counter(
+        [*range(1, TRAIN + 1), *range(1, EVAL + 1)]
+    )
 
 
 def test_the_second_epoch_asks_nothing(lazy: Run) -> None:
@@ -193,7 +198,9 @@ def test_off_needs_no_quotes(runner: Runner) -> None:
     assert runner("without", "bare", "reference.cache=off", "training.epochs=0.1").codes == [0]
 
 
-def test_full_asks_about_each_pair_once_over_all_ranks_before_the_first_step(full: Run, lazy: Run) -> None:
+def test_full_asks_about_each_pair_once_over_all_ranks_before_the_first_step(
+    full: Run, lazy: Run
+) -> None:
     assert_each_once(full.pairs)
     assert full.pairs_in_steps == []
     assert f"reference cache: {TRAIN} training pairs" in full.log
@@ -202,8 +209,12 @@ def test_full_asks_about_each_pair_once_over_all_ranks_before_the_first_step(ful
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_another_run_of_the_same_question_asks_nothing(runner: Runner, full: Run, ranks: int) -> None:
-    again = runner.finished("full", f"again{ranks}", "reference.cache=full", "optimizer.lr=1e-4", ranks=ranks)
+def test_another_run_of_the_same_question_asks_nothing(
+    runner: Runner, full: Run, ranks: int
+) -> None:
+    again = runner.finished(
+        "full", f"again{ranks}", "reference.cache=full", "optimizer.lr=1e-4", ranks=ranks
+    )
     assert again.pairs == Counter()
     assert "reference cache:" not in again.log
 
@@ -223,7 +234,9 @@ def test_a_kill_during_the_fill_leaves_no_trace_in_the_weights(runner: Runner) -
     """What is left to ask must be asked in the same micro-batches, or answers differ in the last bit."""
     words = ("reference.cache=full", "batch.micro_batch_size=3", "training.epochs=1", *LARGER)
     whole = runner.finished("unkilled", "run", *words, ranks=2)
-    assert runner("killed filling", "run", *words, ranks=2, DIES_AT_QUESTION='{"0": 2}').codes[0] == -9
+    assert (
+        runner("killed filling", "run", *words, ranks=2, DIES_AT_QUESTION='{"0": 2}').codes[0] == -9
+    )
     resumed = runner.finished("killed filling", "run", *words, ranks=2)
     assert logps_on_disk(resumed) == logps_on_disk(whole)
     assert weights(resumed) == weights(whole)
@@ -270,7 +283,9 @@ def test_killed_and_resumed_the_weights_are_bitwise_the_undisturbed_ones(
     runner: Runner, undisturbed: Run, question: int, steps: int, saved: int
 ) -> None:
     folder = f"resumed{question}"
-    dead = runner(folder, "run", *LARGER, ranks=2, DIES_AT_QUESTION=json.dumps({"0": question, "1": question}))
+    dead = runner(
+        folder, "run", *LARGER, ranks=2, DIES_AT_QUESTION=json.dumps({"0": question, "1": question})
+    )
     assert dead.codes == [-9, -9], dead.log
     assert max(losses_so_far(dead), default=0) == steps
     resumed = runner.finished(folder, "run", *LARGER, ranks=2)
@@ -278,5 +293,7 @@ def test_killed_and_resumed_the_weights_are_bitwise_the_undisturbed_ones(
     assert weights(resumed) == weights(undisturbed)
     assert losses(resumed.folder) == losses(undisturbed.folder)
     assert evaluations(resumed) == evaluations(undisturbed)
-    again = dead.pairs & resumed.pairs  # answered in the step under way, in micro-batches of two pairs on two ranks
+    again = (
+        dead.pairs & resumed.pairs
+    )  # answered in the step under way, in micro-batches of two pairs on two ranks
     assert sum(again.values()) <= 2 * 2

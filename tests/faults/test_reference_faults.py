@@ -178,9 +178,13 @@ def shift_records(folder: Path, by: float) -> int:
     return count
 
 
-@pytest.mark.parametrize("reference", [{}, {"cache": "full"}, PRECOMPUTED], ids=["lazy", "full", "precomputed"])
+@pytest.mark.parametrize(
+    "reference", [{}, {"cache": "full"}, PRECOMPUTED], ids=["lazy", "full", "precomputed"]
+)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_edited_log_probs_are_found_at_the_first_step(folder: Path, reference: dict[str, Any], ranks: int) -> None:
+def test_edited_log_probs_are_found_at_the_first_step(
+    folder: Path, reference: dict[str, Any], ranks: int
+) -> None:
     settings = settings_of(folder, **reference)
     first = forked.run(settings, forked.stops_at(2), "run.name=first", ranks=ranks)
     assert first.codes == [3] * ranks, first.log
@@ -200,15 +204,21 @@ def test_edited_log_probs_are_found_at_the_first_step(folder: Path, reference: d
 
 def records(run_dir: Path) -> dict[bytes, bytes]:
     """The log-probs that are kept on disk, by the hash of their pair."""
-    data = b"".join(path.read_bytes() for path in sorted(run_dir.glob(".cache/reference_logps/*/*.logps")))
+    data = b"".join(
+        path.read_bytes() for path in sorted(run_dir.glob(".cache/reference_logps/*/*.logps"))
+    )
     size = RECORD.itemsize
-    return {data[i : i + 16]: data[i : i + size] for i in range(0, len(data) - len(data) % size, size)}
+    return {
+        data[i : i + 16]: data[i : i + size] for i in range(0, len(data) - len(data) % size, size)
+    }
 
 
 # on one rank 16 micro-batches of training pairs, then 4 of evaluation pairs; on each of two half as many
 @pytest.mark.parametrize(("ranks", "question"), [(1, 3), (1, 18), (2, 3)])
 @pytest.mark.parametrize("model", [{}, GOES_ON], ids=["whole", "adapter"])
-def test_a_kill_during_the_fill_leaves_no_trace(folder: Path, model: dict[str, Any], ranks: int, question: int) -> None:
+def test_a_kill_during_the_fill_leaves_no_trace(
+    folder: Path, model: dict[str, Any], ranks: int, question: int
+) -> None:
     settings = settings_of(folder, model, **PRECOMPUTED)
     forked.finished(settings, f"run.dir={folder}/whole", ranks=ranks)
     killed = f"run.dir={folder}/killed"
@@ -251,7 +261,9 @@ def test_a_disk_that_is_full_during_the_fill_costs_one_rank_nothing(folder: Path
     assert outcome(folder / "runs" / "tiny") == outcome(folder / "whole" / "tiny")
 
 
-def test_a_disk_that_is_full_during_the_fill_ends_two_ranks_before_the_first_step(folder: Path) -> None:
+def test_a_disk_that_is_full_during_the_fill_ends_two_ranks_before_the_first_step(
+    folder: Path,
+) -> None:
     """What one rank could not write the other would miss, at whatever step it comes to that pair."""
     settings = settings_of(folder, **PRECOMPUTED)
     full = forked.run(settings, ranks=2, hook=partial(forked.disk_full_after, 2))
@@ -272,7 +284,13 @@ def test_a_disk_that_is_full_during_the_fill_ends_two_ranks_before_the_first_ste
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("model", "reference"),
-    [({}, INT8), ({}, {"kind": "nf4"}), ({}, {"dtype": "bf16"}), (GOES_ON, INT8), ({}, OTHER | INT8)],
+    [
+        ({}, INT8),
+        ({}, {"kind": "nf4"}),
+        ({}, {"dtype": "bf16"}),
+        (GOES_ON, INT8),
+        ({}, OTHER | INT8),
+    ],
     ids=["int8", "nf4", "bf16", "int8 of an adapter", "int8 of another model"],
 )
 def test_a_reference_may_change_rewards_by_so_much_and_no_more(
@@ -289,4 +307,7 @@ def test_a_reference_may_change_rewards_by_so_much_and_no_more(
     assert 1e-6 < float(measured[1]) < 0.5
     for line in lines:
         assert "reference.max_reward_error = 1e-06: the reference in " in line
-        assert f"changes reward margins by up to {measured[1]}; raise it, or use a reference with more bits" in line
+        assert (
+            f"changes reward margins by up to {measured[1]}; raise it, or use a reference with more bits"
+            in line
+        )

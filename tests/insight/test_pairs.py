@@ -67,7 +67,9 @@ def test_accuracies_are_of_visits_by_epoch() -> None:
     assert accuracies(THREE) == {0: pytest.approx(1 / 3), 1: 0.5, 2: 0.0}
 
 
-def preferring(pair: int, ref: tuple[float, float], policy: tuple[float, float], tokens: tuple[int, int]) -> Any:
+def preferring(
+    pair: int, ref: tuple[float, float], policy: tuple[float, float], tokens: tuple[int, int]
+) -> Any:
     """One visit: log-probs of chosen and rejected, and how long these are."""
     names = ("ref_chosen_logps", "ref_rejected_logps", "chosen_logps", "rejected_logps")
     numbers = dict(zip(names, (*ref, *policy), strict=True))
@@ -80,9 +82,15 @@ def test_a_pair_looks_mislabelled_when_both_models_say_so_by_token() -> None:
             preferring(1, (-8, -4), (-6, -5), (2, 2)),  # by 2 and 0.5 a token
             preferring(2, (-8, -4), (-4, -5), (2, 2)),  # the policy has learned better
             preferring(3, (-4, -8), (-6, -5), (2, 2)),  # the reference knew better
-            preferring(4, (-9, -3), (-9, -3), (9, 1)),  # longer, and the rest of it as likely as can be
-            preferring(5, (-3, -6), (-3, -6), (1, 6)),  # shorter, yet less likely a token: by 2 and 2
-            preferring(6, (-1, -1), (-1, -1), (0, 1)),  # a collator may leave nothing of a completion
+            preferring(
+                4, (-9, -3), (-9, -3), (9, 1)
+            ),  # longer, and the rest of it as likely as can be
+            preferring(
+                5, (-3, -6), (-3, -6), (1, 6)
+            ),  # shorter, yet less likely a token: by 2 and 2
+            preferring(
+                6, (-1, -1), (-1, -1), (0, 1)
+            ),  # a collator may leave nothing of a completion
         )
     )
     assert disagreement(made).tolist() == [0.5, -0.5, -2.0, -2.0, 2.0, 0.0]
@@ -99,7 +107,9 @@ def test_a_pair_looks_mislabelled_when_both_models_say_so_by_token() -> None:
         ([3, 3], [1, 2], None),
     ],
 )
-def test_the_rank_correlation_is_spearmans(left: list[float], right: list[float], expected: float | None) -> None:
+def test_the_rank_correlation_is_spearmans(
+    left: list[float], right: list[float], expected: float | None
+) -> None:
     found = rank_correlation(pa.array(left).to_numpy(), pa.array(right).to_numpy())
     assert found == pytest.approx(expected)
 
@@ -124,7 +134,10 @@ def test_lengths_are_halved_on_either_side_of_0() -> None:
         (9, 9, 1, 1.0),
     ]
     assert [each.margin for each in made] == pytest.approx([-0.6, -0.2, 0.0, 0.1, 0.9])
-    assert [(each.least, each.most) for each in by_length(histories(of_lengths(3, 5)))] == [(3, 3), (5, 5)]
+    assert [(each.least, each.most) for each in by_length(histories(of_lengths(3, 5)))] == [
+        (3, 3),
+        (5, 5),
+    ]
 
 
 # --- what a user reads -------------------------------------------------------------------------------------------
@@ -153,7 +166,9 @@ def test_the_lines_name_what_was_found() -> None:
 
 
 def test_messages_are_shown_by_what_they_say() -> None:
-    found = findings(1, ledger(preferring(1, (-8, -4), (-6, -5), (2, 2)), preferring(2, (0, 0), (0, 0), (9, 2))))
+    found = findings(
+        1, ledger(preferring(1, (-8, -4), (-6, -5), (2, 2)), preferring(2, (0, 0), (0, 0), (9, 2)))
+    )
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello."}]
     calls = [{"type": "function"}]
     row = {
@@ -162,7 +177,10 @@ def test_messages_are_shown_by_what_they_say() -> None:
         "rejected": [{"role": "assistant", "tool_calls": calls}],
     }
     said = list(lines(found, 1, {1: RawRow("a", 1, row), 2: RawRow("b", 4, row)}))
-    assert "each pair was seen once, before its own update: its margin comes from updates on other pairs" in said
+    assert (
+        "each pair was seen once, before its own update: its margin comes from updates on other pairs"
+        in said
+    )
     assert said[-4:] == [
         "row 1 of a: reference by 2.000, policy by 0.500; margin +1.000 at its only visit",
         "  prompt    system: Be kind. | user: Hello.",
@@ -173,7 +191,9 @@ def test_messages_are_shown_by_what_they_say() -> None:
 
 def test_as_json_it_has_no_nan_and_whole_texts() -> None:
     row = {"prompt": "p", "chosen": "c" * 300, "rejected": "r"}
-    made = json.loads(json.dumps(as_json(findings(22, THREE), 2, {7: RawRow("a.jsonl", 6, row)}), allow_nan=False))
+    made = json.loads(
+        json.dumps(as_json(findings(22, THREE), 2, {7: RawRow("a.jsonl", 6, row)}), allow_nan=False)
+    )
     assert made["accuracies"] == {"0": pytest.approx(1 / 3), "1": 0.5, "2": 0.0}
     assert made["never_learned"]["pairs"] == 2
     unlearned, single = made["never_learned"]["lowest"]
@@ -181,7 +201,10 @@ def test_as_json_it_has_no_nan_and_whole_texts() -> None:
     assert single["trend"] is None
     assert (single["source"], single["row"], single["chosen"]) == ("a.jsonl", 6, "c" * 300)
     assert made["mislabelled"] == {"pairs": 0, "strongest": []}
-    assert made["length"] == {"rank_correlation": None, "bins": [by_length(histories(THREE))[0]._asdict()]}
+    assert made["length"] == {
+        "rank_correlation": None,
+        "bins": [by_length(histories(THREE))[0]._asdict()],
+    }
 
 
 @pytest.fixture
@@ -196,7 +219,9 @@ def run_dir(tmp_path: Path) -> Path:
     return made.path
 
 
-def test_the_command_shows_pairs_with_their_text(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_shows_pairs_with_their_text(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["pairs", str(run_dir), "--top", "1"]) == cli.DONE
     shown = capsys.readouterr().out
     assert "6 visits of 6 pairs up to step 1" in shown
@@ -205,10 +230,14 @@ def test_the_command_shows_pairs_with_their_text(run_dir: Path, capsys: pytest.C
     assert "row 2" not in shown
 
     assert cli.main(["pairs", str(run_dir), "--json"]) == cli.DONE
-    assert [pair["row"] for pair in json.loads(capsys.readouterr().out)["never_learned"]["lowest"]] == [1, 2]
+    assert [
+        pair["row"] for pair in json.loads(capsys.readouterr().out)["never_learned"]["lowest"]
+    ] == [1, 2]
 
 
-def test_without_its_data_a_run_still_has_numbers(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_its_data_a_run_still_has_numbers(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run_dir.parent / "pairs.jsonl").unlink()
     assert cli.main(["pairs", str(run_dir)]) == cli.DONE
     shown = capsys.readouterr()
@@ -227,5 +256,7 @@ def test_a_run_without_rows_is_told_so(run_dir: Path, capsys: pytest.CaptureFixt
 
 def test_the_command_loads_no_torch(run_dir: Path) -> None:
     code = "import sys; from orchestrator import cli; cli.main(['pairs', sys.argv[1]]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.endswith("False\n")

@@ -21,11 +21,17 @@ def lines_of(folder: Path, result: RunResult | None = None, **blocks: Any) -> li
     spec = tiny_spec(folder, **blocks)
     run_dir = RunDir(spec.run_dir)
     run_dir.path.mkdir(parents=True, exist_ok=True)
-    return list(summary(spec, result or RunResult("finished", "every step was taken", 4, "", "the/model", 4)))
+    return list(
+        summary(
+            spec, result or RunResult("finished", "every step was taken", 4, "", "the/model", 4)
+        )
+    )
 
 
 def test_answers_are_shown_on_one_line_each(tmp_path: Path) -> None:
-    result = RunResult("finished", "every step was taken", 4, "", "the/model", 4, samples=[SAMPLE, SAMPLE])
+    result = RunResult(
+        "finished", "every step was taken", 4, "", "the/model", 4, samples=[SAMPLE, SAMPLE]
+    )
     shown = "\n".join(lines_of(tmp_path, result))
     assert shown.count("prompt   Say it.\nbefore   the the\nafter    word word ") == 2
     assert " word ...\n" in shown
@@ -35,14 +41,17 @@ def test_an_offline_run_says_how_to_upload_it(tmp_path: Path) -> None:
     folder = tiny_spec(tmp_path).run_dir / "wandb"
     for part in ("offline-run-1-ab", "offline-run-2-ab"):  # of a run that was resumed
         (folder / part).mkdir(parents=True)
-    last = [line for line in lines_of(tmp_path, wandb={"mode": "offline"}) if line.startswith("W&B")]
+    last = [
+        line for line in lines_of(tmp_path, wandb={"mode": "offline"}) if line.startswith("W&B")
+    ]
     assert last == [
         f"W&B      recorded offline; to upload it: wandb sync {folder}/offline-run-1-ab {folder}/offline-run-2-ab"
     ]
 
 
 @pytest.mark.parametrize(
-    ("blocks", "word"), [({}, "your own model and pairs"), ({"training": {"pair_ledger": False}}, "")]
+    ("blocks", "word"),
+    [({}, "your own model and pairs"), ({"training": {"pair_ledger": False}}, "")],
 )
 def test_it_says_what_to_do_next(tmp_path: Path, blocks: dict[str, Any], word: str) -> None:
     shown = "\n".join(lines_of(tmp_path, **blocks))
@@ -77,7 +86,9 @@ def test_a_finished_run_is_told_apart_without_torch_or_ray(tmp_path: Path) -> No
         f"assert main(['train', {str(settings)!r}]) == 0\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert first.startswith("tiny has finished already, on 2")
@@ -97,9 +108,13 @@ def test_a_run_whose_model_was_lost_is_not_taken_for_finished(tmp_path: Path, lo
     assert finished_already(run_dir) is not None
 
 
-def test_paths_below_the_current_folder_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_below_the_current_folder_are_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    result = RunResult("finished", "every step was taken", 4, "", str(tmp_path / "runs/tiny/model"), 4)
+    result = RunResult(
+        "finished", "every step was taken", 4, "", str(tmp_path / "runs/tiny/model"), 4
+    )
     shown = lines_of(tmp_path, result)
     assert "model    runs/tiny/model" in shown
     assert "metrics  runs/tiny/metrics.jsonl" in shown

@@ -80,7 +80,9 @@ class Place(NamedTuple):
 
     def env(self, **more: str) -> dict[str, str]:
         """Of who submits; the key is at hand here too."""
-        return self.ray.env(RAY_API_SERVER_ADDRESS=self.ray.jobs_address, WANDB_API_KEY=CANARY, **more)
+        return self.ray.env(
+            RAY_API_SERVER_ADDRESS=self.ray.jobs_address, WANDB_API_KEY=CANARY, **more
+        )
 
     def submit(self, *words: str) -> subprocess.Popen[str]:
         """`orchestrator submit --to ray run.yaml WORDS...` from a machine that is no node."""
@@ -124,7 +126,9 @@ def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Pla
     crashed = place.submit("callbacks=[users_code:Dies]")
     log = said(crashed)
     assert crashed.returncode == 1, log
-    assert re.search(r"error: deaths without a new checkpoint: 1 .* raise cluster\.max_failures", log), log
+    assert re.search(
+        r"error: deaths without a new checkpoint: 1 .* raise cluster\.max_failures", log
+    ), log
     assert re.search(
         r"ranks: (0-1 on 10\.77\.0\.11 \(n1\); 2 on 10\.77\.0\.12 \(n2\)"
         r"|0 on 10\.77\.0\.12 \(n2\); 1-2 on 10\.77\.0\.11 \(n1\))\n",
@@ -135,19 +139,29 @@ def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Pla
     assert [each["LOCAL_RANK"] for each in by_host["n1"]] == ["0", "1"]
     assert [each["LOCAL_RANK"] for each in by_host["n2"]] == ["0"]
     assert len({each["NODE_RANK"] for each in ranks}) == 2
-    assert {(each["GLOO_SOCKET_IFNAME"], each["NCCL_SOCKET_IFNAME"]) for each in ranks} == {("eth0", "=eth0")}
+    assert {(each["GLOO_SOCKET_IFNAME"], each["NCCL_SOCKET_IFNAME"]) for each in ranks} == {
+        ("eth0", "=eth0")
+    }
 
     again = place.submit(
         *["callbacks=[users_code:Slow,users_code:Waits]", "cluster.max_failures=1"],
         *["cluster.num_workers=2", "cluster.placement=STRICT_SPREAD"],
     )
     run_dir, waits = place.folder / "runs/run", place.folder / "waits"
-    wait_until(lambda: (run_dir / "checkpoints/step_00000004/manifest.json").exists() or again.poll() is not None, 200)
+    wait_until(
+        lambda: (
+            (run_dir / "checkpoints/step_00000004/manifest.json").exists()
+            or again.poll() is not None
+        ),
+        200,
+    )
     place.nodes.down("n2")
     waits.unlink(missing_ok=True)
     place.ray.start("n3", WANDB_API_KEY=CANARY, HF_HUB_OFFLINE="1")
     wait_until(lambda: waits.exists() or again.poll() is not None, 200)
-    asked = place.nodes.run("ctl", "orchestrator", "stop", run_dir, cwd=place.folder, env=place.env())
+    asked = place.nodes.run(
+        "ctl", "orchestrator", "stop", run_dir, cwd=place.folder, env=place.env()
+    )
     assert re.match(r"signalled process \d+ on n1: it saves", asked.stdout), asked
     log = said(again)
     assert again.returncode == 3, log
@@ -173,8 +187,12 @@ def test_who_is_not_let_in_is_told_so(place: Place, tmp_path: Path) -> None:
     env = place.env(RAY_AUTH_TOKEN_PATH=str(token))
     refused = place.nodes.run("ctl", *words, cwd=place.folder, env=env)
     assert refused.returncode == 2
-    assert re.search(r"error: --address = .*: no job server accepts us \(.*\); use --address", refused.stderr)
-    nobody = place.nodes.run("ctl", *words, "--address=http://10.77.0.13:8265", cwd=place.folder, env=place.env())
+    assert re.search(
+        r"error: --address = .*: no job server accepts us \(.*\); use --address", refused.stderr
+    )
+    nobody = place.nodes.run(
+        "ctl", *words, "--address=http://10.77.0.13:8265", cwd=place.folder, env=place.env()
+    )
     assert nobody.returncode == 2
     assert "no job server accepts us" in nobody.stderr
 
@@ -204,15 +222,24 @@ def test_the_jobs_of_the_docs_run_over_both_nodes(place: Place) -> None:
     commands = doc_commands("ray.md", "Submitting a run")
     assert [command.split()[0] for command in commands] == ["orchestrator", "bash", "ray"]
     for command in commands:
-        given = command.replace("http://HEAD:8265", place.ray.jobs_address).replace("/shared", f"{place.folder}/shared")
+        given = command.replace("http://HEAD:8265", place.ray.jobs_address).replace(
+            "/shared", f"{place.folder}/shared"
+        )
         done = place.nodes.run("ctl", "bash", "-c", given, cwd=ROOT, env=place.env())
         assert done.returncode == 0, done.stdout + done.stderr
         assert "finished after step 42 (every step was taken)" in done.stdout
         if not command.startswith("bash"):
-            assert re.search(r"ranks: 0 on 10\.77\.0\.1\d \(n\d\); 1 on 10\.77\.0\.1\d \(n\d\)\n", done.stdout)
+            assert re.search(
+                r"ranks: 0 on 10\.77\.0\.1\d \(n\d\); 1 on 10\.77\.0\.1\d \(n\d\)\n", done.stdout
+            )
 
     settings = Path(shutil.copy(ROOT / "configs/quickstart.yaml", place.folder))
-    words = ["wandb.mode=disabled", "training.epochs=1", "training.logging_steps=1", f"run.dir={place.folder}/debug"]
+    words = [
+        "wandb.mode=disabled",
+        "training.epochs=1",
+        "training.logging_steps=1",
+        f"run.dir={place.folder}/debug",
+    ]
     forked.finished(settings, *words, cwd=ROOT)
     expected = losses(place.folder / "debug/quickstart")
     for name in ("ours", "rays"):
@@ -226,7 +253,12 @@ def test_the_jobs_of_the_docs_run_over_both_nodes(place: Place) -> None:
 @pytest.mark.slow
 def test_an_elastic_run_goes_on_at_once_with_what_is_left(place: Place) -> None:
     running = place.submit(
-        *["run.name=elastic", "data.collator=null", "callbacks=[users_code:Slow]", "training.max_steps=40"],
+        *[
+            "run.name=elastic",
+            "data.collator=null",
+            "callbacks=[users_code:Slow]",
+            "training.max_steps=40",
+        ],
         *["engine.kind=fsdp", "cluster.num_workers=[1,3]", "cluster.max_failures=1"],
     )
     run_dir = place.folder / "runs/elastic"

@@ -41,7 +41,9 @@ def refusals(adapter: Path, saved: Path) -> list[str]:
     lines = []
     for model in (without_weights, tiny_model()):
         with pytest.raises(UserError) as caught:
-            add_adapter(model, LoraSpec(adapter_path=str(adapter)), 0, torch.float32, disable_dropout=True)
+            add_adapter(
+                model, LoraSpec(adapter_path=str(adapter)), 0, torch.float32, disable_dropout=True
+            )
         assert caught.value.key == "model.lora.adapter_path"
         lines.append(str(caught.value))
     return lines
@@ -74,7 +76,9 @@ def with_embeddings(weights: Weights) -> Weights:
 
 
 def of_another_width(weights: Weights) -> Weights:
-    return {name: value.repeat(1, 2) if "lora_A" in name else value for name, value in weights.items()}
+    return {
+        name: value.repeat(1, 2) if "lora_A" in name else value for name, value in weights.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -85,16 +89,24 @@ def of_another_width(weights: Weights) -> Weights:
             without_layer,
             "newly initialised; use weights and adapter_config.json of one adapter, trained on this base",
         ),
-        (without_a_factor, "weight model.layers.1.self_attn.q_proj.lora_A.weight is missing from its files"),
+        (
+            without_a_factor,
+            "weight model.layers.1.self_attn.q_proj.lora_A.weight is missing from its files",
+        ),
         (with_third_layer, "does not use"),
         (with_a_prefix("module."), "'module.' of DistributedDataParallel"),
         (with_a_prefix("_orig_mod."), "'_orig_mod.' of torch.compile"),
         (with_dora, "lora_magnitude_vector"),
         (with_embeddings, "embed_tokens.weight"),
-        (of_another_width, "has shape (4, 128) in its files, but the adapter of its config on this Qwen2ForCausalLM"),
+        (
+            of_another_width,
+            "has shape (4, 128) in its files, but the adapter of its config on this Qwen2ForCausalLM",
+        ),
     ],
 )
-def test_weights_that_are_not_the_adapters_are_refused(adapter: Path, saved: Path, weights: Any, words: str) -> None:
+def test_weights_that_are_not_the_adapters_are_refused(
+    adapter: Path, saved: Path, weights: Any, words: str
+) -> None:
     change_weights(adapter / "adapter_model.safetensors", weights)
     for line in refusals(adapter, saved):
         assert words in line
@@ -107,8 +119,14 @@ def test_weights_that_are_not_the_adapters_are_refused(adapter: Path, saved: Pat
         ({"r": 8}, "needs (8, 64) (and 27 more)"),
         ({"use_dora": True}, "more than two factors per layer: use_dora"),
         ({"modules_to_save": ["lm_head"]}, "more than two factors per layer: modules_to_save"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "more than two factors per layer: target_parameters"),
-        ({"trainable_token_indices": [3]}, "more than two factors per layer: trainable_token_indices"),
+        (
+            {"target_parameters": ["mlp.experts.gate_up_proj"]},
+            "more than two factors per layer: target_parameters",
+        ),
+        (
+            {"trainable_token_indices": [3]},
+            "more than two factors per layer: trainable_token_indices",
+        ),
         ({"lora_bias": True}, "more than two factors per layer: lora_bias"),
         ({"bias": "all"}, "more than two factors per layer: bias"),
         ({"peft_type": "IA3", "feedforward_modules": []}, "not LoraConfig"),
@@ -116,7 +134,9 @@ def test_weights_that_are_not_the_adapters_are_refused(adapter: Path, saved: Pat
         ({"target_modules": ["q_proj"]}, "does not use"),
     ],
 )
-def test_a_config_of_another_adapter_is_refused(adapter: Path, saved: Path, config: dict[str, Any], words: str) -> None:
+def test_a_config_of_another_adapter_is_refused(
+    adapter: Path, saved: Path, config: dict[str, Any], words: str
+) -> None:
     set_config(adapter, **config)
     for line in refusals(adapter, saved):
         assert words in line
@@ -125,7 +145,9 @@ def test_a_config_of_another_adapter_is_refused(adapter: Path, saved: Path, conf
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_file_that_is_a_git_lfs_pointer_is_named(adapter: Path, name: str) -> None:
-    (adapter / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (adapter / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
     with pytest.raises(UserError, match=rf"{name} is a git-lfs pointer"):
         check_adapter(LoraSpec(adapter_path=str(adapter)))
 

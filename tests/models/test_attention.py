@@ -19,7 +19,13 @@ from orchestrator.data.collate import Counts, PackedCollator, PairBatch, Prefere
 from orchestrator.dpo.step import METRICS, PairStep, StepOutput
 from orchestrator.engines.precision import autocast
 from orchestrator.models import attention
-from orchestrator.models.attention import CHECKED, LAYOUT, choose_kernel, not_exact, use_packed_attention
+from orchestrator.models.attention import (
+    CHECKED,
+    LAYOUT,
+    choose_kernel,
+    not_exact,
+    use_packed_attention,
+)
 from orchestrator.models.fused import fuse
 from orchestrator.models.logps import body_hidden, packed_error
 from orchestrator.models.reference import Reference
@@ -48,7 +54,9 @@ LAYERS = 2
 
 
 def config_of(kind: str, **more: Any) -> Any:
-    return AutoConfig.for_model(kind, vocab_size=300, initializer_range=0.2, **{**KINDS.get(kind, {}), **more})
+    return AutoConfig.for_model(
+        kind, vocab_size=300, initializer_range=0.2, **{**KINDS.get(kind, {}), **more}
+    )
 
 
 @lru_cache(maxsize=64)
@@ -57,7 +65,9 @@ def made(kind: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config_of(kind), dtype=dtype).train()
     with torch.no_grad():
-        for vector in [p for p in model.parameters() if p.ndim < 2]:  # norms of 1 and biases of 0 would hide much
+        for vector in [
+            p for p in model.parameters() if p.ndim < 2
+        ]:  # norms of 1 and biases of 0 would hide much
             vector += torch.linspace(-0.3, 0.3, vector.numel(), dtype=dtype)
     fuse(model)
     return model
@@ -72,7 +82,11 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def step_of(
-    kind: str, dtype: torch.dtype, kernel: AttentionName = "padded", recompute: bool = False, loss: LossType = "sigmoid"
+    kind: str,
+    dtype: torch.dtype,
+    kernel: AttentionName = "padded",
+    recompute: bool = False,
+    loss: LossType = "sigmoid",
 ) -> PairStep:
     policy, reference = (twin(made(kind, dtype, seed)) for seed in (0, 1))
     for model in (policy, reference):
@@ -108,7 +122,12 @@ def run(step: PairStep, batch: PairBatch) -> Made:
 
 
 def gradient(step: PairStep) -> torch.Tensor:
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in step.parameters()])
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+            for p in step.parameters()
+        ]
+    )
 
 
 def both(rows: list[Row], keep_last: int | None = None) -> tuple[PairBatch, PairBatch]:
@@ -126,7 +145,10 @@ def assert_equal(packed: Made, padded: Made) -> None:
         allowed = torch.full_like(right, 1e-10)
         if name == "metric_sums":
             allowed[WINS, 0] += ties(padded.output)
-        assert ((left - right).abs() <= allowed + 1e-10 * right.abs()).all(), (name, (left - right).abs().max())
+        assert ((left - right).abs() <= allowed + 1e-10 * right.abs()).all(), (
+            name,
+            (left - right).abs().max(),
+        )
     assert torch.allclose(packed.gradient, padded.gradient, rtol=1e-10, atol=1e-10)
 
 
@@ -177,7 +199,14 @@ def batches(draw: st.DrawFn) -> list[Row]:
         rejected = [*chosen, *rest] if draw(st.booleans()) else rest
         # else the two gradients cancel, and what is left is rounding; 6: the longest that they are cut to
         assume(chosen[-6:] != rejected[-6:])
-        rows.append({"pair_id": number, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        rows.append(
+            {
+                "pair_id": number,
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+            }
+        )
     return rows
 
 
@@ -219,7 +248,9 @@ def test_packed_equals_padded_in_fp32(kind: str, kernel: AttentionName) -> None:
             run(kept_step(kind, torch.float32, each, False, loss), batch)
             for each, batch in (("padded", padded), (kernel, packed))
         )
-        assert abs(found.output.loss - expected.output.loss) < 5e-6 * max(1.0, abs(expected.output.loss))
+        assert abs(found.output.loss - expected.output.loss) < 5e-6 * max(
+            1.0, abs(expected.output.loss)
+        )
         assert far(found.gradient, expected.gradient) < 2e-5
 
     compare()
@@ -248,10 +279,14 @@ def test_ipo_divides_by_the_unscored_first_token_of_an_empty_prompt_too() -> Non
     step = kept_step("qwen2", torch.float64, "cpu", False, "ipo")
     output = step(both([EDGES[0]])[1], Counts(1, 1))
     chosen, rejected = output.logps - output.ref_logps
-    assert output.loss.item() == pytest.approx(float(chosen / 3 - rejected / 2 - 1 / 0.6) ** 2, rel=1e-12)
+    assert output.loss.item() == pytest.approx(
+        float(chosen / 3 - rejected / 2 - 1 / 0.6) ** 2, rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("scaling", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}])
+@pytest.mark.parametrize(
+    "scaling", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}]
+)
 def test_a_scale_of_its_own_in_gpt2(scaling: dict[str, Any]) -> None:
     torch.manual_seed(0)
     padded = AutoModelForCausalLM.from_config(config_of("gpt2", **scaling), dtype=torch.float64)
@@ -271,18 +306,24 @@ def test_a_scale_of_its_own_in_gpt2(scaling: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", CHECKED)
 def test_checkpointing_gives_the_same_numbers(kind: str, kernel: AttentionName) -> None:
     _, packed = both(EDGES, 6)
-    plain, recomputed = (run(step_of(kind, torch.float64, kernel, recompute), packed) for recompute in (False, True))
+    plain, recomputed = (
+        run(step_of(kind, torch.float64, kernel, recompute), packed) for recompute in (False, True)
+    )
     assert torch.equal(recomputed.output.loss, plain.output.loss)
     assert torch.equal(recomputed.gradient, plain.gradient)
 
 
 def layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    return next(module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next(
+        module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)
+    )
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 @pytest.mark.parametrize("kind", CHECKED)
-def test_frozen_layers_and_the_reference_run_once_and_the_others_twice(kind: str, frozen: int) -> None:
+def test_frozen_layers_and_the_reference_run_once_and_the_others_twice(
+    kind: str, frozen: int
+) -> None:
     step, calls = step_of(kind, torch.float32, "cpu", recompute=True), Counter[str]()
     for embedding in [m for m in step.policy.modules() if isinstance(m, torch.nn.Embedding)]:
         embedding.requires_grad_(False)
@@ -365,7 +406,9 @@ def fake_varlen_attn(
 
 
 @pytest.mark.parametrize("kind", CHECKED)
-def test_varlen_gets_the_right_bounds_keys_and_shapes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_gets_the_right_bounds_keys_and_shapes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a fake kernel: what the real one does with them needs a GPU."""
     monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
     for keep_last in (None, 6):
@@ -378,11 +421,17 @@ def test_varlen_gets_the_right_bounds_keys_and_shapes(kind: str, monkeypatch: py
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_torchs_varlen_attention_is_aligned_bottom_right() -> None:
     torch.manual_seed(0)
-    query, key, value = (torch.randn(n, h, 32, device=GPU).bfloat16() for n, h in ((9, 4), (14, 2), (14, 2)))
-    queries, keys = (torch.tensor(each, dtype=torch.int32, device=GPU) for each in ([0, 6, 6, 9], [0, 6, 7, 14]))
+    query, key, value = (
+        torch.randn(n, h, 32, device=GPU).bfloat16() for n, h in ((9, 4), (14, 2), (14, 2))
+    )
+    queries, keys = (
+        torch.tensor(each, dtype=torch.int32, device=GPU) for each in ([0, 6, 6, 9], [0, 6, 7, 14])
+    )
     options: Any = {"window_size": (-1, 0), "enable_gqa": True}
     found = varlen.varlen_attn(query, key, value, queries, keys, 6, 7, **options)
-    expected = fake_varlen_attn(query.float(), key.float(), value.float(), queries, keys, 6, 7, **options)
+    expected = fake_varlen_attn(
+        query.float(), key.float(), value.float(), queries, keys, 6, 7, **options
+    )
     assert isinstance(found, torch.Tensor)
     assert torch.allclose(found.float(), expected, rtol=0, atol=2e-2)
 
@@ -392,7 +441,9 @@ def test_torchs_varlen_attention_is_aligned_bottom_right() -> None:
 @pytest.mark.parametrize("kind", CHECKED)
 def test_varlen_on_a_gpu_is_near_padded(kind: str) -> None:
     found = []
-    for kernel, batch in zip(("padded", "varlen"), both([*EDGES, *pair_rows(3, longest=60)]), strict=True):
+    for kernel, batch in zip(
+        ("padded", "varlen"), both([*EDGES, *pair_rows(3, longest=60)]), strict=True
+    ):
         step = step_of(kind, torch.float32, kernel).to(GPU)
         step.reference.model.to(GPU)  # pyright: ignore[reportArgumentType]
         with autocast(GPU, "bf16"):
@@ -414,9 +465,18 @@ def test_whatever_is_not_packed_is_as_before(kind: str) -> None:
     body_hidden(ours, both(EDGES)[1])  # leaves nothing behind
     batch, _ = both(EDGES)
     assert torch.equal(body_hidden(ours, batch), body_hidden(plain, batch))
-    prompts = {"input_ids": batch.input_ids[:, :2], "attention_mask": torch.ones(len(batch.input_ids), 2)}
+    prompts = {
+        "input_ids": batch.input_ids[:, :2],
+        "attention_mask": torch.ones(len(batch.input_ids), 2),
+    }
     expected, found = (
-        model.generate(**prompts, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)  # pyright: ignore
+        model.generate(
+            **prompts,
+            max_new_tokens=5,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )  # pyright: ignore
         for model in (plain, ours)
     )
     assert torch.equal(found.sequences, expected.sequences)
@@ -429,7 +489,8 @@ def test_bf16_autocast_is_near(kind: str, kernel: AttentionName) -> None:
     padded, packed = both([*EDGES, *pair_rows(3, longest=15)])
     with autocast(CPU, "bf16"):
         expected, found = (
-            run(kept_step(kind, torch.float32, each), batch) for each, batch in (("padded", padded), (kernel, packed))
+            run(kept_step(kind, torch.float32, each), batch)
+            for each, batch in (("padded", padded), (kernel, packed))
         )
     assert far(found.output.logps, expected.output.logps) < 2e-2
     assert far(found.gradient, expected.gradient) < 5e-2
@@ -480,7 +541,10 @@ def test_what_would_not_be_exact_is_named(kind: str, changes: dict[str, Any], re
 
 def test_a_rotary_embedding_that_changes_with_length_is_exact_within_the_trained_one() -> None:
     assert not_exact(config_of("llama", rope_parameters=LONG_ROPE), 8) is None
-    assert not_exact(config_of("llama", rope_parameters=DYNAMIC_ROPE, max_position_embeddings=8), 8) is None
+    assert (
+        not_exact(config_of("llama", rope_parameters=DYNAMIC_ROPE, max_position_embeddings=8), 8)
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -491,7 +555,9 @@ def test_a_rotary_embedding_that_changes_with_length_is_exact_within_the_trained
         ("cpu", GPU, "fp32", "needs a CPU; use sdpa"),
     ],
 )
-def test_a_kernel_that_cannot_run_here_is_refused(asked: Any, device: torch.device, precision: Any, cure: str) -> None:
+def test_a_kernel_that_cannot_run_here_is_refused(
+    asked: Any, device: torch.device, precision: Any, cure: str
+) -> None:
     with pytest.raises(UserError, match=cure) as refused:
         choose_kernel(asked, device, precision)
     assert refused.value.key == "model.attention"
@@ -519,9 +585,16 @@ def test_packed_error_is_rounding(kind: str, kernel: AttentionName) -> None:
 
 
 @pytest.mark.parametrize("kind", CHECKED)
-def test_packed_error_shows_attention_that_ignores_the_layout(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_error_shows_attention_that_ignores_the_layout(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def one_sequence(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Any, scale: float | None, __: bool
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        _: Any,
+        scale: float | None,
+        __: bool,
     ) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
@@ -539,6 +612,7 @@ def test_packed_error_shows_a_layout_that_is_dropped_on_its_way() -> None:
     use_packed_attention(model, "cpu")
     for layer in layers(model):
         layer.register_forward_pre_hook(
-            lambda _, inputs, options: (inputs, {k: v for k, v in options.items() if k != LAYOUT}), with_kwargs=True
+            lambda _, inputs, options: (inputs, {k: v for k, v in options.items() if k != LAYOUT}),
+            with_kwargs=True,
         )
     assert packed_error(model, CPU) > max(PACKED_TOLERANCE.values())

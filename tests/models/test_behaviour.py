@@ -38,7 +38,9 @@ TEXT = {**SIZES, "head_dim": 8}
 def model_of(model_type: str, **config: Any) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **config), dtype=torch.float32
+        ).train()
 
 
 def multimodal() -> PreTrainedModel:
@@ -59,16 +61,30 @@ def twice(model: PreTrainedModel) -> bool:
     [
         (
             "opt",
-            {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100},
+            {
+                "hidden_size": 32,
+                "ffn_dim": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "vocab_size": 100,
+            },
         ),
         (
             "bart",
-            {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "vocab_size": 100, "decoder_layerdrop": 0.5},
+            {
+                "d_model": 32,
+                "decoder_layers": 2,
+                "decoder_ffn_dim": 48,
+                "vocab_size": 100,
+                "decoder_layerdrop": 0.5,
+            },
         ),
         ("gemma3", {"text_config": {**TEXT, "attention_dropout": 0.5}, "vision_config": VISION}),
     ],
 )
-def test_every_rate_of_noise_in_a_config_is_set_to_zero(model_type: str, config: dict[str, Any]) -> None:
+def test_every_rate_of_noise_in_a_config_is_set_to_zero(
+    model_type: str, config: dict[str, Any]
+) -> None:
     assert not twice(model_of(model_type, **config))
     quiet = AutoConfig.for_model(model_type, **config)
     silence(quiet)
@@ -78,7 +94,9 @@ def test_every_rate_of_noise_in_a_config_is_set_to_zero(model_type: str, config:
 
 
 @pytest.mark.parametrize(("model_type", "noise"), [("phimoe", 0.01), ("mixtral", 0.5)])
-def test_a_router_that_draws_random_numbers_stays_in_evaluation_mode(model_type: str, noise: float) -> None:
+def test_a_router_that_draws_random_numbers_stays_in_evaluation_mode(
+    model_type: str, noise: float
+) -> None:
     model = model_of(model_type, **SIZES, num_local_experts=4, router_jitter_noise=noise)
     assert not twice(model)
     state = torch.get_rng_state()
@@ -88,7 +106,9 @@ def test_a_router_that_draws_random_numbers_stays_in_evaluation_mode(model_type:
     assert model.eval().train().training
     assert twice(model)
     model(input_ids=torch.arange(40)[None]).logits.sum().backward()
-    assert all(p.grad is not None for name in routers for p in model.get_submodule(name).parameters())
+    assert all(
+        p.grad is not None for name in routers for p in model.get_submodule(name).parameters()
+    )
 
 
 class Noisy(nn.Linear):
@@ -110,7 +130,12 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     encoder = model_of("roberta", **sizes, vocab_size=100).eval()
     with pytest.raises(UserError, match="depend on later tokens"):
         check_causal(encoder, lambda ids: logits_of(encoder, ids))
@@ -122,14 +147,18 @@ def test_logits_that_depend_on_gradients_are_noticed() -> None:
     model: Any = tiny_model()
     assert not depends_on_gradients(model)
     assert model.training
-    model.model.norm.register_forward_hook(lambda _, __, output: output + 1e-6 * torch.is_grad_enabled())
+    model.model.norm.register_forward_hook(
+        lambda _, __, output: output + 1e-6 * torch.is_grad_enabled()
+    )
     assert depends_on_gradients(model)
 
 
 def test_padding_that_reaches_the_hidden_states_is_measured() -> None:
     model: Any = tiny_model()
     assert padding_error(model, CPU) < 1e-5
-    model.model.norm.register_forward_hook(lambda _, __, output: output + output.mean(1, keepdim=True))
+    model.model.norm.register_forward_hook(
+        lambda _, __, output: output + output.mean(1, keepdim=True)
+    )
     assert padding_error(model, CPU) > 1e-2
 
 

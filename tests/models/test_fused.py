@@ -13,8 +13,15 @@ KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
 
 
 def model(kind: str, dtype: torch.dtype, **config: Any) -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    made = AutoConfig.for_model(kind, vocab_size=60, head_dim=16, num_key_value_heads=1, **sizes, **config)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    made = AutoConfig.for_model(
+        kind, vocab_size=60, head_dim=16, num_key_value_heads=1, **sizes, **config
+    )
     torch.manual_seed(0)
     built = AutoModelForCausalLM.from_config(made, dtype=dtype)
     with torch.no_grad():
@@ -70,7 +77,10 @@ def test_another_activation_and_16_bit_weights_are_left_alone() -> None:
     gelu, half = model("llama", torch.float32, hidden_act="gelu"), model("llama", torch.bfloat16)
     fuse(gelu)
     fuse(half)
-    assert {type(m).__name__ for m in gelu.modules() if "forward" in vars(m)} == {"LlamaRMSNorm", "LlamaAttention"}
+    assert {type(m).__name__ for m in gelu.modules() if "forward" in vars(m)} == {
+        "LlamaRMSNorm",
+        "LlamaAttention",
+    }
     assert not any("forward" in vars(m) for m in half.modules())
 
 
@@ -95,7 +105,9 @@ def test_under_autocast_no_further_from_fp64_than_transformers_own(kind: str) ->
     for built in (fused, plain):
         with torch.autocast("cpu", torch.bfloat16):
             _, *found = loss_and_gradients(built)
-        squares = [(mine - theirs).square().sum() for mine, theirs in zip(found, wanted, strict=True)]
+        squares = [
+            (mine - theirs).square().sum() for mine, theirs in zip(found, wanted, strict=True)
+        ]
         errors.append(torch.stack(squares).sum().sqrt().item())
     assert errors[0] < 1.3 * errors[1]
 

@@ -72,7 +72,9 @@ def with_half_a_norm(weights: Weights) -> Weights:
         (with_half_a_norm, "model.norm.weight has shape (7,)"),
     ],
 )
-def test_weights_that_are_not_the_models_are_refused(folder: Path, key: str, weights: Any, words: str) -> None:
+def test_weights_that_are_not_the_models_are_refused(
+    folder: Path, key: str, weights: Any, words: str
+) -> None:
     change_weights(folder / "model.safetensors", weights)
     for line in refusals(folder, key):
         assert line.startswith(f"{key} = ")
@@ -84,7 +86,9 @@ def test_a_whole_model_is_loaded(saved: Path, mapped: bool) -> None:
     config = config_at("model.path", str(saved))
     check_weights("model.path", str(saved), config)
     loaded = read_model("model.path", str(saved), config, torch.float32, mapped).state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in tiny_model().state_dict().items())
+    assert all(
+        torch.equal(value, loaded[name]) for name, value in tiny_model().state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -128,7 +132,10 @@ def test_code_of_a_model_is_never_run(folder: Path, place: str) -> None:
 @pytest.mark.usefixtures("no_stdin")
 def test_a_known_architecture_does_not_need_the_code_beside_it(folder: Path) -> None:
     (folder / "mine.py").write_text("raise AssertionError('it ran')\n")
-    change_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "mine.Model", "AutoConfig": "mine.Config"})
+    change_json(
+        folder / "config.json",
+        auto_map={"AutoModelForCausalLM": "mine.Model", "AutoConfig": "mine.Config"},
+    )
     config = config_at("model.path", str(folder))
     model = read_model("model.path", str(folder), config, torch.float32, mapped=False)
     assert type(model).__name__ == "Qwen2ForCausalLM"
@@ -147,7 +154,10 @@ def test_code_of_a_tokenizer_is_never_run(tmp_path: Path) -> None:
 def test_a_pad_token_beyond_the_vocabulary_in_the_config_is_named(folder: Path, key: str) -> None:
     change_json(folder / "config.json", pad_token_id=300)
     for line in refusals(folder, key):
-        assert "pad_token_id in its config.json is not a token of its vocabulary; set pad_token_id to null" in line
+        assert (
+            "pad_token_id in its config.json is not a token of its vocabulary; set pad_token_id to null"
+            in line
+        )
 
 
 def test_a_pad_token_that_the_model_lacks_is_replaced() -> None:

@@ -65,7 +65,9 @@ def naive(model: Any, rows: list[dict[str, Any]]) -> Scored:
             logits = model(input_ids=ids[None]).logits[0, begin - 1 : -1]
             log_probs = logits.log_softmax(-1)
             entropy = -(log_probs.exp() * log_probs).sum(-1)
-            found.append(TokenTerms(entropy, logits.mean(-1), (logits.argmax(-1) == ids[begin:]).double()))
+            found.append(
+                TokenTerms(entropy, logits.mean(-1), (logits.argmax(-1) == ids[begin:]).double())
+            )
             sums.append(log_probs.gather(1, ids[begin:, None]).sum(dtype=FP64))
     by_pair = torch.stack(sums).view(-1, 2)
     loss = pair_losses(slice(0, len(rows)), PairSums(by_pair, by_pair[:, 0], None)).sum()
@@ -79,7 +81,9 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10) -> None:
+def assert_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10
+) -> None:
     assert found.keys() == expected.keys()
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
@@ -98,7 +102,9 @@ def assert_same_terms(found: Scored, expected: Scored, tolerance: float = 1e-12)
 @both_layouts
 @both_heads
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_loss_terms_and_gradient_equal_a_naive_computation(packed: bool, plain: bool, tied: bool) -> None:
+def test_loss_terms_and_gradient_equal_a_naive_computation(
+    packed: bool, plain: bool, tied: bool
+) -> None:
     model = made_model(plain, tie_word_embeddings=tied)
     found, expected = scored(model, pair_batch(5, packed=packed)), naive(model, pair_rows(5))
     assert_same_terms(found, expected)
@@ -156,7 +162,9 @@ def test_company_and_padding_do_not_matter(packed: bool) -> None:
 @both_heads
 def test_a_batch_without_scored_tokens_gives_nothing(packed: bool, plain: bool) -> None:
     model = made_model(plain)
-    batch = collator(packed)([{"pair_id": 1, "prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]}])
+    batch = collator(packed)(
+        [{"pair_id": 1, "prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]}]
+    )
     found = scored(model, batch)
     assert found.tokens is not None
     assert [len(column) for column in found.tokens] == [0, 0, 0]
@@ -175,12 +183,17 @@ def test_log_probs_alone_are_to_the_last_bit_those_of_the_loss(packed: bool) -> 
 
 def test_sums_are_fp64_and_stand_chosen_first() -> None:
     batch = pair_batch(2)
-    values = torch.rand(len(batch.completion_labels), generator=torch.Generator().manual_seed(0)) * 1e4 + 0.1
+    values = (
+        torch.rand(len(batch.completion_labels), generator=torch.Generator().manual_seed(0)) * 1e4
+        + 0.1
+    )
     sums = sequence_sums(values, batch)
     assert sums.dtype == FP64
     parts = [math.fsum(part.tolist()) for part in values.split(list(batch.scored))]
     assert sums.tolist() == pytest.approx([parts[0], parts[2], parts[1], parts[3]], rel=1e-15)
-    assert torch.equal(sequence_sums(torch.stack([values, 2 * values]), batch), torch.stack([sums, 2 * sums]))
+    assert torch.equal(
+        sequence_sums(torch.stack([values, 2 * values]), batch), torch.stack([sums, 2 * sums])
+    )
 
 
 @both_heads
@@ -188,13 +201,25 @@ def test_half_precision_logits_are_normalised_in_fp32(plain: bool) -> None:
     """In pairs of one token a side, so that a log-prob is a token's."""
     model: Any = made_model(plain, dtype=torch.bfloat16)
     rows = [
-        {**row, "chosen_ids": row["chosen_ids"][:1], "rejected_ids": row["rejected_ids"][:1]} for row in pair_rows(25)
+        {**row, "chosen_ids": row["chosen_ids"][:1], "rejected_ids": row["rejected_ids"][:1]}
+        for row in pair_rows(25)
     ]
     batch = PreferenceCollator(PAD, data_spec())(rows)
-    hidden = torch.randn(*batch.input_ids.shape, 32, generator=torch.Generator().manual_seed(0)).mul(4).bfloat16()
+    hidden = (
+        torch.randn(*batch.input_ids.shape, 32, generator=torch.Generator().manual_seed(0))
+        .mul(4)
+        .bfloat16()
+    )
     found = loss_in_head(model, hidden, batch, pair_losses, with_metrics=True)
     logits = hidden.flatten(0, 1)[batch.completion_index] @ model.lm_head.weight.t()
-    expected = logits.double().log_softmax(-1).gather(-1, batch.completion_labels[:, None]).view(-1, 2).t().flatten()
+    expected = (
+        logits.double()
+        .log_softmax(-1)
+        .gather(-1, batch.completion_labels[:, None])
+        .view(-1, 2)
+        .t()
+        .flatten()
+    )
     assert logits.dtype == torch.bfloat16
     assert expected.min() < -5
     assert torch.allclose(found.logps, expected, rtol=0, atol=1e-5)
@@ -211,9 +236,17 @@ def test_half_precision_logits_are_normalised_in_fp32(plain: bool) -> None:
 def test_what_a_model_does_to_its_logits_is_done(model_type: str, config: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {**TINY_MODEL, "vocab_size": VOCABULARY, "pad_token_id": PAD, "initializer_range": 0.2, **config}
+    sizes = {
+        **TINY_MODEL,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": PAD,
+        "initializer_range": 0.2,
+        **config,
+    }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **sizes), dtype=torch.float32
+    )
     found, expected = scored(model, pair_batch(4)), naive(model, pair_rows(4))
     assert_same_terms(found, expected, 1e-5)
     assert_close(gradients(model, found.loss), gradients(model, expected.loss), 1e-4)

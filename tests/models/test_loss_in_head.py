@@ -30,8 +30,15 @@ from orchestrator.models.logps import (
 VOCABULARY, PAIRS = 300, 5
 BATCH = pair_batch(PAIRS)
 WEIGHTS = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], dtype=torch.float64)  # of pairs
-SIZES = {"one chunk": 2**26, "several pairs a chunk": 30 * VOCABULARY, "a pair in many": 3 * VOCABULARY, "a row": 1}
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+SIZES = {
+    "one chunk": 2**26,
+    "several pairs a chunk": 30 * VOCABULARY,
+    "a pair in many": 3 * VOCABULARY,
+    "a row": 1,
+}
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +63,9 @@ def alike(logps: torch.Tensor) -> PairSums:
 def random_hidden(dtype: torch.dtype, size: int = 32) -> torch.Tensor:
     """[R, T, H] as of the body."""
     shape = (*BATCH.input_ids.shape, size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(
+        dtype
+    )
 
 
 class Made(NamedTuple):
@@ -77,7 +86,9 @@ def finished(scored: Scored, hidden: torch.Tensor, head: torch.nn.Module, scale:
 
 
 def in_head(model: PreTrainedModel, hidden: torch.Tensor, scale: float = 1.0) -> Made:
-    return finished(loss_in_head(model, hidden, BATCH, pair_losses, True), hidden, Head.of(model).module, scale)
+    return finished(
+        loss_in_head(model, hidden, BATCH, pair_losses, True), hidden, Head.of(model).module, scale
+    )
 
 
 def by_autograd(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
@@ -95,8 +106,13 @@ def naive(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
     logits = head(hidden).flatten(0, 1)[BATCH.completion_index] * Head.of(model).scale
     log_probs = logits.log_softmax(-1)
     picked = log_probs.gather(1, BATCH.completion_labels[:, None])[:, 0]
-    sums = torch.stack([part.double().sum() for part in picked.split(list(BATCH.scored))]).view(-1, 2)
-    loss = sum((pair_losses(slice(i, i + 1), alike(sums[i : i + 1]))[0] for i in range(PAIRS)), torch.zeros(()))
+    sums = torch.stack([part.double().sum() for part in picked.split(list(BATCH.scored))]).view(
+        -1, 2
+    )
+    loss = sum(
+        (pair_losses(slice(i, i + 1), alike(sums[i : i + 1]))[0] for i in range(PAIRS)),
+        torch.zeros(()),
+    )
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     top1 = (logits.argmax(-1) == BATCH.completion_labels).to(logits.dtype)
     tokens = TokenTerms(entropy.detach(), logits.mean(-1).detach(), top1)
@@ -133,7 +149,9 @@ LD_ALPHA = 0.3
 def of_everything(pairs: slice, sums: PairSums) -> torch.Tensor:
     """[b] a loss of all that a loss may see."""
     assert sums.aligned is not None
-    return (pair_losses(pairs, sums) - 0.1 * sums.chosen * WEIGHTS[pairs]) * sums.aligned.sum(1).exp()
+    return (pair_losses(pairs, sums) - 0.1 * sums.chosen * WEIGHTS[pairs]) * sums.aligned.sum(
+        1
+    ).exp()
 
 
 def naive_everything(model: PreTrainedModel, hidden: torch.Tensor) -> Scored:
@@ -146,7 +164,11 @@ def naive_everything(model: PreTrainedModel, hidden: torch.Tensor) -> Scored:
     sums: list[torch.Tensor] = []
     for i, each in enumerate(sequences):
         shorter = min(BATCH.scored[i], BATCH.scored[i ^ 1])
-        sums.append(torch.stack([each[k] * (1 if k < shorter else LD_ALPHA) for k in range(len(each))]).sum())
+        sums.append(
+            torch.stack(
+                [each[k] * (1 if k < shorter else LD_ALPHA) for k in range(len(each))]
+            ).sum()
+        )
     chosen = torch.stack([each.sum() for each in sequences[::2]])
     means = torch.stack([each.mean() for each in aligned]).view(-1, 2)
     made = PairSums(torch.stack(sums).view(-1, 2), chosen, means)
@@ -179,14 +201,19 @@ def test_tokens_that_weigh_less_and_how_the_policy_would_have_written_them(
 
 def test_pairs_are_cut_as_the_sizes_above_say() -> None:
     lengths = [BATCH.scored[2 * i] + BATCH.scored[2 * i + 1] for i in range(PAIRS)]
-    groups = {name: list(logps._groups(BATCH.scored, max(1, size // VOCABULARY))) for name, size in SIZES.items()}
+    groups = {
+        name: list(logps._groups(BATCH.scored, max(1, size // VOCABULARY)))
+        for name, size in SIZES.items()
+    }
     assert len(groups["one chunk"]) == 1
     assert 1 < len(groups["several pairs a chunk"]) < PAIRS
     assert len(groups["a pair in many"]) == PAIRS
     assert max(lengths) > 2 * 3
     for cut in groups.values():
         assert [i for pairs, _ in cut for i in range(PAIRS)[pairs]] == list(range(PAIRS))
-        assert [i for _, tokens in cut for i in range(sum(lengths))[tokens]] == list(range(sum(lengths)))
+        assert [i for _, tokens in cut for i in range(sum(lengths))[tokens]] == list(
+            range(sum(lengths))
+        )
 
 
 @DTYPES
@@ -263,11 +290,15 @@ def test_no_more_logits_than_allowed_are_made(
         if with_gradient:
             scored.loss.backward()
     assert 0 < watched.logits <= max(SIZES[size], VOCABULARY)
-    assert watched.logits <= len(BATCH.completion_labels) * VOCABULARY  # the head never sees prompts or padding
+    assert (
+        watched.logits <= len(BATCH.completion_labels) * VOCABULARY
+    )  # the head never sees prompts or padding
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_without_gradient_the_same_value_and_no_work_for_one(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradient_the_same_value_and_no_work_for_one(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, hidden = tiny_model(dtype=torch.float64), random_hidden(torch.float64).requires_grad_()
     expected = naive(model, hidden)
     monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
@@ -275,7 +306,11 @@ def test_without_gradient_the_same_value_and_no_work_for_one(size: str, monkeypa
         scored = loss_in_head(model, hidden, BATCH, pair_losses, True)
     assert not scored.loss.requires_grad
     assert scored.tokens is not None
-    assert_near(expected._replace(loss=scored.loss, logps=scored.logps, tokens=scored.tokens), expected, 1e-12)
+    assert_near(
+        expected._replace(loss=scored.loss, logps=scored.logps, tokens=scored.tokens),
+        expected,
+        1e-12,
+    )
     weight = tuple(Head.of(model).module.weight.shape)  # pyright: ignore
     assert weight not in watched.shapes, "a gradient of the weight was made room for"
 
@@ -327,8 +362,14 @@ SMALL = {
 
 def whole_model_logps(model: PreTrainedModel) -> torch.Tensor:
     """[2B], all chosen first, from the model's own logits."""
-    logits = model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits.flatten(0, 1)
-    picked = logits[BATCH.completion_index].log_softmax(-1).gather(1, BATCH.completion_labels[:, None])[:, 0]
+    logits = model(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask).logits.flatten(
+        0, 1
+    )
+    picked = (
+        logits[BATCH.completion_index]
+        .log_softmax(-1)
+        .gather(1, BATCH.completion_labels[:, None])[:, 0]
+    )
     sums = torch.stack([part.double().sum() for part in picked.split(list(BATCH.scored))])
     return sums.view(-1, 2).t().flatten()
 
@@ -339,7 +380,9 @@ def model_gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, tor
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_same_gradients(
+    left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float
+) -> None:
     assert left.keys() == right.keys()
     for name, expected in right.items():
         assert (left[name] - expected).norm() <= tolerance * expected.norm().clamp_min(1e-12), name
@@ -348,8 +391,12 @@ def assert_same_gradients(left: dict[str, torch.Tensor], right: dict[str, torch.
 CASES = {
     "tied": lambda: tiny_model(dtype=torch.float64, tie_word_embeddings=True),
     "untied": lambda: tiny_model(dtype=torch.float64, tie_word_embeddings=False),
-    "Cohere, which scales": lambda: of_two_layers(CohereConfig(**SMALL, logit_scale=0.25, pad_token_id=0)),
-    "Gemma 2, which caps": lambda: of_two_layers(Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=3.0)),
+    "Cohere, which scales": lambda: of_two_layers(
+        CohereConfig(**SMALL, logit_scale=0.25, pad_token_id=0)
+    ),
+    "Gemma 2, which caps": lambda: of_two_layers(
+        Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=3.0)
+    ),
 }
 
 

@@ -35,7 +35,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def saved(folder: Path, model: Any, dtype: torch.dtype = torch.bfloat16, shard: str = "1GB") -> RunSpec:
+def saved(
+    folder: Path, model: Any, dtype: torch.dtype = torch.bfloat16, shard: str = "1GB"
+) -> RunSpec:
     """Settings of a run that goes on from that model, in files of that type and size."""
     model.to(dtype).save_pretrained(folder / "model", max_shard_size=shard)
     return from_path(folder)
@@ -43,7 +45,9 @@ def saved(folder: Path, model: Any, dtype: torch.dtype = torch.bfloat16, shard: 
 
 def from_path(folder: Path, **model: Any) -> RunSpec:
     reference = {"kind": "adapter_off" if "lora" in model else "copy"}
-    return tiny_spec(folder, model={"init": None, "path": str(folder / "model"), **model}, reference=reference)
+    return tiny_spec(
+        folder, model={"init": None, "path": str(folder / "model"), **model}, reference=reference
+    )
 
 
 def of_config(config: Any) -> Any:
@@ -53,7 +57,9 @@ def of_config(config: Any) -> Any:
 
 def both(spec: RunSpec, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The policy built in the ordinary way, and mapped."""
-    return build_policy(spec, tokenizer(), dtype), build_policy(spec, tokenizer(), dtype, mapped=True)
+    return build_policy(spec, tokenizer(), dtype), build_policy(
+        spec, tokenizer(), dtype, mapped=True
+    )
 
 
 def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -81,20 +87,26 @@ def cut(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def check_same(ordinary: Any, mapped: Any, dtype: torch.dtype = torch.float32, rounds: bool = True) -> None:
+def check_same(
+    ordinary: Any, mapped: Any, dtype: torch.dtype = torch.float32, rounds: bool = True
+) -> None:
     """Everything that tells the two models apart; then what they compute, once the mapped one is cut."""
     ours, theirs = parameters(mapped), parameters(ordinary)
     assert list(ours) == list(theirs)
     assert all(torch.equal(p.to(theirs[name].dtype), theirs[name]) for name, p in ours.items())
     assert [p.requires_grad for p in ours.values()] == [p.requires_grad for p in theirs.values()]
-    assert [name for name, _ in mapped.named_parameters()] == [name for name, _ in ordinary.named_parameters()]  # ties
+    assert [name for name, _ in mapped.named_parameters()] == [
+        name for name, _ in ordinary.named_parameters()
+    ]  # ties
     buffers, others = dict(mapped.named_buffers()), dict(ordinary.named_buffers())
     assert {n: b.dtype for n, b in buffers.items()} == {n: b.dtype for n, b in others.items()}
     assert all(torch.equal(b, others[name]) for name, b in buffers.items())
     assert mapped.config.to_dict() == ordinary.config.to_dict()
     assert mapped.generation_config.to_dict() == ordinary.generation_config.to_dict()
     assert mapped.training
-    assert ["forward" in m.__dict__ for m in mapped.modules()] == ["forward" in m.__dict__ for m in ordinary.modules()]
+    assert ["forward" in m.__dict__ for m in mapped.modules()] == [
+        "forward" in m.__dict__ for m in ordinary.modules()
+    ]
     ids = torch.arange(24)[None]
     assert torch.equal(cut(mapped, dtype)(input_ids=ids).logits, ordinary(input_ids=ids).logits)
 
@@ -137,15 +149,25 @@ def test_a_loaded_model_is_mapped_and_the_same_once_cast(
         GPT2Config(n_embd=32, n_head=4, n_layer=2, n_positions=64, vocab_size=300),
         MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=300),
     ],
-    ids=["a constant rounded to a type", "one in the file", "a capped head", "transposed layers", "a config in two"],
+    ids=[
+        "a constant rounded to a type",
+        "one in the file",
+        "a capped head",
+        "transposed layers",
+        "a config in two",
+    ],
 )
-def test_architectures_with_more_than_weights_are_the_same(tmp_path: Path, config: Any, run: torch.dtype) -> None:
+def test_architectures_with_more_than_weights_are_the_same(
+    tmp_path: Path, config: Any, run: torch.dtype
+) -> None:
     ordinary, mapped = both(saved(tmp_path, of_config(config)), run)
     assert all_mapped(mapped)
     check_same(ordinary, mapped, run)
 
 
-def test_a_model_of_the_hubs_cache_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hubs_cache_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "hub" / "models--someone--tiny"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("a" * 40)
@@ -195,8 +217,13 @@ def test_files_of_another_kind_are_loaded_in_the_ordinary_way(tmp_path: Path, ch
 def test_old_rotary_frequencies_in_a_file_do_not_count(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    spec, file = saved(tmp_path, tiny_model(), torch.float16), tmp_path / "model" / "model.safetensors"
-    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # of fp32, as in Llama 2's
+    spec, file = (
+        saved(tmp_path, tiny_model(), torch.float16),
+        tmp_path / "model" / "model.safetensors",
+    )
+    old = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)
+    }  # of fp32, as in Llama 2's
     save_file(load_file(file) | old, file, metadata={"format": "pt"})
     ordinary, mapped = both(spec)
     assert all_mapped(mapped)
@@ -218,12 +245,16 @@ def test_a_quantised_checkpoint_is_loaded_in_the_ordinary_way(tmp_path: Path) ->
 
     saved(tmp_path, tiny_model())
     eight: Any = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    AutoModelForCausalLM.from_pretrained(tmp_path / "model", **eight).save_pretrained(tmp_path / "eight")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model", **eight).save_pretrained(
+        tmp_path / "eight"
+    )
     path = str(tmp_path / "eight")  # of a reference: quantised weights cannot train
     ordinary = load_model("reference.path", path, True, torch.float32)
     mapped = load_model("reference.path", path, True, torch.float32, mapped=True)
     assert torch.int8 in {p.dtype for p in mapped.parameters()}
-    assert {n: p.dtype for n, p in parameters(mapped).items()} == {n: p.dtype for n, p in parameters(ordinary).items()}
+    assert {n: p.dtype for n, p in parameters(mapped).items()} == {
+        n: p.dtype for n, p in parameters(ordinary).items()
+    }
     assert all(torch.equal(p, parameters(ordinary)[name]) for name, p in parameters(mapped).items())
 
 
@@ -232,8 +263,12 @@ def test_a_quantised_checkpoint_is_loaded_in_the_ordinary_way(tmp_path: Path) ->
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_made_model_is_made_once_and_the_same(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
-    spec = tiny_spec(tmp_path, model={"init": {"config": {**TINY_MODEL, "tie_word_embeddings": tied}}})
+def test_a_made_model_is_made_once_and_the_same(
+    tmp_path: Path, dtype: torch.dtype, tied: bool
+) -> None:
+    spec = tiny_spec(
+        tmp_path, model={"init": {"config": {**TINY_MODEL, "tie_word_embeddings": tied}}}
+    )
     before = torch.get_rng_state()
     ordinary, mapped = both(spec, dtype)
     assert torch.equal(torch.get_rng_state(), before)
@@ -248,10 +283,14 @@ def test_a_made_model_is_made_once_and_the_same(tmp_path: Path, dtype: torch.dty
 
 def test_other_settings_make_other_weights(tmp_path: Path) -> None:
     def folder(dtype: torch.dtype = torch.float32, seed: int = 7, **config: Any) -> Path:
-        spec = tiny_spec(tmp_path, run={"seed": seed}, model={"init": {"config": {**TINY_MODEL, **config}}})
+        spec = tiny_spec(
+            tmp_path, run={"seed": seed}, model={"init": {"config": {**TINY_MODEL, **config}}}
+        )
         return made_weights(spec, tokenizer(), dtype)
 
-    assert len({folder(), folder(torch.float64), folder(seed=8), folder(initializer_range=0.1)}) == 4
+    assert (
+        len({folder(), folder(torch.float64), folder(seed=8), folder(initializer_range=0.1)}) == 4
+    )
 
 
 def test_a_config_or_a_cache_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
@@ -270,13 +309,17 @@ def test_a_config_or_a_cache_that_cannot_be_used_is_refused(tmp_path: Path) -> N
 def test_adapters_on_a_mapped_base_are_those_on_an_ordinary_one(tmp_path: Path, how: str) -> None:
     saved(tmp_path, tiny_model())
     save_adapter(tmp_path / "model", tmp_path / "adapter")
-    lora = {"new": {"r": 4}, "loaded": {"adapter_path": str(tmp_path / "adapter")}}.get(how, {"r": 4, "base": "bf16"})
+    lora = {"new": {"r": 4}, "loaded": {"adapter_path": str(tmp_path / "adapter")}}.get(
+        how, {"r": 4, "base": "bf16"}
+    )
     ordinary, mapped = both(from_path(tmp_path, lora=lora))
     assert all_mapped(mapped)
     assert any(p.requires_grad for p in mapped.parameters())
     if how.startswith("cast"):
         assert [p.dtype for p in mapped.parameters()] == [p.dtype for p in ordinary.parameters()]
-        assert all(torch.equal(p, parameters(ordinary)[name]) for name, p in parameters(mapped).items())
+        assert all(
+            torch.equal(p, parameters(ordinary)[name]) for name, p in parameters(mapped).items()
+        )
     else:
         assert {p.dtype for n, p in mapped.named_parameters() if ".lora_" in n} == {torch.float32}
         check_same(ordinary, mapped)
@@ -298,7 +341,9 @@ def test_frozen_layers_stay_mapped_and_an_untied_head_is_its_own(tmp_path: Path)
     check_same(ordinary, mapped)
 
 
-def test_a_head_in_16_bits_is_judged_as_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_in_16_bits_is_judged_as_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import Gemma2ForCausalLM
 
     capped: dict[str, Any] = {**SMALL, "final_logit_softcapping": 1.0}
@@ -340,7 +385,9 @@ def test_a_twin_lies_in_the_same_memory_until_it_is_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_mapped_model_has_the_identity_of_an_ordinary_one(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_mapped_model_has_the_identity_of_an_ordinary_one(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     saved(tmp_path, tiny_model())
     ordinary, mapped = both(from_path(tmp_path, lora={"r": 4, "alpha": 3}), dtype)
 
@@ -348,7 +395,10 @@ def test_a_mapped_model_has_the_identity_of_an_ordinary_one(tmp_path: Path, dtyp
         return identity_of(kind(model).tensors(), model.config, ALONE, types)
 
     types = types_when_cut(mapped, dtype)
-    for kind in (PolicyStart, Reference):  # the base; all, with the factors of the adapters, which stay fp32
+    for kind in (
+        PolicyStart,
+        Reference,
+    ):  # the base; all, with the factors of the adapters, which stay fp32
         expected = identity(ordinary, kind)
         assert identity(mapped, kind) != expected
         assert identity(mapped, kind, types) == expected

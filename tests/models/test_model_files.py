@@ -7,7 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from orchestrator.models.model_files import CONFIG_FILES, TOKENIZER_FILES, check_files, check_weight_files
+from orchestrator.models.model_files import (
+    CONFIG_FILES,
+    TOKENIZER_FILES,
+    check_files,
+    check_weight_files,
+)
 from orchestrator.settings.spec import UserError
 
 KEY = "model.path"
@@ -44,7 +49,9 @@ def test_a_pointer_beside_the_weights_is_named(tmp_path: Path, name: str) -> Non
         check_files(KEY, str(tmp_path), (*CONFIG_FILES, *TOKENIZER_FILES))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+)
 def test_weights_that_are_a_pointer_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(POINTER)
     assert f"{name} is a git-lfs pointer" in refusal(tmp_path)
@@ -63,7 +70,10 @@ def test_a_pointer_that_is_not_read_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_shards(tmp_path)[0].unlink()
-    assert "1 of the 2 files in model.safetensors.index.json are missing: model-1-of-2.safetensors" in refusal(tmp_path)
+    assert (
+        "1 of the 2 files in model.safetensors.index.json are missing: model-1-of-2.safetensors"
+        in refusal(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "{", '{"weight_map": 3}'])

@@ -13,7 +13,13 @@ from orchestrator.data.order import PairCost
 from orchestrator.data.sources import Place
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.logps import Head, body_hidden
-from orchestrator.models.policy import build_policy, check_fit, load_config, load_tokenizer, pair_cost
+from orchestrator.models.policy import (
+    build_policy,
+    check_fit,
+    load_config,
+    load_tokenizer,
+    pair_cost,
+)
 from orchestrator.settings.spec import RunSpec, UserError
 
 
@@ -33,7 +39,10 @@ LONG: Any = Long()
 
 
 def with_model(folder: Path, config: dict[str, Any] | None = None, **init: Any) -> RunSpec:
-    return tiny_spec(folder, model={"init": {"vocab_size": 300, **init, "config": {**TINY_MODEL, **(config or {})}}})
+    return tiny_spec(
+        folder,
+        model={"init": {"vocab_size": 300, **init, "config": {**TINY_MODEL, **(config or {})}}},
+    )
 
 
 def policy(spec: RunSpec) -> Any:
@@ -63,7 +72,9 @@ def test_a_tokenizer_is_made_from_the_data_and_kept(tmp_path: Path) -> None:
     assert again.get_vocab() == first.get_vocab()
     assert len(first) == 300
     assert first.pad_token_id != first.eos_token_id
-    chat = first.apply_chat_template([{"role": "user", "content": "Say"}], tokenize=False, add_generation_prompt=True)
+    chat = first.apply_chat_template(
+        [{"role": "user", "content": "Say"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat == "<|im_start|>user\nSay<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -72,9 +83,13 @@ def test_the_pad_token_can_be_set(tmp_path: Path, saved_tokenizer: str) -> None:
     assert load_tokenizer(spec).pad_token == "<end>"
 
 
-def test_the_chat_template_can_be_set_and_is_saved_with_the_tokenizer(tmp_path: Path, saved_tokenizer: str) -> None:
+def test_the_chat_template_can_be_set_and_is_saved_with_the_tokenizer(
+    tmp_path: Path, saved_tokenizer: str
+) -> None:
     template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-    spec = tiny_spec(tmp_path, model={"tokenizer": saved_tokenizer}, data={"chat_template": template})
+    spec = tiny_spec(
+        tmp_path, model={"tokenizer": saved_tokenizer}, data={"chat_template": template}
+    )
     load_tokenizer(spec).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == template
 
@@ -109,12 +124,21 @@ def test_a_tokenizer_that_lacks_a_token_is_refused(
         ({"init": None, "path": "/no/such/folder"}, "model.path", "is not a folder"),
         ({"tokenizer": "/no/such/folder"}, "model.tokenizer", "is not a folder"),
         ({"init": None, "path": "{empty}"}, "model.path", "tokenizer cannot be loaded"),
-        ({"init": None, "path": "no-such-owner/no-such-model"}, "model.path", "tokenizer cannot be loaded"),
+        (
+            {"init": None, "path": "no-such-owner/no-such-model"},
+            "model.path",
+            "tokenizer cannot be loaded",
+        ),
     ],
 )
-def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path, model: dict[str, Any], key: str, words: str) -> None:
+def test_a_tokenizer_that_is_not_there_is_refused(
+    tmp_path: Path, model: dict[str, Any], key: str, words: str
+) -> None:
     (tmp_path / "empty").mkdir()
-    filled = {name: value.format(empty=tmp_path / "empty") if value else None for name, value in model.items()}
+    filled = {
+        name: value.format(empty=tmp_path / "empty") if value else None
+        for name, value in model.items()
+    }
     with pytest.raises(UserError, match=words) as caught:
         load_tokenizer(tiny_spec(tmp_path, model=filled))
     assert caught.value.key == key
@@ -129,7 +153,9 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path, model: dict[st
     ],
     ids=["no such architecture", "wrong type", "heads that do not divide"],
 )
-def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, init: dict[str, Any], config: dict[str, Any]) -> None:
+def test_a_config_that_makes_no_model_is_refused(
+    tmp_path: Path, init: dict[str, Any], config: dict[str, Any]
+) -> None:
     with pytest.raises(UserError) as caught:
         policy(with_model(tmp_path, config, **init))
     assert caught.value.key.startswith("model.init")
@@ -162,7 +188,10 @@ def test_made_and_loaded_models_have_the_type_asked_for_and_train(tmp_path: Path
 def test_a_made_model_knows_the_tokenizer(tmp_path: Path) -> None:
     config = load_config(with_model(tmp_path), tokenizer())
     assert config.vocab_size == len(tokenizer())
-    assert (config.eos_token_id, config.pad_token_id) == (tokenizer().eos_token_id, tokenizer().pad_token_id)
+    assert (config.eos_token_id, config.pad_token_id) == (
+        tokenizer().eos_token_id,
+        tokenizer().pad_token_id,
+    )
     assert load_config(with_model(tmp_path, {"vocab_size": 320}), tokenizer()).vocab_size == 320
 
 
@@ -170,7 +199,10 @@ def test_a_made_model_knows_the_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_loaded", [False, True])
 def test_dropout_is_off_unless_asked_for(tmp_path: Path, disable: bool, is_loaded: bool) -> None:
     small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    model: dict[str, Any] = {"init": {"model_type": "gpt2", "config": small}, "disable_dropout": disable}
+    model: dict[str, Any] = {
+        "init": {"model_type": "gpt2", "config": small},
+        "disable_dropout": disable,
+    }
     made = policy(tiny_spec(tmp_path, model=model))
     if is_loaded:
         made.config.resid_pdrop = made.config.embd_pdrop = made.config.attn_pdrop = 0.1
@@ -209,10 +241,14 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, packed: bool
 def test_a_head_that_scales_or_caps_its_logits_is_honoured(
     tmp_path: Path, model_type: str, config: dict[str, Any]
 ) -> None:
-    made = policy(with_model(tmp_path, {**config, "initializer_range": 0.2}, model_type=model_type)).eval()
+    made = policy(
+        with_model(tmp_path, {**config, "initializer_range": 0.2}, model_type=model_type)
+    ).eval()
     ids = torch.arange(20)[None]
     logits = made(input_ids=ids).logits
-    assert torch.allclose(Head.of(made)(made.base_model(input_ids=ids).last_hidden_state), logits, atol=1e-6)
+    assert torch.allclose(
+        Head.of(made)(made.base_model(input_ids=ids).last_hidden_state), logits, atol=1e-6
+    )
     plain = made.lm_head(made.base_model(input_ids=ids).last_hidden_state)
     assert torch.allclose(plain, logits, atol=1e-6) is (model_type == "qwen2")
 
@@ -231,7 +267,10 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(
         return made
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", forward)
-    for spec in (with_model(tmp_path), tiny_spec(tmp_path, model={"init": None, "path": str(tmp_path / "model")})):
+    for spec in (
+        with_model(tmp_path),
+        tiny_spec(tmp_path, model={"init": None, "path": str(tmp_path / "model")}),
+    ):
         with pytest.raises(UserError, match="changes its logits after the head"):
             policy(spec)
 
@@ -253,16 +292,32 @@ def test_a_pair_longer_than_the_model_has_positions_is_refused_by_its_row(tmp_pa
 
 def test_a_long_pair_fits_when_its_end_is_kept(tmp_path: Path) -> None:
     config = tiny_model(max_position_embeddings=8).config
-    check_fit(config, LONG, "data.train", tiny_spec(tmp_path, data={"max_length": 8, "truncation": "keep_end"}))
+    check_fit(
+        config,
+        LONG,
+        "data.train",
+        tiny_spec(tmp_path, data={"max_length": 8, "truncation": "keep_end"}),
+    )
     with pytest.raises(UserError, match=r"set data\.max_length=8"):
-        check_fit(config, LONG, "data.train", tiny_spec(tmp_path, data={"max_length": 9, "truncation": "keep_end"}))
+        check_fit(
+            config,
+            LONG,
+            "data.train",
+            tiny_spec(tmp_path, data={"max_length": 9, "truncation": "keep_end"}),
+        )
 
 
-@pytest.mark.parametrize(("model", "key"), [({}, "model.init.config"), ({"tokenizer": "org/other"}, "model.tokenizer")])
-def test_tokens_beyond_the_models_vocabulary_are_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "key"), [({}, "model.init.config"), ({"tokenizer": "org/other"}, "model.tokenizer")]
+)
+def test_tokens_beyond_the_models_vocabulary_are_refused(
+    tmp_path: Path, model: dict[str, Any], key: str
+) -> None:
     spec, config = tiny_spec(tmp_path, model=model), tiny_model(vocab_size=251).config
     check_fit(config, LONG, "data.train", spec)
     config.vocab_size = 250
-    with pytest.raises(UserError, match=r"has 250 tokens, the tokenizer returned id 250 for data\.train") as caught:
+    with pytest.raises(
+        UserError, match=r"has 250 tokens, the tokenizer returned id 250 for data\.train"
+    ) as caught:
         check_fit(config, LONG, "data.train", spec)
     assert caught.value.key == key

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from support import TINY_MODEL, tiny_spec
-from tiny import ALONE, both_layouts, collator, ids, on_ranks, pair_batch, pair_rows, tiny_model, tokenizer
+from tiny import (
+    ALONE,
+    both_layouts,
+    collator,
+    ids,
+    on_ranks,
+    pair_batch,
+    pair_rows,
+    tiny_model,
+    tokenizer,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -45,7 +55,9 @@ def spec_of(tmp_path: Path) -> Callable[..., RunSpec]:
 
     def made(model: dict[str, Any] | None = None, **reference: Any) -> RunSpec:
         return tiny_spec(
-            tmp_path, model={"init": None, "path": str(tmp_path / "base"), **(model or {})}, reference=reference
+            tmp_path,
+            model={"init": None, "path": str(tmp_path / "base"), **(model or {})},
+            reference=reference,
         )
 
     return made
@@ -105,7 +117,11 @@ def test_its_log_probs_are_to_the_last_bit_those_of_the_same_policy_without_grad
     found = reference(batch)
     hidden = body_hidden(policy, batch)
     expected = loss_in_head(
-        policy, hidden, batch, lambda _, sums: sums.logps[:, 0] - sums.logps[:, 1], with_metrics=True
+        policy,
+        hidden,
+        batch,
+        lambda _, sums: sums.logps[:, 0] - sums.logps[:, 1],
+        with_metrics=True,
     )
     assert expected.loss.requires_grad
     assert found.dtype == torch.float64
@@ -123,7 +139,9 @@ def test_another_model_can_judge(spec_of: Callable[..., RunSpec], tmp_path: Path
 
 
 @pytest.mark.parametrize("path", [False, True], ids=["start", "path"])
-def test_a_copy_can_have_a_type_of_its_own(spec_of: Callable[..., RunSpec], tmp_path: Path, path: bool) -> None:
+def test_a_copy_can_have_a_type_of_its_own(
+    spec_of: Callable[..., RunSpec], tmp_path: Path, path: bool
+) -> None:
     other = {"path": str(tmp_path / "base")} if path else {}
     policy, reference = built(spec_of(dtype="bf16", **other))
     assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
@@ -179,13 +197,23 @@ def test_a_shared_layer_runs_once_per_micro_batch(
 ) -> None:
     spec = spec_of(kind="shared_layers", num_shared_layers=3)
     spec = spec.model_copy(
-        update={"training": spec.training.model_copy(update={"gradient_checkpointing": checkpointing})}
+        update={
+            "training": spec.training.model_copy(update={"gradient_checkpointing": checkpointing})
+        }
     )
     policy, reference = built(spec, packed)
     batch, passes = pair_batch(4, packed=packed), counters(policy, reference)
     PairStep(policy, reference, DPO)(batch, Counts(4, 1)).loss.backward()
-    top = 1 + checkpointing  # the policy's own top layer is computed again in the backward pass, no other is
-    assert passes == {"policy 0": 1, "policy 1": 1, "policy 2": 1, "policy 3": top, "reference 3": 1}
+    top = (
+        1 + checkpointing
+    )  # the policy's own top layer is computed again in the backward pass, no other is
+    assert passes == {
+        "policy 0": 1,
+        "policy 1": 1,
+        "policy 2": 1,
+        "policy 3": top,
+        "reference 3": 1,
+    }
     assert all((p.grad is not None) == p.requires_grad for p in policy.parameters())
 
 
@@ -202,27 +230,40 @@ def test_shared_layers_say_what_a_copy_says(spec_of: Callable[..., RunSpec], pac
         assert not torch.equal(sequence_logps(policy, batch), expected)
 
 
-def test_shared_layers_are_stored_once_whatever_is_done_to_the_models(spec_of: Callable[..., RunSpec]) -> None:
+def test_shared_layers_are_stored_once_whatever_is_done_to_the_models(
+    spec_of: Callable[..., RunSpec],
+) -> None:
     policy, reference = built(spec_of(kind="shared_layers", num_shared_layers=3))
 
     def shared() -> int:
         ours = {p.data_ptr() for p in policy.parameters()}
         return sum(p.data_ptr() in ours for p in reference.model.parameters())
 
-    expected = sum(1 for layer in decoder_layers(policy)[:3] for _ in layer.parameters()) + 1  # and the embeddings
+    expected = (
+        sum(1 for layer in decoder_layers(policy)[:3] for _ in layer.parameters()) + 1
+    )  # and the embeddings
     assert shared() == expected
-    for change in (lambda m: m.to(torch.float64), lambda m: m.to("cpu"), lambda m: m.float(), lambda m: m.train()):
+    for change in (
+        lambda m: m.to(torch.float64),
+        lambda m: m.to("cpu"),
+        lambda m: m.float(),
+        lambda m: m.train(),
+    ):
         change(policy)
         assert shared() == expected
     frozen = {id(p) for p in policy.parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
     assert not frozen & {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = reference.own_bytes(policy)
-    assert own == sum(p.nbytes for p in decoder_layers(reference.model)[3].parameters()) + 64 * 4  # and the last norm
+    assert (
+        own == sum(p.nbytes for p in decoder_layers(reference.model)[3].parameters()) + 64 * 4
+    )  # and the last norm
 
 
 @pytest.mark.parametrize("tied_head", ["untie", "freeze"])
-def test_a_head_that_is_one_with_frozen_embeddings(spec_of: Callable[..., RunSpec], tied_head: str) -> None:
+def test_a_head_that_is_one_with_frozen_embeddings(
+    spec_of: Callable[..., RunSpec], tied_head: str
+) -> None:
     spec = spec_of(model={"tied_head": tied_head}, kind="shared_layers", num_shared_layers=1)
     policy, reference = built(spec)
     head: Any = policy.get_output_embeddings()
@@ -232,19 +273,33 @@ def test_a_head_that_is_one_with_frozen_embeddings(spec_of: Callable[..., RunSpe
     assert head.weight.requires_grad == is_untied
     assert not embeddings.weight.requires_grad
     assert policy.config.tie_word_embeddings != is_untied
-    assert reference.model.get_output_embeddings().weight is embeddings.weight  # what the head was: stored once
+    assert (
+        reference.model.get_output_embeddings().weight is embeddings.weight
+    )  # what the head was: stored once
 
 
 def test_whatever_lies_below_the_shared_layers_is_frozen_with_them(tmp_path: Path) -> None:
-    config = {"hidden_size": 64, "n_layer": 3, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    init = {"init": {"model_type": "bloom", "vocab_size": 300, "config": config}}  # a norm follows its embeddings
+    config = {
+        "hidden_size": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    init = {
+        "init": {"model_type": "bloom", "vocab_size": 300, "config": config}
+    }  # a norm follows its embeddings
     batch = pair_batch(3)
     shared = {"kind": "shared_layers", "num_shared_layers": 2}
     policy, reference = built(tiny_spec(tmp_path, model=init, reference=shared), packed=False)
     expected = step_logps(policy, reference, batch)
     moved(policy)
     assert torch.equal(step_logps(policy, reference, batch), expected)
-    assert not any(p.requires_grad for name, p in policy.named_parameters() if "word_embeddings_layernorm" in name)
+    assert not any(
+        p.requires_grad
+        for name, p in policy.named_parameters()
+        if "word_embeddings_layernorm" in name
+    )
 
 
 def test_the_twin_of_shared_layers_trains_the_same(spec_of: Callable[..., RunSpec]) -> None:
@@ -258,25 +313,45 @@ def test_the_twin_of_shared_layers_trains_the_same(spec_of: Callable[..., RunSpe
 def test_upper_layers_that_cannot_be_run_alone_are_refused(
     spec_of: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.models.layers._Passed.forward", lambda _, hidden_states, *__, **___: (0,))
+    monkeypatch.setattr(
+        "orchestrator.models.layers._Passed.forward", lambda _, hidden_states, *__, **___: (0,)
+    )
     monkeypatch.setattr(  # a model that enters its layers by another way
         "orchestrator.models.layers.UpperLayers.__call__", lambda self, captured, **_: captured
     )
-    with pytest.raises(UserError, match=r"reference.kind = 'shared_layers': the upper layers of a Qwen2ForCausalLM"):
+    with pytest.raises(
+        UserError, match=r"reference.kind = 'shared_layers': the upper layers of a Qwen2ForCausalLM"
+    ):
         built(spec_of(kind="shared_layers", num_shared_layers=2))
 
 
-GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 LLAMA = {k: v for k, v in TINY_MODEL.items() if k != "num_hidden_layers"} | {"num_hidden_layers": 3}
 
 
 @both_layouts
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [("gpt2", GPT2), ("llama", LLAMA), ("gemma", {**LLAMA, "head_dim": 16}), ("qwen3", {**LLAMA, "head_dim": 16})],
+    [
+        ("gpt2", GPT2),
+        ("llama", LLAMA),
+        ("gemma", {**LLAMA, "head_dim": 16}),
+        ("qwen3", {**LLAMA, "head_dim": 16}),
+    ],
 )
-def test_shared_layers_in_other_architectures(tmp_path: Path, kind: str, config: dict[str, Any], packed: bool) -> None:
-    init = {"init": {"model_type": kind, "vocab_size": 300, "config": {**config, "vocab_size": 300}}}
+def test_shared_layers_in_other_architectures(
+    tmp_path: Path, kind: str, config: dict[str, Any], packed: bool
+) -> None:
+    init = {
+        "init": {"model_type": kind, "vocab_size": 300, "config": {**config, "vocab_size": 300}}
+    }
     reference = {"kind": "shared_layers", "num_shared_layers": 2}
     batch = pair_batch(3, packed=packed)
     policy, shared = built(tiny_spec(tmp_path, model=init, reference=reference), packed)
@@ -291,19 +366,25 @@ LORA = {"lora": {"r": 4}}
 
 
 @pytest.mark.parametrize("kind", ["copy", "shared_layers", "adapter_off", "precomputed"])
-def test_every_kind_sums_a_sequence_as_the_policy_does(spec_of: Callable[..., RunSpec], kind: str) -> None:
+def test_every_kind_sums_a_sequence_as_the_policy_does(
+    spec_of: Callable[..., RunSpec], kind: str
+) -> None:
     dpo, batch = DpoSpec(ld_alpha=0.3), pair_batch(4, packed=True)  # pyright: ignore[reportCallIssue]
     shared = {"num_shared_layers": 2} if kind == "shared_layers" else {}
     spec = spec_of(LORA if kind == "adapter_off" else None, kind=kind, **shared)
     policy, reference = built(spec.model_copy(update={"dpo": dpo}))
     expected = sequence_logps(policy, batch, ld_alpha=0.3)
     output = PairStep(policy, reference, dpo)(batch, Counts(4, 1))
-    assert all(torch.equal(found, expected) for found in (output.logps, output.ref_logps, reference(batch)))
+    assert all(
+        torch.equal(found, expected) for found in (output.logps, output.ref_logps, reference(batch))
+    )
     assert not torch.equal(sequence_logps(policy, batch), expected)
 
 
 @both_layouts
-def test_without_its_adapter_the_policy_is_its_base(spec_of: Callable[..., RunSpec], packed: bool) -> None:
+def test_without_its_adapter_the_policy_is_its_base(
+    spec_of: Callable[..., RunSpec], packed: bool
+) -> None:
     batch = pair_batch(4, packed=packed)
     expected = built(spec_of(), packed)[1](batch)
     policy, reference = built(spec_of(LORA, kind="adapter_off"), packed)
@@ -389,7 +470,8 @@ def test_an_adapter_that_was_started_from_the_base_leaves_the_base_alone(
         config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]),
     ).get_base_model()
     policy, reference = built(
-        spec_of({"lora": {"adapter_path": str(tmp_path / "adapter")}}, kind="adapter_off"), packed=False
+        spec_of({"lora": {"adapter_path": str(tmp_path / "adapter")}}, kind="adapter_off"),
+        packed=False,
     )
     batch = pair_batch(4)
     expected = sequence_logps(bare, batch)  # pyright: ignore[reportArgumentType]
@@ -402,13 +484,17 @@ def test_layers_that_are_transposed_are_merged_before_they_are_quantised(tmp_pat
 
     init = {"init": {"model_type": "gpt2", "vocab_size": 300, "config": {**GPT2, "n_embd": 64}}}
     first, _ = built(tiny_spec(tmp_path, model=init), packed=False)
-    config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    config = LoraConfig(
+        r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False
+    )
     first.add_adapter(config)
     first.save_pretrained(tmp_path / "adapter")
     goes_on = {**init, "lora": {"adapter_path": str(tmp_path / "adapter")}}
     batch = pair_batch(4)
     for kind in ("int8", "nf4"):
-        policy, reference = built(tiny_spec(tmp_path, model=goes_on, reference={"kind": kind}), packed=False)
+        policy, reference = built(
+            tiny_spec(tmp_path, model=goes_on, reference={"kind": kind}), packed=False
+        )
         assert (reference(batch) - sequence_logps(policy, batch)).abs().max() < 3
 
 
@@ -416,7 +502,10 @@ def test_layers_that_are_transposed_are_merged_before_they_are_quantised(tmp_pat
     ("lora", "words"),
     [
         ({"target_modules": ["nope"]}, ["model.lora.target_modules", "peft rejects it", "nope"]),
-        ({"adapter_path": "/no/such/adapter"}, ["model.lora.adapter_path", "/no/such/adapter", "cannot be loaded"]),
+        (
+            {"adapter_path": "/no/such/adapter"},
+            ["model.lora.adapter_path", "/no/such/adapter", "cannot be loaded"],
+        ),
         ({"adapter_path": "{base}"}, ["model.lora.adapter_path", "adapter_config.json"]),
         ({"adapter_path": "{small}"}, ["model.lora.adapter_path", "has shape"]),
     ],
@@ -480,7 +569,9 @@ def test_it_is_quantised_as_transformers_does_it(
     held = {name: value.data_ptr() for name, value in reference.model.named_parameters()}
     first = reference(batch)
     assert torch.equal(reference(batch), first)
-    assert {name: value.data_ptr() for name, value in reference.model.named_parameters()} == held  # quantised once
+    assert {
+        name: value.data_ptr() for name, value in reference.model.named_parameters()
+    } == held  # quantised once
     assert not any(p.requires_grad for p in reference.model.parameters())
     assert all(p.requires_grad for p in policy.parameters())
     assert reference.model.get_output_embeddings().weight.dtype == torch.float32
@@ -553,8 +644,13 @@ def test_a_function_can_make_the_reference(spec_of: Callable[..., RunSpec], tmp_
         for p in whole.parameters():
             p.copy_(p.bfloat16())
     whole.save_pretrained(tmp_path / "base")
-    policy, reference = built(spec_of(), ref_model=in_16_bits)  # the same numbers, with which it computes otherwise
-    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), reference.model.parameters(), strict=True))
+    policy, reference = built(
+        spec_of(), ref_model=in_16_bits
+    )  # the same numbers, with which it computes otherwise
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(policy.parameters(), reference.model.parameters(), strict=True)
+    )
     assert not reference.is_start
 
 
@@ -583,7 +679,9 @@ def test_shared_layers_that_a_function_made_are_recognised(
     assert reference.capture_layer == 2
     assert reference.is_start
     policy.to("cpu").to(torch.float64).to(torch.float32)  # by which TRL's sharing is lost
-    lower = sharing_words(nn.ModuleList([policy.get_input_embeddings(), *decoder_layers(policy)[:2]]))
+    lower = sharing_words(
+        nn.ModuleList([policy.get_input_embeddings(), *decoder_layers(policy)[:2]])
+    )
     assert sharing_words(policy) & sharing_words(reference.model) == lower
     passes = counters(policy, reference)
     assert torch.equal(step_logps(policy, reference, batch), expected)
@@ -598,8 +696,13 @@ def test_what_a_function_returns_is_checked(spec_of: Callable[..., RunSpec]) -> 
         return str(caught.value)
 
     assert "returned a int; return a causal LM" in refused(lambda _: 3)
-    assert "returned a model that holds the policy's model.embed_tokens.weight, which trains" in refused(lambda p: p)
-    assert "vocabulary of 310 tokens, the policy has 300" in refused(lambda _: tiny_model(vocab_size=310))
+    assert (
+        "returned a model that holds the policy's model.embed_tokens.weight, which trains"
+        in refused(lambda p: p)
+    )
+    assert "vocabulary of 310 tokens, the policy has 300" in refused(
+        lambda _: tiny_model(vocab_size=310)
+    )
     assert "the settings define the reference too" in refused(copy.deepcopy, kind="int8")
 
 
@@ -612,10 +715,30 @@ def load_in_8bit(policy: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("function", "model", "reference", "line"),
     [
-        (ours, {"disable_dropout": False}, {}, "model.disable_dropout = False: the policy's dropout would reach"),
-        (ours, {}, {"offload": True}, "reference.offload = True: the model from ref_model shares layers"),
-        (load_in_8bit, {}, {"offload": True}, "reference.offload = True: the model from ref_model is in 8 or 4 bits"),
-        (load_in_8bit, {}, {"sync_every": 2}, "reference.sync_every = 2: the model from ref_model is in 8 or 4 bits"),
+        (
+            ours,
+            {"disable_dropout": False},
+            {},
+            "model.disable_dropout = False: the policy's dropout would reach",
+        ),
+        (
+            ours,
+            {},
+            {"offload": True},
+            "reference.offload = True: the model from ref_model shares layers",
+        ),
+        (
+            load_in_8bit,
+            {},
+            {"offload": True},
+            "reference.offload = True: the model from ref_model is in 8 or 4 bits",
+        ),
+        (
+            load_in_8bit,
+            {},
+            {"sync_every": 2},
+            "reference.sync_every = 2: the model from ref_model is in 8 or 4 bits",
+        ),
     ],
 )
 def test_a_functions_reference_has_the_rules_of_its_kind(
@@ -630,13 +753,17 @@ def test_a_functions_reference_has_the_rules_of_its_kind(
     assert str(caught.value).startswith(line)
 
 
-def test_a_function_can_return_a_base_with_an_adapter(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
+def test_a_function_can_return_a_base_with_an_adapter(
+    spec_of: Callable[..., RunSpec], tmp_path: Path
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     def tuned(policy: PreTrainedModel) -> Any:
         del policy
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        return get_peft_model(
+            base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        )
 
     policy, reference = built(spec_of(), ref_model=tuned)
     batch = pair_batch(4, packed=True)
@@ -658,8 +785,12 @@ def test_create_reference_model_refuses_what_it_cannot_share() -> None:
 # --- a reference that moves --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharing", [{}, {"kind": "shared_layers", "num_shared_layers": 2}], ids=["copy", "shared"])
-def test_sync_mixes_what_is_the_references_own(spec_of: Callable[..., RunSpec], sharing: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "sharing", [{}, {"kind": "shared_layers", "num_shared_layers": 2}], ids=["copy", "shared"]
+)
+def test_sync_mixes_what_is_the_references_own(
+    spec_of: Callable[..., RunSpec], sharing: dict[str, Any]
+) -> None:
     policy, reference = built(spec_of(sync_every=1, sync_alpha=0.25, **sharing))
     before = {name: value.clone() for name, value in reference.model.state_dict().items()}
     moved(policy)
@@ -671,15 +802,22 @@ def test_sync_mixes_what_is_the_references_own(spec_of: Callable[..., RunSpec], 
     kept = PairStep(policy, reference, DPO).saved()
     own = {name for name in kept if name.startswith("reference.")}
     if sharing:
-        assert all("layers.0" not in name and "layers.1" not in name and "embed" not in name for name in own)
+        assert all(
+            "layers.0" not in name and "layers.1" not in name and "embed" not in name
+            for name in own
+        )
         assert "reference.lm_head.weight" in own
     else:
         assert own == {f"reference.{name}" for name, _ in reference.model.named_parameters()}
 
 
-def test_a_reference_of_another_shape_cannot_move(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
+def test_a_reference_of_another_shape_cannot_move(
+    spec_of: Callable[..., RunSpec], tmp_path: Path
+) -> None:
     tiny_model(**{**SIZES, "intermediate_size": 96}).save_pretrained(tmp_path / "wide")
-    with pytest.raises(UserError, match=r"reference.sync_every.*has shape \(96, 64\), the policy \(64, 64\)"):
+    with pytest.raises(
+        UserError, match=r"reference.sync_every.*has shape \(96, 64\), the policy \(64, 64\)"
+    ):
         built(spec_of(sync_every=2, path=str(tmp_path / "wide")))
 
 
@@ -695,7 +833,9 @@ def test_another_vocabulary_is_refused(spec_of: Callable[..., RunSpec], tmp_path
     check_reference(spec_of(), tiny_model().config, tokenizer())
 
 
-def test_another_tokenizer_is_refused_by_a_token(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused_by_a_token(
+    spec_of: Callable[..., RunSpec], tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     tiny_model().save_pretrained(other)
     spec = spec_of(path=str(other))
@@ -709,7 +849,10 @@ def test_another_tokenizer_is_refused_by_a_token(spec_of: Callable[..., RunSpec]
     (other / "tokenizer.json").write_text(swapped)
     with pytest.raises(UserError) as caught:
         check_reference(spec, tiny_model().config, tokenizer())
-    assert f"its tokenizer maps 'x' to id {ids('y')[0]}, the policy's to {ids('x')[0]} (2 tokens" in str(caught.value)
+    assert (
+        f"its tokenizer maps 'x' to id {ids('y')[0]}, the policy's to {ids('x')[0]} (2 tokens"
+        in str(caught.value)
+    )
 
 
 def test_a_model_that_is_not_there_is_refused(spec_of: Callable[..., RunSpec]) -> None:
@@ -719,7 +862,9 @@ def test_a_model_that_is_not_there_is_refused(spec_of: Callable[..., RunSpec]) -
 
 def test_an_absent_reference_says_which_rows_are_missing() -> None:
     rows = [{**row, "pair_id": number} for row, number in zip(pair_rows(2), (17, 4), strict=True)]
-    with pytest.raises(UserError, match=r"the log-probs of pairs \[17, 4\] are not all in the cache"):
+    with pytest.raises(
+        UserError, match=r"the log-probs of pairs \[17, 4\] are not all in the cache"
+    ):
         Absent()(collator(packed=True)(rows))
 
 

@@ -11,8 +11,16 @@ from orchestrator.models.layers import body_of
 from orchestrator.models.rope import fixed_up_to, most_positions, use_own_lengths
 
 SHORT, LONG, TRAINED = 12, 30, 16
-FACTORS: dict[str, Any] = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 4.0]}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": TRAINED, **FACTORS}
+FACTORS: dict[str, Any] = {
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 2.5, 3.0, 4.0],
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": TRAINED,
+    **FACTORS,
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 SIZES = {
     "hidden_size": 32,
@@ -88,7 +96,9 @@ def alone(kind: str, length: int) -> torch.Tensor:
 def test_a_row_has_the_hidden_states_that_it_has_alone(kind: str) -> None:
     model = model_of(kind)
     plain = hidden(model, SHORT, LONG)[0, :SHORT]
-    assert not torch.allclose(plain, alone(kind, SHORT), atol=1e-3)  # transformers' own depend on the neighbour
+    assert not torch.allclose(
+        plain, alone(kind, SHORT), atol=1e-3
+    )  # transformers' own depend on the neighbour
     use_own_lengths(model)
     for lengths in ((SHORT, LONG, 20), (LONG,), (20, 20), (SHORT, SHORT)):
         states = hidden(model, *lengths)
@@ -101,7 +111,9 @@ def test_a_copy_of_a_model_has_its_own_lengths() -> None:
     use_own_lengths(model)
     other = copy.deepcopy(model)
     hidden(model, LONG)
-    assert torch.allclose(hidden(other, SHORT, LONG)[0, :SHORT], alone("longrope", SHORT), atol=1e-5)
+    assert torch.allclose(
+        hidden(other, SHORT, LONG)[0, :SHORT], alone("longrope", SHORT), atol=1e-5
+    )
 
 
 def test_recomputed_layers_have_the_frequencies_of_their_rows() -> None:
@@ -111,15 +123,20 @@ def test_recomputed_layers_have_the_frequencies_of_their_rows() -> None:
         use_own_lengths(model)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        body_of(model)(**batch(SHORT, LONG), use_cache=False).last_hidden_state[0, :SHORT].square().sum().backward()
+        body_of(model)(**batch(SHORT, LONG), use_cache=False).last_hidden_state[
+            0, :SHORT
+        ].square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("kind", "fixed", "most"), [("longrope", TRAINED, 64), ("dynamic", TRAINED, None), ("by layer type", TRAINED, None)]
+    ("kind", "fixed", "most"),
+    [("longrope", TRAINED, 64), ("dynamic", TRAINED, None), ("by layer type", TRAINED, None)],
 )
-def test_lengths_come_from_every_kind_of_rope_parameters(kind: str, fixed: int, most: int | None) -> None:
+def test_lengths_come_from_every_kind_of_rope_parameters(
+    kind: str, fixed: int, most: int | None
+) -> None:
     assert fixed_up_to(config_of(kind)) == fixed
     assert most_positions(config_of(kind)) == most
 
@@ -128,10 +145,20 @@ def test_lengths_come_from_every_kind_of_rope_parameters(kind: str, fixed: int, 
     ("rope", "most"),
     [
         ({"rope_type": "default", "rope_theta": 1e4}, 32),
-        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        (
+            {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            128,
+        ),
         ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, 64),
     ],
 )
 def test_scaled_positions_are_counted_after_scaling(rope: dict[str, Any], most: int) -> None:
-    config = AutoConfig.for_model("llama", **SIZES, max_position_embeddings=32, rope_parameters=rope)
+    config = AutoConfig.for_model(
+        "llama", **SIZES, max_position_embeddings=32, rope_parameters=rope
+    )
     assert (fixed_up_to(config), most_positions(config)) == (None, most)

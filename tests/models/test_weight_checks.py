@@ -38,7 +38,9 @@ def test_a_fix_of_the_caller_replaces_that_for_a_whole_model() -> None:
 
 
 def test_one_missing_weight_is_named_alone() -> None:
-    assert "weight lm_head.weight is missing from its files" in refusal(WeightDifferences(["lm_head.weight"], [], []))
+    assert "weight lm_head.weight is missing from its files" in refusal(
+        WeightDifferences(["lm_head.weight"], [], [])
+    )
 
 
 @pytest.mark.parametrize("head", ["score.weight", "v_head.summary.weight", "classifier.dense.bias"])
@@ -62,7 +64,10 @@ def test_weights_that_are_not_used_are_refused() -> None:
         ("module.model.norm.weight", "DistributedDataParallel"),
         ("module._orig_mod.model.norm.weight", "torch.compile"),
         ("_fsdp_wrapped_module.model.norm.weight", "FSDP"),
-        ("model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight", "activation checkpointing"),
+        (
+            "model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight",
+            "activation checkpointing",
+        ),
         ("base_model.model.model.norm.weight", "peft"),
     ],
 )
@@ -80,24 +85,41 @@ def test_a_name_that_only_ends_like_a_wrapper_is_not_one() -> None:
 
 def test_other_shapes_are_refused() -> None:
     line = refusal(WeightDifferences.between({"a": (2, 3), "b": (1,)}, {"a": (2, 4), "b": (2,)}))
-    assert "a has shape (2, 3) in its files, but a Qwen2ForCausalLM needs (2, 4) (and 1 more)" in line
+    assert (
+        "a has shape (2, 3) in its files, but a Qwen2ForCausalLM needs (2, 4) (and 1 more)" in line
+    )
 
 
 def test_heads_for_further_tokens_and_old_buffers_need_not_be_used() -> None:
-    unused = {"mtp.layers.0.mlp.up_proj.weight", "model.mtp_layers.0.norm.weight", "model.rotary_emb.inv_freq"}
-    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": unused, "mismatched_keys": set()}
+    unused = {
+        "mtp.layers.0.mlp.up_proj.weight",
+        "model.mtp_layers.0.norm.weight",
+        "model.rotary_emb.inv_freq",
+    }
+    info: dict[str, Any] = {
+        "missing_keys": set(),
+        "unexpected_keys": unused,
+        "mismatched_keys": set(),
+    }
     assert WeightDifferences.from_loading_info(info) == WeightDifferences([], [], [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "inf"), (-float("inf"), "inf")])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "inf"), (-float("inf"), "inf")]
+)
 def test_a_value_that_is_not_finite_is_named(dtype: torch.dtype, value: float, kind: str) -> None:
     tensor = torch.full((65, 33), torch.finfo(dtype).max, dtype=dtype)  # whose sum overflows
     check_finite(KEY, "/model", [("whole", tensor)])
     tensor[64, 32] = value
-    with pytest.raises(UserError, match=rf"bad holds {kind}: 1 of its 2145 values are not finite in {str(dtype)[6:]}"):
+    with pytest.raises(
+        UserError,
+        match=rf"bad holds {kind}: 1 of its 2145 values are not finite in {str(dtype)[6:]}",
+    ):
         check_finite(KEY, "/model", [("whole", torch.ones(3)), ("bad", tensor)])
 
 
 def test_integers_and_empty_tensors_are_finite() -> None:
-    check_finite(KEY, "/model", [("codes", torch.ones(3, dtype=torch.int8)), ("none", torch.ones(0))])
+    check_finite(
+        KEY, "/model", [("codes", torch.ones(3, dtype=torch.int8)), ("none", torch.ones(0))]
+    )

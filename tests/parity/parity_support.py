@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-NO_TRL = "parity is measured against TRL, which is not installed: pip install 'dpo-orchestrator[test]'"
+NO_TRL = (
+    "parity is measured against TRL, which is not installed: pip install 'dpo-orchestrator[test]'"
+)
 
 
 def need_trl() -> None:
@@ -66,5 +68,7 @@ def trl_tokens(dataset: Any, tokenizer: Any, max_length: int | None = None) -> l
     from trl.trainer.dpo_trainer import DPOTrainer
 
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
-    args: Any = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
+    args: Any = SimpleNamespace(
+        dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
+    )
     return list(DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "train"))

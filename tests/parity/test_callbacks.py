@@ -44,8 +44,17 @@ class Recording(TrainerCallback):
     def hear(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """For every event."""
         said = kwargs.pop("logs", None) or kwargs.pop("metrics", None) or {}
-        due = [name for name in ("log", "evaluate", "save", "training_stop") if getattr(control, f"should_{name}")]
-        facts = (state.max_steps, state.num_train_epochs, state.train_batch_size, len(state.log_history))
+        due = [
+            name
+            for name in ("log", "evaluate", "save", "training_stop")
+            if getattr(control, f"should_{name}")
+        ]
+        facts = (
+            state.max_steps,
+            state.num_train_epochs,
+            state.train_batch_size,
+            len(state.log_history),
+        )
         self.heard.append(
             Heard(
                 event,
@@ -54,25 +63,41 @@ class Recording(TrainerCallback):
                 sorted(said),
                 due if event == "on_step_end" else [],
                 sorted(kwargs),
-                () if event == "on_init_end" else (*facts, state.is_world_process_zero, state.trial_name),
+                ()
+                if event == "on_init_end"
+                else (*facts, state.is_world_process_zero, state.trial_name),
             )
         )
 
 
 for name in EVENTS:
-    setattr(Recording, name, lambda self, *args, event=name, **kwargs: self.hear(event, *args, **kwargs))
+    setattr(
+        Recording, name, lambda self, *args, event=name, **kwargs: self.hear(event, *args, **kwargs)
+    )
 
-TRAINED, HELD_OUT, PAIRS, MICRO, EVERY = rows(12), rows(4, seed=1), 4, 2, 2  # two epochs of three steps
+TRAINED, HELD_OUT, PAIRS, MICRO, EVERY = (
+    rows(12),
+    rows(4, seed=1),
+    4,
+    2,
+    2,
+)  # two epochs of three steps
 
 
 def spec_of(folder: Path) -> RunSpec:
-    train, held_out = write_jsonl(folder / "pairs.jsonl", TRAINED), write_jsonl(folder / "held_out.jsonl", HELD_OUT)
+    train, held_out = (
+        write_jsonl(folder / "pairs.jsonl", TRAINED),
+        write_jsonl(folder / "held_out.jsonl", HELD_OUT),
+    )
     return tiny_spec(
         folder,
         data={"train": str(train), "eval": str(held_out), "max_length": None},
         batch={"global_batch_size": PAIRS, "micro_batch_size": MICRO},
         training={"max_steps": None, "epochs": 2, "logging_steps": EVERY},
-        evaluation={"every_steps": EVERY, "at_start": False},  # TRL would have to be told eval_on_start
+        evaluation={
+            "every_steps": EVERY,
+            "at_start": False,
+        },  # TRL would have to be told eval_on_start
         checkpoint={"every_steps": EVERY},
     )
 
@@ -120,17 +145,25 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Heard], list[H
     return of_ours(spec), of_trl(spec, folder / "trl")
 
 
-def test_every_event_is_at_its_place_with_the_same_state(heard: tuple[list[Heard], list[Heard]]) -> None:
+def test_every_event_is_at_its_place_with_the_same_state(
+    heard: tuple[list[Heard], list[Heard]],
+) -> None:
     ours, trls = ([each._replace(said=[]) for each in side] for side in heard)
     # where an epoch ends, ours is saved after that: a run that is resumed does not come back to it
     at = max(number for number, each in enumerate(trls) if each.event == "on_save")
     assert trls[at + 1].event == "on_epoch_end"
     trls[at], trls[at + 1] = trls[at + 1], trls[at]
     assert ours == trls
-    assert {each.event for each in ours} == {*EVENTS} - {"on_predict", "on_push_begin"}  # which training never has
+    assert {each.event for each in ours} == {*EVENTS} - {
+        "on_predict",
+        "on_push_begin",
+    }  # which training never has
 
 
 def test_logs_and_metrics_have_the_same_names(heard: tuple[list[Heard], list[Heard]]) -> None:
-    ours, trls = ([set(each.said) for each in side if each.event in ("on_log", "on_evaluate")] for side in heard)
+    ours, trls = (
+        [set(each.said) for each in side if each.event in ("on_log", "on_evaluate")]
+        for side in heard
+    )
     # tokens are counted while training alone, and at an evaluation TRL says the same number again
     assert ours == [said - {"eval_num_tokens"} for said in trls]

@@ -26,7 +26,9 @@ def test_a_run_with_it_is_our_padded_run(
     ours = tiny_spec(tmp_path, run={"name": "ours"}, data=data, model={"attention": "padded"})
     debug(ours)
     assert "must truncate" not in capfd.readouterr().out
-    named = tiny_spec(tmp_path, run={"name": "named"}, data={**data, "collator": {"path": THEIRS, "kwargs": cut}})
+    named = tiny_spec(
+        tmp_path, run={"name": "named"}, data={**data, "collator": {"path": THEIRS, "kwargs": cut}}
+    )
     debug(named)
     if cut:
         assert f"{THEIRS} must truncate" in capfd.readouterr().out

@@ -46,7 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("batched", [False, True], ids=["whole", "in batches"])
 def test_logits_and_labels_are_those_of_trl(folder: Path, batched: bool) -> None:
     theirs: Handed = []
-    settings = {"per_device_eval_batch_size": BATCH, "batch_eval_metrics": batched, "max_length": MAX_LENGTH}
+    settings = {
+        "per_device_eval_batch_size": BATCH,
+        "batch_eval_metrics": batched,
+        "max_length": MAX_LENGTH,
+    }
     trainer = trl_trainer(folder / "trl", str(folder / "model"), tokenizer(), TRAIN, **settings)
     trainer.compute_metrics = keeping(theirs)
     with pytest.warns(FutureWarning, match="return_outputs"):
@@ -65,8 +69,13 @@ def test_logits_and_labels_are_those_of_trl(folder: Path, batched: bool) -> None
     assert result.status == "finished"
     assert len(theirs) == (3 if batched else 1)
     assert len(ours) == 2 * len(theirs)  # before training, and after it
-    lost = sum(len(labels) for _, labels, _ in ours[: len(theirs)]) - sum(len(labels) for _, labels, _ in theirs)
-    assert lost in (0, PAIRS % BATCH)  # TRL cuts a last batch that is not full to as many rows as it has pairs
+    lost = sum(len(labels) for _, labels, _ in ours[: len(theirs)]) - sum(
+        len(labels) for _, labels, _ in theirs
+    )
+    assert lost in (
+        0,
+        PAIRS % BATCH,
+    )  # TRL cuts a last batch that is not full to as many rows as it has pairs
     for (logits, labels, is_last), found in zip(theirs, ours, strict=False):
         assert (labels.dtype, logits.dtype, is_last) == (found[1].dtype, found[0].dtype, found[2])
         np.testing.assert_array_equal(labels, found[1][: len(labels)])

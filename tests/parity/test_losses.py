@@ -18,7 +18,13 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -51,7 +57,14 @@ need_trl()
 
 BETA, LR, STEPS, PAIRS, MAX_LENGTH = 0.3, 0.03, 3, 6, 40
 NO_RATE, NO_CLIPPING = 1e-30, 1e9
-WEIGHTS = (0.5, 1.0, 0.5, 1.5, 1.0, 0.5)  # of pairs; in TRL, each of them stands there twice as often
+WEIGHTS = (
+    0.5,
+    1.0,
+    0.5,
+    1.5,
+    1.0,
+    0.5,
+)  # of pairs; in TRL, each of them stands there twice as often
 MARGINS = (0.4, -0.2, 0.0, 0.9, 0.1, 0.6)
 EXACT = 1e-9  # relative, of our fp64 and the computation here
 EXACT_EXPERTS = 1e-6  # transformers' router is in fp32 whatever the model
@@ -61,9 +74,16 @@ FP32 = 4e-6
 TRL_IS_NEAR = 1e-4  # how far TRL may be from the truth; what is further is another loss
 GRADIENT_FP32 = 5e-5  # of discopop with margins 3e-5: its tau makes 20 times as much of a rounding
 TRL_GRADIENT_IS_NEAR = 1e-3  # of ipo with forward_kl, whose parts cancel, 9e-5; of any other 1e-5
-LOGGED = (*METRICS, "grad_norm", "epoch")  # by both, of every step; and learning_rate, which is NO_RATE in the table
+LOGGED = (
+    *METRICS,
+    "grad_norm",
+    "epoch",
+)  # by both, of every step; and learning_rate, which is NO_RATE in the table
 NOT_TRLS = ("cdpo", "simpo", "orpo")  # no losses of TRL's DPOTrainer
-NOT_WEIGHTED_BY_TRL = ("hinge", "sft")  # it raises: an in-place product would change what the backward pass needs
+NOT_WEIGHTED_BY_TRL = (
+    "hinge",
+    "sft",
+)  # it raises: an in-place product would change what the backward pass needs
 # there of a micro-batch, here of the global batch: the same where that is all
 SPLIT_IN_TRL = ("sft", *OF_BATCH)
 TWINS: dict[str, LossType] = {  # a user's own losses, and those of TRL that they are
@@ -96,8 +116,14 @@ TABLE: dict[Kind, list[DpoSpec]] = {
     "plain": [
         *map(plain, get_args(LossType)),
         *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED),
-        *(with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"),  # where it does not act
-        *(with_option(name, use_weighting=True) for name in get_args(LossType) if name not in OF_BATCH),  # refused
+        *(
+            with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"
+        ),  # where it does not act
+        *(
+            with_option(name, use_weighting=True)
+            for name in get_args(LossType)
+            if name not in OF_BATCH
+        ),  # refused
         *(with_option(name, f_divergence_type="forward_kl") for name in OF_SCORES),
         *(with_option(name, f_divergence_type="js_divergence") for name in OF_SCORES),
         *(with_option(name, f_divergence_type="alpha_divergence") for name in OF_SCORES),
@@ -114,7 +140,9 @@ TABLE: dict[Kind, list[DpoSpec]] = {
         dpo_spec(["aot", "hinge", "aot_unpaired"], loss_weights=[0.5, 0.2, 1], label_smoothing=0.1),
         dpo_spec(["hinge", "apo_zero"]),
         dpo_spec(["ipo", "apo_zero"], loss_weights=[1, 0.5], use_weighting=True, ld_alpha=0.4),
-        dpo_spec(["sigmoid", "exo_pair"], loss_weights=[0.5, 1], label_smoothing=0.1),  # which acts in the second alone
+        dpo_spec(
+            ["sigmoid", "exo_pair"], loss_weights=[0.5, 1], label_smoothing=0.1
+        ),  # which acts in the second alone
         dpo_spec(["robust", "sft"], label_smoothing=0.2, f_divergence_type="js_divergence"),
         *(dpo_spec(own) for own in TWINS),
         dpo_spec(LOGISTIC, use_weighting=True),
@@ -124,7 +152,11 @@ TABLE: dict[Kind, list[DpoSpec]] = {
     "margin": [
         *map(plain, WITH_MARGIN),
         *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED if name in WITH_MARGIN),
-        *(with_option(name, f_divergence_type="js_divergence") for name in WITH_MARGIN if name in OF_SCORES),
+        *(
+            with_option(name, f_divergence_type="js_divergence")
+            for name in WITH_MARGIN
+            if name in OF_SCORES
+        ),
         dpo_spec("discopop", discopop_tau=1.5),
         dpo_spec("sigmoid", ld_alpha=0.4, use_weighting=True),
         dpo_spec(**MPO),  # in its first alone
@@ -144,12 +176,19 @@ ROWS: list[tuple[Kind, DpoSpec]] = [(kind, dpo) for kind, dpos in TABLE.items() 
 def named(kind: Kind, dpo: DpoSpec) -> str:
     """The settings that differ from their defaults, and what stands beside them."""
     weights = [f"{weight:g} " if dpo.loss_weights else "" for weight in dpo.weights]
-    words = [" + ".join(weight + name for weight, name in zip(weights, dpo.loss_types, strict=True))]
+    words = [
+        " + ".join(weight + name for weight, name in zip(weights, dpo.loss_types, strict=True))
+    ]
     for name, field in DpoSpec.model_fields.items():
         value = getattr(dpo, name)
         if value != field.default and name not in ("loss_type", "loss_weights", "beta"):
             words.append(str(value) if name == "f_divergence_type" else f"{name}={value}")
-    beside = {"plain": [], "margin": ["data.margin_column"], "weight": ["data.weight_column"], "experts": ["experts"]}
+    beside = {
+        "plain": [],
+        "margin": ["data.margin_column"],
+        "weight": ["data.weight_column"],
+        "experts": ["experts"],
+    }
     return ", ".join(words + beside[kind])
 
 
@@ -240,9 +279,14 @@ SIDES = ("chosen_ids", "rejected_ids")
 
 
 def make_case(folder: Path, model_type: str = "qwen2", **config: Any) -> Case:
-    texts = [*made_rows(PAIRS - 1, seed=11), {"prompt": "", "chosen": "green river", "rejected": "blue"}]
+    texts = [
+        *made_rows(PAIRS - 1, seed=11),
+        {"prompt": "", "chosen": "green river", "rejected": "blue"},
+    ]
     columns = zip(texts, WEIGHTS, MARGINS, strict=True)
-    write_jsonl(folder / "pairs.jsonl", [{**text, "weight": w, "margin": m} for text, w, m in columns])
+    write_jsonl(
+        folder / "pairs.jsonl", [{**text, "weight": w, "margin": m} for text, w, m in columns]
+    )
     write_jsonl(folder / "train.jsonl", made_rows(64))  # of the tokenizer
     tokenizer = load_tokenizer(tiny_spec(folder, data={"eval": None}))
     shape = {**TINY_MODEL, **config, "vocab_size": len(tokenizer)}
@@ -258,15 +302,22 @@ def make_case(folder: Path, model_type: str = "qwen2", **config: Any) -> Case:
     tokenized = trl_tokens(Dataset.from_list(texts), tokenizer, MAX_LENGTH)
     # as TRL's collator cuts them; keep_start
     rows = [
-        {"prompt_ids": row["prompt_ids"], **{side: row[side][: MAX_LENGTH - len(row["prompt_ids"])] for side in SIDES}}
+        {
+            "prompt_ids": row["prompt_ids"],
+            **{side: row[side][: MAX_LENGTH - len(row["prompt_ids"])] for side in SIDES},
+        }
         for row in tokenized
     ]
 
     exact_policy, exact_reference = (exact_model(folder / name) for name in ("policy", "reference"))
     seen = looked_at(exact_policy, rows)
     parameters = [p for _, p in sorted(exact_policy.named_parameters())]
-    gradient = partial(torch.autograd.grad, retain_graph=True, allow_unused=True, materialize_grads=True)
-    jacobian = torch.stack([flat(gradient(part, parameters)) for part in seen.parts.flatten()]).unflatten(0, (-1, 2))
+    gradient = partial(
+        torch.autograd.grad, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    jacobian = torch.stack(
+        [flat(gradient(part, parameters)) for part in seen.parts.flatten()]
+    ).unflatten(0, (-1, 2))
     with torch.no_grad():
         reference = looked_at(exact_reference, rows)
     policy = seen._replace(parts=seen.parts.detach())
@@ -295,8 +346,15 @@ def looked_at(model: Any, rows: list[Row]) -> Seen:
             shorter = min(len(row[each]) for each in SIDES) - first
             parts.append(torch.stack([logps[:shorter].sum(), logps[shorter:].sum()]))
             aligned.append((logps - log_probs.exp().square().sum(-1).log()).mean().detach())
-            entropy, top1 = -(log_probs.exp() * log_probs).sum(), (logits.argmax(-1) == labels).sum()
-            sums.append(torch.stack([torch.tensor(len(labels)), entropy, logits.mean(-1).sum(), top1]).detach())
+            entropy, top1 = (
+                -(log_probs.exp() * log_probs).sum(),
+                (logits.argmax(-1) == labels).sum(),
+            )
+            sums.append(
+                torch.stack(
+                    [torch.tensor(len(labels)), entropy, logits.mean(-1).sum(), top1]
+                ).detach()
+            )
     return Seen(torch.stack(parts), torch.stack(aligned), torch.stack(sums))
 
 
@@ -322,7 +380,9 @@ def derivative_of_f(t: Tensor, dpo: DpoSpec) -> Tensor:
 
 def log_ratios(case: Case, dpo: DpoSpec, parts: Tensor) -> tuple[Tensor, Tensor]:
     """[2B] log-probs of the policy, and log-ratios to the reference: LD-DPO's, where it is asked for."""
-    weights = torch.tensor([1.0, 1.0 if dpo.ld_alpha is None else dpo.ld_alpha], dtype=torch.float64)
+    weights = torch.tensor(
+        [1.0, 1.0 if dpo.ld_alpha is None else dpo.ld_alpha], dtype=torch.float64
+    )
     return parts @ weights, (parts - case.reference.parts) @ weights
 
 
@@ -330,7 +390,9 @@ def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
     """The loss of the case's pairs at these log-probs [2B, 2]."""
     b, e, gamma, tau = dpo.beta, dpo.label_smoothing, dpo.simpo_gamma, dpo.discopop_tau
     logps, ratios = log_ratios(case, dpo, parts)
-    (w, x), (r_w, r_x), (n_w, n_x) = (each.chunk(2) for each in (logps, ratios, case.tokens.double()))
+    (w, x), (r_w, r_x), (n_w, n_x) = (
+        each.chunk(2) for each in (logps, ratios, case.tokens.double())
+    )
     s_w, s_x = derivative_of_f(torch.exp(r_w), dpo), derivative_of_f(torch.exp(r_x), dpo)
     m = b * s_w - b * s_x - case.margins
     g = sig(m / tau)
@@ -346,7 +408,9 @@ def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
         "hinge": lambda: torch.where(m < 1, 1 - m, 0.0),
         "ipo": lambda: (s_w / n_w - s_x / n_x - 1 / (2 * b)) ** 2,
         "exo_pair": lambda: sig(m) * torch.log(sig(m) / (1 - e)) + sig(-m) * torch.log(sig(-m) / e),
-        "nca_pair": lambda: -torch.log(sig(b * r_w)) - torch.log(sig(-b * r_w)) / 2 - torch.log(sig(-b * r_x)) / 2,
+        "nca_pair": lambda: (
+            -torch.log(sig(b * r_w)) - torch.log(sig(-b * r_w)) / 2 - torch.log(sig(-b * r_x)) / 2
+        ),
         "robust": lambda: (-(1 - e) * torch.log(sig(m)) + e * torch.log(sig(-m))) / (1 - 2 * e),
         "bco_pair": lambda: -torch.log(sig(b * r_w)) - torch.log(1 - sig(b * r_x)),
         "sppo_hard": lambda: (r_w - 1 / (2 * b)) ** 2 + (r_x + 1 / (2 * b)) ** 2,
@@ -361,7 +425,9 @@ def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
         "simpo": lambda: smoothed(simpo),
         "orpo": lambda: -w / n_w - b * torch.log(sig(log_odds_ratio)),
     }
-    weighted = [weight * values[name]() for name, weight in zip(in_trl(dpo), dpo.weights, strict=True)]
+    weighted = [
+        weight * values[name]() for name, weight in zip(in_trl(dpo), dpo.weights, strict=True)
+    ]
     by_pair, aligned = torch.stack(weighted).sum(0), case.policy.aligned.view(2, -1).sum(0)
     on_policy = torch.exp(aligned)  # of the tokens, not LD-DPO's
     return (on_policy * by_pair if dpo.use_weighting else by_pair).mean()
@@ -371,7 +437,9 @@ def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
     """What is logged besides the loss and its gradient."""
     logps, ratios = log_ratios(case, dpo, case.policy.parts)
     (w, x), (r_w, r_x) = logps.chunk(2), (dpo.beta * ratios).chunk(2)
-    ones, entropy, logits, top1 = case.policy.sums.t().unflatten(1, (2, -1)).sum(2)  # of chosen and of rejected
+    ones, entropy, logits, top1 = (
+        case.policy.sums.t().unflatten(1, (2, -1)).sum(2)
+    )  # of chosen and of rejected
     fed = [len(row["prompt_ids"]) + len(row[side]) for side in SIDES for row in case.rows]
     found = {
         "rewards/chosen": r_w.mean(),
@@ -413,7 +481,9 @@ class OneRowAStep(TrainerCallback):
     """Has a trainer, TRL's or ours, take each step with the settings of another row of the table, and keeps the
     gradient that it makes. restart: after as many steps the weights are again what they were."""
 
-    def __init__(self, table: list[DpoSpec], take: Callable[[DpoSpec], None], restart: int = 0) -> None:
+    def __init__(
+        self, table: list[DpoSpec], take: Callable[[DpoSpec], None], restart: int = 0
+    ) -> None:
         self.table, self.take, self.restart = table, take, restart
         self.gradients: list[Tensor] = []
         self.start: dict[str, Tensor] = {}
@@ -454,13 +524,23 @@ def their_trainer(case: Case, policy: str = "policy", **settings: Any) -> Any:
 
 def set_in_theirs(trainer: Any, dpo: DpoSpec) -> None:
     trainer.loss_types, trainer.loss_weights = in_trl(dpo), dpo.weights
-    for name in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha"):
+    for name in (
+        "beta",
+        "label_smoothing",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "ld_alpha",
+    ):
         setattr(trainer, name, getattr(dpo, name))
     trainer.use_weighting, trainer.args.discopop_tau = dpo.use_weighting, dpo.discopop_tau
 
 
 def their_steps(
-    case: Case, table: list[DpoSpec], policy: str = "policy", rate: float = NO_RATE, restart: int = 0
+    case: Case,
+    table: list[DpoSpec],
+    policy: str = "policy",
+    rate: float = NO_RATE,
+    restart: int = 0,
 ) -> list[Found]:
     trainer = their_trainer(
         case,
@@ -502,13 +582,23 @@ def our_steps(
         case.folder,
         run={"dir": tempfile.mkdtemp(dir=case.folder), "name": kind},
         model={"init": None, "path": str(case.folder / policy), "attention": attention},
-        data={"train": str(case.folder / "pairs.jsonl"), "eval": None, "max_length": MAX_LENGTH, **columns},
+        data={
+            "train": str(case.folder / "pairs.jsonl"),
+            "eval": None,
+            "max_length": MAX_LENGTH,
+            **columns,
+        },
         dpo=table[0].model_dump(exclude_defaults=True),
         reference={"path": str(case.folder / "reference"), "cache": "off"},
         batch={"global_batch_size": PAIRS, "micro_batch_size": PAIRS},
         optimizer={"name": "torch.optim.SGD", "lr": rate},
         scheduler={"name": "constant"},
-        training={"max_steps": len(table), "logging_steps": 1, "max_grad_norm": NO_CLIPPING, "pair_ledger": False},
+        training={
+            "max_steps": len(table),
+            "logging_steps": 1,
+            "max_grad_norm": NO_CLIPPING,
+            "pair_ledger": False,
+        },
         precision=precision,
     )
     run_dir = RunDir(spec.run_dir)
@@ -516,7 +606,9 @@ def our_steps(
     trainer: Any = None
     steps = OneRowAStep(table, lambda dpo: set_in_ours(trainer, dpo), restart)
     with kept_signals():
-        parts = worker.built(spec, worker.prepare(spec), ALONE, LocalSession(run_dir, 0), run_dir, callbacks=[steps])
+        parts = worker.built(
+            spec, worker.prepare(spec), ALONE, LocalSession(run_dir, 0), run_dir, callbacks=[steps]
+        )
         with parts as trainer:
             trainer.fit()
             return steps.found(trainer.callbacks.state.log_history)
@@ -542,8 +634,13 @@ class Line(NamedTuple):
 def apart(left: Found, right: Found, true: Found) -> Distances:
     scales = {name: max(1.0, abs(value)) for name, value in true.metrics.items()}
     scales["grad_norm"] = true.metrics["grad_norm"]
-    far = {name: abs(left.metrics[name] - right.metrics[name]) / scale for name, scale in scales.items()}
-    gradient = (left.gradient.double() - right.gradient.double()).norm().item() / scales["grad_norm"]
+    far = {
+        name: abs(left.metrics[name] - right.metrics[name]) / scale
+        for name, scale in scales.items()
+    }
+    gradient = (left.gradient.double() - right.gradient.double()).norm().item() / scales[
+        "grad_norm"
+    ]
     return Distances(far["loss"], max(gradient, far.pop("grad_norm")), max(far.values()))
 
 
@@ -556,14 +653,24 @@ def lines_of(case: Case, kind: Kind) -> Table:
     if kind == "margin":
         case = case._replace(margins=torch.tensor(MARGINS, dtype=torch.float64))
     at_once = case.repeated() if kind == "weight" else case
-    theirs = dict(zip(map(str, comparable), their_steps(at_once, comparable) if comparable else [], strict=True))
+    theirs = dict(
+        zip(
+            map(str, comparable),
+            their_steps(at_once, comparable) if comparable else [],
+            strict=True,
+        )
+    )
     lines: Table = {}
-    for dpo, exact, single in zip(table, *(our_steps(case, table, p, kind) for p in ("fp64", "fp32")), strict=True):
+    for dpo, exact, single in zip(
+        table, *(our_steps(case, table, p, kind) for p in ("fp64", "fp32")), strict=True
+    ):
         true, trl = exactly(at_once, dpo), theirs.get(str(dpo))
         if kind == "weight":
             del true.metrics["num_tokens"]  # are fed once, whatever a pair weighs
         far = apart(trl, true, true) if trl else None
-        lines[named(kind, dpo)] = Line(apart(exact, true, true), far, apart(single, trl or true, true))
+        lines[named(kind, dpo)] = Line(
+            apart(exact, true, true), far, apart(single, trl or true, true)
+        )
     return lines
 
 
@@ -579,10 +686,15 @@ def table_of(folder: Path, case: Case) -> Table:
 
 def printed(table: Table) -> str:
     """In Markdown; each cell the distance of the loss, of its gradient and of the metric that is farthest."""
-    lines = ["| loss | our fp64 from the truth | TRL from the truth | our fp32 from TRL | |", "|---|---|---|---|---|"]
+    lines = [
+        "| loss | our fp64 from the truth | TRL from the truth | our fp32 from TRL | |",
+        "|---|---|---|---|---|",
+    ]
     for kind, dpo in ROWS:
         line = table[named(kind, dpo)]
-        ours64, trl, ours32 = (", ".join(f"{x:.0e}" for x in cell) if cell else "-" for cell in line)
+        ours64, trl, ours32 = (
+            ", ".join(f"{x:.0e}" for x in cell) if cell else "-" for cell in line
+        )
         far = ours32 if is_trls(kind, dpo) else f"{ours32} from the truth"
         lines.append(f"| {named(kind, dpo)} | {ours64} | {trl} | {far} | {remark(kind, dpo)} |")
     return "\n".join(lines)
@@ -603,7 +715,9 @@ def table(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 def test_the_rows_hold_what_matters(case: Case) -> None:
     assert {name for dpo in TABLE["plain"] for name in in_trl(dpo)} == {*LOSSES, *BATCH_LOSSES}
-    assert any(not row["prompt_ids"] for row in case.rows)  # its first tokens are counted and not scored
+    assert any(
+        not row["prompt_ids"] for row in case.rows
+    )  # its first tokens are counted and not scored
     assert len({len(row["chosen_ids"]) for row in case.rows}) > 2
     chosen, rejected = (case.logps - case.ref_logps).chunk(2)
     assert {bool(margin > 0) for margin in chosen - rejected} == {True, False}
@@ -614,7 +728,9 @@ def test_the_rows_hold_what_matters(case: Case) -> None:
 def test_the_table_is_of_settings_that_are_allowed(case: Case) -> None:
     for kind, dpo in ROWS:
         data = {"margin_column": "margin"} if kind == "margin" else {}
-        assert tiny_spec(case.folder, dpo=dpo.model_dump(exclude_defaults=True), data=data).dpo == dpo
+        assert (
+            tiny_spec(case.folder, dpo=dpo.model_dump(exclude_defaults=True), data=data).dpo == dpo
+        )
 
 
 @pytest.mark.parametrize(("kind", "dpo"), ROWS, ids=[named(*row) for row in ROWS])
@@ -641,11 +757,15 @@ def test_the_table_can_be_read(table: Table) -> None:
 def test_trl_raises_where_the_table_says_so(case: Case, name: LossType) -> None:
     trainer = their_trainer(case, loss_type=[name], use_weighting=True)
     inputs = trainer.data_collator([dict(row) for row in trainer.train_dataset])
-    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|single memory location"):
+    with pytest.raises(
+        RuntimeError, match=r"modified by an inplace operation|single memory location"
+    ):
         trainer.compute_loss(trainer.model, inputs).backward()
 
 
-@pytest.mark.parametrize("name", [name for name in get_args(LossType) if name not in (*OF_SCORES, *NOT_TRLS)])
+@pytest.mark.parametrize(
+    "name", [name for name in get_args(LossType) if name not in (*OF_SCORES, *NOT_TRLS)]
+)
 def test_trl_refuses_an_f_divergence_where_our_settings_do(case: Case, name: LossType) -> None:
     with pytest.raises(ValueError, match="is only supported for the following loss types"):
         their_trainer(case, loss_type=name, f_divergence_type="js_divergence")
@@ -661,7 +781,13 @@ def test_simpo_is_that_of_trls_cpo_trainer(case: Case, smoothing: float) -> None
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
     dpo = dpo_spec("simpo", beta=2.0, simpo_gamma=1.2, label_smoothing=smoothing)
-    settings = {"beta": 2.0, "simpo_gamma": 1.2, "label_smoothing": smoothing, "loss_type": "simpo", "alpha": 0.0}
+    settings = {
+        "beta": 2.0,
+        "simpo_gamma": 1.2,
+        "label_smoothing": smoothing,
+        "loss_type": "simpo",
+        "alpha": 0.0,
+    }
     trainer: Any = SimpleNamespace(**settings, accelerator=SimpleNamespace(device="cpu"))
     expected, *_ = CPOTrainer.cpo_loss(trainer, *(case.logps / case.tokens).chunk(2))  # pyright: ignore
     found = LOSSES["simpo"](PairTerms.split(case.logps, case.ref_logps, case.tokens), dpo)
@@ -691,7 +817,10 @@ STEPS_TAKEN = [dpo for dpo in TRAINED for _ in range(STEPS)]
 def test_three_steps_are_trls(case: Case) -> None:
     """From the reference, which is where TRL begins."""
     begun = {"policy": "reference", "rate": LR, "restart": STEPS}
-    trl, exact = their_steps(case, STEPS_TAKEN, **begun), our_steps(case, STEPS_TAKEN, "fp64", **begun)
+    trl, exact = (
+        their_steps(case, STEPS_TAKEN, **begun),
+        our_steps(case, STEPS_TAKEN, "fp64", **begun),
+    )
     for i in range(0, len(trl), STEPS):
         assert trl[i + STEPS - 1].metrics["loss"] < 0.95 * trl[i].metrics["loss"]
     for attention in ("auto", "padded"):

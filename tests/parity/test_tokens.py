@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from parity.parity_support import need_trl, trl_tokens, trl_trainer
 from support import rows as made_rows
 from support import tiny_spec, write_jsonl
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.data.pairs import Pairs, tokenized_pairs
@@ -40,8 +48,16 @@ STRINGS: list[Row] = [
     {"prompt": "Say red", "chosen": " green", "rejected": " blue lamp"},
     {"prompt": "Say red ", "chosen": "green", "rejected": "blue"},  # " green" would be one token
     {"prompt": "two\n", "chosen": "\nlines", "rejected": "\nrivers\n"},
-    {"prompt": "naïve 🙂", "chosen": " ça va 🙂🙃", "rejected": " 漢字"},  # bytes without a merge of their own
-    {"prompt": "ends already", "chosen": " good<|im_end|>", "rejected": " bad"},  # EOS is not doubled
+    {
+        "prompt": "naïve 🙂",
+        "chosen": " ça va 🙂🙃",
+        "rejected": " 漢字",
+    },  # bytes without a merge of their own
+    {
+        "prompt": "ends already",
+        "chosen": " good<|im_end|>",
+        "rejected": " bad",
+    },  # EOS is not doubled
     {"prompt": "", "chosen": "green river", "rejected": "blue"},
 ]
 # Tokens that merge across the boundary: "gar" + "den", where the tokenizer has "garden" as one token.
@@ -70,10 +86,19 @@ CHATS: list[Row] = [
     },
 ]
 IMPLICIT_STRINGS: list[Row] = [
-    {"chosen": "Say red: a good lamp", "rejected": "Say red: bad chairs"},  # a space precedes the difference
-    {"chosen": "Say red: zzz", "rejected": "Say red: qqq"},  # and is a token of its own, as nothing merges with it
+    {
+        "chosen": "Say red: a good lamp",
+        "rejected": "Say red: bad chairs",
+    },  # a space precedes the difference
+    {
+        "chosen": "Say red: zzz",
+        "rejected": "Say red: qqq",
+    },  # and is a token of its own, as nothing merges with it
     {"chosen": "Say red: green", "rejected": "Say red: grey"},
-    {"chosen": "Say red: green river", "rejected": "Say red: green"},  # rejected is a beginning of chosen
+    {
+        "chosen": "Say red: green river",
+        "rejected": "Say red: green",
+    },  # rejected is a beginning of chosen
     {"chosen": "Say red", "rejected": "Say red stone"},
     {"chosen": "Say  two", "rejected": "Say  river"},  # two spaces: one of them moves
 ]
@@ -88,7 +113,12 @@ IMPLICIT_CHATS: list[Row] = [
     },
     {  # they differ in the middle
         "chosen": [*SKY, turn("assistant", "red"), turn("user", "again"), turn("assistant", "red")],
-        "rejected": [*SKY, turn("assistant", "blue"), turn("user", "again"), turn("assistant", "red")],
+        "rejected": [
+            *SKY,
+            turn("assistant", "blue"),
+            turn("user", "again"),
+            turn("assistant", "red"),
+        ],
     },
 ]
 # With max_length 24: prompts longer than that, one that fills it exactly, and completions that are cut.
@@ -97,7 +127,10 @@ LONG_ROWS: list[Row] = [
     {"prompt": "Say red", "chosen": " good " + LONG, "rejected": " bad"},
     {"prompt": "Say red", "chosen": " good", "rejected": " bad " + LONG},
     {"prompt": "Say red", "chosen": " good " + LONG, "rejected": " bad " + LONG},
-    *({"prompt": "Say" + " red" * count, "chosen": " good lamp", "rejected": " bad"} for count in range(18, 27)),
+    *(
+        {"prompt": "Say" + " red" * count, "chosen": " good lamp", "rejected": " bad"}
+        for count in range(18, 27)
+    ),
 ]
 LONG_CHATS: list[Row] = [
     {
@@ -110,7 +143,9 @@ LONG_CHATS: list[Row] = [
 # Columns that only a chat template sees; TRL takes tools as JSON text, since rows of a table have one type.
 TOOLS: list[Row] = [
     {**row, "tools": json.dumps([{"name": name}]), "chat_template_kwargs": {"style": style}}
-    for row, name, style in zip(made_rows(3, seed=5, conversational=True), ("red", "blue", "red"), "aab", strict=True)
+    for row, name, style in zip(
+        made_rows(3, seed=5, conversational=True), ("red", "blue", "red"), "aab", strict=True
+    )
 ]
 TOOL_TEMPLATE = "{{ style }}{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE
 # Each is a data set of its own: TRL looks at the first row to decide what all of them are.
@@ -131,7 +166,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A byte-level BPE with a ChatML template, trained on plain rows; big enough to have words as tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_jsonl(folder / "train.jsonl", made_rows(64))
-    return load_tokenizer(tiny_spec(folder, model={"init": {"model_type": "qwen2", "vocab_size": 400}}))
+    return load_tokenizer(
+        tiny_spec(folder, model={"init": {"model_type": "qwen2", "vocab_size": 400}})
+    )
 
 
 def settings(**keys: Any) -> DataSpec:
@@ -140,7 +177,9 @@ def settings(**keys: Any) -> DataSpec:
 
 def ours(folder: Path, rows: list[Row], tokenizer: Any, data: DataSpec) -> Pairs:
     source = str(write_jsonl(folder / "rows.jsonl", rows))
-    return tokenized_pairs(DataSpec(**{**data.model_dump(), "train": source}), "train", tokenizer, folder / "cache")
+    return tokenized_pairs(
+        DataSpec(**{**data.model_dump(), "train": source}), "train", tokenizer, folder / "cache"
+    )
 
 
 def theirs(rows: list[Row], tokenizer: Any, max_length: int | None = None) -> list[Row]:
@@ -159,10 +198,14 @@ def with_template(tokenizer: Any, template: str) -> Any:
 
 def mask_of(batch: PairBatch) -> torch.Tensor:
     """[2B, T - 1], 1 where the next token is scored, rebuilt from the indices; checks that those agree."""
-    halves = torch.arange(2 * len(batch.pair_ids)).view(2, -1).t().flatten()  # chosen and rejected pair by pair
+    halves = (
+        torch.arange(2 * len(batch.pair_ids)).view(2, -1).t().flatten()
+    )  # chosen and rejected pair by pair
     sequence = halves.repeat_interleave(torch.tensor(batch.scored))
     assert torch.equal(batch.completion_index // batch.input_ids.shape[1], sequence)
-    assert torch.equal(batch.input_ids.flatten()[batch.completion_index + 1], batch.completion_labels)
+    assert torch.equal(
+        batch.input_ids.flatten()[batch.completion_index + 1], batch.completion_labels
+    )
     mask = torch.zeros(batch.input_ids.numel(), dtype=torch.long)
     mask[batch.completion_index] = 1
     return mask.view_as(batch.input_ids)[:, :-1]
@@ -192,7 +235,10 @@ def test_ids_and_masks_are_trls(
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     if name == "tools":
-        tokenizer, max_length = with_template(tokenizer, TOOL_TEMPLATE), None  # its prompts are longer than 24
+        tokenizer, max_length = (
+            with_template(tokenizer, TOOL_TEMPLATE),
+            None,
+        )  # its prompts are longer than 24
     data = settings(max_length=max_length, truncation=truncation)
     pairs = ours(tmp_path, ROWS[name], tokenizer, data)
     other = theirs(ROWS[name], tokenizer, max_length if truncation == "keep_start" else None)
@@ -202,13 +248,21 @@ def test_ids_and_masks_are_trls(
     for row, trl_row in zip(mine, other, strict=True):
         assert row["prompt_ids"] == trl_row["prompt_ids"]
         # keep_start is applied when we tokenise, and by TRL's collator
-        room = max_length - len(row["prompt_ids"]) if max_length and truncation == "keep_start" else None
+        room = (
+            max_length - len(row["prompt_ids"])
+            if max_length and truncation == "keep_start"
+            else None
+        )
         assert row["chosen_ids"] == trl_row["chosen_ids"][:room]
         assert row["rejected_ids"] == trl_row["rejected_ids"][:room]
 
     padded, packed = PreferenceCollator(tokenizer.pad_token_id, data), PackedCollator(data)
     trl_collator = DataCollatorForPreference(tokenizer.pad_token_id, max_length, truncation)
-    for some in (slice(None), slice(0, 1), slice(1, 3)):  # the width of a batch depends on what is in it
+    for some in (
+        slice(None),
+        slice(0, 1),
+        slice(1, 3),
+    ):  # the width of a batch depends on what is in it
         batch, expected = padded(mine[some]), trl_collator(other[some])
         assert torch.equal(batch.input_ids, expected["input_ids"])
         assert batch.attention_mask is not None
@@ -223,15 +277,35 @@ def test_what_is_called_trls_here_is_what_its_trainer_trains_on(
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     config = AutoConfig.for_model("qwen2", vocab_size=400, num_key_value_heads=1, **sizes)
-    policy, reference = (AutoModelForCausalLM.from_config(config) for _ in range(2))  # nothing here runs them
+    policy, reference = (
+        AutoModelForCausalLM.from_config(config) for _ in range(2)
+    )  # nothing here runs them
     trainer = trl_trainer(
-        tmp_path, policy, tokenizer, LONG_CHATS, ref_model=reference, max_length=24, truncation_mode=truncation
+        tmp_path,
+        policy,
+        tokenizer,
+        LONG_CHATS,
+        ref_model=reference,
+        max_length=24,
+        truncation_mode=truncation,
     )
-    assert list(trainer.train_dataset) == theirs(LONG_CHATS, tokenizer, 24 if truncation == "keep_start" else None)
+    assert list(trainer.train_dataset) == theirs(
+        LONG_CHATS, tokenizer, 24 if truncation == "keep_start" else None
+    )
     collator = trainer.data_collator
-    assert (collator.pad_token_id, collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of) == (
+    assert (
+        collator.pad_token_id,
+        collator.max_length,
+        collator.truncation_mode,
+        collator.pad_to_multiple_of,
+    ) == (
         tokenizer.pad_token_id,
         24,
         truncation,
@@ -243,7 +317,9 @@ def as_parts(messages: list[Row]) -> list[Row]:
     """Messages whose contents are cut into two parts."""
     cut = [(message["content"][:3], message["content"][3:]) for message in messages]
     parts = [[{"type": "text", "text": text} for text in texts] for texts in cut]
-    return [{**message, "content": content} for message, content in zip(messages, parts, strict=True)]
+    return [
+        {**message, "content": content} for message, content in zip(messages, parts, strict=True)
+    ]
 
 
 PARTS_TEMPLATE = (
@@ -256,14 +332,19 @@ JSON_TEMPLATE = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}\n{%
 
 def test_contents_of_parts_give_trls_ids_where_the_template_reads_parts(tokenizer: Any) -> None:
     """Ours joins them for every template; of one that does not read parts TRL trains on Python's repr of the list."""
-    rows = [{side: as_parts(messages) for side, messages in row.items()} for row in (*CHATS, *IMPLICIT_CHATS[:2])]
+    rows = [
+        {side: as_parts(messages) for side, messages in row.items()}
+        for row in (*CHATS, *IMPLICIT_CHATS[:2])
+    ]
     for row in rows:
         assert_trls(row, with_template(tokenizer, PARTS_TEMPLATE))
         plain, _ = tokenize_pair(row, tokenizer, settings())
         assert plain == tokenize_pair(row, with_template(tokenizer, PARTS_TEMPLATE), settings())[0]
 
 
-def test_a_prompt_text_beside_whole_conversations_gives_what_trl_makes_without_it(tokenizer: Any) -> None:
+def test_a_prompt_text_beside_whole_conversations_gives_what_trl_makes_without_it(
+    tokenizer: Any,
+) -> None:
     for row in IMPLICIT_CHATS[:2]:
         question = row["chosen"][-2]["content"]
         expected, _ = tokenize_pair(row, tokenizer, settings())
@@ -282,7 +363,9 @@ def test_nulls_that_a_table_adds_are_left_out_as_by_trls_own_function(tokenizer:
         rows.append({**row, "chosen": answer, "tools": [{"name": "f", "parameters": arguments}]})
 
     def without_nulls(batch: Row) -> Row:
-        return {name: [remove_none_values(value) for value in column] for name, column in batch.items()}
+        return {
+            name: [remove_none_values(value) for value in column] for name, column in batch.items()
+        }
 
     table = Dataset.from_list(rows)
     assert "None" in str(table[0])
@@ -309,13 +392,26 @@ def test_some_tokens_merge_across_the_boundary(tokenizer: Any, tmp_path: Path) -
     pairs = ours(tmp_path, MERGING, tokenizer, settings())
     alone = [len(tokenizer(row["prompt"])["input_ids"]) for row in MERGING]
 
-    assert all(kept < whole for kept, whole in zip(pairs.lengths[:, 0].tolist(), alone, strict=True))
+    assert all(
+        kept < whole for kept, whole in zip(pairs.lengths[:, 0].tolist(), alone, strict=True)
+    )
 
 
 # --- kinds of tokenizers, and templates ----------------------------------------------------------------------------
 
 KINDS = ["bytes", "bytes with BOS", "unigram", "wordpiece"]
-SPECIAL = ["<s>", "</s>", "<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "[CLS]", "[SEP]"]
+SPECIAL = [
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<unk>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "[CLS]",
+    "[SEP]",
+]
 
 
 @cache
@@ -325,7 +421,9 @@ def tokenizer_of(kind: str) -> Any:
 
     backend, trainer = _untrained(kind)
     backend.train_from_iterator([text for row in made_rows(64) for text in row.values()], trainer)
-    framed = {"bytes with BOS": "<s> $A", "unigram": "<s> $A", "wordpiece": "[CLS] $A [SEP]"}.get(kind)
+    framed = {"bytes with BOS": "<s> $A", "unigram": "<s> $A", "wordpiece": "[CLS] $A [SEP]"}.get(
+        kind
+    )
     if framed:
         tokens = [(token, backend.token_to_id(token)) for token in ("<s>", "[CLS]", "[SEP]")]
         backend.post_processor = processors.TemplateProcessing(single=framed, special_tokens=tokens)
@@ -341,20 +439,32 @@ def tokenizer_of(kind: str) -> Any:
 
 
 def _untrained(kind: str) -> tuple[Any, Any]:
-    if kind == "unigram":  # as Llama 2's and Gemma's: words with their space, no token for what was never seen
+    if (
+        kind == "unigram"
+    ):  # as Llama 2's and Gemma's: words with their space, no token for what was never seen
         backend: Any = Tokenizer(models.Unigram())
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer: Any = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>")
+        trainer: Any = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>"
+        )
     elif kind == "wordpiece":  # as BERT's: lower case, no white space
         backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        backend.normalizer, backend.pre_tokenizer = (
+            normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+        )
         backend.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=SPECIAL)
     else:
         backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.ByteLevel(False),
+            decoders.ByteLevel(),
+        )
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet
+        )
     trainer.show_progress = False
     return backend, trainer
 
@@ -408,7 +518,12 @@ def test_the_kinds_of_tokenizers_differ_where_it_matters() -> None:
     for kind, (pair, _) in rows.items():
         tokens = tokenizer_of(kind).convert_ids_to_tokens(pair.prompt_ids + pair.chosen_ids)
         first[kind], last[kind] = tokens[0], tokens[-2:]
-    assert [first[kind] == tokenizer_of(kind).bos_token for kind in KINDS] == [False, True, True, True]
+    assert [first[kind] == tokenizer_of(kind).bos_token for kind in KINDS] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     assert last["wordpiece"] == ["[SEP]", "[SEP]"]  # the text's, and the post-processor's
     assert all(rows[kind][1] for kind in ("bytes", "bytes with BOS", "wordpiece"))
     assert tokenizer_of("unigram").unk_token_id in tokenizer_of("unigram")("漢字")["input_ids"]
@@ -431,9 +546,22 @@ PIECES = [
     "  green river",
     "{{ x }}",
 ]
-PIECES += [*SPECIAL, "<think>\nhm\n</think>\n\n", "</think>", "A", "'s", "\t", "\u00a0", "\r\n", "0.5"]
+PIECES += [
+    *SPECIAL,
+    "<think>\nhm\n</think>\n\n",
+    "</think>",
+    "A",
+    "'s",
+    "\t",
+    "\u00a0",
+    "\r\n",
+    "0.5",
+]
 texts = st.one_of(st.lists(st.sampled_from(PIECES), max_size=5).map("".join), st.text(max_size=6))
-tools = st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": st.just({"name": "f"})}), max_size=2)
+tools = st.lists(
+    st.fixed_dictionaries({"type": st.just("function"), "function": st.just({"name": "f"})}),
+    max_size=2,
+)
 # What each template reads: of TRL's own, those with reasoning, of which some drop that of earlier turns, with
 # {% generation %}, with tools, with a BOS of their own; those that strip, or put the system prompt elsewhere.
 READ: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -457,7 +585,9 @@ def assistant(draw: st.DrawFn, reads_tools: bool = False) -> Row:
     if draw(st.booleans()):
         message["reasoning_content"] = draw(texts)
     if reads_tools and draw(st.integers(0, 3)) == 0:
-        message["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {"x": draw(texts)}}}]
+        message["tool_calls"] = [
+            {"type": "function", "function": {"name": "f", "arguments": {"x": draw(texts)}}}
+        ]
     return message
 
 
@@ -500,9 +630,13 @@ def test_random_conversations_give_trls_ids(made: tuple[str, Row], kind: str) ->
 
 
 @two_hundred
-@given(prompt=texts, chosen=texts, rejected=texts, implicit=st.booleans(), kind=st.sampled_from(KINDS))
+@given(
+    prompt=texts, chosen=texts, rejected=texts, implicit=st.booleans(), kind=st.sampled_from(KINDS)
+)
 @example("Say ", " red", " red lamp", True, "unigram")
-def test_random_texts_give_trls_ids(prompt: str, chosen: str, rejected: str, implicit: bool, kind: str) -> None:
+def test_random_texts_give_trls_ids(
+    prompt: str, chosen: str, rejected: str, implicit: bool, kind: str
+) -> None:
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     if implicit:
         row = {"chosen": prompt + chosen, "rejected": prompt + rejected}

@@ -98,13 +98,21 @@ class Case:
         ours: dict[str, dict[str, Any]] = {
             "run": {"dir": str(self.folder / name), "name": name},  # a cache of its own
             "model": {"init": None, "path": str(self.model)},
-            "data": {"train": str(self.folder / "pairs.jsonl"), "eval": None, "max_length": MAX_LENGTH},
+            "data": {
+                "train": str(self.folder / "pairs.jsonl"),
+                "eval": None,
+                "max_length": MAX_LENGTH,
+            },
             "dpo": {"beta": BETA},
             "batch": {"global_batch_size": PAIRS, "micro_batch_size": PAIRS},
             "optimizer": {"lr": LR, "weight_decay": self.kind.weight_decay},
             "training": {"max_steps": STEPS, "logging_steps": 1, "max_grad_norm": 1.0},
         }
-        merged = {key: {**ours.get(key, {}), **block} for key, block in blocks.items() if isinstance(block, dict)}
+        merged = {
+            key: {**ours.get(key, {}), **block}
+            for key, block in blocks.items()
+            if isinstance(block, dict)
+        }
         return tiny_spec(self.folder, **{**ours, **blocks, **merged})
 
 
@@ -133,7 +141,11 @@ def kept_signals() -> Iterator[None]:
 
 def exact_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     """RMSNorm without the cast to fp32 that transformers makes whatever the model's type."""
-    return norm.weight * hidden * (hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    return (
+        norm.weight
+        * hidden
+        * (hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    )
 
 
 def exact_model(path: Path) -> Any:
@@ -179,11 +191,16 @@ def exact_steps(
     trace: Trace = []
     gradient: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        ref_chosen, ref_rejected = (exact_terms(model, rows, side)[0] for side in ("chosen_ids", "rejected_ids"))
+        ref_chosen, ref_rejected = (
+            exact_terms(model, rows, side)[0] for side in ("chosen_ids", "rejected_ids")
+        )
     for step in range(STEPS):
         logps_chosen, chosen = exact_terms(model, rows, "chosen_ids")
         logps_rejected, rejected = exact_terms(model, rows, "rejected_ids")
-        r_chosen, r_rejected = beta * (logps_chosen - ref_chosen), beta * (logps_rejected - ref_rejected)
+        r_chosen, r_rejected = (
+            beta * (logps_chosen - ref_chosen),
+            beta * (logps_rejected - ref_rejected),
+        )
         loss = (1 + (r_rejected - r_chosen).exp()).log().sum() / pairs
         loss.backward()
         gradient = gradient or {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -198,7 +215,8 @@ def exact_steps(
             "logps/rejected": logps_rejected.mean(),
             "logits/chosen": chosen["logits"] / chosen["tokens"],
             "logits/rejected": rejected["logits"] / rejected["tokens"],
-            "entropy": (chosen["entropy"] + rejected["entropy"]) / (chosen["tokens"] + rejected["tokens"]),
+            "entropy": (chosen["entropy"] + rejected["entropy"])
+            / (chosen["tokens"] + rejected["tokens"]),
             "mean_token_accuracy": chosen["top1"] / chosen["tokens"],
             "num_tokens": (chosen["fed"] + rejected["fed"]) * (step + 1),
             "grad_norm": norm,
@@ -218,9 +236,14 @@ def exact_adam(
     model = exact_model(path)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LR)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0, STEPS - step) / STEPS)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: max(0, STEPS - step) / STEPS
+    )
     return exact_steps(model, rows, optimizer, scheduler, **wrong)
 
 
@@ -253,13 +276,19 @@ def trl_side(
         metrics.clear()
     trainer._total_train_tokens = 0  # that batch was ours to look at, not part of training
     trainer.train()
-    return list(trainer.train_dataset), [line for line in trainer.state.log_history if "loss" in line], gradient
+    return (
+        list(trainer.train_dataset),
+        [line for line in trainer.state.log_history if "loss" in line],
+        gradient,
+    )
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------
 
 
-def disagreements(left: Trace, right: Trace, tolerance: float, slack: Trace | None = None) -> list[str]:
+def disagreements(
+    left: Trace, right: Trace, tolerance: float, slack: Trace | None = None
+) -> list[str]:
     """Where two traces differ by more than tolerance * max(1, |value|), beyond how far `slack` is from `right`."""
     if len(left) != STEPS or len(right) != STEPS:
         return [f"{len(left)} and {len(right)} steps"]
@@ -269,14 +298,18 @@ def disagreements(left: Trace, right: Trace, tolerance: float, slack: Trace | No
             a, b = left[step][name], right[step][name]
             allowed = tolerance * max(1.0, abs(b)) + (abs(slack[step][name] - b) if slack else 0.0)
             if not abs(a - b) <= allowed:  # so that a NaN disagrees
-                found.append(f"step {step + 1} {name}: {a!r} and {b!r}, apart {abs(a - b):.1e} > {allowed:.1e}")
+                found.append(
+                    f"step {step + 1} {name}: {a!r} and {b!r}, apart {abs(a - b):.1e} > {allowed:.1e}"
+                )
     return found
 
 
 def worst(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
     """The largest relative L2 distance of any tensor."""
     assert left.keys() == right.keys()
-    return max(float((left[n].double() - right[n]).norm() / right[n].double().norm()) for n in right)
+    return max(
+        float((left[n].double() - right[n]).norm() / right[n].double().norm()) for n in right
+    )
 
 
 # --- the tests ---------------------------------------------------------------------------------------------------
@@ -305,11 +338,15 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for vector in [p for p in model.parameters() if p.ndim < 2]:
-        vector.data += 0.1 * torch.randn_like(vector)  # norms of 1 and biases of 0 would hide what is done with them
+        vector.data += 0.1 * torch.randn_like(
+            vector
+        )  # norms of 1 and biases of 0 would hide what is done with them
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
-    trl_rows, trl_trace, trl_gradient = trl_side(folder / "trl", folder / "model", tokenizer, rows, kind)
+    trl_rows, trl_trace, trl_gradient = trl_side(
+        folder / "trl", folder / "model", tokenizer, rows, kind
+    )
     assert max(len(row["prompt_ids"] + row["chosen_ids"]) for row in trl_rows) > MAX_LENGTH
     exact_trace, exact_gradient = exact_adam(folder / "model", trl_rows, kind.weight_decay)
     norms = [line["grad_norm"] for line in exact_trace]
@@ -322,7 +359,9 @@ only_qwen2 = pytest.mark.parametrize("case", ["qwen2"], indirect=True)
 
 @pytest.mark.parametrize("micro_batch_size", [8, 2])
 def test_five_steps_in_fp32(case: Case, micro_batch_size: int) -> None:
-    trace = ours(case.spec(f"micro_{micro_batch_size}", batch={"micro_batch_size": micro_batch_size}))
+    trace = ours(
+        case.spec(f"micro_{micro_batch_size}", batch={"micro_batch_size": micro_batch_size})
+    )
 
     assert disagreements(trace, case.exact_trace, TOLERANCE) == []
     # no farther from TRL than TRL is from the truth
@@ -343,7 +382,11 @@ def test_the_first_step_is_ln_2(case: Case) -> None:
     first = ours(case.spec("first"))[0]
 
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert (first["rewards/chosen"], first["rewards/rejected"], first["rewards/margins"]) == (0, 0, 0)
+    assert (first["rewards/chosen"], first["rewards/rejected"], first["rewards/margins"]) == (
+        0,
+        0,
+        0,
+    )
     assert first["rewards/accuracies"] == 0.0
 
 
@@ -402,7 +445,9 @@ def test_another_optimizer_and_schedule_of_torch(case: Case) -> None:
     rate, schedule = 0.2, {"step_size": 2, "gamma": 0.1}
     model = exact_model(case.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    exact, _ = exact_steps(model, case.trl_rows, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, **schedule))
+    exact, _ = exact_steps(
+        model, case.trl_rows, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, **schedule)
+    )
 
     trace = ours(
         case.spec(
@@ -455,6 +500,8 @@ def test_a_wrong_program_is_noticed(case: Case, wrong: dict[str, Any], first_see
 
 @only_qwen2
 def test_a_wrong_setting_of_ours_is_noticed(case: Case) -> None:
-    found = disagreements(ours(case.spec("wrong", dpo={"beta": BETA * 1.001})), case.exact_trace, TOLERANCE)
+    found = disagreements(
+        ours(case.spec("wrong", dpo={"beta": BETA * 1.001})), case.exact_trace, TOLERANCE
+    )
 
     assert "step 2 loss" in [line.split(":")[0] for line in found]

@@ -18,7 +18,11 @@ from orchestrator.training.samples import greedy_answers
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("quickstart")
-    words = [ROOT / "configs/quickstart.yaml", ROOT / "configs/place/ray-local.yaml", f"run.dir={folder}"]
+    words = [
+        ROOT / "configs/quickstart.yaml",
+        ROOT / "configs/place/ray-local.yaml",
+        f"run.dir={folder}",
+    ]
     ended = orchestrator("train", *words, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
@@ -54,7 +58,9 @@ def test_the_model_loads_and_prefers_the_chosen(finished: tuple[Path, str]) -> N
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     question = "Can you say that the lamp is in the kitchen, in French?"
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True
+    )
 
     def logp(answer: str) -> float:
         ids = torch.tensor([prompt["input_ids"] + tokenizer(answer)["input_ids"]])
@@ -65,14 +71,21 @@ def test_the_model_loads_and_prefers_the_chosen(finished: tuple[Path, str]) -> N
 
 
 @pytest.mark.ray
-def test_the_model_answers_prompts_it_has_not_seen_with_the_chosen_completion(finished: tuple[Path, str]) -> None:
+def test_the_model_answers_prompts_it_has_not_seen_with_the_chosen_completion(
+    finished: tuple[Path, str],
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run_dir, out = finished
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
-    rows = [json.loads(line) for line in (ROOT / "configs/sample/eval.jsonl").read_text().splitlines()]
-    asked = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in rows]
+    rows = [
+        json.loads(line) for line in (ROOT / "configs/sample/eval.jsonl").read_text().splitlines()
+    ]
+    asked = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        for row in rows
+    ]
     answers = greedy_answers(model, tokenizer, asked[:64], torch.device("cpu"))
     chosen = [row["chosen"][0]["content"] for row in rows]
     assert sum(answer == right for answer, right in zip(answers, chosen, strict=False)) > 16
@@ -84,17 +97,26 @@ def test_the_model_answers_prompts_it_has_not_seen_with_the_chosen_completion(fi
 @pytest.mark.ray
 def test_the_same_command_again_does_nothing(finished: tuple[Path, str]) -> None:
     run_dir, out = finished
-    words = [ROOT / "configs/quickstart.yaml", ROOT / "configs/place/ray-local.yaml", f"run.dir={run_dir.parent}"]
+    words = [
+        ROOT / "configs/quickstart.yaml",
+        ROOT / "configs/place/ray-local.yaml",
+        f"run.dir={run_dir.parent}",
+    ]
     again = orchestrator("train", *words, cwd=ROOT, timeout=120)
     assert again.returncode == 0
     said, _, summary = again.stdout.partition("\n\n")
-    assert re.fullmatch(r"quickstart has finished already, on [-\d]+ [:\d]+: nothing to do; .*", said)
+    assert re.fullmatch(
+        r"quickstart has finished already, on [-\d]+ [:\d]+: nothing to do; .*", said
+    )
     assert out.endswith("\n" + summary)
 
 
 @pytest.mark.ray
 def test_verify_and_export(
-    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))  # to which main() adds the current folder
     run_dir, _ = finished
@@ -112,18 +134,27 @@ def test_verify_and_export(
     capsys.readouterr()
     assert main(["verify", str(broken)]) == 1
     assert "is not what was written" in capsys.readouterr().out
-    assert main(["export", str(broken), str(tmp_path / "older")]) == DONE  # from the checkpoint before
+    assert (
+        main(["export", str(broken), str(tmp_path / "older")]) == DONE
+    )  # from the checkpoint before
     assert "Optimizer steps | 280" in (tmp_path / "older" / "README.md").read_text()
 
 
 @pytest.mark.ray
 def test_debug_gives_the_same_losses(finished: tuple[Path, str]) -> None:
     run_dir, _ = finished
-    words = [f"run.dir={run_dir.parent}", "run.name=debug", "wandb.mode=disabled", forked.stops_at(40)]
+    words = [
+        f"run.dir={run_dir.parent}",
+        "run.name=debug",
+        "wandb.mode=disabled",
+        forked.stops_at(40),
+    ]
     settings = Path(shutil.copy(ROOT / "configs/quickstart.yaml", run_dir.parent))
     ended = forked.run(settings, *words, cwd=ROOT)
     assert ended.codes == [STOPPED], ended.log
     made = {line["step"]: line for line in metric_lines(run_dir.parent / "debug")}
-    for line in metric_lines(run_dir)[:5]:  # 40 steps; then learning sets in, and amplifies rounding beyond any bound
+    for line in metric_lines(run_dir)[
+        :5
+    ]:  # 40 steps; then learning sets in, and amplifies rounding beyond any bound
         for name in ("loss", "eval_loss"):
             assert made[line["step"]].get(name, 0) == pytest.approx(line.get(name, 0), abs=1e-5)

@@ -64,14 +64,19 @@ def test_the_limit_is_that_of_the_longest_socket() -> None:
 def test_no_short_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ["TMPDIR"] = str(tmp_path / LONG)
     monkeypatch.setattr(cluster, "SHORT_FOLDERS", ())
-    with pytest.raises(UserError, match=r"TMPDIR = .* is too long.*; set RAY_TMPDIR to a shorter folder"):
+    with pytest.raises(
+        UserError, match=r"TMPDIR = .* is too long.*; set RAY_TMPDIR to a shorter folder"
+    ):
         cluster._ray_folder().__enter__()
 
 
 def test_a_temporary_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     os.environ["RAY_TMPDIR"] = str(tmp_path / "file" / LONG)
-    with pytest.raises(UserError, match=r"RAY_TMPDIR = .*cannot be written there \(Not a directory\); set RAY_TMPDIR"):
+    with pytest.raises(
+        UserError,
+        match=r"RAY_TMPDIR = .*cannot be written there \(Not a directory\); set RAY_TMPDIR",
+    ):
         cluster._ray_folder().__enter__()
 
 
@@ -86,12 +91,18 @@ def test_a_temporary_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> N
             RuntimeError("Failed to start GCS."),
             r"does not start on this machine .* train without Ray: orchestrator debug FILE",
         ),
-        (Exception("The current node timed out " + 99 * "during startup "), r"startup \.\.\.\); see "),
+        (
+            Exception("The current node timed out " + 99 * "during startup "),
+            r"startup \.\.\.\); see ",
+        ),
         (
             OSError(errno.ENOSPC, "No space left on device"),
             r"RAY_TMPDIR = .* \(No space left on device\); set RAY_TMPDIR",
         ),
-        (PermissionError(errno.EACCES, "Permission denied"), r"RAY_TMPDIR = .* that you can write to"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            r"RAY_TMPDIR = .* that you can write to",
+        ),
     ],
 )
 def test_whatever_ray_raises_at_its_start_is_one_line_with_a_fix(
@@ -107,23 +118,32 @@ def raising(error: Exception) -> None:
     raise error
 
 
-@pytest.mark.parametrize("error", [ValueError("Malformed address"), RuntimeError("Version mismatch: 2.59 and 2.60")])
+@pytest.mark.parametrize(
+    "error", [ValueError("Malformed address"), RuntimeError("Version mismatch: 2.59 and 2.60")]
+)
 def test_whatever_ray_raises_where_it_joins_is_one_line_with_a_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     os.environ["RAY_ADDRESS"] = "nowhere"
     monkeypatch.setattr(ray, "init", lambda **_: raising(error))
     with (
-        pytest.raises(UserError, match=rf"RAY_ADDRESS = 'nowhere': cannot be joined \({error}\); use the Python"),
+        pytest.raises(
+            UserError,
+            match=rf"RAY_ADDRESS = 'nowhere': cannot be joined \({error}\); use the Python",
+        ),
         cluster.entered(tiny_spec(tmp_path)),
     ):
         raise AssertionError
 
 
-def test_a_ray_of_the_users_program_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_of_the_users_program_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     with (
-        pytest.raises(UserError, match=r"has already called ray\.init; call ray\.shutdown\(\) before training"),
+        pytest.raises(
+            UserError, match=r"has already called ray\.init; call ray\.shutdown\(\) before training"
+        ),
         cluster.entered(tiny_spec(tmp_path)),
     ):
         raise AssertionError
@@ -139,11 +159,15 @@ def test_train_v2_is_used_whatever_the_environment_says(
     assert "RAY_TRAIN_V2_ENABLED=0 is ignored" in capsys.readouterr().out
 
 
-def test_a_train_v1_that_the_users_program_has_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_train_v1_that_the_users_program_has_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Old:
         ScalingConfig: Any = type("ScalingConfig", (), {"__module__": "ray.air.config"})
 
     monkeypatch.setitem(sys.modules, "ray.train", Old)  # pyright: ignore[reportArgumentType]
     os.environ[cluster.TRAIN_V2] = "0"
-    with pytest.raises(UserError, match=r"RAY_TRAIN_V2_ENABLED = '0': .* unset RAY_TRAIN_V2_ENABLED"):
+    with pytest.raises(
+        UserError, match=r"RAY_TRAIN_V2_ENABLED = '0': .* unset RAY_TRAIN_V2_ENABLED"
+    ):
         cluster._use_train_v2()

@@ -30,26 +30,30 @@ def log_of(rank: int) -> Path:
 
 
 def test_a_process_that_is_gone_comes_before_ranks_that_lost_it() -> None:
-    error = Failed(r0=RuntimeError("Connection closed by peer"), r1=Gone(GONE), r2=RuntimeError("Connection reset"))
-    expected = (
-        "rank 1: its process is gone: killed by a signal, out of memory, or crashed; its log is logs/rank_00001.log"
+    error = Failed(
+        r0=RuntimeError("Connection closed by peer"),
+        r1=Gone(GONE),
+        r2=RuntimeError("Connection reset"),
     )
+    expected = "rank 1: its process is gone: killed by a signal, out of memory, or crashed; its log is logs/rank_00001.log"
     assert reason_of_death(error, log_of) == expected
 
 
 def test_what_a_rank_raised_is_cut_at_a_word() -> None:
-    reason = reason_of_death(Failed(r3=RuntimeError("a matrix is not\n  invertible " + 99 * "again ")), log_of)
+    reason = reason_of_death(
+        Failed(r3=RuntimeError("a matrix is not\n  invertible " + 99 * "again ")), log_of
+    )
     assert reason.startswith("rank 3: a matrix is not invertible again ")
     assert reason.endswith(" again ...; its log is logs/rank_00003.log")
     assert len(reason) < KEPT + 60
 
 
 def test_a_node_that_died_is_named_without_what_only_ray_reads() -> None:
-    text = (
-        "The actor died.\n\tclass_name: Worker\n\tip: 10.0.0.1\nThe actor died because its node has died. Node Id: 77"
-    )
+    text = "The actor died.\n\tclass_name: Worker\n\tip: 10.0.0.1\nThe actor died because its node has died. Node Id: 77"
     said = reason_of_death(Failed(r0=Gone(text)), log_of)
-    assert said.startswith("rank 0: The actor died. The actor died because its node has died. Node Id: 77;")
+    assert said.startswith(
+        "rank 0: The actor died. The actor died because its node has died. Node Id: 77;"
+    )
 
 
 def test_a_controller_that_died_has_no_rank() -> None:

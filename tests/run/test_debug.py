@@ -51,7 +51,11 @@ class Sgd(torch.optim.SGD):
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,9 @@ def test_one_batch_is_learned_by_heart_and_nothing_is_kept(tmp_path: Path) -> No
         checkpoint={"every_steps": 10},
         evaluation={"every_steps": 10},
     )
-    said = forked.finished(settings, "--overfit", forked.stops_at(2), ranks=2)  # no callback is asked
+    said = forked.finished(
+        settings, "--overfit", forked.stops_at(2), ranks=2
+    )  # no callback is asked
     *_, last = said.splitlines()
     assert last.startswith("loss 0.693147 at first")
     assert last.endswith("after 40 steps on the same 8 pairs; nothing was kept")
@@ -102,7 +108,9 @@ def test_a_dry_run_leaves_weights_and_runs_as_they_are(
         return micro_steps(trainer, made)
 
     monkeypatch.setattr(Trainer, "micro_steps", watched)
-    tried = dry_run(tiny_spec(finished, optimizer={"lr": 1.0}))  # with which that run could not go on
+    tried = dry_run(
+        tiny_spec(finished, optimizer={"lr": 1.0})
+    )  # with which that run could not go on
     ((now, then),) = seen
     assert all(torch.equal(now[name], value) for name, value in then.items())
     assert content(finished / "runs" / "tiny") == before
@@ -135,13 +143,25 @@ def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--overfit", "--profile=1:2"], "--overfit = True: cannot be combined with --profile; remove"),
+        (
+            ["--overfit", "--profile=1:2"],
+            "--overfit = True: cannot be combined with --profile; remove",
+        ),
         (["--dry-run", "--overfit"], "--dry-run = True: cannot be combined with --overfit; remove"),
         (["--dry-run", "--profile"], "--dry-run = True: cannot be combined with --profile; remove"),
-        (["--replay-step", "3", "--nproc", "2"], "--replay-step = 3: cannot be combined with --nproc"),
-        (["--replay-step", "3", "--dry-run"], "--replay-step = 3: cannot be combined with --dry-run"),
+        (
+            ["--replay-step", "3", "--nproc", "2"],
+            "--replay-step = 3: cannot be combined with --nproc",
+        ),
+        (
+            ["--replay-step", "3", "--dry-run"],
+            "--replay-step = 3: cannot be combined with --dry-run",
+        ),
         (["--replay-step", "3"], "RUN_DIR = '{file}': is a file, not the directory of a run"),
-        (["--profile"], "--profile = True: the run has finished after step 4, so no step is left to profile; choose"),
+        (
+            ["--profile"],
+            "--profile = True: the run has finished after step 4, so no step is left to profile; choose",
+        ),
         (
             ["--profile=4:9", "run.name=new"],
             "--profile = '4:9': the remaining steps of this run are 1 to 4; for example",
@@ -152,12 +172,18 @@ def test_flags_that_say_nothing_are_refused(
     finished: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     file = write_settings(finished)
-    assert cli.main(["debug", *words, str(file)]) == 2  # the file after the flags: a bare --profile leaves it alone
+    assert (
+        cli.main(["debug", *words, str(file)]) == 2
+    )  # the file after the flags: a bare --profile leaves it alone
     assert capsys.readouterr().err.startswith(f"error: {expected.format(file=file)}")
 
 
-@pytest.mark.parametrize("words", [["--profile=5:3"], ["--profile", "0"], ["--profile=1:2:3"], ["--replay-step", "0"]])
-def test_a_wrong_range_of_steps_is_refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words", [["--profile=5:3"], ["--profile", "0"], ["--profile=1:2:3"], ["--replay-step", "0"]]
+)
+def test_a_wrong_range_of_steps_is_refused(
+    capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["debug", "run.yaml", *words])
     assert ended.value.code == 2
@@ -173,7 +199,9 @@ def typing(folder: Path, *words: str) -> Iterator[Any]:
     (folder / "mine.py").write_text(MINE)
     command = ["-m", "orchestrator.cli", "debug", str(write_settings(folder)), *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = pexpect.spawn(sys.executable, command, cwd=str(folder), env=env, encoding="utf-8", timeout=patience(240))
+    child = pexpect.spawn(
+        sys.executable, command, cwd=str(folder), env=env, encoding="utf-8", timeout=patience(240)
+    )
     try:
         yield child
     finally:
@@ -224,10 +252,16 @@ def test_of_two_ranks_that_fail_one_has_the_terminal(tmp_path: Path) -> None:
         rank = child.match.group(1)
         child.expect('-> raise ZeroDivisionError\\("in the second step"\\)')
         child.expect(PROMPT)
-        child.sendline("import os, psutil; from torch.distributed.distributed_c10d import _get_default_store as store")
-        child.sendline("while store().add('failure', 0) < 2: pass")  # the other one has failed as well
+        child.sendline(
+            "import os, psutil; from torch.distributed.distributed_c10d import _get_default_store as store"
+        )
+        child.sendline(
+            "while store().add('failure', 0) < 2: pass"
+        )  # the other one has failed as well
         child.sendline("both = psutil.Process(os.getppid()).children()")
-        child.sendline("f'{len(both)} ranks, rank {rank}, gone {psutil.wait_procs(both, timeout=2)[0]}'")
+        child.sendline(
+            "f'{len(both)} ranks, rank {rank}, gone {psutil.wait_procs(both, timeout=2)[0]}'"
+        )
         child.expect_exact(f"'2 ranks, rank {rank}, gone []'")
         child.sendline("q")
         child.expect("Traceback")

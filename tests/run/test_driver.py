@@ -22,7 +22,9 @@ from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects
 
 
-@pytest.mark.parametrize(("placement", "fits"), [("PACK", 5), ("SPREAD", 5), ("STRICT_PACK", 3), ("STRICT_SPREAD", 2)])
+@pytest.mark.parametrize(
+    ("placement", "fits"), [("PACK", 5), ("SPREAD", 5), ("STRICT_PACK", 3), ("STRICT_SPREAD", 2)]
+)
 def test_placement_decides_how_many_workers_fit(placement: str, fits: int) -> None:
     assert _placeable([3, 0, 2], placement) == fits
     assert _placeable([], placement) == 0
@@ -32,11 +34,15 @@ class Counting(TrainerCallback):
     count: Any = 0
 
 
-def test_what_a_python_user_gives_travels_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_python_user_gives_travels_by_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere")  # so that no token is made
     spec, lr = tiny_spec(tmp_path), 0.25
     assert _pickled(spec, UserObjects()) == {}
-    sent = _pickled(spec, UserObjects(optimizers=(lambda params: (params, lr), None), callbacks=[Counting()]))
+    sent = _pickled(
+        spec, UserObjects(optimizers=(lambda params: (params, lr), None), callbacks=[Counting()])
+    )
     assert set(sent) == {"optimizers", "callbacks"}
     main, other = (_unpickled(sent, world) for world in (ALONE, replace(ALONE, rank=1)))
     assert [type(each) for each in main.callbacks or ()] == [Counting]
@@ -47,18 +53,23 @@ def test_what_a_python_user_gives_travels_by_value(tmp_path: Path, monkeypatch: 
     assert (make("params"), schedule) == (("params", 0.25), None)
     lock = threading.Lock()
     with pytest.raises(
-        UserError, match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); store only names"
+        UserError,
+        match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); store only names",
     ):
         _pickled(spec, UserObjects(optimizers=(None, lambda made: lock)))
     held = Counting()
     held.count = lock
-    with pytest.raises(UserError, match=r"callbacks = .*Counting object.*: cannot be sent to the workers \(.*lock"):
+    with pytest.raises(
+        UserError, match=r"callbacks = .*Counting object.*: cannot be sent to the workers \(.*lock"
+    ):
         _pickled(spec, UserObjects(callbacks=[held]))
     with pytest.raises(UserError, match="ref_model = 'as sent': cannot be read on a worker"):
         _unpickled({"ref_model": b"cnowhere\nmine\n."}, ALONE)
 
 
-def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(tmp_path: Path, run_dir: RunDir) -> None:
+def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(
+    tmp_path: Path, run_dir: RunDir
+) -> None:
     spec = tiny_spec(tmp_path, cluster={"replacement_wait_s": 77})
     waits: list[float] = []
 
@@ -68,7 +79,10 @@ def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(tmp
             raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
         return OSError("a node is gone")
 
-    with pytest.raises(driver.RunDied, match=r"cluster\.num_workers = 2.* the same command continues from the start"):
+    with pytest.raises(
+        driver.RunDied,
+        match=r"cluster\.num_workers = 2.* the same command continues from the start",
+    ):
         driver._supervised(spec, run_dir, fit)
     assert waits == [driver.CLUSTER_WAIT_S, 77]
 
@@ -82,7 +96,9 @@ def test_a_cluster_that_was_never_large_enough_is_refused(tmp_path: Path, run_di
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_who_asks_a_waiting_run_to_stop_does_not_wait_with_it(tmp_path: Path, run_dir: RunDir, saved: bool) -> None:
+def test_who_asks_a_waiting_run_to_stop_does_not_wait_with_it(
+    tmp_path: Path, run_dir: RunDir, saved: bool
+) -> None:
     attempts: list[float] = []
 
     def fit(wait_s: float) -> Exception:
@@ -102,9 +118,14 @@ def test_who_asks_a_waiting_run_to_stop_does_not_wait_with_it(tmp_path: Path, ru
     assert ended.checkpoint == (str(folder) if saved else "")
 
 
-def test_the_address_of_a_job_server_is_not_that_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_of_a_job_server_is_not_that_of_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
-    with pytest.raises(UserError, match=r"is the address of a job server, .* orchestrator submit --to ray --address"):
+    with pytest.raises(
+        UserError,
+        match=r"is the address of a job server, .* orchestrator submit --to ray --address",
+    ):
         check_head()
 
 
@@ -112,7 +133,10 @@ def test_the_address_of_a_job_server_is_not_that_of_a_cluster(monkeypatch: pytes
 
 
 def elastic(folder: Path, *ends: int, placement: str = "PACK") -> Any:
-    return tiny_spec(folder, cluster={"num_workers": list(ends) if len(ends) > 1 else ends[0], "placement": placement})
+    return tiny_spec(
+        folder,
+        cluster={"num_workers": list(ends) if len(ends) > 1 else ends[0], "placement": placement},
+    )
 
 
 @pytest.fixture
@@ -214,11 +238,17 @@ def test_a_stop_is_heard_while_a_node_is_waited_for(
         driver._capacity(spec, 600.0, run_dir)
 
 
-@pytest.mark.parametrize(("has", "each", "fits"), [(1, 0.2, 5), (1, 0.1, 10), (0.6, 0.2, 3), (1, 0.3, 3), (0, 1, 0)])
+@pytest.mark.parametrize(
+    ("has", "each", "fits"), [(1, 0.2, 5), (1, 0.1, 10), (0.6, 0.2, 3), (1, 0.3, 3), (0, 1, 0)]
+)
 def test_shares_of_a_gpu_are_counted_without_rounding_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: float, each: float, fits: int
 ) -> None:
-    node = {"NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "n1", "Resources": {"GPU": has}}
+    node = {
+        "NodeManagerAddress": "10.0.0.1",
+        "NodeManagerHostname": "n1",
+        "Resources": {"GPU": has},
+    }
     monkeypatch.setattr(driver, "_alive", lambda: [node])
     spec = tiny_spec(tmp_path, cluster={"num_workers": max(1, fits), "resources": {"GPU": each}})
     if fits:
@@ -228,10 +258,14 @@ def test_shares_of_a_gpu_are_counted_without_rounding_down(
             driver._capacity(spec, 0.0)
 
 
-def test_on_this_machine_the_fewest_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_this_machine_the_fewest_must_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(driver, "usable_cores", lambda: 2)
     driver._check_local_size(elastic(tmp_path, 1, 4))
-    with pytest.raises(UserError, match=r"num_workers = \[3, 4\]: workers need 1 CPU each, .* 2 CPUs; set .*=2"):
+    with pytest.raises(
+        UserError, match=r"num_workers = \[3, 4\]: workers need 1 CPU each, .* 2 CPUs; set .*=2"
+    ):
         driver._check_local_size(elastic(tmp_path, 3, 4))
     monkeypatch.setattr(driver, "_capacity", lambda *_: 2)  # and nobody else has any of it
     assert driver._workers(elastic(tmp_path, 1, 4), 0.0) == 2
@@ -245,10 +279,16 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 @pytest.mark.parametrize(
-    ("placement", "places", "grows"), [("PACK", 1, True), ("PACK", 0, False), ("STRICT_SPREAD", 1, False)]
+    ("placement", "places", "grows"),
+    [("PACK", 1, True), ("PACK", 0, False), ("STRICT_SPREAD", 1, False)],
 )
 def test_a_run_is_saved_when_it_can_have_more_workers(
-    tmp_path: Path, run_dir: RunDir, room: Callable[..., None], placement: str, places: int, grows: bool
+    tmp_path: Path,
+    run_dir: RunDir,
+    room: Callable[..., None],
+    placement: str,
+    places: int,
+    grows: bool,
 ) -> None:
     room(places)
 
@@ -286,7 +326,11 @@ def test_only_a_user_ends_a_run_by_a_stop(tmp_path: Path, run_dir: RunDir, asked
                 driver._ask_for_growth(run_dir)
             if "user" in asked:
                 run_dir.stop.touch()
-        run_dir.write_result({"status": attempts[-1], "reason": "", "step": 1, "checkpoint": "", "model": None})
+        run_dir.write_result(
+            {"status": attempts[-1], "reason": "", "step": 1, "checkpoint": "", "model": None}
+        )
 
     ended = driver._supervised(elastic(tmp_path, 1, 2), run_dir, fit)
-    assert [ended.status, *attempts] == (["finished", "stopped", "finished"] if asked == "growth" else ["stopped"] * 2)
+    assert [ended.status, *attempts] == (
+        ["finished", "stopped", "finished"] if asked == "growth" else ["stopped"] * 2
+    )

@@ -15,11 +15,26 @@ from orchestrator.settings.spec import UserError
 @pytest.mark.parametrize(
     ("blocks", "expected"),
     [
-        ({}, {"train_rows": 32, "eval_rows": 8, "steps": 4, "epochs": 1.0, "steps_per_epoch": 4, "grad_accum": 4}),
+        (
+            {},
+            {
+                "train_rows": 32,
+                "eval_rows": 8,
+                "steps": 4,
+                "epochs": 1.0,
+                "steps_per_epoch": 4,
+                "grad_accum": 4,
+            },
+        ),
         ({"cluster": {"num_workers": 3}}, {"ranks": 3, "pairs_per_rank": 3, "grad_accum": 2}),
         (
             {"cluster": {"num_workers": [1, 3]}},
-            {"ranks": [1, 3], "pairs_per_rank": [8, 3], "micro_batch_size": 2, "grad_accum": [4, 2]},
+            {
+                "ranks": [1, 3],
+                "pairs_per_rank": [8, 3],
+                "micro_batch_size": 2,
+                "grad_accum": [4, 2],
+            },
         ),
         (
             {"batch": {"global_batch_size": 10}, "training": {"max_steps": None, "epochs": 1.5}},
@@ -27,7 +42,10 @@ from orchestrator.settings.spec import UserError
         ),
         ({"training": {"max_steps": None}}, {"steps": 4, "epochs": 1.0, "last_batch_of_epoch": 8}),
         ({"evaluation": {"every_steps": 3}}, {"evaluations": 3, "checkpoints": 1}),  # before, 3, 4
-        ({"evaluation": {"every_steps": 2}, "checkpoint": {"every_steps": 3}}, {"evaluations": 3, "checkpoints": 2}),
+        (
+            {"evaluation": {"every_steps": 2}, "checkpoint": {"every_steps": 3}},
+            {"evaluations": 3, "checkpoints": 2},
+        ),
         ({}, {"evaluations": 2}),  # before and after
         ({"evaluation": {"at_start": False}}, {"evaluations": 1}),
         (
@@ -64,12 +82,19 @@ def test_each_training_set_has_its_share_of_an_epoch(tmp_path: Path) -> None:
     few = str(write_jsonl(tmp_path / "few.jsonl", rows(6)))
     many = tiny_spec(tmp_path).data.train[0].path
     sets = [many, {"path": few, "weight": 2.5}]
-    facts = planned(tiny_spec(tmp_path, data={"train": sets}, training={"max_steps": None, "epochs": 2}))
+    facts = planned(
+        tiny_spec(tmp_path, data={"train": sets}, training={"max_steps": None, "epochs": 2})
+    )
     assert facts["train_sets"] == [
         {"source": many, "rows": 32, "weight": 1.0, "rows_per_epoch": 32},
         {"source": few, "rows": 6, "weight": 2.5, "rows_per_epoch": 15},
     ]
-    assert (facts["train_rows"], facts["rows_per_epoch"], facts["steps_per_epoch"], facts["steps"]) == (38, 47, 6, 12)
+    assert (
+        facts["train_rows"],
+        facts["rows_per_epoch"],
+        facts["steps_per_epoch"],
+        facts["steps"],
+    ) == (38, 47, 6, 12)
     assert "train_sets" not in planned(tiny_spec(tmp_path))
 
 
@@ -84,7 +109,9 @@ def test_rows_on_the_hub_are_left_to_the_start_of_the_run(
     facts = planned(spec)
     assert facts["train_rows"] is None
     assert "steps" not in facts
-    assert any("org/dataset: its rows are checked where the run starts" in line for line in facts["notes"])
+    assert any(
+        "org/dataset: its rows are checked where the run starts" in line for line in facts["notes"]
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -118,7 +145,9 @@ def test_the_first_of_max_steps_and_epochs_ends_the_run(
 def test_dropped_rows_do_not_count_in_the_steps(tmp_path: Path) -> None:
     tie = {"prompt": "Say", "chosen": " one", "rejected": " one"}
     path = str(write_jsonl(tmp_path / "ties.jsonl", [*rows(16), *[tie] * 16]))
-    facts = planned(tiny_spec(tmp_path, data={"train": path}, training={"max_steps": None, "epochs": 1}))
+    facts = planned(
+        tiny_spec(tmp_path, data={"train": path}, training={"max_steps": None, "epochs": 1})
+    )
     assert (facts["train_rows"], facts["pairs_per_epoch"], facts["steps"]) == (32, 16, 2)
 
 
@@ -137,7 +166,10 @@ def test_dropped_rows_do_not_count_in_the_steps(tmp_path: Path) -> None:
             "evaluation.compute_metrics",
         ),
         ({"evaluation": {"batch_size": 2}}, "evaluation.batch_size"),
-        ({"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"oops": 1}}}, "scheduler.kwargs"),
+        (
+            {"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"oops": 1}}},
+            "scheduler.kwargs",
+        ),
         (
             {
                 "scheduler": {
@@ -187,7 +219,10 @@ def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.Mo
     write_jsonl(Path(spec.data.train[0].path), made)
     with pytest.raises(UserError, match=r"data\.train row 3"):
         planned(spec)
-    write_jsonl(Path(spec.data.train[0].path), [{**row, "chosen": row["rejected"]} for row in made[:4]] + rows(20))
+    write_jsonl(
+        Path(spec.data.train[0].path),
+        [{**row, "chosen": row["rejected"]} for row in made[:4]] + rows(20),
+    )
     assert "the first 4 rows of each source were tokenised" in planned(spec)["notes"][-1]
 
 
@@ -197,7 +232,10 @@ def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.Mo
         ({"precision": "tf32"}, "precision"),
         ({"model": {"attention": "varlen"}}, "model.attention"),
         (
-            {"optimizer": {"name": "deepspeed.ops.adam.FusedAdam"}, "engine": {"kind": "deepspeed"}},
+            {
+                "optimizer": {"name": "deepspeed.ops.adam.FusedAdam"},
+                "engine": {"kind": "deepspeed"},
+            },
             "optimizer.name",
         ),
     ],

@@ -33,7 +33,10 @@ Raw = dict[str, Any]
 # --- settings ----------------------------------------------------------------------------------------------------
 
 PATCHES: list[Raw] = [
-    *({"dpo": {"loss_type": name}} for name in ("ipo", "robust", "aot", "simpo", ["sigmoid", "sft"], "sigmond")),
+    *(
+        {"dpo": {"loss_type": name}}
+        for name in ("ipo", "robust", "aot", "simpo", ["sigmoid", "sft"], "sigmond")
+    ),
     {"dpo": {"loss_type": "exo_pair", "label_smoothing": 0.001}},
     {"dpo": {"loss_type": "own_losses:logistic"}},
     {"dpo": {"loss_type": "own_losses:nothere"}},
@@ -59,7 +62,12 @@ PATCHES: list[Raw] = [
     {"scheduler": {"name": "wsd"}},
     {"scheduler": {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 1}}},
     {"scheduler": {"name": "torch.optim.lr_scheduler.StepLR"}},
-    {"scheduler": {"name": "torch.optim.lr_scheduler.OneCycleLR", "kwargs": {"max_lr": 1.0, "total_steps": 1}}},
+    {
+        "scheduler": {
+            "name": "torch.optim.lr_scheduler.OneCycleLR",
+            "kwargs": {"max_lr": 1.0, "total_steps": 1},
+        }
+    },
     {"training": {"max_steps": 9, "epochs": 1}},
     {"training": {"max_steps": None, "epochs": 0.1}},
     {"training": {"gradient_checkpointing": True}},
@@ -81,7 +89,10 @@ PATCHES: list[Raw] = [
     {"reference": {"path": "MODELS/other_tokens"}},
     {"reference": {"path": "MODELS/sound"}},
     {"reference": {"path": "MODELS/wider"}, "model": {"init": None, "path": "MODELS/sound"}},
-    {"reference": {"path": "MODELS/wider", "sync_every": 1}, "model": {"init": None, "path": "MODELS/sound"}},
+    {
+        "reference": {"path": "MODELS/wider", "sync_every": 1},
+        "model": {"init": None, "path": "MODELS/sound"},
+    },
     {"reference": {"path": "./nowhere"}},
     {"model": {"lora": {"r": 2}}},
     {"model": {"lora": {"target_modules": ["q_proj"]}}},
@@ -91,8 +102,16 @@ PATCHES: list[Raw] = [
     {"model": {"num_frozen_layers": 1}},
     {"model": {"num_frozen_layers": 2}},
     {"model": {"attention": "padded"}},
-    {"model": {"init": {"model_type": "gpt2", "config": {"n_embd": 32, "n_layer": 2, "n_head": 4}}}},
-    {"model": {"init": {"model_type": "gpt2", "config": {"n_embd": 32, "n_layer": 2, "n_head": 5}}}},
+    {
+        "model": {
+            "init": {"model_type": "gpt2", "config": {"n_embd": 32, "n_layer": 2, "n_head": 4}}
+        }
+    },
+    {
+        "model": {
+            "init": {"model_type": "gpt2", "config": {"n_embd": 32, "n_layer": 2, "n_head": 5}}
+        }
+    },
     {"model": {"init": {"model_type": "qwen9", "config": {}}}},
     {"model": {"init": {"config": {"num_hiden_layers": 2}}}},
     {"model": {"init": {"config": {"vocab_size": 100}}}},
@@ -127,7 +146,17 @@ PATCHES: list[Raw] = [
     {"callbacks": ["json:dumps"]},
     {"callbacks": ["tensorbord"]},
 ]
-NAMES = ("sound", "no_pad", "no_end", "no_tokenizer", "empty", "cut_weights", "no_weights", "larger_ids", "no_template")
+NAMES = (
+    "sound",
+    "no_pad",
+    "no_end",
+    "no_tokenizer",
+    "empty",
+    "cut_weights",
+    "no_weights",
+    "larger_ids",
+    "no_template",
+)
 
 
 @pytest.fixture(scope="session")
@@ -234,14 +263,23 @@ class Case:
         """Write the data and return the settings, which may be wrong."""
         raw: Raw = {
             "run": {"dir": str(folder / "runs"), "name": "tiny"},
-            "model": {"init": {"vocab_size": 300, "config": {**TINY_MODEL, "max_position_embeddings": 128}}},
+            "model": {
+                "init": {
+                    "vocab_size": 300,
+                    "config": {**TINY_MODEL, "max_position_embeddings": 128},
+                }
+            },
             "data": {"train": str(self.write(folder / "train", DATA[self.train]))},
             "batch": {"global_batch_size": 4, "micro_batch_size": 2},
             "training": {"max_steps": 1, "logging_steps": 1},
             "precision": "fp32",
             "wandb": {"mode": "disabled"},
         }
-        raw["data"] |= {"eval": str(write_lines(folder / "eval", DATA[self.eval])), "max_length": 96, "num_proc": 1}
+        raw["data"] |= {
+            "eval": str(write_lines(folder / "eval", DATA[self.eval])),
+            "max_length": 96,
+            "num_proc": 1,
+        }
         if self.model is not None:
             raw["model"] = {"path": str(models / self.model)}
         for patch in self.patches:
@@ -267,7 +305,9 @@ CASES = st.builds(
     model=st.one_of(st.none(), st.just("sound"), st.sampled_from(NAMES)),
     train=st.one_of(usually, st.sampled_from(sorted(DATA))),
     eval=st.one_of(usually, usually, st.sampled_from(sorted(DATA))),
-    write=st.one_of(st.sampled_from(WRITERS), st.sampled_from(WRITERS), st.sampled_from([*WRITERS, *BROKEN])),
+    write=st.one_of(
+        st.sampled_from(WRITERS), st.sampled_from(WRITERS), st.sampled_from([*WRITERS, *BROKEN])
+    ),
 )
 
 
@@ -315,7 +355,13 @@ def test_plan_and_run_agree(models: Path, case: Case) -> None:
     check(case, models)
 
 
-@settings(max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=15,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(case=CASES)
 def test_plan_and_run_agree_on_a_few(models: Path, case: Case) -> None:
     check(case, models)

@@ -44,7 +44,10 @@ FACTS = Facts("/venv/bin/python", VERSIONS, Gpus(), {}, (32768, 60999))
 
 
 def having(**versions: str) -> Facts:
-    return replace(FACTS, versions=VERSIONS | {name.replace("_", "-"): version for name, version in versions.items()})
+    return replace(
+        FACTS,
+        versions=VERSIONS | {name.replace("_", "-"): version for name, version in versions.items()},
+    )
 
 
 def wrong(checks: list[Check]) -> list[Check]:
@@ -66,7 +69,10 @@ def wrong(checks: list[Check]) -> list[Check]:
             {"ray": "2.61.0"},
             "run /venv/bin/python -m pip install ray==1.0 there, and restart its Ray",
         ),
-        ({"deepspeed": "missing"}, "run /venv/bin/python -m pip install deepspeed==1.0 there, and restart its Ray"),
+        (
+            {"deepspeed": "missing"},
+            "run /venv/bin/python -m pip install deepspeed==1.0 there, and restart its Ray",
+        ),
         ({"python": "3.12.1"}, "start its Ray with Python 3.11.2"),
         ({"dpo_orchestrator": "0.0.9"}, "install the same checkout there"),
     ],
@@ -84,7 +90,9 @@ def test_a_driver_without_gpus_may_have_another_build_of_torch() -> None:
     facts = {"driver": having(torch="2.13.0+cpu"), "n1": FACTS, "n2": FACTS}
     assert wrong(version_checks(facts)) == []
     facts = {"driver": having(torch="2.12.0+cpu"), "n1": FACTS, "n2": FACTS}
-    assert [(check.name, check.node) for check in wrong(version_checks(facts))] == [("torch", "driver")]
+    assert [(check.name, check.node) for check in wrong(version_checks(facts))] == [
+        ("torch", "driver")
+    ]
 
 
 def test_what_is_nowhere_is_missed_by_nobody() -> None:
@@ -104,11 +112,36 @@ IDLE, BUSY = Card("H100", 80 * GB, GB), Card("H100", 80 * GB, 40 * GB)
     [
         (Gpus(2, "", (IDLE, IDLE)), True, "", ""),
         (Gpus(2, "", (IDLE, BUSY)), False, "", ""),  # Ray has given it to somebody
-        (Gpus(2, "", (IDLE, BUSY)), True, "another process uses 40 GB of 80 GB on a GPU", "end the processes that"),
-        (Gpus(1, "", (IDLE,)), True, "there should be 2 (the others are hidden)", "or with --num-gpus=1"),
-        (Gpus(0, "Torch not compiled with CUDA enabled", (IDLE,)), True, "there should be 2", "torch==2.13.0 there"),
-        (Gpus(0, "Torch not compiled with CUDA enabled"), True, "there should be 2", "nvidia-smi shows no GPU there"),
-        (Gpus(0, "The NVIDIA driver on your system is too old", (IDLE,)), True, "too old", "update the NVIDIA driver"),
+        (
+            Gpus(2, "", (IDLE, BUSY)),
+            True,
+            "another process uses 40 GB of 80 GB on a GPU",
+            "end the processes that",
+        ),
+        (
+            Gpus(1, "", (IDLE,)),
+            True,
+            "there should be 2 (the others are hidden)",
+            "or with --num-gpus=1",
+        ),
+        (
+            Gpus(0, "Torch not compiled with CUDA enabled", (IDLE,)),
+            True,
+            "there should be 2",
+            "torch==2.13.0 there",
+        ),
+        (
+            Gpus(0, "Torch not compiled with CUDA enabled"),
+            True,
+            "there should be 2",
+            "nvidia-smi shows no GPU there",
+        ),
+        (
+            Gpus(0, "The NVIDIA driver on your system is too old", (IDLE,)),
+            True,
+            "too old",
+            "update the NVIDIA driver",
+        ),
         (
             Gpus(0, "Found no NVIDIA driver"),
             True,
@@ -137,15 +170,25 @@ def test_files_must_be_readable_and_the_same() -> None:
         node: replace(FACTS, files={"data.train": found})
         for node, found in {"driver": 7, "n1": 7, "n2": gone, "n3": 9}.items()
     }
-    assert [(c.name, c.node, c.found, c.wrong) for c in wrong(file_checks(facts, {"data.train": "/d.jsonl"}))] == [
+    assert [
+        (c.name, c.node, c.found, c.wrong)
+        for c in wrong(file_checks(facts, {"data.train": "/d.jsonl"}))
+    ] == [
         ("data.train", "n2", "/d.jsonl", "does not exist"),
         ("data.train", "n3", "/d.jsonl", "has 9 bytes there, but 7 on the others"),
     ]
 
 
 def test_a_folder_must_be_shared_and_writable() -> None:
-    failed = {"driver": {}, "n1": {}, "n2": {"run.dir": NOT_SEEN}, "n3": {"run.dir": "Read-only file system"}}
-    checks = folder_checks({"run.dir": Path("/runs/x")}, failed, {"driver": {"run.dir": ["n1"]}, "n1": {"run.dir": []}})
+    failed = {
+        "driver": {},
+        "n1": {},
+        "n2": {"run.dir": NOT_SEEN},
+        "n3": {"run.dir": "Read-only file system"},
+    }
+    checks = folder_checks(
+        {"run.dir": Path("/runs/x")}, failed, {"driver": {"run.dir": ["n1"]}, "n1": {"run.dir": []}}
+    )
     said = {check.node: (check.wrong, check.cure) for check in checks}
     mount = "mount the file system of /runs/x there, or set run.dir to a folder shared by all nodes"
     assert said == {
@@ -165,7 +208,10 @@ def test_a_folder_must_be_shared_and_writable() -> None:
         ({"driver": (0, 0), "n1": (0.1, 0.01), "n2": (-2.9, 0.01)}, {}),
         ({"driver": (0, 0), "n1": (0.1, 0.01), "n2": (60, 0.01)}, {"n2": "+60.0 s"}),
         ({"driver": (0, 0), "n1": (-60, 0.01)}, {"n1": "-60.0 s"}),
-        ({"driver": (0, 0), "n1": (60, 0.01), "n2": (61, 0.01)}, {"driver": "-60.0 s"}),  # the others are right
+        (
+            {"driver": (0, 0), "n1": (60, 0.01), "n2": (61, 0.01)},
+            {"driver": "-60.0 s"},
+        ),  # the others are right
         ({"driver": (0, 0), "n1": (0, 0), "n2": (5, 4)}, {}),  # nobody knows: the answer came late
     ],
 )
@@ -174,7 +220,10 @@ def test_clocks_must_agree(offsets: dict[str, tuple[float, float]], off: dict[st
 
 
 def test_ports_that_are_blocked_name_both_ends_and_the_range() -> None:
-    checks = port_checks({"n1": {}, "n2": {"n1": "timed out", "n3": "timed out"}}, {"n1": (1, 2), "n2": (32768, 60999)})
+    checks = port_checks(
+        {"n1": {}, "n2": {"n1": "timed out", "n3": "timed out"}},
+        {"n1": (1, 2), "n2": (32768, 60999)},
+    )
     assert [(check.node, check.ok) for check in checks] == [("n1", True), ("n2", False)]
     assert checks[1].wrong == "cannot be reached from n1, n3 (timed out)"
     assert checks[1].cure.startswith("allow TCP to its ports 32768-60999 ")
@@ -196,19 +245,28 @@ def test_the_rest_of_what_nodes_say() -> None:
 def test_the_table_has_the_cure_beside_what_is_wrong() -> None:
     nodes = ["driver", *(f"n{number}" for number in range(1, 6))]
     checks = [Check("torch", node, "2.13.0") for node in nodes]
-    checks += [Check("clock", "n1", "within 3 s"), Check("clock", "n2", "+60.0 s", "is ahead", "set it")]
+    checks += [
+        Check("clock", "n1", "within 3 s"),
+        Check("clock", "n2", "+60.0 s", "is ahead", "set it"),
+    ]
     assert table(checks).splitlines() == [
         "ok   torch  driver, n1, n2 and 3 more  2.13.0",
         "ok   clock  n1                         within 3 s",
         "RED  clock  n2                         +60.0 s     is ahead; set it",
     ]
-    checks += [Check("torch", "n6", "2.12.0", "is old", "mend it"), Check("torch", "n7", "2.12.0", "is old", "mend it")]
+    checks += [
+        Check("torch", "n6", "2.12.0", "is old", "mend it"),
+        Check("torch", "n7", "2.12.0", "is old", "mend it"),
+    ]
     assert str(refusal(checks)).splitlines() == [
         "clock on n2 = '+60.0 s': is ahead; set it",
         "torch on n6, n7 = '2.12.0': is old; mend it",
     ]
     assert refusal([Check("torch", "n1", "2.13.0")]) is None
-    assert str(refusal([Check("run.dir", "", "/x", "is full", "free it")])) == "run.dir = '/x': is full; free it"
+    assert (
+        str(refusal([Check("run.dir", "", "/x", "is full", "free it")]))
+        == "run.dir = '/x': is full; free it"
+    )
 
 
 # --- this machine ------------------------------------------------------------------------------------------------
@@ -220,7 +278,15 @@ def test_this_machine_is_well_and_nothing_is_left_of_the_look(tmp_path: Path) ->
     checks = look_here(spec) + space_checks(spec)
     assert wrong(checks) == []
     assert [check.found for check in checks if check.name == "GPUs"] == ["0 for torch"]
-    names = {"python", "torch", "data.train", "data.eval", "run.dir", "data.cache_dir", "space in run.dir"}
+    names = {
+        "python",
+        "torch",
+        "data.train",
+        "data.eval",
+        "run.dir",
+        "data.cache_dir",
+        "space in run.dir",
+    }
     assert names <= {check.name for check in checks}
     assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "a").mkdir()
@@ -230,14 +296,20 @@ def test_this_machine_is_well_and_nothing_is_left_of_the_look(tmp_path: Path) ->
 
 def test_what_is_wrong_here_is_said(tmp_path: Path) -> None:
     hub_or_here = {"path": "/nowhere/model", "init": None}
-    spec = tiny_spec(tmp_path, run={"dir": "/proc/runs"}, data={"train": "/nowhere.jsonl"}, model=hub_or_here)
+    spec = tiny_spec(
+        tmp_path, run={"dir": "/proc/runs"}, data={"train": "/nowhere.jsonl"}, model=hub_or_here
+    )
     found = {check.name: check for check in wrong(look_here(spec))}
     assert found.keys() == {"run.dir", "data.train", "model.path"}
     assert found["run.dir"].wrong.startswith("cannot be written (")
-    assert str(refusal([found["data.train"]])).startswith("data.train = '/nowhere.jsonl': does not exist; use a JSONL")
+    assert str(refusal([found["data.train"]])).startswith(
+        "data.train = '/nowhere.jsonl': does not exist; use a JSONL"
+    )
 
 
-def test_a_file_system_that_hangs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_hangs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (probe, preflight):
         monkeypatch.setattr(module, "READ_S", 0.2)
     ended = threading.Event()
@@ -245,7 +317,8 @@ def test_a_file_system_that_hangs_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("orchestrator.data.sources.check_source", lambda *_: ended.wait(60))
     spec = tiny_spec(tmp_path)
     with pytest.raises(
-        UserError, match=r"data\.train = .*: cannot be read \(no answer within 0 s\); fix its file system"
+        UserError,
+        match=r"data\.train = .*: cannot be read \(no answer within 0 s\); fix its file system",
     ):
         preflight.check_answers(spec)
     assert {check.name for check in wrong(look_here(spec))} == {"data.train", "data.eval"}
@@ -254,7 +327,10 @@ def test_a_file_system_that_hangs_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_a_full_file_system_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, run={"dir": "/proc/runs"})  # which has no room at all
-    with pytest.raises(UserError, match=r"run\.dir = '/proc/runs/tiny': is on a file system that is full; free some"):
+    with pytest.raises(
+        UserError,
+        match=r"run\.dir = '/proc/runs/tiny': is on a file system that is full; free some",
+    ):
         preflight.check_answers(spec)
 
 
@@ -269,7 +345,11 @@ def test_a_full_file_system_is_refused_before_anything_is_written(tmp_path: Path
     ],
 )
 def test_nvidia_smi_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, visible: str | None, cards: list[int]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    visible: str | None,
+    cards: list[int],
 ) -> None:
     (tmp_path / "said").write_text(text)
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat {tmp_path}/said\n")
@@ -284,9 +364,13 @@ def test_nvidia_smi_is_read(
 # --- nodes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_node_that_does_not_answer_is_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_does_not_answer_is_a_line_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(preflight, "START_S", 3.0)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))  # waits are longer on a busy machine
+    monkeypatch.setattr(
+        os, "getloadavg", lambda: (0.0, 0.0, 0.0)
+    )  # waits are longer on a busy machine
     answers = this_process("n1")._replace(address="127.0.0.1")
     hangs = Node("n2", "127.0.0.2", 0, lambda *_: Future())
     checks = look(this_process("driver"), [answers, hangs], tiny_spec(tmp_path))
@@ -312,7 +396,8 @@ def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatc
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(
-            UserError, match=r"RAY_ADDRESS = .*: no Ray answers there \(Connection refused\); start the"
+            UserError,
+            match=r"RAY_ADDRESS = .*: no Ray answers there \(Connection refused\); start the",
         ):
             driver.doctor(None)
 
@@ -334,7 +419,9 @@ def test_what_a_run_writes_is_known_beforehand(tmp_path: Path, blocks: dict[str,
     blocks = {"data": {"eval": None}, "training": {"max_steps": 1}, **blocks}
     settings = write_settings(tmp_path, **blocks)
     forked.finished(settings)
-    (checkpoint,) = (tmp_path / "runs" / "tiny" / "checkpoints").glob("step_*/rank_00000.safetensors")
+    (checkpoint,) = (tmp_path / "runs" / "tiny" / "checkpoints").glob(
+        "step_*/rank_00000.safetensors"
+    )
     model = tmp_path / "runs" / "tiny" / "model" / "model.safetensors"
     needed = disk_needed(tiny_spec(tmp_path, **blocks))
     headers = 30_000  # names and places of tensors
@@ -363,8 +450,14 @@ def test_an_optimizer_of_unknown_state_counts_with_its_weights(tmp_path: Path) -
 def test_checkpoints_at_once(
     tmp_path: Path, every: int | None, steps: int | None, keep: int, best: str | None, at_once: int
 ) -> None:
-    blocks = {"checkpoint": {"every_steps": every, "keep": keep}, "evaluation": {"metric_for_best": best}}
-    assert disk_needed(tiny_spec(tmp_path, training={"max_steps": steps}, **blocks)).checkpoints == at_once
+    blocks = {
+        "checkpoint": {"every_steps": every, "keep": keep},
+        "evaluation": {"metric_for_best": best},
+    }
+    assert (
+        disk_needed(tiny_spec(tmp_path, training={"max_steps": steps}, **blocks)).checkpoints
+        == at_once
+    )
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
@@ -374,11 +467,15 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path) -> None
     (check,) = wrong(space_checks(tiny_spec(tmp_path, **too_many)))
     assert str(refusal([check])).startswith("space in run.dir = '")
     assert "(1000000000001 of 340 KB at once, and the model of 113 KB)" in check.wrong
-    assert "lower checkpoint.keep (1000000000000), or set run.dir to another file system" in check.cure
+    assert (
+        "lower checkpoint.keep (1000000000000), or set run.dir to another file system" in check.cure
+    )
 
 
 def test_what_is_written_already_needs_no_room(tmp_path: Path) -> None:
-    spec = tiny_spec(tmp_path, checkpoint={"every_steps": 1, "keep": 10}, training={"max_steps": None})
+    spec = tiny_spec(
+        tmp_path, checkpoint={"every_steps": 1, "keep": 10}, training={"max_steps": None}
+    )
 
     def needed() -> str:
         (check,) = space_checks(spec)

@@ -43,8 +43,12 @@ def check(run_dir: RunDir, made: ReplayResult) -> None:
     assert made.grad_norm == pytest.approx(line["grad_norm"], rel=1e-4)
     assert fmean(pair.loss for pair in made.pairs) == pytest.approx(line["loss"], abs=1e-6)
     for side, name in enumerate(("chosen", "rejected")):
-        assert fmean(pair.rewards[side] for pair in made.pairs) == pytest.approx(line[f"rewards/{name}"], abs=1e-5)
-        assert fmean(pair.logps[side] for pair in made.pairs) == pytest.approx(line[f"logps/{name}"], abs=1e-3)
+        assert fmean(pair.rewards[side] for pair in made.pairs) == pytest.approx(
+            line[f"rewards/{name}"], abs=1e-5
+        )
+        assert fmean(pair.logps[side] for pair in made.pairs) == pytest.approx(
+            line[f"logps/{name}"], abs=1e-3
+        )
     assert made.logged == {"loss": line["loss"], "grad_norm": line["grad_norm"]}
 
 
@@ -55,7 +59,9 @@ def test_a_step_of_two_ranks_while_someone_owns_the_run(run_dir: RunDir) -> None
         assert {path: path.stat().st_mtime_ns for path in run_dir.path.rglob("*")} == before
     check(run_dir, made)
     assert made.found == run_dir.checkpoints / "step_00000006"
-    assert [pair.loss for pair in made.pairs] == sorted((pair.loss for pair in made.pairs), reverse=True)
+    assert [pair.loss for pair in made.pairs] == sorted(
+        (pair.loss for pair in made.pairs), reverse=True
+    )
     batch = permutation(32, 7, 1)[16:24]  # the third of the second epoch
     assert {pair.row for pair in made.pairs} == set(batch + 1)
     source = rows(32)
@@ -81,20 +87,31 @@ def test_without_an_older_checkpoint_it_begins_at_the_start(
     run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = replay(run_dir, 2, [f"data.cache_dir={tmp_path}"])
-    assert not list(tmp_path.rglob("*.logps"))  # nothing is added to what the run knows of its reference
+    assert not list(
+        tmp_path.rglob("*.logps")
+    )  # nothing is added to what the run knows of its reference
     check(run_dir, made)
     assert made.found is None
-    assert "after repeating 1 step from the start, as there is no older checkpoint" in capsys.readouterr().out
+    assert (
+        "after repeating 1 step from the start, as there is no older checkpoint"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
     ("step", "overrides", "expected"),
     [
         (9, [], r"--replay-step = 9: the run in .* has reached at most step 8; use 1 to 8"),
-        (7, ["optimizer.lr=0.5"], r"optimizer.lr = 0.5: is 0.001 in the run, so the step would differ; rem"),
+        (
+            7,
+            ["optimizer.lr=0.5"],
+            r"optimizer.lr = 0.5: is 0.001 in the run, so the step would differ; rem",
+        ),
     ],
 )
-def test_what_cannot_be_replayed_is_refused(run_dir: RunDir, step: int, overrides: list[str], expected: str) -> None:
+def test_what_cannot_be_replayed_is_refused(
+    run_dir: RunDir, step: int, overrides: list[str], expected: str
+) -> None:
     with pytest.raises(UserError, match=expected):
         replay(run_dir, step, overrides)
 
@@ -115,19 +132,25 @@ def test_a_step_of_other_engines_and_references(tmp_path: Path, blocks: dict[str
     settings = write_settings(tmp_path, **{**STEPS, **blocks, "checkpoint": {"every_steps": 5}})
     forked.finished(settings, ranks=2)
     run_dir = RunDir(tmp_path / "runs" / "tiny")
-    said = forked.finished(run_dir.path, "--replay-step", "8")  # after steps 6 and 7, between which the reference moves
+    said = forked.finished(
+        run_dir.path, "--replay-step", "8"
+    )  # after steps 6 and 7, between which the reference moves
     line = logged(run_dir, 8)
     numbers = {words[0]: words for words in map(str.split, said.splitlines()[-2:])}
     assert float(numbers["loss"][1].strip(",")) == pytest.approx(line["loss"], abs=1e-6)
 
 
-def test_what_fp16_skipped_is_skipped_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fp16_skipped_is_skipped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scale, "START", 2.0**40)
     monkeypatch.setattr(scale, "GROWTH_INTERVAL", 2)
     spec = tiny_spec(tmp_path, **STEPS, precision="fp16")
     debug(spec)
     run_dir = RunDir(spec.run_dir)
-    seen = [Reader(folder).meta["pairs_seen"] // 8 for folder in committed(run_dir.checkpoints)]  # after 8, 6 and 3
+    seen = [
+        Reader(folder).meta["pairs_seen"] // 8 for folder in committed(run_dir.checkpoints)
+    ]  # after 8, 6 and 3
     assert seen[0] - 8 > seen[1] - 6 > seen[2] - 3 > 0  # some were skipped in each part
     for step in (2, 8):
         check(run_dir, replay(run_dir, step))

@@ -14,7 +14,17 @@ from tiny import EOS, data_spec, ids, tokenizer
 from orchestrator.data.collate import PackedCollator
 from orchestrator.data.order import fed_lengths
 from orchestrator.data.pairs import tokenized_pairs
-from orchestrator.run.rows import Part, ShownRow, facts, json_row, length_lines, lengths, lines, row_lines, shown_rows
+from orchestrator.run.rows import (
+    Part,
+    ShownRow,
+    facts,
+    json_row,
+    length_lines,
+    lengths,
+    lines,
+    row_lines,
+    shown_rows,
+)
 
 TEXT = {"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}
 ODD = {"prompt": "Say it. \nNow:\n", "chosen": "yes\n", "rejected": "no\x1b[2J"}
@@ -53,7 +63,12 @@ def texts(side: Any) -> tuple[str, ...]:
             ("12345678", "", "vw<end>", ""),
         ),
         (
-            {"max_length": 4, "max_prompt_length": 3, "max_completion_length": 2, "truncation": "keep_end"},
+            {
+                "max_length": 4,
+                "max_prompt_length": 3,
+                "max_completion_length": 2,
+                "truncation": "keep_end",
+            },
             ("123456", "78", "hi", "jkl<end>"),
             ("123456", "78", "vw", "<end>"),
         ),
@@ -70,7 +85,12 @@ def test_what_truncation_takes_is_shown(
 
 @pytest.mark.parametrize("settings", CUTS, ids=str)
 def test_what_is_shown_is_what_a_batch_holds(settings: dict[str, Any], tmp_path: Path) -> None:
-    content = [*rows(20, longest=4), {**TEXT, "prompt": ""}, {**TEXT, "prompt": "p" * 60}, {**TEXT, "chosen": "vw"}]
+    content = [
+        *rows(20, longest=4),
+        {**TEXT, "prompt": ""},
+        {**TEXT, "prompt": "p" * 60},
+        {**TEXT, "chosen": "vw"},
+    ]
     made = shown(tmp_path, content, **settings)
     data = data_spec(train=str(tmp_path / "train.jsonl"), **settings)
     pairs = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
@@ -82,7 +102,9 @@ def test_what_is_shown_is_what_a_batch_holds(settings: dict[str, Any], tmp_path:
         assert batch.segments is not None
         span, fed = batch.segments.spans[0], batch.input_ids[0].tolist()
         sequences = fed[: span.rejected], fed[: span.fork] + fed[span.rejected :]
-        for side, sequence, scored in zip((row.chosen, row.rejected), sequences, batch.scored, strict=True):
+        for side, sequence, scored in zip(
+            (row.chosen, row.rejected), sequences, batch.scored, strict=True
+        ):
             assert side is not None
             assert side.prompt.ids + side.completion.ids == sequence
             assert side.scored == scored
@@ -90,7 +112,9 @@ def test_what_is_shown_is_what_a_batch_holds(settings: dict[str, Any], tmp_path:
 
 @pytest.mark.parametrize("settings", CUTS, ids=str)
 def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) -> None:
-    content = [{name: text.strip() for name, text in row.items()} for row in rows(40, longest=5)]  # no ties when cut
+    content = [
+        {name: text.strip() for name, text in row.items()} for row in rows(40, longest=5)
+    ]  # no ties when cut
     data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), **settings)
     (made,) = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache").sets
     uncut = made.uncut_lengths
@@ -114,9 +138,14 @@ def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) 
     before = tokenized_pairs(whole, "train", tokenizer(), tmp_path / "cache")
     after = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
     kept = np.isin(before.pair_ids, after.pair_ids)
-    shorter = (fed_lengths(after.lengths, data.keep_last).sum(1) < before.lengths[kept].sum(1)).sum()
+    shorter = (
+        fed_lengths(after.lengths, data.keep_last).sum(1) < before.lengths[kept].sum(1)
+    ).sum()
     assert found["cut"]["max_length"] == shorter
-    assert found["cut"]["max_prompt_length"] == (uncut[:, 0] > settings.get("max_prompt_length", 999)).sum()
+    assert (
+        found["cut"]["max_prompt_length"]
+        == (uncut[:, 0] > settings.get("max_prompt_length", 999)).sum()
+    )
     assert (
         found["cut"]["max_completion_length"]
         == (uncut[:, 1:].max(1) > settings.get("max_completion_length", 999)).sum()
@@ -143,9 +172,13 @@ def test_a_row_on_a_terminal(tmp_path: Path) -> None:
 
 def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
     merging = {"prompt": "xa", "chosen": "b", "rejected": "c "}
-    made = shown(tmp_path, [merging, {**TEXT, "chosen": "vw"}, {**TEXT, "prompt": ""}, 5], max_length=20)
+    made = shown(
+        tmp_path, [merging, {**TEXT, "chosen": "vw"}, {**TEXT, "prompt": ""}, 5], max_length=20
+    )
     lines = [
-        line.replace(f" of {tmp_path}/train.jsonl", "") for row in made for line in row_lines(row, tokenizer(), False)
+        line.replace(f" of {tmp_path}/train.jsonl", "")
+        for row in made
+        for line in row_lines(row, tokenizer(), False)
     ]
     assert lines == [
         "row 1: tokens of prompt + completion: chosen 1 + 2, rejected 1 + 4",
@@ -184,20 +217,26 @@ def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
 
 def test_a_users_collator_is_named(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, data={"collator": "collators:plain"})
-    assert "data.collator collators:plain may lay them out differently" in lines(spec, 1, colour=False)
+    assert "data.collator collators:plain may lay them out differently" in lines(
+        spec, 1, colour=False
+    )
 
 
 def test_special_tokens_are_bold_where_there_are_colours(tmp_path: Path) -> None:
     (row,) = shown(tmp_path, [{**TEXT, "prompt": "a<end>b"}])
     assert row.chosen is not None
     assert row.chosen.prompt.ids == [*ids("a"), EOS, *ids("b")]
-    assert "a\x1b[1m<end>\x1b[22mb" in next(line for line in row_lines(row, tokenizer(), True) if "prompt  " in line)
+    assert "a\x1b[1m<end>\x1b[22mb" in next(
+        line for line in row_lines(row, tokenizer(), True) if "prompt  " in line
+    )
 
 
 def test_lengths_on_a_terminal() -> None:
     uncut = np.array([[2, 1, 3], [4, 9, 1], [30, 1, 1], [3, 2, 2]])
     data = data_spec(max_length=20, max_completion_length=8)
-    assert list(length_lines("data.train", lengths(uncut, data, {"ties": 1}, {"mood": 2}), data)) == [
+    assert list(
+        length_lines("data.train", lengths(uncut, data, {"ties": 1}, {"mood": 2}), data)
+    ) == [
         "data.train: tokens of 4 rows before truncation",
         "                     min    50%    90%    99%    max   0 to 31",
         "prompt                 2      4     30     30     30    █▅            ▅",

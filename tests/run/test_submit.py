@@ -22,8 +22,21 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     for name in (
         *["my_package/callbacks.py", "configs/my.yaml", "notes.txt"],  # needed, or harmless
-        *[".env", ".env.local", ".netrc", ".git/config", ".venv/bin/python", "my_package/__pycache__/callbacks.pyc"],
-        *["train.jsonl", "runs/tiny/metrics.jsonl", "models/start/model.safetensors", "big/weights.bin", "scratch.tmp"],
+        *[
+            ".env",
+            ".env.local",
+            ".netrc",
+            ".git/config",
+            ".venv/bin/python",
+            "my_package/__pycache__/callbacks.pyc",
+        ],
+        *[
+            "train.jsonl",
+            "runs/tiny/metrics.jsonl",
+            "models/start/model.safetensors",
+            "big/weights.bin",
+            "scratch.tmp",
+        ],
     ):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +73,15 @@ def test_what_git_ignores_stays_as_well(project: Path) -> None:
     assert staged(project) == {"my_package/callbacks.py", "configs/my.yaml", "notes.txt"}
 
 
-def test_a_git_that_does_not_answer_is_not_taken_for_one_that_ignores_nothing(project: Path) -> None:
+def test_a_git_that_does_not_answer_is_not_taken_for_one_that_ignores_nothing(
+    project: Path,
+) -> None:
     (project / ".git/config").unlink()
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
     (project / ".git/config").write_text("[half")
-    with pytest.raises(UserError, match=r"working directory = .*: git cannot list ignored files .*bad config"):
+    with pytest.raises(
+        UserError, match=r"working directory = .*: git cannot list ignored files .*bad config"
+    ):
         staged(project)
 
 
@@ -79,7 +96,9 @@ def test_what_is_left_out_has_no_second_way_in(project: Path) -> None:
     submit.stage(spec_in(other), project, target)
     names = {path.name for path in target.rglob("*")}
     assert "callbacks.py" in names
-    assert names.isdisjoint({"config.txt", "rows.jsonl", "nowhere", "train.jsonl", "runs", "models"})
+    assert names.isdisjoint(
+        {"config.txt", "rows.jsonl", "nowhere", "train.jsonl", "runs", "models"}
+    )
 
 
 def test_a_run_in_the_working_directory_itself_stays(project: Path) -> None:
@@ -97,7 +116,9 @@ def test_a_file_that_no_package_can_hold_is_named(project: Path) -> None:
         staged(project)
 
 
-def test_a_working_directory_too_large_for_ray_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_directory_too_large_for_ray_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(submit, "LIMIT_BYTES", 2**20)
     (project / "big/weights.bin").write_bytes(bytes(2**20))
     rule = r"working directory = .*project': contains more than 1 MB .*, most of it in big; add big to \.gitignore"
@@ -108,7 +129,10 @@ def test_a_working_directory_too_large_for_ray_is_refused(project: Path, monkeyp
 def test_a_path_of_the_cluster_is_left_to_the_cluster(tmp_path: Path) -> None:
     assert submit.not_on_this_machine(tiny_spec(tmp_path)) is None
     # the folder is here, so the file should be
-    assert submit.not_on_this_machine(tiny_spec(tmp_path, data={"eval": f"{tmp_path}/none.jsonl"})) is None
+    assert (
+        submit.not_on_this_machine(tiny_spec(tmp_path, data={"eval": f"{tmp_path}/none.jsonl"}))
+        is None
+    )
     elsewhere = tiny_spec(tmp_path, data={"eval": "/of/the/cluster/eval.jsonl"})
     assert submit.not_on_this_machine(elsewhere) == "data.eval = /of/the/cluster/eval.jsonl"
 
@@ -119,7 +143,9 @@ class JobServer:
     connections: the log, as far as each gives it. statuses: answers to how the job stands, once the log is whole.
     """
 
-    def __init__(self, *connections: list[str | Exception], statuses: tuple[bool | Exception, ...] = ()) -> None:
+    def __init__(
+        self, *connections: list[str | Exception], statuses: tuple[bool | Exception, ...] = ()
+    ) -> None:
         self.connections, self.statuses = iter(connections), iter(statuses)
         self.is_over = False
 
@@ -154,7 +180,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_log_is_followed_over_a_lost_connection(capsys: pytest.CaptureFixture[str]) -> None:
     refused = aiohttp.ServerDisconnectedError()  # no OSError
-    server = JobServer(["step 1\n", "st", BROKEN], [BROKEN], [refused], ["step 1\nste", "p 2\n", "step 3\n"])
+    server = JobServer(
+        ["step 1\n", "st", BROKEN], [BROKEN], [refused], ["step 1\nste", "p 2\n", "step 3\n"]
+    )
     assert followed(capsys, server) == "step 1\nstep 2\nstep 3\n"
 
 
@@ -164,26 +192,36 @@ def test_a_job_server_that_is_away_comes_back(capsys: pytest.CaptureFixture[str]
     assert followed(capsys, server) == "step 1\nstep 2\n"
 
 
-def test_the_end_of_a_log_is_read_though_the_connection_was_lost_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_log_is_read_though_the_connection_was_lost_before_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     server = JobServer(["step 1\n", BROKEN], ["step 1\nerror: 2\n"], statuses=(True,))
     assert followed(capsys, server) == "step 1\nerror: 2\n"
 
 
-def test_a_log_that_went_with_its_node_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert followed(capsys, JobServer(["step 1\n", BROKEN], [BROKEN], statuses=(True,))) == "step 1\n"
+def test_a_log_that_went_with_its_node_is_not_waited_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert (
+        followed(capsys, JobServer(["step 1\n", BROKEN], [BROKEN], statuses=(True,))) == "step 1\n"
+    )
 
 
 def test_a_connection_that_is_dead_and_does_not_say_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit, "SILENCE_S", 0.05)
-    assert followed(capsys, JobServer(["step 1\n", "hangs"], ["step 1\nstep 2\n"])) == "step 1\nstep 2\n"
+    assert (
+        followed(capsys, JobServer(["step 1\n", "hangs"], ["step 1\nstep 2\n"]))
+        == "step 1\nstep 2\n"
+    )
 
 
 def test_a_job_server_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "AWAY_S", 0.0)
     server: Any = JobServer([BROKEN], statuses=(requests.ConnectionError("connection refused"),))
     with pytest.raises(
-        ConnectionError, match=r"not answered .*connection refused.* may continue: ray job logs --follow job"
+        ConnectionError,
+        match=r"not answered .*connection refused.* may continue: ray job logs --follow job",
     ):
         asyncio.run(submit._follow(server, "job"))

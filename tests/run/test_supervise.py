@@ -18,7 +18,11 @@ from orchestrator.run.supervise import BACKOFF_S, Attempt, Next, Supervisor
         (1, [("died", -1), ("failed", 5)], ["retry", "give up"]),
         (1, [("died", -1), ("died", 5), ("died", 5)], ["retry", "retry", "give up"]),
         (1, [("died", 5), ("died", 6), ("died", 7), ("died", 8)], ["retry"] * 4),
-        (2, [("died", 5), ("died", 5), ("died", 6), ("died", 6), ("died", 6)], ["retry"] * 4 + ["give up"]),
+        (
+            2,
+            [("died", 5), ("died", 5), ("died", 6), ("died", 6), ("died", 6)],
+            ["retry"] * 4 + ["give up"],
+        ),
         # an older checkpoint than before (the newest was corrupt) is no progress
         (1, [("died", 6), ("died", 5)], ["retry", "give up"]),
         (1, [("died", 6), ("died", 0)], ["retry", "give up"]),
@@ -26,7 +30,9 @@ from orchestrator.run.supervise import BACKOFF_S, Attempt, Next, Supervisor
         (1, [("died", -1), ("died", 0), ("died", 0)], ["retry", "retry", "give up"]),
     ],
 )
-def test_what_comes_next(max_failures: int, attempts: list[tuple[str, int]], expected: list[Next]) -> None:
+def test_what_comes_next(
+    max_failures: int, attempts: list[tuple[str, int]], expected: list[Next]
+) -> None:
     supervisor = Supervisor(max_failures)
     found = [supervisor.after(Attempt(outcome, newest_step)) for outcome, newest_step in attempts]  # pyright: ignore
     assert found == expected

@@ -20,12 +20,20 @@ def read_texts(name: str) -> list[tuple[str, str, str]]:
     texts = []
     for line in (SAMPLE / name).read_text(encoding="utf-8").splitlines():
         pair = json.loads(line)
-        assert {key: [message["role"] for message in messages] for key, messages in pair.items()} == {
+        assert {
+            key: [message["role"] for message in messages] for key, messages in pair.items()
+        } == {
             "prompt": ["user"],
             "chosen": ["assistant"],
             "rejected": ["assistant"],
         }
-        texts.append((pair["prompt"][0]["content"], pair["chosen"][0]["content"], pair["rejected"][0]["content"]))
+        texts.append(
+            (
+                pair["prompt"][0]["content"],
+                pair["chosen"][0]["content"],
+                pair["rejected"][0]["content"],
+            )
+        )
     return texts
 
 
@@ -52,7 +60,10 @@ def answer_features(answers: list[str], vocabulary: dict[str, int]) -> np.ndarra
 def answer_only_accuracy(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> float:
     """Logistic regression on answers alone: how often it scores a held-out chosen above its rejected, ties as half."""
     answers = [answer for pair in train for answer in pair]
-    vocabulary = {token: index for index, token in enumerate(sorted({t for answer in answers for t in tokens(answer)}))}
+    vocabulary = {
+        token: index
+        for index, token in enumerate(sorted({t for answer in answers for t in tokens(answer)}))
+    }
     features = answer_features(answers, vocabulary)
     is_chosen = np.tile([1.0, 0.0], len(train))
     mean, spread = features.mean(axis=0), features.std(axis=0)
@@ -64,7 +75,11 @@ def answer_only_accuracy(train: list[tuple[str, str]], held_out: list[tuple[str,
         weights -= 0.1 * (inputs.T @ (probability - is_chosen) / len(inputs) + 1e-3 * weights)
 
     def scores(side: int) -> np.ndarray:
-        return (answer_features([pair[side] for pair in held_out], vocabulary) - mean) / spread @ weights
+        return (
+            (answer_features([pair[side] for pair in held_out], vocabulary) - mean)
+            / spread
+            @ weights
+        )
 
     gap = scores(0) - scores(1)
     # Rounding is no verdict: sums of the same numbers in another order must count as a tie.
@@ -92,7 +107,9 @@ def test_prompts_are_unique() -> None:
 
 def test_nothing_held_out_is_seen_in_training() -> None:
     assert {prompt for prompt, _, _ in TRAIN}.isdisjoint(prompt for prompt, _, _ in EVAL)
-    assert {answer for pair in TRAIN for answer in pair[1:]}.isdisjoint(answer for pair in EVAL for answer in pair[1:])
+    assert {answer for pair in TRAIN for answer in pair[1:]}.isdisjoint(
+        answer for pair in EVAL for answer in pair[1:]
+    )
 
 
 def test_every_held_out_word_is_known_from_training() -> None:

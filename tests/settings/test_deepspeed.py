@@ -27,7 +27,13 @@ HUGGING_FACE: dict[str, Any] = {
     "bf16": {"enabled": "auto"},
     "optimizer": {
         "type": "AdamW",
-        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
+        "params": {
+            "lr": "auto",
+            "betas": "auto",
+            "eps": "auto",
+            "weight_decay": "auto",
+            "torch_adam": True,
+        },
     },
     "scheduler": {
         "type": "WarmupDecayLR",
@@ -63,7 +69,11 @@ def with_file(folder: Path, file: Any, **blocks: Any) -> RunSpec:
     path = folder / "ds.json"
     path.write_text(json.dumps(file))
     engine = {"kind": "deepspeed", "deepspeed_config": str(path), **blocks.pop("engine", {})}
-    merged = {name: {**SETTINGS.get(name, {}), **block} for name, block in blocks.items() if isinstance(block, dict)}
+    merged = {
+        name: {**SETTINGS.get(name, {}), **block}
+        for name, block in blocks.items()
+        if isinstance(block, dict)
+    }
     return tiny_spec(folder, **{**SETTINGS, **blocks, **merged, "engine": engine})
 
 
@@ -101,17 +111,38 @@ AGREED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"gradient_clipping": 1}, {}),
     ({"gradient_clipping": 0.0}, {"training": {"max_grad_norm": None}}),
     ({"gradient_clipping": None}, {}),
-    ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}, {}),
+    (
+        {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 4,
+        },
+        {},
+    ),
     ({"gradient_accumulation_steps": 2}, {"cluster": {"num_workers": 2}}),
     ({"bf16": {"enabled": False}, "fp16": {"enabled": False}}, {"precision": "fp32"}),
     ({"bf16": {"enabled": True, "immediate_grad_update": True}}, {"precision": "bf16"}),
     ({"fp16": {"enabled": False}}, {"precision": "bf16"}),
-    ({"fp16": {"enabled": True, "loss_scale_window": 2000, "hysteresis": 1}}, {"precision": "fp16"}),
+    (
+        {"fp16": {"enabled": True, "loss_scale_window": 2000, "hysteresis": 1}},
+        {"precision": "fp16"},
+    ),
     ({"fp16": {"enabled": False, "initial_scale_power": 32}}, {}),  # which then does not act
     ({"communication_data_type": "bf16"}, {"precision": "bf16"}),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95]}}}, {}),
+    (
+        {
+            "optimizer": {
+                "type": "AdamW",
+                "params": {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95]},
+            }
+        },
+        {},
+    ),
     ({"optimizer": {"type": "Adam", "params": {"eps": 1e-8}}}, {}),  # which in DeepSpeed is AdamW
-    ({"optimizer": {"type": "Adam"}}, {"optimizer": {"name": "torch.optim.Adam", "weight_decay": 0}}),
+    (
+        {"optimizer": {"type": "Adam"}},
+        {"optimizer": {"name": "torch.optim.Adam", "weight_decay": 0}},
+    ),
     (
         {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
         {"optimizer": {"name": "torch.optim.Adam"}},
@@ -121,18 +152,36 @@ AGREED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}},
         {"optimizer": {"name": "torch.optim.SGD", "kwargs": {"momentum": 0.9}}},
     ),
-    ({"scheduler": {"type": "WarmupLR", "params": {}}}, {"scheduler": {"name": "constant", "warmup_steps": 2}}),
+    (
+        {"scheduler": {"type": "WarmupLR", "params": {}}},
+        {"scheduler": {"name": "constant", "warmup_steps": 2}},
+    ),
     ({"zero_optimization": {"stage": "auto"}}, {"engine": {"zero_stage": 1}}),
     ({"zero_optimization": "auto"}, {"engine": {"zero_stage": 3}}),
     (nested("zero_optimization.offload_optimizer", None), {"engine": {"offload": "optimizer"}}),
-    (nested("zero_optimization.offload_optimizer.device", "cpu"), {"engine": {"offload": "optimizer"}}),
+    (
+        nested("zero_optimization.offload_optimizer.device", "cpu"),
+        {"engine": {"offload": "optimizer"}},
+    ),
     (
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
         {"engine": {"offload": "parameters"}},
     ),
     (nested("zero_optimization.reduce_bucket_size", 1e6), {"engine": {"bucket_size": 1000000}}),
-    ({"tensor_parallel": {"autotp_size": 1}, "torch_autocast": {"enabled": False, "dtype": "bfloat16"}}, {}),
-    ({"activation_checkpointing": {"cpu_checkpointing": False, "number_checkpoints": None}, "wandb": {}}, {}),
+    (
+        {
+            "tensor_parallel": {"autotp_size": 1},
+            "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+        },
+        {},
+    ),
+    (
+        {
+            "activation_checkpointing": {"cpu_checkpointing": False, "number_checkpoints": None},
+            "wandb": {},
+        },
+        {},
+    ),
     ({"tensorboard": {"enabled": True}, "comms_logger": {"enabled": True}, "dump_state": True}, {}),
 ]
 
@@ -143,7 +192,9 @@ def test_what_agrees_is_taken(tmp_path: Path, file: dict[str, Any], blocks: dict
 
 
 AUTO = '"auto" in the file'
-REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file, settings, path, rule, cure
+REFUSED: list[
+    tuple[dict[str, Any], dict[str, Any], str, str, str]
+] = [  # file, settings, path, rule, cure
     (
         {"gradient_clipping": 0.5},
         {},
@@ -151,7 +202,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         "contradicts training.max_grad_norm = 1.0",
         f"make them equal, or set {AUTO}",
     ),
-    ({"gradient_clipping": 0.0}, {}, "gradient_clipping = 0.0", "contradicts training.max_grad_norm = 1.0", AUTO),
+    (
+        {"gradient_clipping": 0.0},
+        {},
+        "gradient_clipping = 0.0",
+        "contradicts training.max_grad_norm = 1.0",
+        AUTO,
+    ),
     (
         {"gradient_clipping": 1.0},
         {"training": {"max_grad_norm": None}},
@@ -159,7 +216,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         "contradicts training.max_grad_norm = null",
         AUTO,
     ),
-    ({"train_batch_size": 16}, {}, "train_batch_size = 16", "contradicts batch.global_batch_size = 8", AUTO),
+    (
+        {"train_batch_size": 16},
+        {},
+        "train_batch_size = 16",
+        "contradicts batch.global_batch_size = 8",
+        AUTO,
+    ),
     (
         {"train_micro_batch_size_per_gpu": 1},
         {},
@@ -202,7 +265,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         "contradicts precision = auto",
         f"set precision=bf16, or {AUTO}",
     ),
-    ({"fp16": {"enabled": True}}, {}, "fp16.enabled = True", "contradicts precision = fp32", "set precision=fp16"),
+    (
+        {"fp16": {"enabled": True}},
+        {},
+        "fp16.enabled = True",
+        "contradicts precision = fp32",
+        "set precision=fp16",
+    ),
     (
         {"bf16": {"enabled": False}},
         {"precision": "bf16"},
@@ -301,7 +370,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         "contradicts scheduler.name = linear",
         "set scheduler.name=constant_with_warmup, or remove the block scheduler",
     ),
-    ({"scheduler": {"type": "OneCycle"}}, {}, "scheduler.type = 'OneCycle'", "scheduler.name = linear", "remove the"),
+    (
+        {"scheduler": {"type": "OneCycle"}},
+        {},
+        "scheduler.type = 'OneCycle'",
+        "scheduler.name = linear",
+        "remove the",
+    ),
     (
         {"scheduler": {"params": {"warmup_num_steps": 3}}},
         {},
@@ -316,7 +391,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         "contradicts engine.zero_stage = 2",
         AUTO,
     ),
-    ({"zero_optimization": {"stage": 0}}, {}, "zero_optimization.stage = 0", "shards nothing", "set engine.kind=ddp"),
+    (
+        {"zero_optimization": {"stage": 0}},
+        {},
+        "zero_optimization.stage = 0",
+        "shards nothing",
+        "set engine.kind=ddp",
+    ),
     (
         {"zero_optimization": {"stage": "2"}},
         {},
@@ -331,7 +412,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str, str]] = [  # file,
         "is not a DeepSpeed key",
         "did you mean overlap_comm?",
     ),
-    ({"zero_optimization": True}, {}, "zero_optimization = True", "must be a block of keys", "remove it"),
+    (
+        {"zero_optimization": True},
+        {},
+        "zero_optimization = True",
+        "must be a block of keys",
+        "remove it",
+    ),
     ({"fp16": None}, {}, "fp16 = (not set)", "must be a block of keys", "remove it"),
     (
         nested("zero_optimization.offload_optimizer.device", "cpu"),
@@ -430,7 +517,9 @@ def test_what_would_change_the_numbers_is_refused(tmp_path: Path, path: str) -> 
 
 
 @pytest.mark.parametrize("path", GONE)
-def test_what_deepspeed_raises_for_is_refused_even_where_it_is_off(tmp_path: Path, path: str) -> None:
+def test_what_deepspeed_raises_for_is_refused_even_where_it_is_off(
+    tmp_path: Path, path: str
+) -> None:
     error = refusal(tmp_path, nested(path, False))
     assert error.key == f"engine.deepspeed_config.{path}"
     assert "no longer supported by DeepSpeed" in error.rule
@@ -442,19 +531,27 @@ def names_in(file: str, block: str) -> set[str]:
     assert found is not None
     assert found.origin is not None
     for node in ast.parse((Path(found.origin).parent / "runtime" / file).read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == block and isinstance(node.value, ast.Dict):
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == block
+            and isinstance(node.value, ast.Dict)
+        ):
             return {ast.literal_eval(key) for key in node.value.keys if key is not None}
         if isinstance(node, ast.ClassDef) and node.name == block:
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
             calls = [line.value for line in fields if isinstance(line.value, ast.Call)]
             words = [word for call in calls for word in call.keywords if word.arg == "alias"]
-            return {ast.unparse(line.target) for line in fields} | {ast.literal_eval(word.value) for word in words}
+            return {ast.unparse(line.target) for line in fields} | {
+                ast.literal_eval(word.value) for word in words
+            }
     raise AssertionError(f"{file} has no {block}")
 
 
 def test_deepspeed_has_the_names_that_are_looked_for() -> None:
     gone = names_in("config.py", "_REMOVED_ZERO_CONFIG_KEYS")
-    assert set(GONE) == names_in("config.py", "_REMOVED_TOP_LEVEL_CONFIG_KEYS") | {f"{ZERO}.{key}" for key in gone}
+    assert set(GONE) == names_in("config.py", "_REMOVED_TOP_LEVEL_CONFIG_KEYS") | {
+        f"{ZERO}.{key}" for key in gone
+    }
     assert set(ZERO_KEYS) == names_in("zero/config.py", "DeepSpeedZeroConfig")
     assert {path.split(".")[1] for path in FEATURES if path.startswith(ZERO)} <= set(ZERO_KEYS)
 
@@ -468,7 +565,11 @@ def test_the_file_is_read_once_and_kept_with_the_settings(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "rule"),
-    [(None, "cannot be read (No such file"), ("{", "is not valid JSON: "), ("[]", "is not a JSON object")],
+    [
+        (None, "cannot be read (No such file"),
+        ("{", "is not valid JSON: "),
+        ("[]", "is not a JSON object"),
+    ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str | None, rule: str) -> None:
     path = tmp_path / "ds.json"

@@ -18,26 +18,90 @@ from orchestrator.settings.trl_names import NOT_NEEDED, TRL_NAMES
 @pytest.mark.parametrize(
     ("blocks", "key", "cure"),
     [
-        ({"optimizer": {"learning_rte": 1}}, "optimizer.learning_rte", "did you mean optimizer.lr?"),
+        (
+            {"optimizer": {"learning_rte": 1}},
+            "optimizer.learning_rte",
+            "did you mean optimizer.lr?",
+        ),
         ({"optimizer": {"zzz": 1}}, "optimizer.zzz", "keys here are name, lr"),
-        ({"data": {"train": [{"path": "a", "wieght": 1}]}}, "data.train.0.wieght", "did you mean data.train.0.weight?"),
-        ({"data": {"eval": {"easy": {"path": "a", "splt": 1}}}}, "data.eval.easy.splt", "mean data.eval.easy.split?"),
-        ({"data": {"eval": {"path": "a", "splt": 1}}}, "data.eval.splt", "did you mean data.eval.split?"),
-        ({"optimizer": {"weight_decai": 1}}, "optimizer.weight_decai", "did you mean optimizer.weight_decay?"),
-        ({"batch": {"micro_batchsize": 1}}, "batch.micro_batchsize", "did you mean batch.micro_batch_size?"),
+        (
+            {"data": {"train": [{"path": "a", "wieght": 1}]}},
+            "data.train.0.wieght",
+            "did you mean data.train.0.weight?",
+        ),
+        (
+            {"data": {"eval": {"easy": {"path": "a", "splt": 1}}}},
+            "data.eval.easy.splt",
+            "mean data.eval.easy.split?",
+        ),
+        (
+            {"data": {"eval": {"path": "a", "splt": 1}}},
+            "data.eval.splt",
+            "did you mean data.eval.split?",
+        ),
+        (
+            {"optimizer": {"weight_decai": 1}},
+            "optimizer.weight_decai",
+            "did you mean optimizer.weight_decay?",
+        ),
+        (
+            {"batch": {"micro_batchsize": 1}},
+            "batch.micro_batchsize",
+            "did you mean batch.micro_batch_size?",
+        ),
         ({"optimiser": {"lr": 1}}, "optimiser", "did you mean optimizer?"),
-        ({"model": {"init": {"vocabsize": 400}}}, "model.init.vocabsize", "did you mean model.init.vocab_size?"),
-        ({"callbacks": [{"path": "a:b", "kwarg": 1}]}, "callbacks.0.kwarg", "did you mean callbacks.0.kwargs?"),
-        ({"training": {"learning_rate": 1}}, "training.learning_rate", "did you mean optimizer.lr?"),
-        ({"training": {"weight_decay": 1}}, "training.weight_decay", "did you mean optimizer.weight_decay?"),
-        ({"training": {"warmup_ratio": 0.1}}, "training.warmup_ratio", "did you mean scheduler.warmup_ratio?"),
-        ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs", "did you mean scheduler.kwargs?"),
+        (
+            {"model": {"init": {"vocabsize": 400}}},
+            "model.init.vocabsize",
+            "did you mean model.init.vocab_size?",
+        ),
+        (
+            {"callbacks": [{"path": "a:b", "kwarg": 1}]},
+            "callbacks.0.kwarg",
+            "did you mean callbacks.0.kwargs?",
+        ),
+        (
+            {"training": {"learning_rate": 1}},
+            "training.learning_rate",
+            "did you mean optimizer.lr?",
+        ),
+        (
+            {"training": {"weight_decay": 1}},
+            "training.weight_decay",
+            "did you mean optimizer.weight_decay?",
+        ),
+        (
+            {"training": {"warmup_ratio": 0.1}},
+            "training.warmup_ratio",
+            "did you mean scheduler.warmup_ratio?",
+        ),
+        (
+            {"lr_scheduler_kwargs": {"a": 1}},
+            "lr_scheduler_kwargs",
+            "did you mean scheduler.kwargs?",
+        ),
         ({"deepspeed": "ds.json"}, "deepspeed", "did you mean engine.deepspeed_config?"),
         ({"fsdp": "full_shard"}, "fsdp", "did you mean engine.kind=fsdp?"),
-        ({"data": {"truncation_mode": "keep_end"}}, "data.truncation_mode", "did you mean data.truncation?"),
-        ({"data": {"chat_template_path": "a"}}, "data.chat_template_path", "did you mean data.chat_template?"),
-        ({"dpo": {"max_prompt_length": 1}}, "dpo.max_prompt_length", "did you mean data.max_prompt_length?"),
-        ({"data": {"default_system": "a"}}, "data.default_system", "did you mean data.system_prompt?"),
+        (
+            {"data": {"truncation_mode": "keep_end"}},
+            "data.truncation_mode",
+            "did you mean data.truncation?",
+        ),
+        (
+            {"data": {"chat_template_path": "a"}},
+            "data.chat_template_path",
+            "did you mean data.chat_template?",
+        ),
+        (
+            {"dpo": {"max_prompt_length": 1}},
+            "dpo.max_prompt_length",
+            "did you mean data.max_prompt_length?",
+        ),
+        (
+            {"data": {"default_system": "a"}},
+            "data.default_system",
+            "did you mean data.system_prompt?",
+        ),
         ({"wandb": {"zzz": 1}}, "wandb.zzz", "the keys here are project, group, mode, key_file"),
     ],
 )
@@ -57,7 +121,10 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ("dpo.loss_type=sppo", "set dpo.loss_type=sppo_hard"),
         ("dpo.loss_type=[sigmoid,sppo]", "set dpo.loss_type=sppo_hard"),
         ("dpo.loss_type=ODPO", "data.margin_column"),
-        ("dpo.loss_type=apo", "dpo.loss_type=apo_zero (chosen completions better than the model's) or apo_down"),
+        (
+            "dpo.loss_type=apo",
+            "dpo.loss_type=apo_zero (chosen completions better than the model's) or apo_down",
+        ),
         ("dpo.loss_type=cpo", "CPO is not implemented"),
         ("dpo.loss_type=kto_pair", "KTO trains on single completions"),
         ("dpo.loss_type=dpo", "set dpo.loss_type=sigmoid"),
@@ -73,15 +140,24 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ("optimizer.name=torch.optim.Adamw", "did you mean torch.optim.AdamW?"),
         ("optimizer.name=ADAMW", "did you mean torch.optim.AdamW?"),
         ("scheduler.name=Cosine", "did you mean cosine?"),
-        ("model.lora.target_modules=all-linear", "remove it: the default is every linear layer except the head"),
+        (
+            "model.lora.target_modules=all-linear",
+            "remove it: the default is every linear layer except the head",
+        ),
         ("model.lora.target_modules=q_proj", "for example model.lora.target_modules=[q_proj]"),
         ("scheduler.warmup_steps=0.1", "for a fraction set scheduler.warmup_ratio=0.1"),
-        ("evaluation.every_steps=0.1", "it is a number of steps; for example evaluation.every_steps=100"),
+        (
+            "evaluation.every_steps=0.1",
+            "it is a number of steps; for example evaluation.every_steps=100",
+        ),
         ("run.name=2024", "quote it: \"run.name='2024'\""),
         ("cluster.resources={GPU:1}", "write a space after the colon: {GPU: 1}"),
         ("cluster.resources.gpu=1", "did you mean cluster.resources.GPU=1?"),
         # names
-        ("model.lora.target_parameters=[a]", "remove it: adapters are supported on linear layers only"),
+        (
+            "model.lora.target_parameters=[a]",
+            "remove it: adapters are supported on linear layers only",
+        ),
         ("model.lora.bias=none", "remove it: an adapter has r, alpha and target_modules"),
         ("model.lora.dropout=0.1", "remove it: an adapter has no dropout"),
         ("model.revision=main", "remove it: download that revision"),
@@ -95,7 +171,10 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ("Batch.global-batch-size=4", "did you mean batch?"),
         ("batch.global-batch-size=4", "did you mean batch.global_batch_size?"),
         ("every_steps=4", "did you mean evaluation.every_steps or checkpoint.every_steps?"),
-        ("gradient_acumulation_steps=4", "did you mean batch.global_batch_size (accumulation is derived)?"),
+        (
+            "gradient_acumulation_steps=4",
+            "did you mean batch.global_batch_size (accumulation is derived)?",
+        ),
         ("zzz=1", "`orchestrator help settings` lists all settings"),
         # a value in the place of a block
         ("model.lora=16", "did you mean model.lora.r=16?"),
@@ -107,7 +186,9 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ("wandb=false", "set wandb.mode=disabled"),
     ],
 )
-def test_a_plausible_mistake_is_answered_with_what_to_write(tmp_path: Path, override: str, fix: str) -> None:
+def test_a_plausible_mistake_is_answered_with_what_to_write(
+    tmp_path: Path, override: str, fix: str
+) -> None:
     with pytest.raises(UserError) as caught:
         load_spec(write_settings(tmp_path), [override])
     line = str(caught.value)
@@ -125,11 +206,17 @@ def test_a_plausible_mistake_is_answered_with_what_to_write(tmp_path: Path, over
         ("run.name='-x'", "run.name", "must be 1 to 200 letters"),
         (f"run.name={'a' * 201}", "run.name", "must be 1 to 200 letters"),
         (f"run.seed={10**23}", "run.seed", "less than or equal to 9223372036854775807"),
-        (f"training.max_steps={10**23}", "training.max_steps", "less than or equal to 1000000000000"),
+        (
+            f"training.max_steps={10**23}",
+            "training.max_steps",
+            "less than or equal to 1000000000000",
+        ),
         ("run.seed=10**23", "run.seed", "valid integer"),
     ],
 )
-def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, override: str, key: str, rule: str) -> None:
+def test_an_impossible_value_is_refused_by_its_key(
+    tmp_path: Path, override: str, key: str, rule: str
+) -> None:
     with pytest.raises(UserError, match=rule) as caught:
         load_spec(write_settings(tmp_path), [override])
     assert caught.value.key == key

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from support import raw_settings, tiny_spec, write_settings
 
-from orchestrator.settings.load import DATA_KEYS, SettingsError, load_spec, looks_local, make_spec, paths_in, save_spec
+from orchestrator.settings.load import (
+    DATA_KEYS,
+    SettingsError,
+    load_spec,
+    looks_local,
+    make_spec,
+    paths_in,
+    save_spec,
+)
 from orchestrator.settings.spec import UserError
 
 
@@ -18,7 +26,9 @@ def yaml(path: Path, text: str) -> Path:
 
 def test_files_merge_left_to_right_then_overrides(tmp_path: Path) -> None:
     base = write_settings(tmp_path)
-    second = yaml(tmp_path / "second.yaml", "optimizer: {lr: 2.0, weight_decay: 0.5}\ndpo: {beta: 0.2}\n")
+    second = yaml(
+        tmp_path / "second.yaml", "optimizer: {lr: 2.0, weight_decay: 0.5}\ndpo: {beta: 0.2}\n"
+    )
     third = yaml(tmp_path / "third.yaml", "optimizer:\n  lr: 3.0\n")
     spec = load_spec([base, second, third], ["dpo.beta=0.3"])
     assert (spec.optimizer.lr, spec.optimizer.weight_decay, spec.dpo.beta) == (3.0, 0.5, 0.3)
@@ -35,7 +45,10 @@ def test_one_path_is_as_good_as_a_list(tmp_path: Path) -> None:
 def test_a_float_without_a_dot_is_a_float(tmp_path: Path, text: str) -> None:
     base = write_settings(tmp_path)
     second = yaml(tmp_path / "lr.yaml", f"optimizer:\n  lr: {text}\n  kwargs: {{eps: {text}}}\n")
-    for spec in (load_spec([base, second]), load_spec(base, [f"optimizer.lr={text}", f"optimizer.kwargs.eps={text}"])):
+    for spec in (
+        load_spec([base, second]),
+        load_spec(base, [f"optimizer.lr={text}", f"optimizer.kwargs.eps={text}"]),
+    ):
         assert spec.optimizer.lr == 1e-5
         assert spec.optimizer.kwargs["eps"] == 1e-5
         assert type(spec.optimizer.kwargs["eps"]) is float
@@ -100,7 +113,11 @@ def test_each_evaluation_set_has_its_path(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_each_training_set_has_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = ["a.jsonl", {"path": "./b", "weight": 2, "split": "odd"}, {"path": "org/c", "name": "a.jsonl"}]
+    sets = [
+        "a.jsonl",
+        {"path": "./b", "weight": 2, "split": "odd"},
+        {"path": "org/c", "name": "a.jsonl"},
+    ]
     path = write_settings(tmp_path, data={"train": sets, "eval": {"path": "d.jsonl"}})
     monkeypatch.chdir(tmp_path)
     spec = load_spec(path)
@@ -118,11 +135,15 @@ def test_each_training_set_has_its_path(tmp_path: Path, monkeypatch: pytest.Monk
     save_spec(spec, tmp_path / "saved.yaml")
     assert load_spec(tmp_path / "saved.yaml") == spec
     assert load_spec(path, ["data.train=e.jsonl"]).data.train[0].path == str(tmp_path / "e.jsonl")
-    with pytest.raises(UserError, match="one has a list where a later file or override has a block"):
+    with pytest.raises(
+        UserError, match="one has a list where a later file or override has a block"
+    ):
         load_spec(path, ["data.train.split=x"])
 
 
-def test_the_default_run_folder_is_absolute_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_run_folder_is_absolute_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = raw_settings(tmp_path)
     del raw["run"]["dir"]
     monkeypatch.chdir(tmp_path)
@@ -133,7 +154,14 @@ def test_the_default_run_folder_is_absolute_too(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("a.jsonl", True), ("org/a.parquet", True), ("./a", True), ("~/a", True), ("/a", True), ("org/a", False)],
+    [
+        ("a.jsonl", True),
+        ("org/a.parquet", True),
+        ("./a", True),
+        ("~/a", True),
+        ("/a", True),
+        ("org/a", False),
+    ],
 )
 def test_what_names_a_local_file(source: str, expected: bool) -> None:
     assert looks_local(source) is expected
@@ -144,7 +172,12 @@ def test_what_names_a_local_file(source: str, expected: bool) -> None:
     [
         {},
         {"optimizer": {"name": "torch.optim.SGD", "kwargs": {"momentum": 0.9}, "lr": 3e-7}},
-        {"callbacks": ["a.b:C", {"path": "a.b:D", "kwargs": {"x": [1, {"y": None}], "text": "1e-5"}}]},
+        {
+            "callbacks": [
+                "a.b:C",
+                {"path": "a.b:D", "kwargs": {"x": [1, {"y": None}], "text": "1e-5"}},
+            ]
+        },
         {"run": {"name": "007"}, "wandb": {"group": "null"}},
         {"cluster": {"resources": {"CPU": 0.5, "GPU": 1}}},
         {"cluster": {"num_workers": [1, 4]}},
@@ -155,7 +188,10 @@ def test_what_names_a_local_file(source: str, expected: bool) -> None:
                 "chat_template_kwargs": {"c": False},
             }
         },
-        {"data": {"max_length": None, "on_bad_row": "drop"}, "training": {"max_steps": None, "epochs": 1.5}},
+        {
+            "data": {"max_length": None, "on_bad_row": "drop"},
+            "training": {"max_steps": None, "epochs": 1.5},
+        },
     ],
 )
 def test_saved_settings_load_as_they_were(tmp_path: Path, blocks: dict[str, Any]) -> None:
@@ -207,9 +243,17 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str) -> None:
 
 def test_every_wrong_setting_has_its_line(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
-        make_spec(raw_settings(tmp_path, optimizer={"lr": -1}, batch={"global_batch_size": 0}, precision="fp99"))
+        make_spec(
+            raw_settings(
+                tmp_path, optimizer={"lr": -1}, batch={"global_batch_size": 0}, precision="fp99"
+            )
+        )
     lines = str(caught.value).splitlines()
-    assert sorted(line.split(" = ")[0] for line in lines) == ["batch.global_batch_size", "optimizer.lr", "precision"]
+    assert sorted(line.split(" = ")[0] for line in lines) == [
+        "batch.global_batch_size",
+        "optimizer.lr",
+        "precision",
+    ]
 
 
 def test_json_is_yaml(tmp_path: Path) -> None:
@@ -222,11 +266,16 @@ def test_json_is_yaml(tmp_path: Path) -> None:
     [
         ({"data": {"system_prompt": "a \ud83d"}}, "data.system_prompt"),
         ({"data": {"train": ["b.jsonl", "a\udcff.jsonl"]}}, "data.train"),
-        ({"data": {"chat_template_kwargs": {"a": {"b": ["\ud83d"]}}}}, "data.chat_template_kwargs.a.b"),
+        (
+            {"data": {"chat_template_kwargs": {"a": {"b": ["\ud83d"]}}}},
+            "data.chat_template_kwargs.a.b",
+        ),
         ({"data": {"chat_template_kwargs": {"\ud83d": 1}}}, "data.chat_template_kwargs"),
     ],
 )
-def test_text_that_is_not_unicode_is_refused_by_its_setting(tmp_path: Path, blocks: dict[str, Any], key: str) -> None:
+def test_text_that_is_not_unicode_is_refused_by_its_setting(
+    tmp_path: Path, blocks: dict[str, Any], key: str
+) -> None:
     with pytest.raises(UserError, match=r"is not Unicode text: .* is a lone surrogate") as caught:
         make_spec(raw_settings(tmp_path, **blocks))
     assert caught.value.key == key

@@ -7,7 +7,11 @@ from support import refused, tiny_spec
 
 from orchestrator.settings.optimizers import optimizer_kind
 
-MUON, ADAFACTOR, EIGHT_BIT = "torch.optim.Muon", "torch.optim.Adafactor", "bitsandbytes.optim.PagedAdamW8bit"
+MUON, ADAFACTOR, EIGHT_BIT = (
+    "torch.optim.Muon",
+    "torch.optim.Adafactor",
+    "bitsandbytes.optim.PagedAdamW8bit",
+)
 FUSED, MINE, ADAMW = "deepspeed.ops.adam.FusedAdam", "prodigyopt:Prodigy", "torch.optim.AdamW"
 ADAGRAD = "torch.optim.Adagrad"
 
@@ -16,15 +20,28 @@ ADAGRAD = "torch.optim.Adagrad"
     ("name", "refusals"),
     [
         (ADAMW, {}),
-        (MUON, {"deepspeed": "flattens into one vector: it would raise", "fsdp": "some rows of each"}),
+        (
+            MUON,
+            {"deepspeed": "flattens into one vector: it would raise", "fsdp": "some rows of each"},
+        ),
         (ADAFACTOR, {"deepspeed": "silently compute something else", "fsdp": "some rows of each"}),
-        (EIGHT_BIT, {"deepspeed": "shards of deepspeed would split", "fsdp": "shards of fsdp would split"}),
+        (
+            EIGHT_BIT,
+            {"deepspeed": "shards of deepspeed would split", "fsdp": "shards of fsdp would split"},
+        ),
         (ADAGRAD, {"deepspeed": "rebuilt by deepspeed with one parameter group"}),
         (FUSED, dict.fromkeys(("ddp", "ddp whole", "fsdp"), "set engine.kind=deepspeed")),
-        (MINE, dict.fromkeys(("ddp", "deepspeed", "fsdp"), "engine.kind=ddp and engine.shard_optimizer=false")),
+        (
+            MINE,
+            dict.fromkeys(
+                ("ddp", "deepspeed", "fsdp"), "engine.kind=ddp and engine.shard_optimizer=false"
+            ),
+        ),
     ],
 )
-def test_each_optimizer_runs_where_its_maths_survives(name: str, refusals: dict[str, str], tmp_path: Path) -> None:
+def test_each_optimizer_runs_where_its_maths_survives(
+    name: str, refusals: dict[str, str], tmp_path: Path
+) -> None:
     for engine in ("ddp", "ddp whole", "deepspeed", "fsdp"):
         blocks = {
             "optimizer": {"name": name},
@@ -39,5 +56,14 @@ def test_each_optimizer_runs_where_its_maths_survives(name: str, refusals: dict[
 
 
 def test_what_an_optimizer_reads() -> None:
-    kinds = {name: optimizer_kind(name) for name in (ADAMW, FUSED, MUON, ADAFACTOR, EIGHT_BIT, MINE)}
-    assert list(kinds.values()) == ["elementwise", "elementwise", "whole", "whole", "whole", "unknown"]
+    kinds = {
+        name: optimizer_kind(name) for name in (ADAMW, FUSED, MUON, ADAFACTOR, EIGHT_BIT, MINE)
+    }
+    assert list(kinds.values()) == [
+        "elementwise",
+        "elementwise",
+        "whole",
+        "whole",
+        "whole",
+        "unknown",
+    ]

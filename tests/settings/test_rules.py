@@ -14,16 +14,36 @@ from orchestrator.settings.spec import UserError
 @pytest.mark.parametrize(
     ("blocks", "key", "words"),
     [
-        ({"model": {"init": None}}, "model.path", ["either this or model.init is required", "set model.init"]),
+        (
+            {"model": {"init": None}},
+            "model.path",
+            ["either this or model.init is required", "set model.init"],
+        ),
         ({"model": {"path": "x"}}, "model.path", ["= 'x'", "model.init is also set", "remove one"]),
         ({"model": {"init": {"vocab_size": 259}}}, "model.init.vocab_size", ["259", "260 or more"]),
-        ({"batch": {"micro_batch_size": None}}, "batch", ["exactly one of the two", "batch.micro_batch_size=1"]),
+        (
+            {"batch": {"micro_batch_size": None}},
+            "batch",
+            ["exactly one of the two", "batch.micro_batch_size=1"],
+        ),
         ({"batch": {"max_tokens_per_microbatch": 9}}, "batch", ["exactly one of the two"]),
-        ({"batch": {"micro_batch_size": 9}}, "batch.micro_batch_size", ["= 9", "batch.global_batch_size (8)"]),
+        (
+            {"batch": {"micro_batch_size": 9}},
+            "batch.micro_batch_size",
+            ["= 9", "batch.global_batch_size (8)"],
+        ),
         ({"training": {"epochs": 0, "max_steps": None}}, "training.epochs", ["greater than 0"]),
-        ({"optimizer": {"name": "torch.optim.AdamV"}}, "optimizer.name", ["did you mean torch.optim.Adam"]),
+        (
+            {"optimizer": {"name": "torch.optim.AdamV"}},
+            "optimizer.name",
+            ["did you mean torch.optim.Adam"],
+        ),
         ({"optimizer": {"name": "Adam"}}, "optimizer.name", ["did you mean torch.optim.Adam?"]),
-        ({"optimizer": {"name": "adamw_torch"}}, "optimizer.name", ["did you mean torch.optim.AdamW?"]),
+        (
+            {"optimizer": {"name": "adamw_torch"}},
+            "optimizer.name",
+            ["did you mean torch.optim.AdamW?"],
+        ),
         (
             {"optimizer": {"name": "paged_adamw_8bit"}},
             "optimizer.name",
@@ -34,27 +54,71 @@ from orchestrator.settings.spec import UserError
             "optimizer.name",
             ["did you mean bitsandbytes.optim.AdamW8bit?"],
         ),
-        ({"optimizer": {"name": "torch.optim.Prodigy"}}, "optimizer.name", ["use one of torch.optim.Adadelta, Adag"]),
+        (
+            {"optimizer": {"name": "torch.optim.Prodigy"}},
+            "optimizer.name",
+            ["use one of torch.optim.Adadelta, Adag"],
+        ),
         ({"optimizer": {"name": "prodigyopt:"}}, "optimizer.name", ["module:attr"]),
-        ({"optimizer": {"name": "torch.optim.LBFGS"}}, "optimizer.name", ["needs a closure", "use torch.optim.AdamW"]),
-        ({"optimizer": {"name": "torch.optim.SparseAdam"}}, "optimizer.name", ["only on sparse gradients"]),
+        (
+            {"optimizer": {"name": "torch.optim.LBFGS"}},
+            "optimizer.name",
+            ["needs a closure", "use torch.optim.AdamW"],
+        ),
+        (
+            {"optimizer": {"name": "torch.optim.SparseAdam"}},
+            "optimizer.name",
+            ["only on sparse gradients"],
+        ),
         ({"optimizer": {"kwargs": {"lr": 1}}}, "optimizer.kwargs.lr", ["set optimizer.lr instead"]),
-        ({"optimizer": {"kwargs": {"weight_decay": 1}}}, "optimizer.kwargs.weight_decay", ["optimizer.weight_decay"]),
+        (
+            {"optimizer": {"kwargs": {"weight_decay": 1}}},
+            "optimizer.kwargs.weight_decay",
+            ["optimizer.weight_decay"],
+        ),
         ({"optimizer": {"lr": 0}}, "optimizer.lr", ["= 0", "greater than 0", "Peak learning rate"]),
         ({"scheduler": {"name": "liner"}}, "scheduler.name", ["did you mean linear?"]),
-        ({"scheduler": {"name": "StepLR"}}, "scheduler.name", ["did you mean torch.optim.lr_scheduler.StepLR?"]),
-        ({"scheduler": {"name": "sine"}}, "scheduler.name", ["= 'sine'", "neither a schedule of", "did you mean"]),
-        ({"scheduler": {"name": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "scheduler.name", ["needs a metric"]),
-        ({"scheduler": {"name": "reduce_lr_on_plateau"}}, "scheduler.name", ["needs a metric", "use linear"]),
+        (
+            {"scheduler": {"name": "StepLR"}},
+            "scheduler.name",
+            ["did you mean torch.optim.lr_scheduler.StepLR?"],
+        ),
+        (
+            {"scheduler": {"name": "sine"}},
+            "scheduler.name",
+            ["= 'sine'", "neither a schedule of", "did you mean"],
+        ),
+        (
+            {"scheduler": {"name": "torch.optim.lr_scheduler.ReduceLROnPlateau"}},
+            "scheduler.name",
+            ["needs a metric"],
+        ),
+        (
+            {"scheduler": {"name": "reduce_lr_on_plateau"}},
+            "scheduler.name",
+            ["needs a metric", "use linear"],
+        ),
         ({"scheduler": {"name": "greedy"}}, "scheduler.name", ["needs a metric", "use linear"]),
         (
             {"scheduler": {"name": "torch.optim.lr_scheduler.SequentialLR"}},
             "scheduler.name",
             ["needs other schedulers as arguments", "from Python", "optimizers=(None,"],
         ),
-        ({"scheduler": {"name": "torch.optim.lr_scheduler.LambdaLR"}}, "scheduler.name", ["a function", "from Python"]),
-        ({"scheduler": {"warmup_steps": 3, "warmup_ratio": 0.1}}, "scheduler.warmup_ratio", ["= 0.1", "remove one"]),
-        ({"scheduler": {"warmup_ratio": 1.5}}, "scheduler.warmup_ratio", ["less than 1", "a fraction of all steps"]),
+        (
+            {"scheduler": {"name": "torch.optim.lr_scheduler.LambdaLR"}},
+            "scheduler.name",
+            ["a function", "from Python"],
+        ),
+        (
+            {"scheduler": {"warmup_steps": 3, "warmup_ratio": 0.1}},
+            "scheduler.warmup_ratio",
+            ["= 0.1", "remove one"],
+        ),
+        (
+            {"scheduler": {"warmup_ratio": 1.5}},
+            "scheduler.warmup_ratio",
+            ["less than 1", "a fraction of all steps"],
+        ),
         (
             {"scheduler": {"name": "cosine", "kwargs": {"num_warmup_steps": 3}}},
             "scheduler.kwargs.num_warmup_steps",
@@ -75,12 +139,24 @@ from orchestrator.settings.spec import UserError
             "scheduler.kwargs",
             ["linear has no arguments", "remove scheduler.kwargs"],
         ),
-        ({"data": {"eval": None}, "evaluation": {"every_steps": 3}}, "evaluation.every_steps", ["set data.eval"]),
-        ({"data": {"eval": None}, "evaluation": {"metric_for_best": "x"}}, "evaluation.metric_for_best", ["data.eval"]),
+        (
+            {"data": {"eval": None}, "evaluation": {"every_steps": 3}},
+            "evaluation.every_steps",
+            ["set data.eval"],
+        ),
+        (
+            {"data": {"eval": None}, "evaluation": {"metric_for_best": "x"}},
+            "evaluation.metric_for_best",
+            ["data.eval"],
+        ),
         (
             {"data": {"max_prompt_length": 128}},
             "data.max_prompt_length",
-            ["= 128", "leaves no room for a completion in data.max_length (128)", "lower it, or raise data.max_length"],
+            [
+                "= 128",
+                "leaves no room for a completion in data.max_length (128)",
+                "lower it, or raise data.max_length",
+            ],
         ),
         (
             {"data": {"max_completion_length": 129}},
@@ -92,17 +168,37 @@ from orchestrator.settings.spec import UserError
             "data.chat_template_kwargs.add_generation_prompt",
             ["= False", "not a template variable", "remove it"],
         ),
-        ({"data": {"chat_template": "nowhere"}}, "data.chat_template", ["= 'nowhere'", "cannot be read (No such file"]),
+        (
+            {"data": {"chat_template": "nowhere"}},
+            "data.chat_template",
+            ["= 'nowhere'", "cannot be read (No such file"],
+        ),
         (
             {"data": {"chat_template": str(ROOT / "LICENSE")}},
             "data.chat_template",
             ["is not a Jinja template: it has neither"],
         ),
-        ({"data": {"system_prompt": ""}}, "data.system_prompt", ["at least 1 character", "a system message"]),
-        ({"data": {"eval": None}, "evaluation": {"at_start": False}}, "evaluation.at_start", ["= False", "data.eval"]),
+        (
+            {"data": {"system_prompt": ""}},
+            "data.system_prompt",
+            ["at least 1 character", "a system message"],
+        ),
+        (
+            {"data": {"eval": None}, "evaluation": {"at_start": False}},
+            "evaluation.at_start",
+            ["= False", "data.eval"],
+        ),
         ({"data": {"eval": {"a b": "x"}}}, "data.eval", ["= 'a b'", "letters, digits, _ and -"]),
-        ({"data": {"eval": {"entropy": "x"}}}, "data.eval", ["= 'entropy'", "the name of a metric", "rename that set"]),
-        ({"data": {"eval": {"easy": 3}}}, "data.eval.easy", ["= 3", "is a block of settings", "path, name, split"]),
+        (
+            {"data": {"eval": {"entropy": "x"}}},
+            "data.eval",
+            ["= 'entropy'", "the name of a metric", "rename that set"],
+        ),
+        (
+            {"data": {"eval": {"easy": 3}}},
+            "data.eval.easy",
+            ["= 3", "is a block of settings", "path, name, split"],
+        ),
         ({"data": {"eval": 3}}, "data.eval", ["= 3", "one source, or {NAME: source}"]),
         (
             {"data": {"eval_fraction": 0.1}},
@@ -114,13 +210,21 @@ from orchestrator.settings.spec import UserError
             "data.margin_column",
             ["= 'm'", "is used by sigmoid, hinge", "not by ipo, sft"],
         ),
-        ({"dpo": {"loss_type": ["sigmoid", "mine:"]}}, "dpo.loss_type", ["'mine:'", "not of the form module:attr"]),
+        (
+            {"dpo": {"loss_type": ["sigmoid", "mine:"]}},
+            "dpo.loss_type",
+            ["'mine:'", "not of the form module:attr"],
+        ),
         (
             {"dpo": {"router_aux_loss_coef": 0.1}},
             "dpo.router_aux_loss_coef",
             ["= 0.1", "is not supported", "set it to 0"],
         ),
-        ({"data": {"eval": None, "eval_fraction": 1}}, "data.eval_fraction", ["= 1", "less than 1", "held out"]),
+        (
+            {"data": {"eval": None, "eval_fraction": 1}},
+            "data.eval_fraction",
+            ["= 1", "less than 1", "held out"],
+        ),
         ({"data": {"train": []}}, "data.train", ["= []", "at least 1 item", "JSONL"]),
         (
             {"data": {"train": [{"path": "a", "weight": 0}]}},
@@ -132,18 +236,46 @@ from orchestrator.settings.spec import UserError
             "data.train.1.split",
             ["= 'odd'", "/b.jsonl is a file, which has no split", "remove it"],
         ),
-        ({"data": {"eval": {"easy": {"path": "b.json", "name": "x"}}}}, "data.eval.easy.name", ["= 'x'", "is a file"]),
+        (
+            {"data": {"eval": {"easy": {"path": "b.json", "name": "x"}}}},
+            "data.eval.easy.name",
+            ["= 'x'", "is a file"],
+        ),
         ({"data": {"eval": {}}}, "data.eval", ["= {}", "one source, or {NAME: source}"]),
-        ({"evaluation": {"compute_metrics": "mine"}}, "evaluation.compute_metrics", ["= 'mine'", "module:attr"]),
-        ({"evaluation": {"eval_strategy": "epoch"}}, "evaluation.eval_strategy", ["evaluation.every_epoch=true?"]),
+        (
+            {"evaluation": {"compute_metrics": "mine"}},
+            "evaluation.compute_metrics",
+            ["= 'mine'", "module:attr"],
+        ),
+        (
+            {"evaluation": {"eval_strategy": "epoch"}},
+            "evaluation.eval_strategy",
+            ["evaluation.every_epoch=true?"],
+        ),
         (
             {"evaluation": {"early_stopping": {"patience": 2}}},
             "evaluation.early_stopping",
-            ["'patience': 2", "needs evaluation.metric_for_best", "evaluation.metric_for_best=loss"],
+            [
+                "'patience': 2",
+                "needs evaluation.metric_for_best",
+                "evaluation.metric_for_best=loss",
+            ],
         ),
-        ({"evaluation": {"early_stopping": {"patience": 0}}}, "evaluation.early_stopping.patience", ["= 0"]),
-        ({"checkpoint": {"export": "best"}}, "checkpoint.export", ["= 'best'", "needs evaluation.metric_for_best"]),
-        ({"checkpoint": {"load_best_model_at_end": True}}, "checkpoint.load_best_model_at_end", ["export=best?"]),
+        (
+            {"evaluation": {"early_stopping": {"patience": 0}}},
+            "evaluation.early_stopping.patience",
+            ["= 0"],
+        ),
+        (
+            {"checkpoint": {"export": "best"}},
+            "checkpoint.export",
+            ["= 'best'", "needs evaluation.metric_for_best"],
+        ),
+        (
+            {"checkpoint": {"load_best_model_at_end": True}},
+            "checkpoint.load_best_model_at_end",
+            ["export=best?"],
+        ),
         ({"callbacks": ["my_module"]}, "callbacks", ["module:attr", "my_module"]),
         ({"callbacks": [{"path": ":attr"}]}, "callbacks", ["module:attr"]),
         ({"data": {"collator": "my.collator"}}, "data.collator", ["module:attr"]),
@@ -179,7 +311,11 @@ from orchestrator.settings.spec import UserError
         (
             {"reference": {"num_shared_layers": 1}},
             "reference.num_shared_layers",
-            ["= 1", "is not used by kind copy", "set reference.kind=shared_layers; model.num_frozen_layers"],
+            [
+                "= 1",
+                "is not used by kind copy",
+                "set reference.kind=shared_layers; model.num_frozen_layers",
+            ],
         ),
         (
             {"reference": {"kind": "shared_layers", "num_shared_layers": 1, "path": "a/b"}},
@@ -187,12 +323,18 @@ from orchestrator.settings.spec import UserError
             ["= 'a/b'", "which another model does not have", "reference.kind=copy"],
         ),
         (
-            {"reference": {"kind": "shared_layers", "num_shared_layers": 1}, "model": {"num_frozen_layers": 2}},
+            {
+                "reference": {"kind": "shared_layers", "num_shared_layers": 1},
+                "model": {"num_frozen_layers": 2},
+            },
             "model.num_frozen_layers",
             ["= 2", "reference.num_shared_layers is 1", "remove it"],
         ),
         (
-            {"reference": {"kind": "shared_layers", "num_shared_layers": 1}, "model": {"disable_dropout": False}},
+            {
+                "reference": {"kind": "shared_layers", "num_shared_layers": 1},
+                "model": {"disable_dropout": False},
+            },
             "model.disable_dropout",
             ["= False", "with kind shared_layers the policy's dropout", "set it to true"],
         ),
@@ -259,39 +401,82 @@ from orchestrator.settings.spec import UserError
         ({"reference": {"cache": "lasy"}}, "reference.cache", ["did you mean lazy?"]),
         ({"model": {"attention": "pad"}}, "model.attention", ["did you mean padded?"]),
         ({"precision": "bf61"}, "precision", ["'bf61'", "must be one of", "did you mean bf16?"]),
-        ({"dpo": {"loss_type": "hing"}}, "dpo.loss_type", ["must be one of sigmoid, hinge", "did you mean hinge?"]),
-        ({"dpo": {"loss_type": ["sigmoid", "stf"]}}, "dpo.loss_type", ["'stf'", "must be one of", "did you mean sft?"]),
-        ({"dpo": {"loss_type": []}}, "dpo.loss_type", ["= []", "must be one of", "set it to sigmoid"]),
+        (
+            {"dpo": {"loss_type": "hing"}},
+            "dpo.loss_type",
+            ["must be one of sigmoid, hinge", "did you mean hinge?"],
+        ),
+        (
+            {"dpo": {"loss_type": ["sigmoid", "stf"]}},
+            "dpo.loss_type",
+            ["'stf'", "must be one of", "did you mean sft?"],
+        ),
+        (
+            {"dpo": {"loss_type": []}},
+            "dpo.loss_type",
+            ["= []", "must be one of", "set it to sigmoid"],
+        ),
         ({"dpo": {"loss_type": None}}, "dpo.loss_type", ["must be one of", "set it to sigmoid"]),
         (
             {"dpo": {"loss_type": "rpo"}},
             "dpo.loss_type",
             ["set dpo.loss_type=[sigmoid, sft] and dpo.loss_weights=[1, "],
         ),
-        ({"dpo": {"rpo_alpha": 1}}, "dpo.rpo_alpha", ["did you mean dpo.loss_type=[sigmoid, sft] with dpo.loss_weig"]),
+        (
+            {"dpo": {"rpo_alpha": 1}},
+            "dpo.rpo_alpha",
+            ["did you mean dpo.loss_type=[sigmoid, sft] with dpo.loss_weig"],
+        ),
         (
             {"dpo": {"loss_weights": [1, 2]}},
             "dpo.loss_weights",
-            ["[1.0, 2.0]", "is not one number for each of sigmoid", "set 1 number, or remove it: then each is 1"],
+            [
+                "[1.0, 2.0]",
+                "is not one number for each of sigmoid",
+                "set 1 number, or remove it: then each is 1",
+            ],
         ),
         ({"dpo": {"loss_weights": ["inf"]}}, "dpo.loss_weights.0", ["'inf'", "finite"]),
         ({"dpo": {"loss_weights": [0]}}, "dpo.loss_weights", ["= [0.0]", "nothing would train"]),
         ({"dpo": {"beta": math.inf}}, "dpo.beta", ["= inf", "a finite number"]),
-        ({"dpo": {"loss_type": "mine.py:loss"}}, "dpo.loss_type", ["names a file", "did you mean mine:loss?"]),
-        ({"data": {"collator": "./my/own.py:f"}}, "data.collator", ["names a file", "did you mean my.own:f?"]),
+        (
+            {"dpo": {"loss_type": "mine.py:loss"}},
+            "dpo.loss_type",
+            ["names a file", "did you mean mine:loss?"],
+        ),
+        (
+            {"data": {"collator": "./my/own.py:f"}},
+            "data.collator",
+            ["names a file", "did you mean my.own:f?"],
+        ),
         (
             {"dpo": {"label_smoothing": 0.1}},
             "dpo.label_smoothing",
-            ["is used by exo_pair, robust, aot, aot_unpaired, cdpo, simpo, not by sigmoid", "set dpo.loss_type=cdpo"],
+            [
+                "is used by exo_pair, robust, aot, aot_unpaired, cdpo, simpo, not by sigmoid",
+                "set dpo.loss_type=cdpo",
+            ],
         ),
-        ({"dpo": {"label_smoothing": 0.1, "loss_type": ["ipo", "sft"]}}, "dpo.label_smoothing", ["not by ipo, sft"]),
-        ({"dpo": {"loss_type": "exo_pair"}}, "dpo.label_smoothing", ["= 0.0", "its logarithm", "set it to 0.001"]),
+        (
+            {"dpo": {"label_smoothing": 0.1, "loss_type": ["ipo", "sft"]}},
+            "dpo.label_smoothing",
+            ["not by ipo, sft"],
+        ),
+        (
+            {"dpo": {"loss_type": "exo_pair"}},
+            "dpo.label_smoothing",
+            ["= 0.0", "its logarithm", "set it to 0.001"],
+        ),
         (
             {"dpo": {"loss_type": "robust", "label_smoothing": 0.5}},
             "dpo.label_smoothing",
             ["= 0.5", "robust divides by 1 - 2 * dpo.label_smoothing", "set it below 0.5"],
         ),
-        ({"dpo": {"loss_type": "cdpo", "label_smoothing": 1}}, "dpo.label_smoothing", ["less than 1"]),
+        (
+            {"dpo": {"loss_type": "cdpo", "label_smoothing": 1}},
+            "dpo.label_smoothing",
+            ["less than 1"],
+        ),
         (
             {"dpo": {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"}},
             "dpo.f_divergence_type",
@@ -308,7 +493,11 @@ from orchestrator.settings.spec import UserError
             ["= 0.3", "is not used by reverse_kl", "set dpo.f_divergence_type=alpha_divergence"],
         ),
         ({"dpo": {"ld_alpha": 1.1}}, "dpo.ld_alpha", ["= 1.1", "less than or equal to 1"]),
-        ({"dpo": {"ld_alpha": 0.5, "loss_type": "sft"}}, "dpo.ld_alpha", ["is not used by sft", "remove it"]),
+        (
+            {"dpo": {"ld_alpha": 0.5, "loss_type": "sft"}},
+            "dpo.ld_alpha",
+            ["is not used by sft", "remove it"],
+        ),
         (
             {"dpo": {"use_weighting": True, "loss_type": ["sigmoid", "aot"]}},
             "dpo.use_weighting",
@@ -319,8 +508,16 @@ from orchestrator.settings.spec import UserError
             "model.disable_dropout",
             ["= False", "aot_unpaired runs the policy twice per step", "set it to true"],
         ),
-        ({"dpo": {"discopop_tau": 0.1}}, "dpo.discopop_tau", ["is not used by sigmoid", "dpo.loss_type=discopop"]),
-        ({"dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma", ["is not used by sigmoid", "set dpo.loss_type=simpo"]),
+        (
+            {"dpo": {"discopop_tau": 0.1}},
+            "dpo.discopop_tau",
+            ["is not used by sigmoid", "dpo.loss_type=discopop"],
+        ),
+        (
+            {"dpo": {"simpo_gamma": 1.0}},
+            "dpo.simpo_gamma",
+            ["is not used by sigmoid", "set dpo.loss_type=simpo"],
+        ),
         ({"run": {"name": "a/b"}}, "run.name", ["'a/b'", "must be 1 to 200 letters, digits"]),
         ({"run": {"name": None}}, "run.name", ["(not set)"]),
         ({"run": {"seed": -1}}, "run.seed", ["-1"]),
@@ -336,29 +533,59 @@ from orchestrator.settings.spec import UserError
             ["= 300", "not less than slurm.time (0:01:00)", "raise slurm.time"],
         ),
         ({"slurm": {"time": "5:00"}}, "slurm.signal_s", ["not less than slurm.time (5:00)"]),
-        ({"slurm": {"args": ["-x"]}}, "slurm.args", ["= '-x'", "is not a flag", "slurm.args=[--mem=0]"]),
-        ({"slurm": {"args": ["--export=A=b,C=d"]}}, "slurm.args", ["= '--export=A=...'", "in the run directory"]),
         (
-            {"slurm": {"workers_per_node": 1}, "cluster": {"num_workers": 2, "placement": "STRICT_PACK"}},
+            {"slurm": {"args": ["-x"]}},
+            "slurm.args",
+            ["= '-x'", "is not a flag", "slurm.args=[--mem=0]"],
+        ),
+        (
+            {"slurm": {"args": ["--export=A=b,C=d"]}},
+            "slurm.args",
+            ["= '--export=A=...'", "in the run directory"],
+        ),
+        (
+            {
+                "slurm": {"workers_per_node": 1},
+                "cluster": {"num_workers": 2, "placement": "STRICT_PACK"},
+            },
             "slurm.workers_per_node",
             ["= 1", "all 2 workers on one node", "cluster.placement=PACK"],
         ),
         (
-            {"slurm": {"workers_per_node": 2}, "cluster": {"num_workers": 2, "placement": "STRICT_SPREAD"}},
+            {
+                "slurm": {"workers_per_node": 2},
+                "cluster": {"num_workers": 2, "placement": "STRICT_SPREAD"},
+            },
             "slurm.workers_per_node",
             ["= 2", "each worker on its own node", "remove it"],
         ),
-        ({"cluster": {"num_workers": "many"}}, "cluster.num_workers", ["'many'", "integer of 1 or more, or [fewest,"]),
-        ({"cluster": {"num_workers": 0}}, "cluster.num_workers", ["= 0", "1 or more", "cluster.num_workers=1"]),
+        (
+            {"cluster": {"num_workers": "many"}},
+            "cluster.num_workers",
+            ["'many'", "integer of 1 or more, or [fewest,"],
+        ),
+        (
+            {"cluster": {"num_workers": 0}},
+            "cluster.num_workers",
+            ["= 0", "1 or more", "cluster.num_workers=1"],
+        ),
         ({"cluster": {"num_workers": True}}, "cluster.num_workers", ["= True", "integer"]),
-        ({"cluster": {"num_workers": [2, 1]}}, "cluster.num_workers", ["= [2, 1]", "[fewest, most]"]),
+        (
+            {"cluster": {"num_workers": [2, 1]}},
+            "cluster.num_workers",
+            ["= [2, 1]", "[fewest, most]"],
+        ),
         ({"cluster": {"num_workers": [2]}}, "cluster.num_workers", ["= [2]", "[fewest, most]"]),
         (
             {"cluster": {"num_workers": [1, 2]}, "optimizer": {"name": "torch.optim.Adafactor"}},
             "cluster.num_workers",
             ["= [1, 2]", "only on the same number of ranks", "set cluster.num_workers=2"],
         ),
-        ({"engine": {"kind": "zero"}}, "engine.kind", ["= 'zero'", "must be one of ddp, deepspeed, fsdp"]),
+        (
+            {"engine": {"kind": "zero"}},
+            "engine.kind",
+            ["= 'zero'", "must be one of ddp, deepspeed, fsdp"],
+        ),
         (
             {"engine": {"zero_stage": 3}},
             "engine.zero_stage",
@@ -374,7 +601,11 @@ from orchestrator.settings.spec import UserError
             "engine.deepspeed_config",
             ["= 3", "valid dictionary", "A DeepSpeed config"],
         ),
-        ({"engine": {"overlap_comm": False}}, "engine.overlap_comm", ["= False", "set engine.kind=deepspeed"]),
+        (
+            {"engine": {"overlap_comm": False}},
+            "engine.overlap_comm",
+            ["= False", "set engine.kind=deepspeed"],
+        ),
         (
             {"engine": {"kind": "deepspeed", "reshard_after_forward": False}},
             "engine.reshard_after_forward",
@@ -420,9 +651,17 @@ from orchestrator.settings.spec import UserError
             ["= 'fp64'", "in fp32", "set engine.kind=ddp or fsdp, or precision=fp32"],
         ),
         (
-            {"engine": {"kind": "fsdp"}, "model": {"lora": {"base": "nf4"}}, "reference": {"kind": "adapter_off"}},
+            {
+                "engine": {"kind": "fsdp"},
+                "model": {"lora": {"base": "nf4"}},
+                "reference": {"kind": "adapter_off"},
+            },
             "model.lora.base",
-            ["= 'nf4'", "fsdp cannot shard quantised weights", "engine.zero_stage=2, or model.lora.base=bf16"],
+            [
+                "= 'nf4'",
+                "fsdp cannot shard quantised weights",
+                "engine.zero_stage=2, or model.lora.base=bf16",
+            ],
         ),
         (
             {"reference": {"sharded": True}},
@@ -450,9 +689,15 @@ from orchestrator.settings.spec import UserError
             ["engine.offload decides where shards are stored", "remove it, or reference.offload"],
         ),
         (
-            {"engine": {"kind": "deepspeed"}, "optimizer": {"name": "deepspeed.ops.adam.DeepSpeedCPUAdam"}},
+            {
+                "engine": {"kind": "deepspeed"},
+                "optimizer": {"name": "deepspeed.ops.adam.DeepSpeedCPUAdam"},
+            },
             "optimizer.name",
-            ["weights in host memory", "set engine.offload=optimizer, or use deepspeed.ops.adam.FusedAdam"],
+            [
+                "weights in host memory",
+                "set engine.offload=optimizer, or use deepspeed.ops.adam.FusedAdam",
+            ],
         ),
         (
             {
@@ -460,10 +705,18 @@ from orchestrator.settings.spec import UserError
                 "optimizer": {"name": "deepspeed.ops.adam.FusedAdam"},
             },
             "optimizer.name",
-            ["weights on the GPU", "engine.offload is optimizer", "use deepspeed.ops.adam.DeepSpeedCPUAdam"],
+            [
+                "weights on the GPU",
+                "engine.offload is optimizer",
+                "use deepspeed.ops.adam.DeepSpeedCPUAdam",
+            ],
         ),
         ({"cluster": {"resources": {"GPU": -1}}}, "cluster.resources.GPU", ["-1"]),
-        ({"run": "tiny"}, "run", ["'tiny'", "is a block of settings", "did you mean run.name=tiny?"]),
+        (
+            {"run": "tiny"},
+            "run",
+            ["'tiny'", "is a block of settings", "did you mean run.name=tiny?"],
+        ),
         (
             {"cluster": {"resources": {"CPU": 0}}},
             "cluster.resources",
@@ -493,14 +746,24 @@ SETS = {"easy": "a.jsonl", 2024: "b.jsonl"}  # as YAML reads a bare number
     [
         ("loss", None, False, None),
         ("eval_rewards/margins", None, False, None),
-        ("rewards/accuracy", None, False, "is not an evaluated metric; did you mean rewards/accuracies?"),
+        (
+            "rewards/accuracy",
+            None,
+            False,
+            "is not an evaluated metric; did you mean rewards/accuracies?",
+        ),
         ("rewards/accuracy", None, True, None),
         ("easy_loss", SETS, False, None),
         ("eval_2024_rewards/margins", SETS, False, None),
         ("eval_loss", SETS, False, "is not an evaluated metric; did you mean "),
         ("easy_mine", SETS, False, "is not an evaluated metric; "),
         ("easy_mine", SETS, True, None),
-        ("mine", SETS, True, "is not an evaluated metric; for example evaluation.metric_for_best=easy_loss"),
+        (
+            "mine",
+            SETS,
+            True,
+            "is not an evaluated metric; for example evaluation.metric_for_best=easy_loss",
+        ),
     ],
 )
 def test_what_is_best_is_one_of_the_metrics(

@@ -97,7 +97,9 @@ def with_other_value(spec: RunSpec, key: str) -> RunSpec:
 @pytest.mark.parametrize("block", Block.__subclasses__(), ids=lambda block: block.__name__)
 def test_every_setting_is_described(block: type[Block]) -> None:
     assert block.__doc__
-    assert {name for name, field in block.model_fields.items() if not (field.description or "").strip()} == set()
+    assert {
+        name for name, field in block.model_fields.items() if not (field.description or "").strip()
+    } == set()
 
 
 def test_every_setting_is_frozen(tmp_path: Path) -> None:
@@ -121,25 +123,36 @@ def test_which_settings_may_change_on_resume(tmp_path: Path) -> None:
 def test_a_chat_template_is_kept_as_its_text(tmp_path: Path, form: str) -> None:
     text = "{% for m in messages %}${{ m.content }}\n{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(text)
-    given = {"file": str(tmp_path / "chat_template.jinja"), "folder": str(tmp_path), "text": text}[form]
+    given = {"file": str(tmp_path / "chat_template.jinja"), "folder": str(tmp_path), "text": text}[
+        form
+    ]
     assert tiny_spec(tmp_path, data={"chat_template": given}).data.chat_template == text
 
 
 def test_changes_are_named_with_both_values(tmp_path: Path) -> None:
     before = tiny_spec(tmp_path)
-    after = tiny_spec(tmp_path, dpo={"beta": 0.5}, run={"seed": 8}, checkpoint={"keep": 5}, wandb={"group": "g"})
+    after = tiny_spec(
+        tmp_path, dpo={"beta": 0.5}, run={"seed": 8}, checkpoint={"keep": 5}, wandb={"group": "g"}
+    )
     assert changed_on_resume(before, after) == [("run.seed", 7, 8), ("dpo.beta", 0.1, 0.5)]
     assert changed_on_resume(before, before) == []
     listed = tiny_spec(tmp_path, data={"train": [{"path": before.data.train[0].path}]})
     assert changed_on_resume(before, listed) == []
     heavier = tiny_spec(tmp_path, data={"train": [{"path": "/a.jsonl", "weight": 2}, "/b.jsonl"]})
     assert changed_on_resume(before, heavier) == [
-        ("data.train", [before.data.train[0].path], [{"path": "/a.jsonl", "weight": 2.0}, "/b.jsonl"])
+        (
+            "data.train",
+            [before.data.train[0].path],
+            [{"path": "/a.jsonl", "weight": 2.0}, "/b.jsonl"],
+        )
     ]
 
 
 def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
-    before, after = tiny_spec(tmp_path), tiny_spec(tmp_path, model={"init": None, "path": "some/model"})
+    before, after = (
+        tiny_spec(tmp_path),
+        tiny_spec(tmp_path, model={"init": None, "path": "some/model"}),
+    )
     assert [key for key, *_ in changed_on_resume(before, after)] == ["model.path", "model.init"]
 
 
@@ -158,18 +171,30 @@ def test_which_zero_stage_runs(tmp_path: Path) -> None:
         ({}, [("sigmoid", 1)]),
         ({"loss_type": "exo_pair", "label_smoothing": 1e-3}, [("exo_pair", 1)]),
         ({"loss_type": ["sigmoid", "sft"]}, [("sigmoid", 1), ("sft", 1)]),
-        ({"loss_type": ["sigmoid", "exo_pair"], "label_smoothing": 0.1}, [("sigmoid", 1), ("exo_pair", 1)]),
+        (
+            {"loss_type": ["sigmoid", "exo_pair"], "label_smoothing": 0.1},
+            [("sigmoid", 1), ("exo_pair", 1)],
+        ),
         ({"loss_type": ["robust", "sft"], "loss_weights": [0.5, 2]}, [("robust", 0.5), ("sft", 2)]),
         ({"loss_type": "hinge", "loss_weights": [2]}, [("hinge", 2)]),
         # a user's own may read any of them
-        ({"loss_type": "mine:loss", "label_smoothing": 0.1, "discopop_tau": 1, "simpo_gamma": 1}, [("mine:loss", 1)]),
         (
-            {"loss_type": ["mine:loss", "ipo"], "f_divergence_type": "forward_kl", "loss_weights": [2, 1]},
+            {"loss_type": "mine:loss", "label_smoothing": 0.1, "discopop_tau": 1, "simpo_gamma": 1},
+            [("mine:loss", 1)],
+        ),
+        (
+            {
+                "loss_type": ["mine:loss", "ipo"],
+                "f_divergence_type": "forward_kl",
+                "loss_weights": [2, 1],
+            },
             [("mine:loss", 2), ("ipo", 1)],
         ),
     ],
 )
-def test_losses_and_their_weights(tmp_path: Path, dpo: dict[str, Any], losses: list[tuple[str, float]]) -> None:
+def test_losses_and_their_weights(
+    tmp_path: Path, dpo: dict[str, Any], losses: list[tuple[str, float]]
+) -> None:
     made = tiny_spec(tmp_path, dpo=dpo).dpo
     assert list(zip(made.loss_types, made.weights, strict=True)) == losses
 
@@ -178,26 +203,45 @@ def test_a_loss_in_a_list_of_one_resumes_a_run_that_named_it(tmp_path: Path) -> 
     named, listed = (tiny_spec(tmp_path, dpo={"loss_type": given}) for given in ("ipo", ["ipo"]))
     assert changed_on_resume(named, listed) == []
     several = tiny_spec(tmp_path, dpo={"loss_type": ["ipo", "sft"], "loss_weights": [1, 0.5]})
-    assert [key for key, *_ in changed_on_resume(named, several)] == ["dpo.loss_type", "dpo.loss_weights"]
+    assert [key for key, *_ in changed_on_resume(named, several)] == [
+        "dpo.loss_type",
+        "dpo.loss_weights",
+    ]
 
 
-@pytest.mark.parametrize(("given", "fewest", "most"), [(3, 3, 3), ([1, 4], 1, 4), ([2, 2], 2, 2), ("2", 2, 2)])
-def test_workers_are_a_number_or_a_range(tmp_path: Path, given: Any, fewest: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("given", "fewest", "most"), [(3, 3, 3), ([1, 4], 1, 4), ([2, 2], 2, 2), ("2", 2, 2)]
+)
+def test_workers_are_a_number_or_a_range(
+    tmp_path: Path, given: Any, fewest: int, most: int
+) -> None:
     cluster = tiny_spec(tmp_path, cluster={"num_workers": given}).cluster
     assert (cluster.min_workers, cluster.max_workers) == (fewest, most)
 
 
 def test_a_warm_up_can_be_a_part_of_all_steps(tmp_path: Path) -> None:
     scheduler = tiny_spec(tmp_path, scheduler={"warmup_ratio": 0.1}).scheduler
-    assert [scheduler.warmup(steps) for steps in (1, 10, 11, 200)] == [1, 1, 2, 20]  # as transformers rounds
+    assert [scheduler.warmup(steps) for steps in (1, 10, 11, 200)] == [
+        1,
+        1,
+        2,
+        20,
+    ]  # as transformers rounds
     assert tiny_spec(tmp_path, scheduler={"warmup_steps": 5}).scheduler.warmup(200) == 5
 
 
 @pytest.mark.parametrize(
     ("metric", "set_", "expected"),
-    [("loss", None, False), ("eval_loss", None, False), ("rewards/accuracies", None, True), ("loss", True, True)],
+    [
+        ("loss", None, False),
+        ("eval_loss", None, False),
+        ("rewards/accuracies", None, True),
+        ("loss", True, True),
+    ],
 )
-def test_direction_of_the_best_metric(tmp_path: Path, metric: str, set_: bool | None, expected: bool) -> None:
+def test_direction_of_the_best_metric(
+    tmp_path: Path, metric: str, set_: bool | None, expected: bool
+) -> None:
     spec = tiny_spec(tmp_path, evaluation={"metric_for_best": metric, "greater_is_better": set_})
     assert spec.greater_is_better is expected
 

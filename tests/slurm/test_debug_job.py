@@ -16,11 +16,16 @@ def submit(slurm: Slurm, folder: Path, codes: list[int | None], *flags: str) -> 
 
 
 @pytest.mark.parametrize(("codes", "code"), [([0, 1], 1), ([1, 2], 2), ([3, 3], 3)])
-def test_the_ranks_exit_code_is_the_jobs(slurm: Slurm, tmp_path: Path, codes: list[int | None], code: int) -> None:
+def test_the_ranks_exit_code_is_the_jobs(
+    slurm: Slurm, tmp_path: Path, codes: list[int | None], code: int
+) -> None:
     job = submit(slurm, tmp_path, codes, "--gpus-per-node=2")  # a rank for each
     ended = job.ended()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "0")
-    assert sorted(path.name for path in job.run_dir.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]
+    assert sorted(path.name for path in job.run_dir.glob("rank-*")) == [
+        "rank-0-of-2",
+        "rank-1-of-2",
+    ]
 
 
 def test_usr1_saves_and_requeues(slurm: Slurm, tmp_path: Path) -> None:

@@ -30,7 +30,11 @@ def checkout(folder: Path, changes: dict[str, str]) -> Path:
 
 
 def start(slurm: Slurm, command: str, folder: Path, run: str) -> Job:
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_API_KEY": CANARY}
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "WANDB_API_KEY": CANARY,
+    }
     env["RAY_TMPDIR"] = "/tmp/ray"  # which each node has for itself
     return give(slurm, command, folder, folder / "runs" / run, **env)
 
@@ -64,7 +68,10 @@ def test_every_way_gives_the_losses_of_debug(slurm: Slurm, tmp_path: Path) -> No
     finish(torchrun)
     assert hosts(torchrun.run_dir) == ["n1", "n1"]
 
-    assert orchestrator("debug", "configs/quickstart.yaml", "run.name=here", cwd=folder).returncode == 0
+    assert (
+        orchestrator("debug", "configs/quickstart.yaml", "run.name=here", cwd=folder).returncode
+        == 0
+    )
     here = losses(folder / "runs/here")
     assert sorted(here) == list(range(1, 22))
     assert losses(over_two_nodes.run_dir) == pytest.approx(here, abs=1e-5)

@@ -23,7 +23,16 @@ def flags(folder: Path, cluster: dict[str, Any], **slurm: Any) -> dict[str, str]
 
 
 def test_flags_follow_from_the_settings(tmp_path: Path) -> None:
-    made = flags(tmp_path, SIXTEEN, workers_per_node=8, time=90000, partition="p", account="a", qos="q", signal_s=60)
+    made = flags(
+        tmp_path,
+        SIXTEEN,
+        workers_per_node=8,
+        time=90000,
+        partition="p",
+        account="a",
+        qos="q",
+        signal_s=60,
+    )
     assert made == {
         "job-name": "tiny",
         "nodes": "2",
@@ -50,7 +59,9 @@ def test_flags_follow_from_the_settings(tmp_path: Path) -> None:
         ({"num_workers": 3, "resources": {"GPU": 0.5}}, {"workers_per_node": 3}, "1", "2"),
     ],
 )
-def test_nodes_and_gpus(tmp_path: Path, cluster: dict[str, Any], slurm: dict[str, Any], nodes: str, gpus: str) -> None:
+def test_nodes_and_gpus(
+    tmp_path: Path, cluster: dict[str, Any], slurm: dict[str, Any], nodes: str, gpus: str
+) -> None:
     made = flags(tmp_path, {"resources": {"GPU": 1}} | cluster, **slurm)
     assert (made["nodes"], made["gpus-per-node"]) == (nodes, gpus)
     assert "cpus-per-task" not in made
@@ -58,7 +69,9 @@ def test_nodes_and_gpus(tmp_path: Path, cluster: dict[str, Any], slurm: dict[str
 
 def test_further_flags_stand_last(tmp_path: Path) -> None:
     words = slurm_flags(
-        tiny_spec(tmp_path, cluster={"resources": {"CPU": 1}}, slurm={"args": ["--mem=0", "--nodes=3"]})
+        tiny_spec(
+            tmp_path, cluster={"resources": {"CPU": 1}}, slurm={"args": ["--mem=0", "--nodes=3"]}
+        )
     )
     assert words[-2:] == ["--mem=0", "--nodes=3"]
     assert "--gpus-per-node" not in " ".join(words)
@@ -67,8 +80,14 @@ def test_further_flags_stand_last(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cluster", "said"),
     [
-        (SIXTEEN, "slurm.workers_per_node = (not set): is required for 16 workers with cluster.placement PACK"),
-        ({"num_workers": 1}, "cluster.resources = {}: is required: Slurm allocates only requested resources"),
+        (
+            SIXTEEN,
+            "slurm.workers_per_node = (not set): is required for 16 workers with cluster.placement PACK",
+        ),
+        (
+            {"num_workers": 1},
+            "cluster.resources = {}: is required: Slurm allocates only requested resources",
+        ),
     ],
 )
 def test_what_is_left_open_is_refused(tmp_path: Path, cluster: dict[str, Any], said: str) -> None:
@@ -93,19 +112,25 @@ def test_a_slurm_that_does_not_answer(tmp_path: Path) -> None:
     sbatch = tmp_path / "sbatch"  # a stub: the real one tries for nine seconds
     sbatch.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
     sbatch.chmod(0o755)
-    failed = orchestrator("submit", "--to", "slurm", settings, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    failed = orchestrator(
+        "submit", "--to", "slurm", settings, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    )
     assert failed.returncode == 1  # the settings are not to blame
     assert failed.stderr == f"error: {said.replace('sbatch: error:', 'sbatch:')}\n"
 
 
 def submit(slurm: Slurm, *words: str | Path) -> CompletedProcess[str]:
-    return slurm.run(sys.executable, "-m", "orchestrator.cli", "submit", "--to", "slurm", *words, cwd=ROOT)
+    return slurm.run(
+        sys.executable, "-m", "orchestrator.cli", "submit", "--to", "slurm", *words, cwd=ROOT
+    )
 
 
 @pytest.mark.slurm
 def test_slurm_takes_it(slurm: Slurm, tmp_path: Path) -> None:
     settings = write_settings(
-        tmp_path, cluster=SIXTEEN, slurm={"workers_per_node": 8, "time": "1-00:00", "args": ["--hold"]}
+        tmp_path,
+        cluster=SIXTEEN,
+        slurm={"workers_per_node": 8, "time": "1-00:00", "args": ["--hold"]},
     )
     submitted = submit(slurm, settings, "optimizer.lr=2e-3")
     assert submitted.returncode == 0, submitted.stderr
@@ -123,7 +148,9 @@ def test_slurm_takes_it(slurm: Slurm, tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 def test_slurm_refuses_it(slurm: Slurm, tmp_path: Path) -> None:
-    settings = write_settings(tmp_path, cluster=SIXTEEN, slurm={"workers_per_node": 8, "partition": "nowhere"})
+    settings = write_settings(
+        tmp_path, cluster=SIXTEEN, slurm={"workers_per_node": 8, "partition": "nowhere"}
+    )
     refused = submit(slurm, settings)
     assert refused.returncode == 2
     assert refused.stderr == (

@@ -22,8 +22,12 @@ def submit(slurm: Slurm, tmp_path: Path) -> Submit:
 
     def submitted(**given: object) -> Job:
         env = {name: str(value) for name, value in given.items() if name.isupper()}
-        settings = {"run_dir": str(tmp_path / "run")} | {n: v for n, v in given.items() if not n.isupper()}
-        return submit_stubbed(slurm, tmp_path, "train.sbatch", *BOTH_NODES, settings=settings, **env)
+        settings = {"run_dir": str(tmp_path / "run")} | {
+            n: v for n, v in given.items() if not n.isupper()
+        }
+        return submit_stubbed(
+            slurm, tmp_path, "train.sbatch", *BOTH_NODES, settings=settings, **env
+        )
 
     return submitted
 
@@ -43,7 +47,9 @@ def test_the_sbatch_command_of_the_docs_starts_the_driver(slurm: Slurm, tmp_path
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0")
     assert job.log_file == tmp_path / f"dpo-{job.number}.log"
     logs = {path.name: path.read_text() for path in (job.run_dir / "logs").iterdir()}
-    assert sorted(logs) == [f"ray-{job.number}-0-{node}.log" for node in ("n1", "n2")]  # no token stays
+    assert sorted(logs) == [
+        f"ray-{job.number}-0-{node}.log" for node in ("n1", "n2")
+    ]  # no token stays
     head, worker = (logs[name] for name in sorted(logs))
     assert "with 8 GPUs: start --num-cpus=64 --head" in head
     assert f"with 8 GPUs: start --num-cpus=64 --address={driver['RAY_ADDRESS']}" in worker
@@ -126,7 +132,9 @@ def test_preemption_requeues(submit: Submit) -> None:
     job = submit()
     job.started()
     slurm = job.slurm
-    urgent = slurm.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=srun true")
+    urgent = slurm.sbatch(
+        "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=srun true"
+    )
     assert slurm.ended(urgent)["JobState"] == "COMPLETED"
     again = job.started(2)
     assert again["resumes"] is True
@@ -209,7 +217,9 @@ def test_two_jobs_share_nodes(slurm: Slurm, tmp_path: Path) -> None:
     jobs: list[Job] = []
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        jobs.append(submit_stubbed(slurm, tmp_path / name, "train.sbatch", "--nodes=2", "--cpus-per-task=4"))
+        jobs.append(
+            submit_stubbed(slurm, tmp_path / name, "train.sbatch", "--nodes=2", "--cpus-per-task=4")
+        )
     drivers = [job.started() for job in jobs]  # the stubs hold their ports, all at once
     assert drivers[0]["RAY_ADDRESS"] != drivers[1]["RAY_ADDRESS"]
     for job in jobs:

@@ -54,14 +54,19 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 def expected() -> tuple[float, torch.Tensor]:
     """Loss and gradient, by autograd through the sorting."""
     policy = tiny_model(0, torch.float64)
-    (w, x), (ref_w, ref_x) = sequence_logps(policy), sequence_logps(tiny_model(1, torch.float64)).detach()
+    (w, x), (ref_w, ref_x) = (
+        sequence_logps(policy),
+        sequence_logps(tiny_model(1, torch.float64)).detach(),
+    )
     margins = [
         (w - x).sort().values - (ref_w - ref_x).sort().values,
         (w - ref_w) - (x - ref_x),
         (w - ref_w).sort().values - (x - ref_x).sort().values,
     ]
     weighted = zip(DPO.weights, margins, strict=True)
-    loss = sum((-factor * (BETA * m).sigmoid().log().mean() for factor, m in weighted), torch.zeros(()))
+    loss = sum(
+        (-factor * (BETA * m).sigmoid().log().mean() for factor, m in weighted), torch.zeros(())
+    )
     loss.backward()
     return loss.item(), gradient(policy)
 
@@ -89,9 +94,17 @@ def test_loss_and_gradient_are_those_of_the_sorted_global_batch(
             return ask(*args)
 
         engine.step.ask_reference = counted
-        batches = first_pass(engine, [batch(pairs, packed) for pairs in ranks[world.rank]], COUNTS, DPO, world)
-        outputs = [engine.micro_step(each, COUNTS, last=i == len(batches) - 1) for i, each in enumerate(batches)]
-        by_pair = sum(float(output.losses @ each.pair_weights) for output, each in zip(outputs, batches, strict=True))
+        batches = first_pass(
+            engine, [batch(pairs, packed) for pairs in ranks[world.rank]], COUNTS, DPO, world
+        )
+        outputs = [
+            engine.micro_step(each, COUNTS, last=i == len(batches) - 1)
+            for i, each in enumerate(batches)
+        ]
+        by_pair = sum(
+            float(output.losses @ each.pair_weights)
+            for output, each in zip(outputs, batches, strict=True)
+        )
         logged = sum(float(output.metric_sums[0, 0]) for output in outputs)
         assert logged == pytest.approx(by_pair, rel=1e-12)
         return sum(float(output.loss) for output in outputs), by_pair / PAIRS, gradient(engine.step)
@@ -100,4 +113,6 @@ def test_loss_and_gradient_are_those_of_the_sorted_global_batch(
     for total in (sum(loss for loss, _, _ in found), sum(by_pair for _, by_pair, _ in found)):
         assert total == pytest.approx(expected[0], rel=1e-12)
     assert (sum(slopes for *_, slopes in found) - expected[1]).norm() <= 1e-11 * expected[1].norm()
-    assert asked == [len(micro_batches) for micro_batches in ranks]  # the reference runs in the first pass alone
+    assert asked == [
+        len(micro_batches) for micro_batches in ranks
+    ]  # the reference runs in the first pass alone

@@ -19,7 +19,13 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import ExportableState
 
 from orchestrator.settings.spec import UserError
-from orchestrator.training.callbacks import REQUESTS, Callbacks, build_callbacks, check_callbacks, training_args
+from orchestrator.training.callbacks import (
+    REQUESTS,
+    Callbacks,
+    build_callbacks,
+    check_callbacks,
+    training_args,
+)
 from orchestrator.training.callbacks import wandb as wandb_callback
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
@@ -85,7 +91,9 @@ def user_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_every_callback_is_called_in_order_with_all_objects(tmp_path: Path) -> None:
     log: list[Any] = []
-    made = callbacks(tmp_path, Recording(log), Recording(log), model="the model", optimizer="the optimizer")
+    made = callbacks(
+        tmp_path, Recording(log), Recording(log), model="the model", optimizer="the optimizer"
+    )
     made.fire("on_step_end", metrics=3)
     assert len(log) == 2
     args, state, control, kwargs = log[0]
@@ -93,7 +101,9 @@ def test_every_callback_is_called_in_order_with_all_objects(tmp_path: Path) -> N
     assert kwargs == {"model": "the model", "optimizer": "the optimizer", "metrics": 3}
 
 
-def test_one_that_raises_is_dropped_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_raises_is_dropped_and_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     raising, recording = Raising(), Recording()
     made = callbacks(tmp_path, raising, recording)
     with caplog.at_level(logging.ERROR):
@@ -114,7 +124,9 @@ def test_an_essential_one_that_raises_ends_training(tmp_path: Path) -> None:
         callbacks(tmp_path, raising).fire("on_step_end")
 
 
-@pytest.mark.parametrize("names", [[], ["should_save"], ["should_training_stop", "should_log"], list(REQUESTS)])
+@pytest.mark.parametrize(
+    "names", [[], ["should_save"], ["should_training_stop", "should_log"], list(REQUESTS)]
+)
 def test_requests_are_collected_once(tmp_path: Path, names: list[str]) -> None:
     made = callbacks(tmp_path, Asking(*names[:1]), Asking(*names[1:]))
     made.fire("on_step_end")
@@ -128,7 +140,11 @@ def test_what_the_schedule_does_is_shown_and_not_asked(tmp_path: Path) -> None:
     shown: list[dict[str, bool]] = []
     recording.on_step_end = lambda args, state, control, **_: shown.append(dict(vars(control)))  # type: ignore
     made.end_step(log=True, evaluate=False, save=False, stop=True)
-    assert [name for name in REQUESTS if shown[0][name]] == ["should_training_stop", "should_save", "should_log"]
+    assert [name for name in REQUESTS if shown[0][name]] == [
+        "should_training_stop",
+        "should_save",
+        "should_log",
+    ]
     assert made.take_requests() == [int(name == "should_save") for name in REQUESTS]
 
 
@@ -137,7 +153,9 @@ def test_the_end_of_an_epoch_is_asked_of_that_epoch_alone(tmp_path: Path, resume
     made = callbacks(tmp_path, Asking("should_epoch_stop", "should_log"))
     made.fire("on_step_end")
     other = callbacks(tmp_path)
-    other.restore(json.loads(json.dumps(made.exported())))  # what was asked is not lost when the process dies
+    other.restore(
+        json.loads(json.dumps(made.exported()))
+    )  # what was asked is not lost when the process dies
     other.begin_epoch(resumed)
     assert other.take_requests() == [0, int(resumed), 0, 0, 1]
 
@@ -169,7 +187,10 @@ class Cooling(TrainerCallback, ExportableState):
         self.heat, self.steps = self.heat / 2, self.steps + 1
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"heat": self.heat, "floor": self.floor}, "attributes": {"steps": self.steps}}
+        return {
+            "args": {"heat": self.heat, "floor": self.floor},
+            "attributes": {"steps": self.steps},
+        }
 
 
 @pytest.mark.parametrize(
@@ -186,7 +207,10 @@ def test_arguments_that_a_run_changed_come_back_unless_the_user_changed_them_too
     resumed = Cooling(**settings_now)
     callbacks(tmp_path, resumed).restore(exported)
     assert (resumed.heat, resumed.steps) == (heat, 1)
-    of_before = {**exported, "callbacks": [entry[:2] for entry in exported["callbacks"]]}  # an older checkpoint
+    of_before = {
+        **exported,
+        "callbacks": [entry[:2] for entry in exported["callbacks"]],
+    }  # an older checkpoint
     older = Cooling(**settings_now)
     callbacks(tmp_path, older).restore(of_before)
     assert (older.heat, older.steps) == (settings_now["heat"], 1)
@@ -206,7 +230,9 @@ def test_arguments_are_frozen_and_named_as_transformers_names_them(tmp_path: Pat
     with pytest.raises(dataclasses.FrozenInstanceError):
         args.learning_rate = 3.0  # type: ignore[misc]
     ours = {"max_length", "beta", "loss_type"}  # of TRL's DPOConfig
-    theirs = set(dir(TrainingArguments)) | {field.name for field in dataclasses.fields(TrainingArguments)}
+    theirs = set(dir(TrainingArguments)) | {
+        field.name for field in dataclasses.fields(TrainingArguments)
+    }
     unknown = {field.name for field in dataclasses.fields(args)} - ours - theirs - {"logging_dir"}
     assert unknown == set()
     assert args.to_dict()["seed"] == 7
@@ -217,9 +243,17 @@ def test_arguments_have_all_that_transformers_trackers_read(tmp_path: Path) -> N
     read = {
         node.attr
         for node in ast.walk(ast.parse(inspect.getsource(integration_utils)))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "args"
     }
-    of_searches = {"process_index", "world_size", "local_rank", "device", "report_to"}  # of hyperparameters
+    of_searches = {
+        "process_index",
+        "world_size",
+        "local_rank",
+        "device",
+        "report_to",
+    }  # of hyperparameters
     assert {"output_dir", "to_json_string", "to_sanitized_dict", "load_best_model_at_end"} <= read
     assert {name for name in read - of_searches if not hasattr(args, name)} == set()
     assert json.loads(args.to_json_string()) == json.loads(json.dumps(args.to_dict()))
@@ -272,7 +306,11 @@ def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
     ],
 )
 def test_arguments_say_when_the_run_evaluates(
-    tmp_path: Path, evaluation: dict[str, Any] | None, strategy: str, steps: int | None, on_start: bool
+    tmp_path: Path,
+    evaluation: dict[str, Any] | None,
+    strategy: str,
+    steps: int | None,
+    on_start: bool,
 ) -> None:
     blocks = {"data": {"eval": None}} if evaluation is None else {"evaluation": evaluation}
     spec = tiny_spec(tmp_path, **blocks)
@@ -313,19 +351,31 @@ def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> 
     ]
     assert [callback.count for callback in made[-3:]] == [4, 5, 0]  # type: ignore[attr-defined]
     spec = tiny_spec(tmp_path, wandb={"mode": "disabled"})
-    assert WandbCallback not in [type(callback) for callback in build_callbacks(spec, RunDir(spec.run_dir))]
+    assert WandbCallback not in [
+        type(callback) for callback in build_callbacks(spec, RunDir(spec.run_dir))
+    ]
 
 
 @pytest.mark.parametrize(
     ("entry", "key", "words"),
     [
         ("a_users_module:nothing", "callbacks", "has no nothing"),
-        ({"path": "a_users_module:Counting", "kwargs": {"begin": 1}}, "callbacks", "cannot be built"),
+        (
+            {"path": "a_users_module:Counting", "kwargs": {"begin": 1}},
+            "callbacks",
+            "cannot be built",
+        ),
         ("a_users_module:Other", "callbacks", "is not a transformers.TrainerCallback"),
-        ("transformers:EarlyStoppingCallback", "evaluation.metric_for_best", "EarlyStoppingCallback needs it"),
+        (
+            "transformers:EarlyStoppingCallback",
+            "evaluation.metric_for_best",
+            "EarlyStoppingCallback needs it",
+        ),
     ],
 )
-def test_a_wrong_callback_is_refused(tmp_path: Path, user_module: ModuleType, entry: Any, key: str, words: str) -> None:
+def test_a_wrong_callback_is_refused(
+    tmp_path: Path, user_module: ModuleType, entry: Any, key: str, words: str
+) -> None:
     user_module.Counting, user_module.Other = Counting, dict  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=words) as caught:
         check_callbacks(tiny_spec(tmp_path, callbacks=[entry]))
@@ -335,8 +385,14 @@ def test_a_wrong_callback_is_refused(tmp_path: Path, user_module: ModuleType, en
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (print, "callbacks = 'print': is not a transformers.TrainerCallback; derive the class from it"),
-        (JsonlCallback, "callbacks = 'JsonlCallback': cannot be built .*'path'.*; in Python, an object"),
+        (
+            print,
+            "callbacks = 'print': is not a transformers.TrainerCallback; derive the class from it",
+        ),
+        (
+            JsonlCallback,
+            "callbacks = 'JsonlCallback': cannot be built .*'path'.*; in Python, an object",
+        ),
         (EarlyStoppingCallback(3), "EarlyStoppingCallback needs it"),
     ],
 )
@@ -349,7 +405,9 @@ def test_the_key_of_wandb_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_API_KEY", "another")  # and is put back after the test
     path = tmp_path / "key"
     spec = tiny_spec(tmp_path, wandb={"mode": "offline", "key_file": str(path)})
-    with pytest.raises(UserError, match=r"wandb\.key_file = .*: cannot be read on .* \(No such file"):
+    with pytest.raises(
+        UserError, match=r"wandb\.key_file = .*: cannot be read on .* \(No such file"
+    ):
         WandbCallback(spec, RunDir(tmp_path / "run"))
     path.write_text("  0123456789\n")
     path.chmod(0o640)
@@ -375,7 +433,9 @@ def test_no_secret_goes_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_the_console_says_where_the_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_console_says_where_the_run_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = callbacks(tmp_path, console := ConsoleCallback())
     made.fire("on_train_begin")
     made.state.global_step = 3

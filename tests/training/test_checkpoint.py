@@ -30,7 +30,15 @@ from orchestrator.training.checkpoint import (
     save,
     seed_everything,
 )
-from orchestrator.training.manifest import FORMAT, MANIFEST, ReadFailed, committed, retain, set_aside, verify
+from orchestrator.training.manifest import (
+    FORMAT,
+    MANIFEST,
+    ReadFailed,
+    committed,
+    retain,
+    set_aside,
+    verify,
+)
 from orchestrator.world import World
 
 META = {"pairs_seen": 8, "engine": {"scheduler": {"milestones": {2: 1, 10: 3}, "lr": [1e-5, 0.1]}}}
@@ -39,7 +47,9 @@ META = {"pairs_seen": 8, "engine": {"scheduler": {"milestones": {2: 1, 10: 3}, "
 def part(name: str, shape: tuple[int, ...], start: int, stop: int, offset: float = 0.0) -> Shard:
     """The range of a parameter that counts upwards, with optimizer state."""
     values = torch.arange(start, stop, dtype=torch.float32) + offset
-    return Shard(name, shape, start, stop, {"param": values, "exp_avg": -values, "step": torch.tensor([3.0])})
+    return Shard(
+        name, shape, start, stop, {"param": values, "exp_avg": -values, "step": torch.tensor([3.0])}
+    )
 
 
 def saved(folder: Path, step: int, world: World = ALONE) -> Path:
@@ -51,7 +61,11 @@ def on_two_ranks(folder: Path) -> list[Any]:
 
     def work(world: World) -> Path:
         seed_everything(100 + world.rank)
-        mine = [part("a", (3, 4), 0, 7)] if world.rank == 0 else [part("a", (3, 4), 7, 12), part("b", (5,), 0, 5)]
+        mine = (
+            [part("a", (3, 4), 0, 7)]
+            if world.rank == 0
+            else [part("a", (3, 4), 7, 12), part("b", (5,), 0, 5)]
+        )
         return save(folder, 4, mine, META, world)
 
     return on_ranks(2, work)
@@ -87,9 +101,13 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_numbers_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    values = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
+        dtype
+    )
     values[:3] = torch.tensor([float("inf"), -0.0, float("nan")]).to(dtype)
-    found = Reader(save(tmp_path, 1, [Shard("a", (40,), 0, 40, {"param": values})], {}, ALONE)).parameter("a")
+    found = Reader(
+        save(tmp_path, 1, [Shard("a", (40,), 0, 40, {"param": values})], {}, ALONE)
+    ).parameter("a")
     assert found.dtype == dtype
     assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
 
@@ -111,16 +129,25 @@ def test_ranges_of_two_ranks_are_joined(tmp_path: Path) -> None:
     assert torch.equal(reader.parameter("a"), torch.arange(12.0).view(3, 4))
     assert torch.equal(reader.parameter("b"), torch.arange(5.0))
     for start, stop in ((0, 12), (6, 8), (0, 7), (7, 12), (3, 4), (11, 12)):
-        assert torch.equal(reader.read("a", "exp_avg", start, stop), -torch.arange(float(start), float(stop)))
+        assert torch.equal(
+            reader.read("a", "exp_avg", start, stop), -torch.arange(float(start), float(stop))
+        )
     assert reader.read("a", "step", 0, 1).item() == 3.0
     assert reader.meta["world_size"] == 2
 
 
 @pytest.mark.parametrize(
     ("name", "key", "start", "stop"),
-    [("a", "param", 0, 13), ("a", "param", 12, 13), ("a", "exp_avg_sq", 0, 1), ("c", "param", 0, 1)],
+    [
+        ("a", "param", 0, 13),
+        ("a", "param", 12, 13),
+        ("a", "exp_avg_sq", 0, 1),
+        ("c", "param", 0, 1),
+    ],
 )
-def test_a_range_that_is_nowhere_is_refused(tmp_path: Path, name: str, key: str, start: int, stop: int) -> None:
+def test_a_range_that_is_nowhere_is_refused(
+    tmp_path: Path, name: str, key: str, start: int, stop: int
+) -> None:
     reader = Reader(saved(tmp_path, 1))
     keys = reader.keys(name)
     with pytest.raises(CorruptCheckpoint, match=f"{key} of {name} are missing"):
@@ -144,7 +171,13 @@ def test_a_tensor_of_a_shape_of_its_own_is_kept_whole(tmp_path: Path) -> None:
 
 
 def test_integer_keys_survive_json(tmp_path: Path) -> None:
-    meta = {"a": {1: "x", 2: {3: [1, 2]}}, "b": {"1": 2}, "empty": {}, "tuple": (1, 2), "t": torch.tensor([1.5])}
+    meta = {
+        "a": {1: "x", 2: {3: [1, 2]}},
+        "b": {"1": 2},
+        "empty": {},
+        "tuple": (1, 2),
+        "t": torch.tensor([1.5]),
+    }
     expected = {**meta, "tuple": [1, 2], "t": [1.5], "step": 1, "world_size": 1}
     assert Reader(save(tmp_path, 1, [], meta, ALONE)).meta == expected
 
@@ -170,7 +203,9 @@ BREAKS = {
     "an emptied file": lambda folder: (folder / "index.json").write_text(""),
     "a missing file": lambda folder: (folder / "rng_00000.safetensors").unlink(),
     "a changed document": lambda folder: (folder / "meta.json").write_text('{"step": 3}'),
-    "half a manifest": lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:50]),
+    "half a manifest": lambda folder: (folder / MANIFEST).write_text(
+        (folder / MANIFEST).read_text()[:50]
+    ),
     "an empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
     "a manifest of something else": lambda folder: (folder / MANIFEST).write_text("[1]"),
     "a manifest without files": lambda folder: (folder / MANIFEST).write_text('{"files": null}'),
@@ -190,7 +225,9 @@ def readable(path: Path) -> None:
 
 @pytest.mark.parametrize("broken", BREAKS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_broken_checkpoint_is_named_and_the_older_one_is_used(tmp_path: Path, broken: str, ranks: int) -> None:
+def test_a_broken_checkpoint_is_named_and_the_older_one_is_used(
+    tmp_path: Path, broken: str, ranks: int
+) -> None:
     older, newer = saved(tmp_path, 2), saved(tmp_path, 3)
     BREAKS[broken](newer)
     assert verify(older) == []
@@ -210,7 +247,11 @@ def test_without_a_manifest_there_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_a_half_written_folder_is_ignored_and_written_over(tmp_path: Path) -> None:
     older = saved(tmp_path, 2)
-    left = [tmp_path / "step_00000003", tmp_path / ".step_00000003.a1.partial", tmp_path / ".step_00000007.b2.partial"]
+    left = [
+        tmp_path / "step_00000003",
+        tmp_path / ".step_00000003.a1.partial",
+        tmp_path / ".step_00000007.b2.partial",
+    ]
     for folder in left:
         folder.mkdir()
         (folder / "rank_00000.safetensors").write_bytes(b"half")
@@ -276,9 +317,13 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert committed(tmp_path) == [folders[3]]
 
 
-def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_is_being_deleted_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [saved(tmp_path, step) for step in (1, 2)]
-    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # killed right after the manifest went
+    monkeypatch.setattr(
+        module.shutil, "rmtree", lambda *_, **__: None
+    )  # killed right after the manifest went
     retain(tmp_path, 1)
     assert committed(tmp_path) == [folders[1]]
 
@@ -286,7 +331,9 @@ def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch:
 # --- errors while writing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails", ["save_tensors", "synced_sha256", "write_atomically", "sync_folder"])
+@pytest.mark.parametrize(
+    "fails", ["save_tensors", "synced_sha256", "write_atomically", "sync_folder"]
+)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_error_while_writing_is_raised_everywhere_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, ranks: int
@@ -373,13 +420,18 @@ def is_alone() -> bool:
     return all(thread.name != "checkpoint" for thread in threading.enumerate())
 
 
-def test_what_changes_after_a_save_has_begun_does_not_reach_it(tmp_path: Path, gate: threading.Event) -> None:
+def test_what_changes_after_a_save_has_begun_does_not_reach_it(
+    tmp_path: Path, gate: threading.Event
+) -> None:
     storage, history, saves = torch.arange(24.0), [1], saver(tmp_path)
     strided, view = storage[:12:2], storage[12:]
     seed_everything(3)
     expected = draws()
     seed_everything(3)
-    owned = [Shard("a", (6,), 0, 6, {"param": strided, "step": storage[:1]}), Shard("b", (12,), 0, 12, {"param": view})]
+    owned = [
+        Shard("a", (6,), 0, 6, {"param": strided, "step": storage[:1]}),
+        Shard("b", (12,), 0, 12, {"param": view}),
+    ]
     saves.save(1, owned, {"history": history}, in_background=True)
     assert saves.pop_committed() is None
     storage.fill_(-1)
@@ -401,7 +453,11 @@ def test_what_changes_after_a_save_has_begun_does_not_reach_it(tmp_path: Path, g
 def test_in_the_background_the_same_files_are_written(tmp_path: Path) -> None:
     def work(world: World) -> None:
         seed_everything(3)
-        mine = [part("a", (3, 4), 0, 7)] if world.rank == 0 else [part("a", (3, 4), 7, 12), part("b", (5,), 0, 5)]
+        mine = (
+            [part("a", (3, 4), 0, 7)]
+            if world.rank == 0
+            else [part("a", (3, 4), 7, 12), part("b", (5,), 0, 5)]
+        )
         for name in ("at once", "later"):
             saves = saver(tmp_path / name, world)
             saves.save(4, mine, META, module.rng_state(), in_background=name == "later")
@@ -458,7 +514,9 @@ def test_no_two_saves_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("then", ["the next save", "the end"])
-@pytest.mark.parametrize("fails", ["save_tensors", "synced_sha256", "write_atomically", "sync_folder"])
+@pytest.mark.parametrize(
+    "fails", ["save_tensors", "synced_sha256", "write_atomically", "sync_folder"]
+)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_error_in_the_background_is_raised_everywhere_at_the_next_save_or_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, ranks: int, then: str
@@ -477,7 +535,9 @@ def test_an_error_in_the_background_is_raised_everywhere_at_the_next_save_or_the
             saves.save(4, [part(f"p{world.rank}", (3,), 0, 3)], META)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, fails, full)  # of write_atomically: not even the failure can be recorded
+        patch.setattr(
+            module, fails, full
+        )  # of write_atomically: not even the failure can be recorded
         results = on_ranks(ranks, work)
     for result in results:
         assert isinstance(result, SaveFailed)
@@ -489,7 +549,9 @@ def test_an_error_in_the_background_is_raised_everywhere_at_the_next_save_or_the
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_full_disk_of_one_rank_in_the_background_is_raised_on_all(tmp_path: Path, rank: int) -> None:
+def test_a_full_disk_of_one_rank_in_the_background_is_raised_on_all(
+    tmp_path: Path, rank: int
+) -> None:
     older = saved(tmp_path, 2)
 
     def work(world: World) -> None:
@@ -502,12 +564,16 @@ def test_a_full_disk_of_one_rank_in_the_background_is_raised_on_all(tmp_path: Pa
     with full_disk(50_000):
         results = on_ranks(3, work)
     assert all(isinstance(result, SaveFailed) for result in results), results
-    assert all(f"(rank {rank}: " in str(result) for result in results), results  # and not what follows from it
+    assert all(f"(rank {rank}: " in str(result) for result in results), (
+        results
+    )  # and not what follows from it
     assert newest_valid(tmp_path, ALONE) == (older, [])
     assert list(tmp_path.iterdir()) == [older]
 
 
-def test_a_failure_that_cannot_be_recorded_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_that_cannot_be_recorded_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = module._Draft.record
 
     def full(draft: Any, *args: Any) -> None:
@@ -523,7 +589,9 @@ def test_a_failure_that_cannot_be_recorded_is_not_waited_for(tmp_path: Path, mon
         saves.wait()
 
     results = on_ranks(2, work)
-    assert all("(rank 1: OSError: [Errno 28] No space left" in str(result) for result in results), results
+    assert all("(rank 1: OSError: [Errno 28] No space left" in str(result) for result in results), (
+        results
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -531,7 +599,9 @@ def test_a_record_that_never_appears_is_waited_for_as_long_as_a_collective_takes
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = module._Draft.record
-    monkeypatch.setattr(module._Draft, "record", lambda draft, made: draft.world.rank or record(draft, made))
+    monkeypatch.setattr(
+        module._Draft, "record", lambda draft, made: draft.world.rank or record(draft, made)
+    )
 
     def work(world: World) -> None:
         saves = saver(tmp_path, world, timeout_s=0.1)
@@ -543,7 +613,9 @@ def test_a_record_that_never_appears_is_waited_for_as_long_as_a_collective_takes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_that_has_failed_does_not_spoil_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_has_failed_does_not_spoil_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = module._Draft.commit
 
     def failing(draft: Any, parts: Any) -> None:
@@ -579,7 +651,9 @@ def test_state_that_cannot_be_copied_is_raised_on_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_ends_waits_for_no_other_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_ends_waits_for_no_other_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They may be dead. What all have written is committed still."""
     gone, write = threading.Event(), module._Draft.write
 
@@ -609,7 +683,13 @@ def test_a_run_that_ends_waits_for_no_other_rank(tmp_path: Path, monkeypatch: py
 def draws() -> list[float]:
     """Numbers of every generator, an odd count of the normal ones, whose second half a generator may keep."""
     normal = [np.random.randn(), random.gauss(0, 1), torch.randn(1).item()]
-    return [*normal, np.random.rand(), random.random(), torch.rand(1).item(), float(torch.randint(1000, ()))]
+    return [
+        *normal,
+        np.random.rand(),
+        random.random(),
+        torch.rand(1).item(),
+        float(torch.randint(1000, ())),
+    ]
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
@@ -625,8 +705,12 @@ def test_the_random_state_comes_back_exactly(tmp_path: Path, before: int) -> Non
 
 
 def test_each_rank_has_its_own_random_state(tmp_path: Path) -> None:
-    folder = on_two_ranks(tmp_path)[0]  # threads share the generators: what matters is that each rank's file is read
-    states = [module.load_file(folder / f"rng_{rank:05d}.safetensors")["torch"] for rank in range(2)]
+    folder = on_two_ranks(tmp_path)[
+        0
+    ]  # threads share the generators: what matters is that each rank's file is read
+    states = [
+        module.load_file(folder / f"rng_{rank:05d}.safetensors")["torch"] for rank in range(2)
+    ]
     for rank, state in enumerate(states):
         Reader(folder).restore_rng(World(rank, 2, rank, ALONE.device), seed=7)
         assert torch.equal(torch.get_rng_state(), state)
@@ -669,7 +753,9 @@ def test_an_unreadable_manifest_is_no_proof_against_the_files(tmp_path: Path, br
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("files", [{"a": "b"}, None, []])
-def test_another_format_is_refused_and_never_passed_over(tmp_path: Path, ranks: int, files: Any) -> None:
+def test_another_format_is_refused_and_never_passed_over(
+    tmp_path: Path, ranks: int, files: Any
+) -> None:
     saved(tmp_path, 2)
     manifest = saved(tmp_path, 3) / MANIFEST
     manifest.write_text(json.dumps({"format": 99, "files": files}))
@@ -684,13 +770,17 @@ def test_another_format_is_refused_and_never_passed_over(tmp_path: Path, ranks: 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "meta.json", MANIFEST])
-def test_a_file_that_cannot_be_read_this_time_is_not_corrupt(tmp_path: Path, ranks: int, name: str) -> None:
+def test_a_file_that_cannot_be_read_this_time_is_not_corrupt(
+    tmp_path: Path, ranks: int, name: str
+) -> None:
     saved(tmp_path, 2)
     newer = saved(tmp_path, 3)
     unreadable(newer / name)
     for failure in on_ranks(ranks, lambda world: newest_valid(tmp_path, world)):
         assert isinstance(failure, ReadFailed)
-        assert str(failure).startswith(f"{newer / name} cannot be read now (Too many levels of symbolic links); ")
+        assert str(failure).startswith(
+            f"{newer / name} cannot be read now (Too many levels of symbolic links); "
+        )
         assert "\n" not in str(failure)
     readable(newer / name)
     assert newest_valid(tmp_path, ALONE) == (newer, [])
@@ -702,13 +792,16 @@ def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, ranks: int) -
     saved(checkpoints, 2)
     unreadable(checkpoints)
     assert all(
-        isinstance(found, ReadFailed) for found in on_ranks(ranks, lambda world: newest_valid(checkpoints, world))
+        isinstance(found, ReadFailed)
+        for found in on_ranks(ranks, lambda world: newest_valid(checkpoints, world))
     )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("broken", [unreadable, lambda path: path.write_text('{"format": 99}')])
-def test_a_refusal_keeps_no_frame_alive(tmp_path: Path, ranks: int, broken: Callable[[Path], Any]) -> None:
+def test_a_refusal_keeps_no_frame_alive(
+    tmp_path: Path, ranks: int, broken: Callable[[Path], Any]
+) -> None:
     """A process group that lives until the interpreter ends, held by a frame of a traceback, aborts the process."""
     broken(saved(tmp_path, 2) / MANIFEST)
 

@@ -16,7 +16,14 @@ from orchestrator.data.collate import PreferenceCollator
 from orchestrator.data.pairs import Pairs, tokenized_pairs
 from orchestrator.settings.spec import UserError
 from orchestrator.training import compute_metrics as module
-from orchestrator.training.compute_metrics import KEY, PADDING, Predictions, UserMetrics, check_memory, user_metrics
+from orchestrator.training.compute_metrics import (
+    KEY,
+    PADDING,
+    Predictions,
+    UserMetrics,
+    check_memory,
+    user_metrics,
+)
 from orchestrator.training.evaluate import evaluate
 from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.world import World
@@ -51,21 +58,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pairs(folder: Path) -> Pairs:
-    return tokenized_pairs(data_spec(train=str(folder / "train.jsonl")), "train", tokenizer(), folder)
+    return tokenized_pairs(
+        data_spec(train=str(folder / "train.jsonl")), "train", tokenizer(), folder
+    )
 
 
 @pytest.fixture(scope="module")
 def engines() -> list[Any]:
-    return [engine_runs.engine_of(engine_runs.Case(), ALONE) for _ in range(3)]  # a model runs one forward at a time
+    return [
+        engine_runs.engine_of(engine_runs.Case(), ALONE) for _ in range(3)
+    ]  # a model runs one forward at a time
 
 
-def handed(engines: list[Any], pairs: Pairs, ranks: int = 1, packed: bool = True, **settings: Any) -> Keeps:
+def handed(
+    engines: list[Any], pairs: Pairs, ranks: int = 1, packed: bool = True, **settings: Any
+) -> Keeps:
     """What the function was handed on so many ranks; every rank has its number, and the others were never asked."""
     asked = [Keeps() for _ in range(ranks)]
 
     def on(world: World) -> dict[str, float]:
         loader = engine_runs.loader(pairs, world, packed)
-        return evaluate(engines[world.rank], loader, world, 3, user=user(asked[world.rank], **settings))
+        return evaluate(
+            engines[world.rank], loader, world, 3, user=user(asked[world.rank], **settings)
+        )
 
     for found in on_ranks(ranks, on):
         assert not isinstance(found, Exception), found
@@ -88,7 +103,9 @@ def by_hand(engines: list[Any], pairs: Pairs) -> Predictions:
                 ids = torch.tensor([prompt + completion])
                 with torch.no_grad():
                     logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
-                found.append(logps[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum().item())
+                found.append(
+                    logps[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum().item()
+                )
             made[name].append(found)
     arrays = {name: np.array(values) for name, values in made.items()}
     beta = engines[0].step.dpo.beta
@@ -111,7 +128,9 @@ def padded_batches(engines: list[Any], pairs: Pairs) -> list[tuple[torch.Tensor,
     """Logits and input_ids of whole padded batches, by the model as transformers calls it."""
     made = []
     for start in range(0, COUNT, BATCH):
-        batch = PreferenceCollator(PAD, data_spec())([pairs[i] for i in range(start, min(start + BATCH, COUNT))])
+        batch = PreferenceCollator(PAD, data_spec())(
+            [pairs[i] for i in range(start, min(start + BATCH, COUNT))]
+        )
         with torch.no_grad():
             model = engines[0].step.policy.eval()
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -120,7 +139,9 @@ def padded_batches(engines: list[Any], pairs: Pairs) -> list[tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize(("ranks", "packed"), [(1, True), (2, False), (3, True)])
-def test_logits_are_those_of_padded_batches(engines: list[Any], pairs: Pairs, ranks: int, packed: bool) -> None:
+def test_logits_are_those_of_padded_batches(
+    engines: list[Any], pairs: Pairs, ranks: int, packed: bool
+) -> None:
     expected = padded_batches(engines, pairs)
     [(logits, labels, _)] = handed(engines, pairs, ranks, packed, logits=True).handed
     width, at = max(ids.shape[1] for _, ids in expected), 0
@@ -134,19 +155,29 @@ def test_logits_are_those_of_padded_batches(engines: list[Any], pairs: Pairs, ra
         at += len(ids)
 
 
-def test_the_logits_are_the_same_to_the_last_bit_on_any_number_of_ranks(engines: list[Any], pairs: Pairs) -> None:
-    [(alone, _, _)], [(shared, _, _)] = (handed(engines, pairs, ranks, logits=True).handed for ranks in (1, 3))
+def test_the_logits_are_the_same_to_the_last_bit_on_any_number_of_ranks(
+    engines: list[Any], pairs: Pairs
+) -> None:
+    [(alone, _, _)], [(shared, _, _)] = (
+        handed(engines, pairs, ranks, logits=True).handed for ranks in (1, 3)
+    )
     assert np.array_equal(alone, shared)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_batches_come_one_at_a_time(
-    engines: list[Any], pairs: Pairs, by_hand: Predictions, monkeypatch: pytest.MonkeyPatch, ranks: int
+    engines: list[Any],
+    pairs: Pairs,
+    by_hand: Predictions,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_LOGITS", 2000)  # a few positions at a time
     called = handed(engines, pairs, ranks, logits=True, batched=True).handed
     assert [is_last for _, _, is_last in called] == [False, False, True]
-    for (logits, labels, _), (made, ids) in zip(called, padded_batches(engines, pairs), strict=True):
+    for (logits, labels, _), (made, ids) in zip(
+        called, padded_batches(engines, pairs), strict=True
+    ):
         torch.testing.assert_close(logits, made, **FP32)
         assert torch.equal(labels, ids)
     called = handed(engines, pairs, ranks, batched=True).handed
@@ -172,7 +203,14 @@ def test_an_engine_that_shards_weights_hands_over_the_same(
 
 
 def test_numbers_of_any_kind_are_numbers(engines: list[Any], pairs: Pairs) -> None:
-    made = {"a": 1, "b": 0.5, "c": np.float32(2), "d": torch.tensor([3.0]), "eval_e": np.array(4), "eval_odd_f": True}
+    made = {
+        "a": 1,
+        "b": 0.5,
+        "c": np.float32(2),
+        "d": torch.tensor([3.0]),
+        "eval_e": np.array(4),
+        "eval_odd_f": True,
+    }
     loader = engine_runs.loader(pairs, ALONE, True)
     found = evaluate(engines[0], loader, ALONE, 3, name="odd", user=user(lambda _: made))
     expected = {"a": 1.0, "b": 0.5, "c": 2.0, "d": 3.0, "eval_e": 4.0, "f": 1.0}
@@ -192,7 +230,10 @@ def raising(_: Any) -> dict[str, float]:
         (lambda _: {"a": "high"}, "returned a = 'high', which is not a number"),
         (lambda _: {"a": np.zeros(2)}, "returned a = array([0., 0.]), which is not a number"),
         (lambda _: {3: 0.5}, "returned the name 3, which is not a string"),
-        (lambda _: {"loss": 0.5}, "returned loss, which is the name of a metric of every evaluation"),
+        (
+            lambda _: {"loss": 0.5},
+            "returned loss, which is the name of a metric of every evaluation",
+        ),
     ],
 )
 @pytest.mark.parametrize("logits", [False, True])
@@ -201,7 +242,9 @@ def test_anything_else_ends_every_rank_with_the_same_line(
 ) -> None:
     def on(world: World) -> Any:
         loader = engine_runs.loader(pairs, world, True)
-        return evaluate(engines[world.rank], loader, world, 3, name="odd", user=user(function, logits=logits))
+        return evaluate(
+            engines[world.rank], loader, world, 3, name="odd", user=user(function, logits=logits)
+        )
 
     first, second = on_ranks(2, on)
     assert isinstance(first, UserError)
@@ -221,7 +264,12 @@ def test_anything_else_ends_every_rank_with_the_same_line(
 @pytest.mark.parametrize(
     ("evaluation", "given", "key", "says"),
     [
-        ({"logits": True}, NOTHING, "evaluation.logits", "applies only with evaluation.compute_metrics"),
+        (
+            {"logits": True},
+            NOTHING,
+            "evaluation.logits",
+            "applies only with evaluation.compute_metrics",
+        ),
         ({"batch_size": 2}, NOTHING, "evaluation.batch_size", "= 2: applies only"),
         ({"compute_metrics": "math:none"}, NOTHING, KEY, "has no none"),
         ({"compute_metrics": "math:pi"}, NOTHING, KEY, "cannot be called"),
@@ -255,7 +303,9 @@ def test_a_function_that_cannot_be_asked_is_refused(
     assert says in str(caught.value)
 
 
-def test_a_class_is_built_and_batches_are_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_is_built_and_batches_are_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("math.Keeps", Keeps, raising=False)
     evaluation = {"compute_metrics": "math:Keeps", "batch_eval_metrics": True}
     made = user_metrics(tiny_spec(tmp_path, evaluation=evaluation), NOTHING, PAD)
@@ -271,7 +321,12 @@ def test_more_logits_than_there_may_be_are_refused_with_the_cure(
     monkeypatch.setattr(module, "MOST_BYTES", 2 * BATCH * longest * 300 * 4)
     check_memory(user(Keeps(), logits=True, batched=True), pairs, 300, "data.eval", spec)
     check_memory(user(Keeps()), pairs, 10**9, "data.eval", spec)
-    with pytest.raises(UserError, match=r"evaluation.logits = True: .*data.eval.*evaluation.batch_eval_metrics=true"):
+    with pytest.raises(
+        UserError,
+        match=r"evaluation.logits = True: .*data.eval.*evaluation.batch_eval_metrics=true",
+    ):
         check_memory(user(Keeps(), logits=True), pairs, 300, "data.eval", spec)
-    with pytest.raises(UserError, match=r"set evaluation.batch_size below 3, or data.max_length lower"):
+    with pytest.raises(
+        UserError, match=r"set evaluation.batch_size below 3, or data.max_length lower"
+    ):
         check_memory(user(Keeps(), logits=True, batched=True), pairs, 301, "data.eval", spec)

@@ -95,7 +95,11 @@ def first_three_scored(rows: list[Any]) -> dict[str, torch.Tensor]:
     mask = torch.zeros_like(batch.input_ids)
     mask.view(-1)[batch.completion_index + 1] = 1
     mask[mask.cumsum(1) > 3] = 0
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "completion_mask": mask}
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "completion_mask": mask,
+    }
 
 
 def token_mean(pairs: Pairs, at_most: int) -> float:
@@ -113,7 +117,9 @@ def sorted_loss(pairs: Pairs) -> float:
     """The loss of aot of all pairs at once."""
     batch = collator(True)([pairs[index] for index in range(COUNT)])
     w, x, ref_w, ref_x = (
-        half for seed in (0, 1) for half in sequence_logps(tiny_model(seed, torch.float64, True), batch).chunk(2)
+        half
+        for seed in (0, 1)
+        for half in sequence_logps(tiny_model(seed, torch.float64, True), batch).chunk(2)
     )
     margin = 0.1 * ((w - x).sort().values - (ref_w - ref_x).sort().values)
     return float(-margin.sigmoid().log().mean())
@@ -128,7 +134,9 @@ def test_where_a_loss_sorts_pairs_the_whole_set_is_the_batch(pairs: Pairs, ranks
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("by_user", [False, True], ids=["ours", "a user's collator"])
-def test_a_mean_over_tokens_is_one_over_all_of_them(pairs: Pairs, ranks: int, by_user: bool) -> None:
+def test_a_mean_over_tokens_is_one_over_all_of_them(
+    pairs: Pairs, ranks: int, by_user: bool
+) -> None:
     engines = [made_engine("sft") for _ in range(ranks)]
 
     def on(world: World) -> dict[str, float]:

@@ -49,7 +49,9 @@ class Run(NamedTuple):
     @property
     def evaluated(self) -> list[dict[str, Any]]:
         """What each call of on_evaluate was given."""
-        return [json.loads(line) for line in (self.dir / "evaluations.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.dir / "evaluations.jsonl").read_text().splitlines()
+        ]
 
 
 def run(folder: Path, *words: str, ranks: int = 1, **blocks: Any) -> Run:
@@ -64,7 +66,8 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("sets")
     easy, all_rows = rows(3, seed=5), rows(3, seed=5) + rows(4, seed=6)
     sets = {
-        name: str(write_jsonl(folder / f"{name}.jsonl", made)) for name, made in (("easy", easy), ("all", all_rows))
+        name: str(write_jsonl(folder / f"{name}.jsonl", made))
+        for name, made in (("easy", easy), ("all", all_rows))
     }
     return run(
         folder,
@@ -85,7 +88,11 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_each_set_has_its_metrics_at_the_end_of_each_epoch(two_sets: Run) -> None:
     lines = {line["step"]: line for line in metric_lines(two_sets.dir) if "eval_easy_loss" in line}
     assert list(lines) == [4, 8]
-    wanted = {f"eval_{name}_{metric}" for name in ("easy", "all") for metric in (*EVALUATED, "margin", "pairs")}
+    wanted = {
+        f"eval_{name}_{metric}"
+        for name in ("easy", "all")
+        for metric in (*EVALUATED, "margin", "pairs")
+    }
     for line in lines.values():
         assert {name for name in line if name.startswith("eval_")} == wanted
     assert lines[8]["eval_easy_loss"] != lines[8]["eval_all_loss"]
@@ -93,7 +100,12 @@ def test_each_set_has_its_metrics_at_the_end_of_each_epoch(two_sets: Run) -> Non
 
 def test_callbacks_hear_of_each_set_and_of_the_best_so_far(two_sets: Run) -> None:
     heard, lines = two_sets.evaluated, {line["step"]: line for line in metric_lines(two_sets.dir)}
-    assert [(call["step"], call["epoch"]) for call in heard] == [(4, 1.0), (4, 1.0), (8, 2.0), (8, 2.0)]
+    assert [(call["step"], call["epoch"]) for call in heard] == [
+        (4, 1.0),
+        (4, 1.0),
+        (8, 2.0),
+        (8, 2.0),
+    ]
     for call, name in zip(heard, ["easy", "all"] * 2, strict=True):
         said = {f"eval_{name}_{metric}" for metric in (*EVALUATED, "margin", "pairs")}
         assert set(call["metrics"]) == {"epoch", *said}
@@ -105,7 +117,9 @@ def test_a_users_metrics_are_of_all_pairs_of_a_set_and_decide_what_is_best(two_s
     for line in lines.values():
         assert (line["eval_easy_pairs"], line["eval_all_pairs"]) == (3, 7)
         for name in ("easy", "all"):
-            assert line[f"eval_{name}_margin"] == pytest.approx(line[f"eval_{name}_rewards/margins"])
+            assert line[f"eval_{name}_margin"] == pytest.approx(
+                line[f"eval_{name}_rewards/margins"]
+            )
     result = json.loads((two_sets.dir / "result.json").read_text())
     best = max(lines, key=lambda step: lines[step]["eval_all_margin"])
     assert (result["best_step"], result["best_metric"]) == (best, lines[best]["eval_all_margin"])
@@ -129,7 +143,9 @@ def test_a_checkpoint_at_the_end_of_an_epoch_knows_its_evaluation(two_sets: Run)
 
 
 def test_the_settings_know_the_names_of_the_metrics() -> None:
-    assert set(EVALUATED) == {*METRICS, "runtime", "samples_per_second", "steps_per_second"} - {"num_tokens"}
+    assert set(EVALUATED) == {*METRICS, "runtime", "samples_per_second", "steps_per_second"} - {
+        "num_tokens"
+    }
 
 
 # --- the best step, and an early end -----------------------------------------------------------------------------
@@ -156,7 +172,11 @@ def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_an_early_end_is_an_end_and_its_count_survives_a_kill(stopped_early: Run) -> None:
     result = json.loads((stopped_early.dir / "result.json").read_text())
-    lines = {line["step"]: line["eval_loss"] for line in metric_lines(stopped_early.dir) if "eval_loss" in line}
+    lines = {
+        line["step"]: line["eval_loss"]
+        for line in metric_lines(stopped_early.dir)
+        if "eval_loss" in line
+    }
     assert list(lines) == [0, 2, 4, 6, 8]
     assert result["status"] == "finished"
     assert (result["step"], result["model_step"]) == (8, 2)
@@ -180,14 +200,22 @@ def test_the_best_becomes_the_model(stopped_early: Run) -> None:
     assert f"| eval_loss | {loss:.4f} |" in (stopped_early.dir / "model" / "README.md").read_text()
 
 
-def test_where_no_evaluation_had_a_number_the_last_is_exported_and_a_line_says_so(tmp_path: Path) -> None:
+def test_where_no_evaluation_had_a_number_the_last_is_exported_and_a_line_says_so(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "my_metrics.py").write_text("def nothing(_): return {'odd': float('nan')}")
     evaluation = {"compute_metrics": "my_metrics:nothing", "metric_for_best": "odd"}
-    settings = write_settings(tmp_path, training={"max_steps": 1}, evaluation=evaluation, checkpoint={"export": "best"})
+    settings = write_settings(
+        tmp_path, training={"max_steps": 1}, evaluation=evaluation, checkpoint={"export": "best"}
+    )
     ended = forked.run(settings, cwd=tmp_path)
     assert ended.codes == [0], ended.stderr
-    assert "no evaluation after a step had a number for eval_odd: the last is exported" in ended.stderr
-    assert "receives log-probs, rewards and lengths of pairs; evaluation.logits=true" in ended.stdout
+    assert (
+        "no evaluation after a step had a number for eval_odd: the last is exported" in ended.stderr
+    )
+    assert (
+        "receives log-probs, rewards and lengths of pairs; evaluation.logits=true" in ended.stdout
+    )
 
 
 def test_what_the_export_verb_writes_can_be_chosen(stopped_early: Run, tmp_path: Path) -> None:

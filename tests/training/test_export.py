@@ -54,7 +54,9 @@ def weights(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_newest_checkpoint_becomes_a_model(run_dir: RunDir, dtype: str, expected: torch.dtype) -> None:
+def test_the_newest_checkpoint_becomes_a_model(
+    run_dir: RunDir, dtype: str, expected: torch.dtype
+) -> None:
     out = run_dir.path / "out"
     assert export(run_dir, out, dtype) == out
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -67,25 +69,42 @@ def test_the_newest_checkpoint_becomes_a_model(run_dir: RunDir, dtype: str, expe
 
 def test_one_checkpoint_can_be_chosen(run_dir: RunDir) -> None:
     out = export(run_dir, run_dir.path / "out", checkpoint=step_folder(run_dir.checkpoints, 1))
-    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(out)), weights(tiny_model(seed=9)))
+    assert torch.equal(
+        weights(AutoModelForCausalLM.from_pretrained(out)), weights(tiny_model(seed=9))
+    )
 
 
 def test_a_broken_newest_checkpoint_gives_the_one_before(run_dir: RunDir) -> None:
     (step_folder(run_dir.checkpoints, 2) / "rank_00000.safetensors").write_bytes(b"")
     out = export(run_dir, run_dir.path / "out")
-    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(out)), weights(tiny_model(seed=9)))
+    assert torch.equal(
+        weights(AutoModelForCausalLM.from_pretrained(out)), weights(tiny_model(seed=9))
+    )
 
 
 def test_the_best_of_a_run_without_a_metric_is_refused(run_dir: RunDir) -> None:
-    with pytest.raises(UserError, match=r"has no best checkpoint \(evaluation\.metric_for_best was not set\)"):
+    with pytest.raises(
+        UserError, match=r"has no best checkpoint \(evaluation\.metric_for_best was not set\)"
+    ):
         export(run_dir, run_dir.path / "out", which="best")
 
 
 def test_the_card_says_how_the_model_was_trained(run_dir: RunDir) -> None:
     card = (export(run_dir, run_dir.path / "out") / "README.md").read_text()
-    for words in ("# tiny", "library_name: transformers", "- dpo", "| Pairs seen | 16 |", "| Optimizer steps | 2 |"):
+    for words in (
+        "# tiny",
+        "library_name: transformers",
+        "- dpo",
+        "| Pairs seen | 16 |",
+        "| Optimizer steps | 2 |",
+    ):
         assert words in card
-    for words in ("DPO (sigmoid, beta 0.1)", "| loss | 0.2500 |", "| eval_odd_loss | 0.1250 |", "train.jsonl"):
+    for words in (
+        "DPO (sigmoid, beta 0.1)",
+        "| loss | 0.2500 |",
+        "| eval_odd_loss | 0.1250 |",
+        "train.jsonl",
+    ):
         assert words in card
     assert str(run_dir.path) not in card  # no path of the machine
 
@@ -116,7 +135,9 @@ def test_a_model_that_is_no_export_is_left_alone(run_dir: RunDir, tmp_path: Path
     tiny_model(seed=1).save_pretrained(out)
     with pytest.raises(UserError, match="OUT"):
         export(run_dir, out)
-    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(out)), weights(tiny_model(seed=1)))
+    assert torch.equal(
+        weights(AutoModelForCausalLM.from_pretrained(out)), weights(tiny_model(seed=1))
+    )
 
 
 def test_a_file_in_the_way_is_refused(run_dir: RunDir, tmp_path: Path) -> None:
@@ -180,14 +201,18 @@ def logps(model: Any) -> torch.Tensor:
     for side in ("chosen_ids", "rejected_ids"):
         for pair in pairs:
             tokens = torch.tensor([pair["prompt_ids"] + pair[side]])
-            of_each = model(tokens).logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])
+            of_each = (
+                model(tokens).logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])
+            )
             found.append(of_each[len(pair["prompt_ids"]) - 1 :].sum())
     return torch.stack(found)
 
 
 def assert_says_what_the_policy_said(run_dir: RunDir, base: Path, tolerance: float = 1e-5) -> Any:
     """Of the exported model, which is returned; far from the base, or it would say little."""
-    exported, loading = AutoModelForCausalLM.from_pretrained(run_dir.model, output_loading_info=True)
+    exported, loading = AutoModelForCausalLM.from_pretrained(
+        run_dir.model, output_loading_info=True
+    )
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     policy = torch.load(run_dir.path / "logps.pt")
@@ -201,7 +226,9 @@ def assert_says_what_the_policy_said(run_dir: RunDir, base: Path, tolerance: flo
 @pytest.mark.parametrize("kind", ["adapter_off", "copy"])
 def test_a_new_adapter_is_merged(base: Path, kind: str) -> None:
     exported = assert_says_what_the_policy_said(trained(base, {"kind": kind}, lora=LORA), base)
-    assert exported.config.tie_word_embeddings == AutoConfig.from_pretrained(base).tie_word_embeddings
+    assert (
+        exported.config.tie_word_embeddings == AutoConfig.from_pretrained(base).tie_word_embeddings
+    )
 
 
 @tied_or_not
@@ -220,7 +247,9 @@ TARGETS = {"all": None, "some": ["q_proj", "v_proj"]}
 @pytest.mark.parametrize(
     ("base", "held", "tolerance", "targets"),
     [  # every two of them together: heads are tied and untied in turn
-        pytest.param(UNTIED if (number + which) % 2 else {}, *held, TARGETS[name], id=f"{held[0]}-{name}")
+        pytest.param(
+            UNTIED if (number + which) % 2 else {}, *held, TARGETS[name], id=f"{held[0]}-{name}"
+        )
         for number, held in enumerate(BASES)
         for which, name in enumerate(TARGETS)
     ],
@@ -230,40 +259,63 @@ def test_an_adapter_is_merged_with_a_base_of_fewer_bits(
     base: Path, held: str, tolerance: float, targets: list[str] | None
 ) -> None:
     """Layers without an adapter are held in fewer bits, too."""
-    run_dir = trained(base, {"kind": "adapter_off"}, lora=LORA | {"base": held, "target_modules": targets})
+    run_dir = trained(
+        base, {"kind": "adapter_off"}, lora=LORA | {"base": held, "target_modules": targets}
+    )
     exported = assert_says_what_the_policy_said(run_dir, base, tolerance)
     assert exported.dtype == torch.float32
 
 
 def test_a_merged_model_can_be_written_in_16_bits(base: Path) -> None:
     run_dir = trained(base, {"kind": "adapter_off"}, lora=LORA)
-    whole, half = load_file(run_dir.model / "model.safetensors"), export(run_dir, run_dir.path / "half", "bf16")
-    assert all(torch.equal(v, whole[k].bfloat16()) for k, v in load_file(half / "model.safetensors").items())
+    whole, half = (
+        load_file(run_dir.model / "model.safetensors"),
+        export(run_dir, run_dir.path / "half", "bf16"),
+    )
+    assert all(
+        torch.equal(v, whole[k].bfloat16())
+        for k, v in load_file(half / "model.safetensors").items()
+    )
 
 
 @pytest.mark.parametrize("tied_head", ["untie", "freeze"])
 @pytest.mark.parametrize("sharing", [True, False])
-def test_a_head_that_was_untied_from_frozen_embeddings_stays_so(base: Path, tied_head: str, sharing: bool) -> None:
+def test_a_head_that_was_untied_from_frozen_embeddings_stays_so(
+    base: Path, tied_head: str, sharing: bool
+) -> None:
     shared = {"kind": "shared_layers", "num_shared_layers": 2}
     run_dir = trained(base, shared if sharing else {}, tied_head=tied_head, num_frozen_layers=2)
-    exported, start = assert_says_what_the_policy_said(run_dir, base), AutoModelForCausalLM.from_pretrained(base)
+    exported, start = (
+        assert_says_what_the_policy_said(run_dir, base),
+        AutoModelForCausalLM.from_pretrained(base),
+    )
     is_untied = tied_head == "untie"
     assert exported.config.tie_word_embeddings != is_untied
     assert torch.equal(exported.lm_head.weight, start.lm_head.weight) != is_untied
     assert torch.equal(exported.model.embed_tokens.weight, start.model.embed_tokens.weight)
-    assert torch.equal(exported.model.layers[1].mlp.up_proj.weight, start.model.layers[1].mlp.up_proj.weight)
-    assert not torch.equal(exported.model.layers[2].mlp.up_proj.weight, start.model.layers[2].mlp.up_proj.weight)
+    assert torch.equal(
+        exported.model.layers[1].mlp.up_proj.weight, start.model.layers[1].mlp.up_proj.weight
+    )
+    assert not torch.equal(
+        exported.model.layers[2].mlp.up_proj.weight, start.model.layers[2].mlp.up_proj.weight
+    )
 
 
-@pytest.mark.parametrize("reference", [{"kind": "adapter_off"}, {"kind": "copy"}, {"kind": "int8"}, {"path": "{base}"}])
+@pytest.mark.parametrize(
+    "reference", [{"kind": "adapter_off"}, {"kind": "copy"}, {"kind": "int8"}, {"path": "{base}"}]
+)
 def test_an_adapter_is_not_merged_into_another_base(base: Path, reference: dict[str, Any]) -> None:
     other = base.parent / "other"
     shutil.copytree(base, other)
-    run_dir = trained(base, {k: v.replace("{base}", str(other)) for k, v in reference.items()}, lora=LORA)
+    run_dir = trained(
+        base, {k: v.replace("{base}", str(other)) for k, v in reference.items()}, lora=LORA
+    )
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"model.path = .*its weights are not those that the adapter was trained on"):
+    with pytest.raises(
+        UserError, match=r"model.path = .*its weights are not those that the adapter was trained on"
+    ):
         export(run_dir, run_dir.path / "out")
     assert not (run_dir.path / "out").exists()
     shutil.rmtree(base)
@@ -277,5 +329,7 @@ def test_a_checkpoint_of_an_adapter_holds_nothing_of_the_base(base: Path) -> Non
     assert len(reader.shapes) == 2 * 7 * 3  # two factors of each linear layer
     assert all(".lora_" in name for name in reader.shapes)
     [tensors] = reader.folder.glob("rank_*.safetensors")
-    assert 3 * sum(math.prod(shape) for shape in reader.shapes.values()) * 4 <= tensors.stat().st_size
+    assert (
+        3 * sum(math.prod(shape) for shape in reader.shapes.values()) * 4 <= tensors.stat().st_size
+    )
     assert tensors.stat().st_size < 0.6 * (run_dir.model / "model.safetensors").stat().st_size

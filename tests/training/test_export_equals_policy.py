@@ -21,7 +21,12 @@ from ranks import on_gloo
 from safetensors.torch import load_file
 from support import raw_settings, tiny_spec
 from tiny import ALONE, tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from orchestrator.models.policy import load_tokenizer, made_weights
 from orchestrator.models.storage import persistent_buffers
@@ -46,8 +51,21 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXPERTS = {**SIZES, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
-ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 8}
+EXPERTS = {
+    **SIZES,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+}
+ROUTED = {
+    **EXPERTS,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 8,
+}
 ROUTED["first_k_dense_replace"] = 1
 GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 LORA = {"model": {"lora": {"r": 4}}, "reference": {"kind": "adapter_off"}}
@@ -61,7 +79,9 @@ def config(model_type: str, sizes: dict[str, Any] = SIZES, **more: Any) -> Any:
 def separate_head(tmp_path: Path) -> Path:
     """A model whose config ties head and embeddings, and whose file holds a head of its own."""
     base = random_base(tmp_path / "base", config("llama", tie_word_embeddings=True))
-    changed_file(base, lm_head__weight=torch.randn(300, 32, generator=torch.Generator().manual_seed(1)))
+    changed_file(
+        base, lm_head__weight=torch.randn(300, 32, generator=torch.Generator().manual_seed(1))
+    )
     return base
 
 
@@ -74,9 +94,17 @@ def separate_head(tmp_path: Path) -> Path:
         (config("gpt2", GPT2), LORA),
         (config("gpt2", GPT2), {**LORA, "model": {"lora": {"r": 4, "base": "nf4"}}}),
     ],
-    ids=["tied", "router biases", "adapter on experts", "adapter on Conv1D", "adapter on Conv1D in 4 bits"],
+    ids=[
+        "tied",
+        "router biases",
+        "adapter on experts",
+        "adapter on Conv1D",
+        "adapter on Conv1D in 4 bits",
+    ],
 )
-def test_export_computes_what_the_policy_computed(tmp_path: Path, of: Any, settings: dict[str, Any]) -> None:
+def test_export_computes_what_the_policy_computed(
+    tmp_path: Path, of: Any, settings: dict[str, Any]
+) -> None:
     assert export_error(tmp_path, random_base(tmp_path / "base", of), **settings) <= TOLERANCE
 
 
@@ -91,7 +119,10 @@ MLA = {
     "v_head_dim": 8,
 }
 HYBRID = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2}
-HYBRID |= {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "moe_shared_expert_intermediate_size": 16}
+HYBRID |= {
+    "layers_block_type": ["mamba", "attention", "moe", "mlp"],
+    "moe_shared_expert_intermediate_size": 16,
+}
 KINDS: dict[str, Any] = {
     "untied": config("llama", tie_word_embeddings=False),
     "window": config("mistral", sliding_window=8),
@@ -101,11 +132,15 @@ KINDS: dict[str, Any] = {
     "olmoe": config("olmoe", EXPERTS),
     "granitemoe": config("granitemoe", EXPERTS),
     "gpt_oss": config("gpt_oss", EXPERTS, head_dim=8),
-    "ernie4_5_moe": config("ernie4_5_moe", EXPERTS, moe_num_experts=4, moe_k=2, moe_layer_start_index=1),
+    "ernie4_5_moe": config(
+        "ernie4_5_moe", EXPERTS, moe_num_experts=4, moe_k=2, moe_layer_start_index=1
+    ),
     "minimax_m2": config("minimax_m2", EXPERTS, head_dim=8),
     "deepseek_v3": config("deepseek_v3", {**ROUTED, **MLA}),
     "dots1": config("dots1", ROUTED),
-    "lfm2_moe": config("lfm2_moe", EXPERTS, num_dense_layers=1, layer_types=["full_attention", "conv"]),
+    "lfm2_moe": config(
+        "lfm2_moe", EXPERTS, num_dense_layers=1, layer_types=["full_attention", "conv"]
+    ),
     "nemotron_h": config("nemotron_h", {**ROUTED, **HYBRID}),
 }
 
@@ -117,26 +152,54 @@ NO_LORA = {"nemotron_h"}  # peft refuses all linear layers of a Mamba model
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [(kind, {}) for kind in KINDS] + [(kind, LORA) for kind in sorted(KINDS.keys() - NO_LORA)],
-    ids=[f"{kind}-full" for kind in KINDS] + [f"{kind}-lora" for kind in sorted(KINDS.keys() - NO_LORA)],
+    ids=[f"{kind}-full" for kind in KINDS]
+    + [f"{kind}-lora" for kind in sorted(KINDS.keys() - NO_LORA)],
 )
 def test_export_of_many_kinds_computes_what_the_policy_computed(
     tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
-    assert export_error(tmp_path, random_base(tmp_path / "base", KINDS[kind]), **settings) <= TOLERANCE
+    assert (
+        export_error(tmp_path, random_base(tmp_path / "base", KINDS[kind]), **settings) <= TOLERANCE
+    )
 
 
 VISION = {"hidden_size": 16, "intermediate_size": 32}
-GEMMA3 = {**VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-QWEN3_5 = {**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}
+GEMMA3 = {
+    **VISION,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN3_5 = {
+    **VISION,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
-LINEAR |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+LINEAR |= {
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 8,
+}
 
 
 @pytest.mark.slow
 def test_the_vision_tower_of_a_multimodal_model_is_exported(tmp_path: Path) -> None:
     text = {"model_type": "gemma3_text", **SIZES, "head_dim": 8, "sliding_window": 8}
-    special = {"image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297, "mm_tokens_per_image": 4}
-    base = random_base(tmp_path / "base", config("gemma3", {"text_config": text, "vision_config": GEMMA3, **special}))
+    special = {
+        "image_token_index": 299,
+        "boi_token_index": 298,
+        "eoi_token_index": 297,
+        "mm_tokens_per_image": 4,
+    }
+    base = random_base(
+        tmp_path / "base",
+        config("gemma3", {"text_config": text, "vision_config": GEMMA3, **special}),
+    )
     policy, run_dir = trained_logits(tmp_path, base)
     start, end = (load_file(folder / "model.safetensors") for folder in (base, run_dir.model))
     assert start.keys() == end.keys()
@@ -151,16 +214,24 @@ def test_the_vision_tower_of_a_multimodal_model_is_exported(tmp_path: Path) -> N
 def test_a_language_model_that_is_loaded_alone_is_exported_alone_and_said_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, whole = tmp_path / "base", config("qwen3_5", {"text_config": SIZES | LINEAR, "vision_config": QWEN3_5})
+    base, whole = (
+        tmp_path / "base",
+        config("qwen3_5", {"text_config": SIZES | LINEAR, "vision_config": QWEN3_5}),
+    )
     AutoModelForImageTextToText.from_config(whole).save_pretrained(base)
     tokenizer().save_pretrained(base)
     assert export_error(tmp_path, base) <= TOLERANCE
     said = capsys.readouterr().out
-    assert "qwen3_5: only its language model (Qwen3_5ForCausalLM) is loaded, trained and exported" in said
+    assert (
+        "qwen3_5: only its language model (Qwen3_5ForCausalLM) is loaded, trained and exported"
+        in said
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [{"kind": "ddp"}, {"kind": "fsdp"}, {"kind": "deepspeed", "zero_stage": 3}], ids=str)
+@pytest.mark.parametrize(
+    "engine", [{"kind": "ddp"}, {"kind": "fsdp"}, {"kind": "deepspeed", "zero_stage": 3}], ids=str
+)
 @pytest.mark.parametrize(
     ("of", "settings"),
     [(config("glm4_moe", ROUTED), {}), (config("qwen3_moe", EXPERTS), LORA)],
@@ -182,7 +253,10 @@ def test_a_head_that_only_the_file_has_is_trained_and_exported(
     tmp_path: Path, separate_head: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy, run_dir = trained_logits(tmp_path, separate_head)
-    assert "the weights have a separate output head, although the config ties it" in capsys.readouterr().out
+    assert (
+        "the weights have a separate output head, although the config ties it"
+        in capsys.readouterr().out
+    )
     exported = AutoModelForCausalLM.from_pretrained(run_dir.model)
     assert (logits(exported) - policy).abs().max() <= TOLERANCE * policy.abs().max()
     assert not exported.config.tie_word_embeddings
@@ -190,7 +264,9 @@ def test_a_head_that_only_the_file_has_is_trained_and_exported(
     assert 0 < (exported.lm_head.weight - head).abs().max() < 0.1  # three steps of 0.01
 
 
-def test_an_old_run_whose_config_ties_a_separate_head_is_exported_with_it(tmp_path: Path, separate_head: Path) -> None:
+def test_an_old_run_whose_config_ties_a_separate_head_is_exported_with_it(
+    tmp_path: Path, separate_head: Path
+) -> None:
     policy, run_dir = trained_logits(tmp_path, separate_head)
     old = run_dir.tokenizer / "config.json"
     old.write_text(json.dumps({**json.loads(old.read_text()), "tie_word_embeddings": True}))
@@ -204,7 +280,9 @@ def test_an_old_run_whose_config_ties_a_separate_head_is_exported_with_it(tmp_pa
 
 def without_buffers(checkpoint: Path, names: set[str]) -> None:
     """Make a checkpoint one of a version that left buffers out."""
-    index, manifest = (json.loads((checkpoint / f"{name}.json").read_text()) for name in ("index", "manifest"))
+    index, manifest = (
+        json.loads((checkpoint / f"{name}.json").read_text()) for name in ("index", "manifest")
+    )
     index["shapes"] = {name: shape for name, shape in index["shapes"].items() if name not in names}
     index["ranges"] = [entry for entry in index["ranges"] if entry[2] not in names]
     (checkpoint / "index.json").write_text(json.dumps(index))
@@ -224,7 +302,10 @@ def test_a_checkpoint_without_buffers_takes_them_from_the_start(
     without_buffers(checkpoint, set(buffers))
     exported = AutoModelForCausalLM.from_pretrained(export(run_dir, tmp_path / "again"))
     assert (logits(exported) - policy).abs().max() <= TOLERANCE * policy.abs().max()
-    assert "was written by a version that left out model.layers.1.mlp.gate.e_score_correction_bias" in caplog.text
+    assert (
+        "was written by a version that left out model.layers.1.mlp.gate.e_score_correction_bias"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("is_old", [False, True])
@@ -236,7 +317,11 @@ def test_a_resumed_policy_has_the_buffers_of_the_run(tmp_path: Path, is_old: boo
     assert all(buffer.abs().max() > 0 for buffer in expected.values())
     if is_old:
         without_buffers(checkpoint, set(expected))
-    blocks = {"model": {"init": None, "path": str(base)}, "data": {"eval": None}, "training": {"max_steps": 3}}
+    blocks = {
+        "model": {"init": None, "path": str(base)},
+        "data": {"eval": None},
+        "training": {"max_steps": 3},
+    }
     spec = make_spec(raw_settings(tmp_path, **blocks))
     with built(spec, prepare(spec), ALONE, NothingToSave(), run_dir, found=checkpoint) as trainer:
         found = persistent_buffers(trainer.engine.step.policy)
@@ -266,21 +351,31 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
-    modes = {str(file.relative_to(tmp_path)): oct(stat.S_IMODE(file.stat().st_mode)) for file in files}
+    modes = {
+        str(file.relative_to(tmp_path)): oct(stat.S_IMODE(file.stat().st_mode)) for file in files
+    }
     assert {name: mode for name, mode in modes.items() if mode != "0o640"} == {}
-    assert sum(name.endswith(".safetensors") for name in modes) >= 4  # export, checkpoint, random state, model.init
+    assert (
+        sum(name.endswith(".safetensors") for name in modes) >= 4
+    )  # export, checkpoint, random state, model.init
 
 
 def test_the_config_is_exported_as_it_was_loaded(tmp_path: Path) -> None:
     base = random_base(tmp_path / "base", config("llama", attention_dropout=0.25, use_cache=True))
     _, run_dir = trained_logits(tmp_path, base)
-    exported, loaded = (json.loads((folder / "config.json").read_text()) for folder in (run_dir.model, base))
+    exported, loaded = (
+        json.loads((folder / "config.json").read_text()) for folder in (run_dir.model, base)
+    )
     assert exported == loaded
 
 
 def test_what_stands_beside_a_base_is_exported(tmp_path: Path) -> None:
     base = random_base(tmp_path / "base", config("llama"))
-    sampling = {"do_sample": False, "temperature": 0.6, "max_new_tokens": 9}  # which transformers refuses to save anew
+    sampling = {
+        "do_sample": False,
+        "temperature": 0.6,
+        "max_new_tokens": 9,
+    }  # which transformers refuses to save anew
     (base / "generation_config.json").write_text(json.dumps(sampling))
     (base / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
     several = AutoTokenizer.from_pretrained(base)
@@ -306,7 +401,9 @@ def test_an_adapter_that_cannot_be_merged_is_refused_before_the_first_step(
 
     monkeypatch.setattr(Linear, "get_delta_weight", unsupported)  # which no forward pass needs
     base = random_base(tmp_path / "base", config("llama"))
-    with pytest.raises(UserError, match=r"the adapter on .*_proj \(Linear\) cannot be merged when the model is"):
+    with pytest.raises(
+        UserError, match=r"the adapter on .*_proj \(Linear\) cannot be merged when the model is"
+    ):
         trained_logits(tmp_path, base, **LORA)
     assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
 
@@ -326,7 +423,8 @@ def test_a_model_that_its_config_does_not_describe_is_refused_before_the_first_s
     monkeypatch.setattr(worker, "build_policy", with_a_bias)
     base = random_base(tmp_path / "base", config("llama"))
     with pytest.raises(
-        UserError, match=r"model.path = .*an export would not hold the trained weights: model.norm.bias"
+        UserError,
+        match=r"model.path = .*an export would not hold the trained weights: model.norm.bias",
     ):
         trained_logits(tmp_path, base)
     assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()

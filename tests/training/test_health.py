@@ -52,7 +52,12 @@ def test_the_heartbeat_says_who_is_where(run_dir: RunDir, session: LocalSession)
     before = time.time()
     session.heartbeat(5, "train")
     beat = json.loads((run_dir.logs / "heartbeat_00003.json").read_text())
-    assert (beat["step"], beat["phase"], beat["pid"], beat["host"]) == (5, "train", os.getpid(), os.uname().nodename)
+    assert (beat["step"], beat["phase"], beat["pid"], beat["host"]) == (
+        5,
+        "train",
+        os.getpid(),
+        os.uname().nodename,
+    )
     assert before <= beat["time"] <= time.time()
     assert os.listdir(run_dir.logs) == ["heartbeat_00003.json"]
 
@@ -90,7 +95,9 @@ def test_the_stop_file_is_read_by_rank_zero(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_asks_and_a_second_one_ends(tmp_path: Path, number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", WAITING, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)

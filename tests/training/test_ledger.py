@@ -34,7 +34,9 @@ def output(pairs: int, offset: float) -> StepOutput:
     """What a step might give: numbers that are all different."""
     numbers = torch.arange(5.0 * pairs, dtype=torch.float64) + offset
     logps, ref_logps, losses = numbers.split([2 * pairs, 2 * pairs, pairs])
-    return StepOutput(losses.sum(), torch.zeros(0), -logps.requires_grad_(), -(ref_logps**1.1), losses)
+    return StepOutput(
+        losses.sum(), torch.zeros(0), -logps.requires_grad_(), -(ref_logps**1.1), losses
+    )
 
 
 def test_rows_are_what_the_step_saw_without_fillers() -> None:
@@ -51,11 +53,21 @@ def test_rows_are_what_the_step_saw_without_fillers() -> None:
         batch, numbers = batches[number], outputs[number]
         for i, pair in enumerate(batch.pair_ids.tolist()):
             chosen, rejected, ref_chosen, ref_rejected = (
-                half[i].item() for both in (numbers.logps, numbers.ref_logps) for half in both.chunk(2)
+                half[i].item()
+                for both in (numbers.logps, numbers.ref_logps)
+                for half in both.chunk(2)
             )
             tokens = [half[i].item() for half in batch.completion_tokens.chunk(2)]
             margin = BETA * (chosen - ref_chosen) - BETA * (rejected - ref_rejected)
-            of = (chosen, rejected, ref_chosen, ref_rejected, margin, numbers.losses[i].item(), *tokens)
+            of = (
+                chosen,
+                rejected,
+                ref_chosen,
+                ref_rejected,
+                margin,
+                numbers.losses[i].item(),
+                *tokens,
+            )
             expected.append((pair, step, epoch, *of))
     assert [tuple(row.values()) for row in made.to_pylist()] == expected
     assert seen.take().num_rows == 0
@@ -83,7 +95,9 @@ def seen(steps: range, ranks: int = 1, rank: int = 0, pairs: int = 4) -> pa.Tabl
     return pa.table(columns, schema=SCHEMA)
 
 
-def goes_on(run_dir: RunDir, found: int | None = None, world: World = ALONE, keep: int = 2) -> Saver:
+def goes_on(
+    run_dir: RunDir, found: int | None = None, world: World = ALONE, keep: int = 2
+) -> Saver:
     """What saves a run that begins, or resumes after step `found`."""
     kept = Ledger(run_dir.pairs) if world.is_main else None
     if kept is not None:
@@ -122,8 +136,14 @@ def test_parts_stay_when_checkpoints_go(run_dir: RunDir, ranks: int, in_backgrou
         return found
 
     assert on_ranks(ranks, work)[0] == [list(range(1, step + 1)) for step in range(1, 8)]
-    assert parts(run_dir) == [COPY, *(f"steps_{first:08d}_{first + 1:08d}."[:22] for first in (1, 3, 5))]
-    assert [path.name for path in sorted(run_dir.checkpoints.iterdir())] == ["step_00000006", "step_00000007"]
+    assert parts(run_dir) == [
+        COPY,
+        *(f"steps_{first:08d}_{first + 1:08d}."[:22] for first in (1, 3, 5)),
+    ]
+    assert [path.name for path in sorted(run_dir.checkpoints.iterdir())] == [
+        "step_00000006",
+        "step_00000007",
+    ]
     assert verify(run_dir) == []
 
 
@@ -132,14 +152,22 @@ def test_a_pair_that_a_step_saw_twice_is_one_row(run_dir: RunDir) -> None:
 
     def work(world: World) -> None:
         saves = goes_on(run_dir, world=world)
-        saves.save(2, [], {}, in_background=False, seen=pa.concat_tables([seen(range(1, 3)), seen(range(2, 3))]))
+        saves.save(
+            2,
+            [],
+            {},
+            in_background=False,
+            seen=pa.concat_tables([seen(range(1, 3)), seen(range(2, 3))]),
+        )
 
     on_ranks(2, work)
     assert steps(run_dir) == [1, 2]
 
 
 @pytest.mark.parametrize("found", [4, 5, 6])
-def test_what_came_after_the_checkpoint_that_is_resumed_is_forgotten(run_dir: RunDir, found: int) -> None:
+def test_what_came_after_the_checkpoint_that_is_resumed_is_forgotten(
+    run_dir: RunDir, found: int
+) -> None:
     saves = goes_on(run_dir, keep=9)
     for step in range(1, 8):
         save(saves, step - 1, step)
@@ -259,11 +287,17 @@ STEPS = 6  # of 8 of 20 pairs: two epochs
 def test_a_run_keeps_what_its_steps_gave(tmp_path: Path, precision: str, ranks: int) -> None:
     """With fillers, a batch of another size, two epochs and, in fp16, steps that were skipped."""
     pairs = write_jsonl(tmp_path / "few.jsonl", rows(20))
-    settings = write_settings(tmp_path, data={"train": str(pairs), "eval": None}, training={"max_steps": STEPS})
+    settings = write_settings(
+        tmp_path, data={"train": str(pairs), "eval": None}, training={"max_steps": STEPS}
+    )
     words = [f"precision={precision}", "checkpoint.every_steps=4"]
     forked.finished(settings, *words, ranks=ranks, hook=forked.notes_pairs)
     run_dir = tmp_path / "runs" / "tiny"
-    given = [json.loads(line) for path in run_dir.glob("given*.jsonl") for line in path.read_text().splitlines()]
+    given = [
+        json.loads(line)
+        for path in run_dir.glob("given*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     applied = {(pair["step"], pair["pair_id"]): pair for pair in given if not pair.pop("skipped")}
     assert (len(applied) < len(given)) == (precision == "fp16")
     made = ledger_rows(run_dir)
@@ -275,8 +309,12 @@ def test_a_run_keeps_what_its_steps_gave(tmp_path: Path, precision: str, ranks: 
     for line in metric_lines(run_dir):
         of_step = [row for row in made if row["step"] == line["step"]]
         for column, name in means.items():
-            assert sum(row[column] for row in of_step) / len(of_step) == pytest.approx(line[name], rel=1e-12)
-        assert sum(row["margin"] > 0 for row in of_step) / len(of_step) == line["rewards/accuracies"]
+            assert sum(row[column] for row in of_step) / len(of_step) == pytest.approx(
+                line[name], rel=1e-12
+            )
+        assert (
+            sum(row["margin"] > 0 for row in of_step) / len(of_step) == line["rewards/accuracies"]
+        )
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:

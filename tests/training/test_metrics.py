@@ -53,7 +53,10 @@ def test_a_restored_window_is_counted_once(ranks: int, ranks_before: int) -> Non
         window.add(sums(1.0))
         return window.totals()
 
-    expected = [[(ranks_before + ranks) * (i + 1.0), 2.0 * (ranks_before + ranks)] for i in range(len(METRICS))]
+    expected = [
+        [(ranks_before + ranks) * (i + 1.0), 2.0 * (ranks_before + ranks)]
+        for i in range(len(METRICS))
+    ]
     assert on_ranks(ranks, work) == [expected] * ranks
 
 

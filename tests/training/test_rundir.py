@@ -45,7 +45,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_another_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
     run_dir = begun(tmp_path)
     with pytest.raises(UserError) as caught:
-        run_dir.check(tiny_spec(tmp_path, dpo={"beta": 0.5}, optimizer={"lr": 5.0}, checkpoint={"keep": 9}))
+        run_dir.check(
+            tiny_spec(tmp_path, dpo={"beta": 0.5}, optimizer={"lr": 5.0}, checkpoint={"keep": 9})
+        )
     message = str(caught.value)
     assert message.startswith("run.name = 'tiny'")
     assert "dpo.beta (was 0.1, now 0.5)" in message
@@ -55,7 +57,11 @@ def test_another_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("is_trained", "change"),
-    [(True, {}), (True, {"checkpoint": {"keep": 9}, "cluster": {"num_workers": 2}}), (False, {"dpo": {"beta": 0.5}})],
+    [
+        (True, {}),
+        (True, {"checkpoint": {"keep": 9}, "cluster": {"num_workers": 2}}),
+        (False, {"dpo": {"beta": 0.5}}),
+    ],
 )
 def test_what_may_change_may(tmp_path: Path, is_trained: bool, change: dict[str, Any]) -> None:
     begun(tmp_path, is_trained).check(tiny_spec(tmp_path, **change))
@@ -79,7 +85,9 @@ def test_a_request_to_stop_is_one_of_the_process_that_holds_the_run(tmp_path: Pa
         assert run_dir.owner() == f"process {os.getpid()} on {os.uname().nodename}"
     assert run_dir.owner() is None
     with run_dir.owned():
-        assert not run_dir.stop.exists()  # was asked of another; what is asked from now on, data being read, is kept
+        assert (
+            not run_dir.stop.exists()
+        )  # was asked of another; what is asked from now on, data being read, is kept
 
 
 def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
@@ -93,7 +101,9 @@ def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+def test_a_write_that_fails_leaves_the_old_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
     path = tmp_path / "file"
     write_atomically(path, "old")
 

@@ -13,21 +13,31 @@ from orchestrator.training.rundir import RunDir
 
 
 def answers_of_a_run(folder: Path, **blocks: Any) -> list[dict[str, str]]:
-    spec = tiny_spec(folder, **{"evaluation": {"samples": 2}, "training": {"max_steps": 1}, **blocks})
+    spec = tiny_spec(
+        folder, **{"evaluation": {"samples": 2}, "training": {"max_steps": 1}, **blocks}
+    )
     result = debug(spec)
     assert json.loads(RunDir(spec.run_dir).result.read_text())["samples"] == result.samples
     return result.samples
 
 
-def test_a_run_answers_its_first_evaluation_prompts_before_and_after_training(tmp_path: Path) -> None:
+def test_a_run_answers_its_first_evaluation_prompts_before_and_after_training(
+    tmp_path: Path,
+) -> None:
     held_out = rows(4, seed=1, conversational=True)
     write_jsonl(tmp_path / "held_out.jsonl", held_out)
     write_jsonl(tmp_path / "pairs.jsonl", rows(16, conversational=True))
     files = {"train": str(tmp_path / "pairs.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}
     answers = answers_of_a_run(
-        tmp_path, data=files, optimizer={"lr": 0.05}, dpo={"loss_type": ["sigmoid", "sft"]}, training={"max_steps": 10}
+        tmp_path,
+        data=files,
+        optimizer={"lr": 0.05},
+        dpo={"loss_type": ["sigmoid", "sft"]},
+        training={"max_steps": 10},
     )
-    assert [each["prompt"] for each in answers] == [row["prompt"][0]["content"] for row in held_out[:2]]
+    assert [each["prompt"] for each in answers] == [
+        row["prompt"][0]["content"] for row in held_out[:2]
+    ]
     assert all(each["before"] != each["after"] for each in answers)
 
 
@@ -51,4 +61,7 @@ def test_answers_that_fail_are_a_warning_of_a_finished_run(
 
     monkeypatch.setattr(samples, "greedy_answers", fail)
     assert answers_of_a_run(tmp_path) == []
-    assert "evaluation.samples: no prompt was answered (RuntimeError: out of memory on cuda:0)" in caplog.text
+    assert (
+        "evaluation.samples: no prompt was answered (RuntimeError: out of memory on cuda:0)"
+        in caplog.text
+    )

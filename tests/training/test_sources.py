@@ -76,7 +76,11 @@ def test_an_epoch_has_the_shares_of_the_sets(prepared: PreparedRun, whole: Path)
     assert ended == [[steps, 1.0], [2 * steps, 2.0]]
     epochs = [line["epoch"] for line in metric_lines(whole) if "loss" in line]
     assert epochs == pytest.approx(
-        [epoch + min(step * BATCH / per_epoch, 1) for epoch in (0, 1) for step in range(1, steps + 1)]
+        [
+            epoch + min(step * BATCH / per_epoch, 1)
+            for epoch in (0, 1)
+            for step in range(1, steps + 1)
+        ]
     )
 
 
@@ -92,14 +96,21 @@ def test_a_step_trains_on_its_part_of_the_epoch_and_an_evaluation_on_what_is_hel
         (place.source, place.row) for place in places
     )
     assert made.loss == pytest.approx(losses(whole)[step], abs=1e-6)
-    prompts = [{str(pairs[index]["prompt_ids"]) for index in range(len(pairs))} for pairs in (train, held_out)]
+    prompts = [
+        {str(pairs[index]["prompt_ids"]) for index in range(len(pairs))}
+        for pairs in (train, held_out)
+    ]
     assert prompts[0].isdisjoint(prompts[1])
 
 
 def test_known_log_probs_of_the_reference_give_the_same_losses(settings: Path, whole: Path) -> None:
-    said = forked.finished(settings, "run.name=known", "reference.kind=precomputed", cwd=settings.parent)
+    said = forked.finished(
+        settings, "run.name=known", "reference.kind=precomputed", cwd=settings.parent
+    )
     assert "reference cache: 21 training pairs" in said
-    assert "reference cache: 7" not in said  # the first run has kept what it said of those that are evaluated
+    assert (
+        "reference cache: 7" not in said
+    )  # the first run has kept what it said of those that are evaluated
     found = losses(settings.parent / "runs" / "known")
     assert found == pytest.approx(losses(whole), abs=1e-5)
 

@@ -52,7 +52,9 @@ def test_mlflow_has_one_run_across_a_kill(run_dir: Path, monkeypatch: pytest.Mon
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient((run_dir / "mlflow" / "runs").as_uri())
-    [run] = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    [run] = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()]
+    )
     assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
     assert run.data.params["learning_rate"] == "0.001"
     history: dict[int, set[float]] = {}
@@ -66,11 +68,16 @@ def test_the_names_are_those_of_transformers() -> None:
     assert TRACKERS.keys() == INTEGRATION_TO_CALLBACK.keys() - {"wandb"}
 
 
-def test_one_whose_package_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_whose_package_is_missing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
     for name, package in TRACKERS.items():
         if package is not None:
-            with pytest.raises(UserError, match=f"callbacks = '{name}': .* is not installed; pip install {package}$"):
+            with pytest.raises(
+                UserError,
+                match=f"callbacks = '{name}': .* is not installed; pip install {package}$",
+            ):
                 tracker(name)
     with pytest.raises(UserError, match="pip install tensorboard"):
         check_callbacks(tiny_spec(tmp_path, callbacks=["tensorboard"]))

@@ -36,26 +36,50 @@ class Padding:
     def __init__(self) -> None:
         self.contexts: list[CollateContext] = []
 
-    def __call__(self, rows: list[dict[str, Any]], context: CollateContext) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, rows: list[dict[str, Any]], context: CollateContext
+    ) -> dict[str, torch.Tensor]:
         self.contexts.append(context)
-        pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+        pairs = [
+            (row["prompt_ids"], row[side])
+            for side in ("chosen_ids", "rejected_ids")
+            for row in rows
+        ]
         width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-        made: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "completion_mask": []}
+        made: dict[str, list[list[int]]] = {
+            "input_ids": [],
+            "attention_mask": [],
+            "completion_mask": [],
+        }
         for prompt, completion in pairs:
             used = len(prompt) + len(completion)
             made["input_ids"].append(prompt + completion + [PAD] * (width - used))
             made["attention_mask"].append([1] * used + [0] * (width - used))
-            made["completion_mask"].append([0] * len(prompt) + [1] * len(completion) + [0] * (width - used))
+            made["completion_mask"].append(
+                [0] * len(prompt) + [1] * len(completion) + [0] * (width - used)
+            )
         return {name: torch.tensor(value) for name, value in made.items()}
 
 
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({"callbacks": Counting()}, r"callbacks = 'Counting': is not a list; use callbacks=\[\.\.\.\]"),
-        ({"data_collator": {"pad_token_id": 0}}, "data_collator = 'dict': cannot be called; use a function"),
-        ({"compute_metrics": "mine:compute"}, "compute_metrics = 'str': cannot be called; use a function"),
-        ({"ref_model": torch.nn.Linear(1, 1)}, "ref_model = 'Linear': must be a function.*lambda policy: create_ref"),
+        (
+            {"callbacks": Counting()},
+            r"callbacks = 'Counting': is not a list; use callbacks=\[\.\.\.\]",
+        ),
+        (
+            {"data_collator": {"pad_token_id": 0}},
+            "data_collator = 'dict': cannot be called; use a function",
+        ),
+        (
+            {"compute_metrics": "mine:compute"},
+            "compute_metrics = 'str': cannot be called; use a function",
+        ),
+        (
+            {"ref_model": torch.nn.Linear(1, 1)},
+            "ref_model = 'Linear': must be a function.*lambda policy: create_ref",
+        ),
         ({"optimizers": torch.optim.SGD}, "optimizers = 'type': is not a pair of functions"),
     ],
 )
@@ -67,13 +91,17 @@ def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -
 @pytest.mark.parametrize("call", [debug, train])
 @pytest.mark.parametrize("given", ["run.yaml", {"run": {"name": "a"}}])
 def test_what_are_no_settings_is_refused(call: Any, given: Any) -> None:
-    with pytest.raises(UserError, match=f"is of type {type(given).__name__}, not a RunSpec; pass load_spec"):
+    with pytest.raises(
+        UserError, match=f"is of type {type(given).__name__}, not a RunSpec; pass load_spec"
+    ):
         call(given)
 
 
 @pytest.mark.parametrize("call", [debug, train])
 def test_arguments_of_trl_are_answered_with_the_setting(tmp_path: Path, call: Any) -> None:
-    with pytest.raises(UserError, match=r"train_dataset = 'list': is not an argument here.*set data\.train"):
+    with pytest.raises(
+        UserError, match=r"train_dataset = 'list': is not an argument here.*set data\.train"
+    ):
         call(tiny_spec(tmp_path), train_dataset=[])
     with pytest.raises(TypeError, match="unexpected keyword argument 'callback'"):
         call(tiny_spec(tmp_path), callback=[])
@@ -81,7 +109,10 @@ def test_arguments_of_trl_are_answered_with_the_setting(tmp_path: Path, call: An
 
 def test_a_collator_of_python_and_one_of_the_settings_contradict(tmp_path: Path) -> None:
     for settings, line in (
-        ({"data": {"collator": "math:prod"}}, "data.collator = 'math:prod': cannot be combined with data_collator"),
+        (
+            {"data": {"collator": "math:prod"}},
+            "data.collator = 'math:prod': cannot be combined with data_collator",
+        ),
         (
             {"reference": {"cache": "full"}},
             "reference.cache = 'full': the batches of data_collator are not known in",
@@ -100,5 +131,7 @@ def test_callbacks_and_a_collator_act_as_those_of_the_settings(tmp_path: Path) -
     given = tiny_spec(tmp_path, run={"name": "given"})
     debug(given, callbacks=[counting], data_collator=padding)
     assert losses(given.run_dir) == losses(padded.run_dir)
-    assert counting.seen == {name: {"on_step_end": 4, "on_log": 7, "on_evaluate": 2}.get(name, 1) for name in EVENTS}
+    assert counting.seen == {
+        name: {"on_step_end": 4, "on_log": 7, "on_evaluate": 2}.get(name, 1) for name in EVENTS
+    }
     assert {context.step for context in padding.contexts} == {0, 1, 2, 3, 4}

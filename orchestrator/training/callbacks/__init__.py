@@ -29,7 +29,13 @@ from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
 
-REQUESTS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+REQUESTS = (
+    "should_training_stop",
+    "should_epoch_stop",
+    "should_save",
+    "should_evaluate",
+    "should_log",
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,10 @@ class TrainingArgs:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, like TrainingArguments.to_dict."""
-        return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
+        return {
+            name: value.value if isinstance(value, Enum) else value
+            for name, value in asdict(self).items()
+        }
 
     def to_json_string(self) -> str:
         """Return JSON, like TrainingArguments.to_json_string."""
@@ -105,9 +114,16 @@ class TrainingArgs:
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         """Return numbers and strings only, like TrainingArguments.to_sanitized_dict."""
-        values = {**self.to_dict(), "train_batch_size": self.train_batch_size, "eval_batch_size": self.eval_batch_size}
+        values = {
+            **self.to_dict(),
+            "train_batch_size": self.train_batch_size,
+            "eval_batch_size": self.eval_batch_size,
+        }
         plain = (bool, int, float, str)
-        return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
+        return {
+            name: value if isinstance(value, plain) else str(value)
+            for name, value in values.items()
+        }
 
 
 def training_args(
@@ -185,7 +201,9 @@ class Callbacks:
     A callback that raises is reported once and dropped, unless it has a true attribute `essential`.
     """
 
-    def __init__(self, callbacks: list[TrainerCallback], args: TrainingArgs, objects: dict[str, Any]) -> None:
+    def __init__(
+        self, callbacks: list[TrainerCallback], args: TrainingArgs, objects: dict[str, Any]
+    ) -> None:
         self.callbacks, self.args, self.objects = callbacks, args, objects
         self.control = TrainerControl()
         self.state = TrainerState(
@@ -203,7 +221,9 @@ class Callbacks:
         """Call `event` of each callback in turn, as transformers' CallbackHandler does."""
         for callback in list(self.callbacks):
             try:
-                returned = getattr(callback, event)(self.args, self.state, self.control, **self.objects, **extra)
+                returned = getattr(callback, event)(
+                    self.args, self.state, self.control, **self.objects, **extra
+                )
             except BdbQuit:  # quitting the debugger in a callback ends the run
                 raise
             except Exception:
@@ -221,7 +241,12 @@ class Callbacks:
     def end_step(self, *, log: bool, evaluate: bool, save: bool, stop: bool) -> None:
         """Fire on_step_end with the flags of what is due now, as transformers shows them. These are not requests, and
         callbacks cannot cancel them."""
-        due = {"should_log": log, "should_evaluate": evaluate, "should_save": save, "should_training_stop": stop}
+        due = {
+            "should_log": log,
+            "should_evaluate": evaluate,
+            "should_save": save,
+            "should_training_stop": stop,
+        }
         for name in (shown := [name for name, is_due in due.items() if is_due]):
             setattr(self.control, name, True)
         self.fire("on_step_end")
@@ -233,7 +258,9 @@ class Callbacks:
         if getattr(callback, "essential", False):
             raise
         self.callbacks.remove(callback)
-        logger.exception("%s raised in %s and is dropped; training continues", type(callback).__name__, event)
+        logger.exception(
+            "%s raised in %s and is dropped; training continues", type(callback).__name__, event
+        )
 
     def take_requests(self) -> list[int]:
         """Return the requests since the last call, as flags in the order of REQUESTS."""
@@ -249,7 +276,9 @@ class Callbacks:
             if isinstance(callback, ExportableState):
                 try:
                     state = json.loads(json.dumps(callback.state()))
-                    states.append((type(callback).__qualname__, state, self._built_with.get(id(callback))))
+                    states.append(
+                        (type(callback).__qualname__, state, self._built_with.get(id(callback)))
+                    )
                 except Exception:
                     self._drop(callback, "state")
         return {
@@ -264,7 +293,9 @@ class Callbacks:
         """Restore a result of `exported` into the callbacks of the same class, in order."""
         waiting = list(exported["callbacks"])
         for callback in list(self.callbacks):
-            found = next((entry for entry in waiting if entry[0] == type(callback).__qualname__), None)
+            found = next(
+                (entry for entry in waiting if entry[0] == type(callback).__qualname__), None
+            )
             if found and isinstance(callback, ExportableState):
                 waiting.remove(found)
                 _, state, *built_with = found  # checkpoints of older versions have no third entry
@@ -274,7 +305,10 @@ class Callbacks:
                     self._drop(callback, "from_state")
         for name in exported["asked"]:
             setattr(self.control, name, True)
-        self.state.best_metric, self.state.best_global_step = exported["best_metric"], exported["best_global_step"]
+        self.state.best_metric, self.state.best_global_step = (
+            exported["best_metric"],
+            exported["best_global_step"],
+        )
         self.state.log_history = exported["log_history"]
 
     def _restore_state(
@@ -285,7 +319,11 @@ class Callbacks:
         Arguments that the run changed are restored, unless the user has changed them since.
         """
         arguments = state.get("args")
-        if arguments and built_with is not None and built_with == self._built_with.get(id(callback)) != arguments:
+        if (
+            arguments
+            and built_with is not None
+            and built_with == self._built_with.get(id(callback)) != arguments
+        ):
             vars(callback).update(vars(type(callback)(**arguments)))
         for name, value in state.get("attributes", {}).items():
             setattr(callback, name, value)
@@ -302,7 +340,9 @@ def _arguments(callback: TrainerCallback) -> dict[str, Any] | None:
 
 
 def build_callbacks(
-    spec: RunSpec, run_dir: RunDir, given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None
+    spec: RunSpec,
+    run_dir: RunDir,
+    given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
 ) -> list[TrainerCallback]:
     """Build our callbacks, those of the settings and those of the caller, in this order; on rank 0 only.
 
@@ -320,13 +360,17 @@ def build_callbacks(
 def _of_user(spec: RunSpec, given: Sequence[Any] | None) -> list[tuple[str, Any, dict[str, Any]]]:
     """Return name, class or object, and keyword arguments of each callback of the settings, then of the caller."""
     named = [(entry.path, _at(entry.path), entry.kwargs) for entry in spec.callbacks]
-    return named + [(getattr(each, "__name__", type(each).__name__), each, {}) for each in given or ()]
+    return named + [
+        (getattr(each, "__name__", type(each).__name__), each, {}) for each in given or ()
+    ]
 
 
 def _at(path: str) -> Any:
     if path not in TRACKERS:
         return user_attribute("callbacks", path)
-    from orchestrator.training.callbacks.trackers import tracker  # imports each tracker that is installed
+    from orchestrator.training.callbacks.trackers import (
+        tracker,
+    )  # imports each tracker that is installed
 
     return tracker(path)
 
@@ -341,7 +385,9 @@ def _built(name: str, made: Any, kwargs: dict[str, Any]) -> TrainerCallback:
         raise UserError("callbacks", name, reason, "fix its constructor, or its kwargs") from None
 
 
-def check_callbacks(spec: RunSpec, given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None) -> None:
+def check_callbacks(
+    spec: RunSpec, given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None
+) -> None:
     """Check that a user's callbacks can be imported and accept their arguments, without building them.
 
     Only rank 0 builds them: a constructor may open a file.
@@ -352,12 +398,20 @@ def check_callbacks(spec: RunSpec, given: Sequence[TrainerCallback | type[Traine
     for name, made, kwargs in _of_user(spec, given):
         kind: Any = type(made) if isinstance(made, TrainerCallback) else made
         if not (inspect.isclass(kind) and issubclass(kind, TrainerCallback)):
-            raise UserError("callbacks", name, "is not a transformers.TrainerCallback", "derive the class from it")
+            raise UserError(
+                "callbacks",
+                name,
+                "is not a transformers.TrainerCallback",
+                "derive the class from it",
+            )
         try:
             if made is kind:
                 inspect.signature(kind).bind(**kwargs)
         except TypeError as error:
-            reason, cure = f"cannot be built ({error})", "write its arguments as {path, kwargs}; in Python, an object"
+            reason, cure = (
+                f"cannot be built ({error})",
+                "write its arguments as {path, kwargs}; in Python, an object",
+            )
             raise UserError("callbacks", name, reason, cure) from None
         if kind.__name__ == "EarlyStoppingCallback" and not spec.evaluation.metric_for_best:
             raise UserError(

@@ -45,7 +45,9 @@ class ConsoleCallback(TrainerCallback):
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self.task = bar.add_task("train", total=state.max_steps, completed=state.global_step, facts="")
+            self.task = bar.add_task(
+                "train", total=state.max_steps, completed=state.global_step, facts=""
+            )
             bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -58,11 +60,15 @@ class ConsoleCallback(TrainerCallback):
         if self.progress:
             self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         logs = logs or {}
         for name, prefix in evaluated_sets(logs).items():
             of = f" of {name}" if name else ""
-            self._say(f"evaluation{of} after step {state.global_step}: {_facts(logs, prefix)}{_more(logs, prefix)}")
+            self._say(
+                f"evaluation{of} after step {state.global_step}: {_facts(logs, prefix)}{_more(logs, prefix)}"
+            )
         if "loss" not in logs:
             return
         now, step, tokens = time.monotonic(), state.global_step, float(logs.get("num_tokens", 0))
@@ -70,13 +76,17 @@ class ConsoleCallback(TrainerCallback):
         self._since = (now, step, tokens)
         per_step = (now - then) / max(step - step_then, 1)
         rate = (
-            f", {(tokens - tokens_then) / max(now - then, 1e-9):,.0f} tokens/s" if tokens_then or not step_then else ""
+            f", {(tokens - tokens_then) / max(now - then, 1e-9):,.0f} tokens/s"
+            if tokens_then or not step_then
+            else ""
         )
         facts = f"{_facts(logs, '')}{rate}"
         if self.progress:
             self.progress.update(self.task, facts=facts)
         else:
-            self._say(f"step {step}/{state.max_steps}: {facts}, {_duration((state.max_steps - step) * per_step)} left")
+            self._say(
+                f"step {step}/{state.max_steps}: {facts}, {_duration((state.max_steps - step) * per_step)} left"
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._say(f"saved after step {state.global_step}")

@@ -28,7 +28,9 @@ class JsonlCallback(TrainerCallback):
         self._line = json.loads(kept[-1]) if kept else {}
         self._starts_at = self.path.stat().st_size - len(kept[-1].encode()) - 1 if kept else 0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if self._line.get("step") != state.global_step:
             self._line, self._starts_at = {"step": state.global_step}, self.path.stat().st_size
         self._line |= logs or {}

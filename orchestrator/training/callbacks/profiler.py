@@ -23,7 +23,9 @@ class ProfilerCallback(TrainerCallback):
         if not self.first <= step <= self.last:
             return
         if self._profile is None:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            activities = [ProfilerActivity.CPU] + [
+                ProfilerActivity.CUDA
+            ] * torch.cuda.is_available()
             self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
         self._end_span()  # if fp16 skipped a step

@@ -15,7 +15,10 @@ from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.spec import TRACKERS, UserError
 from orchestrator.training.rundir import RunDir
 
-IMPORTED = {"azure_ml": "azureml", "flyte": "flytekit"}  # module to import, if not the tracker's name
+IMPORTED = {
+    "azure_ml": "azureml",
+    "flyte": "flytekit",
+}  # module to import, if not the tracker's name
 
 
 class TensorBoard(TensorBoardCallback):
@@ -28,7 +31,9 @@ class TensorBoard(TensorBoardCallback):
         self.logging_dir = self.logging_dir or str(RunDir(Path(args.output_dir)).tensorboard)
         if self.tb_writer is None:
             # without a history the run starts over: even step 0 is repeated
-            self.tb_writer = _writer()(self.logging_dir, purge_step=state.global_step + 1 if state.log_history else 0)
+            self.tb_writer = _writer()(
+                self.logging_dir, purge_step=state.global_step + 1 if state.log_history else 0
+            )
         super().on_train_begin(args, state, control, **kwargs)
 
 
@@ -45,7 +50,9 @@ class MLflow(MLflowCallback):
 
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # store runs in files; a database needs more packages
+        os.environ.setdefault(
+            "MLFLOW_ALLOW_FILE_STORE", "true"
+        )  # store runs in files; a database needs more packages
         super().__init__()
 
     def setup(self, args: Any, state: Any, model: Any) -> None:
@@ -56,7 +63,11 @@ class MLflow(MLflowCallback):
         if not mlflow.is_tracking_uri_set():
             mlflow.set_tracking_uri((folder / "runs").as_uri())
         known = folder / "run_id"
-        going_on = {"MLFLOW_RUN_ID": known.read_text(), "MLFLOW_MAX_LOG_PARAMS": "0"} if known.is_file() else {}
+        going_on = (
+            {"MLFLOW_RUN_ID": known.read_text(), "MLFLOW_MAX_LOG_PARAMS": "0"}
+            if known.is_file()
+            else {}
+        )
         said = {name: os.environ[name] for name in going_on if name in os.environ}
         os.environ.update(going_on)
         try:

@@ -13,8 +13,12 @@ from orchestrator.training.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S = 20  # longest delay of the start if W&B cannot be reached; then the run is recorded offline
-FINISH_TIMEOUT_S = 120  # longest wait at the end; data not sent stay in RUN_DIR/wandb for `wandb sync`
+INIT_TIMEOUT_S = (
+    20  # longest delay of the start if W&B cannot be reached; then the run is recorded offline
+)
+FINISH_TIMEOUT_S = (
+    120  # longest wait at the end; data not sent stay in RUN_DIR/wandb for `wandb sync`
+)
 SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
@@ -25,10 +29,14 @@ class WandbCallback(TrainerCallback):
         self.spec, self.run_dir = spec, run_dir
         self.run: Any = None
         if spec.wandb.key_file:
-            os.environ["WANDB_API_KEY"] = _read_key(spec.wandb.key_file)  # wandb.login would write it to ~/.netrc
+            os.environ["WANDB_API_KEY"] = _read_key(
+                spec.wandb.key_file
+            )  # wandb.login would write it to ~/.netrc
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline runs would still post telemetry, and wait
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # offline runs would still post telemetry, and wait
         import wandb
         import wandb.errors
 
@@ -37,7 +45,9 @@ class WandbCallback(TrainerCallback):
             if mode == "online":
                 cure = "set WANDB_API_KEY or wandb.key_file, or run `wandb login`"
                 logger.warning(
-                    "wandb.mode=online, but there is no key (%s); recorded offline in %s", cure, self.run_dir.wandb
+                    "wandb.mode=online, but there is no key (%s); recorded offline in %s",
+                    cure,
+                    self.run_dir.wandb,
                 )
             mode = "offline"
         elif mode == "auto":
@@ -47,12 +57,20 @@ class WandbCallback(TrainerCallback):
         except wandb.errors.Error as error:
             if mode == "offline":
                 raise
-            logger.warning("W&B cannot be reached (%s); this run is recorded offline in %s", error, self.run_dir.wandb)
+            logger.warning(
+                "W&B cannot be reached (%s); this run is recorded offline in %s",
+                error,
+                self.run_dir.wandb,
+            )
             wandb.teardown()  # otherwise the failed run still holds the id
             self.run = self._init(wandb, "offline")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.run.log({_panel(name): value for name, value in (logs or {}).items()}, step=state.global_step)
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.run.log(
+            {_panel(name): value for name, value in (logs or {}).items()}, step=state.global_step
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.finish()
@@ -96,7 +114,9 @@ class WandbCallback(TrainerCallback):
 
 def without_secrets(value: Any) -> Any:
     """Return the settings without secrets: values of secret environment variables are blanked, also inside strings."""
-    hidden = [text for name, text in os.environ.items() if SECRET_NAME.search(name) and len(text) >= 8]
+    hidden = [
+        text for name, text in os.environ.items() if SECRET_NAME.search(name) and len(text) >= 8
+    ]
 
     def clean(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
@@ -129,7 +149,12 @@ def _read_key(path: str) -> str:
         rule = f"cannot be read on {os.uname().nodename} ({error.strerror})"
         raise UserError("wandb.key_file", path, rule, "use a file that rank 0 can read") from None
     if not key:
-        raise UserError("wandb.key_file", path, "is empty", "write the key from https://wandb.ai/authorize to it")
+        raise UserError(
+            "wandb.key_file",
+            path,
+            "is empty",
+            "write the key from https://wandb.ai/authorize to it",
+        )
     return key
 
 
@@ -145,7 +170,12 @@ def _has_credentials(wandb: Any) -> bool:
         from wandb.sdk.lib import wbauth  # not public; without it the public property below decides
 
         host = wandb.setup().settings.base_url
-        return wbauth.authenticate_session(host=host, source="init", prompt=False, update_session=False) is not None
+        return (
+            wbauth.authenticate_session(
+                host=host, source="init", prompt=False, update_session=False
+            )
+            is not None
+        )
     except wandb.errors.AuthenticationError:
         return False
     except (ImportError, AttributeError, TypeError):
