@@ -3,7 +3,8 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-# It logs a line per layer and pass, and one when transformers imports it, before any function of this package runs.
+# It logs a line per layer and pass, and one when transformers imports it, before any function of
+# this package runs.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

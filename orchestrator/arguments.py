@@ -14,9 +14,12 @@ from orchestrator.settings.spec import Exported, UserError
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the words; `verb` of the result is the verb's name. Help is printed here and ends the process.
+    """Parse the words; `verb` of the result is the verb's name.
 
-    Other than in plain argparse, settings may precede and follow flags, and may follow a --profile without a range.
+    Help is printed here and ends the process.
+
+    Other than in plain argparse, settings may precede and follow flags, and may follow a --profile
+    without a range.
 
     Raises:
         UserError: a word is neither a verb nor a flag.
@@ -91,7 +94,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser = _Parser(
         prog="orchestrator",
         description="Distributed preference training from one YAML file.",
-        epilog="orchestrator help settings lists all settings; orchestrator help optimizer lists those of a block.",
+        epilog="orchestrator help settings lists all settings; orchestrator help optimizer lists "
+        "those of a block.",
     )
     parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
@@ -119,7 +123,10 @@ def _add_verbs_of_settings(add: Add) -> None:
     plan = add("plan", "validate the settings and print the batch arithmetic")
     _takes_settings(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    shown = "print the first N training rows as the model sees them, and the lengths of all rows; tokenises the data"
+    shown = (
+        "print the first N training rows as the model sees them, and the lengths of all "
+        "rows; tokenises the data"
+    )
     plan.add_argument(
         "--show-rows", type=_whole("a number of rows, 1 or more"), metavar="N", help=shown
     )

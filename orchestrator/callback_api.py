@@ -1,8 +1,9 @@
 """transformers' callback classes, imported without peft.
 
-transformers.trainer_utils, which they need, imports peft for the sake of the Trainer, and peft imports bitsandbytes and
-torch's compiler: of the 8 s of CPU that a process takes to import, 3 are peft's. Here that import is skipped, and the
-two names that it binds answer isinstance as peft's classes do: no instance exists before peft is imported.
+transformers.trainer_utils, which they need, imports peft for the sake of the Trainer, and peft
+imports bitsandbytes and torch's compiler: of the 8 s of CPU that a process takes to import, 3 are
+peft's. Here that import is skipped, and the two names that it binds answer isinstance as peft's
+classes do: no instance exists before peft is imported.
 """
 
 import sys

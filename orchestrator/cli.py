@@ -21,9 +21,11 @@ DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code: 0 done, 2 settings or data are wrong, 3 stopped and resumable, 1 else.
+    """Run one verb and return its exit code: 0 done, 2 settings or data are wrong, 3 stopped and
+    resumable, 1 else.
 
-    Without argv, the words are those of sys.argv, and the standard streams of the process are prepared.
+    Without argv, the words are those of sys.argv, and the standard streams of the process are
+    prepared.
     """
     if argv is not None:
         return _run(argv)
@@ -67,7 +69,9 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _complain(line: str) -> None:
-    """Write a line to stderr in one call: ranks share stderr, and print writes the line break separately."""
+    """Write a line to stderr in one call: ranks share stderr, and print writes the line break
+    separately.
+    """
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
@@ -125,7 +129,9 @@ def debug(args: argparse.Namespace) -> int:
 
 
 def _finished_already(spec: RunSpec) -> "RunResult | None":
-    """Print and return the result of a run that has finished already; this needs neither torch nor ray."""
+    """Print and return the result of a run that has finished already; this needs neither torch nor
+    ray.
+    """
     from orchestrator.training.result import finished_already, finished_line
     from orchestrator.training.rundir import RunDir
 
@@ -319,7 +325,8 @@ def export(args: argparse.Namespace) -> int:
 
     quiet()
     print(
-        f"model: {write(RunDir.existing(args.run_dir), Path(args.out), args.dtype, which=args.checkpoint)}"
+        "model: "
+        f"{write(RunDir.existing(args.run_dir), Path(args.out), args.dtype, which=args.checkpoint)}"
     )
     return DONE
 
@@ -363,7 +370,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
 def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
     if result.status == "stopped":
         print(
-            f"stopped after step {result.step} ({result.reason}) and saved; the same command resumes"
+            f"stopped after step {result.step} ({result.reason}) and saved; the same command "
+            "resumes"
         )
         return STOPPED
     from orchestrator.insight.summary import summary

@@ -43,7 +43,10 @@ def wrong_help(word: str, verbs: Verbs) -> UserError:
 
 
 def wrong_word(before: str, word: str, following: Sequence[str]) -> UserError:
-    """Return the error for a word that is neither a file nor key=value. before, following: the words around it."""
+    """Return the error for a word that is neither a file nor key=value.
+
+    before, following: the words around it.
+    """
     key = word.partition("=")[0]
     if following and following[0].startswith("="):  # key = value, key =value
         typed = following[: 1 if following[0] != "=" else 2]
@@ -70,7 +73,9 @@ def wrong_word(before: str, word: str, following: Sequence[str]) -> UserError:
 
 
 def wrong_flag(words: Sequence[str], flag: str, verbs: Verbs) -> UserError:
-    """Return the error for a flag that the verb does not have, which is often a setting written as a flag."""
+    """Return the error for a flag that the verb does not have, which is often a setting written as
+    a flag.
+    """
     verb = next((word for word in words if word in verbs), "orchestrator")
     name, has_value, value = flag.partition("=")
     if verb in verbs and name in flags_of(verbs[verb]):

@@ -16,7 +16,8 @@ FALLBACKS |= {bar: str(height) for height, bar in enumerate("▁▂▃▄▅▆�
 
 
 def prepare(keeps_going: bool) -> None:
-    """Replace the standard streams of this process with ones that survive unknown symbols and closed pipes.
+    """Replace the standard streams of this process with ones that survive unknown symbols and
+    closed pipes.
 
     keeps_going: True: a closed pipe ends only the output; False: it ends the process, as usual.
     """
@@ -59,7 +60,9 @@ def _discard(descriptor: int) -> None:
 
 
 def _plain_symbols(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that the encoding lacks: with a symbol's fallback, or an escape sequence."""
+    """Replace characters that the encoding lacks: with a symbol's fallback, or an escape
+    sequence.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]

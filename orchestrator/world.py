@@ -1,4 +1,6 @@
-"""Rank, size, device and collectives of this process; the only module that reads RANK and WORLD_SIZE."""
+"""Rank, size, device and collectives of this process; the only module that reads RANK and
+WORLD_SIZE.
+"""
 
 import os
 import socket
@@ -38,9 +40,11 @@ def interface_towards(address: str) -> str:
 
 
 def use_interface(name: str | None, head: str) -> None:
-    """Set the network interface of later process groups, which may otherwise resolve the host name to loopback.
+    """Set the network interface of later process groups, which may otherwise resolve the host name
+    to loopback.
 
-    name: None keeps GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; those not set become the interface towards `head`.
+    name: None keeps GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; those not set become the interface
+    towards `head`.
     """
     variables = {
         "GLOO_SOCKET_IFNAME": "",
@@ -54,7 +58,10 @@ def use_interface(name: str | None, head: str) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """Rank, size, device and collectives of this process. At size 1 all are identities and need no process group."""
+    """Rank, size, device and collectives of this process.
+
+    At size 1 all are identities and need no process group.
+    """
 
     rank: int
     size: int
@@ -63,7 +70,8 @@ class World:
 
     @classmethod
     def join(cls, timeout_s: int, use_gpu: bool | None = None) -> "World":
-        """Create the World from an initialised process group, else from torchrun's environment, else with one rank.
+        """Create the World from an initialised process group, else from torchrun's environment,
+        else with one rank.
 
         timeout_s: seconds after which a collective raises if a peer does not join it.
         use_gpu: None: use GPUs if this machine has one for each of its ranks.
@@ -113,7 +121,9 @@ class World:
         return values
 
     def collect(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Return every rank's tensor (all of one shape) in rank order on rank zero, and an empty list elsewhere."""
+        """Return every rank's tensor (all of one shape) in rank order on rank zero, and an empty
+        list elsewhere.
+        """
         if self.size == 1:
             return [values]
         parts = [torch.empty_like(values) for _ in range(self.size)] if self.is_main else None
@@ -122,7 +132,8 @@ class World:
 
     @contextmanager
     def first_to_arrive(self, what: str) -> Iterator[bool]:
-        """Yield True on the first rank that enters; later ranks wait until the first has left, and get False.
+        """Yield True on the first rank that enters; later ranks wait until the first has left, and
+        get False.
 
         Uses no collective, as ranks that do not enter may be stuck in one.
         """
@@ -145,7 +156,9 @@ class World:
                     store.set(left, "")
 
     def ensure_process_group(self) -> None:
-        """Create a process group of this rank if there is none: some libraries need one even for a single process."""
+        """Create a process group of this rank if there is none: some libraries need one even for a
+        single process.
+        """
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

@@ -35,8 +35,9 @@ def plain(rows: Rows) -> dict[str, torch.Tensor]:
 
 
 def aware(rows: Rows, context: CollateContext) -> dict[str, torch.Tensor]:
-    """Writes what it was told, and what it saw, into a file for each rank whose name begins with SEEN, where that is
-    set."""
+    """Writes what it was told, and what it saw, into a file for each rank whose name begins with
+    SEEN, where that is set.
+    """
     if "SEEN" in os.environ:
         lengths = [
             (len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows

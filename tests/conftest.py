@@ -1,6 +1,7 @@
-"""Every test runs without a hub and without a W&B account; the project needs neither. With `-n`, which tests share a
-worker, and in what order they are dealt out. A test's time-out grows with the machine's load, and skipped tests are
-listed by reason at the end."""
+"""Every test runs without a hub and without a W&B account; the project needs neither. With `-n`,
+which tests share a worker, and in what order they are dealt out. A test's time-out grows with the
+machine's load, and skipped tests are listed by reason at the end.
+"""
 
 import gc
 import os
@@ -22,9 +23,11 @@ RAY = "ray"
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under `--dist loadgroup`, tests of a group run one after another on one worker: all that start Ray; else those
-    that a mark of their own puts together; else those of a module that share a fixture of it. Any other test goes to
-    whatever worker is free; these come last, so that no worker is left alone with a long group."""
+    """Under `--dist loadgroup`, tests of a group run one after another on one worker: all that
+    start Ray; else those that a mark of their own puts together; else those of a module that share
+    a fixture of it. Any other test goes to whatever worker is free; these come last, so that no
+    worker is left alone with a long group.
+    """
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group(RAY))
@@ -35,7 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported out of the garbage collector: a run that ends collects, which took half of a tiny run."""
+    """Keep what is imported out of the garbage collector: a run that ends collects, which took half
+    of a tiny run.
+    """
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,6 @@
-"""Rows of settings in which every two that can be together are together somewhere: a covering array of strength two."""
+"""Rows of settings in which every two that can be together are together somewhere: a covering array
+of strength two.
+"""
 
 import random
 from collections.abc import Callable, Sequence
@@ -21,8 +23,8 @@ def covering(
     begun: Sequence[Row] = (),
     seed: int = 0,
 ) -> list[Row]:
-    """Rows that, beside those begun with, have every pair of values that some row can have; greedily few, and the same
-    for the same seed.
+    """Rows that, beside those begun with, have every pair of values that some row can have;
+    greedily few, and the same for the same seed.
 
     refused: whether a row of some of the parts cannot be, whatever the others are.
     """
@@ -58,7 +60,9 @@ def _completed(
     missing: dict[Pair, None],
     draw: random.Random,
 ) -> Row | None:
-    """The row with a value for every part, in an order that is drawn, each the one with most of what is missing."""
+    """The row with a value for every part, in an order that is drawn, each the one with most of
+    what is missing.
+    """
     if refused(row):
         return None
     left = [part for part in parts if part not in row]

@@ -1,4 +1,6 @@
-"""Tiny runs of an engine on real ranks, and the same in one process with nothing but torch: the oracle."""
+"""Tiny runs of an engine on real ranks, and the same in one process with nothing but torch: the
+oracle.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -90,7 +92,9 @@ def pair_step(case: Case, seed: int = 0) -> PairStep:
 
 
 def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) -> Any:
-    """The engine with a model of that seed: another one than the run's for an engine that is to resume it."""
+    """The engine with a model of that seed: another one than the run's for an engine that is to
+    resume it.
+    """
     spec = EngineSpec(**{**ENGINES[case.engine], **case.settings})
     made = engine_class(spec)(
         spec, world, case.precision, case.max_grad_norm, case.optimizer.get("weight_decay", 0.0)
@@ -99,7 +103,8 @@ def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) ->
     if world.device.type == "cuda":
         _onto_gpu(step, case, world.device)
     made.wrap(step, *(factories or case.factories))
-    # as worker.py does: with three ranks or more DDP groups its gradients anew after the first, and sums otherwise
+    # as worker.py does: with three ranks or more DDP groups its gradients anew after the first, and
+    # sums otherwise
     filler = collator(packed=True)(pair_rows(1), is_filler=True).to(world.device)
     made.micro_step(filler, Counts(1, 1), last=True)
     made.drop_gradients()
@@ -107,7 +112,9 @@ def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) ->
 
 
 def _onto_gpu(step: PairStep, case: Case, device: torch.device) -> None:
-    """As worker.py does: the engines that cut weights take them from the host, and a reference is of their type."""
+    """As worker.py does: the engines that cut weights take them from the host, and a reference is
+    of their type.
+    """
     reference: Any = step.reference
     for model in (step.policy, reference.model):
         use_packed_attention(model, choose_kernel("auto", device, case.precision))
@@ -176,17 +183,20 @@ def run(world: World, case: Case, folder: Path, steps: int, factories: Any = Non
 
 
 def with_weights(made: Made, engine: Engine, world: World, folder: Path) -> Made:
-    """With what the engine holds now, by way of a checkpoint: there is no other to have it whole."""
+    """With what the engine holds now, by way of a checkpoint: there is no other to have it
+    whole.
+    """
     checkpoint = kept(engine, world, folder, len(made.losses))
     weights, state = content(checkpoint) if world.is_main else ({}, {})
     return made._replace(weights=weights, state=state)
 
 
-# --- the oracle --------------------------------------------------------------------------------------------------
+# --- the oracle -----------------------------------------------------------------------------------
 
 
 def oracle(case: Case, steps: Iterable[int], optimizer: Any = None, schedule: Any = None) -> Made:
-    """One process, whole batches, torch's optimizer, clip_grad_norm_ and the schedule: nothing of an engine.
+    """One process, whole batches, torch's optimizer, clip_grad_norm_ and the schedule: nothing of
+    an engine.
 
     optimizer, schedule: a user's functions; those of the case if not given.
     """
@@ -224,7 +234,7 @@ def oracle(case: Case, steps: Iterable[int], optimizer: Any = None, schedule: An
     )
 
 
-# --- on every rank, for tests/contract/test_engines.py -----------------------------------------------------------
+# --- on every rank, for tests/contract/test_engines.py --------------------------------------------
 
 STEPS, SAVED = 7, 4
 CASES = {  # tied embeddings, accumulation, clipping, a schedule and uneven micro-batches in each
@@ -235,7 +245,9 @@ CASES = {  # tied embeddings, accumulation, clipping, a schedule and uneven micr
 
 
 def group(world: World, engine: str, folder: Path, canonical: Path) -> dict[str, Any]:
-    """Every case; the plain one is saved in the middle, and an engine goes on from there beside it."""
+    """Every case; the plain one is saved in the middle, and an engine goes on from there
+    beside it.
+    """
     runs = {
         name: run(world, replace(case, engine=engine), folder / name.replace(" ", "_"), STEPS)
         for name, case in CASES.items()
@@ -302,7 +314,8 @@ OVERFLOWING = 2.0**22  # a loss scale at which fp16 gradients overflow for some 
 
 
 def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
-    """By precision, a run and which of its steps were skipped; in fp16 the first ones are made to overflow.
+    """By precision, a run and which of its steps were skipped; in fp16 the first ones are made to
+    overflow.
 
     oneDNN answers as on a CPU without AVX512-FP16, where DeepSpeed would refuse fp16.
     """
@@ -323,7 +336,9 @@ def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
 
 
 def scales_that_fit(world: World) -> dict[str, float]:
-    """By engine, the loss scale at which a step of one pair, which is the first rank's, overflows no more."""
+    """By engine, the loss scale at which a step of one pair, which is the first rank's, overflows
+    no more.
+    """
     found = {}
     for engine in ENGINES:
         case = Case(engine=engine, pairs=1, precision="fp16")
@@ -337,7 +352,9 @@ def scales_that_fit(world: World) -> dict[str, float]:
 
 
 def types(world: World, engine: str) -> dict[str, tuple[Types, list[set[torch.dtype]]]]:
-    """By precision, what an engine says it holds and adds in, and what it does: weights, gradients, state."""
+    """By precision, what an engine says it holds and adds in, and what it does: weights, gradients,
+    state.
+    """
     found = {}
     for precision in ("fp32", "bf16"):
         case = Case(engine=engine, precision=precision)
@@ -356,7 +373,9 @@ def types(world: World, engine: str) -> dict[str, tuple[Types, list[set[torch.dt
 
 
 def offloaded(world: World, engine: str, offload: str, folder: Path) -> tuple[Made, Made]:
-    """Steps after a checkpoint of an engine that keeps state in the host's memory, undisturbed and resumed."""
+    """Steps after a checkpoint of an engine that keeps state in the host's memory, undisturbed and
+    resumed.
+    """
     case = Case(engine=engine, settings={"offload": offload})
     first = engine_of(case, world)
     begun = train(first, case, world, range(SAVED))
@@ -414,7 +433,7 @@ def seeds(world: World, engine: str, folder: Path) -> dict[str, Made]:
     return found
 
 
-# --- on every rank, for tests/training/test_compute_metrics.py ---------------------------------------------------
+# --- on every rank, for tests/training/test_compute_metrics.py ------------------------------------
 
 
 def loader(pairs: Pairs, world: World, packed: bool) -> Loader:
@@ -423,7 +442,9 @@ def loader(pairs: Pairs, world: World, packed: bool) -> Loader:
 
 
 def handed_over(world: World, engine: str, folder: Path, batch_size: int) -> list[Any] | None:
-    """What compute_metrics gets of the rows in a folder, on rank zero: the columns of pairs, then logits and labels."""
+    """What compute_metrics gets of the rows in a folder, on rank zero: the columns of pairs, then
+    logits and labels.
+    """
     made = engine_of(Case(engine=engine), world)
     pairs = tokenized_pairs(
         data_spec(train=str(folder / "train.jsonl")), "train", tokenizer(), folder

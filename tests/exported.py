@@ -1,4 +1,6 @@
-"""Train any architecture for a few steps, export it, and compare what the policy and the export say."""
+"""Train any architecture for a few steps, export it, and compare what the policy and the export
+say.
+"""
 
 import json
 from collections.abc import Iterator
@@ -26,8 +28,9 @@ TOLERANCE = 1e-6  # of the largest logit, or of 1 where that is smaller
 
 
 def random_base(folder: Path, config: PreTrainedConfig, seed: int = 5) -> Path:
-    """Write a model of that config with its tokenizer: weights, biases and router buffers are random, none is as its
-    class initialises it."""
+    """Write a model of that config with its tokenizer: weights, biases and router buffers are
+    random, none is as its class initialises it.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -40,7 +43,8 @@ def random_base(folder: Path, config: PreTrainedConfig, seed: int = 5) -> Path:
 
 
 def export_error(folder: Path, base: Path, world: World = ALONE, **settings: Any) -> float:
-    """Train the model in `base` below `folder`, and return by how much the export's logits differ from the policy's.
+    """Train the model in `base` below `folder`, and return by how much the export's logits differ
+    from the policy's.
 
     0 for ranks but the first. settings: blocks of `raw_settings`.
     """
@@ -59,7 +63,9 @@ def export_error(folder: Path, base: Path, world: World = ALONE, **settings: Any
 def trained_logits(
     folder: Path, base: Path, world: World = ALONE, **settings: Any
 ) -> tuple[torch.Tensor, RunDir]:
-    """Take three large steps, export the last one; return the policy's logits, as it is in memory, and the run."""
+    """Take three large steps, export the last one; return the policy's logits, as it is in memory,
+    and the run.
+    """
     blocks = {
         "model": {"init": None, "path": str(base), **settings.pop("model", {})},
         "data": {"eval": None},

@@ -1,5 +1,6 @@
-"""`orchestrator debug` as ranks that are forks of a process with everything imported: real ranks and real gloo without
-seconds of importing for each; and hooks that watch a run or make it fail."""
+"""`orchestrator debug` as ranks that are forks of a process with everything imported: real ranks
+and real gloo without seconds of importing for each; and hooks that watch a run or make it fail.
+"""
 
 import errno
 import gc
@@ -36,7 +37,9 @@ from orchestrator.training.manifest import step_folder, verify
 from orchestrator.training.trainer import Trainer
 
 Hook = Callable[[], None]
-"""Called in each rank before it runs: a function of this module or a partial of one, as it travels by its name."""
+"""Called in each rank before it runs: a function of this module or a partial of one, as it travels
+by its name.
+"""
 
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = [
@@ -50,8 +53,9 @@ FORKS.set_forkserver_preload(
 )
 GRACE_S = 5.0  # seconds on an idle machine that other ranks get to end after one has failed
 TIMEOUT_S = 120.0
-# Below the ports that a system deals out, and a range for each process of the tests: between the moment in which a port
-# is found free and the one in which rank zero listens there, nothing that other tests start can take it.
+# Below the ports that a system deals out, and a range for each process of the tests: between the
+# moment in which a port is found free and the one in which rank zero listens there, nothing that
+# other tests start can take it.
 FIRST_PORT, PORTS = (
     20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
     1000,
@@ -125,7 +129,9 @@ def finished(
 
 @cache
 def start_forking() -> None:
-    """Start the process that all ranks are forks of; it finds this folder's modules by PYTHONPATH alone."""
+    """Start the process that all ranks are forks of; it finds this folder's modules by PYTHONPATH
+    alone.
+    """
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
@@ -164,7 +170,8 @@ def _codes(processes: list[Any]) -> list[int]:
 def _rank(
     logs: list[Path], env: dict[str, str], cwd: Path, words: list[str], hook: Hook | None
 ) -> None:
-    gc.freeze()  # what is imported stays; looking for garbage in it would copy its memory page by page
+    # what is imported stays; looking for garbage in it would copy its memory page by page
+    gc.freeze()
     for descriptor, log in enumerate(logs, start=1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(env)
@@ -176,7 +183,7 @@ def _rank(
     os._exit(code)
 
 
-# --- hooks and callbacks -----------------------------------------------------------------------------------------
+# --- hooks and callbacks --------------------------------------------------------------------------
 
 
 class StopsAt(TrainerCallback):
@@ -206,9 +213,10 @@ class EndsEpoch(TrainerCallback):
 
 
 class NotesSaves(TrainerCallback):
-    """Writes RUN_DIR/saves.jsonl: of which step it was told, before which one it had begun, in which thread, and what
-    is wrong with the checkpoint. Lets a save in the background end while a step is under way; asks for one when there
-    is an evaluation."""
+    """Writes RUN_DIR/saves.jsonl: of which step it was told, before which one it had begun, in
+    which thread, and what is wrong with the checkpoint. Lets a save in the background end while a
+    step is under way; asks for one when there is an evaluation.
+    """
 
     def __init__(self) -> None:
         self.begun = 0
@@ -236,7 +244,9 @@ class NotesSaves(TrainerCallback):
 
 
 class KeepsLogps(TrainerCallback):
-    """Writes what the trained policy, as it is in memory, says of PAIRS made-up pairs: [2B], fp64."""
+    """Writes what the trained policy, as it is in memory, says of PAIRS made-up pairs: [2B],
+    fp64.
+    """
 
     PAIRS = 6
 
@@ -251,8 +261,9 @@ class KeepsLogps(TrainerCallback):
 
 
 def watch() -> None:
-    """Write RUN_DIR/watched{rank}.jsonl: hashes of reference and policy before training or going on, and after each
-    step."""
+    """Write RUN_DIR/watched{rank}.jsonl: hashes of reference and policy before training or going
+    on, and after each step.
+    """
     fit, after_update = Trainer.fit, Trainer._after_update
 
     def note(trainer: Any) -> None:
@@ -278,8 +289,9 @@ def watch() -> None:
 
 
 def notes_pairs() -> None:
-    """Write RUN_DIR/given{rank}.jsonl: what each batch gave of each of its pairs, and whether its step was skipped. The
-    loss scale of fp16 is too large at first."""
+    """Write RUN_DIR/given{rank}.jsonl: what each batch gave of each of its pairs, and whether its
+    step was skipped. The loss scale of fp16 is too large at first.
+    """
     micro_steps, optimizer_step = Trainer.micro_steps, DdpEngine.optimizer_step
     given: list[dict[str, Any]] = []
     notes: list[Path] = []
@@ -332,7 +344,9 @@ def at_step(step: int, number: int) -> None:
 
 
 def dies_filling(question: int) -> None:
-    """SIGKILL at the so many-th question that a fill of the cache asks the reference, on every rank."""
+    """SIGKILL at the so many-th question that a fill of the cache asks the reference, on every
+    rank.
+    """
     ask, asked = DdpEngine.reference_logps, count(1)
 
     def dying(engine: Any, batch: Any) -> torch.Tensor:
@@ -356,7 +370,10 @@ def disk_full_after(writes: int) -> None:
 
 
 def dies_saving(stage: str, rank: int, step: int) -> None:
-    """SIGKILL at a stage of the save of a step, on one rank. Every save makes a part of the ledger's tail."""
+    """SIGKILL at a stage of the save of a step, on one rank.
+
+    Every save makes a part of the ledger's tail.
+    """
     ledger.PART_ROWS = 1
     if int(os.environ["RANK"]) != rank:
         return

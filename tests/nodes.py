@@ -1,8 +1,8 @@
-"""Nodes of a cluster on one host: namespaces with address, hostname, processes, /dev/shm and /tmp/ray of their own,
-and a real Ray over them.
+"""Nodes of a cluster on one host: namespaces with address, hostname, processes, /dev/shm and
+/tmp/ray of their own, and a real Ray over them.
 
-Needs root and iproute2. Nothing of it shows on the host, and the kernel ends every process in it with the `with` block,
-or with the process of the tests.
+Needs root and iproute2. Nothing of it shows on the host, and the kernel ends every process in it
+with the `with` block, or with the process of the tests.
 """
 
 import os
@@ -22,7 +22,8 @@ NETWORK = "10.77.0"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 RAY_START_S = 120.0  # seconds that a node has to join; on a busy machine it needs 10 to 30
 
-# Process 1 of each namespace sets it up, says so, reaps orphans and ends when its standard input does.
+# Process 1 of each namespace sets it up, says so, reaps orphans and ends when its standard input
+# does.
 COMMON = """
 set -e
 hostname "$1"

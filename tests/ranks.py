@@ -18,7 +18,9 @@ TIMEOUT_S = 240.0
 
 
 class Ranks:
-    """Ranks that stay from one call to the next; where one has failed, the next call starts others."""
+    """Ranks that stay from one call to the next; where one has failed, the next call starts
+    others.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -31,11 +33,12 @@ class Ranks:
         self._end()
 
     def call(self, run: Callable[..., Any], *args: Any, seconds: float = TIMEOUT_S) -> list[Any]:
-        """`run(world, *args)` on every rank; what each returned, by rank. `run` travels by its name, so a test's own is
-        of a module that can be imported; what it returns is pickled.
+        """`run(world, *args)` on every rank; what each returned, by rank. `run` travels by its
+        name, so a test's own is of a module that can be imported; what it returns is pickled.
 
         Raises:
-            AssertionError: a rank raised, with its traceback, or died, or has not returned after so many seconds.
+            AssertionError: a rank raised, with its traceback, or died, or has not returned after so
+                many seconds.
         """
         if not self._running:
             self._start()

@@ -1,4 +1,6 @@
-"""Jobs of the scripts in slurm/ with stubs of ray and of orchestrator, which they find first on PATH."""
+"""Jobs of the scripts in slurm/ with stubs of ray and of orchestrator, which they find first on
+PATH.
+"""
 
 import json
 import os
@@ -59,7 +61,9 @@ class Job:
         )
 
     def ended(self, seconds: float = 120) -> dict[str, str]:
-        """Wait for the end. Nothing is left of the job then, and no file of it has the key of W&B."""
+        """Wait for the end. Nothing is left of the job then, and no file of it has the key of
+        W&B.
+        """
         job = self.slurm.ended(self.number, seconds)
         for node in self.slurm.nodes.names:
             wait_until(lambda node=node: not self.slurm.processes(node), 30)
@@ -101,7 +105,9 @@ def submit_stubbed(
     settings: dict[str, Any] | None = None,
     **env: str,
 ) -> Job:
-    """Submit slurm/SCRIPT from `folder`, with settings.json there; env is added to the environment."""
+    """Submit slurm/SCRIPT from `folder`, with settings.json there; env is added to the
+    environment.
+    """
     run_dir = folder / "run"
     if settings is None:
         settings = {"run_dir": str(run_dir)}

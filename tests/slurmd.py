@@ -1,7 +1,8 @@
-"""A real Slurm over `nodes.Nodes`: Debian's munged, slurmctld and a slurmd on each node, in two seconds.
+"""A real Slurm over `nodes.Nodes`: Debian's munged, slurmctld and a slurmd on each node, in two
+seconds.
 
-The nodes claim more CPUs than there are, and GPUs that are not there: both are only counted. Two partitions: batch (the
-default), whose jobs are requeued when one of high wants their nodes.
+The nodes claim more CPUs than there are, and GPUs that are not there: both are only counted. Two
+partitions: batch (the default), whose jobs are requeued when one of high wants their nodes.
 """
 
 import os
@@ -90,7 +91,9 @@ def why_no_slurm() -> str | None:
 
 
 class Slurm:
-    """Slurm over nodes of so many CPUs and GPUs each; its commands are given on the controller, as on a login node."""
+    """Slurm over nodes of so many CPUs and GPUs each; its commands are given on the controller, as
+    on a login node.
+    """
 
     def __init__(self, nodes: Nodes, cpus: int = 64, gpus: int = 8) -> None:
         self.nodes, self.cpus, self.gpus = nodes, cpus, gpus
@@ -188,7 +191,8 @@ class Slurm:
         return job
 
     def _munge(self, name: str) -> None:
-        # munged refuses to run as root, and its socket must be where every client looks; a node comes to see it anew
+        # munged refuses to run as root, and its socket must be where every client looks; a node
+        # comes to see it anew
         self._do(
             name, "bash", "-c", "mkdir -p /run/munge && mount -t tmpfs -o mode=755 tmpfs /run/munge"
         )

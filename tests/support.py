@@ -1,4 +1,6 @@
-"""What many tests need: small preference data, tiny settings, and the command line in a process of its own."""
+"""What many tests need: small preference data, tiny settings, and the command line in a process of
+its own.
+"""
 
 import json
 import os
@@ -83,7 +85,8 @@ def write_jsonl(path: Path, made: list[Any]) -> Path:
 
 
 def raw_settings(folder: Path, **blocks: Any) -> dict[str, Any]:
-    """Settings of a tiny run below `folder`, as nested dicts; keyword arguments are merged block by block.
+    """Settings of a tiny run below `folder`, as nested dicts; keyword arguments are merged block by
+    block.
 
     32 training and 8 evaluation pairs, fp32, W&B off, 8 pairs a step in micro-batches of 2.
     """
@@ -161,8 +164,9 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def ledger_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The pair ledger up to the newest checkpoint: each pair of a step once, in the order of steps, and no other row in
-    the folder."""
+    """The pair ledger up to the newest checkpoint: each pair of a step once, in the order of steps,
+    and no other row in the folder.
+    """
     made = read(RunDir(run_dir))[1].to_pylist()
     keys = [(row["step"], row["pair_id"]) for row in made]
     assert keys == sorted(set(keys))

@@ -1,4 +1,6 @@
-"""What the code as a whole promises: its layers, how little its settings load and cost, and that it explains itself."""
+"""What the code as a whole promises: its layers, how little its settings load and cost, and that it
+explains itself.
+"""
 
 import ast
 import json
@@ -53,12 +55,18 @@ def test_nothing_heavy_is_loaded_to_read_settings(module: str) -> None:
 
 
 def test_settings_are_loaded_in_half_a_second_of_cpu_time() -> None:
-    code = "import time; t = time.process_time(); import orchestrator.settings.load; print(time.process_time() - t)"
+    code = (
+        "import time; t = time.process_time(); import orchestrator.settings.load; "
+        "print(time.process_time() - t)"
+    )
     assert min(float(python(code)) for _ in range(3)) < 0.5
 
 
 def test_the_public_names_are_there_lazily() -> None:
-    code = "import orchestrator as o, sys; o.load_spec, o.RunSpec, o.UserError; print('torch' in sys.modules)"
+    code = (
+        "import orchestrator as o, sys; o.load_spec, o.RunSpec, o.UserError; print('torch' in "
+        "sys.modules)"
+    )
     assert python(code) == "False\n"
     assert "has no attribute 'nothing'" in python(
         "import orchestrator\ntry: orchestrator.nothing\nexcept AttributeError as e: print(e)"

@@ -27,7 +27,9 @@ Output = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """main() puts the current folder on the path; one call of it in this process is to be as none."""
+    """main() puts the current folder on the path; one call of it in this process is to be as
+    none.
+    """
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 

@@ -1,4 +1,6 @@
-"""README and docs/: links lead somewhere, examples load, commands parse, and the generated page is up to date."""
+"""README and docs/: links lead somewhere, examples load, commands parse, and the generated page is
+up to date.
+"""
 
 import re
 import shlex
@@ -18,7 +20,10 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)#?([^)\s]*)\)")
 PATH = re.compile(r"\b(?:configs|docs|launch|orchestrator|slurm|tests)/[\w/.-]*\w")
-BASE = "{run: {name: base}, model: {path: model}, data: {train: a.jsonl, eval: b.jsonl}, batch: {micro_batch_size: 1}}"
+BASE = (
+    "{run: {name: base}, model: {path: model}, data: {train: a.jsonl, eval: b.jsonl}, "
+    "batch: {micro_batch_size: 1}}"
+)
 
 
 def named(path: Path) -> str:

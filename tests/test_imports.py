@@ -1,4 +1,6 @@
-"""A process imports no library that its run does not need: each costs every rank seconds of CPU at every start."""
+"""A process imports no library that its run does not need: each costs every rank seconds of CPU at
+every start.
+"""
 
 import subprocess
 import sys

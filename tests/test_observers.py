@@ -1,4 +1,6 @@
-"""Callbacks and W&B on whole runs: the seed's callbacks as they are, requests on two ranks, and the offline file."""
+"""Callbacks and W&B on whole runs: the seed's callbacks as they are, requests on two ranks, and the
+offline file.
+"""
 
 import json
 from functools import partial

@@ -1,4 +1,6 @@
-"""Bad settings and bad data, as a user gives them: exit code 2 and one line with key, value, rule and cure, soon."""
+"""Bad settings and bad data, as a user gives them: exit code 2 and one line with key, value, rule
+and cure, soon.
+"""
 
 import fcntl
 import json
@@ -53,7 +55,8 @@ class Given(NamedTuple):
     rows: list[Any] | None = None  # of train.jsonl; a string is written as it is
     files: dict[str, str] = {}  # by name
     model: str | None = None  # the name of a folder made by `models`
-    late: bool = False  # only the rank itself can know: weights were loaded, the collator ran, or it evaluated
+    # only the rank itself can know: weights were loaded, the collator ran, or it evaluated
+    late: bool = False
 
 
 def case(name: str, words: str, *said: str, **given: Any) -> Any:
@@ -114,7 +117,10 @@ def environment(path: Path) -> list[bytes]:
 def in_a_process(
     name: str, folder: Path, *words: str, limit: float = LIMIT_S
 ) -> tuple[int, str, str]:
-    """`orchestrator WORDS` in `folder`: exit code, stdout, stderr. Fails when it is slow or leaves a process behind."""
+    """`orchestrator WORDS` in `folder`: exit code, stdout, stderr.
+
+    Fails when it is slow or leaves a process behind.
+    """
     mark, start = uuid.uuid4().hex, time.monotonic()
     done = support.orchestrator(*words, cwd=folder, env={**OFFLINE, MARK: mark}, timeout=limit)
     seconds[name] = time.monotonic() - start
@@ -124,7 +130,9 @@ def in_a_process(
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_one_worker() -> None:
-    """What a module shares makes its tests share a worker (conftest), which so can tell the slowest of all."""
+    """What a module shares makes its tests share a worker (conftest), which so can tell the slowest
+    of all.
+    """
 
 
 Run = Callable[..., tuple[int, str, str]]
@@ -152,7 +160,7 @@ def here(
     assert_nothing_runs(mark)
 
 
-# --- settings alone ----------------------------------------------------------------------------------------------
+# --- settings alone -------------------------------------------------------------------------------
 
 NO_KEYS = ("settings file", "run.yaml", "has no top-level settings", "`run:`")
 SETTINGS = [
@@ -500,7 +508,7 @@ def test_every_wrong_setting_has_its_line(tmp_path: Path) -> None:
     assert sorted(line.partition(" = ")[0] for line in lines) == ["dpo.beta", "optimizer.lr"]
 
 
-# --- data, models and the user's code ----------------------------------------------------------------------------
+# --- data, models and the user's code -------------------------------------------------------------
 
 KEYS_COLLATOR = (
     "import torch\ndef collate(rows):\n    return {'ids': torch.zeros(2 * len(rows), 3)}\n"
@@ -1103,7 +1111,9 @@ HERE = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of tiny models: a good one, one with a larger vocabulary, and some with a part missing."""
+    """Folders of tiny models: a good one, one with a larger vocabulary, and some with a part
+    missing.
+    """
     root = tmp_path_factory.mktemp("models")
     for name, vocab_size in (("good", 300), ("large", 320)):
         made_in = tmp_path_factory.mktemp(name)
@@ -1167,7 +1177,7 @@ def test_wrong_data_are_refused_here(
     )
 
 
-# --- rows that are dropped ---------------------------------------------------------------------------------------
+# --- rows that are dropped ------------------------------------------------------------------------
 
 SILENT = {"prompt": [ASKED], "chosen": [SAID], "rejected": []}
 MIXED = {"prompt": [ASKED], "chosen": [SAID], "rejected": "b"}
@@ -1204,7 +1214,7 @@ def test_dropped_rows_are_counted(
     assert line.count("dropped") == len(counts)
 
 
-# --- a run that is there already ---------------------------------------------------------------------------------
+# --- a run that is there already ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1300,7 +1310,7 @@ def test_an_export_over_other_things_is_refused(
     assert (tmp_path / "run.yaml").read_text() == before
 
 
-# --- the cluster -------------------------------------------------------------------------------------------------
+# --- the cluster ----------------------------------------------------------------------------------
 
 
 def test_more_workers_than_cores_are_refused_before_ray_starts(tmp_path: Path) -> None:

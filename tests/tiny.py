@@ -1,4 +1,6 @@
-"""Small parts for unit tests: a tokenizer without training, a model of two layers, batches, and ranks as threads."""
+"""Small parts for unit tests: a tokenizer without training, a model of two layers, batches, and
+ranks as threads.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -42,7 +44,9 @@ CHAT_ROW = {
 
 @lru_cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, except that "ab" is one token; the chat template marks roles by [u] and [a]."""
+    """One token per byte, except that "ab" is one token; the chat template marks roles by [u] and
+    [a].
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(alphabet)} | {
         "<pad>": PAD,
@@ -79,7 +83,8 @@ def pairs_of(folder: Path, content: list[Any], **settings: Any) -> Pairs:
 def tiny_model(
     seed: int = 0, dtype: torch.dtype = torch.float32, packed: bool = False, **config: Any
 ) -> PreTrainedModel:
-    """A Qwen2 of two layers with random weights of some size, so that its log-probs are not all alike.
+    """A Qwen2 of two layers with random weights of some size, so that its log-probs are not all
+    alike.
 
     packed: it takes packed batches too.
     """
@@ -163,7 +168,9 @@ both_layouts = pytest.mark.parametrize("packed", [True, False], ids=["packed", "
 
 
 class LeftAlone(Exception):
-    """A rank waited for another one that had ended: in a real run it would wait until the collective times out."""
+    """A rank waited for another one that had ended: in a real run it would wait until the
+    collective times out.
+    """
 
 
 class Meeting:
@@ -196,7 +203,9 @@ class Meeting:
 
 @dataclass(frozen=True)
 class ThreadWorld(World):
-    """One of several ranks that are threads of this process, with the collectives of a World but `max`."""
+    """One of several ranks that are threads of this process, with the collectives of a World but
+    `max`.
+    """
 
     meeting: Meeting = field(kw_only=True)
     rounds: Iterator[int] = field(kw_only=True, default_factory=count)
@@ -213,7 +222,9 @@ class ThreadWorld(World):
 
 
 def on_ranks(size: int, run: Callable[[World], Any]) -> list[Any]:
-    """Call `run(world)` on every rank; what each returned or raised: LeftAlone where it waited in vain."""
+    """Call `run(world)` on every rank; what each returned or raised: LeftAlone where it waited in
+    vain.
+    """
     meeting, results = Meeting(size), [None] * size
 
     def work(rank: int) -> None:

@@ -30,9 +30,9 @@ LORA: dict[str, dict[str, Any] | None] = {
     "lora on nf4": {"r": 4, "base": "nf4"},
 }
 WITH_LORA, QUANTISED_BASE = set(LORA) - {"none"}, {"lora on int8", "lora on nf4"}
-# How far the losses of twins may be apart, by whatever in a run computes most coarsely. Seen of each: fp64 5e-14, fp32
-# 7e-7, fp16 1.5e-3, bf16 6e-3, and int8, which rounds activations to a scale that the micro-batch shares, 1.1e-2.
-# Weights in nf4 are multiplied in the precision of the run.
+# How far the losses of twins may be apart, by whatever in a run computes most coarsely. Seen of
+# each: fp64 5e-14, fp32 7e-7, fp16 1.5e-3, bf16 6e-3, and int8, which rounds activations to a scale
+# that the micro-batch shares, 1.1e-2. Weights in nf4 are multiplied in the precision of the run.
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2, "int8": 3e-2}
 
 
@@ -80,7 +80,9 @@ def curves(world: World, raws: list[dict[str, Any]]) -> list[list[float]]:
 
 @contextmanager
 def begun(world: World, raw: dict[str, Any]) -> Iterator[tuple[RunSpec, RunDir]]:
-    """Settings and directory of a run that starts where no other has left log-probs of its reference."""
+    """Settings and directory of a run that starts where no other has left log-probs of its
+    reference.
+    """
     spec = make_spec(raw)
     run_dir = RunDir(spec.run_dir)
     if world.is_main:

@@ -9,7 +9,8 @@ from orchestrator import debug, load_spec, train
 
 
 def in_8_bits(policy):
-    # a model from the hub is loaded by its name; this policy was made on the spot and is not in any folder yet
+    # a model from the hub is loaded by its name; this policy was made on the spot and is not in any
+    # folder yet
     with tempfile.TemporaryDirectory() as folder:
         policy.save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(

@@ -7,7 +7,8 @@ from orchestrator import debug, load_spec, train
 
 def compute_metrics(eval_preds):
     logits, labels = (
-        eval_preds  # [sequences, tokens, vocabulary] and [sequences, tokens], -100 behind a shorter batch
+        # [sequences, tokens, vocabulary] and [sequences, tokens], -100 behind a shorter batch
+        eval_preds
     )
     guesses, tokens = logits[:, :-1].argmax(-1), labels[:, 1:]
     return {"guessed_tokens": float((guesses == tokens)[tokens != -100].mean())}

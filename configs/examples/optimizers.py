@@ -1,4 +1,6 @@
-"""Use different optimizers and schedulers: functions, called on every rank with the parameters that are its own."""
+"""Use different optimizers and schedulers: functions, called on every rank with the parameters that
+are its own.
+"""
 
 import sys
 

@@ -1,5 +1,6 @@
-"""Use mixed precision training: a setting in Python as well, where `load_spec` takes what the command line does. fp32
-disables it."""
+"""Use mixed precision training: a setting in Python as well, where `load_spec` takes what the
+command line does. fp32 disables it.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""Memory efficient fine-tuning by sharing layers: what shares them is made on every rank, of the policy there."""
+"""Memory efficient fine-tuning by sharing layers: what shares them is made on every rank, of the
+policy there.
+"""
 
 import sys
 

@@ -1,9 +1,11 @@
-"""Writes the quickstart's preference pairs: an instruction, the answer that follows it, the answer that does not.
+"""Writes the quickstart's preference pairs: an instruction, the answer that follows it, the answer
+that does not.
 
     python configs/sample/make_pairs.py [OUT_DIR]
 
-Every scenario is asked twice, with opposite instructions and the same two answers swapped. So each answer is chosen
-once and rejected once, and answers alone say nothing: only a model that reads the instruction can tell them apart.
+Every scenario is asked twice, with opposite instructions and the same two answers swapped. So each
+answer is chosen once and rejected once, and answers alone say nothing: only a model that reads the
+instruction can tell them apart.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of instruction: the wordings of its two opposite sides, and the scenarios it is asked about."""
+    """One kind of instruction: the wordings of its two opposite sides, and the scenarios it is
+    asked about.
+    """
 
     cues: tuple[tuple[str, ...], tuple[str, ...]]
     scenarios: list[Scenario]
@@ -52,11 +56,13 @@ def letter_case() -> Family:
     capital = ("in capital letters", "in upper case", "with big letters only")
     small = ("in small letters", "in lower case", "with little letters only")
     animals = words(
-        "the cat, the old dog, a grey horse, the little bird, my rabbit, a brown bear, the duck, our hen"
+        "the cat, the old dog, a grey horse, the little bird, my rabbit, a brown bear, the duck, "
+        "our hen"
     )
     actions = words(
-        "sleeps in the sun, waits at the door, drinks from the river, hides behind the tree, runs to the farm, "
-        "looks at the moon, sits on the wall, eats the green apple, walks over the bridge"
+        "sleeps in the sun, waits at the door, drinks from the river, hides behind the tree, "
+        "runs to the farm, looks at the moon, sits on the wall, eats the green apple, walks over "
+        "the bridge"
     )
     scenarios = []
     for animal, action in product(animals, actions):
@@ -95,8 +101,8 @@ def tense() -> Family:
     past = ("in the past tense", "as news from yesterday", "as something already done")
     future = ("in the future tense", "as a plan for tomorrow", "as something still to come")
     actions = words(
-        "paint the gate, clean the kitchen, visit the museum, cook the soup, repair the clock, water the garden, "
-        "open the shop, call the doctor, mend the car"
+        "paint the gate, clean the kitchen, visit the museum, cook the soup, repair the clock, "
+        "water the garden, open the shop, call the doctor, mend the car"
     )
     scenarios = []
     for person, action in product(PEOPLE, actions):
@@ -182,7 +188,9 @@ def digest(text: str) -> int:
 
 
 def pairs_of(family: Family, scenario: Scenario) -> Iterator[Pair]:
-    """The scenario's two pairs: one for either side of the instruction, with the answers swapped."""
+    """The scenario's two pairs: one for either side of the instruction, with the answers
+    swapped.
+    """
     for side, cues in enumerate(family.cues):
         draw = digest(f"{scenario.task} {side}")
         cue, frame = cues[draw % len(cues)], FRAMES[draw // len(cues) % len(FRAMES)]

@@ -1,7 +1,7 @@
 """Collate rows of token ids into a PairBatch, packed or padded, with built-in or user collators.
 
-Shapes: B pairs, 2B sequences (all chosen, then all rejected), R rows, T tokens of a row, C completion tokens that are
-scored, N positions that score them.
+Shapes: B pairs, 2B sequences (all chosen, then all rejected), R rows, T tokens of a row, C
+completion tokens that are scored, N positions that score them.
 """
 
 import inspect
@@ -24,7 +24,9 @@ UserCollator = Callable[..., dict[str, torch.Tensor]]
 
 
 class Counts(NamedTuple):
-    """Denominators of a step's means: counts of the GLOBAL batch, equal on every rank; pairs count by weight."""
+    """Denominators of a step's means: counts of the GLOBAL batch, equal on every rank; pairs count
+    by weight.
+    """
 
     pairs: float
     chosen_tokens: float  # scored tokens of the chosen completions
@@ -36,11 +38,14 @@ class Counts(NamedTuple):
 
 
 class PairSpan(NamedTuple):
-    """Positions of a pair in a packed row: shared | rest of the chosen | rest of the rejected sequence."""
+    """Positions of a pair in a packed row: shared | rest of the chosen | rest of the rejected
+    sequence.
+    """
 
     start: int
     fork: int  # end of the shared part: the prompt, and the common prefix of the completions
-    rejected: int  # start of the rest of the rejected sequence; start..rejected is the whole chosen sequence
+    # start of the rest of the rejected sequence; start..rejected is the whole chosen sequence
+    rejected: int
     stop: int
     scored: int  # the first position that predicts a completion token; stop if none does
 
@@ -48,8 +53,9 @@ class PairSpan(NamedTuple):
 class Segments(NamedTuple):
     """Attention pattern of a packed row: causal attention within each sequence of each pair.
 
-    For variable-length kernels, a pair is two runs of queries, start..rejected and rejected..stop, over the keys
-    start..rejected and start..fork + rejected..stop; each run is aligned with the end of its keys.
+    For variable-length kernels, a pair is two runs of queries, start..rejected and rejected..stop,
+    over the keys start..rejected and start..fork + rejected..stop; each run is aligned with the end
+    of its keys.
     """
 
     spans: tuple[PairSpan, ...]  # [B], on the host
@@ -66,10 +72,12 @@ class Segments(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """One micro-batch. All indices of tokens are computed on the host: computing them on a GPU would stall it.
+    """One micro-batch. All indices of tokens are computed on the host: computing them on a GPU
+    would stall it.
 
-    Packed: one row, with position_ids and segments. Padded: 2B rows, with attention_mask. The scored completion tokens
-    are ordered by pair: chosen and rejected of the first pair, chosen and rejected of the second, ...
+    Packed: one row, with position_ids and segments. Padded: 2B rows, with attention_mask. The
+    scored completion tokens are ordered by pair: chosen and rejected of the first pair, chosen and
+    rejected of the second, ...
     """
 
     pair_ids: torch.Tensor  # [B]
@@ -90,8 +98,8 @@ class PairBatch(NamedTuple):
         int, ...
     ]  # [2B] number of scored tokens of each sequence, on the host, in the order of the tokens
     ref_logps: torch.Tensor | None  # [2B] log-probs of the reference, if already known
-    # [B, 3] for losses over the global batch, after its first pass: the pair's loss, and its derivatives with respect
-    # to the log-probs of the chosen and the rejected completion
+    # [B, 3] for losses over the global batch, after its first pass: the pair's loss, and its
+    # derivatives with respect to the log-probs of the chosen and the rejected completion
     of_batch: torch.Tensor | None = None
     margins: torch.Tensor | None = None  # [B] data.margin_column: the target margin
 
@@ -122,9 +130,12 @@ class CollateContext:
 
     rank: int
     world_size: int
-    step: int  # the step to collate, from 1 (one more after each that fp16 skipped); in evaluation the steps taken
+    # the step to collate, from 1 (one more after each that fp16 skipped); in evaluation the steps
+    # taken
+    step: int
     global_pairs: int  # pairs of the global batch (in evaluation: of the data set)
-    global_tokens: int  # tokens of both sequences of those pairs, as tokenised and truncated by data.max_length
+    # tokens of both sequences of those pairs, as tokenised and truncated by data.max_length
+    global_tokens: int
 
 
 class FedSequence(NamedTuple):
@@ -135,7 +146,9 @@ class FedSequence(NamedTuple):
 
     @property
     def labels(self) -> Integers:
-        """Return the scored completion tokens; a token at position 0 has no predecessor and is not scored."""
+        """Return the scored completion tokens; a token at position 0 has no predecessor and is not
+        scored.
+        """
         return self.ids[max(self.completion, 1) :]
 
     @property
@@ -145,7 +158,8 @@ class FedSequence(NamedTuple):
 
 
 def fed_sequences(row: Row, keep_last: int | None) -> tuple[FedSequence, FedSequence]:
-    """Return the chosen and the rejected sequence, each cut to its last `keep_last` tokens (keep_end).
+    """Return the chosen and the rejected sequence, each cut to its last `keep_last` tokens
+    (keep_end).
 
     Tokenising already applied keep_start.
     """
@@ -158,9 +172,11 @@ def fed_sequences(row: Row, keep_last: int | None) -> tuple[FedSequence, FedSequ
 
 
 class PackedCollator:
-    """Collator that packs all pairs in one row without padding; the common prefix of a pair's sequences occurs once.
+    """Collator that packs all pairs in one row without padding; the common prefix of a pair's
+    sequences occurs once.
 
-    Two pairs, prompt 1 2 3 with chosen 4 5 and rejected 6, prompt 7 8 with chosen 9 and rejected 10 11:
+    Two pairs, prompt 1 2 3 with chosen 4 5 and rejected 6, prompt 7 8 with chosen 9 and rejected 10
+    11:
 
         input_ids     1 2 3 4 5 6   7 8 9 10 11       completion_index   2 3   2   7   7  9
         position_ids  0 1 2 3 4 3   0 1 2  2  3       completion_labels  4 5   6   9  10 11
@@ -254,9 +270,11 @@ def _segments(spans: list[PairSpan], completion_index: Integers) -> Segments:
 
 
 class PreferenceCollator:
-    """Collator of right-padded sequences, all chosen first, in the layout of TRL's DataCollatorForPreference.
+    """Collator of right-padded sequences, all chosen first, in the layout of TRL's
+    DataCollatorForPreference.
 
-    Two pairs, prompt 1 2 3 with chosen 4 5 and rejected 6, prompt 7 8 with chosen 9 and rejected 10 11:
+    Two pairs, prompt 1 2 3 with chosen 4 5 and rejected 6, prompt 7 8 with chosen 9 and rejected 10
+    11:
 
         input_ids  1 2 3 4 5      completion_index     2 3  12   6  16 17      scored  2 1 1 2
                    7 8 9 0 0      completion_labels    4 5   6   9  10 11
@@ -291,7 +309,10 @@ def batch_from_masks(
     is_filler: bool,
     ref_logps: torch.Tensor | None = None,
 ) -> PairBatch:
-    """Return a PairBatch from [2B, T] tensors in TRL's layout. A completion token at position 0 is not scored."""
+    """Return a PairBatch from [2B, T] tensors in TRL's layout.
+
+    A completion token at position 0 is not scored.
+    """
     pairs, width = len(rows), input_ids.shape[1]
     # rows in the order chosen, rejected of the first pair, chosen, rejected of the second, ...
     pair_by_pair = torch.arange(2 * pairs).view(2, pairs).t().flatten()
@@ -314,7 +335,9 @@ def batch_from_masks(
 
 
 class AdaptedCollator:
-    """Adapter of a user's collator: passes it rows (and `context` if it has this parameter), and converts its dict."""
+    """Adapter of a user's collator: passes it rows (and `context` if it has this parameter), and
+    converts its dict.
+    """
 
     def __init__(
         self,
@@ -324,8 +347,8 @@ class AdaptedCollator:
     ) -> None:
         """Import and construct the collator.
 
-        collator: an object from Python, or data.collator. pad_token_id: passed to a constructor with this parameter.
-        vocabulary: the model's vocabulary size, if known.
+        collator: an object from Python, or data.collator. pad_token_id: passed to a constructor
+        with this parameter. vocabulary: the model's vocabulary size, if known.
         """
         self.vocabulary = vocabulary
         function: Any
@@ -389,8 +412,8 @@ class AdaptedCollator:
                 self.key,
                 self.name,
                 f"returned {shapes if is_dict else type(output).__name__} for {pairs} pairs",
-                "return tensors input_ids, attention_mask and completion_mask of shape [2 * pairs, tokens], chosen "
-                "half first",
+                "return tensors input_ids, attention_mask and completion_mask of shape [2 * "
+                "pairs, tokens], chosen half first",
             )
         if ids.is_floating_point() or (ids < 0).any():
             rule = f"returned input_ids of {ids.dtype} with minimum {ids.min().item()}"

@@ -1,4 +1,6 @@
-"""Load the micro-batches of one rank step by step, with prefetching and cached reference log-probs."""
+"""Load the micro-batches of one rank step by step, with prefetching and cached reference
+log-probs.
+"""
 
 import queue
 import threading
@@ -42,8 +44,8 @@ class StepBatches(NamedTuple):
 class Loader:
     """Iterator over steps from any position in the data.
 
-    Built-in collators run ahead in a thread. A user's collator runs in the main thread, because it may draw random
-    numbers, whose order must be the same after a resume.
+    Built-in collators run ahead in a thread. A user's collator runs in the main thread, because it
+    may draw random numbers, whose order must be the same after a resume.
     """
 
     def __init__(self, pairs: Pairs, order: Order, collator: Collator) -> None:
@@ -54,7 +56,10 @@ class Loader:
         self._epoch: int | None = None
 
     def steps(self, pairs_seen: int, step: int) -> Generator[StepBatches]:
-        """Yield every step from a position on, endlessly; the caller closes it. step: optimizer steps taken before."""
+        """Yield every step from a position on, endlessly; the caller closes it.
+
+        step: optimizer steps taken before.
+        """
         plain = self._steps(pairs_seen, step)
         with closing(
             plain if isinstance(self.collator, AdaptedCollator) else _prefetched(plain)
@@ -63,11 +68,15 @@ class Loader:
                 yield self._with_known_reference(batches)
 
     def first(self) -> list[PairBatch]:
-        """Return this rank's micro-batches of the first step (equally many on every rank), without cached log-probs."""
+        """Return this rank's micro-batches of the first step (equally many on every rank), without
+        cached log-probs.
+        """
         return self._make(self.order.plan(0), step=1).micro_batches
 
     def whole(self, step: int) -> tuple[list[MicroBatch], Callable[[MicroBatch], PairBatch]]:
-        """Return this rank's micro-batches of an evaluation (every pair once), and a function that collates one."""
+        """Return this rank's micro-batches of an evaluation (every pair once), and a function that
+        collates one.
+        """
         context = self._context(step, np.arange(self.order.pairs))
         if self.cache is not None:
             self.cache.read()
@@ -87,7 +96,9 @@ class Loader:
         return self._collate(MicroBatch(pairs), self._context(step, np.arange(self.order.pairs)))
 
     def counts_of(self, pairs: Integers) -> Counts:
-        """Return the counts of these pairs with built-in collators; a user's collator may score other tokens."""
+        """Return the counts of these pairs with built-in collators; a user's collator may score
+        other tokens.
+        """
         scored = self._scored_chosen[pairs]
         if self.pairs.weights is None:
             return Counts(len(pairs), int(scored.sum()))
@@ -95,9 +106,11 @@ class Loader:
         return Counts(float(weights.sum()), float(weights @ scored))
 
     def remember(self, batch: PairBatch, ref_logps: torch.Tensor) -> None:
-        """Cache the reference log-probs of a batch (still on the host) that had none; waits for the device.
+        """Cache the reference log-probs of a batch (still on the host) that had none; waits for the
+        device.
 
-        Fillers are not cached: their pair is also in another rank's batch, where the last bit may differ.
+        Fillers are not cached: their pair is also in another rank's batch, where the last bit may
+        differ.
         """
         if self.cache is not None and batch.ref_logps is None and batch.pair_weights.any():
             self.cache.add(batch.pair_ids, ref_logps)
@@ -110,7 +123,9 @@ class Loader:
             pairs_seen += len(plan.global_pairs)
 
     def _with_known_reference(self, step: StepBatches) -> StepBatches:
-        """Return the step with cached log-probs, looked up now and not when prefetched: steps between may add them."""
+        """Return the step with cached log-probs, looked up now and not when prefetched: steps
+        between may add them.
+        """
         if self.cache is None:
             return step
         if step.epoch != self._epoch:  # in the last epoch, another rank may have had these pairs
@@ -153,7 +168,9 @@ class Loader:
 
 
 def _prefetched(steps: Iterator[StepBatches]) -> Generator[StepBatches]:
-    """Yield the same steps, prepared in a thread ahead of their use; the thread ends with the iterator."""
+    """Yield the same steps, prepared in a thread ahead of their use; the thread ends with the
+    iterator.
+    """
     ready: queue.Queue[StepBatches | BaseException] = queue.Queue(PREFETCHED_STEPS)
     stop = threading.Event()
 
@@ -184,4 +201,5 @@ def _prefetched(steps: Iterator[StepBatches]) -> Generator[StepBatches]:
             yield item
     finally:
         stop.set()
-        thread.join()  # a thread that still runs torch code when the interpreter exits aborts the process
+        # a thread that still runs torch code when the interpreter exits aborts the process
+        thread.join()

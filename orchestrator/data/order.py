@@ -1,4 +1,5 @@
-"""Order the data: the balanced micro-batches of each rank and step, in integer arithmetic equal on every rank.
+"""Order the data: the balanced micro-batches of each rank and step, in integer arithmetic equal on
+every rank.
 
 Shapes: N pairs of the data, E pairs per epoch, G pairs per global batch, S global batches.
 """
@@ -21,14 +22,19 @@ MANY = (
 
 
 def scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Apply the finaliser of SplitMix64 (Steele et al. 2014), a pseudo-random bijection of 64-bit integers."""
+    """Apply the finaliser of SplitMix64 (Steele et al.
+
+    2014), a pseudo-random bijection of 64-bit integers.
+    """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def permutation(pairs: int, seed: int, epoch: int) -> Integers:
-    """Return a permutation [N]. It uses no library's generator, whose new release could reorder a running job."""
+    """Return a permutation [N]. It uses no library's generator, whose new release could reorder a
+    running job.
+    """
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
         key = scrambled(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
         key = scrambled(key ^ np.uint64(epoch))
@@ -48,10 +54,12 @@ class Share(NamedTuple):
         return cls(pairs, max(min(pairs, 1), round(weight * pairs)))
 
     def taken(self, seed: int, epoch: int) -> Integers:
-        """Return [per_epoch] ascending indices of the pairs in an epoch; repeated pairs are adjacent.
+        """Return [per_epoch] ascending indices of the pairs in an epoch; repeated pairs are
+        adjacent.
 
-        The set is traversed in passes, each with its own order; an epoch continues where the previous one stopped. So,
-        after any number of epochs, the counts of any two pairs differ by at most one.
+        The set is traversed in passes, each with its own order; an epoch continues where the
+        previous one stopped. So, after any number of epochs, the counts of any two pairs differ by
+        at most one.
         """
         times = np.zeros(self.pairs, np.int64)
         for end, sign in (((epoch + 1) * self.per_epoch, 1), (epoch * self.per_epoch, -1)):
@@ -66,7 +74,9 @@ class Share(NamedTuple):
     maxsize=2
 )  # the current epoch, and the next one, which a prefetching loader already reads
 def epoch_order(shares: tuple[Share, ...], seed: int, epoch: int) -> Integers:
-    """Return [E] indices of the pairs of an epoch, in training order; indices continue from one set to the next."""
+    """Return [E] indices of the pairs of an epoch, in training order; indices continue from one set
+    to the next.
+    """
     taken, first = [], 0
     for number, share in enumerate(shares, 1):
         with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
@@ -81,8 +91,8 @@ def epoch_order(shares: tuple[Share, ...], seed: int, epoch: int) -> Integers:
 
 
 def deal(costs: Integers, ranks: int) -> Integers:
-    """Assign the pairs of global batches to ranks, balanced by cost: the most expensive remaining pair goes to the
-    rank with the smallest load (LPT, Graham 1969).
+    """Assign the pairs of global batches to ranks, balanced by cost: the most expensive remaining
+    pair goes to the rank with the smallest load (LPT, Graham 1969).
 
     costs: [S, G] integers. Returns [S, G], the rank of each pair.
     Vectorised over S, in blocks whose loads fit in the CPU cache.
@@ -106,7 +116,8 @@ def deal(costs: Integers, ranks: int) -> Integers:
 def fed_lengths(lengths: Integers, keep_last: int | None) -> Integers:
     """Return [N, 3] tokens after each sequence is cut to its last `keep_last` tokens (keep_end).
 
-    The two sides lose different parts of the prompt; prompt tokens that only one side keeps count as its completion.
+    The two sides lose different parts of the prompt; prompt tokens that only one side keeps count
+    as its completion.
     """
     if keep_last is None:
         return lengths
@@ -127,12 +138,16 @@ def scored_chosen(lengths: Integers, keep_last: int | None) -> Integers:
 
 
 def longest_sequences(lengths: Integers) -> Integers:
-    """Return [N] tokens of the longer sequence of each pair. lengths: [N, 3] of prompt, chosen and rejected."""
+    """Return [N] tokens of the longer sequence of each pair.
+
+    lengths: [N, 3] of prompt, chosen and rejected.
+    """
     return lengths[:, 0] + lengths[:, 1:].max(axis=1)
 
 
 def deal_many(costs: Integers, ranks: int) -> Integers:
-    """Assign very many pairs to ranks in zigzag order by cost: nearly as balanced as `deal`, without a loop.
+    """Assign very many pairs to ranks in zigzag order by cost: nearly as balanced as `deal`,
+    without a loop.
 
     costs: [N]. Returns [N], the rank of each pair.
     """
@@ -179,8 +194,9 @@ class RunLength(NamedTuple):
 
 
 def run_length(pairs: int, global_batch_size: int, training: TrainingSpec) -> RunLength:
-    """Return the length of a run whose epochs have `pairs` pairs. It ends when max_steps or epochs is reached; after 1
-    epoch if neither is set."""
+    """Return the length of a run whose epochs have `pairs` pairs. It ends when max_steps or epochs
+    is reached; after 1 epoch if neither is set.
+    """
     by_epochs = _length_of_epochs(pairs, global_batch_size, training.epochs or 1.0)
     if training.max_steps is None or (
         training.epochs is not None and by_epochs.steps <= training.max_steps
@@ -203,7 +219,10 @@ def _length_of_epochs(pairs: int, global_batch_size: int, epochs: float) -> RunL
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs of one forward pass on one rank. A filler has weight 0 and only keeps the ranks' collectives aligned."""
+    """Pairs of one forward pass on one rank.
+
+    A filler has weight 0 and only keeps the ranks' collectives aligned.
+    """
 
     pairs: Integers
     is_filler: bool = False
@@ -266,7 +285,9 @@ class Order:
         return all(share.per_epoch == share.pairs for share in self.shares)
 
     def plan(self, pairs_seen: int) -> StepPlan:
-        """Return the step that starts after `pairs_seen` pairs, counted from the start of training over all epochs."""
+        """Return the step that starts after `pairs_seen` pairs, counted from the start of training
+        over all epochs.
+        """
         epoch, offset = divmod(pairs_seen, self.pairs_per_epoch)
         batch = epoch_order(self.shares, self.seed, epoch)[offset : offset + self.global_batch_size]
         return StepPlan(epoch, pairs_seen, batch, self.micro_batches(batch))
@@ -276,7 +297,9 @@ class Order:
         return self.micro_batches(np.arange(self.pairs))
 
     def micro_batches(self, batch: Integers) -> list[MicroBatch]:
-        """Return this rank's share of some pairs [G]; every rank gets equally many micro-batches, including fillers."""
+        """Return this rank's share of some pairs [G]; every rank gets equally many micro-batches,
+        including fillers.
+        """
         costs = self.costs[batch]
         many = len(batch) > MANY * self.world_size
         owners = (

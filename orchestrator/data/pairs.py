@@ -1,7 +1,8 @@
 """Tokenise preference rows once, in parallel, into a memory-mapped cache.
 
-It uses no World and no collectives: the first process that gets the lock builds the cache, and the others poll for the
-finished files, so no rank waits in a collective whose time-out would kill the run.
+It uses no World and no collectives: the first process that gets the lock builds the cache, and the
+others poll for the finished files, so no rank waits in a collective whose time-out would kill the
+run.
 """
 
 import bisect
@@ -44,7 +45,8 @@ FORMAT = 6  # of the cache; increase it when the meaning of a cached number chan
 CHUNK = 512  # rows sent to a tokenising process at a time
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
-# Settings of `data` that determine the cache's content; data.chat_template is part of the tokenizer.
+# Settings of `data` that determine the cache's content; data.chat_template is part of the
+# tokenizer.
 CACHED = (
     "max_length",
     "truncation",
@@ -78,7 +80,9 @@ class TokenizedSet(NamedTuple):
 
     @property
     def unread(self) -> dict[str, int]:
-        """Return the number of rows with a variable that their chat template does not read, by variable."""
+        """Return the number of rows with a variable that their chat template does not read, by
+        variable.
+        """
         return self._meta["unread"]
 
     @property
@@ -97,20 +101,22 @@ class TokenizedSet(NamedTuple):
 
     @property
     def uncut_lengths(self) -> Integers:
-        """Return [M, 3] tokens of prompt, chosen and rejected before truncation, for every row that could be
-        tokenised, including those dropped later."""
+        """Return [M, 3] tokens of prompt, chosen and rejected before truncation, for every row that
+        could be tokenised, including those dropped later.
+        """
         return np.load(self.folder / "uncut.npy").reshape(-1, 3)
 
 
 class Pairs:
     """Usable pairs of one or more data sets, memory-mapped: tokens are read only when needed.
 
-    pair_ids: [N] ascending row numbers, counted from 1 and continued from one source to the next, including rows
-        without a usable pair.
+    pair_ids: [N] ascending row numbers, counted from 1 and continued from one source to the next,
+        including rows without a usable pair.
     lengths: [N, 3] tokens of prompt, chosen and rejected.
     hashes: [N, 2] 128-bit hashes of the token ids of each pair.
     swapped: [N] the first half of the hash with chosen and rejected exchanged.
-    weights, margins: [N] fp64 values of data.weight_column and data.margin_column, or None if these are not set.
+    weights, margins: [N] fp64 values of data.weight_column and data.margin_column, or None if these
+        are not set.
     dropped, unread, unread_columns, notes: counts of rows as in TokenizedSet.
     """
 
@@ -202,8 +208,9 @@ class Pairs:
         ]
 
     def __getitem__(self, index: int) -> Row:
-        """Return one pair as input of a collator: pair_id, lists of token ids under TRL's names, and weight and margin
-        if they are set."""
+        """Return one pair as input of a collator: pair_id, lists of token ids under TRL's names,
+        and weight and margin if they are set.
+        """
         prompt, chosen, _ = self.lengths[index]
         tokens = self.tokens(index).tolist()
         row: Row = {
@@ -245,11 +252,12 @@ def tokenized_pairs(
     name: str = "",
     first: int | None = None,
 ) -> Pairs:
-    """Return the pairs of data.train or of the evaluation set with that name, from the cache, which is built if it
-    does not exist. first: use only so many rows of each source.
+    """Return the pairs of data.train or of the evaluation set with that name, from the cache, which
+    is built if it does not exist. first: use only so many rows of each source.
 
     Raises:
-        UserError: a source is missing or unreadable, a row cannot be used, or (NoPairs) no row is left.
+        UserError: a source is missing or unreadable, a row cannot be used, or (NoPairs) no row is
+            left.
     """
     of_tokenizer, sets = tokenizer_identity(tokenizer), list[TokenizedSet]()
     for key, source in data.sources(split, name).items():
@@ -277,8 +285,8 @@ def tokenized_pairs(
 
 
 def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Split pairs into (training pairs, evaluation pairs): hold out all pairs of some prompts, chosen by a hash of
-    their tokens and the seed, as close to the fraction as possible.
+    """Split pairs into (training pairs, evaluation pairs): hold out all pairs of some prompts,
+    chosen by a hash of their tokens and the seed, as close to the fraction as possible.
 
     Raises:
         UserError: a training set or the evaluation set would be empty.
@@ -318,7 +326,8 @@ def without_held_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, P
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Create a folder with `build(partial_folder)` in exactly one process; the other callers poll until it exists.
+    """Create a folder with `build(partial_folder)` in exactly one process; the other callers poll
+    until it exists.
 
     The lock is released when its holder dies, so the next process replaces a killed builder.
     """
@@ -466,7 +475,9 @@ def _swapped_hash(pair: TokenizedPair) -> bytes:
 
 
 def content_hash(lengths: Iterable[int], tokens: NDArray[np.int32]) -> bytes:
-    """Return a 128-bit hash of the token ids of a pair and the lengths [3] of prompt, chosen and rejected."""
+    """Return a 128-bit hash of the token ids of a pair and the lengths [3] of prompt, chosen and
+    rejected.
+    """
     whole = np.array([*lengths], "<i4").tobytes() + tokens.astype("<i4").tobytes()
     return hashlib.blake2b(whole, digest_size=16).digest()
 
@@ -491,8 +502,9 @@ def _tokenized(rows: Iterable[tuple[int, Any]], worker: _Worker) -> Iterator[_To
 def tokenized_elsewhere(
     chunk: list[tuple[int, Any]], result: Future[list[_TokenizedRow]], worker: _Worker
 ) -> list[_TokenizedRow]:
-    """Return the result of another process for a chunk; if a row is nested too deeply to pickle, tokenise the chunk in
-    this process, which also reports the row's number."""
+    """Return the result of another process for a chunk; if a row is nested too deeply to pickle,
+    tokenise the chunk in this process, which also reports the row's number.
+    """
     try:
         return result.result()
     except RecursionError:

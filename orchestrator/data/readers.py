@@ -113,7 +113,7 @@ def _open_zstd(path: str) -> Any:
     return pa.input_stream(path, compression="zstd")
 
 
-# --- CSV -----------------------------------------------------------------------------------------------------------
+# --- CSV ------------------------------------------------------------------------------------------
 
 
 def _csv_rows(key: str, path: str, delimiter: str) -> Iterator[tuple[int, Any]]:
@@ -137,18 +137,22 @@ def _csv_rows(key: str, path: str, delimiter: str) -> Iterator[tuple[int, Any]]:
 
 
 def _cell(name: str, text: str | None) -> Any:
-    """Return a cell's value: a number if it is one and the column is not text; None if the cell is missing."""
+    """Return a cell's value: a number if it is one and the column is not text; None if the cell is
+    missing.
+    """
     if text and name not in (*PAIR, *CONTEXT):
         with suppress(ValueError):
             return float(text)
     return text
 
 
-# --- JSON ----------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def _json_rows(key: str, path: str) -> Iterator[tuple[int, Any]]:
-    """Yield rows of JSON lines (blank lines are not counted) or of one JSON array, whatever the file's name."""
+    """Yield rows of JSON lines (blank lines are not counted) or of one JSON array, whatever the
+    file's name.
+    """
     with _open_text(path) as file:
         begin = ""
         for begin in file:
@@ -191,7 +195,10 @@ def _array_rows(key: str, path: str, text: str) -> Iterator[tuple[int, Any]]:
         rule = f"is not JSON: the array ends after row {number} without a bracket"
         raise UserError(key, path, rule, "fix it, or write one object per line")
     if text[place] != "]":
-        rule = "is not JSON: after that row neither a comma and another row nor the end of the array follows"
+        rule = (
+            "is not JSON: after that row neither a comma and another row nor the end of the "
+            "array follows"
+        )
         raise UserError(f"{key} row {number}", text[place:], rule, f"fix what follows it in {path}")
     if rest := text[place + 1 :].strip():
         raise UserError(key, rest, "follows the end of the JSON array", f"remove it from {path}")

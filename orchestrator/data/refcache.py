@@ -1,8 +1,9 @@
 """Cache reference log-probs of pairs on disk, keyed by content.
 
-The key is the reference's identity (its weights, and all else that changes the log-probs) and the token ids of a pair
-after truncation. There is one folder per identity; every process appends records of fixed size to its own file in it,
-so a crash loses at most the record being written, which fails its checksum.
+The key is the reference's identity (its weights, and all else that changes the log-probs) and the
+token ids of a pair after truncation. There is one folder per identity; every process appends
+records of fixed size to its own file in it, so a crash loses at most the record being written,
+which fails its checksum.
 
 Shapes: N pairs of the data set, b some of them.
 """
@@ -31,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder(root: Path, identity: dict[str, Any]) -> Path:
-    """Create and return the folder for a reference identity (JSON-serialisable), which its meta.json documents."""
+    """Create and return the folder for a reference identity (JSON-serialisable), which its
+    meta.json documents.
+    """
     text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
     folder = root / "reference_logps" / hashlib.sha256(text.encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,9 +47,10 @@ def cache_folder(root: Path, identity: dict[str, Any]) -> Path:
 class RefCache:
     """Cached log-probs of the pairs of one data set: "train", "eval", or "eval NAME" with several.
 
-    A row with the same tokens as another one, or as one of another set, has its own entry: whether it is found must
-    not depend on what other ranks have just written, or a resumed run would differ in the last bit. (It can when two
-    runs with different micro-batches fill the same folder at the same time.)
+    A row with the same tokens as another one, or as one of another set, has its own entry: whether
+    it is found must not depend on what other ranks have just written, or a resumed run would differ
+    in the last bit. (It can when two runs with different micro-batches fill the same folder at the
+    same time.)
     """
 
     def __init__(self, folder: Path, pairs: Pairs, data_set: str, keep_last: int | None) -> None:
@@ -77,7 +81,9 @@ class RefCache:
             self._logps[index[news]] = records["logps"][news]
 
     def known(self, indices: Integers) -> torch.Tensor | None:
-        """Return log-probs [2b] fp64, all chosen first, of the pairs at these indices; None if any is unknown."""
+        """Return log-probs [2b] fp64, all chosen first, of the pairs at these indices; None if any
+        is unknown.
+        """
         found = self._logps[indices]
         return torch.from_numpy(found.T.flatten()) if np.isfinite(found).all() else None
 
@@ -88,7 +94,8 @@ class RefCache:
     def add(self, pair_ids: torch.Tensor, logps: torch.Tensor) -> None:
         """Add the log-probs [2b] of those pairs [b] that are not known yet: the first entry wins.
 
-        They are on disk when this returns; if the file cannot be written, only this process keeps them.
+        They are on disk when this returns; if the file cannot be written, only this process keeps
+        them.
         """
         index = np.searchsorted(self.pair_ids, pair_ids.cpu().numpy())
         news = ~self._is_known(index)
@@ -118,7 +125,9 @@ class RefCache:
 
 
 def _keys(pairs: Pairs, data_set: str, keep_last: int | None) -> NDArray[np.uint64]:
-    """Return keys [N, 2]: the hash of each pair's tokens, data set, `keep_last` and number of earlier repetitions."""
+    """Return keys [N, 2]: the hash of each pair's tokens, data set, `keep_last` and number of
+    earlier repetitions.
+    """
     hashes = np.asarray(pairs.hashes)
     salt = np.frombuffer(
         hashlib.blake2b(f"{data_set} {keep_last}".encode(), digest_size=16).digest(), "<u8"
@@ -136,7 +145,9 @@ def _keys(pairs: Pairs, data_set: str, keep_last: int | None) -> NDArray[np.uint
 
 
 def _whole_records(path: Path, start: int) -> tuple[Records, int]:
-    """Return the records of a file from byte `start` on with a right checksum, and the byte where to continue."""
+    """Return the records of a file from byte `start` on with a right checksum, and the byte where
+    to continue.
+    """
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read()

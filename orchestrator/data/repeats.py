@@ -1,4 +1,6 @@
-"""Count pairs that repeat or contradict each other, and evaluation pairs that are also trained on."""
+"""Count pairs that repeat or contradict each other, and evaluation pairs that are also
+trained on.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,13 +15,17 @@ def repeated(pairs: Pairs) -> int:
 
 
 def contradictory(pairs: Pairs) -> int:
-    """Count the pairs that also exist with chosen and rejected swapped; such a pair of pairs counts once."""
+    """Count the pairs that also exist with chosen and rejected swapped; such a pair of pairs counts
+    once.
+    """
     keys, first = np.unique(_keys(pairs), return_index=True)
     return int(np.isin(pairs.swapped[first], keys).sum()) // 2
 
 
 def trained_on(held_out: Pairs, train: Pairs) -> int:
-    """Count the evaluation pairs that are also training pairs, with chosen and rejected swapped or not."""
+    """Count the evaluation pairs that are also training pairs, with chosen and rejected swapped or
+    not.
+    """
     return int(
         (np.isin(_keys(held_out), _keys(train)) | np.isin(held_out.swapped, _keys(train))).sum()
     )

@@ -56,8 +56,8 @@ NULLS = "have null values in tools, which are removed (tools written as JSON tex
 class BadRow(Exception):
     """A row that cannot be trained on.
 
-    `kind` decides whether it is dropped, `reason` says what is wrong with it, and `cure`, if set, how to fix all rows
-    of that kind.
+    `kind` decides whether it is dropped, `reason` says what is wrong with it, and `cure`, if set,
+    how to fix all rows of that kind.
     """
 
     def __init__(self, kind: DropReason, reason: str, cure: str = "") -> None:
@@ -77,7 +77,8 @@ class CheckedRow(NamedTuple):
 def checked(row: Any, data: DataSpec) -> CheckedRow:
     """Return the row with an explicit prompt, text or messages throughout.
 
-    Nulls count as absent at any depth, because Arrow adds the keys of all objects to each. Needs no tokenizer.
+    Nulls count as absent at any depth, because Arrow adds the keys of all objects to each. Needs no
+    tokenizer.
 
     Raises:
         BadRow: the row has a wrong shape, or holds text that would not be trained on.
@@ -119,7 +120,8 @@ def _checked(row: Row, data: DataSpec) -> CheckedRow:
 
 
 def numbers_of(row: Row, data: DataSpec) -> dict[str, float]:
-    """Return weight and margin of a pair, if the settings name their columns, by the names of NUMERIC.
+    """Return weight and margin of a pair, if the settings name their columns, by the names of
+    NUMERIC.
 
     Raises:
         BadRow: one is missing or is not a usable number.
@@ -146,7 +148,8 @@ def numbers_of(row: Row, data: DataSpec) -> dict[str, float]:
 
 
 def template_arguments(row: Row, data: DataSpec) -> Row:
-    """Return the variables of the chat template: those of the settings, overridden by the row's tools and its own.
+    """Return the variables of the chat template: those of the settings, overridden by the row's
+    tools and its own.
 
     Raises:
         BadRow: tools or chat_template_kwargs have a wrong type.
@@ -178,13 +181,15 @@ def template_arguments(row: Row, data: DataSpec) -> Row:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return the value without the null entries of its objects, at any depth; a null in a list stays."""
+    """Return the value without the null entries of its objects, at any depth; a null in a list
+    stays.
+    """
     if isinstance(value, Mapping):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
-# --- columns -------------------------------------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
 
 
 def _check_answers(row: Row) -> None:
@@ -196,7 +201,9 @@ def _check_answers(row: Row) -> None:
 
 
 def _unknown_columns(row: Row, missing: str) -> BadRow:
-    """Return the error for a row without the column `missing`; it names the shape if it is a known one."""
+    """Return the error for a row without the column `missing`; it names the shape if it is a known
+    one.
+    """
     rename = "" if row.keys() & set(PAIR) else "rename its columns to prompt, chosen and rejected"
     what, cure = _foreign_shape(row) or ("", rename)
     return BadRow(
@@ -207,7 +214,9 @@ def _unknown_columns(row: Row, missing: str) -> BadRow:
 
 
 def _foreign_shape(row: Row) -> tuple[str, str] | None:
-    """Return (name, conversion) of the known format of a row without chosen or rejected, or None."""
+    """Return (name, conversion) of the known format of a row without chosen or rejected, or
+    None.
+    """
     columns = row.keys()
     if {"completion", "label"} <= columns:
         return (
@@ -220,7 +229,8 @@ def _foreign_shape(row: Row) -> tuple[str, str] | None:
     if {"human_ref_A", "human_ref_B"} <= columns:
         return (
             "SHP",
-            "write history as prompt, the answer that labels prefers (1: A) as chosen, the other as rejected",
+            "write history as prompt, the answer that labels prefers (1: A) as chosen, the other "
+            "as rejected",
         )
     is_one = columns & {"messages", "conversations", "completion", "text"} and not columns & {
         "chosen",
@@ -299,7 +309,10 @@ def _check_context(row: Row, shaped: Row, data: DataSpec) -> None:
     names, settings = ", ".join(map(repr, map(str, lost))), ", ".join(map(str, lost))
     reason = f"has {names} besides prompt, which does not contain its text; it would be ignored"
     if row.get("prompt") is None:
-        reason = f"has no prompt, and {names}, which could be part of it, would be ignored; {_columns_of(row)}"
+        reason = (
+            f"has no prompt, and {names}, which could be part of it, would be ignored; "
+            f"{_columns_of(row)}"
+        )
     cure = f"move the text into prompt, or set data.ignore_columns=[{settings}] to train without it"
     raise BadRow("malformed rows", reason, cure)
 
@@ -309,7 +322,9 @@ def _numeric(data: DataSpec) -> tuple[str | None, ...]:
 
 
 def _is_sentence(value: Any) -> bool:
-    """Return whether a value of an unknown column could be a prompt: text of several words, or messages."""
+    """Return whether a value of an unknown column could be a prompt: text of several words, or
+    messages.
+    """
     return (isinstance(value, str) and len(value.split()) > 1) or _is_list_of(value, Mapping)
 
 
@@ -363,11 +378,13 @@ def _columns_of(row: Row) -> str:
     )
 
 
-# --- values --------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def _value_of(column: str, value: Any) -> Any:
-    """Return the value as text, or as a list of messages with text contents; None for an absent prompt."""
+    """Return the value as text, or as a list of messages with text contents; None for an absent
+    prompt.
+    """
     if value is None or (isinstance(value, str) and not MESSAGES_AS_TEXT.match(value)):
         return value
     if isinstance(value, str):
@@ -460,7 +477,7 @@ def _check_text_settings(data: DataSpec) -> None:
             )
 
 
-# --- prompt and answers --------------------------------------------------------------------------------------------
+# --- prompt and answers ---------------------------------------------------------------------------
 
 
 def _with_prompt(row: Row) -> Row:
@@ -494,7 +511,10 @@ def _with_prompt(row: Row) -> Row:
         message.get("content", "") for message in whole["prompt"] if message["role"] == "user"
     ]
     if prompt.strip() not in [question.strip() for question in questions]:
-        reason = "prompt is text, but chosen and rejected are conversations that do not both start with it"
+        reason = (
+            "prompt is text, but chosen and rejected are conversations that do not both "
+            "start with it"
+        )
         raise BadRow(
             "malformed rows", reason, "remove the prompt column, or the messages before the answers"
         )
@@ -502,14 +522,19 @@ def _with_prompt(row: Row) -> Row:
 
 
 def _without_repeated_prompt(row: Row) -> Row:
-    """Remove the prompt from answers that both repeat it whole; raise BadRow if they repeat part of it."""
+    """Remove the prompt from answers that both repeat it whole; raise BadRow if they repeat part of
+    it.
+    """
     prompt, sides = row["prompt"], {side: row[side] for side in ("chosen", "rejected")}
     if all(len(side) > len(prompt) and side[: len(prompt)] == prompt for side in sides.values()):
         return {**row, **{name: side[len(prompt) :] for name, side in sides.items()}}
     for name, side in sides.items():
         for message in takewhile(lambda each: each["role"] != "assistant", side):
             if message["role"] == "system" or message in prompt:
-                reason = f"{name} starts with a {message['role']} message, like prompt: it would be repeated"
+                reason = (
+                    f"{name} starts with a {message['role']} message, like prompt: it would "
+                    "be repeated"
+                )
                 raise BadRow(
                     "malformed rows",
                     reason,
@@ -519,9 +544,11 @@ def _without_repeated_prompt(row: Row) -> Row:
 
 
 def _with_implicit_prompt(row: Row) -> Row:
-    """Return the row with the common prefix of chosen and rejected as prompt, as TRL's extract_prompt does.
+    """Return the row with the common prefix of chosen and rejected as prompt, as TRL's
+    extract_prompt does.
 
-    If one side is a prefix of the other, the last common element stays in the completions, as in TRL.
+    If one side is a prefix of the other, the last common element stays in the completions, as in
+    TRL.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     shorter = min(len(chosen), len(rejected))
@@ -561,7 +588,9 @@ def _has_null(value: Any) -> bool:
 
 
 def note_lines(unread: Mapping[str, int], notes: Mapping[str, int]) -> Iterator[str]:
-    """Yield lines about the rows of a set: columns that are not read, and each note with its count."""
+    """Yield lines about the rows of a set: columns that are not read, and each note with its
+    count.
+    """
     if unread:
         yield f"columns not read: {', '.join(printable(column) for column in unread)}"
     for note, rows in notes.items():
@@ -569,7 +598,9 @@ def note_lines(unread: Mapping[str, int], notes: Mapping[str, int]) -> Iterator[
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return a text with control characters (except those in `keep`) and invalid Unicode as escapes."""
+    """Return a text with control characters (except those in `keep`) and invalid Unicode as
+    escapes.
+    """
     shown = (
         each if each.isprintable() or each in keep else each.encode("unicode_escape").decode()
         for each in text

@@ -26,7 +26,10 @@ from orchestrator.data.shapes import BadRow, Row, checked, numbers_of, printable
 from orchestrator.settings.load import looks_local, scheme_of
 from orchestrator.settings.spec import DATA_SUFFIXES, DataSpec, SourceSpec, Split, UserError
 
-READABLE = "use a JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a saved dataset or a hub name"
+READABLE = (
+    "use a JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a saved "
+    "dataset or a hub name"
+)
 SAVED = ("state.json", "dataset_dict.json")  # a folder written by save_to_disk contains one of them
 HUB = re.compile(r"(?:hf://|https://huggingface\.co/)datasets/([\w.-]+/[\w.-]+)")
 UNKNOWN_SPLIT = re.compile(r"Unknown split .*Should be one of \[(.*?)\]")
@@ -84,7 +87,8 @@ def check_source(key: str, source: str) -> None:
 
 
 def count_rows(key: str, source: SourceSpec, split: Split) -> int | None:
-    """Return the number of rows of a local source; None for a hub name, which would have to be loaded.
+    """Return the number of rows of a local source; None for a hub name, which would have to be
+    loaded.
 
     Raises:
         UserError: the source cannot be read.
@@ -149,7 +153,9 @@ def _check_rows_of(key: str, source: SourceSpec, split: Split, data: DataSpec) -
 
 
 def _files_below(key: str, folder: str) -> list[str]:
-    """Return the data files of a folder, or raise an error that names the files it contains instead."""
+    """Return the data files of a folder, or raise an error that names the files it contains
+    instead.
+    """
     files = [
         os.path.join(place, name) for place, _, names in os.walk(folder) for name in sorted(names)
     ]
@@ -209,7 +215,9 @@ def _cure_of_missing(source: str) -> str:
 
 
 def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
-    """Return a function that iterates over all training texts (to train a tokenizer), and a hash of them."""
+    """Return a function that iterates over all training texts (to train a tokenizer), and a hash of
+    them.
+    """
     sources = data.sources("train")
     identities = [open_source(key, source, "train")[1] for key, source in sources.items()]
 
@@ -234,7 +242,8 @@ def training_texts(data: DataSpec) -> tuple[Callable[[], Iterator[str]], str]:
 def raw_rows(
     data: DataSpec, split: Split, pair_ids: Collection[int], name: str = ""
 ) -> dict[int, RawRow]:
-    """Return the rows of some pairs, by pair id; rows that no longer exist or are no longer usable are left out.
+    """Return the rows of some pairs, by pair id; rows that no longer exist or are no longer usable
+    are left out.
 
     Each source is read once, and only as far as needed. name: the evaluation set.
 
@@ -297,7 +306,9 @@ def one_of(identities: list[str]) -> str:
 def _rows_at(
     key: str, source: SourceSpec, split: Split, numbers: list[int]
 ) -> tuple[dict[int, Any], int]:
-    """Return the rows with these ascending numbers, and the number of rows in the source or read up to the last."""
+    """Return the rows with these ascending numbers, and the number of rows in the source or read up
+    to the last.
+    """
     if is_text_file(source.path):
         rows_at, needed, read = dict[int, Any](), set(numbers), 0
         for read, row in islice(text_rows(key, source.path), numbers[-1]):
@@ -311,12 +322,16 @@ def _rows_at(
 
 
 def _as_written(row: Row) -> Row:
-    """Return an Arrow row without nulls inside its values: Arrow adds the keys of all objects to each."""
+    """Return an Arrow row without nulls inside its values: Arrow adds the keys of all objects to
+    each.
+    """
     return {column: without_nulls(value) for column, value in row.items()}
 
 
 def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
-    """Return a datasets.Dataset from Parquet, Arrow, a folder (of save_to_disk, or of files) or the hub."""
+    """Return a datasets.Dataset from Parquet, Arrow, a folder (of save_to_disk, or of files) or the
+    hub.
+    """
     import datasets
 
     datasets.disable_progress_bars()

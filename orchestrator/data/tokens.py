@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Arguments of apply_chat_template that a row may set although templates do not read them as variables.
+# Arguments of apply_chat_template that a row may set although templates do not read them as
+# variables.
 NO_VARIABLES = ("chat_template", "continue_final_message", "sanitize_control_tokens")
 
 
@@ -31,7 +32,9 @@ class TokenizedPair(NamedTuple):
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return a hash of all that determines token ids: vocabulary, merges, special tokens, chat template."""
+    """Return a hash of all that determines token ids: vocabulary, merges, special tokens, chat
+    template.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = (
         backend.to_str()
@@ -62,10 +65,12 @@ def tokenize_pair(
 def tokenize_checked(
     row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
 ) -> tuple[TokenizedPair, list[int]]:
-    """Return token ids exactly as TRL 1.16: EOS on plain text only, completion from where the ids diverge.
+    """Return token ids exactly as TRL 1.16: EOS on plain text only, completion from where the ids
+    diverge.
 
-    Also returns the last tokens of the prompt, tokenised alone, that are in neither sequence: they merge with the
-    completion's first tokens, or the template renders the prompt differently when an answer follows.
+    Also returns the last tokens of the prompt, tokenised alone, that are in neither sequence: they
+    merge with the completion's first tokens, or the template renders the prompt differently when an
+    answer follows.
 
     Args:
         row: a row of `checked`.
@@ -92,7 +97,8 @@ def tokenize_checked(
 
 
 def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
-    """Return a pair truncated as set: the end of the prompt, the start of the completions, then max_length of both.
+    """Return a pair truncated as set: the end of the prompt, the start of the completions, then
+    max_length of both.
 
     The collator applies keep_end, as the prompts of the two sides would differ.
 
@@ -125,7 +131,9 @@ def truncated(pair: TokenizedPair, data: DataSpec) -> TokenizedPair:
 def _conversations(
     row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec
 ) -> Iterator[list[int]]:
-    """Yield the token ids of the prompt (with generation prompt), and of the prompt with each of the two answers."""
+    """Yield the token ids of the prompt (with generation prompt), and of the prompt with each of
+    the two answers.
+    """
     prompt, arguments = row["prompt"], template_arguments(row, data)
     if data.system_prompt and not any(
         message["role"] in ("system", "developer") for message in prompt
@@ -140,11 +148,13 @@ def _conversations(
             "has no chat template"
             + (" that is the default" if tokenizer.chat_template else "")
             + ", but the data are conversations",
-            "set data.chat_template, use an instruct model's tokenizer, or write the rows as plain text",
+            "set data.chat_template, use an instruct model's tokenizer, or write the rows as "
+            "plain text",
         ) from None
     _check_settings_read(template, data)
     if arguments["tools"] and "tools" not in _words(template):
-        # The answers depend on the tools. A row's own variables are only reported: see unread_variables.
+        # The answers depend on the tools. A row's own variables are only reported: see
+        # unread_variables.
         raise BadRow(
             "malformed rows",
             "has tools, not read by the chat template",
@@ -173,8 +183,9 @@ def _check_settings_read(template: str, data: DataSpec) -> None:
 def unread_variables(row: Row, tokenizer: "PreTrainedTokenizerBase", data: DataSpec) -> list[str]:
     """Return the names of a row's own chat_template_kwargs that its chat template does not read.
 
-    Each name is followed by the most similar variable that the template reads. The row trains without them, as in TRL:
-    the same rows may serve templates of several models. row: a row of `checked`.
+    Each name is followed by the most similar variable that the template reads. The row trains
+    without them, as in TRL: the same rows may serve templates of several models. row: a row of
+    `checked`.
     """
     if not row.get("chat_template_kwargs") or isinstance(row["chosen"], str):
         return []

@@ -13,14 +13,18 @@ import torch
 from orchestrator.settings.spec import UserError
 
 NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""Exceptions from user code that are not its fault: a quit debugger, or a machine failure, which a retry may avoid."""
+"""Exceptions from user code that are not its fault: a quit debugger, or a machine failure, which a
+retry may avoid.
+"""
 MEND = "fix it, and run the same command again"
 
 
 def raised_by_user(
     key: str, name: str, error: Exception, where: str, cure: str = MEND
 ) -> UserError:
-    """Return the error for an exception in user code; call it in the frame that called the user code."""
+    """Return the error for an exception in user code; call it in the frame that called the user
+    code.
+    """
     called = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)[1:]

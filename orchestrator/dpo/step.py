@@ -1,6 +1,7 @@
 """PairStep, the module that an engine wraps: policy body, reference, head and loss.
 
-Legend: B pairs, 2B sequences (chosen half first), R rows, T tokens, H hidden size, C completion tokens.
+Legend: B pairs, 2B sequences (chosen half first), R rows, T tokens, H hidden size, C completion
+tokens.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKEN_METRICS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
-# Metrics with TRL's names, in the order of metric_sums, each as a sum and the count that divides it.
+# Metrics with TRL's names, in the order of metric_sums, each as a sum and the count that divides
+# it.
 METRICS = (
     "loss",
     "rewards/chosen",
@@ -37,9 +39,12 @@ METRICS = (
 
 
 class StepOutput(NamedTuple):
-    """The output of a micro-batch; a NamedTuple, because DeepSpeed's hooks traverse tuples but not dataclasses."""
+    """The output of a micro-batch; a NamedTuple, because DeepSpeed's hooks traverse tuples but not
+    dataclasses.
+    """
 
-    loss: torch.Tensor  # scalar fp64: summed over the micro-batch, divided by the GLOBAL count; to be summed over ranks
+    # scalar fp64: summed over the micro-batch, divided by the GLOBAL count; to be summed over ranks
+    loss: torch.Tensor
     metric_sums: torch.Tensor  # [len(METRICS), 2] fp64 sums and counts
     logps: torch.Tensor  # [2B] fp64
     ref_logps: torch.Tensor  # [2B] fp64
@@ -47,8 +52,9 @@ class StepOutput(NamedTuple):
 
 
 class PairStep(nn.Module):
-    """One DPO forward pass over a micro-batch. Its only parameters are the policy's, unless the engine shards the
-    reference with it."""
+    """One DPO forward pass over a micro-batch. Its only parameters are the policy's, unless the
+    engine shards the reference with it.
+    """
 
     def __init__(
         self,
@@ -63,7 +69,8 @@ class PairStep(nn.Module):
         self.reference = (
             reference  # not an nn.Module: neither wrapped, trained nor saved with the policy
         )
-        # modules of a reference that a sharding engine shards with the policy; their names are not in checkpoints
+        # modules of a reference that a sharding engine shards with the policy; their names are not
+        # in checkpoints
         self.reference_modules = nn.ModuleList(
             reference.own_modules(policy) if shard_reference else []
         )
@@ -74,10 +81,12 @@ class PairStep(nn.Module):
     def forward(
         self, batch: PairBatch | None, counts: Counts | None, ask: Callable[[], Any] | None = None
     ) -> StepOutput | tuple[Any]:
-        """Compute loss and metrics of [B] pairs. counts: those of the global batch, so that no caller divides again.
+        """Compute loss and metrics of [B] pairs.
 
-        ask: called instead of a step; its result is returned in a tuple. A sharding engine gathers the weights only
-        within this forward pass.
+        counts: those of the global batch, so that no caller divides again.
+
+        ask: called instead of a step; its result is returned in a tuple. A sharding engine gathers
+        the weights only within this forward pass.
         """
         if ask is not None:
             return (ask(),)  # DeepSpeed's hooks traverse the output of a module
@@ -137,14 +146,18 @@ class PairStep(nn.Module):
         return self
 
     def ask_reference(self, batch: PairBatch, *captured: torch.Tensor) -> torch.Tensor:
-        """Return the reference's log-probs [2B]. captured: the input of capture_layer in the policy, if that ran."""
+        """Return the reference's log-probs [2B].
+
+        captured: the input of capture_layer in the policy, if that ran.
+        """
         with self.reference_arithmetic():
             return self.reference(batch, *captured)
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that a checkpoint holds, by name: the policy's parameters and persistent buffers, or with
-        LoRA only the parameters of its adapters (the base is loaded again, and identified by its hash), and the weights
-        of a reference that is synced."""
+        """Return the tensors that a checkpoint holds, by name: the policy's parameters and
+        persistent buffers, or with LoRA only the parameters of its adapters (the base is loaded
+        again, and identified by its hash), and the weights of a reference that is synced.
+        """
         policy = stored_tensors(self.policy)
         if adapters := {name: p for name, p in policy.items() if ".lora_" in name}:
             policy = adapters

@@ -16,19 +16,27 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 Answer = TypeVar("Answer")
 ReadRange = Callable[[str, str, int, int], torch.Tensor]
-"""(name, key, start, stop) -> the flat range of that tensor, 1-D, on the CPU; raises if it is not fully covered."""
+"""(name, key, start, stop) -> the flat range of that tensor, 1-D, on the CPU; raises if it is not
+fully covered.
+"""
 
 IMPLEMENTATIONS = ("fused", "foreach", "differentiable")
-"""Keys of torch's parameter groups that select an implementation by device; they are not part of the state."""
+"""Keys of torch's parameter groups that select an implementation by device; they are not part of
+the state.
+"""
 
 SCALAR = "scalar:"
-"""Prefix of a key whose value is one number for the whole parameter (Adam's step, NAdam's mu_product), not a range."""
+"""Prefix of a key whose value is one number for the whole parameter (Adam's step, NAdam's
+mu_product), not a range.
+"""
 
 
 NUMBER = "number:"
 """Prefix of a key whose value is a Python int (the step of DeepSpeed's own optimizers)."""
 SHAPED = "shaped:"
-"""Prefix of a key whose value has a different shape from the parameter (Adafactor's row_var): "shaped:64,1:row_var"."""
+"""Prefix of a key whose value has a different shape from the parameter (Adafactor's row_var):
+"shaped:64,1:row_var".
+"""
 
 
 class Shard(NamedTuple):
@@ -72,12 +80,14 @@ class Engine(Protocol):
     def wrap(
         self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory
     ) -> None:
-        """Wrap the module, which is still on the host if the engine shards weights; build optimizer and schedule over
-        its trainable parameters."""
+        """Wrap the module, which is still on the host if the engine shards weights; build optimizer
+        and schedule over its trainable parameters.
+        """
         ...
 
     def run_in_forward(self, ask: Callable[[], Answer]) -> Answer:
-        """Call `ask` in a forward pass of the wrapped module and return its result, without gradient or dropout.
+        """Call `ask` in a forward pass of the wrapped module and return its result, without
+        gradient or dropout.
 
         Weights may be read nowhere else. Collective if the engine shards weights.
         """
@@ -100,12 +110,15 @@ class Engine(Protocol):
         ...
 
     def grads_finite(self) -> torch.Tensor:
-        """Return whether this rank's summed gradient is finite, as a bool on the device. Call once per step, before the
-        update."""
+        """Return whether this rank's summed gradient is finite, as a bool on the device. Call once
+        per step, before the update.
+        """
         ...
 
     def optimizer_step(self, apply: bool) -> StepResult:
-        """Clip the gradient and update the weights (apply=False: skip both), then drop the gradient."""
+        """Clip the gradient and update the weights (apply=False: skip both), then drop the
+        gradient.
+        """
         ...
 
     def drop_gradients(self) -> None:
@@ -117,7 +130,9 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return schedule, loss scale and optimizer hyperparameters, which do not depend on rank or world size."""
+        """Return schedule, loss scale and optimizer hyperparameters, which do not depend on rank or
+        world size.
+        """
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -129,5 +144,7 @@ class Engine(Protocol):
         ...
 
     def load_shards(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
-        """Load parameters and optimizer state from a checkpoint; `keys(name)`: the keys it has for a parameter."""
+        """Load parameters and optimizer state from a checkpoint; `keys(name)`: the keys it has for
+        a parameter.
+        """
         ...

@@ -1,4 +1,6 @@
-"""Select the engine class that the settings name; each engine's libraries are imported only if it is selected."""
+"""Select the engine class that the settings name; each engine's libraries are imported only if it
+is selected.
+"""
 
 from orchestrator.engines.stepping import SteppingEngine
 from orchestrator.settings.spec import EngineSpec

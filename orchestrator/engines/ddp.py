@@ -1,4 +1,6 @@
-"""DistributedDataParallel with the optimizer state sharded over ranks; on one rank, plain module and optimizer."""
+"""DistributedDataParallel with the optimizer state sharded over ranks; on one rank, plain module
+and optimizer.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -18,7 +20,9 @@ from orchestrator.engines.stepping import Fragment, SteppingEngine
 
 
 class DdpEngine(SteppingEngine):
-    """Engine (see base.py) with whole fp32 (fp64) weights on every rank, and autocast for bf16 and fp16."""
+    """Engine (see base.py) with whole fp32 (fp64) weights on every rank, and autocast for bf16 and
+    fp16.
+    """
 
     shards_gradients = False
 
@@ -52,14 +56,16 @@ class DdpEngine(SteppingEngine):
         return [p.grad for p in self.trainable if p.grad is not None]
 
     def drop_gradients(self) -> None:
-        # gradients are views of DDP's buckets: set to None, accumulation would allocate new ones beside the buckets
+        # gradients are views of DDP's buckets: set to None, accumulation would allocate new ones
+        # beside the buckets
         self.optimizer.zero_grad(set_to_none=self.module is self.step)
 
     def _fragments(self) -> Iterator[Fragment]:
         mine = {p for group in self._keeper().param_groups for p in group["params"]}
         deals = isinstance(self.optimizer, ZeroRedundancyOptimizer)
         for index, (name, p) in enumerate(self.saved.items()):
-            # trainable parameters belong to the rank with their optimizer state, frozen ones to ranks in turn
+            # trainable parameters belong to the rank with their optimizer state, frozen ones to
+            # ranks in turn
             is_mine = (
                 p in mine
                 if p.requires_grad and deals
@@ -89,8 +95,9 @@ class DdpEngine(SteppingEngine):
 
 
 def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
-    """Sum a bucket over ranks: the loss is divided by the global count already, and DDP's own hook would divide it by
-    the world size again."""
+    """Sum a bucket over ranks: the loss is divided by the global count already, and DDP's own hook
+    would divide it by the world size again.
+    """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])

@@ -1,7 +1,9 @@
-"""DeepSpeed ZeRO, stages 1 to 3: it shards and moves weights, gradients and state; scaling and clipping are ours.
+"""DeepSpeed ZeRO, stages 1 to 3: it shards and moves weights, gradients and state; scaling and
+clipping are ours.
 
-Only this file uses private names of DeepSpeed, with an exact version and tests/contract/test_engines.py: its public
-functions can neither read or write the state per parameter with two groups, nor drop a gradient.
+Only this file uses private names of DeepSpeed, with an exact version and
+tests/contract/test_engines.py: its public functions can neither read or write the state per
+parameter with two groups, nor drop a gradient.
 """
 
 import copy
@@ -25,8 +27,10 @@ from orchestrator.world import World
 
 
 class DeepSpeedEngine(SteppingEngine):
-    """Engine (see base.py) on DeepSpeed. In bf16 and fp16 the forward pass has weights in that dtype, and each rank
-    holds its part of them in fp32 for the optimizer; gradients are summed in fp32, over micro-batches and ranks."""
+    """Engine (see base.py) on DeepSpeed. In bf16 and fp16 the forward pass has weights in that
+    dtype, and each rank holds its part of them in fp32 for the optimizer; gradients are summed in
+    fp32, over micro-batches and ranks.
+    """
 
     module: Any  # pyright: ignore[reportIncompatibleVariableOverride] - deepspeed's engine
 
@@ -63,11 +67,12 @@ class DeepSpeedEngine(SteppingEngine):
         if self.stage == 3:
             self._register_heads(step)
 
-    # --- wrapping ------------------------------------------------------------------------------------------------
+    # --- wrapping ---------------------------------------------------------------------------------
 
     def _config(self, trained: int) -> dict[str, Any]:
-        """Return DeepSpeed's config: the user's file, overridden by the settings. trained: the number of trainable
-        elements."""
+        """Return DeepSpeed's config: the user's file, overridden by the settings. trained: the
+        number of trainable elements.
+        """
         config = _without_auto(copy.deepcopy(self.settings.deepspeed_config or {}))
         for ours in (
             "optimizer",
@@ -96,13 +101,15 @@ class DeepSpeedEngine(SteppingEngine):
         # DeepSpeed allocates a whole bucket even if there is less to reduce
         zero.setdefault("reduce_bucket_size", max(1, min(5 * 10**8 if on_gpu else 10**7, trained)))
         config |= {
-            # the boundary is set explicitly and the loss divided by the global count, so these must divide by 1
+            # the boundary is set explicitly and the loss divided by the global count, so these must
+            # divide by 1
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "train_batch_size": self.world.size,
             "gradient_clipping": 0.0,  # the default 1.0 would clip
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # it takes minutes to compile, and is not the settings' optimizer
+            # it takes minutes to compile, and is not the settings' optimizer
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**12,
         }
         if self.precision == "bf16":
@@ -152,7 +159,9 @@ class DeepSpeedEngine(SteppingEngine):
             buffer.data = buffer.data.to(self.world.device)
 
     def _register_heads(self, step: PairStep) -> None:
-        """Gather the weights of the heads for the whole step, which reads them outside their modules."""
+        """Gather the weights of the heads for the whole step, which reads them outside their
+        modules.
+        """
         from deepspeed import zero
 
         for model in (step.policy, getattr(step.reference, "model", None)):
@@ -161,18 +170,20 @@ class DeepSpeedEngine(SteppingEngine):
                 if hasattr(p, "ds_id"):
                     zero.register_external_parameter(step, p)
 
-    # --- a step --------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def _before_micro_step(self, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(last)
 
     def _backward(self, loss: torch.Tensor) -> None:
-        # undoes DeepSpeed's average over ranks; in fp16, whose range is too small, unscaling undoes it later
+        # undoes DeepSpeed's average over ranks; in fp16, whose range is too small, unscaling undoes
+        # it later
         self.module.backward(loss if self.precision == "fp16" else loss * self.world.size)
 
     def _gradients(self) -> list[torch.Tensor]:
         if self.stage < 3 and self.zero.cpu_offload:
-            self.zero._wait_for_offload_copies()  # into pinned memory, which would be read too early
+            # into pinned memory, which would be read too early
+            self.zero._wait_for_offload_copies()
         if self._masters()[0].grad is not None:  # offloaded gradients are beside their weights
             return [master.grad for master in self._masters() if master.grad is not None]
         parts = self.zero.averaged_gradients.values()
@@ -214,9 +225,10 @@ class DeepSpeedEngine(SteppingEngine):
 
     def release(self) -> None:
         if self.stage == 3:
-            self.module.empty_partition_cache()  # otherwise the model stays gathered until the next backward pass
+            # otherwise the model stays gathered until the next backward pass
+            self.module.empty_partition_cache()
 
-    # --- shards on this rank -------------------------------------------------------------------------------------
+    # --- shards on this rank ----------------------------------------------------------------------
 
     def _masters(self) -> list[torch.Tensor]:
         """Return the flat weights that the optimizer updates on this rank, by group."""
@@ -243,7 +255,9 @@ class DeepSpeedEngine(SteppingEngine):
         return self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
 
     def _flat_fragment(self, name: str, p: Any, group: int | None) -> Fragment | None:
-        """Return this rank's range in stages 1 and 2: all weights of a group are concatenated and split evenly."""
+        """Return this rank's range in stages 1 and 2: all weights of a group are concatenated and
+        split evenly.
+        """
         if p._hp_mapping is None or group is None:
             return None
         lp, hp = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
@@ -254,7 +268,9 @@ class DeepSpeedEngine(SteppingEngine):
         )
 
     def _cut_fragment(self, name: str, p: Any, group: int | None) -> Fragment | None:
-        """Return this rank's range in stage 3: each weight is split evenly, and its last part padded."""
+        """Return this rank's range in stage 3: each weight is split evenly, and its last part
+        padded.
+        """
         each = p.ds_tensor.numel()
         start, stop = (min(at * each, p.ds_numel) for at in (self.world.rank, self.world.rank + 1))
         if start == stop:
@@ -312,18 +328,21 @@ class _Gathered(dict[str, Any]):
 
 def _imported(world: World) -> Any:
     """Import DeepSpeed, set its device and group of ranks, and keep it from compiling on a CPU."""
-    # DeepSpeed selects the device by this variable; Ray shows a worker only its own GPU, so ours may differ
+    # DeepSpeed selects the device by this variable; Ray shows a worker only its own GPU, so ours
+    # may differ
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    import deepspeed.comm.torch  # afterwards `deepspeed.comm.torch` is another object; see sys.modules below
+
+    # afterwards `deepspeed.comm.torch` is another object; see sys.modules below
+    import deepspeed.comm.torch
 
     if world.device.type == "cpu":
         # an operator for ranks on one machine, which takes minutes to compile at the first start
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
-        # DeepSpeed refuses fp16 where oneDNN has no fp16 kernels for the CPU (AVX512-FP16). torch computes every
-        # operator in fp16 on any CPU, and DeepSpeed calls no kernel of its own here.
+        # DeepSpeed refuses fp16 where oneDNN has no fp16 kernels for the CPU (AVX512-FP16). torch
+        # computes every operator in fp16 on any CPU, and DeepSpeed calls no kernel of its own here.
         accelerator: Any = deepspeed.accelerator.get_accelerator()
         accelerator.is_fp16_supported = lambda: True
     # use our group of all ranks: DeepSpeed would create another one with its own time-out
@@ -352,8 +371,10 @@ def _check_precision(precision: Precision, device: torch.device, accelerator: An
 
 
 def _forget() -> None:
-    """Undo DeepSpeed's changes for the next run in this process: drop its groups of ranks, which end with this run, and
-    restore torch's linear, whose replacement in stage 3 keeps gathered weights until the backward pass."""
+    """Undo DeepSpeed's changes for the next run in this process: drop its groups of ranks, which
+    end with this run, and restore torch's linear, whose replacement in stage 3 keeps gathered
+    weights until the backward pass.
+    """
     from deepspeed.runtime.zero import partition_parameters
     from deepspeed.utils import groups
 
@@ -385,8 +406,9 @@ def _checked(config: dict[str, Any]) -> Any:
 
 
 def _zero_alone(engine: Any) -> Any:
-    """Return DeepSpeed's engine class, restricted to one kind of optimizer wrapper. For bf16 in stage 1 it would use
-    another one with other names and rules, but no feature that we use."""
+    """Return DeepSpeed's engine class, restricted to one kind of optimizer wrapper. For bf16 in
+    stage 1 it would use another one with other names and rules, but no feature that we use.
+    """
 
     class ZeroAlone(engine):
         def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:

@@ -1,4 +1,6 @@
-"""torch's fully_shard (FSDP2): weights, gradients and optimizer state of every layer, sharded by rows over ranks."""
+"""torch's fully_shard (FSDP2): weights, gradients and optimizer state of every layer, sharded by
+rows over ranks.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,15 +18,18 @@ from orchestrator.models.layers import decoder_layers
 
 
 class FsdpEngine(SteppingEngine):
-    """Engine (see base.py) on FSDP2. A rank holds its rows of each weight in fp32 (fp64). Those of a layer are gathered
-    when it runs, in bf16 or fp16 if that is the precision, and gradients are summed in fp32."""
+    """Engine (see base.py) on FSDP2. A rank holds its rows of each weight in fp32 (fp64). Those of
+    a layer are gathered when it runs, in bf16 or fp16 if that is the precision, and gradients are
+    summed in fp32.
+    """
 
     def wrap(
         self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory
     ) -> None:
         self.world.ensure_process_group()
         self.mesh = init_device_mesh(self.world.device.type, (self.world.size,))
-        step.reference.weights = {}  # otherwise whole weights would stay in memory until the last is sharded
+        # otherwise whole weights would stay in memory until the last is sharded
+        step.reference.weights = {}
         for layer in _layers(step):
             self._shard(layer, self.settings.reshard_after_forward)
         self._shard(step, reshard=False)  # embeddings and head, used at both ends of a forward pass
@@ -45,8 +50,9 @@ class FsdpEngine(SteppingEngine):
         self.scheduler = scheduler(self.optimizer)
 
     def _shard(self, module: nn.Module, reshard: bool) -> None:
-        """Shard the weights of a module that its submodules have not sharded. Weights from a file still have the file's
-        dtype; they are cast here, one layer at a time."""
+        """Shard the weights of a module that its submodules have not sharded. Weights from a file
+        still have the file's dtype; they are cast here, one layer at a time.
+        """
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
             FSDPModule,
@@ -140,7 +146,9 @@ class _Whole(dict[str, Any]):
 
 
 def _layers(step: PairStep) -> list[nn.Module]:
-    """Return the modules that are sharded separately: each layer of the policy, and of a reference sharded with it."""
+    """Return the modules that are sharded separately: each layer of the policy, and of a reference
+    sharded with it.
+    """
     found: list[nn.Module] = list(decoder_layers(step.policy))
     if len(step.reference_modules):
         in_judge = set(step.reference_modules.modules())

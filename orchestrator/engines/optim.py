@@ -1,4 +1,6 @@
-"""Build optimizer and LR schedule, from settings or user functions, and check which optimizer state can be resumed."""
+"""Build optimizer and LR schedule, from settings or user functions, and check which optimizer state
+can be resumed.
+"""
 
 import difflib
 import inspect
@@ -48,8 +50,9 @@ FUSED = (
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
-    """Return the trainable parameters in groups: matrices with weight decay, norms and biases without. Empty groups are
-    left out, because ZeRO-3 would drop them."""
+    """Return the trainable parameters in groups: matrices with weight decay, norms and biases
+    without. Empty groups are left out, because ZeRO-3 would drop them.
+    """
     # ZeRO-3 replaces a sharded weight by an empty vector and keeps its shape in ds_shape
     trainable = [
         (p, len(getattr(p, "ds_shape", p.shape))) for p in module.parameters() if p.requires_grad
@@ -68,7 +71,8 @@ def factories(
     device: torch.device,
     optimizers: Optimizers | None = None,
 ) -> tuple[OptimizerFactory, SchedulerFactory]:
-    """Return the factories of optimizer and schedule for an engine: the user's functions if given, else the settings'.
+    """Return the factories of optimizer and schedule for an engine: the user's functions if given,
+    else the settings'.
 
     Raises:
         UserError: the optimizer of the settings does not support this policy on this device.
@@ -84,7 +88,7 @@ def factories(
     )
 
 
-# --- the settings ------------------------------------------------------------------------------------------------
+# --- the settings ---------------------------------------------------------------------------------
 
 
 def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -> OptimizerFactory:
@@ -93,7 +97,8 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
     device: that of the parameters; None if it is not known yet.
 
     Raises:
-        UserError: there is no such optimizer, it does not support the device, or it rejects a keyword argument.
+        UserError: there is no such optimizer, it does not support the device, or it rejects a
+            keyword argument.
     """
     if device is not None and device.type == "cpu" and spec.name.startswith("deepspeed."):
         rule = "takes minutes to compile on a machine without a GPU"
@@ -126,7 +131,8 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
 
 
 def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory:
-    """Return a factory (optimizer -> schedule) over `total_steps` optimizer steps that are not skipped.
+    """Return a factory (optimizer -> schedule) over `total_steps` optimizer steps that are not
+    skipped.
 
     Raises:
         UserError: there is no such scheduler, or it rejects a keyword argument.
@@ -181,10 +187,15 @@ def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec, total_steps:
 
 
 def _check_matrices(name: str, policy: nn.Module) -> None:
-    """Check that Muon has only 2-D weights: it raises for others, under ZeroRedundancyOptimizer on some ranks only."""
+    """Check that Muon has only 2-D weights: it raises for others, under ZeroRedundancyOptimizer on
+    some ranks only.
+    """
     others = [n for n, p in policy.named_parameters() if p.requires_grad and p.ndim != 2]
     if name == "torch.optim.Muon" and others:
-        rule = f"works only on 2-D weights; not 2-D: {counted(len(others), 'trainable parameter')} ({others[0]}, ...)"
+        rule = (
+            "works only on 2-D weights; not 2-D: "
+            f"{counted(len(others), 'trainable parameter')} ({others[0]}, ...)"
+        )
         raise UserError(
             "optimizer.name", name, rule, "set model.lora, whose weights are all 2-D, or use AdamW"
         )
@@ -229,7 +240,9 @@ def _takes(kind: Any, name: str) -> bool:
 def _refused(
     key: str, spec: OptimizerSpec | SchedulerSpec, error: Exception, kind: Any
 ) -> UserError:
-    """Return an error with a library's message about its arguments, and the arguments that it supports."""
+    """Return an error with a library's message about its arguments, and the arguments that it
+    supports.
+    """
     said = str(error).replace(
         "`lr_scheduler_kwargs`", "scheduler.kwargs"
     )  # the name in transformers' message
@@ -238,12 +251,13 @@ def _refused(
     return UserError(key, dict(spec.kwargs), f"{spec.name} rejects them: {said}", cure)
 
 
-# --- the schedule ------------------------------------------------------------------------------------------------
+# --- the schedule ---------------------------------------------------------------------------------
 
 
 def _with_defaults(optimizer: Optimizer) -> Optimizer:
-    """Copy the optimizer's defaults to ZeroRedundancyOptimizer, which has none: some schedules read the peak or the
-    momentum there."""
+    """Copy the optimizer's defaults to ZeroRedundancyOptimizer, which has none: some schedules read
+    the peak or the momentum there.
+    """
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         for key, value in optimizer.optim.defaults.items():
             optimizer.defaults.setdefault(key, value)
@@ -251,7 +265,9 @@ def _with_defaults(optimizer: Optimizer) -> Optimizer:
 
 
 def _long_enough(schedule: LRScheduler, key: str, total_steps: int) -> LRScheduler:
-    """Check that a schedule with a last step covers the run: OneCycleLR raises at the step after it."""
+    """Check that a schedule with a last step covers the run: OneCycleLR raises at the step after
+    it.
+    """
     steps = getattr(schedule, "total_steps", total_steps)
     if steps < total_steps:
         rule = (
@@ -261,14 +277,15 @@ def _long_enough(schedule: LRScheduler, key: str, total_steps: int) -> LRSchedul
     return schedule
 
 
-# --- a user's functions ------------------------------------------------------------------------------------------
+# --- a user's functions ---------------------------------------------------------------------------
 
 
 def check_functions(optimizers: Optimizers | None) -> None:
     """Check that optimizers is a pair of functions, either of which may be None.
 
     Raises:
-        UserError: it is not; a built optimizer cannot be sent to every rank, which has other parameters.
+        UserError: it is not; a built optimizer cannot be sent to every rank, which has other
+            parameters.
     """
     cure = "use (params -> optimizer, optimizer -> schedule), either of which may be None"
     if optimizers is None:
@@ -285,7 +302,8 @@ def check_built(made: Any, groups: ParamGroups, engine: EngineSpec) -> Optimizer
     """Check the optimizer that a user's function built for these groups, and return it.
 
     Raises:
-        UserError: it is not an optimizer, or the engine does not support it, or it has other parameters.
+        UserError: it is not an optimizer, or the engine does not support it, or it has other
+            parameters.
     """
     if isinstance(made, Optimizer):
         check_optimizer("optimizers", name_of(made), engine)
@@ -345,11 +363,13 @@ def _called(function: Callable[[Any], Any], given: Any) -> Any:
         ) from error
 
 
-# --- resuming from a checkpoint ----------------------------------------------------------------------------------
+# --- resuming from a checkpoint -------------------------------------------------------------------
 
 
 def name_of(made: Optimizer | LRScheduler) -> str:
-    """Return its name as in the settings: dotted for the libraries in OPTIMIZERS and torch, else module:attr."""
+    """Return its name as in the settings: dotted for the libraries in OPTIMIZERS and torch, else
+    module:attr.
+    """
     kind = type(made.optim if isinstance(made, ZeroRedundancyOptimizer) else made)
     for home in ("torch.optim.lr_scheduler", *OPTIMIZERS):
         if f"{kind.__module__}.".startswith(f"{home}."):
@@ -360,18 +380,20 @@ def name_of(made: Optimizer | LRScheduler) -> str:
 def made_by(
     optimizer: Optimizer, scheduler: LRScheduler, engine: EngineSpec, world_size: int
 ) -> dict[str, Any]:
-    """Return what a checkpoint stores about the origin of its optimizer state, for `check_resumable`."""
+    """Return what a checkpoint stores about the origin of its optimizer state, for
+    `check_resumable`.
+    """
     names = {"optimizer": name_of(optimizer), "scheduler": name_of(scheduler)}
     return {**names, "engine": engine.kind, "world_size": world_size}
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a run can resume from optimizer state, each described by `made_by`. Elementwise optimizers can resume
-    on every engine and world size.
+    """Check that a run can resume from optimizer state, each described by `made_by`. Elementwise
+    optimizers can resume on every engine and world size.
 
     Raises:
-        UserError: another optimizer or schedule, which only a user's function can cause, or another engine or world
-            size for an optimizer whose state cannot be resharded.
+        UserError: another optimizer or schedule, which only a user's function can cause, or another
+            engine or world size for an optimizer whose state cannot be resharded.
     """
     for key in ("optimizer", "scheduler"):
         if before[key] != now[key]:
@@ -381,13 +403,18 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
         return
     for key, setting in (("engine", "engine.kind"), ("world_size", "cluster.num_workers")):
         if before[key] != now[key]:
-            rule = f"the state of {now['optimizer']} is not elementwise, and the run's was written with {before[key]}"
+            rule = (
+                f"the state of {now['optimizer']} is not elementwise, and the run's was "
+                f"written with {before[key]}"
+            )
             cure = f"set {setting}={before[key]} to resume it, or choose another run.name"
             raise UserError(setting, now[key], rule, cure)
 
 
 class ReadOnlyOptimizer:
-    """A read-only view of the optimizer's hyperparameters for callbacks: a change on one rank makes ranks differ."""
+    """A read-only view of the optimizer's hyperparameters for callbacks: a change on one rank makes
+    ranks differ.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

@@ -1,4 +1,6 @@
-"""Precisions: which a device supports, the dtypes that store and compute, and torch's switch for TF32."""
+"""Precisions: which a device supports, the dtypes that store and compute, and torch's switch for
+TF32.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,7 +27,8 @@ class Types(NamedTuple):
 
 
 def resolved(asked: Precision, device: torch.device) -> Precision:
-    """Return the precision on that device: `auto` is bf16 if it is a GPU that supports it, else fp32.
+    """Return the precision on that device: `auto` is bf16 if it is a GPU that supports it, else
+    fp32.
 
     Raises:
         UserError: the device does not support the precision.
@@ -81,16 +84,18 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 @contextmanager
 def tf32_switched(on: bool) -> Iterator[None]:
-    """Switch TF32 for products of fp32 matrices on or off, and restore the previous switches afterwards.
+    """Switch TF32 for products of fp32 matrices on or off, and restore the previous switches
+    afterwards.
 
-    TF32 has the range of fp32 and 10 bits of its mantissa; sums stay fp32. The switch applies to the whole process, on
-    every thread.
+    TF32 has the range of fp32 and 10 bits of its mantissa; sums stay fp32. The switch applies to
+    the whole process, on every thread.
     """
     cuda, cudnn, host = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     backends: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, host.matmul, host.conv, host.rnn]  # pyright: ignore
     before = [backend.fp32_precision for backend in backends]
     old_names = _old_names()
-    # torch has two sets of names for this, and raises for the old ones if only the new ones were set
+    # torch has two sets of names for this, and raises for the old ones if only the new ones were
+    # set
     _set_old_names("high" if on else "highest", on)
     for backend in backends:
         backend.fp32_precision = "tf32" if on else "ieee"
@@ -104,8 +109,9 @@ def tf32_switched(on: bool) -> Iterator[None]:
 
 
 def _old_names() -> tuple[str, bool] | None:
-    """Return torch's old switches, for matrix products and for cuDNN; None if torch cannot report them by these
-    names."""
+    """Return torch's old switches, for matrix products and for cuDNN; None if torch cannot report
+    them by these names.
+    """
     try:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     except RuntimeError:

@@ -1,4 +1,6 @@
-"""The loss scale of fp16, the same for every engine, so that each can resume from another's checkpoint."""
+"""The loss scale of fp16, the same for every engine, so that each can resume from another's
+checkpoint.
+"""
 
 from typing import Any
 
@@ -8,9 +10,12 @@ START, GROWTH_INTERVAL = 2.0**16, 2000  # as in torch.amp.GradScaler
 
 
 class LossScale:
-    """A power of two that keeps small gradients out of fp16's underflow. Micikevicius et al. 2017, arXiv 1710.03740.
+    """A power of two that keeps small gradients out of fp16's underflow.
 
-    It is halved by each overflow and doubled after GROWTH_INTERVAL steps without one; for other precisions it is 1.
+    Micikevicius et al. 2017, arXiv 1710.03740.
+
+    It is halved by each overflow and doubled after GROWTH_INTERVAL steps without one; for other
+    precisions it is 1.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -24,7 +29,10 @@ class LossScale:
         return loss * self.value if self.enabled else loss
 
     def update(self, applied: bool) -> None:
-        """Update the scale after a step. applied: the gradient was finite, so the step was applied."""
+        """Update the scale after a step.
+
+        applied: the gradient was finite, so the step was applied.
+        """
         if not self.enabled:
             return
         self.good_steps += 1

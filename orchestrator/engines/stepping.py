@@ -1,4 +1,6 @@
-"""The common base of the engines: micro-steps, loss scale, clipping, optimizer step, and state for checkpoints."""
+"""The common base of the engines: micro-steps, loss scale, clipping, optimizer step, and state for
+checkpoints.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +48,9 @@ class Fragment(NamedTuple):
 
 
 class SteppingEngine:
-    """Base class of the engines (see base.py); subclasses wrap the module and locate gradients and shards."""
+    """Base class of the engines (see base.py); subclasses wrap the module and locate gradients and
+    shards.
+    """
 
     step: PairStep
     module: nn.Module  # the wrapped step, whose forward is called
@@ -55,7 +59,8 @@ class SteppingEngine:
     shards_gradients = (
         True  # True if each rank's gradient norm covers only its part of the gradient
     )
-    averaged_over = 1  # in fp16: number of ranks over which the gradient is averaged; unscaling turns it into the sum
+    # in fp16: number of ranks over which the gradient is averaged; unscaling turns it into the sum
+    averaged_over = 1
 
     def __init__(
         self,
@@ -66,8 +71,9 @@ class SteppingEngine:
         weight_decay: float,
         frozen_dtype: torch.dtype | None = None,
     ) -> None:
-        """Initialise the engine. frozen_dtype: dtype of frozen weights, for engines that cast mapped ones; default:
-        that of the trainable weights."""
+        """Initialise the engine. frozen_dtype: dtype of frozen weights, for engines that cast
+        mapped ones; default: that of the trainable weights.
+        """
         self.world, self.settings = world, settings
         self.precision: Precision = precision
         self.held = dtype_held(precision)
@@ -76,7 +82,7 @@ class SteppingEngine:
         self.scale = LossScale(precision == "fp16")
         self.forward_is_collective = settings.shards_weights
 
-    # --- overridden by each engine -------------------------------------------------------------------------------
+    # --- overridden by each engine ----------------------------------------------------------------
 
     def wrap(
         self, step: PairStep, optimizer: OptimizerFactory, scheduler: SchedulerFactory
@@ -121,7 +127,7 @@ class SteppingEngine:
         """Return the context manager around every forward pass (autocast under DDP)."""
         return nullcontext()
 
-    # --- a step --------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def micro_step(self, batch: PairBatch, counts: Counts, last: bool) -> StepOutput:
         self._before_micro_step(last)
@@ -166,7 +172,7 @@ class SteppingEngine:
         self.drop_gradients()
         return StepResult(self.grad_norm, lr, not apply)
 
-    # --- without gradient ----------------------------------------------------------------------------------------
+    # --- without gradient -------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, batch: PairBatch, counts: Counts) -> StepOutput:
@@ -194,7 +200,7 @@ class SteppingEngine:
             dict(self.step.policy.named_parameters(remove_duplicate=False)), alpha
         )
 
-    # --- state for checkpoints -----------------------------------------------------------------------------------
+    # --- state for checkpoints --------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         return {
@@ -241,11 +247,13 @@ class SteppingEngine:
         buffers = persistent_buffers(self.step.policy)
         for name, _, start, stop, weight, holder, offset, _ in self._fragments():
             if name in buffers and not keys(name):
-                continue  # checkpoints of an older version lack them: keep those of the loaded model
+                # checkpoints of an older version lack them: keep those of the loaded model
+                continue
             weight.copy_(read(name, "param", start, stop))
             if holder is None:
                 continue
-            # torch keeps scalars of the state on the host unless the optimizer is fused or capturable
+            # torch keeps scalars of the state on the host unless the optimizer is fused or
+            # capturable
             group = groups.get(holder, keeper.defaults)  # ZeRO-3 has groups only during a step
             scalars_on = (
                 holder.device

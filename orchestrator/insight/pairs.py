@@ -1,7 +1,8 @@
-"""Analyse the pair ledger: pairs never learned, pairs that look mislabelled, and the effect of length.
+"""Analyse the pair ledger: pairs never learned, pairs that look mislabelled, and the effect of
+length.
 
-Shapes: V visits (rows of the ledger), N pairs, K bins. A margin is beta times nats; all numbers of a visit are from
-before its own update.
+Shapes: V visits (rows of the ledger), N pairs, K bins. A margin is beta times nats; all numbers of
+a visit are from before its own update.
 """
 
 import json
@@ -71,23 +72,28 @@ def histories(rows: "pa.Table") -> Histories:
 
 
 def never_learned(pairs: Histories) -> Integers:
-    """Return the indices of pairs whose margin was not above 0 at the last visit, the lowest first."""
+    """Return the indices of pairs whose margin was not above 0 at the last visit, the lowest
+    first.
+    """
     found = np.flatnonzero(pairs.margin <= 0)
     return found[np.argsort(pairs.margin[found], kind="stable")]
 
 
 def disagreement(pairs: Histories) -> Numbers:
-    """Return [N] nats per token by which both reference and policy prefer the rejected completion, the smaller of both.
+    """Return [N] nats per token by which both reference and policy prefer the rejected completion,
+    the smaller of both.
 
-    Below 0 if one of them does not prefer it. Per token, because sums over more tokens are lower: by sums, every longer
-    completion would look dispreferred. The smaller, because a label is doubtful only if both models contradict it.
+    Below 0 if one of them does not prefer it. Per token, because sums over more tokens are lower:
+    by sums, every longer completion would look dispreferred. The smaller, because a label is
+    doubtful only if both models contradict it.
     """
     return np.minimum(-pairs.preferred, -pairs.ref_preferred)
 
 
 def mislabelled(pairs: Histories) -> Integers:
-    """Return the indices of pairs whose rejected completion reference and trained policy both prefer, the strongest
-    `disagreement` first."""
+    """Return the indices of pairs whose rejected completion reference and trained policy both
+    prefer, the strongest `disagreement` first.
+    """
     by = disagreement(pairs)
     found = np.flatnonzero(by > 0)
     return found[np.argsort(-by[found], kind="stable")]
@@ -100,7 +106,9 @@ def accuracies(rows: "pa.Table") -> dict[int, float]:
 
 
 def rank_correlation(left: NDArray[Any], right: NDArray[Any]) -> float | None:
-    """Return Spearman's rank correlation, with mean ranks for ties; None if all values of a side are equal."""
+    """Return Spearman's rank correlation, with mean ranks for ties; None if all values of a side
+    are equal.
+    """
     ranks = [_ranks(side) for side in (left, right)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
@@ -123,7 +131,9 @@ class LengthBin(NamedTuple):
 
 
 def by_length(pairs: Histories) -> list[LengthBin]:
-    """Return [K] bins by difference in length: two halves each of shorter and longer chosen ones, and equal ones."""
+    """Return [K] bins by difference in length: two halves each of shorter and longer chosen ones,
+    and equal ones.
+    """
     halves = [
         np.median(side)
         for side in (pairs.longer[pairs.longer < 0], pairs.longer[pairs.longer > 0])
@@ -142,7 +152,7 @@ def by_length(pairs: Histories) -> list[LengthBin]:
     return bins
 
 
-# --- a run, for a terminal or as JSON ----------------------------------------------------------------------------
+# --- a run, for a terminal or as JSON -------------------------------------------------------------
 
 
 class Findings(NamedTuple):
@@ -214,14 +224,22 @@ def _as_json(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> dict[
 
 
 def lines(found: Findings, top: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
-    """Yield the findings, and the first `top` pairs of each list with their numbers and shortened texts."""
+    """Yield the findings, and the first `top` pairs of each list with their numbers and shortened
+    texts.
+    """
     pairs, count = found.pairs, len(found.pairs.pair_id)
     learned = int((pairs.margin > 0).sum())
     yield f"{found.visits} visits of {count} pairs up to step {found.step}"
     yield f"learned {learned} ({learned / count:.1%}): margin above 0 at the last visit"
-    yield f"rewards/accuracies by epoch: {', '.join(f'{share:.3f}' for share in found.accuracies.values())}"
+    yield (
+        "rewards/accuracies by epoch: "
+        f"{', '.join(f'{share:.3f}' for share in found.accuracies.values())}"
+    )
     if found.visits == count:
-        yield "each pair was seen once, before its own update: its margin comes from updates on other pairs"
+        yield (
+            "each pair was seen once, before its own update: its margin comes from updates on "
+            "other pairs"
+        )
     yield from _lengths(found)
     if len(sources := {raw.source for raw in texts.values()}) == 1:
         yield f"\nrows are from {sources.pop()}"
@@ -231,9 +249,15 @@ def lines(found: Findings, top: int, texts: Mapping[int, RawRow]) -> Iterator[st
         yield f"{_name(pairs, index, texts)}: {_margins(pairs, index)}"
         yield from _texts(pairs, index, texts)
     if number := len(found.mislabelled):
-        yield f"\nlook mislabelled: {number} pairs whose rejected completion both models prefer, in nats per token"
+        yield (
+            f"\nlook mislabelled: {number} pairs whose rejected completion both models prefer, "
+            "in nats per token"
+        )
     for index in found.mislabelled[:top]:
-        by = f"reference by {-pairs.ref_preferred[index]:.3f}, policy by {-pairs.preferred[index]:.3f}"
+        by = (
+            f"reference by {-pairs.ref_preferred[index]:.3f}, policy by "
+            f"{-pairs.preferred[index]:.3f}"
+        )
         yield f"{_name(pairs, index, texts)}: {by}; {_margins(pairs, index)}"
         yield from _texts(pairs, index, texts)
 
@@ -241,7 +265,10 @@ def lines(found: Findings, top: int, texts: Mapping[int, RawRow]) -> Iterator[st
 def _lengths(found: Findings) -> Iterator[str]:
     if found.length_correlation is None:
         return
-    yield f"\nlength: rank correlation of chosen minus rejected tokens with the margin {found.length_correlation:+.3f}"
+    yield (
+        "\nlength: rank correlation of chosen minus rejected tokens with the margin "
+        f"{found.length_correlation:+.3f}"
+    )
     yield "       tokens       pairs  mean margin  learned"
     for least, most, count, margin, learned in by_length(found.pairs):
         yield f"{least:>8} to {most:<6} {count:>6}  {margin:>+11.4f}  {learned:>7.1%}"

@@ -20,7 +20,10 @@ def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
     yield from _evaluations(run_dir.metric_lines())
     if result.best_step is not None:
         best = step_folder(run_dir.checkpoints, result.best_step)
-        yield f"best     {spec.evaluation.best_metric} {result.best_metric:.6f} after step {result.best_step}, {best}"
+        yield (
+            f"best     {spec.evaluation.best_metric} {result.best_metric:.6f} after step "
+            f"{result.best_step}, {best}"
+        )
     yield from _answers(result.samples)
     of_step = f", of step {result.model_step}" if result.best_step is not None else ""
     yield f"model    {_short(result.model)}{of_step}"
@@ -39,7 +42,10 @@ def _evaluations(lines: list[dict[str, Any]]) -> Iterator[str]:
         for when, line in zip(
             ["before"] * len(before) + ["after"], [*before, evaluations[-1]], strict=True
         ):
-            facts = f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies {line[f'{prefix}rewards/accuracies']:.3f}"
+            facts = (
+                f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies "
+                f"{line[f'{prefix}rewards/accuracies']:.3f}"
+            )
             yield f"evaluation {when:<6}  {facts}{f' ({name})' * bool(name)}"
 
 
@@ -64,10 +70,15 @@ def _wandb(run_dir: RunDir) -> str:
 
 
 def _next(spec: RunSpec, result: RunResult) -> Iterator[str]:
-    """Yield how to use the result and, after a run with model.init, how to continue with a real model."""
+    """Yield how to use the result and, after a run with model.init, how to continue with a real
+    model.
+    """
     yield f"use it   transformers.pipeline('text-generation', '{_short(result.model)}')"
     if spec.training.pair_ledger:
-        yield f"look     orchestrator pairs {_short(spec.run_dir)}   # which pairs were learned, which look mislabelled"
+        yield (
+            f"look     orchestrator pairs {_short(spec.run_dir)}   # which pairs were learned, "
+            "which look mislabelled"
+        )
     if spec.model.init is not None:
         yield "next     your own model and pairs: docs/get-started.md"
 

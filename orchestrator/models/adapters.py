@@ -1,7 +1,8 @@
 """Add or load a LoRA adapter by peft, switch it off, and merge it.
 
-The adapter layers replace layers inside the model, whose type stays the same. Names: q_proj.base_layer.weight,
-q_proj.lora_A.policy.weight. peft is an optional dependency and is imported in functions only.
+The adapter layers replace layers inside the model, whose type stays the same. Names:
+q_proj.base_layer.weight, q_proj.lora_A.policy.weight. peft is an optional dependency and is
+imported in functions only.
 """
 
 import warnings
@@ -26,8 +27,8 @@ POLICY, REFERENCE = (
     "reference",
 )  # names of the adapter that trains, and of the frozen copy of its start
 RANK = 16
-# peft settings that make an adapter more than a product of two factors, the only kind that this file merges and
-# switches off.
+# peft settings that make an adapter more than a product of two factors, the only kind that this
+# file merges and switches off.
 MORE_THAN_FACTORS = (
     "modules_to_save",
     "trainable_token_indices",
@@ -42,9 +43,9 @@ MORE_THAN_FACTORS = (
 def add_adapter(
     model: "PreTrainedModel", spec: LoraSpec, seed: int, dtype: torch.dtype, disable_dropout: bool
 ) -> None:
-    """Freeze the model and add a trainable adapter of `dtype`: a new one, which does not change the output yet, or the
-    one at adapter_path. A loaded adapter is added twice, as the policy's and as a frozen copy for the reference
-    (LLaMA-Factory 8974: the reference was the bare base).
+    """Freeze the model and add a trainable adapter of `dtype`: a new one, which does not change the
+    output yet, or the one at adapter_path. A loaded adapter is added twice, as the policy's and as
+    a frozen copy for the reference (LLaMA-Factory 8974: the reference was the bare base).
 
     Raises:
         UserError: peft is not installed, peft rejects the targets, or the adapter cannot be loaded.
@@ -84,7 +85,9 @@ def add_adapter(
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the layers of a model that have an adapter, by name; empty if the model has no adapter."""
+    """Return the layers of a model that have an adapter, by name; empty if the model has no
+    adapter.
+    """
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
@@ -112,9 +115,11 @@ def base_name(parameter: str) -> str:
 
 @contextmanager
 def adapter_off(layers: list[Any]) -> Iterator[None]:
-    """Make these layers compute as at the start of training: without adapter, or with the frozen copy of a loaded one.
+    """Make these layers compute as at the start of training: without adapter, or with the frozen
+    copy of a loaded one.
 
-    peft's own switches also change requires_grad, even of parameters whose gradient has not been computed yet.
+    peft's own switches also change requires_grad, even of parameters whose gradient has not been
+    computed yet.
     """
     has_start = any(REFERENCE in layer.lora_A for layer in layers)
     for layer in layers:
@@ -133,8 +138,8 @@ def adapter_off(layers: list[Any]) -> Iterator[None]:
 def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel":
     """Replace adapter layers by plain ones, in place, and return the same model.
 
-    merged: add the adapter's product to the weights, and convert every 8- or 4-bit layer, with or without an adapter,
-    to fp32.
+    merged: add the adapter's product to the weights, and convert every 8- or 4-bit layer, with or
+    without an adapter, to fp32.
     """
     layers = adapter_layers(model)
     for layer in layers.values() if merged else ():
@@ -155,7 +160,9 @@ def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel"
 
 
 def _merge(layer: Any) -> None:
-    """Add an adapter's product to the weight of its base layer, or to a parameter of its module, such as experts."""
+    """Add an adapter's product to the weight of its base layer, or to a parameter of its module,
+    such as experts.
+    """
     base, delta = layer.get_base_layer(), layer.get_delta_weight(POLICY)
     plain = unquantized(base)
     if plain is not base:
@@ -175,10 +182,12 @@ def _adapted_parameter(layer: Any) -> str:
 
 @torch.no_grad()
 def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
-    """Check, on fake tensors of one layer of each kind, that the adapter can be merged after training.
+    """Check, on fake tensors of one layer of each kind, that the adapter can be merged after
+    training.
 
     Raises:
-        UserError: peft cannot compute the product of an adapter, or its shape differs from the weight's.
+        UserError: peft cannot compute the product of an adapter, or its shape differs from the
+            weight's.
     """
     from torch._subclasses import FakeTensorMode
 
@@ -203,7 +212,10 @@ def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
             fits = False
         if not fits:
             key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
-            rule = f"the adapter on {name} ({type(layer).__name__}) cannot be merged when the model is exported"
+            rule = (
+                f"the adapter on {name} ({type(layer).__name__}) cannot be merged when the "
+                "model is exported"
+            )
             raise UserError(
                 key,
                 spec.adapter_path or spec.target_modules,
@@ -213,10 +225,12 @@ def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
 
 
 def check_adapter(spec: LoraSpec) -> Any:
-    """Check the adapter settings before any weight is loaded; return the config of the adapter at adapter_path, if set.
+    """Check the adapter settings before any weight is loaded; return the config of the adapter at
+    adapter_path, if set.
 
     Raises:
-        UserError: peft is not installed, or adapter_path is not an adapter with two factors per layer.
+        UserError: peft is not installed, or adapter_path is not an adapter with two factors per
+            layer.
     """
     try:
         import peft  # noqa: F401 - only checks that it is installed
@@ -259,7 +273,9 @@ def _cannot_load(path: str, error: Exception) -> UserError:
 
 
 def _check_layers(model: "PreTrainedModel", spec: LoraSpec) -> None:
-    """Check that no adapter is on the embeddings or the head, where the reference could not switch it off."""
+    """Check that no adapter is on the embeddings or the head, where the reference could not switch
+    it off.
+    """
     for name, layer in adapter_layers(model).items():
         if (
             isinstance(layer.get_base_layer(), nn.Embedding)
@@ -278,7 +294,9 @@ def _check_layers(model: "PreTrainedModel", spec: LoraSpec) -> None:
 
 
 def _load(model: "PreTrainedModel", spec: LoraSpec, config: Any) -> None:
-    """Add the adapter at adapter_path to the model twice: one that trains, and a frozen one for the reference."""
+    """Add the adapter at adapter_path to the model twice: one that trains, and a frozen one for the
+    reference.
+    """
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     path = str(spec.adapter_path)
@@ -303,7 +321,9 @@ def _load(model: "PreTrainedModel", spec: LoraSpec, config: Any) -> None:
 
 
 def _check_weights(model: "PreTrainedModel", path: str, saved: dict[str, torch.Tensor]) -> None:
-    """Check that a file holds exactly the weights of the adapter that was added for it, all finite."""
+    """Check that a file holds exactly the weights of the adapter that was added for it, all
+    finite.
+    """
     shapes = {
         name.replace(f".{REFERENCE}.", "."): tuple(parameter.shape)
         for name, parameter in model.named_parameters()

@@ -1,10 +1,12 @@
-"""Attention over packed pairs through transformers' attention interface: each prompt once, without a mask tensor.
+"""Attention over packed pairs through transformers' attention interface: each prompt once, without
+a mask tensor.
 
-Legend: T tokens of the packed row, h query heads, g key heads, D their size, N positions that score a token.
+Legend: T tokens of the packed row, h query heads, g key heads, D their size, N positions that score
+a token.
 
-A pair is laid out as shared | rest of the chosen | rest of the rejected sequence. The layout is passed as a forward
-keyword to every attention layer, so that gradient checkpointing, which calls a layer again in another thread, passes
-the same layout again.
+A pair is laid out as shared | rest of the chosen | rest of the rejected sequence. The layout is
+passed as a forward keyword to every attention layer, so that gradient checkpointing, which calls a
+layer again in another thread, passes the same layout again.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,8 +32,9 @@ CHECKED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 
 CAUSAL_BLOCK = 256  # queries of a causal block in the backward pass on a CPU
 
-# In the last layer, the hidden state of a token that scores nothing (most of the prompt) is not used: only its key and
-# value are. These modules of that layer, by architecture, process each token on its own and skip such tokens.
+# In the last layer, the hidden state of a token that scores nothing (most of the prompt) is not
+# used: only its key and value are. These modules of that layer, by architecture, process each token
+# on its own and skip such tokens.
 ATTENTION = {**dict.fromkeys(CHECKED, "self_attn"), "gpt2": "attn"}
 SKIPPING = {
     **dict.fromkeys(CHECKED, ("self_attn.q_proj", "self_attn.o_proj", "mlp")),
@@ -40,7 +43,9 @@ SKIPPING = {
 
 
 class Run(NamedTuple):
-    """Queries start..stop: each attends to the keys shared_start..shared_stop and to those of its run up to itself."""
+    """Queries start..stop: each attends to the keys shared_start..shared_stop and to those of its
+    run up to itself.
+    """
 
     start: int
     stop: int
@@ -49,22 +54,27 @@ class Run(NamedTuple):
 
 
 def runs(spans: tuple[PairSpan, ...], scoring_only: bool) -> Iterator[Run]:
-    """Yield the two runs of each pair. scoring_only: drop the queries before the first that scores a token."""
+    """Yield the two runs of each pair.
+
+    scoring_only: drop the queries before the first that scores a token.
+    """
     for start, fork, rejected, stop, scored in spans:
         first = min(scored, rejected) if scoring_only else start
         yield Run(first, rejected, start, first)
         yield Run(rejected, stop, start, fork)
 
 
-# --- the kernels -------------------------------------------------------------------------------------------------
+# --- the kernels ----------------------------------------------------------------------------------
 # Each takes query [1, h, T, D], key and value [1, g, T, D] and returns [1, T, h, D].
 
 
 class _FlashOnCpu(torch.autograd.Function):
-    """torch's flash kernel for CPUs, run by run: the results over shared keys and over the run's own keys are merged by
-    their log-sum-exp, and the backward pass calls the kernel's backward with the merged result.
+    """torch's flash kernel for CPUs, run by run: the results over shared keys and over the run's
+    own keys are merged by their log-sum-exp, and the backward pass calls the kernel's backward with
+    the merged result.
 
-    Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4: the partial results of disjoint keys merge exactly.
+    Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4: the partial results of disjoint keys
+    merge exactly.
     """
 
     @staticmethod
@@ -132,7 +142,9 @@ class _FlashOnCpu(torch.autograd.Function):
                     scale=ctx.scale,
                 )
                 for total, where, part_of_it in zip(totals, (own, seen, seen), found, strict=True):
-                    if causal:  # every token is in one causal block, which comes before the others that touch it
+                    # every token is in one causal block, which comes before the others that touch
+                    # it
+                    if causal:
                         total[:, :, where] = part_of_it
                     else:
                         total[:, :, where] += part_of_it
@@ -145,10 +157,11 @@ class _FlashOnCpu(torch.autograd.Function):
 
 
 def _blocks(run: Run) -> list[tuple[slice, slice, bool]]:
-    """Return the (queries, keys, causal) blocks of a run: causal ones on the diagonal, those below it, the shared keys.
+    """Return the (queries, keys, causal) blocks of a run: causal ones on the diagonal, those below
+    it, the shared keys.
 
-    The run is split because the kernel's backward pass computes the masked half of a causal block too, up to a width
-    of 512 keys.
+    The run is split because the kernel's backward pass computes the masked half of a causal block
+    too, up to a width of 512 keys.
     """
     diagonal: list[tuple[slice, slice, bool]] = []
     below: list[tuple[slice, slice, bool]] = []
@@ -186,8 +199,10 @@ def _flash_on_cpu(
 
 
 class _KeysOfRuns(torch.autograd.Function):
-    """Keys and values [T, g, D] laid out run by run. Shared positions occur twice, so their gradients are added here:
-    autograd, which cannot know that no other position repeats, would sort all positions in every layer."""
+    """Keys and values [T, g, D] laid out run by run. Shared positions occur twice, so their
+    gradients are added here: autograd, which cannot know that no other position repeats, would sort
+    all positions in every layer.
+    """
 
     @staticmethod
     def forward(
@@ -216,7 +231,9 @@ def _varlen(
     scale: float | None,
     scoring_only: bool,
 ) -> torch.Tensor:
-    """Compute all runs of all pairs in one call; window (-1, 0) is causal and aligned to the end of each run's keys."""
+    """Compute all runs of all pairs in one call; window (-1, 0) is causal and aligned to the end of
+    each run's keys.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     del scoring_only  # dropping the few prompt queries would cost another gather
@@ -246,7 +263,9 @@ def _sdpa(
     scale: float | None,
     scoring_only: bool,
 ) -> torch.Tensor:
-    """Compute attention run by run with public functions of torch only; on a CPU torch builds a small mask per run."""
+    """Compute attention run by run with public functions of torch only; on a CPU torch builds a
+    small mask per run.
+    """
     from torch.nn.attention.bias import causal_lower_right
 
     keys, values = (_for_each_query_head(x, query.shape[1]) for x in (key, value))
@@ -275,7 +294,7 @@ KERNELS: dict[AttentionName, Callable[..., torch.Tensor]] = {
 }
 
 
-# --- behind transformers' interface ------------------------------------------------------------------------------
+# --- behind transformers' interface ---------------------------------------------------------------
 
 
 def choose_kernel(
@@ -305,11 +324,17 @@ def not_exact(config: Any, longest: int) -> str | None:
         getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     )
     if text.model_type not in CHECKED:
-        return f"{text.model_type} is not among the architectures checked for it ({', '.join(CHECKED)})"
+        return (
+            f"{text.model_type} is not among the architectures checked for it "
+            f"({', '.join(CHECKED)})"
+        )
     if window is not None and longest > window:
         return f"its sliding window has {window} tokens and the longest sequence {longest}"
     if (fixed := fixed_up_to(config)) is not None and longest > fixed:
-        return f"its rotary embedding depends on a sequence's length beyond {fixed} tokens, and a pair has two lengths"
+        return (
+            f"its rotary embedding depends on a sequence's length beyond {fixed} tokens, and a "
+            "pair has two lengths"
+        )
     if getattr(text, "use_bidirectional_attention", None):
         return "its attention is bidirectional"
     if any(
@@ -320,7 +345,9 @@ def not_exact(config: Any, longest: int) -> str | None:
 
 
 def use_packed_attention(model: "PreTrainedModel", kernel: AttentionName) -> None:
-    """Use packed attention for batches with segments; any other forward pass (generate) keeps torch's SDPA."""
+    """Use packed attention for batches with segments; any other forward pass (generate) keeps
+    torch's SDPA.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -356,8 +383,9 @@ def use_packed_attention(model: "PreTrainedModel", kernel: AttentionName) -> Non
 
 
 def packed_arguments(segments: Segments, input_ids: torch.Tensor) -> dict[str, Any]:
-    """Return the keyword arguments of a model's forward for a packed row. transformers uses a mask of four dimensions
-    as it is, and so builds none."""
+    """Return the keyword arguments of a model's forward for a packed row. transformers uses a mask
+    of four dimensions as it is, and so builds none.
+    """
     return {LAYOUT: segments, "attention_mask": input_ids.new_empty(1, 1, 0, 0)}
 
 
@@ -377,7 +405,9 @@ def _skip_unscored(model: "PreTrainedModel") -> None:
 
 
 class _Skipping:
-    """Hooks of one layer. Its attention runs first and receives the layout as a keyword, also when recomputed."""
+    """Hooks of one layer. Its attention runs first and receives the layout as a keyword, also when
+    recomputed.
+    """
 
     def __init__(self) -> None:
         self.scoring: torch.Tensor | None = None  # [N] of the current forward pass
@@ -395,7 +425,9 @@ class _Skipping:
         return (inputs[0].index_select(1, self.scoring),)
 
     def put_back(self, _: nn.Module, __: Any, made: torch.Tensor) -> torch.Tensor:
-        """Scatter the output back: [1, N, features] -> [1, T, features], with zeros, finite and unused, elsewhere."""
+        """Scatter the output back: [1, N, features] -> [1, T, features], with zeros, finite and
+        unused, elsewhere.
+        """
         if self.scoring is None:
             return made
         return made.new_zeros(1, self.tokens, made.shape[-1]).index_copy(1, self.scoring, made)

@@ -1,4 +1,6 @@
-"""Find out by small forward passes what a config does not say: noise, causality, padding, weights without gradient."""
+"""Find out by small forward passes what a config does not say: noise, causality, padding, weights
+without gradient.
+"""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,13 +18,16 @@ if TYPE_CHECKING:
 
 TOKENS = 32  # length of the input of a probe
 DRAWS = 3  # forward passes with different random numbers that must agree
-# Parts of the names of config keys that only make a model noisy in training. PhiMoE also reads router_jitter_noise
-# elsewhere, so it is not listed: modules with such noise are kept in evaluation mode.
+# Parts of the names of config keys that only make a model noisy in training. PhiMoE also reads
+# router_jitter_noise elsewhere, so it is not listed: modules with such noise are kept in evaluation
+# mode.
 NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "drop_prob", "drop_rate", "stochastic_depth")
 
 
 def silence(config: "PretrainedConfig") -> None:
-    """Set every rate that makes a model noisy in training to zero, in a config and in the configs nested in it."""
+    """Set every rate that makes a model noisy in training to zero, in a config and in the configs
+    nested in it.
+    """
     for name, value in list(vars(config).items()):
         if hasattr(value, "get_text_config"):
             silence(value)
@@ -31,10 +36,12 @@ def silence(config: "PretrainedConfig") -> None:
 
 
 def still_noise(model: "PreTrainedModel") -> list[str]:
-    """Keep the modules that draw random numbers in training in evaluation mode permanently; return their names.
+    """Keep the modules that draw random numbers in training in evaluation mode permanently; return
+    their names.
 
     Raises:
-        UserError: one of them is noisy in evaluation mode too, or its weights would have no gradient there.
+        UserError: one of them is noisy in evaluation mode too, or its weights would have no
+            gradient there.
     """
     kept: list[str] = []
     reached = None
@@ -63,7 +70,8 @@ def _noise_stays(module: str) -> UserError:
 
 
 def check_causal(model: "PreTrainedModel", logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Check that no logit depends on later tokens, as in an encoder or with bidirectional attention.
+    """Check that no logit depends on later tokens, as in an encoder or with bidirectional
+    attention.
 
     logits: ids [R, T] -> [R, T, V].
 
@@ -87,8 +95,8 @@ def check_causal(model: "PreTrainedModel", logits: Callable[[torch.Tensor], torc
 def depends_on_gradients(model: "PreTrainedModel") -> bool:
     """Return whether the logits differ with and without gradients.
 
-    torch uses another attention kernel where a mask is computed from weights (Inkling's bias), and a policy would then
-    differ from its own reference by rounding.
+    torch uses another attention kernel where a mask is computed from weights (Inkling's bias), and
+    a policy would then differ from its own reference by rounding.
     """
     training = model.training
     model.eval()
@@ -106,8 +114,9 @@ def depends_on_gradients(model: "PreTrainedModel") -> bool:
 
 @torch.no_grad()
 def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
-    """Return how far the hidden states of a sequence in a padded batch are from those in a batch of one, relative to
-    the largest of them."""
+    """Return how far the hidden states of a sequence in a padded batch are from those in a batch of
+    one, relative to the largest of them.
+    """
     training, body = model.training, body_of(model)
     model.eval()
     ids = _ids(model, 9).to(device).repeat(2, 1)
@@ -124,10 +133,11 @@ def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
 
 
 def freeze_unreached(model: "PreTrainedModel", ranks: int) -> list[str]:
-    """Freeze the trainable parameters that get no gradient from text, such as a vision tower's; return their names.
+    """Freeze the trainable parameters that get no gradient from text, such as a vision tower's;
+    return their names.
 
-    Parameters that other tokens may reach (of one expert among several) stay trainable on one rank. On several ranks
-    they are an error: gradients of different weights would be summed.
+    Parameters that other tokens may reach (of one expert among several) stay trainable on one rank.
+    On several ranks they are an error: gradients of different weights would be summed.
 
     Raises:
         UserError: there are several ranks, and such experts.
@@ -148,12 +158,13 @@ def freeze_unreached(model: "PreTrainedModel", ranks: int) -> list[str]:
     return [name for name, _ in frozen]
 
 
-# --- small forward passes ----------------------------------------------------------------------------------------
+# --- small forward passes -------------------------------------------------------------------------
 
 
 def _ids(model: "PreTrainedModel", tokens: int) -> torch.Tensor:
-    """Return ids [1, tokens], all different if the vocabulary is large enough; special tokens are often at its ends,
-    which are avoided."""
+    """Return ids [1, tokens], all different if the vocabulary is large enough; special tokens are
+    often at its ends, which are avoided.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(tokens) * max(1, vocabulary // (2 * tokens)) + vocabulary // 4
     return (ids % vocabulary)[None].to(model.device)
@@ -170,7 +181,10 @@ def _forward(model: "PreTrainedModel") -> torch.Tensor:
         ValueError,
         TypeError,
     ) as error:  # Reformer trains on sequences of one length only
-        rule = f"its forward pass fails in training ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        rule = (
+            f"its forward pass fails in training ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:160]})"
+        )
         raise UserError("model", type(model).__name__, rule, "use another model") from None
     finally:
         model.train(training)
@@ -251,8 +265,9 @@ def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _reached(model: "PreTrainedModel") -> set[int]:
-    """Return the ids of the parameters that a backward pass would reach, from the graph of a forward pass; no gradient
-    is computed."""
+    """Return the ids of the parameters that a backward pass would reach, from the graph of a
+    forward pass; no gradient is computed.
+    """
     with _forked_random(model.device, 0), torch.enable_grad():
         waiting: list[Any] = [_forward(model).grad_fn]
     _detach_states(model)
@@ -270,8 +285,9 @@ def _reached(model: "PreTrainedModel") -> set[int]:
 
 
 def _detach_states(model: nn.Module) -> None:
-    """Detach the states that a recurrent model keeps of its last input: a module that holds a tensor with a graph
-    cannot be copied."""
+    """Detach the states that a recurrent model keeps of its last input: a module that holds a
+    tensor with a graph cannot be copied.
+    """
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
@@ -279,8 +295,10 @@ def _detach_states(model: nn.Module) -> None:
 
 
 def _routed(model: "PreTrainedModel", reached: set[int]) -> set[int]:
-    """Return the ids of the trainable parameters of experts to which no token of the probe was routed: modules of a
-    list that were not reached at all, while one of the same type in that list was."""
+    """Return the ids of the trainable parameters of experts to which no token of the probe was
+    routed: modules of a list that were not reached at all, while one of the same type in that list
+    was.
+    """
     routed: set[int] = set()
     for modules in model.modules():
         if isinstance(modules, nn.ModuleList):

@@ -1,7 +1,8 @@
-"""RMSNorm, rotary embedding and SwiGLU with explicit derivatives: fewer kernels, memory passes and saved tensors.
+"""RMSNorm, rotary embedding and SwiGLU with explicit derivatives: fewer kernels, memory passes and
+saved tensors.
 
-transformers' modules leave all three to autograd, operation by operation. Its RMSNorm computes in fp32 for every
-input dtype, which with fp64 weights would leave an error of 1e-8 in the loss.
+transformers' modules leave all three to autograd, operation by operation. Its RMSNorm computes in
+fp32 for every input dtype, which with fp64 weights would leave an error of 1e-8 in the loss.
 
 Legend: R rows, T tokens, H hidden size, h heads, D their size, I intermediate size.
 """
@@ -28,10 +29,12 @@ MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 
 
 def fuse(model: "PreTrainedModel", dtype: torch.dtype | None = None) -> None:
-    """Replace the forward of the norms, attentions and MLPs listed above; weights, names and hooks stay the same.
+    """Replace the forward of the norms, attentions and MLPs listed above; weights, names and hooks
+    stay the same.
 
-    A model with 16-bit weights keeps its own forward, whose order of rounding other programs reproduce; one that was
-    cast to 16 bits gets its own back. dtype: the dtype in which the weights will train, if they are not in it yet.
+    A model with 16-bit weights keeps its own forward, whose order of rounding other programs
+    reproduce; one that was cast to 16 bits gets its own back. dtype: the dtype in which the weights
+    will train, if they are not in it yet.
     """
     from transformers.activations import ACT2FN
 
@@ -95,8 +98,9 @@ def _attend(
 
 
 def _products(hidden: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
-    """Return the outputs of several linear layers for one input. Under autocast, compute them in one product: autocast
-    would cast weight, bias and input of each layer, and their gradients back."""
+    """Return the outputs of several linear layers for one input. Under autocast, compute them in
+    one product: autocast would cast weight, bias and input of each layer, and their gradients back.
+    """
     if not torch.is_autocast_enabled(hidden.device.type) or not all(map(_is_bare, layers)):
         return tuple(layer(hidden) for layer in layers)
     weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
@@ -123,8 +127,8 @@ def _mlp(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """RMSNorm, x r w with r = (mean of x^2 + epsilon)^-1/2 over the last dimension. Zhang & Sennrich 2019,
-    arXiv 1910.07467.
+    """RMSNorm, x r w with r = (mean of x^2 + epsilon)^-1/2 over the last dimension. Zhang &
+    Sennrich 2019, arXiv 1910.07467.
 
     With n = x r and g the gradient: dw = sum of g n, dx = r (g w - n * mean of g w n).
     """
@@ -155,11 +159,11 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotary embedding of the halves x1, x2 of a head: x1 cos - x2 sin, x2 cos + x1 sin. Su et al. 2021,
-    arXiv 2104.09864.
+    """Rotary embedding of the halves x1, x2 of a head: x1 cos - x2 sin, x2 cos + x1 sin. Su et al.
+    2021, arXiv 2104.09864.
 
-    query, key: [R, T, h, D]; cos: [R or 1, T, 1, D]; sin: [R or 1, T, 1, D/2], as both halves have the same angles.
-    Under autocast the output has the autocast dtype, in which attention runs.
+    query, key: [R, T, h, D]; cos: [R or 1, T, 1, D]; sin: [R or 1, T, 1, D/2], as both halves have
+    the same angles. Under autocast the output has the autocast dtype, in which attention runs.
     """
 
     @staticmethod
@@ -201,8 +205,9 @@ def _turn(
 
 
 class _SwiGlu(torch.autograd.Function):
-    """SwiGLU: silu(gate) * up. Shazeer 2020, arXiv 2002.05202. gate, up: [..., T, I]. The backward pass recomputes
-    silu(gate) instead of saving it."""
+    """SwiGLU: silu(gate) * up. Shazeer 2020, arXiv 2002.05202. gate, up: [..., T, I]. The backward
+    pass recomputes silu(gate) instead of saving it.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def body_of(model: "PreTrainedModel") -> Any:
-    """Return the part of a causal LM whose forward returns the last hidden states: all but its head.
+    """Return the part of a causal LM whose forward returns the last hidden states: all but its
+    head.
 
     Raises:
         UserError: the model has no such part.
@@ -58,7 +59,9 @@ def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
 def lowest(
     model: "PreTrainedModel", count: int, layers: nn.ModuleList | None = None
 ) -> list[nn.Module]:
-    """Return the modules that run before layer `count`: the embeddings, modules registered beside them, and layers."""
+    """Return the modules that run before layer `count`: the embeddings, modules registered beside
+    them, and layers.
+    """
     layers = decoder_layers(model) if layers is None else layers
     before: list[nn.Module] = []
     for module in model.modules():
@@ -81,7 +84,8 @@ def freeze_lowest(
     keep_head: bool = True,
     layers: nn.ModuleList | None = None,
 ) -> bool:
-    """Freeze the embeddings and the first `count` layers; return whether the output head was tied to the embeddings.
+    """Freeze the embeddings and the first `count` layers; return whether the output head was tied
+    to the embeddings.
 
     keep_head: untie such a head, so that it has its own, trainable weights.
     """
@@ -101,9 +105,11 @@ def freeze_lowest(
 
 @contextmanager
 def captured_at(model: "PreTrainedModel", layer: int | None) -> Iterator[list[torch.Tensor]]:
-    """Yield a list to which each forward pass of the model appends the hidden states [R, T, H] that enter a layer.
+    """Yield a list to which each forward pass of the model appends the hidden states [R, T, H] that
+    enter a layer.
 
-    They have no gradient, and recomputation by gradient checkpointing appends nothing. layer: None captures nothing.
+    They have no gradient, and recomputation by gradient checkpointing appends nothing. layer: None
+    captures nothing.
     """
     found: list[torch.Tensor] = []
     if layer is None:
@@ -137,10 +143,11 @@ class _Passed(nn.Module):
 
 
 class UpperLayers:
-    """The layers of a model from `first` on and all that follows them, run on captured hidden states.
+    """The layers of a model from `first` on and all that follows them, run on captured hidden
+    states.
 
-    The model's own forward runs, with its masks, position embeddings and norms, over a stack in which the lower layers
-    return their input.
+    The model's own forward runs, with its masks, position embeddings and norms, over a stack in
+    which the lower layers return their input.
     """
 
     def __init__(self, model: "PreTrainedModel", first: int) -> None:
@@ -153,7 +160,8 @@ class UpperLayers:
     def __call__(self, captured: torch.Tensor, **options: Any) -> torch.Tensor:
         """Return the last hidden states [R, T, H].
 
-        captured: [R, T, H], the input of layer `first`. options: keyword arguments of the body's forward.
+        captured: [R, T, H], the input of layer `first`. options: keyword arguments of the body's
+        forward.
         """
 
         def enter(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...]:

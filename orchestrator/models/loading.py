@@ -67,7 +67,8 @@ def read_model(
     """Load a causal LM with weights of `dtype` on the CPU; mapped: see `load_mapped`.
 
     Raises:
-        UserError: it cannot be loaded, or its weights are not complete, not all used, or not finite.
+        UserError: it cannot be loaded, or its weights are not complete, not all used, or not
+            finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -79,11 +80,12 @@ def read_model(
 
 
 def check_weights(key: str, path: str, config: Any) -> "PreTrainedModel | None":
-    """Check names and shapes of the weights in a folder, without reading their values; return the model without them.
+    """Check names and shapes of the weights in a folder, without reading their values; return the
+    model without them.
 
-    transformers itself loads the model on the meta device, so its renaming and merging of weights is taken into
-    account. None for a hub name, whose weights are checked when they are loaded, and for quantised weights, which
-    cannot be loaded without a device.
+    transformers itself loads the model on the meta device, so its renaming and merging of weights
+    is taken into account. None for a hub name, whose weights are checked when they are loaded, and
+    for quantised weights, which cannot be loaded without a device.
 
     Raises:
         UserError: the weights cannot be loaded, are incomplete, or are not all used.
@@ -136,7 +138,9 @@ def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
 
 
 def _checked(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:
-    """Call `from_pretrained` or `load_mapped`, and check the weights it reports as missing, unused or mismatched."""
+    """Call `from_pretrained` or `load_mapped`, and check the weights it reports as missing, unused
+    or mismatched.
+    """
     try:
         model, info = load(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options, **NO_CODE

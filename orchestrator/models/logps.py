@@ -1,6 +1,8 @@
-"""Compute the log-prob of each sequence from hidden states: chunked head, fp64 sums, the loss computed in the head.
+"""Compute the log-prob of each sequence from hidden states: chunked head, fp64 sums, the loss
+computed in the head.
 
-Legend: B pairs, 2B sequences, R rows of the batch, T tokens of a row, H hidden size, C completion tokens, V vocabulary.
+Legend: B pairs, 2B sequences, R rows of the batch, T tokens of a row, H hidden size, C completion
+tokens, V vocabulary.
 """
 
 import math
@@ -25,14 +27,17 @@ CHUNK_LOGITS = (
 ON_GPU = 4  # times as many on a GPU: fewer launches, and a pair's logits are seldom computed twice
 
 
-# Config keys of a factor or a cap of the logits, in Cohere, Falcon-H1; Granite, Inkling; Gemma, xLSTM.
+# Config keys of a factor or a cap of the logits, in Cohere, Falcon-H1; Granite, Inkling; Gemma,
+# xLSTM.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class PairSums(NamedTuple):
-    """Per-pair sums over tokens that a loss is computed from, for b pairs, in fp64, the chosen first."""
+    """Per-pair sums over tokens that a loss is computed from, for b pairs, in fp64, the chosen
+    first.
+    """
 
     logps: (
         torch.Tensor
@@ -63,7 +68,9 @@ def body_hidden(model: "PreTrainedModel", batch: PairBatch) -> torch.Tensor:
 
 
 def layout_of(batch: PairBatch) -> dict[str, Any]:
-    """Return the keyword arguments of a model's body that define which tokens of the batch attend to which."""
+    """Return the keyword arguments of a model's body that define which tokens of the batch attend
+    to which.
+    """
     if batch.segments is None:
         return {"attention_mask": batch.attention_mask}
     return packed_arguments(batch.segments, batch.input_ids) | {"position_ids": batch.position_ids}
@@ -78,14 +85,19 @@ def sequence_sums(values: torch.Tensor, batch: PairBatch) -> torch.Tensor:
 
 
 def _pair_sums(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
-    """Sum each completion in fp64: [..., C] -> [..., B, 2]. The order is fixed on every device, unlike index_add's."""
+    """Sum each completion in fp64: [..., C] -> [..., B, 2].
+
+    The order is fixed on every device, unlike index_add's.
+    """
     parts = [part.sum(-1, dtype=torch.float64) for part in values.split(list(scored), dim=-1)]
     return torch.stack(parts, dim=-1).unflatten(-1, (-1, 2))
 
 
 class _Tails(NamedTuple):
-    """The weight of a pair's tokens beyond its shorter completion. LD-DPO: Liu et al. 2024, arXiv 2409.06411, eq. 10:
-    with n tokens in the shorter one, log p(y) is sum(log p of the first n) + ld_alpha * sum(log p of the rest)."""
+    """The weight of a pair's tokens beyond its shorter completion. LD-DPO: Liu et al. 2024, arXiv
+    2409.06411, eq. 10: with n tokens in the shorter one, log p(y) is sum(log p of the first n) +
+    ld_alpha * sum(log p of the rest).
+    """
 
     ld_alpha: float | None  # None: they have weight 1, and a sequence is summed in one part
 
@@ -101,7 +113,10 @@ class _Tails(NamedTuple):
         return tuple(part for shared, tokens in both for part in (shared, tokens - shared))
 
     def sums(self, of_parts: torch.Tensor, aligned: torch.Tensor | None) -> PairSums:
-        """Combine the sums over parts. of_parts: from `_pair_sums`, [b, 2], or [2b, 2] with ld_alpha."""
+        """Combine the sums over parts.
+
+        of_parts: from `_pair_sums`, [b, 2], or [2b, 2] with ld_alpha.
+        """
         if self.ld_alpha is None:
             return PairSums(of_parts, of_parts[:, 0], aligned)
         shared, rest = of_parts.unflatten(0, (-1, 2)).unbind(-1)
@@ -116,10 +131,11 @@ def _pair_means(values: torch.Tensor, scored: tuple[int, ...]) -> torch.Tensor:
 
 @torch.no_grad()
 def packed_error(model: "PreTrainedModel", device: torch.device) -> float:
-    """Return how far packed hidden states are from padded ones on one small pair, relative to the largest of them.
+    """Return how far packed hidden states are from padded ones on one small pair, relative to the
+    largest of them.
 
-    If packing is exact, this is rounding. It is large with a release of transformers that drops our layout keyword, and
-    infinite if the model cannot run without it.
+    If packing is exact, this is rounding. It is large with a release of transformers that drops our
+    layout keyword, and infinite if the model cannot run without it.
     """
     training = model.training
     model.eval()  # dropout would differ between the two passes
@@ -146,7 +162,7 @@ def small_batches(device: torch.device) -> tuple[PairBatch, PairBatch]:
     return PackedCollator(data)([row]).to(device), PreferenceCollator(0, data)([row]).to(device)
 
 
-# --- the head of a model -----------------------------------------------------------------------------------------
+# --- the head of a model --------------------------------------------------------------------------
 
 
 class Head(NamedTuple):
@@ -159,7 +175,9 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, model: "PreTrainedModel") -> "Head":
-        """Return the head of a causal LM; policy.py checks at start that its logits are the model's own."""
+        """Return the head of a causal LM; policy.py checks at start that its logits are the model's
+        own.
+        """
         module = model.get_output_embeddings()
         assert module is not None  # every causal LM has one
         text = model.config.get_text_config()
@@ -180,7 +198,9 @@ class Head(NamedTuple):
 
     @contextmanager
     def weight_at_hand(self) -> Iterator[Any]:
-        """Yield the weight [V, H] of a plain head on its device, even if accelerate offloads it between uses."""
+        """Yield the weight [V, H] of a plain head on its device, even if accelerate offloads it
+        between uses.
+        """
         if not hasattr(self.module, "_hf_hook"):
             yield self.module.weight
             return
@@ -220,7 +240,8 @@ def loss_in_head(
 ) -> Scored:
     """Compute the loss of a batch, for losses that depend on one pair at a time. hidden: [R, T, H].
 
-    At most CHUNK_LOGITS logits (on a GPU ON_GPU times as many) are in memory at a time, in forward and backward.
+    At most CHUNK_LOGITS logits (on a GPU ON_GPU times as many) are in memory at a time, in forward
+    and backward.
 
     ld_alpha: see PairSums.logps; with_aligned: see PairSums.aligned, which is None otherwise.
     """
@@ -258,7 +279,8 @@ def sequence_logps(
     hidden: torch.Tensor | None = None,
     ld_alpha: float | None = None,
 ) -> torch.Tensor:
-    """Return the log-probs [2B] of a whole model in fp64, without gradient; bitwise equal to those in its loss.
+    """Return the log-probs [2B] of a whole model in fp64, without gradient; bitwise equal to those
+    in its loss.
 
     hidden: [R, T, H] its last hidden states, if they are known. ld_alpha: see PairSums.logps.
     """
@@ -279,15 +301,17 @@ def _rows_at_once(vocabulary: int, device: torch.device) -> int:
     return max(1, CHUNK_LOGITS * (ON_GPU if device.type == "cuda" else 1) // vocabulary)
 
 
-# --- loss in head ------------------------------------------------------------------------------------------------
+# --- loss in head ---------------------------------------------------------------------------------
 
 
 class _LossInHead(torch.autograd.Function):
-    """The loss and, while its logits are in memory, its gradients by the hidden states and by the head's weight.
+    """The loss and, while its logits are in memory, its gradients by the hidden states and by the
+    head's weight.
 
-    The reference is known, and a pair's loss depends on that pair only. So the forward pass computes the logits z of a
-    few pairs, from their log-probs the losses, and from those the coefficient c = dloss/dlogp of every token. The
-    softmax p overwrites z, and with e the one-hot labels
+    The reference is known, and a pair's loss depends on that pair only. So the forward pass
+    computes the logits z of a few pairs, from their log-probs the losses, and from those the
+    coefficient c = dloss/dlogp of every token. The softmax p overwrites z, and with e the one-hot
+    labels
 
         dloss/dhidden = c (e - p) W        dloss/dW = (c (e - p))' hidden
 
@@ -305,8 +329,9 @@ class _LossInHead(torch.autograd.Function):
         with_metrics: bool,
         with_aligned: bool,
     ) -> tuple[torch.Tensor, ...]:
-        """Return the loss [], the sums of all pairs (aligned is empty unless with_aligned), and entropy, mean logit and
-        is_top1 [C] (empty unless with_metrics)."""
+        """Return the loss [], the sums of all pairs (aligned is empty unless with_aligned), and
+        entropy, mean logit and is_top1 [C] (empty unless with_metrics).
+        """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
@@ -358,8 +383,9 @@ class _LossInHead(torch.autograd.Function):
 
 
 def _groups(scored: tuple[int, ...], rows_at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Yield (pairs, their tokens) of consecutive groups: as many whole pairs as fit into rows_at_once tokens, or one
-    pair that has more."""
+    """Yield (pairs, their tokens) of consecutive groups: as many whole pairs as fit into
+    rows_at_once tokens, or one pair that has more.
+    """
     first = begin = end = 0
     for pair in range(len(scored) // 2):
         tokens = scored[2 * pair] + scored[2 * pair + 1]
@@ -393,7 +419,9 @@ class _Softmax(NamedTuple):
 
 
 class _HeadWork:
-    """The state of _LossInHead.forward: hidden [C, H] and weight [V, H] in the dtype of its products, and outputs."""
+    """The state of _LossInHead.forward: hidden [C, H] and weight [V, H] in the dtype of its
+    products, and outputs.
+    """
 
     def __init__(
         self,
@@ -477,8 +505,9 @@ class _HeadWork:
 
     @property
     def _entropy_by_product(self) -> bool:
-        """Return whether the entropy comes from exps W, which the gradient needs anyway: it gives the sum of exps * z,
-        exactly enough unless it is in 16 bits."""
+        """Return whether the entropy comes from exps W, which the gradient needs anyway: it gives
+        the sum of exps * z, exactly enough unless it is in 16 bits.
+        """
         return self.d_hidden is not None and self.weight.dtype == self.precise
 
     def _gradients(self, chunk: slice, softmax: _Softmax, coefficients: torch.Tensor) -> None:
@@ -513,7 +542,7 @@ class _HeadWork:
                 torch.mul(made, largest, out=self.d_weight)
 
 
-# --- any head, any loss ------------------------------------------------------------------------------------------
+# --- any head, any loss ---------------------------------------------------------------------------
 
 
 class _OfTokens(NamedTuple):

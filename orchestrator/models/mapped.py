@@ -1,6 +1,7 @@
 """Load weights as memory-mapped files, shared by the ranks of a node, until an engine shards them.
 
-The kernel holds the pages of a mapped file once for all processes, and drops them when memory is short.
+The kernel holds the pages of a mapped file once for all processes, and drops them when memory is
+short.
 """
 
 import copy
@@ -26,12 +27,14 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 def load_mapped(
     path: str, config: Any, dtype: torch.dtype, **options: Any
 ) -> "tuple[PreTrainedModel, dict[str, Any]]":
-    """Call from_pretrained(path, dtype=dtype, **options), but keep the parameters in the dtype of their files, mapped.
+    """Call from_pretrained(path, dtype=dtype, **options), but keep the parameters in the dtype of
+    their files, mapped.
 
-    The engine casts a parameter to `dtype` when it shards it, with the same result as from_pretrained's. Buffers and
-    config have `dtype` already. transformers maps a safetensors tensor that it neither casts nor converts. All others
-    become a private copy, as without mapping: .bin files, quantised checkpoints, experts that it merges, and in files
-    of several dtypes all tensors but those of the widest. options must include output_loading_info=True.
+    The engine casts a parameter to `dtype` when it shards it, with the same result as
+    from_pretrained's. Buffers and config have `dtype` already. transformers maps a safetensors
+    tensor that it neither casts nor converts. All others become a private copy, as without mapping:
+    .bin files, quantised checkpoints, experts that it merges, and in files of several dtypes all
+    tensors but those of the widest. options must include output_loading_info=True.
     """
     from transformers import AutoModelForCausalLM
 
@@ -51,7 +54,9 @@ def save_made(model: "PreTrainedModel", folder: Path) -> None:
 
 
 def load_made(folder: Path, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
-    """Build AutoModelForCausalLM.from_config(config, dtype=dtype) with the weights written by `save_made`, mapped."""
+    """Build AutoModelForCausalLM.from_config(config, dtype=dtype) with the weights written by
+    `save_made`, mapped.
+    """
     from safetensors.torch import load_file
 
     model = _without_weights(config, dtype)
@@ -63,9 +68,11 @@ def load_made(folder: Path, config: Any, dtype: torch.dtype) -> "PreTrainedModel
 
 
 def mapped_twin(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Return a frozen copy whose parameters share memory with the model's; tied ones stay tied, buffers are copied.
+    """Return a frozen copy whose parameters share memory with the model's; tied ones stay tied,
+    buffers are copied.
 
-    An engine shards the copy together with the model: neither may be changed in place before both are sharded.
+    An engine shards the copy together with the model: neither may be changed in place before both
+    are sharded.
     """
     same: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
@@ -74,11 +81,11 @@ def mapped_twin(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def types_when_cut(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the dtype that each parameter is cast to when it is sharded, by its name in this model and in its base
-    without adapters.
+    """Return the dtype that each parameter is cast to when it is sharded, by its name in this model
+    and in its base without adapters.
 
-    Buffers are left out: they have their final dtype. If model.lora.base sets the dtype, no weight is cast, and the
-    result does not apply.
+    Buffers are left out: they have their final dtype. If model.lora.base sets the dtype, no weight
+    is cast, and the result does not apply.
     """
     names = [
         name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()
@@ -88,8 +95,9 @@ def types_when_cut(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, to
 
 @contextmanager
 def weights_aside(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Replace the weights by empty ones of `dtype` within the context: peft creates a new adapter in the dtype of its
-    base, and would round the initial weights to the dtype of the files."""
+    """Replace the weights by empty ones of `dtype` within the context: peft creates a new adapter
+    in the dtype of its base, and would round the initial weights to the dtype of the files.
+    """
     held = [(parameter, parameter.data) for parameter in model.parameters()]
     for parameter, data in held:
         parameter.data = torch.zeros((), dtype=dtype, device=data.device).expand(data.shape)
@@ -101,8 +109,9 @@ def weights_aside(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _type_of_files(path: str, config: Any) -> torch.dtype | None:
-    """Return the dtype that represents every weight in a model's safetensors files exactly; None if there are none, or
-    if transformers does more than read them."""
+    """Return the dtype that represents every weight in a model's safetensors files exactly; None if
+    there are none, or if transformers does more than read them.
+    """
     from safetensors import safe_open
 
     if getattr(config, "quantization_config", None) or getattr(
@@ -123,8 +132,9 @@ def _type_of_files(path: str, config: Any) -> torch.dtype | None:
 
 
 def _safetensors_files(path: str) -> list[str]:
-    """Return the safetensors files that from_pretrained would read, in a folder or from the hub; empty if it would read
-    other files."""
+    """Return the safetensors files that from_pretrained would read, in a folder or from the hub;
+    empty if it would read other files.
+    """
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     def found(name: str) -> str | None:
@@ -142,8 +152,10 @@ def _safetensors_files(path: str) -> list[str]:
 
 
 def _leave_only_parameters(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Give a model that was loaded in another dtype the buffers and the config that it has in `dtype`: a constant like
-    Gemma's embed_scale is rounded to the dtype in which a model is created."""
+    """Give a model that was loaded in another dtype the buffers and the config that it has in
+    `dtype`: a constant like Gemma's embed_scale is rounded to the dtype in which a model is
+    created.
+    """
     meant = _without_weights(copy.deepcopy(model.config), dtype)
     saved = model.state_dict().keys()
     for name, buffer in meant.named_buffers():

@@ -1,4 +1,6 @@
-"""Check that the files of a model folder are present, complete and downloaded before a library reads them."""
+"""Check that the files of a model folder are present, complete and downloaded before a library
+reads them.
+"""
 
 import json
 import os
@@ -71,7 +73,10 @@ def _shards(key: str, folder: str, index: Path) -> list[str]:
         raise UserError(key, folder, rule, fix) from None
     missing = [name for name in shards if not Path(folder, name).is_file()]
     if missing:
-        rule = f"{len(missing)} of the {len(shards)} files in {index.name} are missing: {', '.join(missing[:3])}"
+        rule = (
+            f"{len(missing)} of the {len(shards)} files in {index.name} are missing: "
+            f"{', '.join(missing[:3])}"
+        )
         raise UserError(key, folder, rule, "download or copy them")
     return shards
 
@@ -96,5 +101,8 @@ def _check_length(key: str, folder: str, file: Path) -> None:
     if length == 0:
         raise UserError(key, folder, f"{file.name} is empty", "download or copy it again")
     if length < expected:
-        rule = f"{file.name} is truncated or corrupt: it has {length} bytes, its header describes {expected}"
+        rule = (
+            f"{file.name} is truncated or corrupt: it has {length} bytes, its header describes "
+            f"{expected}"
+        )
         raise UserError(key, folder, rule, "download or copy it again")

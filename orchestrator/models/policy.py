@@ -1,4 +1,6 @@
-"""Build the trainable causal LM and its tokenizer from the settings, loaded or newly initialised."""
+"""Build the trainable causal LM and its tokenizer from the settings, loaded or newly
+initialised.
+"""
 
 import difflib
 import hashlib
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ "
+    "message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt "
+    "%}<|im_start|>assistant\n{% endif %}"
 )
 DTYPES: dict[Dtype, torch.dtype] = {
     "fp32": torch.float32,
@@ -77,7 +80,8 @@ SIZES = frozenset(
 
 
 def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
-    """Load the run's tokenizer; for model.init, train it once on data.train and keep it in the cache.
+    """Load the run's tokenizer; for model.init, train it once on data.train and keep it in the
+    cache.
 
     Raises:
         UserError: it cannot be loaded, or has no token to pad with.
@@ -179,15 +183,17 @@ def build_policy(
     device: torch.device | None = None,
     mapped: bool = False,
 ) -> "PreTrainedModel":
-    """Build the policy on a device (default: the CPU), with trainable weights of `dtype`. Newly initialised weights
-    depend on run.seed only.
+    """Build the policy on a device (default: the CPU), with trainable weights of `dtype`. Newly
+    initialised weights depend on run.seed only.
 
-    mapped: for an engine that shards weights, on the CPU, so that no process holds its own copy. The weights are mapped
-    files in the dtype of the files, and the engine casts each to `dtype` when it shards it, unless model.lora.base sets
-    another dtype, which they then have already. A base in 8 or 4 bits is not mapped.
+    mapped: for an engine that shards weights, on the CPU, so that no process holds its own copy.
+    The weights are mapped files in the dtype of the files, and the engine casts each to `dtype`
+    when it shards it, unless model.lora.base sets another dtype, which they then have already. A
+    base in 8 or 4 bits is not mapped.
 
     Raises:
-        UserError: it cannot be loaded, or does something between hidden states and logits that we would leave out.
+        UserError: it cannot be loaded, or does something between hidden states and logits that we
+            would leave out.
     """
     lora = spec.model.lora
     mapped = mapped and not (lora is not None and lora.base in get_args(Quantized))
@@ -212,7 +218,8 @@ def build_policy(
         )
     if spec.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        # transformers makes the embeddings' output require a gradient, which only reentrant checkpointing needs
+        # transformers makes the embeddings' output require a gradient, which only reentrant
+        # checkpointing needs
         model.disable_input_require_grads()
     model = model.to(device or model.device).train()  # pyright: ignore[reportArgumentType]
     if spec.model.disable_dropout:
@@ -225,8 +232,8 @@ def made_weights(
 ) -> Path:
     """Return the cache folder with the weights of model.init for `load_made`.
 
-    The first process that calls this initialises the weights and temporarily holds one full copy; the others wait.
-    dtype: that of the run, in which the weights are drawn.
+    The first process that calls this initialises the weights and temporarily holds one full copy;
+    the others wait. dtype: that of the run, in which the weights are drawn.
 
     Raises:
         UserError: the model cannot be built from the config, or the cache cannot be written.
@@ -291,7 +298,9 @@ def _with_adapter(
     dtype: torch.dtype,
     device: torch.device,
 ) -> "PreTrainedModel":
-    """Return the model as a frozen base, quantised or cast as model.lora.base says, with a trainable adapter."""
+    """Return the model as a frozen base, quantised or cast as model.lora.base says, with a
+    trainable adapter.
+    """
     if lora.base in get_args(Quantized):
         model = quantized(model, lora.base, device)  # pyright: ignore[reportArgumentType]
     elif lora.base is not None:
@@ -302,8 +311,9 @@ def _with_adapter(
 
 
 def cast_to(model: "PreTrainedModel", dtype: Dtype) -> "PreTrainedModel":
-    """Cast the weights of a model in place, and return it. Buffers stay as they are, as in from_pretrained: rotary
-    frequencies in 16 bits would rotate late positions by wrong angles."""
+    """Cast the weights of a model in place, and return it. Buffers stay as they are, as in
+    from_pretrained: rotary frequencies in 16 bits would rotate late positions by wrong angles.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
     fuse(model)
@@ -313,7 +323,9 @@ def cast_to(model: "PreTrainedModel", dtype: Dtype) -> "PreTrainedModel":
 def load_model(
     key: str, path: str, disable_dropout: bool, dtype: torch.dtype, mapped: bool = False
 ) -> "PreTrainedModel":
-    """Load a causal LM from a folder or the hub with weights of `dtype`, on the CPU; mapped: see `load_mapped`."""
+    """Load a causal LM from a folder or the hub with weights of `dtype`, on the CPU; mapped: see
+    `load_mapped`.
+    """
     config = config_at(key, path)
     _no_dropout(config, disable_dropout)
     model = read_model(key, path, config, dtype, mapped)
@@ -327,7 +339,8 @@ def pair_cost(model: "PreTrainedModel") -> PairCost:
     text = model.config.get_text_config()
     body = [m for m in body_of(model).modules() if not isinstance(m, torch.nn.Embedding)]
     matrices = {p for module in body for p in module.parameters(recurse=False) if p.ndim >= 2}
-    # from the layers, not from the config: in some models heads differ by layer, others have no attention
+    # from the layers, not from the config: in some models heads differ by layer, others have no
+    # attention
     queries = sum(
         getattr(m, "out_features", 0)
         for name, m in model.named_modules()
@@ -341,7 +354,8 @@ def pair_cost(model: "PreTrainedModel") -> PairCost:
 
 
 def check_model(spec: RunSpec, config: Any) -> None:
-    """Check the files of model.path, and that the adapter fits the model, without reading the base's weights.
+    """Check the files of model.path, and that the adapter fits the model, without reading the
+    base's weights.
 
     Raises:
         UserError: weights are missing or not used, or the adapter does not fit.
@@ -377,22 +391,28 @@ def check_frozen(config: Any, spec: RunSpec) -> None:
 
 
 def check_router(config: Any, dpo: DpoSpec) -> None:
-    """Check that a mixture of experts has no load-balancing loss: TRL would add it, and it is not computed here.
+    """Check that a mixture of experts has no load-balancing loss: TRL would add it, and it is not
+    computed here.
 
     Raises:
-        UserError: the coefficient in the model's config is not 0, and the settings do not set it to 0.
+        UserError: the coefficient in the model's config is not 0, and the settings do not set it to
+            0.
     """
     text = config.get_text_config()
     coefficient = getattr(text, "router_aux_loss_coef", 0)
     if hasattr(text, "output_router_logits") and coefficient and dpo.router_aux_loss_coef is None:
-        rule = f"the model's config sets {coefficient} for a load-balancing loss, which is not computed here"
+        rule = (
+            f"the model's config sets {coefficient} for a load-balancing loss, which is not "
+            "computed here"
+        )
         raise UserError(
             "dpo.router_aux_loss_coef", None, rule, "set it to 0 to train without that loss"
         )
 
 
 def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
-    """Check that the pairs fit the model: not longer than its positions, and no ids outside its vocabulary.
+    """Check that the pairs fit the model: not longer than its positions, and no ids outside its
+    vocabulary.
 
     Raises:
         UserError: a pair is too long (with its row), or an id is outside the vocabulary.
@@ -403,7 +423,8 @@ def check_fit(config: Any, pairs: Pairs, key: str, spec: RunSpec) -> None:
         raise UserError(
             "model.init.config" if made else "model.tokenizer",
             spec.model.init.config if spec.model.init and made else spec.model.tokenizer,
-            f"the model's vocabulary has {vocabulary} tokens, the tokenizer returned id {pairs.largest_id} for {key}",
+            f"the model's vocabulary has {vocabulary} tokens, the tokenizer returned id "
+            f"{pairs.largest_id} for {key}",
             "remove vocab_size from it" if made else "use the model's own tokenizer",
         )
     limit = most_positions(config)
@@ -425,7 +446,9 @@ def _no_dropout(config: Any, disable: bool) -> None:
 
 @contextmanager
 def _at_least_fp32(head: torch.nn.Module) -> Iterator[None]:
-    """Keep the head's output in fp32 within the context, so that what a model does to it differs from rounding."""
+    """Keep the head's output in fp32 within the context, so that what a model does to it differs
+    from rounding.
+    """
     handle = head.register_forward_hook(
         lambda _, __, logits: logits.to(torch.promote_types(logits.dtype, torch.float))
     )
@@ -436,9 +459,11 @@ def _at_least_fp32(head: torch.nn.Module) -> Iterator[None]:
 
 
 def check_head(model: "PreTrainedModel") -> None:
-    """Check that a model is causal, and that Head reproduces its logits: the step runs body and head separately.
+    """Check that a model is causal, and that Head reproduces its logits: the step runs body and
+    head separately.
 
-    A model whose logits depend on whether gradients are computed is switched to transformers' eager attention.
+    A model whose logits depend on whether gradients are computed is switched to transformers' eager
+    attention.
 
     Raises:
         UserError: it is not causal, its own logits differ from Head's, or its forward pass fails.
@@ -469,7 +494,10 @@ def _check_head(model: "PreTrainedModel") -> None:
     if whole.shape != apart.shape or not torch.allclose(
         whole.to(apart.dtype), apart, rtol=1e-4, atol=1e-4
     ):
-        rule = f"changes its logits after the head in a way that is not supported ({_difference(whole, apart)})"
+        rule = (
+            "changes its logits after the head in a way that is not supported "
+            f"({_difference(whole, apart)})"
+        )
         cure = "use a Llama, Qwen, Mistral, Gemma or GPT-2 style model"
         raise UserError("model", type(model).__name__, rule, cure)
 
@@ -482,11 +510,16 @@ def _difference(whole: torch.Tensor, apart: torch.Tensor) -> str:
     factor = ((whole * apart).sum() / (apart * apart).sum()).item()
     if torch.allclose(whole, factor * apart, rtol=1e-3, atol=1e-4):
         return f"they are multiplied by {factor:.4g}"
-    return f"they differ by {(whole - apart).abs().max().item():.2g}, the largest is {whole.abs().max().item():.2g}"
+    return (
+        f"they differ by {(whole - apart).abs().max().item():.2g}, the largest is "
+        f"{whole.abs().max().item():.2g}"
+    )
 
 
 def _made_tokenizer(init: InitSpec, spec: RunSpec) -> Path:
-    """Train a byte-level BPE tokenizer with a ChatML template on the texts of data.train; return its cache folder."""
+    """Train a byte-level BPE tokenizer with a ChatML template on the texts of data.train; return
+    its cache folder.
+    """
     for key, source in spec.data.sources("train").items():
         check_source(key, source.path)
     texts, identity = training_texts(spec.data)

@@ -18,8 +18,9 @@ OUTLIER = (
 
 
 def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -> "PreTrainedModel":
-    """Return a frozen copy of the model on a device with quantised linear layers, except the head, as in transformers'
-    load_in_8bit and load_in_4bit (nf4). The rest keeps its dtype."""
+    """Return a frozen copy of the model on a device with quantised linear layers, except the head,
+    as in transformers' load_in_8bit and load_in_4bit (nf4). The rest keeps its dtype.
+    """
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -37,10 +38,13 @@ def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -
 
 
 def exact_int8_products() -> None:
-    """Make bitsandbytes multiply int8 matrices exactly on every CPU, under autocast too. No-op without bitsandbytes.
+    """Make bitsandbytes multiply int8 matrices exactly on every CPU, under autocast too.
 
-    On a CPU for which it has no kernel (without AVX-512), it calls torch.matmul in fp32, which autocast casts to 16
-    bits: sums overflow fp16 (65,504, and one product is up to 16,129), and bf16 keeps 8 bits of them.
+    No-op without bitsandbytes.
+
+    On a CPU for which it has no kernel (without AVX-512), it calls torch.matmul in fp32, which
+    autocast casts to 16 bits: sums overflow fp16 (65,504, and one product is up to 16,129), and
+    bf16 keeps 8 bits of them.
     """
     op = "bitsandbytes::int8_linear_matmul"
     if "bitsandbytes" in sys.modules and not torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -140,15 +144,17 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
     made.was_conv1d = was_conv1d
     made.register_forward_pre_hook(_as_matrix)
     made.register_forward_hook(_as_before)
-    # on a CPU an int8 layer computes differently in training mode, but policy and reference must agree in both modes
+    # on a CPU an int8 layer computes differently in training mode, but policy and reference must
+    # agree in both modes
     made.training = False
     made.train = _stays
     return made
 
 
 def _own_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Copy an fp16 input on a CPU: bitsandbytes temporarily zeroes outliers in place, which autograd treats as a
-    change."""
+    """Copy an fp16 input on a CPU: bitsandbytes temporarily zeroes outliers in place, which
+    autograd treats as a change.
+    """
     there, *rest = inputs
     return (
         there.clone() if there.dtype == torch.float16 and there.device.type == "cpu" else there,
@@ -157,7 +163,9 @@ def _own_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Te
 
 
 def _as_matrix(layer: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Flatten the rows of an input of four dimensions or more, which bitsandbytes does not support on a CPU."""
+    """Flatten the rows of an input of four dimensions or more, which bitsandbytes does not support
+    on a CPU.
+    """
     x, *rest = inputs
     layer.rows_before = x.shape[:-1] if x.ndim > 3 else None
     return (x if layer.rows_before is None else x.flatten(0, -2), *rest)

@@ -44,12 +44,15 @@ if TYPE_CHECKING:
 RefModel = Callable[["PreTrainedModel"], "PreTrainedModel"]
 """A user's function (policy -> reference), called on every rank before any wrapping."""
 
-# Relative error of hidden states: rounding is far below it, one layer too many or too few far above it.
+# Relative error of hidden states: rounding is far below it, one layer too many or too few far above
+# it.
 UPPER_TOLERANCE = 1e-3
 
 
 class Reference:
-    """A separate frozen model. Deliberately not an nn.Module, so that a module that holds it registers no parameter."""
+    """A separate frozen model. Deliberately not an nn.Module, so that a module that holds it
+    registers no parameter.
+    """
 
     model: "PreTrainedModel"
     capture_layer: int | None = (
@@ -68,7 +71,10 @@ class Reference:
         self.weights = dict(model.named_parameters(remove_duplicate=False))
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the log-probs [2B] in fp64. captured: [R, T, H] the input of capture_layer in the policy; unused."""
+        """Return the log-probs [2B] in fp64.
+
+        captured: [R, T, H] the input of capture_layer in the policy; unused.
+        """
         return sequence_logps(self.model, batch, ld_alpha=self.ld_alpha)
 
     def own_bytes(self, policy: "PreTrainedModel") -> int:
@@ -83,8 +89,9 @@ class Reference:
         return {name: self.weights.get(name, value) for name, value in state.items()}
 
     def synced_weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights that `sync` changes, and that a checkpoint must hold, by name: tied ones once, without the
-        policy's."""
+        """Return the weights that `sync` changes, and that a checkpoint must hold, by name: tied
+        ones once, without the policy's.
+        """
         if not self.is_synced:
             return {}
         first: dict[int, str] = {}
@@ -94,15 +101,20 @@ class Reference:
 
     @torch.no_grad()
     def sync(self, policys: "Mapping[str, torch.Tensor]", alpha: float) -> None:
-        """Set reference = alpha * policy + (1 - alpha) * reference. TR-DPO, arXiv 2404.09656, eq. 8.
+        """Set reference = alpha * policy + (1 - alpha) * reference.
 
-        policys: the policy's weights by name, in the layout of this reference's: whole, or the same shards.
+        TR-DPO, arXiv 2404.09656, eq. 8.
+
+        policys: the policy's weights by name, in the layout of this reference's: whole, or the same
+        shards.
         """
         for name, own in self.synced_weights().items():
             own.mul_(1 - alpha).add_(policys[name].to(own.device), alpha=alpha)
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
-        """Return the modules that a sharding engine must shard besides the policy's; they share no weight with it."""
+        """Return the modules that a sharding engine must shard besides the policy's; they share no
+        weight with it.
+        """
         return [self.model]
 
     def refresh_weights(self) -> None:
@@ -121,7 +133,9 @@ class Reference:
 
 
 class SharedLayers(Reference):
-    """A model whose lowest layers are the policy's own modules: frozen, stored once, and run once per micro-batch."""
+    """A model whose lowest layers are the policy's own modules: frozen, stored once, and run once
+    per micro-batch.
+    """
 
     def __init__(self, model: "PreTrainedModel", policy: "PreTrainedModel", count: int) -> None:
         training = policy.training
@@ -133,7 +147,9 @@ class SharedLayers(Reference):
         self.own = {name for name, p in model.named_parameters() if id(p) not in policys}
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the log-probs [2B] in fp64, from the upper layers, or without captured states from the whole model."""
+        """Return the log-probs [2B] in fp64, from the upper layers, or without captured states from
+        the whole model.
+        """
         if captured is None:
             return super().__call__(batch)
         with torch.no_grad():
@@ -142,7 +158,9 @@ class SharedLayers(Reference):
             )
 
     def own_modules(self, policy: "PreTrainedModel") -> list[nn.Module]:
-        """Return the upper layers, and all other modules of the model that hold weights of their own."""
+        """Return the upper layers, and all other modules of the model that hold weights of their
+        own.
+        """
         policys = {id(p) for p in policy.parameters()}
         found: list[nn.Module] = list(decoder_layers(self.model)[self.capture_layer :])
         inside = {
@@ -163,7 +181,9 @@ class SharedLayers(Reference):
 
 
 class PolicyStart(Reference):
-    """The policy before its first step: computes log-probs for the cache, and is not used as reference afterwards."""
+    """The policy before its first step: computes log-probs for the cache, and is not used as
+    reference afterwards.
+    """
 
     is_start = True
 
@@ -188,7 +208,9 @@ class PolicyStart(Reference):
         return []
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the base and the frozen copy of a loaded adapter, by name, without the adapter that trains."""
+        """Return the base and the frozen copy of a loaded adapter, by name, without the adapter
+        that trains.
+        """
         state = self.model.state_dict() | scalings(self.model)
         return {base_name(name): value for name, value in state.items() if not is_of(POLICY, name)}
 
@@ -201,13 +223,18 @@ class AdapterOff(PolicyStart):
         self.layers = list(adapter_layers(policy).values())
 
     def __call__(self, batch: PairBatch, captured: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the log-probs [2B] in fp64. Dropout would affect them; the rules of the settings require it off."""
+        """Return the log-probs [2B] in fp64.
+
+        Dropout would affect them; the rules of the settings require it off.
+        """
         with adapter_off(self.layers):
             return sequence_logps(self.model, batch, ld_alpha=self.ld_alpha)
 
 
 class Absent(Reference):
-    """A reference without a model, whose log-probs are all in the cache (reference.kind=precomputed)."""
+    """A reference without a model, whose log-probs are all in the cache
+    (reference.kind=precomputed).
+    """
 
     is_start = True
 
@@ -222,7 +249,8 @@ class Absent(Reference):
         """Raise an error: there is no model to compute log-probs with.
 
         Raises:
-            UserError: a pair has no log-probs: the cache could not be written, or changed during training.
+            UserError: a pair has no log-probs: the cache could not be written, or changed during
+                training.
         """
         raise UserError(
             "reference.kind",
@@ -232,7 +260,7 @@ class Absent(Reference):
         )
 
 
-# --- identity and checks -----------------------------------------------------------------------------------------
+# --- identity and checks --------------------------------------------------------------------------
 
 
 def identity_of(
@@ -241,10 +269,11 @@ def identity_of(
     world: World,
     types: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Any]:
-    """Return what a model's log-probs depend on: its config and the sha256 of its weights. Collective: each rank hashes
-    a part of the weights.
+    """Return what a model's log-probs depend on: its config and the sha256 of its weights.
+    Collective: each rank hashes a part of the weights.
 
-    types: dtypes of the weights that an engine will cast (see types_when_cut); they are hashed in these.
+    types: dtypes of the weights that an engine will cast (see types_when_cut); they are hashed in
+    these.
     """
     named = sorted(tensors.items())
     mine: list[str] = []
@@ -269,8 +298,8 @@ def check_reference(
     """Check, before any weight is loaded, that another model as reference has the policy's tokens.
 
     Raises:
-        UserError: its config or tokenizer cannot be loaded, its vocabulary has another size, or its tokenizer another
-            token.
+        UserError: its config or tokenizer cannot be loaded, its vocabulary has another size, or its
+            tokenizer another token.
     """
     path = spec.reference.path
     if path is None:
@@ -296,7 +325,9 @@ def check_reference(
 
 
 def _tokenizer_at(path: str) -> Any:
-    """Load the tokenizer of a model; None if it has none: a folder with weights only is a valid reference."""
+    """Load the tokenizer of a model; None if it has none: a folder with weights only is a valid
+    reference.
+    """
     if os.path.isdir(path) and not any(
         "token" in name or "vocab" in name for name in os.listdir(path)
     ):
@@ -309,7 +340,7 @@ def _tokenizer_at(path: str) -> Any:
         return None  # the hub only reports that a file is missing
 
 
-# --- building a reference ----------------------------------------------------------------------------------------
+# --- building a reference -------------------------------------------------------------------------
 
 
 def build_reference(
@@ -321,8 +352,9 @@ def build_reference(
 ) -> Reference:
     """Build the reference from the settings or from a user's function.
 
-    policy: before its first step and before any wrapping. dtype: that of the run's weights. device: where the reference
-    will run (default: the policy's device); one to be sharded stays on the policy's device until then.
+    policy: before its first step and before any wrapping. dtype: that of the run's weights. device:
+    where the reference will run (default: the policy's device); one to be sharded stays on the
+    policy's device until then.
 
     Raises:
         UserError: the other model cannot be loaded, or does not support this kind of reference.
@@ -356,7 +388,9 @@ def build_reference(
 def place(
     reference: Reference, policy: "PreTrainedModel", device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Move the reference's own weights to the device and cast them to a dtype (None: keep theirs)."""
+    """Move the reference's own weights to the device and cast them to a dtype (None: keep
+    theirs).
+    """
     for module in reference.own_modules(policy):
         for tensor in (*module.parameters(), *module.buffers()):
             if (
@@ -369,13 +403,15 @@ def place(
 def create_reference_model(
     model: "PreTrainedModel", num_shared_layers: int | None = None, pattern: str | None = None
 ) -> "PreTrainedModel":
-    """Return a frozen copy of a model, like TRL's function of this name. With num_shared_layers, the embeddings and
-    lowest layers are not copied: both models share these modules, which are frozen.
+    """Return a frozen copy of a model, like TRL's function of this name. With num_shared_layers,
+    the embeddings and lowest layers are not copied: both models share these modules, which are
+    frozen.
 
-    An output head tied to the embeddings is untied in `model` and keeps training; in the copy it stays tied.
+    An output head tied to the embeddings is untied in `model` and keeps training; in the copy it
+    stays tied.
 
-    pattern: the name of a layer's parameters with {layer} for its number ("transformer.h.{layer}"), for models whose
-    layers are not found automatically.
+    pattern: the name of a layer's parameters with {layer} for its number ("transformer.h.{layer}"),
+    for models whose layers are not found automatically.
 
     Raises:
         ValueError: the model has no layers of that name, or none left above the shared ones.
@@ -432,7 +468,9 @@ def _sharing(
 def _copy(
     spec: RunSpec, policy: "PreTrainedModel", dtype: torch.dtype, device: torch.device
 ) -> Reference:
-    """Build a copy of the policy's start or load the model at reference.path, in reference.dtype or quantised."""
+    """Build a copy of the policy's start or load the model at reference.path, in reference.dtype or
+    quantised.
+    """
     wanted = spec.reference
     full: Any = policy  # the model that the reference is, or approximates
     if wanted.path is not None:
@@ -462,8 +500,9 @@ def _copy(
 
 
 def _start_of(spec: RunSpec, policy: "PreTrainedModel") -> Any:
-    """Copy the policy as it starts: without a new adapter; with a loaded one, which is merged if layers will be
-    quantised."""
+    """Copy the policy as it starts: without a new adapter; with a loaded one, which is merged if
+    layers will be quantised.
+    """
     device, lora = policy.device, spec.model.lora
     if spec.reference.offload or spec.reference.is_approximate:
         policy.to("cpu")  # pyright: ignore[reportArgumentType] - two models may not fit the device
@@ -535,12 +574,13 @@ def _check_upper(reference: SharedLayers, policy: "PreTrainedModel") -> None:
         raise UserError(
             "reference.kind",
             "shared_layers",
-            f"the upper layers of a {type(policy).__name__} cannot run separately (they differ by {error:.1e})",
+            f"the upper layers of a {type(policy).__name__} cannot run separately (they differ by "
+            f"{error:.1e})",
             "set reference.kind=copy and model.num_frozen_layers",
         )
 
 
-# --- a user's function -------------------------------------------------------------------------------------------
+# --- a user's function ----------------------------------------------------------------------------
 
 
 def check_function(ref_model: RefModel | None) -> None:
@@ -558,11 +598,12 @@ def check_function(ref_model: RefModel | None) -> None:
 def _of_function(
     spec: RunSpec, policy: "PreTrainedModel", ref_model: RefModel, device: torch.device
 ) -> Reference:
-    """Build the reference from the model that a user's function returns; lowest layers that share the policy's memory
-    become SharedLayers, which run once.
+    """Build the reference from the model that a user's function returns; lowest layers that share
+    the policy's memory become SharedLayers, which run once.
 
     Raises:
-        UserError: it did not return a causal LM with the policy's vocabulary, or one that would train with the policy.
+        UserError: it did not return a causal LM with the policy's vocabulary, or one that would
+            train with the policy.
     """
     key, name = "ref_model", getattr(ref_model, "__name__", type(ref_model).__name__)
     wanted = spec.reference
@@ -593,7 +634,10 @@ def _of_function(
         )
     count = _layers_in_common(policy, model)
     if count is not None and not spec.model.disable_dropout:
-        rule = "the policy's dropout would reach the reference through the layers that ref_model shares"
+        rule = (
+            "the policy's dropout would reach the reference through the layers that ref_model "
+            "shares"
+        )
         raise UserError(
             "model.disable_dropout", False, rule, "set it to true, or do not share layers"
         )
@@ -616,7 +660,9 @@ def _of_function(
 
 
 def _layers_in_common(policy: "PreTrainedModel", model: "PreTrainedModel") -> int | None:
-    """Return how many of the lowest layers share the policy's memory; None if not even the embeddings do."""
+    """Return how many of the lowest layers share the policy's memory; None if not even the
+    embeddings do.
+    """
 
     def is_one(ours: nn.Module, theirs: nn.Module) -> bool:
         return [p.data_ptr() for p in ours.parameters()] == [
@@ -636,8 +682,9 @@ def _layers_in_common(policy: "PreTrainedModel", model: "PreTrainedModel") -> in
 def _with_the_policys(
     model: "PreTrainedModel", policy: "PreTrainedModel", count: int
 ) -> "PreTrainedModel":
-    """Replace modules of the model that share the policy's memory by the policy's, so that they stay shared when moved
-    or cast."""
+    """Replace modules of the model that share the policy's memory by the policy's, so that they
+    stay shared when moved or cast.
+    """
     ours = {id(m) for m in lowest(policy, count)}
     for name, module in policy.named_modules():
         if id(module) in ours:

@@ -1,7 +1,7 @@
 """Compute length-dependent rotary frequencies from the length of each row of a batch.
 
-transformers uses the longest row of a batch for all of them, so that the log-probs of a sequence would depend on the
-rest of its batch. Here they are those of the sequence in a batch of one.
+transformers uses the longest row of a batch for all of them, so that the log-probs of a sequence
+would depend on the rest of its batch. Here they are those of the sequence in a batch of one.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,9 @@ def _parameters(config: Any) -> list[dict[str, Any]]:
 
 
 def fixed_up_to(config: Any) -> int | None:
-    """Return the length up to which the frequencies are the same for all sequences; None if they never differ."""
+    """Return the length up to which the frequencies are the same for all sequences; None if they
+    never differ.
+    """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     lengths = [
         rope.get("original_max_position_embeddings") or limit
@@ -39,9 +41,11 @@ def fixed_up_to(config: Any) -> int | None:
 
 
 def most_positions(config: Any) -> int | None:
-    """Return the longest sequence that a model supports; None without a limit, as with dynamic frequencies.
+    """Return the longest sequence that a model supports; None without a limit, as with dynamic
+    frequencies.
 
-    max_position_embeddings is the number of positions before scaling in some checkpoints, after scaling in others.
+    max_position_embeddings is the number of positions before scaling in some checkpoints, after
+    scaling in others.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     scaled = _parameters(config)
@@ -88,7 +92,9 @@ class _Rows:
             self.lengths = ((mask != 0) * positions).amax(1).clamp(min=1)
 
     def forget_longest(self, rotary: nn.Module, _: Any) -> None:
-        """Reset the cached maximum: dynamic frequencies would otherwise stay those of the longest input so far."""
+        """Reset the cached maximum: dynamic frequencies would otherwise stay those of the longest
+        input so far.
+        """
         for name in vars(rotary):
             if name.endswith("max_seq_len_cached"):
                 setattr(rotary, name, 0)
@@ -124,7 +130,9 @@ def _are_positions(x: Any) -> bool:
 
 
 def _where(rows: torch.Tensor, found: Any, other: Any) -> Any:
-    """Select `found` in these rows [R], `other` elsewhere; tensors [R or 1, T, ...], or tuples of them."""
+    """Select `found` in these rows [R], `other` elsewhere; tensors [R or 1, T, ...], or tuples of
+    them.
+    """
     if isinstance(found, tuple | list):
         return type(found)(_where(rows, *both) for both in zip(found, other, strict=True))
     return torch.where(rows.view(-1, *[1] * (found.ndim - 1)), found, other)

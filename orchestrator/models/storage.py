@@ -1,4 +1,6 @@
-"""List what a model stores (each parameter once, persistent buffers), and write files of tensors."""
+"""List what a model stores (each parameter once, persistent buffers), and write files of
+tensors.
+"""
 
 from pathlib import Path
 
@@ -7,7 +9,9 @@ from torch import nn
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that belong to a model's state, by name: the bias of a router, the scale of a layer."""
+    """Return the buffers that belong to a model's state, by name: the bias of a router, the scale
+    of a layer.
+    """
     return {
         f"{prefix}.{name}".removeprefix("."): buffer
         for prefix, module in model.named_modules()

@@ -24,7 +24,8 @@ WRAPPERS = {
 HEADS_OF_OTHER_TASKS = re.compile(
     r"(^|\.)(score|v_head|value_head|reward_head|classifier|regression_head)\."
 )
-# Weights that no causal LM of transformers uses: heads that predict further tokens, and buffers of old releases.
+# Weights that no causal LM of transformers uses: heads that predict further tokens, and buffers of
+# old releases.
 NEVER_USED = re.compile(r"(^|\.)mtp(_\w+)?\.|inv_freq$|\.masked_bias$")
 
 
@@ -38,7 +39,9 @@ class WeightDifferences:
 
     @classmethod
     def from_loading_info(cls, info: dict[str, Any]) -> "WeightDifferences":
-        """Return the differences that transformers' `from_pretrained(output_loading_info=True)` reports."""
+        """Return the differences that transformers' `from_pretrained(output_loading_info=True)`
+        reports.
+        """
         unexpected = sorted(name for name in info["unexpected_keys"] if not NEVER_USED.search(name))
         mismatched = sorted(
             (name, tuple(ours), tuple(its)) for name, ours, its in info["mismatched_keys"]
@@ -85,7 +88,10 @@ def check_complete(
         rule = f"{name} has shape {in_files} in its files, but {model} needs {in_model}{more}"
         raise UserError(key, source, rule, "use files and a config that belong together")
     if missing and (wrapper := _wrapper_in(unexpected)):
-        rule = f"{wrapper!r} of {WRAPPERS[wrapper]} is in the names of its weights, so {_listed(missing)} missing"
+        rule = (
+            f"{wrapper!r} of {WRAPPERS[wrapper]} is in the names of its weights, so "
+            f"{_listed(missing)} missing"
+        )
         raise UserError(
             key,
             source,
@@ -121,7 +127,10 @@ def check_finite(key: str, source: str, tensors: Iterable[tuple[str, torch.Tenso
         ):  # NaN propagates into both
             bad = int((~torch.isfinite(tensor)).sum())
             kind = "NaN" if tensor.isnan().any() else "inf"
-            rule = f"{name} holds {kind}: {bad} of its {tensor.numel()} values are not finite in {tensor.dtype}"
+            rule = (
+                f"{name} holds {kind}: {bad} of its {tensor.numel()} values are not finite in "
+                f"{tensor.dtype}"
+            )
             fix = "use a checkpoint saved before the weights diverged, or download it again"
             raise UserError(key, source, rule.replace("torch.", ""), fix)
 
@@ -135,7 +144,9 @@ def _wrapper_in(names: Sequence[str]) -> str | None:
 
 
 def _listed(names: Sequence[str], verb: bool = True) -> str:
-    """Return the first names and their count ("26 weights (a, b, c, ...) are"), with a verb if needed."""
+    """Return the first names and their count ("26 weights (a, b, c, ...) are"), with a verb if
+    needed.
+    """
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     if len(names) == 1:
         return f"weight {shown}" + " is" * verb

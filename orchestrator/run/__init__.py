@@ -1,1 +1,3 @@
-"""Start and supervise workers: in this process, on Ray and on Slurm; the only folder that imports ray."""
+"""Start and supervise workers: in this process, on Ray and on Slurm; the only folder that imports
+ray.
+"""

@@ -19,8 +19,8 @@ from typing import Any
 from orchestrator.run.probe import CONNECT_S, one_line
 from orchestrator.settings.spec import RunSpec, UserError
 
-# Ray's default is 30 % of the memory, and it fails to start if /dev/shm is smaller (64 MB in a container). Runs send
-# only settings and small objects through Ray; the rest spills to disk.
+# Ray's default is 30 % of the memory, and it fails to start if /dev/shm is smaller (64 MB in a
+# container). Runs send only settings and small objects through Ray; the rest spills to disk.
 OBJECT_STORE_BYTES = 256 * 2**20
 SOCKET_BYTES = 107  # maximum length of a Unix socket's name on Linux
 LONGEST_SOCKET = (
@@ -42,7 +42,8 @@ def usable_cores() -> int:
 
 @contextmanager
 def entered(spec: RunSpec | None) -> Iterator[None]:
-    """Join the cluster at RAY_ADDRESS, or start Ray on this machine; disconnect or stop it afterwards.
+    """Join the cluster at RAY_ADDRESS, or start Ray on this machine; disconnect or stop it
+    afterwards.
 
     Raises:
         UserError: neither is possible in this environment.
@@ -91,7 +92,8 @@ def _local_options() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _ray_folder() -> Iterator[str]:
-    """Yield the folder for Ray's files: its default, or a short link to it if socket names would be too long.
+    """Yield the folder for Ray's files: its default, or a short link to it if socket names would be
+    too long.
 
     Raises:
         UserError: they would be too long, and no short folder is writable.
@@ -112,7 +114,8 @@ def _ray_folder() -> Iterator[str]:
         link = os.path.join(here, "t")
         os.symlink(_existing(folder, key), link)
         print(
-            f"Ray's files are in {folder}, through the link {link}: {key} is too long for its sockets",
+            f"Ray's files are in {folder}, through the link {link}: {key} is too long for its "
+            "sockets",
             flush=True,
         )
         yield link
@@ -182,7 +185,9 @@ def authenticate(spec: RunSpec | None) -> None:
 
 @functools.cache  # Ray reads it once per process
 def _token_file() -> Path:
-    """Create a token that only this user can read, until this process ends; Ray's default file is world-readable."""
+    """Create a token that only this user can read, until this process ends; Ray's default file is
+    world-readable.
+    """
     folder = Path(tempfile.mkdtemp(prefix="orchestrator-"))  # 0700
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     token = folder / "token"

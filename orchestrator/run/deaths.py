@@ -13,8 +13,8 @@ PROCESS_GONE = "its worker process has died"  # a long message of Ray without fu
 def reason_of_death(error: Exception | None, log_of: Callable[[int], Path]) -> str:
     """Return the rank that died first, a short reason, and its log.
 
-    error: exception of TorchTrainer.fit. A rank whose process is gone comes before ranks that raised, as these
-    usually lost their connection to it.
+    error: exception of TorchTrainer.fit. A rank whose process is gone comes before ranks that
+    raised, as these usually lost their connection to it.
     """
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
     if not failures:

@@ -1,4 +1,6 @@
-"""Run the worker without Ray, in this process or in N processes of this machine: breakpoints work."""
+"""Run the worker without Ray, in this process or in N processes of this machine: breakpoints
+work.
+"""
 
 import os
 import signal
@@ -36,7 +38,8 @@ from orchestrator.training.worker import run
 from orchestrator.world import A_WEEK, World
 
 POLL_S = 0.1
-OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"  # set if the process that started this rank holds the lock of the run directory
+# set if the process that started this rank holds the lock of the run directory
+OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"
 GRACE_S = 10.0  # seconds for the other ranks to exit after one has failed
 
 Steps = tuple[int, ...]
@@ -58,8 +61,8 @@ def debug(
     """Run the worker in this process; under torchrun (RANK, WORLD_SIZE) as one rank of several.
 
     ref_model to data_collator: objects used instead of the settings, as described in `UserObjects`.
-    post_mortem: open a debugger before an exception propagates; also for callbacks, which are then not dropped.
-    profile: steps whose trace each rank writes to RUN_DIR/profile.
+    post_mortem: open a debugger before an exception propagates; also for callbacks, which are then
+    not dropped. profile: steps whose trace each rank writes to RUN_DIR/profile.
 
     Raises:
         UserError: the settings or the data are wrong.
@@ -99,7 +102,9 @@ def debug(
 
 @contextmanager
 def joined(spec: RunSpec, post_mortem: bool) -> Iterator[World]:
-    """Yield the World of this process, and leave it at the end; with post_mortem, collectives do not time out."""
+    """Yield the World of this process, and leave it at the end; with post_mortem, collectives do
+    not time out.
+    """
     world = World.join(
         int(A_WEEK.total_seconds()) if post_mortem else spec.cluster.collective_timeout_s
     )
@@ -159,8 +164,8 @@ def debug_ranks(
 ) -> int:
     """Start `command` once per rank on this machine; return the first exit code that is not 0.
 
-    Settings and data are checked here once, before any rank starts. When one rank fails, the others are ended.
-    keeps_run: the ranks write to the run directory, which is locked meanwhile.
+    Settings and data are checked here once, before any rank starts. When one rank fails, the others
+    are ended. keeps_run: the ranks write to the run directory, which is locked meanwhile.
     """
     run_dir = RunDir(spec.run_dir)
     with ExitStack() as held:
@@ -198,7 +203,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    # Ctrl-C in a terminal reaches the ranks directly; TERM, and INT sent only to this process, is forwarded
+    # Ctrl-C in a terminal reaches the ranks directly; TERM, and INT sent only to this process, is
+    # forwarded
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGUSR1, forward)
     signal.signal(signal.SIGINT, forward if not sys.stdin.isatty() else signal.SIG_IGN)

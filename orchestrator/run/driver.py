@@ -1,4 +1,6 @@
-"""Train on Ray: start or join a cluster, run the worker on every rank, and resume when workers die."""
+"""Train on Ray: start or join a cluster, run the worker on every rank, and resume when
+workers die.
+"""
 
 import json
 import logging
@@ -53,7 +55,9 @@ FREE_PLACEMENTS = ("PACK", "SPREAD")  # strategies under which one more worker m
 
 
 class RunDied(Exception):
-    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint in between."""
+    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint in
+    between.
+    """
 
 
 class StoppedWaiting(Exception):
@@ -72,9 +76,9 @@ def train(
 ) -> RunResult:
     """Train on Ray to the end, resuming from the last checkpoint whenever workers die.
 
-    ref_model to data_collator: objects used instead of the settings (see `UserObjects`); each is copied to the workers
-    and called there, so the objects of this process do not change.
-    Ctrl-C (or RUN_DIR/STOP) saves and stops; a second Ctrl-C aborts. The same call again resumes.
+    ref_model to data_collator: objects used instead of the settings (see `UserObjects`); each is
+    copied to the workers and called there, so the objects of this process do not change. Ctrl-C (or
+    RUN_DIR/STOP) saves and stops; a second Ctrl-C aborts. The same call again resumes.
 
     Raises:
         UserError: the settings, the data or the size of the cluster are wrong.
@@ -109,7 +113,9 @@ def train(
 def _supervised(
     spec: RunSpec, run_dir: RunDir, fit: Callable[[float], Exception | None]
 ) -> RunResult:
-    """Call fit until the run ends. Ray's own FailureConfig stays 0: it would retry from a checkpoint of its choice.
+    """Call fit until the run ends.
+
+    Ray's own FailureConfig stays 0: it would retry from a checkpoint of its choice.
 
     fit: function from seconds to wait for nodes to the exception that ended the attempt, or None.
     """
@@ -153,9 +159,9 @@ def _supervised(
         where = f"step {newest_step}" if newest else "the start"
         if action == "give up":
             raise RunDied(
-                f"deaths without a new checkpoint: {supervisor.deaths} ({reason}); see {run_dir.logs}, "
-                f"or raise cluster.max_failures (now {spec.cluster.max_failures}); "
-                f"the same command continues from {where}"
+                f"deaths without a new checkpoint: {supervisor.deaths} ({reason}); see "
+                f"{run_dir.logs}, or raise cluster.max_failures (now "
+                f"{spec.cluster.max_failures}); the same command continues from {where}"
             )
         logger.warning("a worker died (%s); resuming from %s", reason, where)
         wait_s = spec.cluster.replacement_wait_s  # its node may be lost, too
@@ -175,7 +181,10 @@ def _heed(run_dir: RunDir | None) -> None:
 def _fit(
     spec: RunSpec, run_dir: RunDir, given: dict[str, bytes], wait_s: float, looked_at: set[str]
 ) -> Exception | None:
-    """Run one attempt of Ray Train and return its exception, or None. Waits for nodes up to wait_s and checks them."""
+    """Run one attempt of Ray Train and return its exception, or None.
+
+    Waits for nodes up to wait_s and checks them.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -200,7 +209,8 @@ def _fit(
             resources_per_worker=resources,
             placement_strategy=spec.cluster.placement,
         ),
-        # a new name each time: Ray would otherwise restore its snapshot, which a crash can leave unreadable
+        # a new name each time: Ray would otherwise restore its snapshot, which a crash can leave
+        # unreadable
         run_config=RunConfig(
             storage_path=spec.cluster.storage_path or str(run_dir.logs / "ray"),
             name=f"{spec.run.name}-{time.time_ns()}",
@@ -231,7 +241,9 @@ def _fit(
 
 
 def _torch_config(spec: RunSpec, backend: str) -> Any:
-    """Return Ray's TorchConfig with the network interface of the settings, or the one towards the cluster's head."""
+    """Return Ray's TorchConfig with the network interface of the settings, or the one towards the
+    cluster's head.
+    """
     import ray
     from ray.train.torch import TorchConfig
 
@@ -252,7 +264,9 @@ def _torch_config(spec: RunSpec, backend: str) -> Any:
 
 
 def worker_loop(config: dict[str, Any]) -> None:
-    """Run the worker on one rank of Ray Train; its outcome is written to RUN_DIR/result.json, which outlives Ray."""
+    """Run the worker on one rank of Ray Train; its outcome is written to RUN_DIR/result.json, which
+    outlives Ray.
+    """
     if config["cwd"] not in sys.path:
         sys.path.insert(0, config["cwd"])  # the user's callbacks and collators
     spec = make_spec(config["spec"])
@@ -274,8 +288,9 @@ def worker_loop(config: dict[str, Any]) -> None:
         )
         try:
             _say_where(world)
-            # Checkpoints are not reported to Ray: it accepts only those in its own folder, waits up to 2 s for each
-            # report, and can lose its record of them in a crash. Manifests record which exist.
+            # Checkpoints are not reported to Ray: it accepts only those in its own folder, waits up
+            # to 2 s for each report, and can lose its record of them in a crash. Manifests record
+            # which exist.
             run(spec, world, LocalSession(run_dir, world.rank), _unpickled(config["given"], world))
         except UserError as error:
             run_dir.write_result(
@@ -330,7 +345,10 @@ def _pickled(spec: RunSpec, given: UserObjects) -> dict[str, bytes]:
             sent[name] = cloudpickle.dumps(part)  # pyright: ignore[reportPrivateImportUsage]
         except Exception as error:  # any object inside may raise any exception
             reason = " ".join(str(error).split())[:160]
-            cure = "store only names and paths in it, and create models and open files when it is called"
+            cure = (
+                "store only names and paths in it, and create models and open files when it "
+                "is called"
+            )
             raise UserError(
                 name, repr(part), f"cannot be sent to the workers ({reason})", cure
             ) from None
@@ -358,7 +376,10 @@ def rank_log(run_dir: RunDir, rank: int) -> Path:
 
 @contextmanager
 def _following(path: Path) -> Iterator[None]:
-    """Print lines as they are appended to a file. Ray's own forwarding would prefix each line and add others."""
+    """Print lines as they are appended to a file.
+
+    Ray's own forwarding would prefix each line and add others.
+    """
     path.touch()
     over = threading.Event()
 
@@ -382,11 +403,13 @@ def _following(path: Path) -> Iterator[None]:
         thread.join()
 
 
-# --- the cluster -------------------------------------------------------------------------------------------------
+# --- the cluster ----------------------------------------------------------------------------------
 
 
 def _resources(spec: RunSpec) -> dict[str, float]:
-    """Return the resources of one worker; by default one GPU (and CPU) if the cluster has any, else one CPU."""
+    """Return the resources of one worker; by default one GPU (and CPU) if the cluster has any, else
+    one CPU.
+    """
     if spec.cluster.resources:
         return dict(spec.cluster.resources)
     import ray
@@ -413,7 +436,8 @@ def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
         "cluster.num_workers",
         spec.cluster.num_workers,
         f"workers need {rule}",
-        f"set cluster.num_workers={fits}, lower cluster.resources, or join a larger cluster with RAY_ADDRESS"
+        f"set cluster.num_workers={fits}, lower cluster.resources, or join a larger cluster with "
+        "RAY_ADDRESS"
         if fits
         else "lower cluster.resources, or join a larger cluster with RAY_ADDRESS",
     )
@@ -422,8 +446,8 @@ def _too_small(spec: RunSpec, rule: str, fits: int) -> UserError:
 def _workers(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int:
     """Return how many workers to start: for an elastic run as many as fit now.
 
-    In an existing cluster this may wait: up to wait_s seconds for nodes, and without limit for resources that others
-    hold.
+    In an existing cluster this may wait: up to wait_s seconds for nodes, and without limit for
+    resources that others hold.
 
     Raises:
         UserError: the cluster cannot hold the fewest workers: Ray would wait forever.
@@ -456,7 +480,8 @@ def _workers(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int
 
 @contextmanager
 def _places(spec: RunSpec, count: int) -> Iterator[Callable[[], int]]:
-    """Request placement of `count` more workers from Ray; yield a function that returns how many are granted.
+    """Request placement of `count` more workers from Ray; yield a function that returns how many
+    are granted.
 
     Granted places are free and on live nodes, which the resources that nodes report do not show.
     """
@@ -471,9 +496,11 @@ def _places(spec: RunSpec, count: int) -> Iterator[Callable[[], int]]:
 
 
 def _seek_growth(spec: RunSpec, run_dir: RunDir, workers: int, training: threading.Thread) -> None:
-    """Wait until more workers fit or training ends; in the first case save the run, to resume with them.
+    """Wait until more workers fit or training ends; in the first case save the run, to resume with
+    them.
 
-    Ray's own elasticity would kill the workers without a save, and would count resources of other programs as free.
+    Ray's own elasticity would kill the workers without a save, and would count resources of other
+    programs as free.
     """
     if spec.cluster.placement not in FREE_PLACEMENTS:
         return
@@ -500,12 +527,15 @@ def _ask_for_growth(run_dir: RunDir) -> None:
 
 
 def _is_for_growth(run_dir: RunDir) -> bool:
-    """Return whether the driver itself requested the stop; any other request, even a touch, changes the file's time."""
+    """Return whether the driver itself requested the stop; any other request, even a touch, changes
+    the file's time.
+    """
     return run_dir.stop.exists() and run_dir.stop.stat().st_mtime == 0
 
 
 def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> int:
-    """Return how many workers the cluster's nodes can hold, ignoring current use; wait up to wait_s for nodes.
+    """Return how many workers the cluster's nodes can hold, ignoring current use; wait up to wait_s
+    for nodes.
 
     Raises:
         UserError: fewer than the run needs.
@@ -530,7 +560,8 @@ def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> in
         if not printed and time.monotonic() > began + CLUSTER_WAIT_S:
             printed = True
             print(
-                f"the cluster can hold {counted(fits, 'worker')}; waiting {wait_s:g} s for a node to join",
+                f"the cluster can hold {counted(fits, 'worker')}; waiting {wait_s:g} s for a node "
+                "to join",
                 flush=True,
             )
         _heed(run_dir)
@@ -542,7 +573,10 @@ def _capacity(spec: RunSpec, wait_s: float, run_dir: RunDir | None = None) -> in
             _named(node)
         )
     there = "; ".join(f"{amounts} on {preflight.listed(names)}" for amounts, names in alike.items())
-    rule = f"{amounts_each} each, placed {spec.cluster.placement}, but the nodes of the cluster can hold {fits}: {there}"
+    rule = (
+        f"{amounts_each} each, placed {spec.cluster.placement}, but the nodes of the cluster "
+        f"can hold {fits}: {there}"
+    )
     raise _too_small(spec, rule, fits)
 
 
@@ -560,7 +594,9 @@ def _named(node: dict[str, Any]) -> str:
 
 
 def _placeable(per_node: list[int], placement: str) -> int:
-    """Return how many workers fit under a placement strategy of Ray, from how many fit on each node."""
+    """Return how many workers fit under a placement strategy of Ray, from how many fit on each
+    node.
+    """
     if placement == "STRICT_PACK":
         return max(per_node, default=0)
     if placement == "STRICT_SPREAD":
@@ -568,7 +604,7 @@ def _placeable(per_node: list[int], placement: str) -> int:
     return sum(per_node)
 
 
-# --- checks of every node before training ------------------------------------------------------------------------
+# --- checks of every node before training ---------------------------------------------------------
 
 
 def doctor(spec: RunSpec | None) -> list[preflight.Check]:
@@ -642,7 +678,8 @@ def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.C
     actors: list[Any] = []
 
     def probed(node: dict[str, Any]) -> preflight.Node:
-        # without resources, as other programs may hold all; such an actor sees every GPU of its node
+        # without resources, as other programs may hold all; such an actor sees every GPU of its
+        # node
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         probe = ray.remote(Probe)  # pyright: ignore[reportArgumentType, reportCallIssue]
         actor = probe.options(num_cpus=0, num_gpus=0, scheduling_strategy=there).remote()
@@ -675,7 +712,9 @@ def _look(spec: RunSpec | None, nodes: list[dict[str, Any]]) -> list[preflight.C
 
 @contextmanager
 def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
-    """Handle STOP_SIGNALS: write the file STOP, so that workers save and stop; a second INT or TERM aborts."""
+    """Handle STOP_SIGNALS: write the file STOP, so that workers save and stop; a second INT or TERM
+    aborts.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

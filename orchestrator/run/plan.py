@@ -39,7 +39,8 @@ def planned(spec: RunSpec, starts_here: bool = True) -> dict[str, Any]:
 
     starts_here: False if other machines train, whose devices are unknown.
 
-    "notes" lists unusual settings and skipped checks. Other facts are None if data must be loaded to know them.
+    "notes" lists unusual settings and skipped checks. Other facts are None if data must be loaded
+    to know them.
 
     Raises:
         UserError: an error that the run would raise before its first step.
@@ -69,7 +70,9 @@ def _counts(spec: RunSpec) -> dict[str, int | None]:
 
 
 def _asks_for_other_devices(spec: RunSpec) -> bool:
-    """Return whether the run trains on devices that this process does not see: on GPUs, in a cluster or in a job."""
+    """Return whether the run trains on devices that this process does not see: on GPUs, in a
+    cluster or in a job.
+    """
     return bool(spec.cluster.resources.get("GPU")) or any(name in os.environ for name in ELSEWHERE)
 
 
@@ -132,13 +135,15 @@ def _tokenized(spec: RunSpec, parts: "Parts") -> _Outlook:
         lines += rehearse(spec, prepared)
     else:
         lines.append(
-            "the weights were not loaded: orchestrator debug --dry-run loads them and runs a trial step"
+            "the weights were not loaded: orchestrator debug --dry-run loads them and runs a "
+            "trial step"
         )
     return _Outlook(counts, prepared.train.pairs_per_epoch, notes=tuple(lines))
 
 
 def _large_data(spec: RunSpec, parts: "Parts") -> Iterator[str]:
-    """Check all rows without the tokenizer and the first ones with it; yield notes on rows and on skipped checks.
+    """Check all rows without the tokenizer and the first ones with it; yield notes on rows and on
+    skipped checks.
 
     Raises:
         UserError: the run would raise it, too.
@@ -194,7 +199,9 @@ def _facts(spec: RunSpec, outlook: _Outlook) -> dict[str, Any]:
 
 
 def _length(spec: RunSpec, per_epoch: int) -> dict[str, Any]:
-    """Return the length of a run with so many pairs per epoch, and the numbers of evaluations and checkpoints."""
+    """Return the length of a run with so many pairs per epoch, and the numbers of evaluations and
+    checkpoints.
+    """
     batch, evaluation = spec.batch, spec.evaluation
     length = run_length(per_epoch, batch.global_batch_size, spec.training)
     steps_per_epoch = -(-per_epoch // batch.global_batch_size)
@@ -212,7 +219,10 @@ def _length(spec: RunSpec, per_epoch: int) -> dict[str, Any]:
 
 
 def _training_sets(spec: RunSpec, counts: dict[str, int | None]) -> list[dict[str, Any]]:
-    """Return for each training set: its rows, without those held out, and rows per epoch. counts: rows by setting."""
+    """Return for each training set: its rows, without those held out, and rows per epoch.
+
+    counts: rows by setting.
+    """
     sets: list[dict[str, Any]] = []
     for key, source in zip(spec.data.sources("train"), spec.data.train, strict=True):
         if (rows := counts[key]) is not None:

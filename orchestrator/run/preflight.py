@@ -1,6 +1,7 @@
 """Check every node before training, and report each check with a fix if it fails.
 
-This module does not use Ray. A `Node` has a function `ask` that returns a future, which may never be done.
+This module does not use Ray. A `Node` has a function `ask` that returns a future, which may never
+be done.
 """
 
 import os
@@ -115,7 +116,7 @@ def listed(nodes: Iterable[str]) -> str:
     )
 
 
-# --- asking all nodes --------------------------------------------------------------------------------------------
+# --- asking all nodes -----------------------------------------------------------------------------
 
 
 class Node(NamedTuple):
@@ -139,7 +140,9 @@ def this_process(name: str = "", gpus: float = 0) -> Node:
 
 
 def look_here(spec: RunSpec | None, gpus: float = 0) -> list[Check]:
-    """Check only this machine, which should have so many GPUs; without settings, only what needs none."""
+    """Check only this machine, which should have so many GPUs; without settings, only what needs
+    none.
+    """
     return look(this_process(gpus=gpus), [], spec)
 
 
@@ -152,8 +155,8 @@ def look(
 ) -> list[Check]:
     """Run all checks on all nodes; takes DEADLINE_S seconds at most, longer under load.
 
-    driver: this process, which also writes the run directory. gpus_idle: whether Ray has assigned no GPU.
-    use_gpu: whether ranks will communicate between GPUs.
+    driver: this process, which also writes the run directory. gpus_idle: whether Ray has assigned
+    no GPU. use_gpu: whether ranks will communicate between GPUs.
     """
     asking = _Asking([driver, *nodes])
     paths = sources(spec) if spec else {}
@@ -196,7 +199,9 @@ class _Asking:
         seconds: float,
         nodes: Sequence[Node] | None = None,
     ) -> dict[str, Any]:
-        """Return {node: answer} of the nodes that answer within so many seconds; asks all, or only `nodes`."""
+        """Return {node: answer} of the nodes that answer within so many seconds; asks all, or only
+        `nodes`.
+        """
         targets = [node for node in self.there if nodes is None or node in nodes]
         left = max(0.0, min(seconds * self._slowness, self._deadline - time.monotonic()))
         answers = answered(
@@ -210,7 +215,10 @@ class _Asking:
 
 
 def _look_at_folders(asking: _Asking, driver: Node, spec: RunSpec) -> list[Check]:
-    """Check that all nodes see each other's files in the run's folders. The test files are removed."""
+    """Check that all nodes see each other's files in the run's folders.
+
+    The test files are removed.
+    """
     where = folders(spec)
     probes = {key: folder / f"{FOLDER}-{token_hex(4)}" for key, folder in where.items()}
     files = {node.name: f"node_{number}" for number, node in enumerate(asking.everyone)}
@@ -302,11 +310,13 @@ def _rates(asking: _Asking, driver: Node, spec: RunSpec | None, use_gpu: bool) -
     return asking.all("all_reduce", arguments, 2 * ALL_REDUCE_S, nodes)
 
 
-# --- results -> checks -------------------------------------------------------------------------------------------
+# --- results -> checks ----------------------------------------------------------------------------
 
 
 def version_checks(facts: Mapping[str, Facts], driver: str = DRIVER) -> list[Check]:
-    """Check for the same versions everywhere; the driver, which computes nothing, may have another build of torch."""
+    """Check for the same versions everywhere; the driver, which computes nothing, may have another
+    build of torch.
+    """
     checks: list[Check] = []
     for package in ("python", *PACKAGES):
         found = {node: of.versions[package] for node, of in facts.items()}
@@ -356,7 +366,9 @@ def _installed_by(facts: Facts, package: str, version: str) -> str:
 def gpu_checks(
     facts: Mapping[str, Facts], expected: Mapping[str, float], idle: bool
 ) -> list[Check]:
-    """Check that torch can use the expected GPUs of each node and, if Ray is idle, that no other process uses them."""
+    """Check that torch can use the expected GPUs of each node and, if Ray is idle, that no other
+    process uses them.
+    """
     checks: list[Check] = []
     for node, of in facts.items():
         if node not in expected:
@@ -386,7 +398,10 @@ def _usable_by(facts: Facts) -> str:
         elsewhere = "run on machines with GPUs (RAY_ADDRESS), or remove GPU from cluster.resources"
         return f"nvidia-smi shows no GPU there: fix its NVIDIA driver, {elsewhere}"
     if "compiled" in facts.gpus.reason:
-        return f"run {facts.python} -m pip install torch=={_public(facts.versions['torch'])} there, a build with CUDA"
+        return (
+            f"run {facts.python} -m pip install torch=={_public(facts.versions['torch'])} "
+            "there, a build with CUDA"
+        )
     if "too old" in facts.gpus.reason:
         return "update the NVIDIA driver there, or install a build of torch for its CUDA version"
     return f"start its Ray without CUDA_VISIBLE_DEVICES, or with --num-gpus={facts.gpus.to_torch}"
@@ -418,8 +433,8 @@ def folder_checks(
 ) -> list[Check]:
     """Check that folders are shared by all nodes and writable.
 
-    where: setting -> folder. failed: node -> setting -> why it could not write. unseen: node -> setting -> nodes whose
-    files it does not see.
+    where: setting -> folder. failed: node -> setting -> why it could not write. unseen: node ->
+    setting -> nodes whose files it does not see.
     """
     checks: list[Check] = []
     for key, folder in where.items():
@@ -427,14 +442,23 @@ def folder_checks(
             missed = unseen.get(node, {}).get(key, [])
             wrong, cure = _unwritable(key, failures[key]) if key in failures else ("", "")
             if missed or failures.get(key) == NOT_SEEN:
-                wrong = f"files written by {listed(missed) or 'the driver'} are not visible, so it is not shared"
-                cure = f"mount the file system of {folder} there, or set {key} to a folder shared by all nodes"
+                wrong = (
+                    f"files written by {listed(missed) or 'the driver'} are not visible, so "
+                    "it is not shared"
+                )
+                cure = (
+                    f"mount the file system of {folder} there, or set {key} to a folder shared "
+                    "by all nodes"
+                )
             checks.append(Check(key, node, str(folder), wrong, cure))
     return checks
 
 
 def _unwritable(key: str, why: str) -> tuple[str, str]:
-    cure = f"free some space, give the user who runs Ray write permission, or set {key} to another folder"
+    cure = (
+        f"free some space, give the user who runs Ray write permission, or set {key} to "
+        "another folder"
+    )
     return f"cannot be written ({why})", cure
 
 
@@ -457,13 +481,19 @@ def clock_checks(offsets: Mapping[str, tuple[float, float]]) -> list[Check]:
 def port_checks(
     unreached: Mapping[str, Mapping[str, str]], ranges: Mapping[str, tuple[int, int]]
 ) -> list[Check]:
-    """Check that nodes reach each other. unreached: node -> {node that cannot connect: reason}; ranges: its ports."""
+    """Check that nodes reach each other.
+
+    unreached: node -> {node that cannot connect: reason}; ranges: its ports.
+    """
     checks: list[Check] = []
     for target, sources in unreached.items():
         ports, wrong, cure = "-".join(map(str, ranges[target])), "", ""
         if sources:
             wrong = f"cannot be reached from {listed(sources)} ({listed(sources.values())})"
-            cure = f"allow TCP to its ports {ports} (net.ipv4.ip_local_port_range) from the other nodes in its firewall"
+            cure = (
+                f"allow TCP to its ports {ports} (net.ipv4.ip_local_port_range) from the other "
+                "nodes in its firewall"
+            )
         checks.append(Check("ports", target, ports, wrong, cure))
     return checks
 
@@ -481,7 +511,10 @@ def silence_checks(silent: Iterable[tuple[str, str, str]]) -> list[Check]:
     checks: list[Check] = []
     for method, node, why in silent:
         if method in ("meet", "all_reduce"):
-            cure = "set cluster.network_interface to an interface through which the nodes reach each other"
+            cure = (
+                "set cluster.network_interface to an interface through which the nodes reach "
+                "each other"
+            )
             checks.append(
                 Check("all-reduce", node, why, "an all-reduce between the nodes fails", cure)
             )
@@ -493,7 +526,7 @@ def silence_checks(silent: Iterable[tuple[str, str, str]]) -> list[Check]:
     return checks
 
 
-# --- paths and disk space of a run -------------------------------------------------------------------------------
+# --- paths and disk space of a run ----------------------------------------------------------------
 
 
 def sources(spec: RunSpec) -> dict[str, str]:
@@ -523,7 +556,8 @@ class DiskBudget(NamedTuple):
 
 
 def disk_needed(spec: RunSpec, own_optimizer: bool = False) -> DiskBudget:
-    """Return the bytes that a run writes, from the model's config and one optimizer step on a small matrix.
+    """Return the bytes that a run writes, from the model's config and one optimizer step on a small
+    matrix.
 
     own_optimizer: whether a user's function creates the optimizer.
     """
@@ -594,7 +628,9 @@ def _state_bytes(spec: RunSpec) -> float:
 
 
 def space_checks(spec: RunSpec, own_optimizer: bool = False) -> list[Check]:
-    """Check for free space for what the run has still to write; own_optimizer: as in `disk_needed`."""
+    """Check for free space for what the run has still to write; own_optimizer: as in
+    `disk_needed`.
+    """
     where = folders(spec)
     asks: dict[str, Callable[[], Any]] = {
         key: partial(_free, folder) for key, folder in where.items()
@@ -616,7 +652,10 @@ def space_checks(spec: RunSpec, own_optimizer: bool = False) -> list[Check]:
             continue
         wants, why, less = (more if key == "run.dir" else FULL), "", ""
         if key == "run.dir" and needed:
-            of = f"{needed.checkpoints} of {_size(needed.checkpoint)} at once, and the model of {_size(needed.model)}"
+            of = (
+                f"{needed.checkpoints} of {_size(needed.checkpoint)} at once, and the model of "
+                f"{_size(needed.model)}"
+            )
             why, less = (
                 f" for checkpoints ({of})",
                 f", lower checkpoint.keep ({spec.checkpoint.keep})",

@@ -1,6 +1,8 @@
-"""Probe a node before training: collect facts about it, and test files and connections with other nodes.
+"""Probe a node before training: collect facts about it, and test files and connections with other
+nodes.
 
-This module does not use Ray, and every wait has a time-out, whatever a file system or another node does.
+This module does not use Ray, and every wait has a time-out, whatever a file system or another node
+does.
 """
 
 import os
@@ -172,7 +174,10 @@ class Probe:
         )
 
     def meet(self, address: str | None, size: int) -> int:
-        """Prepare for a process group of that size. With an address, host its store and return the port."""
+        """Prepare for a process group of that size.
+
+        With an address, host its store and return the port.
+        """
         import torch.distributed as dist
 
         if address is None:
@@ -192,7 +197,8 @@ class Probe:
         interface: str | None,
         use_gpu: bool,
     ) -> float:
-        """Run a few all-reduces of BANDWIDTH_BYTES over all nodes; return the bytes per second of the fastest.
+        """Run a few all-reduces of BANDWIDTH_BYTES over all nodes; return the bytes per second of
+        the fastest.
 
         towards: address of another node. interface: as in `use_interface`.
         """
@@ -217,7 +223,8 @@ class Probe:
 
 
 def side_by_side(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-    """Run functions in parallel; return each result, or its exception, which is TimeoutError if it is not done in time.
+    """Run functions in parallel; return each result, or its exception, which is TimeoutError if it
+    is not done in time.
 
     A function that hangs stays in a daemon thread, which does not keep the process from exiting.
     """
@@ -225,7 +232,9 @@ def side_by_side(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[
 
 
 def answered(futures: "Mapping[str, Future[Any]]", seconds: float) -> dict[str, Any]:
-    """Wait for futures; return each result, or its exception, which is TimeoutError if it is not done in time."""
+    """Wait for futures; return each result, or its exception, which is TimeoutError if it is not
+    done in time.
+    """
     wait(futures.values(), seconds)
     late = TimeoutError(f"no answer within {seconds:.0f} s")
     return {
@@ -241,7 +250,9 @@ def _failures(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str
 
 
 def in_thread(ask: Callable[[], Any]) -> "Future[Any]":
-    """Run a function in a daemon thread and return its future; at exit, the interpreter would wait for an executor."""
+    """Run a function in a daemon thread and return its future; at exit, the interpreter would wait
+    for an executor.
+    """
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -279,7 +290,8 @@ def versions() -> dict[str, str]:
 
 
 def bytes_at(key: str, path: str) -> int:
-    """Return the bytes of a file, or of the files in a folder, after reading the first byte of each.
+    """Return the bytes of a file, or of the files in a folder, after reading the first byte of
+    each.
 
     Raises:
         UserError: the path does not exist.
@@ -323,7 +335,10 @@ def _missing(paths: Sequence[Path]) -> list[Path]:
 
 
 def _gpus(expected: bool) -> Gpus:
-    """Return the GPUs of this node. expected: if False, torch is imported only if nvidia-smi shows any."""
+    """Return the GPUs of this node.
+
+    expected: if False, torch is imported only if nvidia-smi shows any.
+    """
     shown = cards()
     if not (expected or shown):
         return Gpus()
@@ -339,7 +354,9 @@ def _gpus(expected: bool) -> Gpus:
 
 
 def cards() -> tuple[Card, ...]:
-    """Return the GPUs visible to this process, by nvidia-smi, which creates no CUDA context on them."""
+    """Return the GPUs visible to this process, by nvidia-smi, which creates no CUDA context on
+    them.
+    """
     command = [
         "nvidia-smi",
         "--query-gpu=index,uuid,name,memory.total,memory.used",

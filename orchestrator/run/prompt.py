@@ -15,7 +15,9 @@ from orchestrator.world import World
 
 
 class Prompt(pdb.Pdb):
-    """pdb with the terminal to itself: no progress bar, and Ctrl-C ends the current command instead of the run."""
+    """pdb with the terminal to itself: no progress bar, and Ctrl-C ends the current command instead
+    of the run.
+    """
 
     def __init__(self) -> None:
         ConsoleCallback.give_way()  # first: a progress bar has replaced sys.stdout
@@ -38,14 +40,16 @@ class Prompt(pdb.Pdb):
 def debugger(world: World, post_mortem: bool) -> Iterator[None]:
     """Make breakpoint() open a Prompt, unless PYTHONBREAKPOINT is set.
 
-    post_mortem: also open one for an exception, at the line that raised it, before it propagates; for a UserError only
-        if user code raised its cause. Of several ranks, the first that fails opens it, and the others wait.
+    post_mortem: also open one for an exception, at the line that raised it, before it propagates;
+        for a UserError only if user code raised its cause. Of several ranks, the first that fails
+        opens it, and the others wait.
 
     Raises:
         KeyboardInterrupt: the user quit at a breakpoint.
     """
     if world.size > 1:
-        ConsoleCallback.give_way()  # a rank at a breakpoint could not remove the progress bar of another
+        # a rank at a breakpoint could not remove the progress bar of another
+        ConsoleCallback.give_way()
     hook = sys.breakpointhook
     if "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _at_breakpoint
@@ -69,7 +73,9 @@ def _at_breakpoint(*, header: str | None = None) -> None:
 
 
 def _look_at(error: Exception, world: World) -> None:
-    """Open a prompt at the line that raised, on the first rank that failed: others fail because of it, or alike."""
+    """Open a prompt at the line that raised, on the first rank that failed: others fail because of
+    it, or alike.
+    """
     with world.first_to_arrive("failure") as is_first:
         looked_at = error.__cause__ if isinstance(error, UserError) else error
         if not is_first or looked_at is None:

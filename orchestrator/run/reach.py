@@ -12,7 +12,8 @@ TIMEOUT_S = 3.0  # the hub's client tries for 46 s per name
 
 
 def unreachable_models(spec: RunSpec) -> dict[str, str]:
-    """Return the hub names of models and tokenizers, by setting, that are not cached here, if the hub does not answer.
+    """Return the hub names of models and tokenizers, by setting, that are not cached here, if the
+    hub does not answer.
 
     With HF_HUB_OFFLINE there are none: a run started here would not contact the hub either.
     """

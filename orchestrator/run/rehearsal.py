@@ -1,4 +1,6 @@
-"""Build the parts of a small run on the CPU and run one step, so that `plan` raises the run's errors."""
+"""Build the parts of a small run on the CPU and run one step, so that `plan` raises the run's
+errors.
+"""
 
 import io
 import os
@@ -37,10 +39,12 @@ def is_small(spec: RunSpec, config: Any) -> bool:
 
 
 def rehearse(spec: RunSpec, prepared: PreparedRun) -> list[str]:
-    """Build policy, reference, optimizer and collator, evaluate and run one step, on a few of the shortest pairs.
+    """Build policy, reference, optimizer and collator, evaluate and run one step, on a few of the
+    shortest pairs.
 
-    It always uses a single process on the CPU: the errors found here do not depend on the engine. Nothing is written,
-    and no callback is called. Returns a line if this fails because of this machine.
+    It always uses a single process on the CPU: the errors found here do not depend on the engine.
+    Nothing is written, and no callback is called. Returns a line if this fails because of this
+    machine.
 
     Raises:
         UserError: the run would raise it, too.
@@ -80,7 +84,9 @@ def _try_a_step(spec: RunSpec, few: PreparedRun, world: World) -> None:
 
 
 def _on_cpu(spec: RunSpec, pairs: int) -> RunSpec:
-    """Return the settings without those that need a GPU, an engine's library or the length of the run."""
+    """Return the settings without those that need a GPU, an engine's library or the length of the
+    run.
+    """
     updates: dict[str, Any] = {
         "engine": EngineSpec(
             shard_optimizer=spec.engine.shard_optimizer and spec.engine.kind == "ddp"
@@ -110,7 +116,9 @@ def _bytes_of_weights(folder: str) -> int:
 
 
 def _bytes_of_config(config: Any) -> int:
-    """Return the fp32 bytes of a model built from a config; 0 if it cannot be built without memory."""
+    """Return the fp32 bytes of a model built from a config; 0 if it cannot be built without
+    memory.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 

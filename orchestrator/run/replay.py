@@ -1,4 +1,6 @@
-"""Replay a step of a run in one process, from the newest checkpoint before it, and show every pair of its batch."""
+"""Replay a step of a run in one process, from the newest checkpoint before it, and show every pair
+of its batch.
+"""
 
 import json
 import logging
@@ -73,10 +75,11 @@ def replay(
     post_mortem: bool = False,
     given: UserObjects = NOTHING,
 ) -> ReplayResult:
-    """Run the steps between the newest complete checkpoint and `step`, then the forward and backward pass of `step`.
+    """Run the steps between the newest complete checkpoint and `step`, then the forward and
+    backward pass of `step`.
 
-    This uses one process, whatever engine and number of ranks the run has. The run may continue meanwhile: it is only
-    read, and its callbacks are not called.
+    This uses one process, whatever engine and number of ranks the run has. The run may continue
+    meanwhile: it is only read, and its callbacks are not called.
 
     overrides: key=value for settings that may change on resume.
     post_mortem: stop at a breakpoint before the step, and when an exception is raised.
@@ -138,12 +141,15 @@ def _say(spec: RunSpec, step: int, found: Path | None, world: World) -> None:
 def _taken(
     trainer: Trainer, steps: Iterator[StepBatches], stops: bool
 ) -> tuple[StepBatches, list[tuple[PairBatch, StepOutput]], float]:
-    """Return the batches of the next step, its outputs, and the gradient norm, after batches that fp16 skips."""
+    """Return the batches of the next step, its outputs, and the gradient norm, after batches that
+    fp16 skips.
+    """
     for skipped in count():
         batches = next(steps)
         if stops:
             print(
-                "the next line runs the step: `batches` are its micro-batches, `trainer` is the trainer",
+                "the next line runs the step: `batches` are its micro-batches, `trainer` is the "
+                "trainer",
                 flush=True,
             )
             breakpoint()
@@ -187,7 +193,7 @@ def lines(replayed: ReplayResult) -> Iterator[str]:
         yield f"{name:<9} {value:.9f}{logged}"
 
 
-# --- the run that is read ----------------------------------------------------------------------------------------
+# --- the run that is read -------------------------------------------------------------------------
 
 
 def _spec_of(run_dir: RunDir, overrides: Sequence[str]) -> RunSpec:
@@ -241,7 +247,9 @@ def _check_readable(meta: dict[str, Any], step: int, world: World) -> None:
 
 
 def _check_epochs(run_dir: RunDir, taken: int, step: int) -> None:
-    """Check that no callback ended an epoch early since the checkpoint: callbacks are not called in a replay."""
+    """Check that no callback ended an epoch early since the checkpoint: callbacks are not called in
+    a replay.
+    """
     saved = committed(run_dir.checkpoints)
     ended = Reader(saved[0]).meta["epochs_ended"] if saved else []
     if cut := [after for after in ended if taken <= after < step]:
@@ -262,7 +270,9 @@ def _metrics(run_dir: RunDir) -> list[dict[str, Any]]:
 
 
 def _logged(run_dir: RunDir, step: int) -> dict[str, float]:
-    """Return the logged values of this step; its loss only if the logged mean contains no earlier step."""
+    """Return the logged values of this step; its loss only if the logged mean contains no earlier
+    step.
+    """
     of = {int(line["step"]): line for line in _metrics(run_dir)}
     names = ["grad_norm", *(["loss"] if step == 1 or step - 1 in of else [])]
     return {name: of[step][name] for name in names if step in of}

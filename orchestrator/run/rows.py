@@ -1,4 +1,6 @@
-"""Print training rows as the model sees them, and the lengths of all rows, for `orchestrator plan --show-rows`."""
+"""Print training rows as the model sees them, and the lengths of all rows, for `orchestrator plan
+--show-rows`.
+"""
 
 import re
 from collections.abc import Iterator
@@ -24,8 +26,8 @@ QUANTILES = {"min": 0.0, "50%": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
 BINS = 20
 BARS = "▁▂▃▄▅▆▇█"
 LEGEND = (
-    "⟦ ⟧ enclose the scored tokens, in packed and in padded rows; ⏎ is a line break, ␣ a trailing space,"
-    " ⟨ ⟩ the number and text of tokens cut by truncation"
+    "⟦ ⟧ enclose the scored tokens, in packed and in padded rows; ⏎ is a line break, ␣ a "
+    "trailing space, ⟨ ⟩ the number and text of tokens cut by truncation"
 )
 CUT_TEXT = 60  # maximum characters shown of truncated text
 
@@ -166,7 +168,9 @@ def json_row(shown: ShownRow) -> dict[str, Any]:
 
 
 def _parts(tokenizer: "PreTrainedTokenizerBase", pieces: tuple[list[int], ...]) -> Iterator[Part]:
-    """Yield the parts of one sequence, decoded together: a piece decoded alone may lose its first space."""
+    """Yield the parts of one sequence, decoded together: a piece decoded alone may lose its first
+    space.
+    """
     ids: list[int] = []
     before = ""
     for piece in pieces:
@@ -186,8 +190,8 @@ def lengths(
 ) -> dict[str, Any]:
     """Return statistics of lengths and truncation, by name, as JSON types.
 
-    uncut: [M, 3] tokens of prompt, chosen and rejected before truncation. dropped: rows by reason. unread: rows by
-    variable that their chat template does not read.
+    uncut: [M, 3] tokens of prompt, chosen and rejected before truncation. dropped: rows by reason.
+    unread: rows by variable that their chat template does not read.
     """
     parts: dict[str, Integers] = dict(zip(("prompt", "chosen", "rejected"), uncut.T, strict=True))
     parts["longer_sequence"] = longest_sequences(uncut)
@@ -278,7 +282,9 @@ class _Paint:
 
 
 def _visible(text: str) -> str:
-    """Return text with symbols for line breaks, spaces at the end of a line and control characters."""
+    """Return text with symbols for line breaks, spaces at the end of a line and control
+    characters.
+    """
     return re.sub(
         r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), printable(text, keep="\n")
     ).replace("\n", "⏎\n")

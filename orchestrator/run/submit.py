@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 SUBMITTED = "submitted.yaml"  # the resolved settings of the run
-# Not copied from the working directory, besides what the settings name and git ignores: files that no job needs,
-# secrets, and .gitignore, which Ray would apply and might then omit the settings.
+# Not copied from the working directory, besides what the settings name and git ignores: files that
+# no job needs, secrets, and .gitignore, which Ray would apply and might then omit the settings.
 LEFT_OUT = (
     ".git",
     ".gitignore",
@@ -43,28 +43,33 @@ LEFT_OUT = (
 LIMIT_BYTES = 500 * 2**20  # maximum size of a package in Ray
 
 POLL_S = 1.0
-# Seconds without output after which the job's status is queried and, while it runs, the connection is renewed: a dead
-# connection may not raise, and after a node was lost, Ray's can stay open after the job's end.
+# Seconds without output after which the job's status is queried and, while it runs, the connection
+# is renewed: a dead connection may not raise, and after a node was lost, Ray's can stay open after
+# the job's end.
 SILENCE_S = 30.0
 AWAY_S = 600.0  # seconds that a job server may be unreachable
 
 
-# --- a Ray cluster -----------------------------------------------------------------------------------------------
+# --- a Ray cluster --------------------------------------------------------------------------------
 
 
 def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
-    """Submit the run with the working directory to a job server, print its log to the end, and return its exit code.
+    """Submit the run with the working directory to a job server, print its log to the end, and
+    return its exit code.
 
-    address: of the job server, http://HEAD:8265; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine.
-    wait: False returns 0 as soon as the job is accepted.
+    address: of the job server, http://HEAD:8265; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this
+    machine. wait: False returns 0 as soon as the job is accepted.
 
     Raises:
-        UserError: no job server answers or it denies access, or the working directory cannot be packaged.
-        ConnectionError: the job server rejects the job, or becomes unreachable while its log is followed.
+        UserError: no job server answers or it denies access, or the working directory cannot be
+            packaged.
+        ConnectionError: the job server rejects the job, or becomes unreachable while its log is
+            followed.
     """
     logging.disable(logging.INFO)  # else Ray logs packages and sockets
     client = _client(address)
-    job = f"{spec.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # unique, unlike the run's name
+    # unique, unlike the run's name
+    job = f"{spec.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         stage(spec, Path.cwd(), Path(folder))
         save_spec(spec, Path(folder, SUBMITTED))
@@ -99,7 +104,9 @@ def to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
 
 
 def not_on_this_machine(spec: RunSpec) -> str | None:
-    """Return the first data file whose folder does not exist here: a path of the cluster, which the job checks."""
+    """Return the first data file whose folder does not exist here: a path of the cluster, which the
+    job checks.
+    """
     for key, source in paths_in(spec, DATA_KEYS).items():
         if os.path.isabs(source) and not Path(source).parent.is_dir():
             return f"{key} = {source}"
@@ -116,8 +123,9 @@ def _client(address: str | None) -> "JobSubmissionClient":
             return JobSubmissionClient(address)
     except Exception as error:  # Ray has no specific type for a missing server or denied access
         cure = (
-            "use --address http://HEAD:8265; the head needs ray[default] and ray start --dashboard-host=0.0.0.0, "
-            "and with RAY_AUTH_MODE=token set RAY_AUTH_TOKEN_PATH here to a file with its token"
+            "use --address http://HEAD:8265; the head needs ray[default] and ray start "
+            "--dashboard-host=0.0.0.0, and with RAY_AUTH_MODE=token set RAY_AUTH_TOKEN_PATH here "
+            "to a file with its token"
         )
         raise UserError(
             "--address", address, f"no job server accepts us ({one_line(error)})", cure
@@ -175,7 +183,8 @@ async def _follow(client: "JobSubmissionClient", job: str) -> None:
 
 
 def stage(spec: RunSpec, source: Path, target: Path) -> None:
-    """Copy what a job needs from the working directory: code, but no data, models, outputs or secrets.
+    """Copy what a job needs from the working directory: code, but no data, models, outputs or
+    secrets.
 
     Links to folders are not followed; unreadable files are skipped.
 
@@ -208,7 +217,10 @@ def stage(spec: RunSpec, source: Path, target: Path) -> None:
             sizes[inside.parts[0]] = sizes.get(inside.parts[0], 0) + path.stat().st_size
             if sum(sizes.values()) > LIMIT_BYTES:
                 largest = max(sizes, key=lambda part: sizes[part])
-                rule = f"contains more than {LIMIT_BYTES >> 20} MB besides data and outputs, most of it in {largest}"
+                rule = (
+                    f"contains more than {LIMIT_BYTES >> 20} MB besides data and outputs, most "
+                    f"of it in {largest}"
+                )
                 raise UserError(
                     "working directory",
                     str(source),
@@ -236,7 +248,9 @@ def _is_unicode(path: Path) -> bool:
 
 
 def _named_by_settings(spec: RunSpec) -> Iterator[Path]:
-    """Yield data, models and outputs: a job reads them at the paths in the settings, not from the copy."""
+    """Yield data, models and outputs: a job reads them at the paths in the settings, not from the
+    copy.
+    """
     yield from (spec.run_dir, spec.cache_dir)  # not run.dir, which may be the working directory
     yield from map(Path, paths_in(spec, FOLDER_KEYS + PATH_KEYS).values())
 
@@ -276,7 +290,7 @@ def _ignored_by_git(folder: Path) -> Iterator[Path]:
             yield folder / name.rstrip("/")
 
 
-# --- Slurm -------------------------------------------------------------------------------------------------------
+# --- Slurm ----------------------------------------------------------------------------------------
 
 # Paths in a checkout, and after installing a wheel.
 BATCH_SCRIPTS = (
@@ -289,7 +303,8 @@ def to_slurm(spec: RunSpec) -> int:
     """Submit the run with sbatch, with its size as flags; return 0 as soon as the job is queued.
 
     Raises:
-        UserError: a worker's resources are not set, the run has started with other settings, or sbatch fails.
+        UserError: a worker's resources are not set, the run has started with other settings, or
+            sbatch fails.
         ConnectionError: Slurm does not answer.
     """
     run_dir = RunDir(spec.run_dir)
@@ -297,7 +312,10 @@ def to_slurm(spec: RunSpec) -> int:
     run_dir.check(spec)
     script = next((path for path in BATCH_SCRIPTS if path.is_file()), None)
     if script is None:
-        cure = "install the project into a virtual environment, or from a checkout (pip install --editable)"
+        cure = (
+            "install the project into a virtual environment, or from a checkout (pip install "
+            "--editable)"
+        )
         raise UserError(
             "--to", "slurm", f"there is no {' nor '.join(map(str, BATCH_SCRIPTS))}", cure
         )
@@ -314,7 +332,8 @@ def to_slurm(spec: RunSpec) -> int:
         shlex.quote(str(path)) for path in (spec.run_dir, run_dir.logs / f"slurm-{job}.log")
     )
     print(
-        f"job      {job}\nstop     orchestrator stop {folder}\nfollow   tail -F {log}\nqueue    squeue --job {job}"
+        f"job      {job}\nstop     orchestrator stop {folder}\nfollow   tail -F {log}\nqueue    "
+        f"squeue --job {job}"
     )
     return 0
 

@@ -19,7 +19,9 @@ class Attempt:
 
 
 class Supervisor:
-    """Counter of deaths since the last new checkpoint: a run that progresses between deaths is never given up."""
+    """Counter of deaths since the last new checkpoint: a run that progresses between deaths is
+    never given up.
+    """
 
     def __init__(self, max_failures: int) -> None:
         self.max_failures = max_failures
@@ -27,7 +29,10 @@ class Supervisor:
         self._committed = -1
 
     def after(self, attempt: Attempt) -> Next:
-        """Return what to do after an attempt. A failure of training itself is given up at once, as it would repeat."""
+        """Return what to do after an attempt.
+
+        A failure of training itself is given up at once, as it would repeat.
+        """
         if attempt.outcome == "ended":
             return "done"
         if attempt.outcome == "refused":

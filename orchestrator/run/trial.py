@@ -45,7 +45,8 @@ class NothingToSave:
 
 @contextmanager
 def scratch_run(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
-    """Yield settings without evaluation, checkpoints, user callbacks and W&B, and a temporary run directory.
+    """Yield settings without evaluation, checkpoints, user callbacks and W&B, and a temporary run
+    directory.
 
     A trainer with these can only run steps.
     """
@@ -67,9 +68,12 @@ def _on_first_batch(
     given: UserObjects,
     shown: Sequence[TrainerCallback] = (),
 ) -> Iterator[Trainer]:
-    """Yield a trainer at the start of the run whose only data is the first global batch; shown: callbacks."""
+    """Yield a trainer at the start of the run whose only data is the first global batch; shown:
+    callbacks.
+    """
     if spec.reference_cache == "lazy":
-        # cached log-probs would make a step cheaper than those of the first epoch, and new ones must not be written
+        # cached log-probs would make a step cheaper than those of the first epoch, and new ones
+        # must not be written
         spec = spec.model_copy(
             update={"reference": spec.reference.model_copy(update={"cache": "off"})}
         )
@@ -152,7 +156,8 @@ def dry_run(
     given: UserObjects = NOTHING,
     post_mortem: bool = False,
 ) -> DryRunResult:
-    """Build everything as for a run, and run one forward and backward pass of its first global batch; no update.
+    """Build everything as for a run, and run one forward and backward pass of its first global
+    batch; no update.
 
     Only caches are written.
 
@@ -185,11 +190,13 @@ def dry_run(
 
 def _say(result: DryRunResult) -> None:
     print(
-        f"forward and backward pass of the first {counted(result.pairs, 'pair')}: {result.seconds:.2f} s"
+        f"forward and backward pass of the first {counted(result.pairs, 'pair')}: "
+        f"{result.seconds:.2f} s"
     )
     print(f"loss {result.metrics['loss']:.6f}, gradient norm {result.grad_norm:.6g}")
     print(
-        f"peak memory {result.peak_bytes / 2**20:,.0f} MB {result.where}, before the first update creates the ",
+        f"peak memory {result.peak_bytes / 2**20:,.0f} MB {result.where}, before the first update "
+        "creates the ",
         end="",
     )
     print("optimizer state; nothing was kept", flush=True)

@@ -12,7 +12,9 @@ from orchestrator.settings.spec import Block, RunSpec
 
 @cache
 def settings() -> dict[str, FieldInfo]:
-    """Return every setting and block by its dotted name; entries of lists and of named blocks are left out."""
+    """Return every setting and block by its dotted name; entries of lists and of named blocks are
+    left out.
+    """
     return dict(_below("", RunSpec))
 
 
@@ -37,7 +39,9 @@ def _is_container(field: FieldInfo) -> bool:
 
 
 def block_of(field: FieldInfo | None) -> type[Block] | None:
-    """Return the block that a field holds (directly, in a list or by name), or None if it holds plain values."""
+    """Return the block that a field holds (directly, in a list or by name), or None if it holds
+    plain values.
+    """
     kinds = _types_in(field.annotation) if field else ()
     return next((kind for kind in kinds if issubclass(kind, Block)), None)
 
@@ -67,7 +71,9 @@ def _types_in(annotation: Any) -> Iterator[type]:
 
 
 def described(name: str) -> list[str]:
-    """Return lines with default and description of a setting or of all settings of a block; name "" means all."""
+    """Return lines with default and description of a setting or of all settings of a block; name ""
+    means all.
+    """
     lines: list[str] = []
     for dotted, field in settings().items():
         if name and dotted != name and not dotted.startswith(f"{name}."):

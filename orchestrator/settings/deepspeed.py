@@ -1,4 +1,6 @@
-"""Compare a DeepSpeed JSON with the settings: find contradictions and features that are not supported."""
+"""Compare a DeepSpeed JSON with the settings: find contradictions and features that are not
+supported.
+"""
 
 import difflib
 from collections.abc import Iterator
@@ -22,7 +24,9 @@ class Contradiction(NamedTuple):
 
 
 class _Feature(NamedTuple):
-    """A DeepSpeed feature that is not supported: it would change results, or the work of code outside the engine."""
+    """A DeepSpeed feature that is not supported: it would change results, or the work of code
+    outside the engine.
+    """
 
     why: str
     cure: str = REMOVE
@@ -147,7 +151,8 @@ BLOCKS = (
     "zero_optimization",
 )
 
-# Values of the loss scale used here, and DeepSpeed's defaults: a file with these values changes nothing.
+# Values of the loss scale used here, and DeepSpeed's defaults: a file with these values changes
+# nothing.
 LOSS_SCALE = {
     "loss_scale": (0,),
     "initial_scale_power": (16,),
@@ -174,7 +179,9 @@ SCHEDULES = {
 
 
 def contradictions(spec: "RunSpec") -> Iterator[Contradiction]:
-    """Yield every key of engine.deepspeed_config that contradicts the settings or is not supported."""
+    """Yield every key of engine.deepspeed_config that contradicts the settings or is not
+    supported.
+    """
     file = spec.engine.deepspeed_config
     if not file:
         return
@@ -318,7 +325,10 @@ def _accumulation(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradicti
         rule = "is derived from the batch and the number of ranks, or the lengths of pairs"
         yield Contradiction(path, in_file, rule, 'set "auto" in the file')
     elif in_file != ours:
-        rule = f"{cluster.max_workers} ranks with micro-batches of {spec.batch.micro_batch_size} need {ours} for "
+        rule = (
+            f"{cluster.max_workers} ranks with micro-batches of {spec.batch.micro_batch_size} "
+            f"need {ours} for "
+        )
         rule += f"batch.global_batch_size = {spec.batch.global_batch_size}"
         yield Contradiction(path, in_file, rule, f'set "auto" or {ours} in the file')
 
@@ -365,7 +375,10 @@ def _loss_scale(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction
     for name, may_be in LOSS_SCALE.items():
         value = _at(file, f"fp16.{name}")
         if value is not None and value not in may_be:
-            rule = "all engines use the same loss scale: it starts at 65536, halves at each overflow and doubles "
+            rule = (
+                "all engines use the same loss scale: it starts at 65536, halves at each "
+                "overflow and doubles "
+            )
             yield Contradiction(
                 f"fp16.{name}", value, rule + "after 2000 steps without one", REMOVE
             )

@@ -1,4 +1,6 @@
-"""Translate pydantic's validation errors into UserErrors: one line per key, with a suggested fix."""
+"""Translate pydantic's validation errors into UserErrors: one line per key, with a suggested
+fix.
+"""
 
 from typing import Any
 
@@ -44,7 +46,9 @@ FREE_TEXT = (
 
 
 def explain(error: ValidationError) -> list[UserError]:
-    """Return pydantic's validation errors as UserErrors, one per key, each with its rule and fix."""
+    """Return pydantic's validation errors as UserErrors, one per key, each with its rule and
+    fix.
+    """
     return [_explain_one(details) for details in error.errors()]
 
 
@@ -85,7 +89,9 @@ def _explain_one(details: Any) -> UserError:
 
 
 def meant_by(location: tuple[int | str, ...], block: type[Block] = RunSpec) -> str:
-    """Return what was meant by the last name of a path, which is not a setting of `block`, as the fix of an error."""
+    """Return what was meant by the last name of a path, which is not a setting of `block`, as the
+    fix of an error.
+    """
     name, parent = folded(str(location[-1])), str(location[-2]) if len(location) > 1 else ""
     if answer := _name_elsewhere(name, parent):
         return answer
@@ -104,7 +110,9 @@ def meant_by(location: tuple[int | str, ...], block: type[Block] = RunSpec) -> s
 
 
 def _name_elsewhere(name: str, parent: str) -> str | None:
-    """Return the setting that another trainer's name corresponds to, or why there is none; None for unknown names."""
+    """Return the setting that another trainer's name corresponds to, or why there is none; None for
+    unknown names.
+    """
     for each in (f"{parent}.{name}", name):
         if each in TRL_NAMES or each in OTHER_NAMES:
             return f"did you mean {TRL_NAMES.get(each) or OTHER_NAMES[each]}?"
@@ -144,7 +152,9 @@ def _explain_block(location: tuple[int | str, ...], value: Any, block: type[Bloc
 
 
 def _accepts(block: type[Block], name: str, value: Any) -> bool:
-    """Return whether a setting of a block accepts a value, ignoring other required settings of the block."""
+    """Return whether a setting of a block accepts a value, ignoring other required settings of the
+    block.
+    """
     try:
         block.model_validate({name: value})
     except UserError:
@@ -155,7 +165,9 @@ def _accepts(block: type[Block], name: str, value: Any) -> bool:
 
 
 def _other_value(setting: str, value: Any) -> str | None:
-    """Return the fix for a value that has another name here (of a list, for its first such entry), or None."""
+    """Return the fix for a value that has another name here (of a list, for its first such entry),
+    or None.
+    """
     known = OTHER_VALUES.get(setting, {})
     entries = value if isinstance(value, list) else [value]
     return next((known[name] for name in map(folded, map(str, entries)) if name in known), None)

@@ -53,12 +53,14 @@ SettingsSource = str | Path | Mapping[str, Any]
 def load_spec(
     files: Sequence[SettingsSource] | SettingsSource, overrides: Sequence[str] | str = ()
 ) -> RunSpec:
-    """Merge YAML files or dicts from left to right, apply the `a.b=c` override(s), and validate the result.
+    """Merge YAML files or dicts from left to right, apply the `a.b=c` override(s), and validate the
+    result.
 
     Relative paths are resolved from the current folder and become absolute: workers run elsewhere.
 
     Raises:
-        UserError: a file is missing or not YAML, an override has no `=`, or a setting is wrong (SettingsError).
+        UserError: a file is missing or not YAML, an override has no `=`, or a setting is wrong
+            (SettingsError).
     """
     sources = [files] if isinstance(files, str | Path | Mapping) else list(files)
     paths = [source if isinstance(source, str | Path) else "a dict" for source in sources]
@@ -99,7 +101,10 @@ def _check_unicode(value: Any, key: str = "") -> None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            rule = f"is not Unicode text: {value[error.start]!r} at character {error.start + 1} is a lone surrogate"
+            rule = (
+                f"is not Unicode text: {value[error.start]!r} at character {error.start + 1} "
+                "is a lone surrogate"
+            )
             raise UserError(key or "settings", value, rule, "write it as UTF-8 text") from None
     elif isinstance(value, dict):
         for name, entry in value.items():
@@ -118,7 +123,9 @@ def save_spec(spec: RunSpec, path: Path) -> None:
 
 
 def _escaped(value: Any) -> Any:
-    """Escape text that OmegaConf would treat as an interpolation, so that it is read back as text."""
+    """Escape text that OmegaConf would treat as an interpolation, so that it is read back as
+    text.
+    """
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -127,7 +134,9 @@ def _escaped(value: Any) -> Any:
 
 
 def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
-    """Return {dotted key: path} for those keys that are set; keys of data sources are those of DataSpec.sources."""
+    """Return {dotted key: path} for those keys that are set; keys of data sources are those of
+    DataSpec.sources.
+    """
     found: dict[str, str] = {}
     for dotted in keys:
         if dotted in DATA_KEYS:
@@ -262,7 +271,8 @@ def _make_paths_absolute(raw: dict[str, Any]) -> None:
 
 
 def _check_scheme(key: str, value: Any) -> None:
-    """Check that a setting that needs a folder is not a URL, which would become a folder named after the scheme.
+    """Check that a setting that needs a folder is not a URL, which would become a folder named
+    after the scheme.
 
     Raises:
         UserError: the setting is a URL.
@@ -283,7 +293,9 @@ def _check_scheme(key: str, value: Any) -> None:
 
 
 def _absolute(value: Any, is_ours: bool) -> Any:
-    """Return a setting with absolute paths; it is a path, a block with one, or a list or dict of these."""
+    """Return a setting with absolute paths; it is a path, a block with one, or a list or dict of
+    these.
+    """
     if isinstance(value, list):
         return [_absolute(entry, is_ours) for entry in value]
     if isinstance(value, dict):

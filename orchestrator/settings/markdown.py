@@ -66,7 +66,10 @@ def _is_section(field: FieldInfo) -> bool:
 
 def _row(dotted: str, field: FieldInfo, free: bool) -> str:
     resume = "may change" if free or field.json_schema_extra == FREE else "fixed"
-    return f"| `{dotted}` | {_values(field.annotation)} | {_default(field)} | {_text(field)} | {resume} |"
+    return (
+        f"| `{dotted}` | {_values(field.annotation)} | {_default(field)} | {_text(field)} | "
+        f"{resume} |"
+    )
 
 
 def _text(field: FieldInfo) -> str:

@@ -10,7 +10,8 @@ def folded(name: str) -> str:
 
 
 def nearest(typed: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the name that equals `typed` up to case and dashes, else the most similar one, else None.
+    """Return the name that equals `typed` up to case and dashes, else the most similar one, else
+    None.
 
     cutoff: minimum similarity of a match, as in difflib; 1 is equality.
     """

@@ -1,4 +1,6 @@
-"""Notes on settings that are allowed but unusual, one line each; `plan` and the start of a run print them."""
+"""Notes on settings that are allowed but unusual, one line each; `plan` and the start of a run
+print them.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +9,8 @@ from typing import NamedTuple
 from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import RunSpec, SourceSpec
 
-# Highest usual learning rate, by the last part of the optimizer's name; optimizers not listed are like Adam.
+# Highest usual learning rate, by the last part of the optimizer's name; optimizers not listed are
+# like Adam.
 HIGHEST_LR = {
     "SGD": 10.0,
     "ASGD": 10.0,
@@ -80,7 +83,10 @@ def _length(spec: RunSpec, known: Known) -> Iterator[str]:
                 else "scheduler.warmup_ratio"
             )
             value = getattr(spec.scheduler, key.rpartition(".")[2])
-            what = f"the run has {counted(steps, 'step')} and ends during the warm-up, before it reaches optimizer.lr"
+            what = (
+                f"the run has {counted(steps, 'step')} and ends during the warm-up, before it "
+                "reaches optimizer.lr"
+            )
             yield _line(
                 key, value, what, f"lower it, for example scheduler.warmup_steps={steps // 10}"
             )

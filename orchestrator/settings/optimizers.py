@@ -6,7 +6,8 @@ from orchestrator.settings.spec import EngineSpec, UserError
 
 OptimizerKind = Literal["elementwise", "whole", "unknown"]
 
-# Optimizers whose update of an element reads only that element: they stay exact however the state is sharded.
+# Optimizers whose update of an element reads only that element: they stay exact however the state
+# is sharded.
 ELEMENTWISE_OPTIMIZERS = [
     "Adadelta",
     "Adagrad",
@@ -20,7 +21,8 @@ ELEMENTWISE_OPTIMIZERS = [
     "Rprop",
     "SGD",
 ]  # of torch.optim
-# By module. All but the elementwise ones and DeepSpeed's read more of a parameter than one element per update.
+# By module. All but the elementwise ones and DeepSpeed's read more of a parameter than one element
+# per update.
 OPTIMIZERS: dict[str, list[str]] = {
     "torch.optim": [*ELEMENTWISE_OPTIMIZERS, "Muon", "Adafactor"],
     "bitsandbytes.optim": [
@@ -37,8 +39,10 @@ OPTIMIZERS: dict[str, list[str]] = {
     "deepspeed.ops.adam": ["FusedAdam", "DeepSpeedCPUAdam"],
 }
 USELESS_OPTIMIZERS = {
-    "torch.optim.LBFGS": "needs a closure and reads all parameters, of which a rank holds only some",
-    "torch.optim.SparseAdam": "works only on sparse gradients, and those of a language model are dense",
+    "torch.optim.LBFGS": "needs a closure and reads all parameters, of which a rank holds only "
+    "some",
+    "torch.optim.SparseAdam": "works only on sparse gradients, and those of a language model are "
+    "dense",
 }
 # TRL's names of optimizers.
 TRL_OPTIMIZERS = {
@@ -69,8 +73,8 @@ def optimizer_kind(name: str) -> OptimizerKind:
 
     name: dotted name, or module:attr.
 
-    Returns: "elementwise": only that element, so its state can be split anywhere and resumed by any engine at any
-        world size; "whole": more of the same parameter; "unknown": user code.
+    Returns: "elementwise": only that element, so its state can be split anywhere and resumed by any
+        engine at any world size; "whole": more of the same parameter; "unknown": user code.
     """
     module, _, last = name.rpartition(".")
     if module == "deepspeed.ops.adam" or (
@@ -102,7 +106,10 @@ def check_optimizer(key: str, name: str, engine: EngineSpec) -> None:
     if kind == "whole" and engine.kind != "ddp":
         why = "works on whole matrices, and under fsdp a rank holds only some rows of each"
         if module == "bitsandbytes.optim":
-            why = f"keeps its state in 8-bit blocks or pages, which the shards of {engine.kind} would split"
+            why = (
+                f"keeps its state in 8-bit blocks or pages, which the shards of {engine.kind} "
+                "would split"
+            )
         elif engine.kind == "deepspeed":
             why = "works on matrices, which deepspeed flattens into one vector: it would "
             why += "raise" if last == "Muon" else "silently compute something else"

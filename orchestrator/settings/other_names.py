@@ -1,7 +1,7 @@
 """Map settings and values of other trainers to ours.
 
-Covers LLaMA-Factory, axolotl, open-instruct, NeMo-RL, peft and older versions of TRL; trl_names.py covers the current
-TRL. A name that has another meaning within a block is listed as block.name.
+Covers LLaMA-Factory, axolotl, open-instruct, NeMo-RL, peft and older versions of TRL; trl_names.py
+covers the current TRL. A name that has another meaning within a block is listed as block.name.
 """
 
 OTHER_NAMES = {
@@ -124,7 +124,8 @@ OTHER_NAMES = {
     "adapter": "model.lora",
     "qlora": "model.lora={base: nf4}",
     "lora_model_dir": "model.lora.adapter_path",
-    "lora_target_linear": "model.lora.target_modules; the default is every linear layer except the head",
+    "lora_target_linear": "model.lora.target_modules; the default is every linear layer except "
+    "the head",
     "val_set_size": "data.eval_fraction",
     "dataset_prepared_path": "data.cache_dir",
     "test_datasets": "data.eval",
@@ -307,9 +308,8 @@ _REASONS = {
         "sequence_parallel_size",
         "megatron_cfg",
     ),
-    "an adapter for the reference is not supported; merge it, and set reference.path to the merged model": (
-        "ref_model_adapters",
-    ),
+    "an adapter for the reference is not supported; merge it, and set reference.path to the "
+    "merged model": ("ref_model_adapters",),
     "new tokens are not supported; add them to the model and tokenizer first": (
         "resize_vocab",
         "new_special_tokens",
@@ -318,7 +318,10 @@ _REASONS = {
 NO_COUNTERPART = {name: why for why, names in _REASONS.items() for name in names}
 
 _APO = "set dpo.loss_type=apo_zero (chosen completions better than the model's) or apo_down (worse)"
-_KTO = "KTO trains on single completions, which are not supported; for pairs set dpo.loss_type=apo_zero or bco_pair"
+_KTO = (
+    "KTO trains on single completions, which are not supported; for pairs set "
+    "dpo.loss_type=apo_zero or bco_pair"
+)
 _ODPO = "set dpo.loss_type=sigmoid and data.margin_column to the column of margins"
 _CPO = (
     "CPO is not implemented; losses without a reference are simpo and orpo: set dpo.loss_type=simpo"
@@ -435,8 +438,10 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
         "all": "remove it: the default is every linear layer except the head",
     },
     "model.attention": {
-        "flash_attention_2": "set model.attention=auto, which uses varlen on a GPU that supports it",
-        "flash_attention_3": "set model.attention=auto, which uses varlen on a GPU that supports it",
+        "flash_attention_2": "set model.attention=auto, which uses varlen on a GPU that supports "
+        "it",
+        "flash_attention_3": "set model.attention=auto, which uses varlen on a GPU that supports "
+        "it",
         "flash": "set model.attention=auto, which uses varlen on a GPU that supports it",
         "fa2": "set model.attention=auto, which uses varlen on a GPU that supports it",
         "eager": "set model.attention=sdpa",

@@ -34,7 +34,8 @@ from orchestrator.settings.spec import (
     UserError,
 )
 
-# Common names of Ray's built-in resources, in lower case; any other name is a custom resource of the cluster.
+# Common names of Ray's built-in resources, in lower case; any other name is a custom resource of
+# the cluster.
 RAY_NAMES = {
     "gpu": "GPU",
     "gpus": "GPU",
@@ -193,7 +194,8 @@ def _losses(spec: RunSpec) -> None:
                 dpo.sees_batch and not spec.model.disable_dropout,
                 "model.disable_dropout",
                 spec.model.disable_dropout,
-                f"{listed} runs the policy twice per step, and dropout would differ between the two passes",
+                f"{listed} runs the policy twice per step, and dropout would differ between the "
+                "two passes",
                 "set it to true, or use another dpo.loss_type",
             ),
         ]
@@ -201,7 +203,9 @@ def _losses(spec: RunSpec) -> None:
 
 
 def _loss_options(spec: RunSpec) -> None:
-    """Check that each option of a loss is used by a selected loss; a user's own loss may use any."""
+    """Check that each option of a loss is used by a selected loss; a user's own loss may use
+    any.
+    """
     dpo, own = spec.dpo, spec.dpo.own_losses
     names, listed = set(dpo.loss_types), ", ".join(dpo.loss_types)
     not_of_scores = [name for name in dpo.loss_types if name not in (*OF_SCORES, *own)]
@@ -225,7 +229,8 @@ def _loss_options(spec: RunSpec) -> None:
                 dpo.f_divergence_type != "reverse_kl" and not_of_scores != [],
                 "dpo.f_divergence_type",
                 dpo.f_divergence_type,
-                f"works only for losses of the difference of a pair's scores, not for {', '.join(not_of_scores)}",
+                "works only for losses of the difference of a pair's scores, not for "
+                f"{', '.join(not_of_scores)}",
                 f"remove it, or set dpo.loss_type to one of {', '.join(OF_SCORES)}",
             ),
             _Clash(
@@ -284,7 +289,8 @@ def _row_tokens(spec: RunSpec) -> None:
                 taken != "",
                 f"data.chat_template_kwargs.{taken}",
                 data.chat_template_kwargs.get(taken),
-                "is an argument of apply_chat_template that the tokeniser sets itself, not a template variable",
+                "is an argument of apply_chat_template that the tokeniser sets itself, not a "
+                "template variable",
                 "remove it",
             ),
         ]
@@ -532,7 +538,8 @@ def _engine_limits(spec: RunSpec) -> None:
                 "model.lora.base",
                 base,
                 f"{_named(engine)} cannot shard quantised weights",
-                "set engine.kind=ddp, or engine.kind=deepspeed and engine.zero_stage=2, or model.lora.base=bf16",
+                "set engine.kind=ddp, or engine.kind=deepspeed and engine.zero_stage=2, or "
+                "model.lora.base=bf16",
             ),
         ]
     )
@@ -606,7 +613,8 @@ def _reference_shares(spec: RunSpec) -> None:
                 shared and not own_start,
                 "reference.path",
                 reference.path,
-                "kind shared_layers shares the policy's own layers, which another model does not have",
+                "kind shared_layers shares the policy's own layers, which another model does not "
+                "have",
                 "remove it, or set reference.kind=copy",
             ),
             _Clash(
@@ -791,7 +799,8 @@ def _reference_cache(spec: RunSpec) -> None:
 
 
 def check_cache_with_collator(reference: ReferenceSpec, collator: str) -> None:
-    """Check that no log-probs are cached before the user's collator runs; `collator` names it in the error.
+    """Check that no log-probs are cached before the user's collator runs; `collator` names it in
+    the error.
 
     Raises:
         UserError: reference.kind or reference.cache needs log-probs in advance.
@@ -832,7 +841,8 @@ def _elastic(spec: RunSpec) -> None:
         raise UserError(
             "cluster.num_workers",
             cluster.num_workers,
-            f"the state of {name} is not elementwise, so it can be resumed only on the same number of ranks",
+            f"the state of {name} is not elementwise, so it can be resumed only on the same "
+            "number of ranks",
             f"set cluster.num_workers={cluster.max_workers}, or use torch.optim.AdamW",
         )
 
@@ -851,7 +861,8 @@ def _slurm(spec: RunSpec) -> None:
                 slurm.time_s is not None and slurm.signal_s >= slurm.time_s,
                 "slurm.signal_s",
                 slurm.signal_s,
-                f"is not less than slurm.time ({slurm.time}), so every start would be stopped at once",
+                f"is not less than slurm.time ({slurm.time}), so every start would be stopped at "
+                "once",
                 "lower it, or raise slurm.time",
             ),
             _Clash(
@@ -860,7 +871,8 @@ def _slurm(spec: RunSpec) -> None:
                 and each < cluster.max_workers,
                 "slurm.workers_per_node",
                 each,
-                f"cluster.placement STRICT_PACK needs all {cluster.max_workers} workers on one node",
+                f"cluster.placement STRICT_PACK needs all {cluster.max_workers} workers on one "
+                "node",
                 "remove it, or set cluster.placement=PACK",
             ),
             _Clash(
@@ -882,7 +894,8 @@ def _slurm(spec: RunSpec) -> None:
                 "slurm.args",
                 "=".join((exported or "").split("=")[:2]) + "=...",
                 "would store the value in the run directory, readable by all",
-                "remove it, and set the variable where you submit: the job inherits that environment",
+                "remove it, and set the variable where you submit: the job inherits that "
+                "environment",
             ),
         ]
     )

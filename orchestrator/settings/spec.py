@@ -75,8 +75,9 @@ OF_SCORES: tuple[LossType, ...] = (
     "sigmoid_norm",
     "cdpo",
 )
-"""Losses that support dpo.f_divergence_type. They use the difference of a pair's scores, in which an unknown term that
-depends only on the prompt cancels; sft uses no scores."""
+"""Losses that support dpo.f_divergence_type. They use the difference of a pair's scores, in which
+an unknown term that depends only on the prompt cancels; sft uses no scores.
+"""
 WITH_MARGIN: tuple[LossType, ...] = (
     "sigmoid",
     "hinge",
@@ -87,7 +88,8 @@ WITH_MARGIN: tuple[LossType, ...] = (
     "cdpo",
     "simpo",
 )
-"""Losses over the difference of a pair's rewards, from which its data.margin_column is subtracted."""
+"""Losses over the difference of a pair's rewards, from which its data.margin_column is subtracted.
+"""
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EngineKind = Literal["ddp", "deepspeed", "fsdp"]
 ZeroStage = Literal[1, 2, 3]
@@ -126,7 +128,9 @@ TRACKERS: dict[str, str | None] = {
     "tensorboard": "tensorboard",
     "trackio": "trackio",
 }
-"""Trackers of transformers' report_to, and the package that each needs; W&B has its own settings block."""
+"""Trackers of transformers' report_to, and the package that each needs; W&B has its own settings
+block.
+"""
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 DATA_SUFFIXES = (
@@ -160,7 +164,8 @@ NonNegative = Annotated[int, Field(ge=0, le=MOST)]
 Seed = Annotated[
     int, Field(ge=0, le=2**63 - 1)
 ]  # torch allows 64 bits, and each rank adds its rank
-# Arguments of transformers' apply_chat_template that are set here already and are not template variables.
+# Arguments of transformers' apply_chat_template that are set here already and are not template
+# variables.
 TEMPLATE_CALL = (
     "conversation",
     "add_generation_prompt",
@@ -178,7 +183,9 @@ FREE: dict[str, Any] = {"resume": "free"}
 
 
 class Block(BaseModel):
-    """Frozen group of settings without unknown keys; the docstring under a field is its description."""
+    """Frozen group of settings without unknown keys; the docstring under a field is its
+    description.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -193,9 +200,13 @@ class IdentitySpec(Block):
     """Name and folder of the run; the run directory is dir/name."""
 
     dir: str = Field("runs", json_schema_extra=FREE)
-    """Folder of run directories, on a file system that every node shares. Relative to the current folder."""
+    """Folder of run directories, on a file system that every node shares.
+
+    Relative to the current folder.
+    """
     name: str
-    """Name of the run: the same name resumes the same run. Letters, digits, dot, dash, underscore."""
+    """Name of the run: the same name resumes the same run. Letters, digits, dot, dash, underscore.
+    """
     seed: Seed = 42
     """Seed of the data order, of random initial weights and of dropout. An integer."""
 
@@ -205,20 +216,28 @@ class IdentitySpec(Block):
         if not re.fullmatch(
             r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value
         ):  # excludes .., .cache and flags
-            rule = "must be 1 to 200 letters, digits, '.', '-' and '_', and start with a letter, digit or '_'"
+            rule = (
+                "must be 1 to 200 letters, digits, '.', '-' and '_', and start with a letter, "
+                "digit or '_'"
+            )
             raise PydanticCustomError("run_name", rule)  # pyright: ignore[reportArgumentType]
         return value
 
 
 class InitSpec(Block):
-    """A small model with random weights and its tokenizer, for quickstarts and tests: nothing is downloaded."""
+    """A small model with random weights and its tokenizer, for quickstarts and tests: nothing is
+    downloaded.
+    """
 
     model_type: str = "qwen2"
     """Architecture, a `model_type` of transformers."""
     config: dict[str, Any] = {}
     """Keyword arguments of that architecture's config (hidden_size, num_hidden_layers, ...)."""
     vocab_size: Positive = 1024
-    """Vocabulary size of the byte-level BPE tokenizer, which is trained on data.train. At least 260."""
+    """Vocabulary size of the byte-level BPE tokenizer, which is trained on data.train.
+
+    At least 260.
+    """
 
 
 class LoraSpec(Block):
@@ -229,13 +248,17 @@ class LoraSpec(Block):
     alpha: float | None = Field(None, gt=0)
     """Numerator of the adapter's weight, alpha / r; twice r when not set."""
     target_modules: list[str] | None = None
-    """Names of the linear layers to adapt (q_proj, v_proj, ...); all except the head when not set."""
+    """Names of the linear layers to adapt (q_proj, v_proj, ...); all except the head when not set.
+    """
     adapter_path: str | None = None
-    """Folder or hub name of an adapter to continue training, with its rank, alpha and layers; the reference is then
-    the model with this adapter as it was at the start."""
+    """Folder or hub name of an adapter to continue training, with its rank, alpha and layers; the
+    reference is then the model with this adapter as it was at the start.
+    """
     base: Literal[Dtype, Quantized] | None = None
-    """Type of the frozen base's weights: fp32, bf16, fp16 (it also computes in this type, unless precision is a 16-bit
-    type), or int8, nf4 of bitsandbytes (QLoRA: Dettmers et al. 2023, arXiv 2305.14314); fp32 when not set."""
+    """Type of the frozen base's weights: fp32, bf16, fp16 (it also computes in this type, unless
+    precision is a 16-bit type), or int8, nf4 of bitsandbytes (QLoRA: Dettmers et al. 2023, arXiv
+    2305.14314); fp32 when not set.
+    """
 
 
 class ModelSpec(Block):
@@ -252,14 +275,18 @@ class ModelSpec(Block):
     disable_dropout: bool = True
     """Set all dropout of policy and reference to 0, as in TRL."""
     attention: AttentionName = Field("auto", json_schema_extra=FREE)
-    """Layout of a pair and its attention kernel. Packed (the prompt computed once, no padding): cpu, varlen (GPUs
-    from Ampere on), sdpa (any device, slower); auto selects the one for the device. padded: two padded rows per pair,
-    as in TRL; auto selects it, and prints why, for a model whose packed log-probs would not be exact."""
+    """Layout of a pair and its attention kernel. Packed (the prompt computed once, no padding):
+    cpu, varlen (GPUs from Ampere on), sdpa (any device, slower); auto selects the one for the
+    device. padded: two padded rows per pair, as in TRL; auto selects it, and prints why, for a
+    model whose packed log-probs would not be exact.
+    """
     num_frozen_layers: Positive | None = None
     """Number of lowest layers that are frozen, together with the embeddings."""
     tied_head: Literal["untie", "freeze"] = "untie"
-    """What to do with an output head tied to the embeddings when these are frozen (num_frozen_layers,
-    reference.num_shared_layers): untie: its own, trainable weights; freeze: it stays tied and frozen."""
+    """What to do with an output head tied to the embeddings when these are frozen
+    (num_frozen_layers, reference.num_shared_layers): untie: its own, trainable weights; freeze: it
+    stays tied and frozen.
+    """
     lora: LoraSpec | None = None
     """Train an adapter instead of the weights; needs the extra `peft`."""
 
@@ -282,12 +309,15 @@ class SourceSpec(Block):
     """A source of preference pairs."""
 
     path: str
-    """JSONL, JSON, CSV, TSV (also .gz, .bz2, .xz, .zst), Parquet or Arrow file, a folder of such files or saved by
-    `datasets`, or a hub name."""
+    """JSONL, JSON, CSV, TSV (also .gz, .bz2, .xz, .zst), Parquet or Arrow file, a folder of such
+    files or saved by `datasets`, or a hub name.
+    """
     name: str | None = None
     """Configuration of a hub data set; its default when not set."""
     split: str | None = None
-    """Split of a hub data set or a folder; when not set, train for training pairs, test for evaluation pairs."""
+    """Split of a hub data set or a folder; when not set, train for training pairs, test for
+    evaluation pairs.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -299,53 +329,77 @@ class TrainingSetSpec(SourceSpec):
     """A training set: a source with a weight."""
 
     weight: float = Field(1.0, gt=0)
-    """How often its pairs are seen per epoch: 2: twice; 0.5: one half of them, and the other half in the next epoch."""
+    """How often its pairs are seen per epoch: 2: twice; 0.5: one half of them, and the other half
+    in the next epoch.
+    """
 
 
 class DataSpec(Block):
     """The preference pairs."""
 
     train: list[TrainingSetSpec] = Field(min_length=1)
-    """JSONL, JSON, CSV, Parquet or Arrow file, a folder saved by `datasets`, or a hub name (split train); {path, name,
-    split} for another configuration or split; a list of these, with a weight each, for several sets."""
+    """JSONL, JSON, CSV, Parquet or Arrow file, a folder saved by `datasets`, or a hub name (split
+    train); {path, name, split} for another configuration or split; a list of these, with a weight
+    each, for several sets.
+    """
     eval: dict[str, SourceSpec] = {}
-    """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets, whose metrics start
-    with eval_NAME_ instead of eval_; no evaluation when not set."""
+    """The same for the evaluation pairs (hub name: split test), or {NAME: ...} for several sets,
+    whose metrics start with eval_NAME_ instead of eval_; no evaluation when not set.
+    """
     eval_fraction: float | None = Field(None, gt=0, lt=1)
-    """Instead of eval: the fraction of the training pairs that is held out for evaluation, chosen by run.seed; pairs
-    with the same prompt stay together, so no prompt is both trained on and evaluated."""
+    """Instead of eval: the fraction of the training pairs that is held out for evaluation, chosen
+    by run.seed; pairs with the same prompt stay together, so no prompt is both trained on and
+    evaluated.
+    """
     weight_column: str | None = None
-    """Column with the weight of each pair in loss and metrics, more than 0: a pair of weight 2 counts as two rows; 1
-    each when not set."""
+    """Column with the weight of each pair in loss and metrics, more than 0: a pair of weight 2
+    counts as two rows; 1 each when not set.
+    """
     margin_column: str | None = None
-    """Column with the margin by which the chosen reward should exceed the rejected one, in units of rewards (ODPO:
-    Amini et al. 2024, arXiv 2402.10571); none when not set."""
+    """Column with the margin by which the chosen reward should exceed the rejected one, in units of
+    rewards (ODPO: Amini et al. 2024, arXiv 2402.10571); none when not set.
+    """
     ignore_columns: list[str] = []
-    """Columns to ignore although they look like part of the prompt (system, history, images, ...), which is an error
-    otherwise."""
+    """Columns to ignore although they look like part of the prompt (system, history, images, ...),
+    which is an error otherwise.
+    """
     collator: UserCodeSpec | None = None
-    """A user's collator from rows to TRL's input_ids, attention_mask and completion_mask, as module:attr or {path,
-    kwargs}, for example trl.trainer.dpo_trainer:DataCollatorForPreference. A constructor parameter pad_token_id
-    receives the tokenizer's, unless kwargs set it; a parameter `context` of the call receives a CollateContext."""
+    """A user's collator from rows to TRL's input_ids, attention_mask and completion_mask, as
+    module:attr or {path, kwargs}, for example trl.trainer.dpo_trainer:DataCollatorForPreference. A
+    constructor parameter pad_token_id receives the tokenizer's, unless kwargs set it; a parameter
+    `context` of the call receives a CollateContext.
+    """
     max_length: Positive | None = 1024
     """Tokens of prompt plus one completion; longer ones are truncated. No limit when null."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a sequence longer than max_length is kept; keep_start drops pairs whose prompt fills max_length.
-    keep_end is applied by the collator: a user's collator must truncate by itself."""
+    """Which end of a sequence longer than max_length is kept; keep_start drops pairs whose prompt
+    fills max_length. keep_end is applied by the collator: a user's collator must truncate by
+    itself.
+    """
     max_prompt_length: Positive | None = None
-    """Maximum tokens of a prompt, of which the last are kept; applied before max_length. No limit when not set."""
+    """Maximum tokens of a prompt, of which the last are kept; applied before max_length.
+
+    No limit when not set.
+    """
     max_completion_length: Positive | None = None
-    """Maximum tokens of a completion, of which the first are kept; applied before max_length. No limit when not set."""
+    """Maximum tokens of a completion, of which the first are kept; applied before max_length.
+
+    No limit when not set.
+    """
     system_prompt: str | None = Field(None, min_length=1)
     """Content of a system message that is added to every conversation without one."""
     chat_template: str | None = None
-    """Jinja chat template, as a file or as text, instead of the tokenizer's; exported with the model."""
+    """Jinja chat template, as a file or as text, instead of the tokenizer's; exported with the
+    model.
+    """
     chat_template_kwargs: dict[str, Any] = {}
-    """Variables of the chat template for every conversation, for example {enable_thinking: false}; a row's own
-    chat_template_kwargs and tools take precedence."""
+    """Variables of the chat template for every conversation, for example {enable_thinking: false};
+    a row's own chat_template_kwargs and tools take precedence.
+    """
     on_bad_row: Literal["error", "drop"] | None = None
-    """What to do with every unusable row. Not set: a row of the wrong shape is an error; ties, empty completions and
-    over-long prompts are dropped and counted."""
+    """What to do with every unusable row. Not set: a row of the wrong shape is an error; ties,
+    empty completions and over-long prompts are dropped and counted.
+    """
     num_proc: Positive | None = Field(None, json_schema_extra=FREE)
     """Processes that tokenise; one per core, 16 at most, when not set."""
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
@@ -385,8 +439,9 @@ class DataSpec(Block):
         return list(self.eval) if self.eval_fraction is None else [""]
 
     def sources(self, split: Split, name: str | None = None) -> dict[str, SourceSpec]:
-        """Return the sources of a split by their settings: data.train, or data.train.0, ... if there are several;
-        data.eval, or data.eval.NAME. name: return only this evaluation set."""
+        """Return the sources of a split by their settings: data.train, or data.train.0, ... if
+        there are several; data.eval, or data.eval.NAME. name: return only this evaluation set.
+        """
         if split == "train":
             several = len(self.train) > 1
             return {
@@ -403,12 +458,15 @@ class DataSpec(Block):
 
     @property
     def keep_last(self) -> int | None:
-        """Return how many tokens the collator keeps at the end of a sequence; None if tokenising already truncated."""
+        """Return how many tokens the collator keeps at the end of a sequence; None if tokenising
+        already truncated.
+        """
         return self.max_length if self.truncation == "keep_end" else None
 
 
 def jinja_template(given: str) -> str:
-    """Return the template text for data.chat_template: the text itself, or that of a file or tokenizer folder.
+    """Return the template text for data.chat_template: the text itself, or that of a file or
+    tokenizer folder.
 
     Raises:
         UserError: there is no such file, or it is not a template.
@@ -435,31 +493,43 @@ class DpoSpec(Block):
     """The loss. Names and defaults are TRL's."""
 
     loss_type: str | list[str] = "sigmoid"
-    """Loss, or list of losses to add: sigmoid is DPO (Rafailov et al. 2023, eq. 7), [sigmoid, sft] is RPO. The
-    functions with these names in orchestrator/dpo/losses.py cite papers and equations. Your own loss as module:attr: a
-    function (terms: PairTerms, dpo: DpoSpec) -> [B], with the types of that file."""
+    """Loss, or list of losses to add: sigmoid is DPO (Rafailov et al. 2023, eq. 7), [sigmoid, sft]
+    is RPO. The functions with these names in orchestrator/dpo/losses.py cite papers and equations.
+    Your own loss as module:attr: a function (terms: PairTerms, dpo: DpoSpec) -> [B], with the types
+    of that file.
+    """
     loss_weights: list[float] | None = None
     """Factor of each loss, in the order of loss_type; 1 each when not set. Dimensionless."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the pull to the reference: reward = beta * log(policy / reference). Dimensionless."""
+    """Strength of the pull to the reference: reward = beta * log(policy / reference).
+
+    Dimensionless.
+    """
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """robust, aot, aot_unpaired, cdpo, simpo: probability that a pair's label is wrong; exo_pair: fraction of the
-    label on the rejected completion, more than 0."""
+    """robust, aot, aot_unpaired, cdpo, simpo: probability that a pair's label is wrong; exo_pair:
+    fraction of the label on the rejected completion, more than 0.
+    """
     f_divergence_type: FDivergence = "reverse_kl"
-    """Divergence between policy and reference (f-DPO: Wang et al. 2023, arXiv 2309.16240), for losses over the
-    difference of a pair's scores."""
+    """Divergence between policy and reference (f-DPO: Wang et al. 2023, arXiv 2309.16240), for
+    losses over the difference of a pair's scores.
+    """
     f_alpha_divergence_coef: float = 0.5
     """Alpha of alpha_divergence; 1 is reverse_kl. Dimensionless."""
     ld_alpha: float | None = Field(None, ge=0, le=1)
-    """Weight of the tokens of the longer completion beyond the length of the shorter one, in the log-probs of policy
-    and reference (LD-DPO: Liu et al. 2024, arXiv 2409.06411); 1 when not set."""
+    """Weight of the tokens of the longer completion beyond the length of the shorter one, in the
+    log-probs of policy and reference (LD-DPO: Liu et al. 2024, arXiv 2409.06411); 1 when not set.
+    """
     use_weighting: bool = False
-    """Weight the loss of a pair by its probability under the policy (WPO: Zhou et al. 2024, arXiv 2406.11827)."""
+    """Weight the loss of a pair by its probability under the policy (WPO: Zhou et al.
+
+    2024, arXiv 2406.11827).
+    """
     discopop_tau: float = Field(0.05, gt=0)
     """Temperature of the modulation in discopop. Dimensionless."""
     router_aux_loss_coef: float | None = None
-    """0: train a mixture of experts without its load-balancing loss, which is not supported; if not set, a model whose
-    config has a coefficient for it is an error."""
+    """0: train a mixture of experts without its load-balancing loss, which is not supported; if not
+    set, a model whose config has a coefficient for it is an error.
+    """
     simpo_gamma: float = Field(0.5, ge=0)
     """Target margin of simpo, in units of its reward: beta times log-prob per token."""
 
@@ -503,17 +573,23 @@ class BatchSpec(Block):
     global_batch_size: Positive = 32
     """Pairs per optimizer step, over all ranks."""
     micro_batch_size: Positive | None = Field(None, json_schema_extra=FREE)
-    """Pairs per forward pass on one rank, fewer if that is faster on a CPU. Set exactly one of this and the next."""
+    """Pairs per forward pass on one rank, fewer if that is faster on a CPU.
+
+    Set exactly one of this and the next.
+    """
     max_tokens_per_microbatch: Positive | None = Field(None, json_schema_extra=FREE)
-    """Maximum tokens per forward pass on one rank: packed: prompt and both completions; padded: including padding. A
-    longer single pair gets a pass of its own."""
+    """Maximum tokens per forward pass on one rank: packed: prompt and both completions; padded:
+    including padding. A longer single pair gets a pass of its own.
+    """
 
     def pairs_per_rank(self, ranks: int) -> int:
         """Return the most pairs that one of so many ranks has in a step."""
         return -(-self.global_batch_size // ranks)
 
     def grad_accum(self, ranks: int) -> int | None:
-        """Return the forward passes per step on that rank; None if max_tokens_per_microbatch decides."""
+        """Return the forward passes per step on that rank; None if max_tokens_per_microbatch
+        decides.
+        """
         return (
             -(-self.pairs_per_rank(ranks) // self.micro_batch_size)
             if self.micro_batch_size
@@ -525,14 +601,18 @@ class OptimizerSpec(Block):
     """The optimizer; its state is sharded over the ranks."""
 
     name: str = "torch.optim.AdamW"
-    """Dotted name. With every engine: the elementwise optimizers of torch.optim (AdamW, SGD, ...), whose state resumes
-    with any engine and number of ranks. With ddp: torch.optim.Muon and Adafactor, and those of bitsandbytes.optim
-    (AdamW8bit, PagedAdamW32bit, ...). With deepspeed: FusedAdam and DeepSpeedCPUAdam of deepspeed.ops.adam. With ddp
-    and engine.shard_optimizer=false: your own, as module:attr."""
+    """Dotted name. With every engine: the elementwise optimizers of torch.optim (AdamW, SGD, ...),
+    whose state resumes with any engine and number of ranks. With ddp: torch.optim.Muon and
+    Adafactor, and those of bitsandbytes.optim (AdamW8bit, PagedAdamW32bit, ...). With deepspeed:
+    FusedAdam and DeepSpeedCPUAdam of deepspeed.ops.adam. With ddp and engine.shard_optimizer=false:
+    your own, as module:attr.
+    """
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of matrices, multiplied by the learning rate; norms and biases are never decayed."""
+    """Weight decay of matrices, multiplied by the learning rate; norms and biases are never
+    decayed.
+    """
     kwargs: dict[str, Any] = {}
     """Further keyword arguments of the optimizer, for example {momentum: 0.9}."""
 
@@ -541,14 +621,17 @@ class SchedulerSpec(Block):
     """The learning rate as a function of the optimizer steps actually taken."""
 
     name: str = "linear"
-    """linear, cosine, constant, cosine_with_min_lr, wsd (warmup_stable_decay) or another schedule of transformers, or
-    the dotted name of a torch scheduler (torch.optim.lr_scheduler.StepLR)."""
+    """linear, cosine, constant, cosine_with_min_lr, wsd (warmup_stable_decay) or another schedule
+    of transformers, or the dotted name of a torch scheduler (torch.optim.lr_scheduler.StepLR).
+    """
     warmup_steps: NonNegative = 0
     """Optimizer steps of linear warm-up, for the schedules of transformers."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Warm-up as a fraction of all steps, rounded up."""
     kwargs: dict[str, Any] = {}
-    """Keyword arguments of the schedule: {min_lr_rate: 0.1}, {num_decay_steps: 100}, {step_size: 30, gamma: 0.1}."""
+    """Keyword arguments of the schedule: {min_lr_rate: 0.1}, {num_decay_steps: 100}, {step_size:
+    30, gamma: 0.1}.
+    """
 
     def warmup(self, total_steps: int) -> int:
         """Return the warm-up steps in a run of `total_steps`."""
@@ -573,33 +656,49 @@ class TrainingSpec(Block):
     logging_steps: Positive = Field(10, json_schema_extra=FREE)
     """Optimizer steps between two logged lines."""
     token_metrics: bool = Field(True, json_schema_extra=FREE)
-    """Also report metrics of the output head: entropy, logits/chosen, logits/rejected, mean_token_accuracy."""
+    """Also report metrics of the output head: entropy, logits/chosen, logits/rejected,
+    mean_token_accuracy.
+    """
     pair_ledger: bool = Field(True, json_schema_extra=FREE)
-    """Record the results of every pair in every step in RUN_DIR/pairs.parquet, about 50 bytes per pair and step, for
-    `orchestrator pairs`."""
+    """Record the results of every pair in every step in RUN_DIR/pairs.parquet, about 50 bytes per
+    pair and step, for `orchestrator pairs`.
+    """
 
 
 class EngineSpec(Block):
-    """Sharding of weights, gradients and optimizer state; in fp32 it affects only speed and memory."""
+    """Sharding of weights, gradients and optimizer state; in fp32 it affects only speed and
+    memory.
+    """
 
     kind: EngineKind = Field("ddp", json_schema_extra=FREE)
-    """ddp: whole weights on every rank, optimizer state sharded. deepspeed: ZeRO at engine.zero_stage. fsdp: weights,
-    gradients and optimizer state sharded by torch's fully_shard (FSDP2)."""
+    """ddp: whole weights on every rank, optimizer state sharded. deepspeed: ZeRO at
+    engine.zero_stage. fsdp: weights, gradients and optimizer state sharded by torch's fully_shard
+    (FSDP2).
+    """
     zero_stage: ZeroStage | None = Field(None, json_schema_extra=FREE)
-    """What DeepSpeed shards: 1: optimizer state, 2: gradients too, 3: weights too. 2 when neither this nor
-    engine.deepspeed_config sets it. Rajbhandari et al. 2019, arXiv 1910.02054."""
+    """What DeepSpeed shards: 1: optimizer state, 2: gradients too, 3: weights too. 2 when neither
+    this nor engine.deepspeed_config sets it. Rajbhandari et al. 2019, arXiv 1910.02054.
+    """
     deepspeed_config: dict[str, Any] | None = Field(None, json_schema_extra=FREE)
-    """A DeepSpeed config, as the path of a JSON or as its content; "auto" is filled from the settings, and a
-    contradiction with them is an error."""
+    """A DeepSpeed config, as the path of a JSON or as its content; "auto" is filled from the
+    settings, and a contradiction with them is an error.
+    """
     shard_optimizer: bool = Field(True, json_schema_extra=FREE)
-    """ddp: shard the optimizer state (ZeroRedundancyOptimizer): each parameter's state is on one rank."""
+    """ddp: shard the optimizer state (ZeroRedundancyOptimizer): each parameter's state is on one
+    rank.
+    """
     offload: EngineOffload = Field("none", json_schema_extra=FREE)
-    """What to keep in host memory. optimizer: its state and the weights that it updates (deepspeed); parameters: also
-    all weights while they are not used (deepspeed at stage 3; fsdp)."""
+    """What to keep in host memory. optimizer: its state and the weights that it updates
+    (deepspeed); parameters: also all weights while they are not used (deepspeed at stage 3; fsdp).
+    """
     reshard_after_forward: bool = Field(True, json_schema_extra=FREE)
-    """fsdp: free a layer's gathered weights after its forward pass, and gather them again for the backward pass."""
+    """fsdp: free a layer's gathered weights after its forward pass, and gather them again for the
+    backward pass.
+    """
     bucket_size: Positive | None = Field(None, json_schema_extra=FREE)
-    """Gradient elements per communication bucket (deepspeed, ddp); the engine's default when not set."""
+    """Gradient elements per communication bucket (deepspeed, ddp); the engine's default when not
+    set.
+    """
     overlap_comm: bool | None = Field(None, json_schema_extra=FREE)
     """deepspeed: reduce gradients during the backward pass; DeepSpeed's default when not set."""
 
@@ -624,7 +723,8 @@ class EngineSpec(Block):
 
 
 def deepspeed_json(given: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Return the content of engine.deepspeed_config, read from its file if it is a path; empty if it is not set.
+    """Return the content of engine.deepspeed_config, read from its file if it is a path; empty if
+    it is not set.
 
     Raises:
         UserError: there is no such file, or it is not a JSON object.
@@ -650,11 +750,12 @@ class ReferenceSpec(Block):
     """The frozen reference model; each rank holds its own copy unless it is sharded."""
 
     kind: ReferenceKind = "copy"
-    """copy: a frozen copy of the initial policy, or of another model. shared_layers: the policy's lowest layers are
-    frozen, and stored and computed once for both. int8, nf4: a copy quantised by bitsandbytes, whose error is measured
-    at the start. adapter_off: the policy without its LoRA adapter, or with the one it started from. precomputed: all
-    log-probs are computed before the first step, by the initial policy or by the model at path, and no reference stays
-    in memory."""
+    """copy: a frozen copy of the initial policy, or of another model. shared_layers: the policy's
+    lowest layers are frozen, and stored and computed once for both. int8, nf4: a copy quantised by
+    bitsandbytes, whose error is measured at the start. adapter_off: the policy without its LoRA
+    adapter, or with the one it started from. precomputed: all log-probs are computed before the
+    first step, by the initial policy or by the model at path, and no reference stays in memory.
+    """
     path: str | None = None
     """Folder or hub name of the reference; the initial policy when not set."""
     num_shared_layers: Positive | None = None
@@ -662,21 +763,28 @@ class ReferenceSpec(Block):
     dtype: Dtype | None = None
     """Type of a copy's weights; the policy's when not set."""
     sharded: bool = Field(False, json_schema_extra=FREE)
-    """Shard the weights of a copy, or the reference's own layers of kind shared_layers, with the policy's, if the
-    engine shards weights (deepspeed at stage 3, fsdp); otherwise each rank holds them whole."""
+    """Shard the weights of a copy, or the reference's own layers of kind shared_layers, with the
+    policy's, if the engine shards weights (deepspeed at stage 3, fsdp); otherwise each rank holds
+    them whole.
+    """
     offload: bool = Field(False, json_schema_extra=FREE)
-    """Keep a copy's weights in host memory, and move each layer to the device when it runs (accelerate)."""
+    """Keep a copy's weights in host memory, and move each layer to the device when it runs
+    (accelerate).
+    """
     max_reward_error: float | None = Field(None, gt=0)
-    """Stop if a reference with int8, nf4 or its own dtype changes a pair's reward margin by more than this at the
-    start. Dimensionless, as rewards are: beta times nats."""
+    """Stop if a reference with int8, nf4 or its own dtype changes a pair's reward margin by more
+    than this at the start. Dimensionless, as rewards are: beta times nats.
+    """
     cache: CacheMode = Field("lazy", json_schema_extra=FREE)
-    """Cache of reference log-probs on disk, keyed by content and shared by all runs with the same reference and
-    tokens. lazy: filled as training sees each pair, so the second epoch needs no reference; full: filled before the
-    first step; off: the reference runs every time. data.collator and sync_every switch it off; lazy does not cache
-    the pairs of training sets with weights."""
+    """Cache of reference log-probs on disk, keyed by content and shared by all runs with the same
+    reference and tokens. lazy: filled as training sees each pair, so the second epoch needs no
+    reference; full: filled before the first step; off: the reference runs every time. data.collator
+    and sync_every switch it off; lazy does not cache the pairs of training sets with weights.
+    """
     sync_every: Positive | None = None
-    """Optimizer steps between updates of the reference towards the policy (TR-DPO: Gorbatovski et al. 2024, arXiv
-    2404.09656); never when not set."""
+    """Optimizer steps between updates of the reference towards the policy (TR-DPO: Gorbatovski et
+    al. 2024, arXiv 2404.09656); never when not set.
+    """
     sync_alpha: float = Field(0.6, gt=0, le=1)
     """Size of an update: reference = sync_alpha * policy + (1 - sync_alpha) * reference."""
 
@@ -695,7 +803,9 @@ class EarlyStoppingSpec(Block):
     """Early stopping when evaluations no longer improve (transformers' EarlyStoppingCallback)."""
 
     patience: Positive
-    """Consecutive evaluations without a better evaluation.metric_for_best after which training ends."""
+    """Consecutive evaluations without a better evaluation.metric_for_best after which training
+    ends.
+    """
     min_delta: float = Field(0.0, ge=0)
     """Minimum improvement: it must exceed this. In the units of the metric."""
 
@@ -710,24 +820,36 @@ class EvaluationSpec(Block):
     at_start: bool = Field(True, json_schema_extra=FREE)
     """Evaluate before the first step."""
     metric_for_best: str | None = None
-    """Metric that decides which step was best (and early stopping), for example loss or rewards/accuracies; with
-    several evaluation sets NAME_loss. The best step so far is saved and its checkpoint kept, except before the first
-    step."""
+    """Metric that decides which step was best (and early stopping), for example loss or
+    rewards/accuracies; with several evaluation sets NAME_loss. The best step so far is saved and
+    its checkpoint kept, except before the first step.
+    """
     greater_is_better: bool | None = None
-    """Direction of metric_for_best; when not set, false for names that end with loss and true otherwise."""
+    """Direction of metric_for_best; when not set, false for names that end with loss and true
+    otherwise.
+    """
     compute_metrics: str | None = Field(None, json_schema_extra=FREE)
-    """A user's function as module:attr, EvalPrediction -> {name: number}: additional metrics, reported with the prefix
-    eval_. Rank zero passes it the Predictions of orchestrator/training/compute_metrics.py; the other ranks wait for at
-    most cluster.collective_timeout_s."""
+    """A user's function as module:attr, EvalPrediction -> {name: number}: additional metrics,
+    reported with the prefix eval_. Rank zero passes it the Predictions of
+    orchestrator/training/compute_metrics.py; the other ranks wait for at most
+    cluster.collective_timeout_s.
+    """
     logits: bool = Field(False, json_schema_extra=FREE)
-    """Pass what TRL passes: logits and input_ids of padded sequences, for which the policy runs once more."""
+    """Pass what TRL passes: logits and input_ids of padded sequences, for which the policy runs
+    once more.
+    """
     batch_eval_metrics: bool = Field(False, json_schema_extra=FREE)
-    """Pass one batch at a time, as tensors; the last call has compute_result=True, and its result is used."""
+    """Pass one batch at a time, as tensors; the last call has compute_result=True, and its result
+    is used.
+    """
     batch_size: Positive | None = Field(None, json_schema_extra=FREE)
-    """Pairs per batch of logits or batch_eval_metrics; batch.micro_batch_size when not set, else 1."""
+    """Pairs per batch of logits or batch_eval_metrics; batch.micro_batch_size when not set, else 1.
+    """
     samples: NonNegative = Field(0, json_schema_extra=FREE)
-    """Prompts of the first evaluation set for which rank zero generates answers at the end of the run, with the model
-    before and after training, each whole on one device: greedily, 64 tokens at most."""
+    """Prompts of the first evaluation set for which rank zero generates answers at the end of the
+    run, with the model before and after training, each whole on one device: greedily, 64 tokens at
+    most.
+    """
     early_stopping: EarlyStoppingSpec | None = Field(None, json_schema_extra=FREE)
     """Early stopping; none when not set."""
 
@@ -747,9 +869,12 @@ class CheckpointSpec(Block):
     every_steps: Positive | None = Field(None, json_schema_extra=FREE)
     """Optimizer steps between checkpoints; only at the end when not set."""
     keep: Positive = Field(2, json_schema_extra=FREE)
-    """Number of newest checkpoints to keep on disk; the best by evaluation.metric_for_best is also kept."""
+    """Number of newest checkpoints to keep on disk; the best by evaluation.metric_for_best is also
+    kept.
+    """
     export: Exported = Field("last", json_schema_extra=FREE)
-    """Which checkpoint becomes RUN_DIR/model: the last, or the best by evaluation.metric_for_best."""
+    """Which checkpoint becomes RUN_DIR/model: the last, or the best by evaluation.metric_for_best.
+    """
     async_save: bool = Field(False, json_schema_extra=FREE)
     """Copy the state to host memory and write it in the background, while training continues."""
 
@@ -758,29 +883,44 @@ class ClusterSpec(Block):
     """Workers, resources and fault tolerance under Ray."""
 
     num_workers: int | list[int] = Field(1, json_schema_extra=FREE)
-    """Number of ranks, one worker each. [fewest, most]: as many as fit when the run starts or resumes; when room is
-    added (in an existing cluster, placed PACK or SPREAD), the run saves and resumes with more."""
+    """Number of ranks, one worker each. [fewest, most]: as many as fit when the run starts or
+    resumes; when room is added (in an existing cluster, placed PACK or SPREAD), the run saves and
+    resumes with more.
+    """
     resources: dict[str, Annotated[float, Field(ge=0)]] = Field({}, json_schema_extra=FREE)
-    """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU if there is any, else one CPU."""
+    """Resources of one worker, for example {CPU: 4, GPU: 1}; when empty, one GPU if there is any,
+    else one CPU.
+    """
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", json_schema_extra=FREE
     )
     """Ray's placement strategy for the workers."""
     storage_path: str | None = Field(None, json_schema_extra=FREE)
-    """Folder for Ray Train's own records; RUN_DIR/logs/ray when not set. It never contains checkpoints."""
+    """Folder for Ray Train's own records; RUN_DIR/logs/ray when not set.
+
+    It never contains checkpoints.
+    """
     max_failures: NonNegative = Field(3, json_schema_extra=FREE)
     """Failures of workers after which the run resumes, counted since the last new checkpoint."""
     auth: Literal["token", "disabled"] = Field("token", json_schema_extra=FREE)
-    """Authentication of a Ray cluster that the run starts (RAY_AUTH_MODE); an existing cluster has its own."""
+    """Authentication of a Ray cluster that the run starts (RAY_AUTH_MODE); an existing cluster has
+    its own.
+    """
     collective_timeout_s: Positive = Field(600, json_schema_extra=FREE)
-    """Seconds that a rank waits for the others in a collective before the attempt is aborted and resumed."""
+    """Seconds that a rank waits for the others in a collective before the attempt is aborted and
+    resumed.
+    """
     preflight: bool = Field(True, json_schema_extra=FREE)
     """Check every node first, as `orchestrator doctor` does, and do not train if a check fails."""
     network_interface: str | None = Field(None, json_schema_extra=FREE)
-    """Network interface for collectives, for example ib0; when not set, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME of
-    each node, else the interface through which the node reaches the cluster's head."""
+    """Network interface for collectives, for example ib0; when not set, GLOO_SOCKET_IFNAME and
+    NCCL_SOCKET_IFNAME of each node, else the interface through which the node reaches the cluster's
+    head.
+    """
     replacement_wait_s: NonNegative = Field(600, json_schema_extra=FREE)
-    """Seconds to wait for a replacement after a node is lost, if the remaining nodes cannot hold the workers."""
+    """Seconds to wait for a replacement after a node is lost, if the remaining nodes cannot hold
+    the workers.
+    """
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -807,15 +947,22 @@ class ClusterSpec(Block):
 
 
 class SlurmSpec(Block):
-    """Options of `orchestrator submit --to slurm`; nodes, and GPUs and CPUs per node, follow from `cluster`."""
+    """Options of `orchestrator submit --to slurm`; nodes, and GPUs and CPUs per node, follow from
+    `cluster`.
+    """
 
     workers_per_node: Positive | None = Field(None, json_schema_extra=FREE)
-    """Workers per node; not needed with one worker, or with cluster.placement STRICT_PACK or STRICT_SPREAD."""
+    """Workers per node; not needed with one worker, or with cluster.placement STRICT_PACK or
+    STRICT_SPREAD.
+    """
     time: str | None = Field(None, json_schema_extra=FREE)
-    """Time limit of a start, after which the job is requeued: D-HH:MM:SS, HH:MM:SS or MM:SS, or a number of seconds
-    (YAML reads 24:00:00 as one). The partition's limit when not set."""
+    """Time limit of a start, after which the job is requeued: D-HH:MM:SS, HH:MM:SS or MM:SS, or a
+    number of seconds (YAML reads 24:00:00 as one). The partition's limit when not set.
+    """
     signal_s: Annotated[int, Field(ge=1, le=65535)] = Field(300, json_schema_extra=FREE)
-    """Seconds before the time limit at which the run is signalled to save; Slurm may signal up to a minute earlier."""
+    """Seconds before the time limit at which the run is signalled to save; Slurm may signal up to a
+    minute earlier.
+    """
     partition: str | None = Field(None, json_schema_extra=FREE)
     """Partition; the cluster's default when not set."""
     account: str | None = Field(None, json_schema_extra=FREE)
@@ -823,7 +970,9 @@ class SlurmSpec(Block):
     qos: str | None = Field(None, json_schema_extra=FREE)
     """Quality of service; the default when not set."""
     args: list[str] = Field([], json_schema_extra=FREE)
-    """Further flags of sbatch, for example [--mem=0, --exclusive]; they override the generated ones."""
+    """Further flags of sbatch, for example [--mem=0, --exclusive]; they override the generated
+    ones.
+    """
 
     @field_validator("time", mode="before")
     @classmethod
@@ -859,8 +1008,9 @@ class WandbSpec(Block):
     mode: Literal["auto", "online", "offline", "disabled"] = Field("auto", json_schema_extra=FREE)
     """auto: online if a key is found, else offline files in RUN_DIR/wandb."""
     key_file: str | None = Field(None, json_schema_extra=FREE)
-    """File with the API key, readable only by you (chmod 600), on the node of rank zero; when not set, W&B looks for a
-    key in WANDB_API_KEY and in ~/.netrc."""
+    """File with the API key, readable only by you (chmod 600), on the node of rank zero; when not
+    set, W&B looks for a key in WANDB_API_KEY and in ~/.netrc.
+    """
 
 
 class RunSpec(Block):
@@ -883,15 +1033,18 @@ class RunSpec(Block):
     training: TrainingSpec = TrainingSpec()  # pyright: ignore[reportCallIssue]
     """Length of training, and options of a step."""
     precision: Precision = "auto"
-    """Type of the arithmetic, over fp32 weights: auto is bf16 if the GPU supports it, else fp32; tf32 is fp32 with
-    matrix products in TF32 (GPUs from Ampere on), which is off for all others; fp64 is for tests."""
+    """Type of the arithmetic, over fp32 weights: auto is bf16 if the GPU supports it, else fp32;
+    tf32 is fp32 with matrix products in TF32 (GPUs from Ampere on), which is off for all others;
+    fp64 is for tests.
+    """
     engine: EngineSpec = EngineSpec()  # pyright: ignore[reportCallIssue]
     """Sharding of weights, gradients and optimizer state."""
     reference: ReferenceSpec = ReferenceSpec()  # pyright: ignore[reportCallIssue]
     """The frozen reference model."""
     callbacks: list[UserCodeSpec] = Field([], json_schema_extra=FREE)
-    """Trackers by name (tensorboard, mlflow, ...) and your own transformers.TrainerCallback, as module:attr or {path,
-    kwargs}."""
+    """Trackers by name (tensorboard, mlflow, ...) and your own transformers.TrainerCallback, as
+    module:attr or {path, kwargs}.
+    """
     evaluation: EvaluationSpec = EvaluationSpec()  # pyright: ignore[reportCallIssue]
     """When to evaluate."""
     checkpoint: CheckpointSpec = CheckpointSpec()  # pyright: ignore[reportCallIssue]
@@ -910,7 +1063,9 @@ class RunSpec(Block):
 
     @property
     def cache_dir(self) -> Path:
-        """Return the folder of tokenised data and of models from model.init, shared between runs of one run.dir."""
+        """Return the folder of tokenised data and of models from model.init, shared between runs of
+        one run.dir.
+        """
         return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.run.dir) / ".cache"
 
     @property
@@ -920,15 +1075,18 @@ class RunSpec(Block):
 
     @property
     def reference_cache(self) -> CacheMode:
-        """Return the effective cache mode of reference log-probs: off if the reference is synced, or if a user's
-        collator decides the tokens."""
+        """Return the effective cache mode of reference log-probs: off if the reference is synced,
+        or if a user's collator decides the tokens.
+        """
         if self.reference.sync_every or self.data.collator:
             return "off"
         return "full" if self.reference.kind == "precomputed" else self.reference.cache
 
     @property
     def greater_is_better(self) -> bool:
-        """Return the direction of evaluation.metric_for_best; by the rule of transformers if it is not set."""
+        """Return the direction of evaluation.metric_for_best; by the rule of transformers if it is
+        not set.
+        """
         if self.evaluation.greater_is_better is not None:
             return self.evaluation.greater_is_better
         return not (self.evaluation.metric_for_best or "").endswith("loss")
@@ -942,7 +1100,9 @@ class RunSpec(Block):
 
 
 def changed_on_resume(before: RunSpec, after: RunSpec) -> list[tuple[str, Any, Any]]:
-    """Return (key, old value, new value) of each setting that differs but may not change on resume."""
+    """Return (key, old value, new value) of each setting that differs but may not change on
+    resume.
+    """
     return list(_changes("", before, after))
 
 
@@ -958,7 +1118,9 @@ def _changes(prefix: str, before: Block, after: Block) -> Iterator[tuple[str, An
 
 
 def _shown(value: Any) -> Any:
-    """Return a setting as a user would write it: blocks without defaults, and a block with only a path as the path."""
+    """Return a setting as a user would write it: blocks without defaults, and a block with only a
+    path as the path.
+    """
     if isinstance(value, list):
         return [_shown(entry) for entry in value]
     if isinstance(value, dict):

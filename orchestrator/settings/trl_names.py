@@ -42,7 +42,8 @@ TRL_NAMES = {
     "early_stopping_patience": "evaluation.early_stopping.patience",
     "early_stopping_threshold": "evaluation.early_stopping.min_delta",
     "save_steps": "checkpoint.every_steps",
-    "save_strategy": "checkpoint.every_steps (with evaluation.metric_for_best the best is saved as well)",
+    "save_strategy": "checkpoint.every_steps (with evaluation.metric_for_best the best is saved "
+    "as well)",
     "save_total_limit": "checkpoint.keep",
     "logging_steps": "training.logging_steps",
     "max_length": "data.max_length",
@@ -157,7 +158,8 @@ _REASONS = {
         "ignore_data_skip",
         "restore_callback_states_from_checkpoint",
     ),
-    "a checkpoint holds the whole state, on a file system shared by all nodes; model/ holds only weights": (
+    "a checkpoint holds the whole state, on a file system shared by all nodes; model/ holds only "
+    "weights": (
         "save_on_each_node",
         "save_only_model",
     ),

@@ -1,1 +1,3 @@
-"""The training loop and everything that a rank needs around it, from the run directory to callbacks."""
+"""The training loop and everything that a rank needs around it, from the run directory to
+callbacks.
+"""

@@ -38,7 +38,8 @@ def print_run(
         bring = (f"; rows with {variable}: {rows}" for variable, rows in pairs.unread.items())
         unread = "".join(f"{each}, not used by the chat template" for each in bring)
         print(
-            f"{counted(len(pairs), f'{name} pair')}, {counted(int(pairs.lengths.sum()), 'token')}{dropped}{unread}",
+            f"{counted(len(pairs), f'{name} pair')}, "
+            f"{counted(int(pairs.lengths.sum()), 'token')}{dropped}{unread}",
             flush=True,
         )
         for line in note_lines(pairs.unread_columns, pairs.notes):
@@ -52,13 +53,15 @@ def print_run(
         if prepared.collator is not None and spec.data.keep_last is not None:
             long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
             print(
-                f"{prepared.collator.name} must truncate {long} of them, which are longer than data.max_length"
+                f"{prepared.collator.name} must truncate {long} of them, which are longer than "
+                "data.max_length"
             )
     for line in repeat_lines(prepared.train, prepared.eval):
         print(line, flush=True)
     if (user := prepared.user_metrics) is not None and not user.logits:
         print(
-            f"{user.name} receives log-probs, rewards and lengths of pairs; evaluation.logits=true: logits, as in TRL"
+            f"{user.name} receives log-probs, rewards and lengths of pairs; "
+            "evaluation.logits=true: logits, as in TRL"
         )
     if user is not None and user.logits and not user.batched:
         vocabulary = prepared.config.get_text_config().vocab_size
@@ -74,14 +77,16 @@ def print_run(
     ]
     where = f"{counted(world.size, 'rank')} on {world.device.type} in {precision}{engine}"
     print(
-        f"{where}, {counted(spec.batch.global_batch_size, 'pair')} a step, {counted(max_steps, 'step')}",
+        f"{where}, {counted(spec.batch.global_batch_size, 'pair')} a step, "
+        f"{counted(max_steps, 'step')}",
         flush=True,
     )
     if spec.reference_cache == "lazy" and any(
         share.per_epoch != share.pairs for share in prepared.train.shares
     ):
         print(
-            "training sets have weights: reference log-probs are cached only with reference.cache=full; ",
+            "training sets have weights: reference log-probs are cached only with "
+            "reference.cache=full; ",
             end="",
         )
         print("the reference runs in every step")
@@ -100,7 +105,9 @@ def evaluation_named(name: str) -> str:
 
 
 def print_types(engine: Engine, precision: Precision) -> None:
-    """Print the dtypes of weights, arithmetic, gradients, optimizer state and reference in one line."""
+    """Print the dtypes of weights, arithmetic, gradients, optimizer state and reference in one
+    line.
+    """
     types, step, judge = engine.types, engine.step, engine.step.reference
     own = [p for module in judge.own_modules(step.policy) for p in module.parameters()]
     if isinstance(judge, PolicyStart) or not own:
@@ -119,9 +126,9 @@ def print_types(engine: Engine, precision: Precision) -> None:
         reference = f"{held}, arithmetic {precision} by autocast" if casts else held
     softmax = "fp64" if precision == "fp64" else "fp32"
     print(
-        f"types: weights {types.weights}, arithmetic {types.arithmetic}, gradients {types.gradients}, "
-        f"optimizer state {types.state}; softmax {softmax}, log-probs and loss summed in fp64; reference {reference}; "
-        f"TF32 {'on' if precision == 'tf32' else 'off'}",
+        f"types: weights {types.weights}, arithmetic {types.arithmetic}, gradients "
+        f"{types.gradients}, optimizer state {types.state}; softmax {softmax}, log-probs and loss "
+        f"summed in fp64; reference {reference}; TF32 {'on' if precision == 'tf32' else 'off'}",
         flush=True,
     )
 
@@ -154,13 +161,15 @@ def print_models(
         )
     elif getattr(policy.config, "tie_word_embeddings", False) and not head_is_tied(policy):
         print(
-            "the weights have a separate output head, although the config ties it to the embeddings: both train,"
+            "the weights have a separate output head, although the config ties it to the "
+            "embeddings: both train,"
         )
         print("and the exported config has tie_word_embeddings: false")
     if type(policy.config) is not type(prepared.config):
         kind, text = prepared.config.model_type, type(policy).__name__
         print(
-            f"{kind}: only its language model ({text}) is loaded, trained and exported, without its other parts"
+            f"{kind}: only its language model ({text}) is loaded, trained and exported, without "
+            "its other parts"
         )
 
 
@@ -169,6 +178,7 @@ def print_frozen(names: list[str]) -> None:
     if names:
         modules = sorted({".".join(name.split(".")[:2]) for name in names})
         print(
-            f"frozen: {len(names)} parameters without a gradient from text, in {', '.join(modules)}",
+            f"frozen: {len(names)} parameters without a gradient from text, in "
+            f"{', '.join(modules)}",
             flush=True,
         )

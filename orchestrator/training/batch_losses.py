@@ -16,7 +16,9 @@ from orchestrator.world import World
 
 
 class GlobalBatch:
-    """The log-probs of the pairs of one global batch, gathered once after all of its micro-batches."""
+    """The log-probs of the pairs of one global batch, gathered once after all of its
+    micro-batches.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -35,10 +37,14 @@ class GlobalBatch:
         self.parts.append(torch.stack(rows))
 
     def shares(self, dpo: DpoSpec) -> Sequence[torch.Tensor]:
-        """Return PairBatch.of_batch [B, 3] of each micro-batch, on the host. Collective; waits for the device."""
+        """Return PairBatch.of_batch [B, 3] of each micro-batch, on the host.
+
+        Collective; waits for the device.
+        """
         mine = torch.cat(self.parts, dim=1).cpu()
         ranks = self.world.gather(mine)
-        # sorted by id, so that the result for equal values does not depend on which rank had which pair
+        # sorted by id, so that the result for equal values does not depend on which rank had which
+        # pair
         found, place = _losses_in_order(torch.cat(ranks, dim=1), dpo)
         before = sum(part.shape[1] for part in ranks[: self.world.rank])
         return found[place[before : before + mine.shape[1]]].split(
@@ -46,7 +52,10 @@ class GlobalBatch:
         )
 
     def metric_sums(self, dpo: DpoSpec) -> torch.Tensor:
-        """Return the part of the metric sums [len(METRICS), 2] that an evaluated batch lacks. Collective."""
+        """Return the part of the metric sums [len(METRICS), 2] that an evaluated batch lacks.
+
+        Collective.
+        """
         values = torch.cat([share[:, 0] for share in self.shares(dpo)])
         weights = torch.cat([part[1] for part in self.parts])
         sums = weights.new_zeros(len(METRICS), 2)
@@ -55,7 +64,9 @@ class GlobalBatch:
 
 
 def _losses_in_order(seen: torch.Tensor, dpo: DpoSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute of_batch [N, 3] from [8, N], sorted by id, 0 for fillers; return it with the place of each column."""
+    """Compute of_batch [N, 3] from [8, N], sorted by id, 0 for fillers; return it with the place of
+    each column.
+    """
     order = seen[0].argsort(stable=True)
     _, weights, *logps_and_tokens = seen[:, order]
     real = weights > 0
@@ -70,10 +81,11 @@ def _losses_in_order(seen: torch.Tensor, dpo: DpoSpec) -> tuple[torch.Tensor, to
 def first_pass(
     engine: Engine, batches: list[PairBatch], counts: Counts, dpo: DpoSpec, world: World
 ) -> list[PairBatch]:
-    """Return a rank's micro-batches of a step with their losses over the global batch and the reference's log-probs,
-    which the pass with gradient then does not compute again. Collective.
+    """Return a rank's micro-batches of a step with their losses over the global batch and the
+    reference's log-probs, which the pass with gradient then does not compute again. Collective.
 
-    The log-probs come from a forward pass without dropout; the rules of the settings require it off.
+    The log-probs come from a forward pass without dropout; the rules of the settings require it
+    off.
     """
     seen = GlobalBatch(world)
     outputs: list[StepOutput] = []

@@ -1,9 +1,11 @@
-"""Write and read checkpoints, which are committed by their manifest and independent of engine and world size.
+"""Write and read checkpoints, which are committed by their manifest and independent of engine and
+world size.
 
-A folder step_00000NNN holds one safetensors file per rank with flat ranges of named tensors, `index.json` with the
-shapes and the place of each range, `meta.json` with everything that is the same on all ranks, the random state of each
-rank, and `manifest.json` with the sha256 of every other file, renamed into place last. While it is written the folder
-is named .step_00000NNN.TOKEN.partial, and is ignored by readers.
+A folder step_00000NNN holds one safetensors file per rank with flat ranges of named tensors,
+`index.json` with the shapes and the place of each range, `meta.json` with everything that is the
+same on all ranks, the random state of each rank, and `manifest.json` with the sha256 of every other
+file, renamed into place last. While it is written the folder is named .step_00000NNN.TOKEN.partial,
+and is ignored by readers.
 """
 
 import json
@@ -42,7 +44,8 @@ from orchestrator.training.manifest import (
 from orchestrator.training.rundir import write_atomically
 from orchestrator.world import World
 
-POLL_S = 0.05  # interval in seconds at which rank 0 checks for files that other ranks write in the background
+# interval in seconds at which rank 0 checks for files that other ranks write in the background
+POLL_S = 0.05
 RngState = dict[str, torch.Tensor]
 
 
@@ -82,9 +85,9 @@ def save(
 class Saver:
     """Writer of a run's checkpoints, one at a time; `save` and `wait` are collective.
 
-    In the background a thread of each rank writes its files and then a record of them, and the thread of rank 0 waits
-    for all records, commits the checkpoint and deletes old ones. The threads call no collectives, because training runs
-    its own meanwhile.
+    In the background a thread of each rank writes its files and then a record of them, and the
+    thread of rank 0 waits for all records, commits the checkpoint and deletes old ones. The threads
+    call no collectives, because training runs its own meanwhile.
     """
 
     def __init__(
@@ -97,8 +100,8 @@ class Saver:
     ) -> None:
         """Initialise the saver.
 
-        keep: number of newest checkpoints to retain besides the best. timeout_s: that of the run's collectives.
-        ledger: on rank 0 only.
+        keep: number of newest checkpoints to retain besides the best. timeout_s: that of the run's
+        collectives. ledger: on rank 0 only.
         """
         self.checkpoints, self.world, self.keep, self.timeout_s = (
             checkpoints,
@@ -172,8 +175,9 @@ class Saver:
             self._news = draft.final
 
     def pop_committed(self) -> Path | None:
-        """Return (once) the checkpoint committed since the last call. Rank 0 sees it as soon as it commits; other ranks
-        after wait()."""
+        """Return (once) the checkpoint committed since the last call. Rank 0 sees it as soon as it
+        commits; other ranks after wait().
+        """
         if (
             news := self._news
         ) is not None:  # an unconditional reset could lose a value that the thread sets meanwhile
@@ -181,7 +185,8 @@ class Saver:
         return news
 
     def close(self) -> None:
-        """Join the background thread: one that runs torch code when the interpreter exits would abort the process.
+        """Join the background thread: one that runs torch code when the interpreter exits would
+        abort the process.
 
         This rank's part is still written, but this does not wait for other ranks.
         """
@@ -229,7 +234,9 @@ class Saver:
         retain(self.checkpoints, self.keep, best)
 
     def _recorded(self, draft: "_Draft", rank: int) -> dict[str, Any]:
-        """Wait for a rank's record, delete it, because it is not part of the checkpoint, and return its content."""
+        """Wait for a rank's record, delete it, because it is not part of the checkpoint, and return
+        its content.
+        """
         path = draft.record_of(rank)
         while not path.exists():
             if self._given_up.wait(POLL_S) and not path.exists():
@@ -242,7 +249,9 @@ class Saver:
 
 
 def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str]]:
-    """Return the newest complete checkpoint and the defects of newer ones. Collective: ranks share the files to check.
+    """Return the newest complete checkpoint and the defects of newer ones.
+
+    Collective: ranks share the files to check.
 
     Raises:
         UserError: a newer one has another format: resuming from an older one would lose its steps.
@@ -258,8 +267,9 @@ def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str
 
 
 def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[Any]:
-    """Call `part` on every rank and return the concatenated lists. An error of one rank is raised on all, so that none
-    waits for it."""
+    """Call `part` on every rank and return the concatenated lists. An error of one rank is raised
+    on all, so that none waits for it.
+    """
     try:
         mine, failure = part(*args), None
     except (UserError, ReadFailed) as error:
@@ -275,7 +285,9 @@ def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[An
 
 
 class Reader:
-    """Reader of tensor ranges of a verified checkpoint: lazy, and independent of the ranks that wrote them."""
+    """Reader of tensor ranges of a verified checkpoint: lazy, and independent of the ranks that
+    wrote them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -320,7 +332,9 @@ class Reader:
         return self.read(name, "param", 0, int(np.prod(shape, dtype=np.int64))).view(shape)
 
     def restore_rng(self, world: World, seed: int) -> None:
-        """Restore this rank's random state; at another world size, seed a new one from seed, step and rank."""
+        """Restore this rank's random state; at another world size, seed a new one from seed, step
+        and rank.
+        """
         if self.meta["world_size"] != world.size:
             seed_everything(seed + 1_000_003 * self.meta["step"] + world.rank)
             return
@@ -339,12 +353,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# --- writing -----------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 class _Draft:
-    """A checkpoint being written, in a temporary folder. Its constructor is collective, and an error of one rank is
-    raised on all."""
+    """A checkpoint being written, in a temporary folder. Its constructor is collective, and an
+    error of one rank is raised on all.
+    """
 
     def __init__(
         self,
@@ -373,7 +388,9 @@ class _Draft:
         return self.partial.name
 
     def agreed(self, part: Callable[[], Any]) -> list[Any]:
-        """Call `part` on every rank and return the results of all; raise SaveFailed on all ranks if one failed."""
+        """Call `part` on every rank and return the results of all; raise SaveFailed on all ranks if
+        one failed.
+        """
         try:
             done, error = part(), None
         except Exception as failure:  # a full disk may raise an OSError or a SafetensorError
@@ -515,8 +532,9 @@ def set_rng_state(state: RngState, device: torch.device) -> None:
 
 
 def _encoded(value: Any) -> Any:
-    """Encode a value for JSON without loss: schedulers have dicts with integer keys (MultiStepLR's milestones), which
-    JSON would turn into strings."""
+    """Encode a value for JSON without loss: schedulers have dicts with integer keys (MultiStepLR's
+    milestones), which JSON would turn into strings.
+    """
     if isinstance(value, dict):
         if all(isinstance(key, str) for key in value):
             return {key: _encoded(item) for key, item in value.items()}

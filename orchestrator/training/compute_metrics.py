@@ -1,6 +1,8 @@
-"""Call a user's compute_metrics on rank 0 with the predictions of an evaluation, and check what it returns.
+"""Call a user's compute_metrics on rank 0 with the predictions of an evaluation, and check what it
+returns.
 
-Legend: N pairs of the evaluation set, B pairs of a batch, T tokens of the batch's longest sequence, V vocabulary.
+Legend: N pairs of the evaluation set, B pairs of a batch, T tokens of the batch's longest sequence,
+V vocabulary.
 """
 
 import inspect
@@ -33,13 +35,16 @@ KEY = "evaluation.compute_metrics"
 MOST_BYTES = 8 * 2**30  # limit of logits gathered in the memory of rank 0
 PADDING = -100  # fills up shorter sequences, as in transformers
 MetricCalls = list[tuple[EvalPrediction, bool]]
-"""(prediction, is_last) calls to make on rank 0 before the next collective; empty on other ranks."""
+"""(prediction, is_last) calls to make on rank 0 before the next collective; empty on other ranks.
+"""
 
 
 class Predictions(NamedTuple):
-    """The predictions without evaluation.logits: one row per pair of the set, in its order and independent of its
-    weight, with the chosen completion in column 0 and the rejected one in column 1. The label of every pair is 0, the
-    column of the chosen. With evaluation.batch_eval_metrics they are tensors, else arrays."""
+    """The predictions without evaluation.logits: one row per pair of the set, in its order and
+    independent of its weight, with the chosen completion in column 0 and the rejected one in column
+    1. The label of every pair is 0, the column of the chosen. With evaluation.batch_eval_metrics
+    they are tensors, else arrays.
+    """
 
     logps: Any  # [N, 2] fp64 log-prob of the completion, in nats
     ref_logps: Any  # [N, 2] fp64 log-prob under the reference
@@ -61,8 +66,8 @@ class UserMetrics:
     def numbers(
         self, world: World, handed: Iterator[MetricCalls], prefix: str, where: str
     ) -> dict[str, float]:
-        """Call the function on rank 0 and return its numbers, with the prefix before their names, on every rank.
-        Collective.
+        """Call the function on rank 0 and return its numbers, with the prefix before their names,
+        on every rank. Collective.
 
         Raises:
             UserError: on every rank, if the function raises or does not return a dict of numbers.
@@ -120,11 +125,13 @@ class UserMetrics:
     def of_logits(
         self, engine: Engine, loader: Loader, world: World, step: int, each: Callable[[], None]
     ) -> Iterator[MetricCalls]:
-        """Yield the calls with logits [2B, T, V] and input_ids [2B, T] of batches of B pairs, as in TRL's DPOTrainer.
+        """Yield the calls with logits [2B, T, V] and input_ids [2B, T] of batches of B pairs, as in
+        TRL's DPOTrainer.
 
-        Batches are in the order of the set, their chosen sequences first. They are passed in one call, shorter batches
-        filled up with PADDING, or in one call each as soon as they are computed. (Of a last batch that is not full, TRL
-        keeps as many rows as it has pairs.) Collective.
+        Batches are in the order of the set, their chosen sequences first. They are passed in one
+        call, shorter batches filled up with PADDING, or in one call each as soon as they are
+        computed. (Of a last batch that is not full, TRL keeps as many rows as it has pairs.)
+        Collective.
 
         each: called before each batch.
         """
@@ -187,8 +194,8 @@ class PairTable:
 def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor | None:
     """Return the logits [2B, T, V] of a padded batch on the host of rank 0, None on other ranks.
 
-    To be called in a forward pass. Each rank computes some pairs, each separately, so that the numbers do not depend on
-    the number of ranks.
+    To be called in a forward pass. Each rank computes some pairs, each separately, so that the
+    numbers do not depend on the number of ranks.
     """
     pairs, (_, width), whole = len(batch.pair_ids), batch.input_ids.shape, None
     head = Head.of(model)
@@ -214,8 +221,9 @@ def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor
 
 
 def _joined(kept: deque[tuple[torch.Tensor, torch.Tensor]]) -> EvalPrediction:
-    """Join the batches into one prediction and free them one by one: memory of the result is allocated as it is
-    written."""
+    """Join the batches into one prediction and free them one by one: memory of the result is
+    allocated as it is written.
+    """
     first = kept[0][0]
     rows, width = sum(len(ids) for _, ids in kept), max(ids.shape[1] for _, ids in kept)
     logits = torch.empty(rows, width, first.shape[2], dtype=first.dtype)
@@ -231,7 +239,8 @@ def _joined(kept: deque[tuple[torch.Tensor, torch.Tensor]]) -> EvalPrediction:
 
 
 def _checked(made: Any, prefix: str) -> dict[str, float]:
-    """Check what a user's function returned, and return its numbers with the prefix before their names.
+    """Check what a user's function returned, and return its numbers with the prefix before their
+    names.
 
     Raises:
         ValueError: it is not a dict of numbers, or has the name of a metric of every evaluation.
@@ -258,14 +267,15 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-# --- before any rank starts --------------------------------------------------------------------------------------
+# --- before any rank starts -----------------------------------------------------------------------
 
 
 def user_metrics(spec: RunSpec, given: UserObjects, pad_token_id: int) -> UserMetrics | None:
     """Return the function of the settings or of the caller; it is not called yet.
 
     Raises:
-        UserError: there is none but its settings are set, or there are two, or it does not accept its arguments.
+        UserError: there is none but its settings are set, or there are two, or it does not accept
+            its arguments.
     """
     wanted = spec.evaluation
     function: Any = given.compute_metrics
@@ -302,7 +312,10 @@ def user_metrics(spec: RunSpec, given: UserObjects, pad_token_id: int) -> UserMe
         inspect.signature(function).bind(None, **arguments)
     except (TypeError, ValueError) as error:
         takes = "an EvalPrediction and compute_result" if batched else "an EvalPrediction"
-        cure = f"use a function of {takes}, or a class without arguments whose instances are such functions"
+        cure = (
+            f"use a function of {takes}, or a class without arguments whose instances are such "
+            "functions"
+        )
         raise UserError(KEY, name, f"cannot be called ({error})", cure) from None
     batch_size = wanted.batch_size or spec.batch.micro_batch_size or 1
     return UserMetrics(
@@ -333,5 +346,8 @@ def check_memory(user: UserMetrics, pairs: Pairs, vocabulary: int, key: str, spe
     cure = "set evaluation.batch_eval_metrics=true, or remove evaluation.logits"
     if user.batched:
         cure = f"set evaluation.batch_size below {user.batch_size}, or data.max_length lower"
-    rule = f"{size / 2**30:,.0f} GB of logits of {key} would be gathered on rank 0; the limit is {MOST_BYTES >> 30} GB"
+    rule = (
+        f"{size / 2**30:,.0f} GB of logits of {key} would be gathered on rank 0; the limit is "
+        f"{MOST_BYTES >> 30} GB"
+    )
     raise UserError("evaluation.logits", True, rule, cure)

@@ -1,4 +1,6 @@
-"""Evaluate every pair of a set once, sharded over ranks, and fill the cache of reference log-probs."""
+"""Evaluate every pair of a set once, sharded over ranks, and fill the cache of reference
+log-probs.
+"""
 
 import time
 from collections.abc import Callable
@@ -30,8 +32,8 @@ def evaluate(
 
     They are exact for any world size, because fillers have weight 0.
 
-    each: called after each micro-batch. by_token: a loss is a mean over tokens, whose number a user's collator defines.
-    name: name of the set, or "". user: the user's compute_metrics.
+    each: called after each micro-batch. by_token: a loss is a mean over tokens, whose number a
+    user's collator defines. name: name of the set, or "". user: the user's compute_metrics.
     """
     prefix = f"eval_{name}_" if name else "eval_"
     began = time.monotonic()
@@ -84,10 +86,11 @@ def evaluate(
 def fill_reference_cache(
     engine: Engine, loader: Loader, world: World, each: Callable[[], None] = lambda: None
 ) -> tuple[int, float]:
-    """Compute the reference log-probs of every pair that is not in the cache, shared among the ranks. Collective.
+    """Compute the reference log-probs of every pair that is not in the cache, shared among the
+    ranks. Collective.
 
-    The micro-batches are those of the whole data set, even if some are cached, so that an interrupted fill ends with
-    bitwise the same numbers. each: called before each micro-batch.
+    The micro-batches are those of the whole data set, even if some are cached, so that an
+    interrupted fill ends with bitwise the same numbers. each: called before each micro-batch.
 
     Returns the number of pairs that were not cached, and the seconds that it took.
     """
@@ -135,7 +138,10 @@ class LogpError(NamedTuple):
 def reference_error(
     engine: Engine, loader: Loader, exact: Callable[[PairBatch], torch.Tensor], world: World
 ) -> LogpError:
-    """Compare the reference with `exact` (batch -> [2B]) on the first pairs of training. Collective."""
+    """Compare the reference with `exact` (batch -> [2B]) on the first pairs of training.
+
+    Collective.
+    """
     mine: list[list[float]] = []
     for batch in loader.first()[:MEASURED]:
         on_device = batch.to(world.device)

@@ -50,15 +50,16 @@ def export(
 ) -> Path:
     """Write a checkpoint as safetensors with tokenizer, generation config and model card.
 
-    which: the newest complete checkpoint, or the best one recorded in it; default: checkpoint.export.
+    which: the newest complete checkpoint, or the best one recorded in it; default:
+    checkpoint.export.
 
-    The weights come from the checkpoint only, so the run of any engine exports in the same way, on any machine. A LoRA
-    run also needs its base (model.path), into which the adapter is merged. The folder is renamed into place when it is
-    complete.
+    The weights come from the checkpoint only, so the run of any engine exports in the same way, on
+    any machine. A LoRA run also needs its base (model.path), into which the adapter is merged. The
+    folder is renamed into place when it is complete.
 
     Raises:
-        UserError: the run has no such complete checkpoint, or one of another format, or `out` exists and is not an
-            earlier export.
+        UserError: the run has no such complete checkpoint, or one of another format, or `out`
+            exists and is not an earlier export.
         ReadFailed: the newest checkpoint cannot be read at the moment.
     """
     spec = load_spec(run_dir.config)
@@ -93,7 +94,8 @@ def export(
 
 def _save(model: "PreTrainedModel", folder: Path) -> None:
     """Write weights and config as from_pretrained reads them."""
-    # save_pretrained first unwraps the model, for which it would import DeepSpeed (2 s of CPU); ours is not wrapped
+    # save_pretrained first unwraps the model, for which it would import DeepSpeed (2 s of CPU);
+    # ours is not wrapped
     with mock.patch("transformers.modeling_utils.unwrap_model", new=lambda model: model):
         model.save_pretrained(folder)
 
@@ -101,7 +103,8 @@ def _save(model: "PreTrainedModel", folder: Path) -> None:
 def keep_for_export(
     run_dir: RunDir, policy: Any, tokenizer: Any, config: Any, source: str | None
 ) -> None:
-    """Write the files that an export needs besides weights: config, tokenizer, generation config, image processors.
+    """Write the files that an export needs besides weights: config, tokenizer, generation config,
+    image processors.
 
     config: see exported_config. source: the folder or hub name that the policy was loaded from.
     """
@@ -119,8 +122,9 @@ def keep_for_export(
 def exported_config(policy: Any, loaded: Any) -> Any:
     """Return the config of an export: the loaded one, with tie_word_embeddings as in the policy.
 
-    Training uses its own copy, in which dropout and other noise may be off. transformers loads a separate head from a
-    checkpoint even if the config ties it, and training with frozen embeddings unties the two.
+    Training uses its own copy, in which dropout and other noise may be off. transformers loads a
+    separate head from a checkpoint even if the config ties it, and training with frozen embeddings
+    unties the two.
     """
     parts = (
         loaded,
@@ -141,10 +145,12 @@ def exported_config(policy: Any, loaded: Any) -> Any:
 
 
 def check_exportable(policy: Any, config: Any, spec: RunSpec) -> None:
-    """Check before training that the model built from the exported config has exactly the policy's weights.
+    """Check before training that the model built from the exported config has exactly the policy's
+    weights.
 
     Raises:
-        UserError: one of the two lacks a weight, or has it in another shape; or an adapter cannot be merged.
+        UserError: one of the two lacks a weight, or has it in another shape; or an adapter cannot
+            be merged.
     """
     if spec.model.lora is not None:
         check_mergeable(policy, spec.model.lora)
@@ -161,7 +167,10 @@ def check_exportable(policy: Any, config: Any, spec: RunSpec) -> None:
     if different := sorted(
         name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
     ):
-        rule = f"an export would not hold the trained weights: {_some(different)} differ from those of its config"
+        rule = (
+            f"an export would not hold the trained weights: {_some(different)} differ from "
+            "those of its config"
+        )
         fix = "save the model once with transformers' save_pretrained, and use that folder"
         key = "model.path" if spec.model.path else "model.init"
         raise UserError(key, spec.model.path or config.model_type, rule, fix)
@@ -248,12 +257,17 @@ def _trained(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> An
 
 
 def _fill_buffers(model: Any, run_dir: RunDir, spec: RunSpec, reader: Reader) -> None:
-    """Read the persistent buffers from the checkpoint, or from the initial model if an older version left them out."""
+    """Read the persistent buffers from the checkpoint, or from the initial model if an older
+    version left them out.
+    """
     buffers = persistent_buffers(model)
     left_out = sorted(buffers.keys() - reader.shapes.keys())
     start: dict[str, torch.Tensor] = {}
     if left_out:
-        message = "%s was written by a version that left out %s: read from the model that the run started with"
+        message = (
+            "%s was written by a version that left out %s: read from the model that the "
+            "run started with"
+        )
         logger.warning(message, reader.folder, _some(left_out))
         start = persistent_buffers(build_policy(spec, _tokenizer(run_dir), torch.float32))
     for name, buffer in buffers.items():
@@ -274,7 +288,9 @@ def _untie(model: Any, reader: Reader) -> None:
 
 
 def _kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return a function that tells whether transformers keeps a weight in fp32 when it loads the model in 16 bits."""
+    """Return a function that tells whether transformers keeps a weight in fp32 when it loads the
+    model in 16 bits.
+    """
     patterns = list(model._get_dtype_plan(dtype))
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
@@ -287,7 +303,8 @@ def _tokenizer(run_dir: RunDir) -> Any:
 
 @torch.no_grad()
 def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any:
-    """Return the base as it was built for training (quantised too), with the trained adapter merged into it in fp32.
+    """Return the base as it was built for training (quantised too), with the trained adapter merged
+    into it in fp32.
 
     Raises:
         UserError: the base is not the one that the adapter was trained on.
@@ -320,7 +337,9 @@ def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any
 
 
 def _is_export(folder: Path) -> bool:
-    """Return whether a folder is an export that may be replaced: a user's own model also has a config.json."""
+    """Return whether a folder is an export that may be replaced: a user's own model also has a
+    config.json.
+    """
     card = folder / "README.md"
     return card.is_file() and TRAINED_BY in card.read_text()
 
@@ -373,7 +392,8 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
     ]
     measured = {name: f"{metrics[name]:.4f}" for name in wanted if name in metrics}
     return (
-        f"---\nlibrary_name: transformers\n{hub_base}tags:\n- dpo\n- dpo-orchestrator\n---\n\n# {spec.run.name}\n\n"
+        f"---\nlibrary_name: transformers\n{hub_base}tags:\n- dpo\n- dpo-orchestrator\n---\n\n# "
+        f"{spec.run.name}\n\n"
         f"{TRAINED_BY}\n\n| | |\n|---|---|\n"
         + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
         + "\n## Last measured\n\n| metric | value |\n|---|---|\n"

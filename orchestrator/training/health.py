@@ -21,7 +21,9 @@ HEARTBEAT_S = 1.0  # minimum interval in seconds between two writes of the heart
 
 
 class Session(Protocol):
-    """The interface of `worker.run` to its launcher; there is a local implementation and one for Ray."""
+    """The interface of `worker.run` to its launcher; there is a local implementation and one for
+    Ray.
+    """
 
     def heartbeat(self, step: int, phase: str) -> None:
         """Report that this rank is alive, and what it does. Cheap enough for every step."""
@@ -32,7 +34,10 @@ class Session(Protocol):
         ...
 
     def stop_requested(self) -> str | None:
-        """Return why the run should save and stop, or None. The trainer makes the ranks agree on it."""
+        """Return why the run should save and stop, or None.
+
+        The trainer makes the ranks agree on it.
+        """
         ...
 
     def deadline(self) -> float | None:
@@ -41,7 +46,9 @@ class Session(Protocol):
 
 
 class LocalSession:
-    """A session without Ray: STOP_SIGNALS or the file RUN_DIR/STOP request a stop; a second INT or TERM kills."""
+    """A session without Ray: STOP_SIGNALS or the file RUN_DIR/STOP request a stop; a second INT or
+    TERM kills.
+    """
 
     def __init__(self, run_dir: RunDir, rank: int) -> None:
         self.run_dir, self.rank = run_dir, rank

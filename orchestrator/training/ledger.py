@@ -1,10 +1,12 @@
-"""The pair ledger: log-probs, margin and loss of every pair in every step, as rows of RUN_DIR/pairs.parquet.
+"""The pair ledger: log-probs, margin and loss of every pair in every step, as rows of
+RUN_DIR/pairs.parquet.
 
-Each rank keeps the rows of its steps (`SeenPairs`) and writes them with the next save. Rank 0 (`Ledger`) appends those
-of all ranks to the tail, a file in the folder of the checkpoint, so that both are committed or neither is. When the
-tail has PART_ROWS, the next save moves it to a part in RUN_DIR/pairs.parquet, which later manifests list and which is
-not deleted with a checkpoint. A copy of the newest tail is kept beside the parts, so that a reader of the whole folder,
-such as pandas, finds each row once.
+Each rank keeps the rows of its steps (`SeenPairs`) and writes them with the next save. Rank 0
+(`Ledger`) appends those of all ranks to the tail, a file in the folder of the checkpoint, so that
+both are committed or neither is. When the tail has PART_ROWS, the next save moves it to a part in
+RUN_DIR/pairs.parquet, which later manifests list and which is not deleted with a checkpoint. A copy
+of the newest tail is kept beside the parts, so that a reader of the whole folder, such as pandas,
+finds each row once.
 
 Legend: B pairs of a micro-batch, P of this rank's pairs in a step.
 """
@@ -85,7 +87,10 @@ class _Step(NamedTuple):
 
 
 class SeenPairs:
-    """The pairs of this rank's steps since the last save, without fillers. `add` does not wait for the device."""
+    """The pairs of this rank's steps since the last save, without fillers.
+
+    `add` does not wait for the device.
+    """
 
     def __init__(self, dpo: DpoSpec) -> None:
         self.dpo = dpo
@@ -98,7 +103,8 @@ class SeenPairs:
         """Add a step: its micro-batches, on the host, and their outputs."""
         import torch
 
-        self._arrived()  # does not wait: the host has waited for this step's gradient, which came later
+        # does not wait: the host has waited for this step's gradient, which came later
+        self._arrived()
         mine = [(batch, output) for batch, output in outputs if batch.pair_weights.any()]
         if not mine:
             return
@@ -161,16 +167,18 @@ def _table(steps: list[_Step], dpo: DpoSpec) -> pa.Table:
 
 
 def _each_once(table: pa.Table) -> pa.Table:
-    """Sort the rows, so that their order does not depend on the number of ranks, and drop the second, equal row of a
-    pair that occurs twice in a step, as with a data set of weight above 1."""
+    """Sort the rows, so that their order does not depend on the number of ranks, and drop the
+    second, equal row of a pair that occurs twice in a step, as with a data set of weight above 1.
+    """
     ordered = table.sort_by([("step", "ascending"), ("pair_id", "ascending")])
     keys = np.stack([ordered["step"].to_numpy(), ordered["pair_id"].to_numpy()])
     return ordered.filter(np.diff(keys, prepend=-1).any(axis=0))
 
 
 def write_rows(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file of about 50 bytes a row; byte-stream split, because similar fp64 numbers share their first
-    bytes."""
+    """Write one Parquet file of about 50 bytes a row; byte-stream split, because similar fp64
+    numbers share their first bytes.
+    """
     pq.write_table(
         table, path, compression="zstd", use_dictionary=False, use_byte_stream_split=True
     )
@@ -186,8 +194,9 @@ class Ledger:
         self._tail = SCHEMA.empty_table()
 
     def go_on(self, checkpoint: Path | None) -> None:
-        """Continue from a checkpoint, or from the start of the run (None): delete later rows, which will be written
-        again."""
+        """Continue from a checkpoint, or from the start of the run (None): delete later rows, which
+        will be written again.
+        """
         if checkpoint is not None:
             listed = listed_in(checkpoint)
             assert listed is not None, "a resumed checkpoint was verified"
@@ -203,7 +212,9 @@ class Ledger:
             self.show(checkpoint)
 
     def join(self, draft: Path, names: list[str]) -> list[str]:
-        """Replace the rows that ranks wrote into these files of a draft by the tail; return the names of its files."""
+        """Replace the rows that ranks wrote into these files of a draft by the tail; return the
+        names of its files.
+        """
         if (
             self._tail.num_rows >= PART_ROWS
         ):  # the newest checkpoint has it, without the rows of this one
@@ -241,7 +252,9 @@ class Ledger:
 
 
 def read(run_dir: RunDir) -> tuple[int, pa.Table]:
-    """Return the step of the newest checkpoint and all rows up to it, sorted by step. The run may still be training.
+    """Return the step of the newest checkpoint and all rows up to it, sorted by step.
+
+    The run may still be training.
 
     Raises:
         UserError: there is no checkpoint yet.
@@ -266,7 +279,9 @@ def read(run_dir: RunDir) -> tuple[int, pa.Table]:
 
 
 def verify(run_dir: RunDir) -> list[str] | None:
-    """Return the defects of the parts that the newest manifest lists, one line each; None if it lists none."""
+    """Return the defects of the parts that the newest manifest lists, one line each; None if it
+    lists none.
+    """
     for checkpoint in committed(run_dir.checkpoints):
         with suppress(UserError):  # another format
             if (listed := listed_in(checkpoint)) is not None:

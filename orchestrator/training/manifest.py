@@ -1,4 +1,7 @@
-"""List, verify and delete checkpoints: a folder is a checkpoint if it has a manifest. Does not import torch."""
+"""List, verify and delete checkpoints: a folder is a checkpoint if it has a manifest.
+
+Does not import torch.
+"""
 
 import hashlib
 import json
@@ -39,7 +42,8 @@ def step_of(folder: Path) -> int:
 
 
 def retain(checkpoints: Path, keep: int, best: Path | None = None) -> None:
-    """Delete all but the best and the newest `keep` committed checkpoints, and leftovers of crashes; on rank 0 only.
+    """Delete all but the best and the newest `keep` committed checkpoints, and leftovers of
+    crashes; on rank 0 only.
 
     The manifest is deleted first, so that an interrupted deletion leaves no incomplete checkpoint.
     """
@@ -51,10 +55,11 @@ def retain(checkpoints: Path, keep: int, best: Path | None = None) -> None:
 
 
 def set_aside(checkpoints: Path, valid: Path) -> None:
-    """Disable the committed checkpoints newer than `valid`, the result of `newest_valid`; on rank 0 only.
+    """Disable the committed checkpoints newer than `valid`, the result of `newest_valid`; on rank 0
+    only.
 
-    Otherwise they would still be the newest, and `retain` would delete new ones in favour of them. `retain` deletes
-    corrupt checkpoints, but not those of which only the manifest is broken.
+    Otherwise they would still be the newest, and `retain` would delete new ones in favour of them.
+    `retain` deletes corrupt checkpoints, but not those of which only the manifest is broken.
     """
     for folder in committed(checkpoints):
         if folder.name > valid.name:
@@ -106,7 +111,10 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
 
 
 def differing(folder: Path, files: dict[str, str]) -> list[str]:
-    """Return one line for each of these files that is missing or has another sha256. Raises ReadFailed."""
+    """Return one line for each of these files that is missing or has another sha256.
+
+    Raises ReadFailed.
+    """
     wrong = []
     for name, expected in files.items():
         path = folder / name
@@ -121,7 +129,10 @@ def differing(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def listed_in(folder: Path) -> ManifestFiles | None:
-    """Return the files that a checkpoint's manifest lists; None if it is not a valid manifest. Raises like `verify`."""
+    """Return the files that a checkpoint's manifest lists; None if it is not a valid manifest.
+
+    Raises like `verify`.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())

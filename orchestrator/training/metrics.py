@@ -30,8 +30,9 @@ class MetricSums:
         return self.world.gather(self.sums.tolist())
 
     def restore(self, per_rank: list[list[list[float]]]) -> None:
-        """Continue an interrupted window: each rank with its own sums, so that the order of addition is the same; at
-        another number of ranks, rank 0 with all."""
+        """Continue an interrupted window: each rank with its own sums, so that the order of
+        addition is the same; at another number of ranks, rank 0 with all.
+        """
         self.clear()
         sums = torch.tensor(per_rank, dtype=torch.float64, device=self.world.device)
         if len(per_rank) == self.world.size:
@@ -41,7 +42,10 @@ class MetricSums:
 
 
 def means(totals: list[list[float]]) -> dict[str, float]:
-    """Return the mean of each metric by name; num_tokens stays a sum. Token metrics without a count are left out."""
+    """Return the mean of each metric by name; num_tokens stays a sum.
+
+    Token metrics without a count are left out.
+    """
     named = {
         name: total
         for name, total in zip(METRICS, totals, strict=True)

@@ -1,4 +1,6 @@
-"""Load and check everything that is possible before ranks start: tokenizer, model config, tokenised data, user code."""
+"""Load and check everything that is possible before ranks start: tokenizer, model config, tokenised
+data, user code.
+"""
 
 import os
 import warnings
@@ -57,11 +59,13 @@ class PreparedRun(Parts):
 
 
 def prepare(spec: RunSpec, given: UserObjects = NOTHING) -> PreparedRun:
-    """Load tokenizer, model config and tokenised data, from the cache if they are in it. No collective.
+    """Load tokenizer, model config and tokenised data, from the cache if they are in it.
 
-    The checks before a run are in three functions: check_code, load_parts and tokenize. `orchestrator plan` calls the
-    first two unchanged and the third on small data or on the first rows: add a new check to the first one that can do
-    it.
+    No collective.
+
+    The checks before a run are in three functions: check_code, load_parts and tokenize.
+    `orchestrator plan` calls the first two unchanged and the third on small data or on the first
+    rows: add a new check to the first one that can do it.
 
     Raises:
         UserError: the data, the tokenizer, the model's config or the user's code are wrong.
@@ -76,7 +80,8 @@ def prepare(spec: RunSpec, given: UserObjects = NOTHING) -> PreparedRun:
 
 
 def check_code(spec: RunSpec, given: UserObjects = NOTHING) -> None:
-    """Check everything that needs neither model nor rows: that the sources exist, and the code that the settings name.
+    """Check everything that needs neither model nor rows: that the sources exist, and the code that
+    the settings name.
 
     Raises:
         UserError: the first check that fails.
@@ -107,7 +112,8 @@ def check_device(spec: RunSpec, device: torch.device) -> None:
 
 
 def load_parts(spec: RunSpec, given: UserObjects = NOTHING) -> Parts:
-    """Load tokenizer and model config, and check everything that depends on them and on the files of the models.
+    """Load tokenizer and model config, and check everything that depends on them and on the files
+    of the models.
 
     Raises:
         UserError: the first check that fails.
@@ -180,8 +186,8 @@ def _user_collator(
 def pad_id(tokenizer: "PreTrainedTokenizerBase", config: Any) -> int:
     """Return the id of the token that fills up padded rows, where it is masked.
 
-    A pad token that was added without resizing the model's embeddings has an id outside them: another token then
-    replaces it, which does not change the results.
+    A pad token that was added without resizing the model's embeddings has an id outside them:
+    another token then replaces it, which does not change the results.
     """
     vocabulary = config.get_text_config().vocab_size
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)

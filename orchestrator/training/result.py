@@ -25,7 +25,9 @@ class RunResult:
 
 
 def last_result(run_dir: RunDir) -> RunResult | None:
-    """Return the result of the last attempt; None if it has not ended, or if the file is damaged."""
+    """Return the result of the last attempt; None if it has not ended, or if the file is
+    damaged.
+    """
     try:
         result = json.loads(run_dir.result.read_text())
         return RunResult(**result) if result["status"] in ("finished", "stopped") else None
@@ -51,8 +53,9 @@ def finished_line(run_dir: RunDir) -> str:
 
 
 def evaluated_sets(logs: Collection[str]) -> dict[str, str]:
-    """Return the names of the evaluation sets with metrics in `logs`, and the prefix of these: eval_ for a single set
-    without a name, else eval_NAME_."""
+    """Return the names of the evaluation sets with metrics in `logs`, and the prefix of these:
+    eval_ for a single set without a name, else eval_NAME_.
+    """
     suffix = "rewards/accuracies"  # every evaluation has it, and a loss
     prefixes = [
         name.removesuffix(suffix)

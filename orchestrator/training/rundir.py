@@ -51,7 +51,8 @@ class RunDir:
         return run_dir
 
     def check(self, spec: RunSpec) -> None:
-        """Check that a resumed run has the settings that it was started with, except those that may change.
+        """Check that a resumed run has the settings that it was started with, except those that may
+        change.
 
         Raises:
             UserError: the directory belongs to a run with other settings.
@@ -77,7 +78,9 @@ class RunDir:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Lock the directory, as two drivers of one run would overwrite each other. The lock ends with its process.
+        """Lock the directory, as two drivers of one run would overwrite each other.
+
+        The lock ends with its process.
 
         Raises:
             UserError: another process holds it.
@@ -111,7 +114,9 @@ class RunDir:
             yield
 
     def owner(self) -> str | None:
-        """Return the process that holds the lock, on any machine; None if the directory is not locked."""
+        """Return the process that holds the lock, on any machine; None if the directory is not
+        locked.
+        """
         try:
             with open(self.path / ".owner") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -122,7 +127,9 @@ class RunDir:
         return None
 
     def metric_lines(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl, without those that a full disk or a kill has damaged."""
+        """Return the lines of metrics.jsonl, without those that a full disk or a kill has
+        damaged.
+        """
         lines: list[dict[str, Any]] = []
         if self.metrics.is_file():
             for line in self.metrics.read_text(errors="replace").splitlines():
@@ -136,7 +143,9 @@ class RunDir:
 
 
 def _not_a_run(path: Path) -> UserError:
-    """Return the error of a path that is not a run directory, with the directory that was probably meant."""
+    """Return the error of a path that is not a run directory, with the directory that was probably
+    meant.
+    """
     rule, fix = (
         "holds no config.yaml, so it is not the directory of a run",
         "use the folder run.dir/run.name",
@@ -166,7 +175,9 @@ def _not_a_run(path: Path) -> UserError:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file atomically: a reader, or a crash, finds either the old text or the new one."""
+    """Write a small file atomically: a reader, or a crash, finds either the old text or the new
+    one.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(partial, "w") as file:
         file.write(text)

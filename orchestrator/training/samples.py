@@ -20,9 +20,11 @@ MAX_NEW_TOKENS = 64  # length of a sample answer
 def answered_samples(
     spec: RunSpec, run_dir: RunDir, prepared: PreparedRun, device: torch.device
 ) -> list[dict[str, str]]:
-    """Return the first evaluation prompts with the answers of the initial and of the exported model.
+    """Return the first evaluation prompts with the answers of the initial and of the exported
+    model.
 
-    On rank 0 only, and without collectives. The run has finished, so an error here is only a warning.
+    On rank 0 only, and without collectives. The run has finished, so an error here is only a
+    warning.
     """
     if not spec.evaluation.samples:
         return []

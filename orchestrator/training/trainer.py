@@ -32,7 +32,8 @@ from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
 
-MAX_SKIPPED_IN_A_ROW = 25  # fp16 steps: by then the loss scale is 2**25 times smaller, and the gradient still overflows
+# fp16 steps: by then the loss scale is 2**25 times smaller, and the gradient still overflows
+MAX_SKIPPED_IN_A_ROW = 25
 
 
 logger = logging.getLogger(__name__)
@@ -124,21 +125,23 @@ class Trainer:
         self.in_epoch = False
         self.callbacks.fire("on_init_end")
 
-    # --- position ------------------------------------------------------------------------------------------------
+    # --- position ---------------------------------------------------------------------------------
 
     def resume(self, reader: checkpoint.Reader) -> None:
         """Resume from a checkpoint of any engine and world size.
 
         Raises:
-            UserError: the checkpoint was written with another reference, base or tokenizer, or with other pairs, or its
-                optimizer state can only be resumed with the engine and world size that wrote it.
+            UserError: the checkpoint was written with another reference, base or tokenizer, or with
+                other pairs, or its optimizer state can only be resumed with the engine and world
+                size that wrote it.
         """
         meta = reader.meta
         if changes := list(_differences(meta["identity"], self.identity)):
             raise UserError(
                 "run.name",
                 self.spec.run.name,
-                f"is a run that was started with other models or another tokenizer: {', '.join(changes)}",
+                "is a run that was started with other models or another tokenizer: "
+                f"{', '.join(changes)}",
                 "restore them to resume it, or choose another run.name",
             )
         if meta["data"] != self.loader.pairs.identity:
@@ -207,10 +210,13 @@ class Trainer:
             6.0 * self.loader.order.cost.token * self.tokens_seen
         )  # the formula of transformers
 
-    # --- the loop ------------------------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def fit(self) -> FitResult:
-        """Train from the current position to the end, or until a stop is requested. The same on every rank."""
+        """Train from the current position to the end, or until a stop is requested.
+
+        The same on every rank.
+        """
         if self.ledger is not None:
             self.ledger.go_on(self.resumed_from)
         self._update_state()
@@ -227,7 +233,9 @@ class Trainer:
             return self._end()
 
     def train(self, steps: Iterator[StepBatches], upto: int | None = None) -> None:
-        """Take steps up to `upto` (default: all), or until a stop is requested, or a callback ends the epoch."""
+        """Take steps up to `upto` (default: all), or until a stop is requested, or a callback ends
+        the epoch.
+        """
         callbacks = self.callbacks
         epoch, skipped = -1, 0
         while self.should_continue and not self.ending_epoch and self.step != upto:
@@ -240,7 +248,8 @@ class Trainer:
             callbacks.fire("on_step_begin")
             outputs = self.micro_steps(made)
 
-            # requests since the last update are handled now, with its weights: this step has not updated them yet
+            # requests since the last update are handled now, with its weights: this step has not
+            # updated them yet
             asked = self._agree(self.engine.grads_finite())
             if not (self.stopping or self.finishing):
                 self._act_on(asked)
@@ -345,8 +354,9 @@ class Trainer:
         )
 
     def micro_steps(self, made: StepBatches) -> list[tuple[PairBatch, StepOutput]]:
-        """Run forward and backward for this rank's micro-batches, and return each (on the host) with its output. The
-        engine then holds the gradient."""
+        """Run forward and backward for this rank's micro-batches, and return each (on the host)
+        with its output. The engine then holds the gradient.
+        """
         counts = over_ranks(self.world, made.counts) if made.are_local else made.counts
         self._warn_if_unscored(counts)
         if self.engine.forward_is_collective:
@@ -376,13 +386,15 @@ class Trainer:
             return
         self.said_unscored = True
         logger.warning(
-            "step %d: no token of a chosen completion is scored; raise data.max_length, or check the completion_mask "
-            "of data.collator",
+            "step %d: no token of a chosen completion is scored; raise data.max_length, or check "
+            "the completion_mask of data.collator",
             self.step + 1,
         )
 
     def _sync_reference_cache_misses(self, made: StepBatches) -> StepBatches:
-        """Drop the cached log-probs if one rank lacks its own: a sharding engine gathers weights on all ranks."""
+        """Drop the cached log-probs if one rank lacks its own: a sharding engine gathers weights on
+        all ranks.
+        """
         known = all(batch.ref_logps is not None for batch in made.micro_batches)
         if all_ranks(self.world, known) or self.loader.cache is None:
             return made
@@ -393,8 +405,9 @@ class Trainer:
     def _check_start(
         self, outputs: list[tuple[PairBatch, StepOutput]], start_tolerance: Tolerance
     ) -> None:
-        """Check that the policy equals its reference before the first update, where every reward is 0 and the sigmoid
-        loss ln 2."""
+        """Check that the policy equals its reference before the first update, where every reward is
+        0 and the sigmoid loss ln 2.
+        """
         by_user = isinstance(
             self.loader.collator, AdaptedCollator
         )  # log-probs in a batch may then be the user's
@@ -413,15 +426,18 @@ class Trainer:
         worst = self.world.max(torch.cat(apart).amax().view(1)).item()
         if worst > start_tolerance.nats:  # False for NaN, which is detected in the gradient
             raise TrainingError(
-                f"step 1: the policy starts as its reference, but their log-probs differ by {worst:.2g} nats more "
-                f"than by rounding ({start_tolerance.nats:.2g} are allowed); remove "
-                f"{self.spec.cache_dir / 'reference_logps'} in case it was edited, and report it if it persists"
+                "step 1: the policy starts as its reference, but their log-probs differ by "
+                f"{worst:.2g} nats more than by rounding ({start_tolerance.nats:.2g} are "
+                f"allowed); remove {self.spec.cache_dir / 'reference_logps'} in case it was "
+                "edited, and report it if it persists"
             )
 
-    # --- agreement -----------------------------------------------------------------------------------------------
+    # --- agreement --------------------------------------------------------------------------------
 
     def _agree(self, finite: torch.Tensor | None = None) -> Decisions:
-        """Combine the requests of all ranks in one small reduction, so that all act on them at the same step."""
+        """Combine the requests of all ranks in one small reduction, so that all act on them at the
+        same step.
+        """
         stop = int(self.session.stop_requested() is not None)
         flags = torch.tensor(
             [0, stop, *self.callbacks.take_requests()], dtype=torch.int32, device=self.world.device
@@ -445,18 +461,19 @@ class Trainer:
             self.save()
 
     def _check_skipped(self, in_a_row: int) -> None:
-        """Check that training can continue after a non-finite gradient: only in fp16, which lowers its loss scale, and
-        for a limited number of steps."""
+        """Check that training can continue after a non-finite gradient: only in fp16, which lowers
+        its loss scale, and for a limited number of steps.
+        """
         if self.precision == "fp16" and in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
         other = " or precision=fp32" if self.precision in ("bf16", "fp16") else ""
         other += "".join(f", or fix {name}" for name in self.spec.dpo.own_losses)
         raise TrainingError(
-            f"step {self.step + 1} (rank {self.world.rank}): the gradient is not finite after pair {self.pairs_seen}; "
-            f"choose another run.name with a lower optimizer.lr{other}"
+            f"step {self.step + 1} (rank {self.world.rank}): the gradient is not finite after "
+            f"pair {self.pairs_seen}; choose another run.name with a lower optimizer.lr{other}"
         )
 
-    # --- between steps -------------------------------------------------------------------------------------------
+    # --- between steps ----------------------------------------------------------------------------
 
     def log(self) -> None:
         """Report the metrics since the last log; one reduction."""
@@ -474,8 +491,9 @@ class Trainer:
         self._report(logs)
 
     def evaluate(self) -> None:
-        """Evaluate, at most once per step, and save the best. Handle requests of callbacks (early stopping, a save) at
-        once."""
+        """Evaluate, at most once per step, and save the best. Handle requests of callbacks (early
+        stopping, a save) at once.
+        """
         if not self.eval_loaders or self.evaluated_at == self.step:
             return
         self.evaluated_at = self.step
@@ -500,11 +518,13 @@ class Trainer:
         self.callbacks.fire("on_prediction_step")
 
     def save(self, last: bool = False) -> None:
-        """Save a checkpoint of this step, once; with checkpoint.async_save in the background, unless it is the last.
+        """Save a checkpoint of this step, once; with checkpoint.async_save in the background,
+        unless it is the last.
 
-        A save in the background is committed at the latest when the next save begins or training ends.
-        `session.committed` and on_save follow the commit, on this thread: at once, or with checkpoint.async_save on
-        rank 0 before the first step after the commit, and on other ranks when the next save begins or training ends.
+        A save in the background is committed at the latest when the next save begins or training
+        ends. `session.committed` and on_save follow the commit, on this thread: at once, or with
+        checkpoint.async_save on rank 0 before the first step after the commit, and on other ranks
+        when the next save begins or training ends.
 
         Raises:
             SaveFailed: on every rank, for this save or the previous one.
@@ -547,7 +567,10 @@ class Trainer:
         self._notify_saved()
 
     def _notify_saved(self) -> None:
-        """Notify session and callbacks of a newly committed save. Callbacks see its step and epoch."""
+        """Notify session and callbacks of a newly committed save.
+
+        Callbacks see its step and epoch.
+        """
         if (path := self.saver.pop_committed()) is None:
             return
         self.session.committed(self.saved_at, path)
@@ -560,7 +583,9 @@ class Trainer:
         state.global_step, state.epoch = present
 
     def _report_totals(self) -> None:
-        """Report transformers' totals at the end: the time of this process and the mean loss of the run."""
+        """Report transformers' totals at the end: the time of this process and the mean loss of the
+        run.
+        """
         seconds, (step, pairs) = max(time.monotonic() - self.began, 1e-9), self.began_at
         loss, count = self.losses_seen
         self._report(
@@ -582,7 +607,8 @@ class Trainer:
         return logs
 
     def _remember_best(self, metrics: dict[str, float]) -> None:
-        """Request a save if the weights of this step are the best so far; never for step 0, as in transformers.
+        """Request a save if the weights of this step are the best so far; never for step 0, as in
+        transformers.
 
         Raises:
             UserError: the evaluation has no metric of the name in evaluation.metric_for_best.
@@ -603,7 +629,9 @@ class Trainer:
             self.callbacks.control.should_save = True
 
     def _find_best(self) -> None:
-        """Find the checkpoint that was the best before; if it is gone, the next evaluation becomes the best."""
+        """Find the checkpoint that was the best before; if it is gone, the next evaluation becomes
+        the best.
+        """
         state = self.callbacks.state
         if state.best_global_step is None or self.spec.evaluation.metric_for_best is None:
             return

@@ -28,7 +28,8 @@ TRL_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class UserObjects:
-    """A user's functions and objects, used instead of the corresponding settings; callbacks are added to theirs.
+    """A user's functions and objects, used instead of the corresponding settings; callbacks are
+    added to theirs.
 
     Raises:
         UserError: a part has the wrong type.
@@ -37,14 +38,18 @@ class UserObjects:
     ref_model: RefModel | None = None
     """policy -> reference, called on every rank."""
     optimizers: Optimizers | None = None
-    """(params -> optimizer, optimizer -> schedule), called on every rank; None: use the settings. params are parameter
-    groups, dicts with "params" and "weight_decay", as torch.optim.SGD(params, lr=1e-6) accepts them."""
+    """(params -> optimizer, optimizer -> schedule), called on every rank; None: use the settings.
+    params are parameter groups, dicts with "params" and "weight_decay", as torch.optim.SGD(params,
+    lr=1e-6) accepts them.
+    """
     callbacks: Sequence[GivenCallback] | None = None
     """Fired on rank 0 after those of the settings: objects, or classes that need no arguments."""
     compute_metrics: ComputeMetrics | None = None
     """EvalPrediction -> additional metrics of an evaluation."""
     data_collator: UserCollator | None = None
-    """Rows -> TRL's input_ids, attention_mask, completion_mask, called on every rank, like data.collator."""
+    """Rows -> TRL's input_ids, attention_mask, completion_mask, called on every rank, like
+    data.collator.
+    """
 
     def __post_init__(self) -> None:
         check_function(self.ref_model)

@@ -80,12 +80,14 @@ from orchestrator.training.trainer import FitResult, Tolerance, Trainer
 from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.world import World
 
-CPU_ROW = 1024  # tokens of a packed row on a CPU: shorter rows have more overhead, longer ones exceed its caches
+# tokens of a packed row on a CPU: shorter rows have more overhead, longer ones exceed its caches
+CPU_ROW = 1024
 # Largest packed_error that counts as rounding.
 PACKED_TOLERANCE = {"fp64": 1e-10, "fp32": 1e-4, "tf32": 0.02, "bf16": 0.05, "fp16": 0.02}
 
-# Random error, in nats, of a token's log-prob that was cached with another split into micro-batches (for a sequence,
-# times the square root of its tokens); in int8 the outliers of a whole micro-batch are treated alike.
+# Random error, in nats, of a token's log-prob that was cached with another split into micro-batches
+# (for a sequence, times the square root of its tokens); in int8 the outliers of a whole micro-batch
+# are treated alike.
 SAME_LOGPS = {"fp64": 1e-9, "fp32": 1e-3, "tf32": 0.03, "bf16": 0.1, "fp16": 0.03, "int8": 0.5}
 
 logger = logging.getLogger(__name__)
@@ -100,11 +102,12 @@ def run(
 ) -> RunResult:
     """Train one run on this rank, resuming if RUN_DIR has a complete checkpoint.
 
-    given: the user's functions and objects; the settings define the rest.
-    wrap_callbacks: callbacks of this rank (empty except on rank 0) -> those to use instead, for a debugger.
+    given: the user's functions and objects; the settings define the rest. wrap_callbacks: callbacks
+    of this rank (empty except on rank 0) -> those to use instead, for a debugger.
 
     Raises:
-        UserError: the settings or the data are wrong, or RUN_DIR has checkpoints but none is usable.
+        UserError: the settings or the data are wrong, or RUN_DIR has checkpoints but none is
+            usable.
         ReadFailed: the newest checkpoint cannot be read at the moment.
         TrainingError: training cannot continue.
     """
@@ -146,7 +149,8 @@ def built(
     callbacks: Sequence[TrainerCallback] = (),
     first_batch_only: bool = False,
 ) -> Iterator[Trainer]:
-    """Build the parts of a run on this rank, ready for the next step, and close them with the context. Collective.
+    """Build the parts of a run on this rank, ready for the next step, and close them with the
+    context. Collective.
 
     found: the checkpoint to resume from; default: start the run.
     callbacks: all callbacks of this rank; those of `given` are ignored.
@@ -312,7 +316,8 @@ def _newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
             "run.dir",
             str(run_dir.path),
             f"has checkpoints, but none is complete ({complaints[0]})",
-            f"restore their files, or choose another run.name, or remove {run_dir.checkpoints} to start over",
+            f"restore their files, or choose another run.name, or remove {run_dir.checkpoints} to "
+            "start over",
         )
     if found is not None and complaints and world.is_main:
         for line in complaints:
@@ -329,7 +334,9 @@ def _pair_step(
     precision: Precision,
     dtype: torch.dtype,
 ) -> PairStep:
-    """Build the module that the engine wraps, with a reference that computes in the policy's precision."""
+    """Build the module that the engine wraps, with a reference that computes in the policy's
+    precision.
+    """
     wanted, casts = spec.reference, _casts(spec, precision)
     stays = wanted.sync_every is not None or wanted.dtype is not None or wanted.offload
     if (
@@ -371,7 +378,8 @@ def _casts(spec: RunSpec, precision: Precision) -> bool:
 def _attention(
     spec: RunSpec, prepared: PreparedRun, engine: Engine, world: World, precision: Precision
 ) -> tuple[AttentionName, str | None]:
-    """Set the attention of policy and reference; return its name, and why rows are padded if that was not set.
+    """Set the attention of policy and reference; return its name, and why rows are padded if that
+    was not set.
 
     Raises:
         UserError: the rows are padded, and the model's output for one depends on the others.
@@ -406,7 +414,8 @@ def _attention(
             / _packed_tolerance(model, precision)
             for model in models
         ]
-        # all ranks must have one layout, which decides the number of micro-steps; NaN exceeds every tolerance
+        # all ranks must have one layout, which decides the number of micro-steps; NaN exceeds every
+        # tolerance
         found = [error for errors in world.gather(mine) for error in errors]
         if all(error <= 1 for error in found):
             return name, None
@@ -420,7 +429,10 @@ def _check_padding(models: list[Any], engine: Engine, world: World, precision: P
             partial(padding_error, model, world.device)
         ) / _packed_tolerance(model, precision)
         if not max(world.gather(error)) <= 1:
-            rule = f"log-probs of a sequence depend on the rows beside it: they differ by {error:.1e} times the rounding"
+            rule = (
+                "log-probs of a sequence depend on the rows beside it: they differ by "
+                f"{error:.1e} times the rounding"
+            )
             raise UserError("model", type(model).__name__, rule, "use another model")
 
 
@@ -445,8 +457,9 @@ def _identity(
     world: World,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Return what the results of a run depend on besides its settings and rows; a checkpoint can only be resumed with
-    the same."""
+    """Return what the results of a run depend on besides its settings and rows; a checkpoint can
+    only be resumed with the same.
+    """
     types = None  # mapped weights have the dtype of their file until they are sharded
     if (
         spec.engine.shards_weights
@@ -528,7 +541,8 @@ def _open_caches(
     """Open the caches of log-probs of a reference with that identity, for all loaders.
 
     Raises:
-        UserError: the cache cannot be written and is required before training; a lazy cache is skipped with a warning.
+        UserError: the cache cannot be written and is required before training; a lazy cache is
+            skipped with a warning.
     """
     try:
         folder = cache_folder(spec.cache_dir, identity)
@@ -553,8 +567,8 @@ def _warm_up_ddp_buckets(
 ) -> None:
     """Run one micro-step of weight 0, after which DDP has rebuilt its gradient buckets.
 
-    With three or more ranks the buckets determine the order of summation, which must be the same in the first step of a
-    resumed run as in that step of an uninterrupted one.
+    With three or more ranks the buckets determine the order of summation, which must be the same in
+    the first step of a resumed run as in that step of an uninterrupted one.
     """
     if world.size > 1:
         shortest = loader.pairs[int(loader.order.costs.argmin())]
@@ -599,8 +613,9 @@ def _start_tolerance(
     reference.exact = None  # frees its memory
     if world.is_main:
         print(
-            f"reference in {held}: log-probs of {counted(error.pairs, 'pair')} differ from {precision} by at most "
-            f"{error.largest:.2g} nats, {error.mean:.2g} on average; reward margins by at most {margin:.2g}",
+            f"reference in {held}: log-probs of {counted(error.pairs, 'pair')} differ from "
+            f"{precision} by at most {error.largest:.2g} nats, {error.mean:.2g} on average; "
+            f"reward margins by at most {margin:.2g}",
             flush=True,
         )
     limit = spec.reference.max_reward_error
@@ -642,7 +657,10 @@ def _fill_caches(
             )
         missing = max(world.gather(len(each.cache.unknown())))
         if missing and spec.reference.kind == "precomputed":
-            rule = f"the log-probs of {counted(missing, f'{name} pair')} could not be written to {each.cache.folder}"
+            rule = (
+                f"the log-probs of {counted(missing, f'{name} pair')} could not be written to "
+                f"{each.cache.folder}"
+            )
             raise UserError(
                 "reference.kind",
                 "precomputed",

@@ -83,7 +83,9 @@ class Row:
 
     @property
     def is_right(self) -> bool:
-        """Whether it trains with the right numbers, or one line refuses it, or there is no model."""
+        """Whether it trains with the right numbers, or one line refuses it, or there is no
+        model.
+        """
         trains = self.start < 1e-6 and self.reward == 0 and self.steps < 2e-4 and self.export < 1e-6
         return not self.crash and bool(trains or self.refusal or self.not_built)
 
@@ -175,7 +177,7 @@ def checked(model_type: str, folder: Path, **more: Any) -> Row:
     return row
 
 
-# --- plain torch ------------------------------------------------------------------------------------------------
+# --- plain torch ----------------------------------------------------------------------------------
 
 
 def _sequences() -> list[tuple[list[int], list[int], list[int]]]:
@@ -197,7 +199,9 @@ def _logp(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> torch
 
 
 def plain_losses(policy: PreTrainedModel) -> list[float]:
-    """The loss before each step of DPO in plain torch; the policy is trained meanwhile, without noise."""
+    """The loss before each step of DPO in plain torch; the policy is trained meanwhile, without
+    noise.
+    """
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     policy.eval()
     optimizer = torch.optim.SGD(policy.parameters(), lr=RATE)

@@ -1,4 +1,6 @@
-"""The table of architectures, each in a process of its own: python tests/architectures/sweep.py [MODEL_TYPE...]"""
+"""The table of architectures, each in a process of its own: python tests/architectures/sweep.py
+[MODEL_TYPE...]
+"""
 
 import multiprocessing
 import os
@@ -22,7 +24,9 @@ SECONDS = 240
 
 
 def swept(model_type: str) -> Row:
-    """Check a type in a process of its own, so that one that hangs or dies is a line of the table."""
+    """Check a type in a process of its own, so that one that hangs or dies is a line of the
+    table.
+    """
     with suppress(ImportError):
         import deepspeed  # noqa: F401 - transformers imports it to save a model: once, not in every process
     fork = multiprocessing.get_context("fork")

@@ -1,5 +1,6 @@
-"""Every causal LM of transformers that builds tiny starts at ln 2, takes the steps of plain torch and exports what it
-trained, or is refused in one line. The slow tests print the table."""
+"""Every causal LM of transformers that builds tiny starts at ln 2, takes the steps of plain torch
+and exports what it trained, or is refused in one line. The slow tests print the table.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,8 @@ from architectures.checked import Row, checked
 from architectures.sweep import swept
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-# One of each kind: packed; a router; values by layer; attention in chunks; a state space; a vision tower; noise that no
-# setting switches off; a bias of the attention's scores; an encoder.
+# One of each kind: packed; a router; values by layer; attention in chunks; a state space; a vision
+# tower; noise that no setting switches off; a bias of the attention's scores; an encoder.
 SAMPLE = [
     "llama",
     "mixtral",

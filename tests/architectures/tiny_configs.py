@@ -1,4 +1,6 @@
-"""Tiny configs of every causal LM of transformers: general rules, and a table of what they do not cover."""
+"""Tiny configs of every causal LM of transformers: general rules, and a table of what they do not
+cover.
+"""
 
 import re
 from typing import Any
@@ -126,7 +128,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """The default config of a type with small sizes, token ids of the tests' tokenizer, and weights of some size."""
+    """The default config of a type with small sizes, token ids of the tests' tokenizer, and weights
+    of some size.
+    """
     return AutoConfig.for_model(model_type, **_shrunk(AutoConfig.for_model(model_type)))
 
 
@@ -188,7 +192,9 @@ def _by_rule(name: str, value: float, layers: int) -> dict[str, Any]:
 
 
 def _layers_to_show(lists: dict[str, list[Any]]) -> list[int]:
-    """Indices of layers: the first of each kind, where lists say which layer is of which; two at least."""
+    """Indices of layers: the first of each kind, where lists say which layer is of which; two at
+    least.
+    """
     if not lists:
         return []
     kinds = list(zip(*(map(str, value) for value in lists.values()), strict=True))

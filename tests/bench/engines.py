@@ -1,8 +1,10 @@
-"""What each engine holds on each rank between steps, and how long its step takes beside DDP's: two tables.
+"""What each engine holds on each rank between steps, and how long its step takes beside DDP's: two
+tables.
 
-The model is a Qwen2 of 6 layers, hidden 256 and a vocabulary of 8192 (random weights, fp32), AdamW, real gloo ranks of
-this machine. Bytes are counted in the tensors themselves. Times are of engines that take turns in one set of processes:
-they say what an engine costs on a CPU over gloo, not what it saves on GPUs.
+The model is a Qwen2 of 6 layers, hidden 256 and a vocabulary of 8192 (random weights, fp32), AdamW,
+real gloo ranks of this machine. Bytes are counted in the tensors themselves. Times are of engines
+that take turns in one set of processes: they say what an engine costs on a CPU over gloo, not what
+it saves on GPUs.
 
     python tests/bench/engines.py [--rounds 5]
 """

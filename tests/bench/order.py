@@ -1,11 +1,14 @@
-"""What the order of data costs: seconds and memory by number of pairs, ranks and pairs a step, and how even it deals.
+"""What the order of data costs: seconds and memory by number of pairs, ranks and pairs a step, and
+how even it deals.
 
     python tests/bench/order.py
-    python tests/bench/order.py --pairs 300000,10000000 --ranks 8,512 --batch 512,8192 --json order.json
+    python tests/bench/order.py --pairs 300000,10000000 --ranks 8,512 --batch 512,8192 --json
+    order.json
 
-Lengths are log-normal, about 300 tokens each of prompt, chosen and rejected. `permutation` is paid once an epoch by
-every rank; `plan` is one step as one rank computes it, which the loader does ahead in its thread. `uneven` is the
-dearest rank's cost over the mean one, over the steps that were planned: what the others wait.
+Lengths are log-normal, about 300 tokens each of prompt, chosen and rejected. `permutation` is paid
+once an epoch by every rank; `plan` is one step as one rank computes it, which the loader does ahead
+in its thread. `uneven` is the dearest rank's cost over the mean one, over the steps that were
+planned: what the others wait.
 """
 
 import argparse

@@ -1,12 +1,15 @@
-"""What the whole program costs over a bare loop around the same step, start-up and the end left out.
+"""What the whole program costs over a bare loop around the same step, start-up and the end left
+out.
 
     python tests/bench/overhead.py
     python tests/bench/overhead.py --data pairs.jsonl --steps 40 --json overhead.json
-    python tests/bench/overhead.py --ledger    # what the pair ledger costs: the program without it instead of the loop
+    python tests/bench/overhead.py --ledger    # what the pair ledger costs: the program without it
+                                               instead of the loop
 
-Program: Trainer.fit with the console and JSONL callbacks, metrics, agreement of ranks, reference cache, prefetching
-loader, W&B off. Bare: collate, micro-steps, clip, optimizer step, schedule, nothing else, over the same global batches
-with the same engine, the reference known to both. They take turns within one process, `rounds` times, on CPU seconds.
+Program: Trainer.fit with the console and JSONL callbacks, metrics, agreement of ranks, reference
+cache, prefetching loader, W&B off. Bare: collate, micro-steps, clip, optimizer step, schedule,
+nothing else, over the same global batches with the same engine, the reference known to both. They
+take turns within one process, `rounds` times, on CPU seconds.
 """
 
 import argparse
@@ -150,8 +153,9 @@ def main() -> None:
     what = "the ledger" if args.ledger else "the program"
     each = [bare / args.steps for bare, _ in Alternating.turns]
     print(
-        f"a step without {statistics.median(each):.3f} CPU s; {what} adds {statistics.median(ratios):+.2%} "
-        f"({min(ratios):+.2%}..{max(ratios):+.2%} over {len(ratios)} turns of {args.steps} steps)"
+        f"a step without {statistics.median(each):.3f} CPU s; {what} adds "
+        f"{statistics.median(ratios):+.2%} ({min(ratios):+.2%}..{max(ratios):+.2%} over "
+        f"{len(ratios)} turns of {args.steps} steps)"
     )
     if args.json:
         Path(args.json).write_text(

@@ -1,22 +1,26 @@
-"""Each kind of reference against TRL's of that kind, on the same pairs and weights: seconds a pair, and memory.
+"""Each kind of reference against TRL's of that kind, on the same pairs and weights: seconds a pair,
+and memory.
 
     python tests/bench/references.py --data pairs.jsonl --pairs 24
     python tests/bench/references.py --data pairs.jsonl --only shared,trl-shared --no-memory
-    python tests/bench/references.py --data pairs.jsonl --markdown                   (the table of docs/benchmarks.md)
+    python tests/bench/references.py --data pairs.jsonl --markdown                   (the table of
+                                                                                     docs/benchmarks.md)
 
-The model is step.py's "bench" in fp32, and a step is what a step is there. Policy and reference start alike; then what
-trains of the policy is moved, by the same noise for every contender. TRL runs as it is best and exact: no gradient
-checkpointing, one pair at a time, transformers' own norms and MLPs. The mean loss of each batch must be that of TRL's
-contender of the same kind.
+The model is step.py's "bench" in fp32, and a step is what a step is there. Policy and reference
+start alike; then what trains of the policy is moved, by the same noise for every contender. TRL
+runs as it is best and exact: no gradient checkpointing, one pair at a time, transformers' own norms
+and MLPs. The mean loss of each batch must be that of TRL's contender of the same kind.
 
     times       TRL's seconds over ours, with the least and the most of it in any round
-    peak        the most memory that two steps take over what is there before them, in a process of its own
+    peak        the most memory that two steps take over what is there before them, in a process of
+                its own
     weights     the reference's, where they are not the policy's own storage
     sum         of both: what having that reference, and a step with it, takes
     of it       our memory as a part of TRL's
 
-Wanted of 4 layers of 6 shared, against TRL's shared layers (which it runs twice and does not cache): 2.8 times the
-speed with the trunk run once and 3.8 with cached log-probs; at most 0.4 of the memory.
+Wanted of 4 layers of 6 shared, against TRL's shared layers (which it runs twice and does not
+cache): 2.8 times the speed with the trunk run once and 3.8 with cached log-probs; at most 0.4 of
+the memory.
 """
 
 import argparse
@@ -40,13 +44,16 @@ from orchestrator.settings.load import make_spec
 from orchestrator.training.evaluate import LogpError
 
 SHARED = 4  # layers, of 6
-# Tolerances of the mean loss of a batch. TRL's sums in fp32 alone are off by 3e-5, ours by 6e-7. 16 and 8 bits round
-# hidden states, too, where a last bit becomes a whole step; TRL's 4 bit layers compute in bf16 on a CPU that can.
+# Tolerances of the mean loss of a batch. TRL's sums in fp32 alone are off by 3e-5, ours by 6e-7. 16
+# and 8 bits round hidden states, too, where a last bit becomes a whole step; TRL's 4 bit layers
+# compute in bf16 on a CPU that can.
 EXACT, BITS_16, BITS_8, BITS_4 = 5e-5, 5e-3, 5e-3, 2e-2
 
 
 class Ours(NamedTuple):
-    """A reference as our settings ask for it, and the contender of TRL's whose losses it must have."""
+    """A reference as our settings ask for it, and the contender of TRL's whose losses it must
+    have.
+    """
 
     reference: dict[str, Any]
     twin: str
@@ -55,7 +62,10 @@ class Ours(NamedTuple):
 
 
 class Trl(NamedTuple):
-    """A reference as TRL's users get it. None: the policy's start, or the policy without its adapter."""
+    """A reference as TRL's users get it.
+
+    None: the policy's start, or the policy without its adapter.
+    """
 
     reference: str | None = None
     precompute: bool = False
@@ -130,11 +140,13 @@ class Contender(NamedTuple):
     error: LogpError | None  # of an approximate reference of ours
 
 
-# --- contenders --------------------------------------------------------------------------------------------------
+# --- contenders -----------------------------------------------------------------------------------
 
 
 def contender(name: str, bench: Bench) -> Contender:
-    """Policy, reference and step of that name; what is to be known beforehand is computed by the policy's start."""
+    """Policy, reference and step of that name; what is to be known beforehand is computed by the
+    policy's start.
+    """
     made = _ours(OURS[name], bench) if name in OURS else _trl(TRL[name], bench)
     move(made.policy)
     return made
@@ -210,8 +222,9 @@ def loaded(model: Any, kind: str, bench: Bench) -> Any:
 
 @torch.no_grad()
 def move(policy: Any) -> None:
-    """Change what trains by noise that depends on its name alone: the losses are not all ln 2, and those of contenders
-    that train the same are the same."""
+    """Change what trains by noise that depends on its name alone: the losses are not all ln 2, and
+    those of contenders that train the same are the same.
+    """
     for name, parameter in policy.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -229,7 +242,7 @@ def move(policy: Any) -> None:
             parameter += 0.3 * parameter.std().nan_to_num() * noise
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def compare(names: list[str], bench: Bench) -> dict[str, Any]:
@@ -275,7 +288,7 @@ def _agreeing(name: str, losses: dict[str, float]) -> float:
     return difference
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:
@@ -321,13 +334,15 @@ def report(bench: Bench, found: dict[str, Any]) -> None:
     for name, row in found.items():
         if error := row["error"]:
             print(
-                f"{name}: log-probs of {error['pairs']} pairs are off by at most {error['largest']:.2g} nats, "
-                f"{error['mean']:.2g} on average; reward margins by at most {bench.spec.dpo.beta * error['margin']:.2g}"
+                f"{name}: log-probs of {error['pairs']} pairs are off by at most "
+                f"{error['largest']:.2g} nats, {error['mean']:.2g} on average; reward margins by "
+                f"at most {bench.spec.dpo.beta * error['margin']:.2g}"
             )
     for name, row in found.items():
         if row["difference_of_losses"] is not None:
             print(
-                f"{name}: mean losses of a batch are {OURS[name].twin}'s to {row['difference_of_losses']:.0e}"
+                f"{name}: mean losses of a batch are {OURS[name].twin}'s to "
+                f"{row['difference_of_losses']:.0e}"
             )
 
 

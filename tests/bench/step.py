@@ -1,18 +1,24 @@
-"""Our step against TRL's on the same pairs and the same weights, side by side: seconds a pair, memory, the ceiling.
+"""Our step against TRL's on the same pairs and the same weights, side by side: seconds a pair,
+memory, the ceiling.
 
     python tests/bench/step.py --data pairs.jsonl --pairs 48
     python tests/bench/step.py --data synthetic:4 --pairs 48 --against trl-best --json step.json
-    python tests/bench/step.py --data synthetic:1 --pairs 64 --size 0.5b --precision bf16      (on a GPU)
+    python tests/bench/step.py --data synthetic:1 --pairs 64 --size 0.5b --precision bf16      (on a
+                                                                                               GPU)
 
-A step is forward and backward over --batch pairs, collation included; the optimizer, the same for all, is left out.
-Contenders take turns batch by batch. Seconds are CPU seconds of this process (--threads 1), or seconds of the device.
-Memory is measured in a process of its own for each, as the peak over what is allocated once the models are there.
+A step is forward and backward over --batch pairs, collation included; the optimizer, the same for
+all, is left out. Contenders take turns batch by batch. Seconds are CPU seconds of this process
+(--threads 1), or seconds of the device. Memory is measured in a process of its own for each, as the
+peak over what is allocated once the models are there.
 
-    ours-cached   packed pairs, one forward over the prompt, loss in the head, reference log-probs known
+    ours-cached   packed pairs, one forward over the prompt, loss in the head, reference log-probs
+                  known
     ours-live     the same, the reference computed with the policy
-    trl-default   TRL's defaults: gradient checkpointing, padded micro-batches of --trl-micro pairs, live reference
+    trl-default   TRL's defaults: gradient checkpointing, padded micro-batches of --trl-micro pairs,
+                  live reference
     trl-live      no gradient checkpointing, one pair at a time (least padding), live reference
-    trl-best      no gradient checkpointing, one pair at a time, precomputed reference: TRL's best exact setting found
+    trl-best      no gradient checkpointing, one pair at a time, precomputed reference: TRL's best
+                  exact setting found
 """
 
 import argparse
@@ -55,7 +61,8 @@ Rows = list[dict[str, Any]]
 Step = Callable[[list[int]], float]
 """Forward and backward over some pairs, by their place in the rows; returns their mean loss."""
 
-# Shapes: "bench" is small enough for one core; the others are Qwen2.5-0.5B's, Qwen2.5-7B's and Llama-7B's.
+# Shapes: "bench" is small enough for one core; the others are Qwen2.5-0.5B's, Qwen2.5-7B's and
+# Llama-7B's.
 SIZES: dict[str, dict[str, Any]] = {
     "bench": {
         "model_type": "qwen2",
@@ -127,11 +134,13 @@ class Bench(NamedTuple):
     device: torch.device
 
 
-# --- pairs and models --------------------------------------------------------------------------------------------
+# --- pairs and models -----------------------------------------------------------------------------
 
 
 def prepared(args: argparse.Namespace, folder: Path) -> Bench:
-    """Settings, tokenizer and pairs; a file is tokenised by our own code, synthetic pairs are random ids."""
+    """Settings, tokenizer and pairs; a file is tokenised by our own code, synthetic pairs are
+    random ids.
+    """
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     synthetic = args.data.startswith("synthetic:")
@@ -160,8 +169,9 @@ def prepared(args: argparse.Namespace, folder: Path) -> Bench:
 
 
 def _synthetic(ratio: float, args: argparse.Namespace) -> Rows:
-    """Completions of about 160 tokens, log-normal; a prompt has `ratio` times the mean of its two completions. Pairs
-    longer than --max-length are drawn again."""
+    """Completions of about 160 tokens, log-normal; a prompt has `ratio` times the mean of its two
+    completions. Pairs longer than --max-length are drawn again.
+    """
     draw, vocabulary = random.Random(0), SIZES[args.size]["vocab_size"]
 
     def ids(count: int) -> list[int]:
@@ -180,8 +190,10 @@ def _synthetic(ratio: float, args: argparse.Namespace) -> Rows:
 
 
 def models(bench: Bench) -> tuple[Any, Any]:
-    """Policy and reference: random weights, a little apart, so that losses are not all ln 2. With bf16 the weights are
-    fp32 under autocast, but for a large model, two of which would not fit one device so: all contenders' are bf16."""
+    """Policy and reference: random weights, a little apart, so that losses are not all ln 2. With
+    bf16 the weights are fp32 under autocast, but for a large model, two of which would not fit one
+    device so: all contenders' are bf16.
+    """
     dtype = (
         torch.bfloat16
         if bench.args.precision == "bf16" and bench.args.size in LARGE
@@ -198,11 +210,14 @@ def models(bench: Bench) -> tuple[Any, Any]:
     return policy, reference
 
 
-# --- contenders --------------------------------------------------------------------------------------------------
+# --- contenders -----------------------------------------------------------------------------------
 
 
 def ours(bench: Bench, policy: Any, reference: Reference, cached: bool) -> Step:
-    """Our engine's micro-steps over the micro-batches that our order makes. cached: the log-probs are made now."""
+    """Our engine's micro-steps over the micro-batches that our order makes.
+
+    cached: the log-probs are made now.
+    """
     args, spec = bench.args, bench.spec
     world = World(0, 1, 0, bench.device)
     kernel = choose_kernel("auto", bench.device, args.precision)
@@ -253,7 +268,9 @@ def trl(
     precompute: bool = False,
     peft_config: Any = None,
 ) -> Step:
-    """DPOTrainer's own collator and compute_loss, `micro` pairs at a time; no code of ours runs in it."""
+    """DPOTrainer's own collator and compute_loss, `micro` pairs at a time; no code of ours runs in
+    it.
+    """
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -340,7 +357,7 @@ def contender(name: str, bench: Bench, policy: Any, reference: Any) -> Step:
     return trl(bench, policy, reference, _trl_micro(bench, name), precompute=name == "trl-best")
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def timed(step: Step, pairs: list[int], device: torch.device) -> tuple[float, float]:
@@ -408,11 +425,12 @@ def batches_of(bench: Bench) -> list[list[int]]:
 
 
 def flops(bench: Bench, name: str, policy: Any, recomputed: bool = True) -> float:
-    """Multiplications and additions on paper that this contender needs for all pairs: causal attention, no waste.
+    """Multiplications and additions on paper that this contender needs for all pairs: causal
+    attention, no waste.
 
-    TRL feeds each micro-batch padded to its longest; we feed prompt | chosen | rejected. Both heads are counted on
-    completion tokens alone (on a CPU TRL's scores every token); TRL makes its logits again in the backward pass.
-    recomputed: count what is computed a second time, too.
+    TRL feeds each micro-batch padded to its longest; we feed prompt | chosen | rejected. Both heads
+    are counted on completion tokens alone (on a CPU TRL's scores every token); TRL makes its logits
+    again in the backward pass. recomputed: count what is computed a second time, too.
     """
     cost = pair_cost(policy)
     live = name in ("ours-live", "trl-live", "trl-default")
@@ -488,11 +506,13 @@ def compare(bench: Bench) -> dict[str, Any]:
     }
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def report(bench: Bench, found: dict[str, Any]) -> None:
-    """The table, with the ratio of ours to each of TRL's, its spread over rounds, and the ceiling on paper."""
+    """The table, with the ratio of ours to each of TRL's, its spread over rounds, and the ceiling
+    on paper.
+    """
     contenders = found["contenders"]
     device = (
         torch.cuda.get_device_name()

@@ -1,6 +1,7 @@
-"""Whatever is combined trains as its own padded twin under DDP does, or is refused in one line: losses and what
-changes them, references, engines, precisions, layouts, collators and LoRA, every two of them together in some run on
-two real ranks."""
+"""Whatever is combined trains as its own padded twin under DDP does, or is refused in one line:
+losses and what changes them, references, engines, precisions, layouts, collators and LoRA, every
+two of them together in some run on two real ranks.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, product
@@ -210,7 +211,9 @@ def name_of(row: Row) -> str:
 
 
 def twin(folder: Path, row: Row) -> dict[str, Any]:
-    """The same in padded rows under DDP, collated by ours, judged by a full copy where there is one, without cache."""
+    """The same in padded rows under DDP, collated by ours, judged by a full copy where there is
+    one, without cache.
+    """
     reference = "copy"
     if row["reference"] in ("int8", "nf4"):
         reference = row["reference"]
@@ -227,12 +230,13 @@ def twin(folder: Path, row: Row) -> dict[str, Any]:
     return raw
 
 
-# --- what cannot be ----------------------------------------------------------------------------------------------
+# --- what cannot be -------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_is_refused_with_its_reason_and_nothing_else_is(tmp_path: Path) -> None:
-    """Before anything is built. The loss and what becomes of it have no part in what else is refused, a layout in
-    nothing."""
+    """Before anything is built. The loss and what becomes of it have no part in what else is
+    refused, a layout in nothing.
+    """
     of_loss, usual = (
         ("loss", "objective"),
         {"loss": "sigmoid", **{part: values[0] for part, values in PARTS.items()}},
@@ -266,7 +270,7 @@ def rules_met(raw: dict[str, Any], row: Row) -> set[str]:
     return found
 
 
-# --- what can be -------------------------------------------------------------------------------------------------
+# --- what can be ----------------------------------------------------------------------------------
 
 STEEPER = {
     "sppo_hard": 2

@@ -1,5 +1,6 @@
-"""References that move, are sharded or are a policy without its adapter, beside engines on two real ranks: the curve is
-DDP's, resumed in the middle."""
+"""References that move, are sharded or are a policy without its adapter, beside engines on two real
+ranks: the curve is DDP's, resumed in the middle.
+"""
 
 import json
 from collections.abc import Callable
@@ -45,8 +46,9 @@ REFUSED = {  # (engine, kind): why
     for kind, settings in KINDS.items()
     if settings.reference.get("sharded")
 }
-# Those of which a checkpoint or a shard holds something: a reference that moves or is cut, a policy's adapter alone.
-# test_combinations.py has the others, undisturbed; stage 1 does as stage 2, where weights are whole as well.
+# Those of which a checkpoint or a shard holds something: a reference that moves or is cut, a
+# policy's adapter alone. test_combinations.py has the others, undisturbed; stage 1 does as stage 2,
+# where weights are whole as well.
 RESUMED = [
     kind
     for kind, settings in KINDS.items()

@@ -1,4 +1,6 @@
-"""Every engine on 1, 2 and 3 real ranks is one process of plain torch; from what one has kept any other goes on."""
+"""Every engine on 1, 2 and 3 real ranks is one process of plain torch; from what one has kept any
+other goes on.
+"""
 
 import random
 from collections.abc import Callable
@@ -23,7 +25,9 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 class Group:
-    """What one engine on so many ranks has done: all in one set of processes, as starting them takes longest."""
+    """What one engine on so many ranks has done: all in one set of processes, as starting them
+    takes longest.
+    """
 
     def __init__(self, engine: str, size: int, folder: Path, canonical: Path) -> None:
         self.checkpoint = folder / f"step_{SAVED:08d}"
@@ -59,7 +63,7 @@ def assert_alike(made: Made, expected: Made, steps: slice = slice(None)) -> None
     assert made.rates == pytest.approx(expected.rates[steps], rel=1e-12)
 
 
-# --- the curve ---------------------------------------------------------------------------------------------------
+# --- the curve ------------------------------------------------------------------------------------
 
 
 @every_engine
@@ -87,7 +91,7 @@ def test_the_oracle_learns_and_clips() -> None:
     )
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @every_engine
@@ -136,12 +140,14 @@ def test_what_one_has_written_another_goes_on_from(groups: Any, writer: Any, rea
     assert_alike(made, wrote.gone_on)
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def held() -> dict[int, list[dict[str, tuple[int, int]]]]:
-    """By world size, for each rank: bytes of optimizer state and of weights between steps, by engine."""
+    """By world size, for each rank: bytes of optimizer state and of weights between steps, by
+    engine.
+    """
     return {size: on_gloo(size, engine_runs.bytes_held) for size in (1, 2, 4)}
 
 
@@ -162,7 +168,7 @@ def test_optimizer_state_is_sharded(held: Any, engine: str, size: int) -> None:
             assert weights == whole[1]
 
 
-# --- precision, offloading, a user's own -------------------------------------------------------------------------
+# --- precision, offloading, a user's own ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""On one GPU every engine has the numbers of a CPU and resumes bit for bit, and a step does not wait for the GPU."""
+"""On one GPU every engine has the numbers of a CPU and resumes bit for bit, and a step does not
+wait for the GPU.
+"""
 
 import importlib.util
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""The step depends on the global batch alone: ranks, micro-batches, engines' sharding and collators leave no trace."""
+"""The step depends on the global batch alone: ranks, micro-batches, engines' sharding and collators
+leave no trace.
+"""
 
 import json
 from pathlib import Path
@@ -22,7 +24,8 @@ from tiny import tiny_model, tokenizer
 
 from orchestrator.settings.spec import LossType
 
-# 30 pairs in batches of 8: the last batch of an epoch has 6, which neither 4 ranks nor micro-batches of 4 divide
+# 30 pairs in batches of 8: the last batch of an epoch has 6, which neither 4 ranks nor
+# micro-batches of 4 divide
 SETTINGS: dict[str, Any] = {
     "training": {
         "max_steps": 9,
@@ -70,7 +73,8 @@ def run(
     settings: Path, name: str, ranks: int, overrides: list[str], extra: dict[str, str] | None = None
 ) -> Path:
     name = name.replace(" ", "-")
-    own = f"run.dir={settings.parent / name}"  # a run that finds another's reference log-probs would not make its own
+    # a run that finds another's reference log-probs would not make its own
+    own = f"run.dir={settings.parent / name}"
     words = [own, f"run.name={name}", *overrides]
     if name == BY_COMMAND:
         ended = orchestrator(
@@ -131,7 +135,10 @@ OF_THE_GLOBAL_BATCH = {
 
 @pytest.mark.parametrize("loss", OF_THE_GLOBAL_BATCH)
 def test_what_is_of_a_micro_batch_in_trl_is_of_the_global_batch(settings: Path, loss: str) -> None:
-    """A mean over tokens, and the sorting of pairs. Five steps of 8 and 6 pairs, evaluated before, within and after."""
+    """A mean over tokens, and the sorting of pairs.
+
+    Five steps of 8 and 6 pairs, evaluated before, within and after.
+    """
     short = [*OF_THE_GLOBAL_BATCH[loss], "training.max_steps=5"]
     twin, *made = (
         run(settings, f"{loss} {cut}", CUTS[cut][0], [*CUTS[cut][1], *short])
@@ -144,7 +151,7 @@ def test_what_is_of_a_micro_batch_in_trl_is_of_the_global_batch(settings: Path, 
     assert losses(twin)[5] < losses(twin)[1]
 
 
-# --- every objective -----------------------------------------------------------------------------------------------
+# --- every objective ------------------------------------------------------------------------------
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     **{
@@ -224,11 +231,13 @@ def test_every_loss_and_what_changes_it_is_that_of_the_global_batch(
             assert curves[ranks, layout, name] == pytest.approx(expected, rel=1e-9), (ranks, layout)
 
 
-# --- collators ---------------------------------------------------------------------------------------------------
+# --- collators ------------------------------------------------------------------------------------
 
 
 def test_collators_know_the_distribution(settings: Path, tmp_path: Path) -> None:
-    """2 ranks x 2 micro-batches: each call sees its rank, the world, the step, and the global batch's counts."""
+    """2 ranks x 2 micro-batches: each call sees its rank, the world, the step, and the global
+    batch's counts.
+    """
     overrides = ["data.eval=null", "evaluation.every_steps=null", "training.max_steps=3"]
     ours = run(settings, "ours", 2, overrides)
     plain = run(settings, "plain", 2, [*overrides, "data.collator=collators:plain"])

@@ -1,4 +1,5 @@
-"""A billion parameters train a step by ZeRO-3 on two ranks of a machine with 24 GB and no GPU; prints the peak memory.
+"""A billion parameters train a step by ZeRO-3 on two ranks of a machine with 24 GB and no GPU;
+prints the peak memory.
 
 bash launch/test.sh -m slow -s tests/contract/test_large.py
 """
@@ -37,7 +38,9 @@ ZERO = {  # at most a tenth of the model gathered at a time, and few elements up
 
 
 def private_bytes(process: psutil.Process) -> int:
-    """Memory of this process and all below it that is no file's: pages of mapped weights can be dropped."""
+    """Memory of this process and all below it that is no file's: pages of mapped weights can be
+    dropped.
+    """
     found = 0
     for one in (process, *process.children(recursive=True)):
         try:
@@ -105,7 +108,8 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
     [count] = re.findall(r"([\d,]+) trainable parameters", said)
     seconds = time.monotonic() - began
     print(
-        f"\n{count} parameters, AdamW, bf16 over fp32: peak {peak[0] / 1e9:.1f} GB in {seconds:.0f} s"
+        f"\n{count} parameters, AdamW, bf16 over fp32: peak {peak[0] / 1e9:.1f} GB in "
+        f"{seconds:.0f} s"
     )
     assert int(count.replace(",", "")) > 1e9
     assert losses(tmp_path / "runs" / "billion") == {1: pytest.approx(math.log(2), abs=1e-6)}

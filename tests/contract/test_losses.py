@@ -1,5 +1,6 @@
-"""Whole runs with what the data and the user say of the loss: weights and margins of pairs, a loss of one's own; and a
-mixture of experts without its load-balancing loss."""
+"""Whole runs with what the data and the user say of the loss: weights and margins of pairs, a loss
+of one's own; and a mixture of experts without its load-balancing loss.
+"""
 
 import json
 import math
@@ -43,7 +44,8 @@ def test_the_curve_of_a_weight_of_two_is_that_of_the_row_twice(tmp_path: Path, r
             f"data.eval={file}",
             f"batch.global_batch_size={len(made)}",
         )
-        bytes_alone = "model.init.vocab_size=260"  # with more, the tokenizer would depend on how often a row is there
+        # with more, the tokenizer would depend on how often a row is there
+        bytes_alone = "model.init.vocab_size=260"
         forked.finished(write_settings(tmp_path, **SETTINGS), *words, bytes_alone, ranks=ranks)
         curves.append(metric_lines(tmp_path / "runs" / name))
     for prefix, names, count in (("", (*SAME, "grad_norm"), 3), ("eval_", SAME, 2)):

@@ -1,4 +1,6 @@
-"""Every kind of reference with every precision, layout, LoRA base and cache: refused with a cure, or like its twin."""
+"""Every kind of reference with every precision, layout, LoRA base and cache: refused with a cure,
+or like its twin.
+"""
 
 import math
 from collections.abc import Callable
@@ -106,11 +108,12 @@ def refusal_of(combination: Combination) -> Refusal | None:
     )
 
 
-# --- the runs ----------------------------------------------------------------------------------------------------
+# --- the runs -------------------------------------------------------------------------------------
 
 PAIRS = 6  # steps of 4 and of 2 pairs; the third step is in the second epoch, which asks a cache
 SHARED = 1  # layers of 2
-# Weights so large that some activations pass 6, which int8 treats apart, and that the parts of a sum round.
+# Weights so large that some activations pass 6, which int8 treats apart, and that the parts of a
+# sum round.
 MODEL = {**TINY_MODEL, "hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.22}
 QUANTISATION = {
     "int8": 0.06,
@@ -151,7 +154,9 @@ def settings(folder: Path, combination: Combination, frozen_layers: int | None =
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Train a combination, once; each has a folder of its own, so that none finds another's log-probs."""
+    """Train a combination, once; each has a folder of its own, so that none finds another's
+    log-probs.
+    """
 
     @cache
     def train(combination: Combination, frozen_layers: int | None = None) -> Run:
@@ -166,7 +171,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 
 
 def twin_of(combination: Combination) -> tuple[Combination, int | None]:
-    """The same in padded rows without cache, judged by a full copy where there is one, and its frozen layers."""
+    """The same in padded rows without cache, judged by a full copy where there is one, and its
+    frozen layers.
+    """
     kind = "copy"
     if combination.kind in QUANTISED:
         kind = combination.kind
@@ -176,7 +183,7 @@ def twin_of(combination: Combination) -> tuple[Combination, int | None]:
     return combination._replace(kind=kind, layout="padded", cache="off"), frozen_layers
 
 
-# --- the matrix --------------------------------------------------------------------------------------------------
+# --- the matrix -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("combination", filter(refusal_of, MATRIX), ids="-".join)
@@ -219,7 +226,9 @@ def test_what_can_be_trains_like_its_twin(
 
 @pytest.mark.parametrize("refusal", REFUSED, ids=lambda refusal: refusal.rule)
 def test_each_cure_leads_on(refusal: Refusal) -> None:
-    """To something that runs, or to a later rule; and there is something that the refusal is about."""
+    """To something that runs, or to a later rule; and there is something that the refusal is
+    about.
+    """
     refused = [combination for combination in MATRIX if refusal_of(combination) is refusal]
     assert refused
     for combination in refused:

@@ -1,4 +1,6 @@
-"""Every kind of reference trains as a frozen copy does, on one rank or two, and resumed in the middle."""
+"""Every kind of reference trains as a frozen copy does, on one rank or two, and resumed in the
+middle.
+"""
 
 import json
 import math
@@ -136,7 +138,7 @@ def curve(run: Run) -> dict[tuple[int, str], float]:
     }
 
 
-# --- the curve ---------------------------------------------------------------------------------------------------
+# --- the curve ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_a_quantised_one_begins_within_its_measured_error(
     assert 0 < abs(first["rewards/margins"]) <= margin
 
 
-# --- resumed in the middle ---------------------------------------------------------------------------------------
+# --- resumed in the middle ------------------------------------------------------------------------
 
 
 @every_kind
@@ -198,7 +200,7 @@ def test_resumed_in_the_middle_it_is_bitwise_the_undisturbed_run(runs: Runs, kin
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
-# --- what moves --------------------------------------------------------------------------------------------------
+# --- what moves -----------------------------------------------------------------------------------
 
 
 def is_frozen(kind: Kind, parameter: str) -> bool:

@@ -1,4 +1,6 @@
-"""A multimodal model trains on text on two ranks as on one, under every engine; its vision tower stays as it is."""
+"""A multimodal model trains on text on two ranks as on one, under every engine; its vision tower
+stays as it is.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

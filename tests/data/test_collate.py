@@ -1,4 +1,6 @@
-"""Rows become one PairBatch: packed, padded as TRL lays it out, and a user's dict as the same thing."""
+"""Rows become one PairBatch: packed, padded as TRL lays it out, and a user's dict as the same
+thing.
+"""
 
 import random
 import sys
@@ -68,7 +70,9 @@ def segments_of(batch: PairBatch) -> Segments:
 
 
 def awkward_rows(seed: int, pairs: int = 12) -> list[dict[str, Any]]:
-    """Rows over three tokens, so that completions begin alike or are alike; prompts may be empty."""
+    """Rows over three tokens, so that completions begin alike or are alike; prompts may be
+    empty.
+    """
     draw = random.Random(seed)
 
     def some(low: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""A step at a time from any position, prefetched in a thread that neither loses an error nor outlives its use."""
+"""A step at a time from any position, prefetched in a thread that neither loses an error nor
+outlives its use.
+"""
 
 import threading
 import time

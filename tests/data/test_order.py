@@ -1,4 +1,6 @@
-"""The order of data: every pair once, the same global batches at any world size, ranks alike in cost and in number."""
+"""The order of data: every pair once, the same global batches at any world size, ranks alike in
+cost and in number.
+"""
 
 import tracemalloc
 from typing import Any
@@ -116,7 +118,7 @@ def test_the_last_batch_of_an_epoch_is_smaller() -> None:
     assert [len(order.plan(start).global_pairs) for start in (40, 48, 50)] == [8, 2, 8]
 
 
-# --- several training sets ---------------------------------------------------------------------------------------
+# --- several training sets ------------------------------------------------------------------------
 
 SETS = st.lists(
     st.builds(Share.of, st.integers(1, 30), st.floats(0.01, 4)), min_size=1, max_size=4
@@ -206,7 +208,7 @@ def test_weighted_sets_give_the_same_global_batches_at_any_world_size(world: int
     assert sorted(whole) == list(range(50))  # an evaluation, or what fills a cache
 
 
-# --- micro-batches -----------------------------------------------------------------------------------------------
+# --- micro-batches --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [*WORLDS, 16])

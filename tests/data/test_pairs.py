@@ -1,4 +1,6 @@
-"""Rows are tokenised once, however many processes ask; the pairs of several sets, a part held out, weights."""
+"""Rows are tokenised once, however many processes ask; the pairs of several sets, a part held out,
+weights.
+"""
 
 import os
 import re
@@ -41,7 +43,7 @@ def builder(folder: Path, log: Path, seconds: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", BUILDER, str(folder), str(log), str(seconds)])
 
 
-# --- rows --------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 GONE: Any = object()
 GOOD, TIE, MALFORMED = TEXT_ROW, {**TEXT_ROW, "chosen": " no"}, {"prompt": "no answers"}
@@ -108,7 +110,7 @@ def test_the_lengths_before_truncation_are_kept_of_dropped_rows_too(tmp_path: Pa
     assert found.sets[0].uncut_lengths.tolist() == [[9, 31, 4], [7, 4, 4], [20, 5, 4]]
 
 
-# --- several training sets ---------------------------------------------------------------------------------------
+# --- several training sets ------------------------------------------------------------------------
 
 SETS = [[TIE, GOOD, GOOD, TIE], rows(3, conversational=True), [MALFORMED, *rows(4, seed=1)]]
 
@@ -189,7 +191,7 @@ def test_a_tokenizer_is_trained_on_all_sets(tmp_path: Path) -> None:
     assert identity not in {training_texts(data_spec(train=each.path))[1] for each in data.train}
 
 
-# --- a part that is held out -------------------------------------------------------------------------------------
+# --- a part that is held out ----------------------------------------------------------------------
 
 
 def of_prompts(folder: Path, *sets: list[str], **settings: Any) -> Pairs:
@@ -288,7 +290,7 @@ def test_rows_that_are_held_out_are_found(tmp_path: Path) -> None:
     }
 
 
-# --- weights and margins -----------------------------------------------------------------------------------------
+# --- weights and margins --------------------------------------------------------------------------
 
 WEIGHED = [
     {**row, "w": weight, "m": -weight} for row, weight in zip(rows(3), (2.0, 0.5, 3.0), strict=True)
@@ -338,7 +340,8 @@ def test_pairs_have_the_weights_and_margins_of_their_rows(
         (
             "margin",
             {"m": GONE},
-            "has no column 'm' (data.margin_column); its columns are 'prompt', 'chosen', 'rejected', 'w'",
+            "has no column 'm' (data.margin_column); its columns are 'prompt', 'chosen', "
+            "'rejected', 'w'",
         ),
     ],
 )
@@ -354,7 +357,7 @@ def test_a_row_without_a_usable_number_is_malformed(
     assert left.dropped == {"malformed rows": 1}
 
 
-# --- the cache ---------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

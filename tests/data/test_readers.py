@@ -1,4 +1,6 @@
-"""Rows of one file: JSON and CSV, compressed or not; what is wrong in a file is named with its row."""
+"""Rows of one file: JSON and CSV, compressed or not; what is wrong in a file is named with
+its row.
+"""
 
 import bz2
 import gzip

@@ -1,4 +1,6 @@
-"""An answer of the reference is found by exactly the same question and believed only when it is whole."""
+"""An answer of the reference is found by exactly the same question and believed only when it is
+whole.
+"""
 
 import json
 from collections.abc import Callable
@@ -67,7 +69,7 @@ def known(cache: RefCache) -> list[int]:
     return np.setdiff1d(ALL, cache.unknown()).tolist()
 
 
-# --- round trip --------------------------------------------------------------------------------------------------
+# --- round trip -----------------------------------------------------------------------------------
 
 
 def test_answers_come_back_bit_by_bit_in_any_order(tmp_path: Path, pairs: Pairs) -> None:
@@ -115,7 +117,7 @@ def test_what_another_process_wrote_is_found_at_the_next_reading(
     assert known(ours) == [1, 2, 3]
 
 
-# --- damage ------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def test_a_torn_record_is_lost_and_the_others_are_not(tmp_path: Path, pairs: Pairs) -> None:
@@ -152,7 +154,7 @@ def test_a_file_of_rubbish_says_nothing(tmp_path: Path, pairs: Pairs, content: b
     assert known(cache(tmp_path, pairs)) == []
 
 
-# --- what makes a question ---------------------------------------------------------------------------------------
+# --- what makes a question ------------------------------------------------------------------------
 
 
 def test_rows_of_the_same_tokens_have_answers_of_their_own(tmp_path: Path) -> None:
@@ -255,7 +257,7 @@ def test_the_format_is_part_of_the_identity(
     assert cache_folder(tmp_path, {}) != before
 
 
-# --- the reference's identity ------------------------------------------------------------------------------------
+# --- the reference's identity ---------------------------------------------------------------------
 
 
 def identity(model: Any, ranks: int = 1) -> dict[str, Any]:
@@ -313,7 +315,7 @@ def test_the_identity_changes_with_the_type_of_the_weights() -> None:
     assert identity(tiny_model().bfloat16()) != identity(tiny_model().bfloat16().float())
 
 
-# --- in the loader -----------------------------------------------------------------------------------------------
+# --- in the loader --------------------------------------------------------------------------------
 
 
 def loader(

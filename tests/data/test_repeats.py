@@ -1,4 +1,6 @@
-"""Pairs that repeat or contradict each other, and evaluation pairs that are trained on, are counted."""
+"""Pairs that repeat or contradict each other, and evaluation pairs that are trained on, are
+counted.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,8 @@ def test_evaluation_pairs_that_are_trained_on_are_counted_by_set(tmp_path: Path)
     )
     assert trained_on(first, train) == 3
     assert list(repeat_lines(train, {"hard": first, "": second})) == [
-        "hard evaluation pairs that are also training pairs: 3; evaluation pairs that are also training pairs: 1"
+        "hard evaluation pairs that are also training pairs: 3; evaluation pairs that are also "
+        "training pairs: 1"
     ]
 
 

@@ -1,4 +1,6 @@
-"""Rows come in many shapes: each is read as what it says, or refused with what it is and what to do."""
+"""Rows come in many shapes: each is read as what it says, or refused with what it is and what to
+do.
+"""
 
 import json
 from pathlib import Path
@@ -49,7 +51,7 @@ def refusal(row: Any, **settings: Any) -> BadRow:
     return caught.value
 
 
-# --- shapes that are read ------------------------------------------------------------------------------------------
+# --- shapes that are read -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_a_prompt_text_that_text_answers_repeat_is_said() -> None:
     assert checked({**row, "rejected": "Badly."}, data_spec()).notes == ()
 
 
-# --- nulls ---------------------------------------------------------------------------------------------------------
+# --- nulls ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
@@ -184,7 +186,7 @@ def test_parquet_and_jsonl_give_the_same_tokens_where_arrow_adds_nulls(tmp_path:
     assert parquet.unread == jsonl.unread
 
 
-# --- what is no text -----------------------------------------------------------------------------------------------
+# --- what is no text ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_a_row_that_is_nested_too_deeply_is_named() -> None:
     assert refusal({**CHAT_ROW, "tools": tools}).reason == "is nested too deeply"
 
 
-# --- columns that hold a part of the question ----------------------------------------------------------------------
+# --- columns that hold a part of the question -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,7 +367,7 @@ def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
     ]
 
 
-# --- shapes of other trainers --------------------------------------------------------------------------------------
+# --- shapes of other trainers ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

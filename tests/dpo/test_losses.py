@@ -1,4 +1,6 @@
-"""Each loss equals its formula in fp64, in value and gradient, and keeps its head where numbers are extreme."""
+"""Each loss equals its formula in fp64, in value and gradient, and keeps its head where numbers are
+extreme.
+"""
 
 import math
 import re
@@ -144,7 +146,8 @@ LN2, B, TAU, GAMMA, Q = math.log(2), 0.3, 0.05, 0.5, -2.5
 TILT = math.log((1 - EPSILON) / EPSILON)
 ODDS = 1 / (1 - math.exp(Q))  # slope of the log odds
 DISCOPOP = 0.25 * (1 - LN2) / TAU - 0.75
-# The loss of a pair whose policy is the reference, of 4 and 2 tokens and Q nats a token, and its two slopes.
+# The loss of a pair whose policy is the reference, of 4 and 2 tokens and Q nats a token, and its
+# two slopes.
 AT_THE_START: dict[LossType, tuple[float, float, float]] = {
     "sigmoid": (LN2, -B / 2, B / 2),
     "hinge": (1, -B, B),
@@ -180,7 +183,9 @@ def test_policy_equal_to_reference(name: LossType) -> None:
 
 @NAMES
 def test_a_loss_with_its_pairs_turned_round_is_another(name: LossType) -> None:
-    """The chosen one is to gain: by 3 nats over the rejected one it is better than with 3 nats less."""
+    """The chosen one is to gain: by 3 nats over the rejected one it is better than with 3 nats
+    less.
+    """
     terms = PairTerms.split(
         torch.tensor([-9.0, -12.0, -12.0, -9.0]).double(),
         torch.full((4,), -9.0).double(),
@@ -212,7 +217,7 @@ def test_an_f_divergence_acts_where_the_settings_say(
     assert acts == (name in OF_SCORES and name != "sft")  # which has none, and takes any
 
 
-# --- limits ------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
 def of(name: LossType, **settings: Any) -> list[float]:
@@ -255,7 +260,7 @@ def test_a_cold_discopop_is_exponential_where_the_chosen_leads_and_logistic_wher
     assert [ahead, behind] == pytest.approx([math.exp(-0.3), of("sigmoid")[1]], rel=1e-14)
 
 
-# --- several at once ---------------------------------------------------------------------------------------------
+# --- several at once ------------------------------------------------------------------------------
 
 
 def test_the_sum_of_several_losses_and_its_mean_over_tokens() -> None:
@@ -294,12 +299,14 @@ def test_sft_counts_every_token_alike_whatever_ld_alpha_is() -> None:
     assert LOSSES["sft"](terms, spec(ld_alpha=0.5)).tolist() == [11, 22, 8]
 
 
-# --- margins of the data -----------------------------------------------------------------------------------------
+# --- margins of the data --------------------------------------------------------------------------
 
 
 @NAMES
 def test_a_margin_is_what_the_chosen_is_to_win_by_in_rewards(name: LossType) -> None:
-    """It acts as if the chosen completion had earned as much less, or per token for a loss over means."""
+    """It acts as if the chosen completion had earned as much less, or per token for a loss over
+    means.
+    """
     terms, dpo = PairTerms.split(LOGPS, REFERENCE, TOKENS), spec(0.3)
     margins = torch.tensor([0.6, -0.3, 1.5], dtype=torch.float64)
     found = LOSSES[name](terms._replace(margins=margins), dpo)
@@ -311,7 +318,7 @@ def test_a_margin_is_what_the_chosen_is_to_win_by_in_rewards(name: LossType) -> 
     assert torch.allclose(found, LOSSES[name](lower, dpo), rtol=1e-13)
 
 
-# --- a user's own ------------------------------------------------------------------------------------------------
+# --- a user's own ---------------------------------------------------------------------------------
 
 
 def users(monkeypatch: pytest.MonkeyPatch, loss: Any) -> DpoSpec:
@@ -398,7 +405,7 @@ def test_a_users_loss_that_is_not_there_is_refused() -> None:
             check_losses(spec(loss_type=name), with_margins=False)
 
 
-# --- over the whole global batch ---------------------------------------------------------------------------------
+# --- over the whole global batch ------------------------------------------------------------------
 
 EVERY_BATCH_LOSS = spec(0.3, loss_type=list(BATCH_LOSSES), loss_weights=[0.5, 2])
 
@@ -462,7 +469,7 @@ def test_a_known_loss_has_its_value_and_its_slopes() -> None:
     assert torch.equal(torch.autograd.grad(losses.sum(), logps)[0], of_batch[:, 1:])
 
 
-# --- numerical extremes ------------------------------------------------------------------------------------------
+# --- numerical extremes ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("divergence", get_args(FDivergence))
@@ -470,7 +477,9 @@ def test_a_known_loss_has_its_value_and_its_slopes() -> None:
 def test_extreme_log_ratios_leave_loss_and_gradient_finite(
     name: LossType, divergence: FDivergence
 ) -> None:
-    """Up to 1e4 nats of either sign on either side: what the policy rules out, or what the reference does."""
+    """Up to 1e4 nats of either sign on either side: what the policy rules out, or what the
+    reference does.
+    """
     ends = [-1e4, -800.0, -90.0, -1.0, -1e-9, 0.0]
     sides = torch.tensor(list(product(ends, repeat=4)), dtype=torch.float64).t()
     tokens = torch.full((sides.shape[1],), 3)

@@ -1,4 +1,6 @@
-"""The step depends on the global batch alone, and the reference is no part of what is trained or saved."""
+"""The step depends on the global batch alone, and the reference is no part of what is trained or
+saved.
+"""
 
 import hashlib
 import math

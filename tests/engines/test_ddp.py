@@ -1,4 +1,6 @@
-"""The engine at one rank, on packed pairs: clipping, schedule, loss scale, and a state that comes back bit for bit."""
+"""The engine at one rank, on packed pairs: clipping, schedule, loss scale, and a state that comes
+back bit for bit.
+"""
 
 import json
 from functools import partial

@@ -1,4 +1,6 @@
-"""Optimizers and schedules, by name and by function: what they do, and how a wrong one is refused."""
+"""Optimizers and schedules, by name and by function: what they do, and how a wrong one is
+refused.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -211,7 +213,7 @@ def test_a_schedule_that_ends_before_the_run_is_refused() -> None:
     assert scheduler_factory(spec, 9)(optimizer(name="torch.optim.AdamW"))
 
 
-# --- every schedule under an engine ------------------------------------------------------------------------------
+# --- every schedule under an engine ---------------------------------------------------------------
 
 STEPS, PEAK = 9, 1e-2
 SPECIFIC: dict[str, dict[str, Any]] = {
@@ -358,7 +360,7 @@ def test_schedules_find_the_peak_and_the_momentum_of_a_sharded_optimizer() -> No
     assert name_of(dealt) == "torch.optim.AdamW"
 
 
-# --- optimizers that are not elementwise -------------------------------------------------------------------------
+# --- optimizers that are not elementwise ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -404,7 +406,7 @@ def test_deepspeeds_own_are_not_compiled_on_a_cpu(tmp_path: Path) -> None:
             factories(spec, Small(), 4, ALONE.device)
 
 
-# --- a Python user's own -----------------------------------------------------------------------------------------
+# --- a Python user's own --------------------------------------------------------------------------
 
 WHOLE = EngineSpec(shard_optimizer=False)  # pyright: ignore[reportCallIssue]
 DEALT, ZERO = EngineSpec(), EngineSpec(kind="deepspeed")  # pyright: ignore[reportCallIssue]
@@ -535,7 +537,7 @@ def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_p
     assert len(set(losses(by_name.run_dir).values())) == 4
 
 
-# --- what goes on from a checkpoint ------------------------------------------------------------------------------
+# --- what goes on from a checkpoint ---------------------------------------------------------------
 
 
 def test_state_that_is_not_elementwise_stays_where_it_was_made() -> None:
@@ -544,7 +546,10 @@ def test_state_that_is_not_elementwise_stays_where_it_was_made() -> None:
     check_resumable(made_by(adamw, steady[0], ZERO, 2), made_by(adamw, steady[0], DEALT, 3))
     before = made_by(adafactor, steady[1], DEALT, 2)
     check_resumable(before, made_by(adafactor, steady[1], DEALT, 2))
-    said = "cluster.num_workers = 3: the state of torch.optim.Adafactor is not elementwise, .*written with 2; set clu.*=2"
+    said = (
+        "cluster.num_workers = 3: the state of torch.optim.Adafactor is not elementwise, "
+        ".*written with 2; set clu.*=2"
+    )
     with pytest.raises(UserError, match=said):
         check_resumable(before, made_by(adafactor, steady[1], DEALT, 3))
     with pytest.raises(

@@ -1,4 +1,6 @@
-"""A precision is refused where the device has none of it; TF32 is on for its own alone, and what was set comes back."""
+"""A precision is refused where the device has none of it; TF32 is on for its own alone, and what
+was set comes back.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any

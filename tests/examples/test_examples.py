@@ -1,5 +1,6 @@
-"""The examples of configs/examples as they stand there, shortened: settings and Python give one loss curve, under debug
-and on Ray."""
+"""The examples of configs/examples as they stand there, shortened: settings and Python give one
+loss curve, under debug and on Ray.
+"""
 
 import json
 import os

@@ -1,5 +1,6 @@
-"""A cluster on which a run would go wrong is refused in a minute, in a line that says what to change; on a real Ray of
-two nodes, of which one is broken, and mended again, for each test."""
+"""A cluster on which a run would go wrong is refused in a minute, in a line that says what to
+change; on a real Ray of two nodes, of which one is broken, and mended again, for each test.
+"""
 
 import json
 import re
@@ -21,8 +22,9 @@ REFUSED_WITHIN_S = 60  # what is promised, of an idle machine
 IMPORTED_WITHIN_S = 10  # of it, where a test has that done beforehand
 N1, N2 = r"10\.77\.0\.11 \(n1\)", r"10\.77\.0\.12 \(n2\)"
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-# Python on the second node, while a file `clock` says by how much its clock is wrong. Namespaces share the machine's
-# clock, so this one is faked; not in Ray's own processes, whose clock may not jump.
+# Python on the second node, while a file `clock` says by how much its clock is wrong. Namespaces
+# share the machine's clock, so this one is faked; not in Ray's own processes, whose clock may not
+# jump.
 SITECUSTOMIZE = f"""
 import os, sys
 from pathlib import Path
@@ -51,7 +53,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 class Cluster:
-    """Two nodes, of which the first has the head and the driver, and the second says that it has a GPU."""
+    """Two nodes, of which the first has the head and the driver, and the second says that it has a
+    GPU.
+    """
 
     def __init__(self, folder: Path, nodes: Nodes) -> None:
         self.folder, self.nodes, self.ray = folder, nodes, RayCluster(nodes)
@@ -123,14 +127,16 @@ def test_on_a_whole_cluster_everything_is_green(cluster: Cluster) -> None:
     assert list(cluster.runs.iterdir()) == []  # nothing is left of it
 
 
-# --- broken ------------------------------------------------------------------------------------------------------
+# --- broken ---------------------------------------------------------------------------------------
 
 Broken = Callable[[Cluster], AbstractContextManager[None]]
 
 
 @contextmanager
 def other_version(cluster: Cluster) -> Iterator[None]:
-    """Fake: the name and version of a torch that is not there, where the second node looks first."""
+    """Fake: the name and version of a torch that is not there, where the second node looks
+    first.
+    """
     installed = cluster.packages / "torch-9.9.9.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
@@ -159,7 +165,9 @@ def full_disk(cluster: Cluster) -> Iterator[None]:
 
 @contextmanager
 def blocked_ports(cluster: Cluster) -> Iterator[None]:
-    """Packets to ports that nobody has named are dropped on the second node; Ray's own ports are below those."""
+    """Packets to ports that nobody has named are dropped on the second node; Ray's own ports are
+    below those.
+    """
     if shutil.which("nft") is None:
         pytest.skip("nft is missing: apt-get install nftables")
     rule = "tcp dport 32768-60999 ct state new drop"

@@ -1,4 +1,6 @@
-"""An elastic run takes the workers that there is room for, when it starts, goes on or runs; its numbers stay."""
+"""An elastic run takes the workers that there is room for, when it starts, goes on or runs; its
+numbers stay.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""What cannot be survived ends in one line and an exit code, never in a hang or a silent wrong result."""
+"""What cannot be survived ends in one line and an exit code, never in a hang or a silent wrong
+result.
+"""
 
 import json
 import shutil
@@ -21,7 +23,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_fp16_skips_the_overflow_and_goes_on(tmp_path: Path) -> None:
-    """The first loss scale of 65536 may or may not overflow; whatever it does, lr follows the steps that were taken."""
+    """The first loss scale of 65536 may or may not overflow; whatever it does, lr follows the steps
+    that were taken.
+    """
     settings = write_settings(
         tmp_path, precision="fp16", scheduler={"name": "linear", "warmup_steps": 2}
     )
@@ -57,7 +61,9 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 @pytest.fixture
 def ended_run(tmp_path: Path) -> tuple[Path, Path]:
-    """Settings, and the directory of their run with checkpoints of steps 2 and 4, as if it had died before its end."""
+    """Settings, and the directory of their run with checkpoints of steps 2 and 4, as if it had died
+    before its end.
+    """
     settings = write_settings(tmp_path, checkpoint={"every_steps": 2, "keep": 2})
     ended = forked.run(settings)
     assert ended.codes == [0], ended.stderr
@@ -87,8 +93,9 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(
             f"{run_dir}/checkpoints/step_00000004/meta.json: its content is not what was written"
         )
         assert again.stderr.splitlines() == [
-            f"error: run.dir = '{run_dir}': has checkpoints, but none is complete ({complaint}); restore their files, "
-            f"or choose another run.name, or remove {run_dir}/checkpoints to start over"
+            f"error: run.dir = '{run_dir}': has checkpoints, but none is complete ({complaint}); "
+            f"restore their files, or choose another run.name, or remove {run_dir}/checkpoints to "
+            "start over"
         ]
         assert (kept(run_dir), losses(run_dir)) == (before, logged)
     shutil.rmtree(run_dir / "checkpoints")
@@ -186,7 +193,9 @@ class Ends(TrainerCallback):
 
 
 def test_a_stopped_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
-    """A stop is agreed when the next step has drawn its dropout already; the resumed run must draw it again."""
+    """A stop is agreed when the next step has drawn its dropout already; the resumed run must draw
+    it again.
+    """
     (tmp_path / "my_callbacks.py").write_text(DRAWS)
     config = {**TINY_MODEL, "attention_dropout": 0.2}
     model = {

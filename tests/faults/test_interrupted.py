@@ -1,4 +1,6 @@
-"""A run that is killed or stopped goes on to bitwise the weights of an undisturbed one, and tells each step once."""
+"""A run that is killed or stopped goes on to bitwise the weights of an undisturbed one, and tells
+each step once.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ LONG: dict[str, Any] = {
 
 @contextmanager
 def started(*words: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """`orchestrator WORDS...` in a process group of its own, ended with all it started whatever happens."""
+    """`orchestrator WORDS...` in a process group of its own, ended with all it started whatever
+    happens.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator.cli", *map(str, words)],
         stdout=subprocess.PIPE,
@@ -113,7 +117,9 @@ def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_killed_debug_run_resumes_bitwise(settings: Path, ranks: int) -> None:
-    """Three ranks: the order in which gloo sums depends on DDP's buckets, which must be settled before a resume too."""
+    """Three ranks: the order in which gloo sums depends on DDP's buckets, which must be settled
+    before a resume too.
+    """
     forked.finished(settings, f"run.name=whole{ranks}", ranks=ranks)
     run_dir, words = settings.parent / "runs" / f"dead{ranks}", [f"run.name=dead{ranks}"]
     dead = forked.run(

@@ -1,5 +1,6 @@
-"""A kill at any stage of a save, in the background or not, leaves a whole checkpoint from which the same command ends
-with the weights of an undisturbed run; a save that fails there is heard of."""
+"""A kill at any stage of a save, in the background or not, leaves a whole checkpoint from which the
+same command ends with the weights of an undisturbed run; a save that fails there is heard of.
+"""
 
 import json
 from collections.abc import Callable
@@ -18,7 +19,8 @@ STEPS, EVERY = 5, 2  # checkpoints of steps 2, 4 and 5; the one of step 4 is kil
 BACKGROUND = "checkpoint.async_save=true"
 NOTED = "callbacks=['forked:NotesSaves']"
 
-# (stage, rank that dies) of attempts that follow one another: each but the last leaves the checkpoint of step 2 alone
+# (stage, rank that dies) of attempts that follow one another: each but the last leaves the
+# checkpoint of step 2 alone
 ALONE = [
     (stage, 0)
     for stage in (
@@ -66,7 +68,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings: Path) -> Callable[[int], Path]:
-    """The run directory of a run on so many ranks that is left alone, and saves before it goes on."""
+    """The run directory of a run on so many ranks that is left alone, and saves before it
+    goes on.
+    """
 
     @cache
     def made(ranks: int) -> Path:

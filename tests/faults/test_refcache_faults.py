@@ -1,4 +1,6 @@
-"""The reference is asked about each pair once, by whatever rank or run, and a kill costs only what was under way."""
+"""The reference is asked about each pair once, by whatever rank or run, and a kill costs only what
+was under way.
+"""
 
 import json
 import os
@@ -18,10 +20,12 @@ from support import ROOT, losses, metric_lines, write_settings
 from orchestrator.data.refcache import RECORD
 
 TRAIN, EVAL = 32, 8
-# In a smaller model the last bit of an answer does not depend on the pairs that are asked about together.
+# In a smaller model the last bit of an answer does not depend on the pairs that are asked about
+# together.
 LARGER = ("model.init.config.hidden_size=256", "model.init.config.intermediate_size=704")
-# A process that has imported everything once, watches Reference.__call__ and forks each rank of each run that it is
-# asked for, with torchrun's environment: real processes that really die, without seconds of importing for each.
+# A process that has imported everything once, watches Reference.__call__ and forks each rank of
+# each run that it is asked for, with torchrun's environment: real processes that really die,
+# without seconds of importing for each.
 RUNNER = """
 import gc, json, os, signal, sys
 import torch
@@ -104,7 +108,10 @@ class Runner:
     settings: Path
 
     def __call__(self, folder: str, name: str, *words: str, ranks: int = 1, **env: str) -> Run:
-        """A run below `folder`, which has a cache of its own. A second one of the same name resumes it."""
+        """A run below `folder`, which has a cache of its own.
+
+        A second one of the same name resumes it.
+        """
         run_dir = self.settings.parent / folder
         run_dir.mkdir(exist_ok=True)
         attempt = len(list(run_dir.glob("*.log")))
@@ -173,7 +180,8 @@ def evaluations(run: Run) -> list[float]:
 
 def assert_each_once(pairs: Counter[tuple[int, int]]) -> None:
     assert sum(pairs.values()) == TRAIN + EVAL
-    # row 3 of the training pairs and row 3 of the evaluation pairs may by chance be of the same length
+    # row 3 of the training pairs and row 3 of the evaluation pairs may by chance be of the same
+    # length
     assert Counter(row for row, _ in pairs.elements()) == Counter(
         [*range(1, TRAIN + 1), *range(1, EVAL + 1)]
     )
@@ -231,7 +239,9 @@ def test_a_kill_during_the_fill_costs_only_what_was_under_way(runner: Runner) ->
 
 
 def test_a_kill_during_the_fill_leaves_no_trace_in_the_weights(runner: Runner) -> None:
-    """What is left to ask must be asked in the same micro-batches, or answers differ in the last bit."""
+    """What is left to ask must be asked in the same micro-batches, or answers differ in the last
+    bit.
+    """
     words = ("reference.cache=full", "batch.micro_batch_size=3", "training.epochs=1", *LARGER)
     whole = runner.finished("unkilled", "run", *words, ranks=2)
     assert (
@@ -276,8 +286,9 @@ def undisturbed(runner: Runner) -> Run:
     return run
 
 
-# In each rank: one question as the ranks settle, two of the evaluation, then two in each step of the first epoch.
-# The checkpoint is of step 2; the answers of step 3 are on disk but its update is lost.
+# In each rank: one question as the ranks settle, two of the evaluation, then two in each step of
+# the first epoch. The checkpoint is of step 2; the answers of step 3 are on disk but its update is
+# lost.
 @pytest.mark.parametrize(("question", "steps", "saved"), [(3, 0, 0), (3 + 2 * 3 + 2, 3, 2)])
 def test_killed_and_resumed_the_weights_are_bitwise_the_undisturbed_ones(
     runner: Runner, undisturbed: Run, question: int, steps: int, saved: int

@@ -1,5 +1,6 @@
-"""Another reference than before, or a worse one than allowed, ends a run in one line; a fill that was cut short or lost
-leaves no trace in the weights."""
+"""Another reference than before, or a worse one than allowed, ends a run in one line; a fill that
+was cut short or lost leaves no trace in the weights.
+"""
 
 import json
 import re
@@ -31,7 +32,9 @@ PRECOMPUTED: dict[str, Any] = {"kind": "precomputed"}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pairs, and in folders of their own a base with its tokenizer, another model and an adapter of the base."""
+    """Pairs, and in folders of their own a base with its tokenizer, another model and an adapter of
+    the base.
+    """
     write_jsonl(tmp_path / "train.jsonl", rows(32, longest=4))
     write_jsonl(tmp_path / "eval.jsonl", rows(8, seed=1, longest=4))
     for seed, name in enumerate(("base", "other")):
@@ -68,7 +71,7 @@ def outcome(run_dir: Path) -> tuple[dict[int, float], dict[str, bytes]]:
     return losses(run_dir), {name: value.numpy().tobytes() for name, value in weights.items()}
 
 
-# --- another one -------------------------------------------------------------------------------------------------
+# --- another one ----------------------------------------------------------------------------------
 
 
 def other_weights(folder: Path, name: str) -> None:
@@ -163,11 +166,13 @@ def test_another_reference_is_refused_on_every_rank(folder: Path) -> None:
     assert all("reference.weights (was " in line for line in errors(refused))
 
 
-# --- log-probs that are not the reference's ----------------------------------------------------------------------
+# --- log-probs that are not the reference's -------------------------------------------------------
 
 
 def shift_records(folder: Path, by: float) -> int:
-    """Add to each kept log-prob, with a checksum that is right; returns how many records there are."""
+    """Add to each kept log-prob, with a checksum that is right; returns how many records
+    there are.
+    """
     count = 0
     for path in folder.glob("runs/.cache/reference_logps/*/*.logps"):
         records = np.fromfile(path, RECORD)
@@ -199,7 +204,7 @@ def test_edited_log_probs_are_found_at_the_first_step(
     assert "step 1/" not in found.log
 
 
-# --- a fill that was cut short, or lost --------------------------------------------------------------------------
+# --- a fill that was cut short, or lost -----------------------------------------------------------
 
 
 def records(run_dir: Path) -> dict[bytes, bytes]:
@@ -213,7 +218,8 @@ def records(run_dir: Path) -> dict[bytes, bytes]:
     }
 
 
-# on one rank 16 micro-batches of training pairs, then 4 of evaluation pairs; on each of two half as many
+# on one rank 16 micro-batches of training pairs, then 4 of evaluation pairs; on each of two half as
+# many
 @pytest.mark.parametrize(("ranks", "question"), [(1, 3), (1, 18), (2, 3)])
 @pytest.mark.parametrize("model", [{}, GOES_ON], ids=["whole", "adapter"])
 def test_a_kill_during_the_fill_leaves_no_trace(
@@ -264,7 +270,9 @@ def test_a_disk_that_is_full_during_the_fill_costs_one_rank_nothing(folder: Path
 def test_a_disk_that_is_full_during_the_fill_ends_two_ranks_before_the_first_step(
     folder: Path,
 ) -> None:
-    """What one rank could not write the other would miss, at whatever step it comes to that pair."""
+    """What one rank could not write the other would miss, at whatever step it comes to that
+    pair.
+    """
     settings = settings_of(folder, **PRECOMPUTED)
     full = forked.run(settings, ranks=2, hook=partial(forked.disk_full_after, 2))
     assert full.codes == [2, 2], full.log
@@ -278,7 +286,7 @@ def test_a_disk_that_is_full_during_the_fill_ends_two_ranks_before_the_first_ste
     assert outcome(folder / "runs" / "tiny") == outcome(folder / "whole" / "tiny")
 
 
-# --- one that is too coarse --------------------------------------------------------------------------------------
+# --- one that is too coarse -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -308,6 +316,6 @@ def test_a_reference_may_change_rewards_by_so_much_and_no_more(
     for line in lines:
         assert "reference.max_reward_error = 1e-06: the reference in " in line
         assert (
-            f"changes reward margins by up to {measured[1]}; raise it, or use a reference with more bits"
-            in line
+            f"changes reward margins by up to {measured[1]}; raise it, or use a reference with "
+            "more bits" in line
         )

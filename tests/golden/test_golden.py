@@ -1,4 +1,5 @@
-"""Twenty steps of a fixed run in fp64, to 1e-9: a change that does not mean to touch the maths leaves them as they are.
+"""Twenty steps of a fixed run in fp64, to 1e-9: a change that does not mean to touch the maths
+leaves them as they are.
 
 To accept a change that does: python tests/golden/test_golden.py, and say why in the commit.
 """

@@ -140,7 +140,7 @@ def test_lengths_are_halved_on_either_side_of_0() -> None:
     ]
 
 
-# --- what a user reads -------------------------------------------------------------------------------------------
+# --- what a user reads ----------------------------------------------------------------------------
 
 
 def test_the_lines_name_what_was_found() -> None:
@@ -178,8 +178,8 @@ def test_messages_are_shown_by_what_they_say() -> None:
     }
     said = list(lines(found, 1, {1: RawRow("a", 1, row), 2: RawRow("b", 4, row)}))
     assert (
-        "each pair was seen once, before its own update: its margin comes from updates on other pairs"
-        in said
+        "each pair was seen once, before its own update: its margin comes from updates on other "
+        "pairs" in said
     )
     assert said[-4:] == [
         "row 1 of a: reference by 2.000, policy by 0.500; margin +1.000 at its only visit",
@@ -255,7 +255,10 @@ def test_a_run_without_rows_is_told_so(run_dir: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_command_loads_no_torch(run_dir: Path) -> None:
-    code = "import sys; from orchestrator import cli; cli.main(['pairs', sys.argv[1]]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from orchestrator import cli; cli.main(['pairs', sys.argv[1]]); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,6 @@
-"""The last lines of a run: what it reached, what it answers, where everything is and what to do next."""
+"""The last lines of a run: what it reached, what it answers, where everything is and what to do
+next.
+"""
 
 import json
 import subprocess
@@ -45,7 +47,8 @@ def test_an_offline_run_says_how_to_upload_it(tmp_path: Path) -> None:
         line for line in lines_of(tmp_path, wandb={"mode": "offline"}) if line.startswith("W&B")
     ]
     assert last == [
-        f"W&B      recorded offline; to upload it: wandb sync {folder}/offline-run-1-ab {folder}/offline-run-2-ab"
+        f"W&B      recorded offline; to upload it: wandb sync {folder}/offline-run-1-ab "
+        f"{folder}/offline-run-2-ab"
     ]
 
 

@@ -1,5 +1,7 @@
-"""Runs on a real Ray over two nodes, entered by a token: by Ray's own `ray job submit`, and by ours, whose exit code is
-the run's. Last of all, a W&B key that every process could see is looked for in all that was written."""
+"""Runs on a real Ray over two nodes, entered by a token: by Ray's own `ray job submit`, and by
+ours, whose exit code is the run's. Last of all, a W&B key that every process could see is looked
+for in all that was written.
+"""
 
 import json
 import re
@@ -72,7 +74,9 @@ def collate(rows, context):
 
 
 class Place(NamedTuple):
-    """A folder that every node sees, and a Ray: n1, the head, with two CPUs, n2 with one; n3 is a node without Ray."""
+    """A folder that every node sees, and a Ray: n1, the head, with two CPUs, n2 with one; n3 is a
+    node without Ray.
+    """
 
     folder: Path
     nodes: Nodes
@@ -121,8 +125,9 @@ def said(process: subprocess.Popen[str], seconds: float = 240) -> str:
 
 
 def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Place) -> None:
-    """The crash and the stop have exit codes of their own; between them the run goes on by itself, when another node
-    has come."""
+    """The crash and the stop have exit codes of their own; between them the run goes on by itself,
+    when another node has come.
+    """
     crashed = place.submit("callbacks=[users_code:Dies]")
     log = said(crashed)
     assert crashed.returncode == 1, log
@@ -217,8 +222,10 @@ def test_the_key_of_wandb_is_nowhere(place: Place) -> None:
 
 @pytest.mark.slow
 def test_the_jobs_of_the_docs_run_over_both_nodes(place: Place) -> None:
-    """As they stand there, but for the address and for the folder that all nodes see: ours, which the second command
-    finds finished, and Ray's own. Their losses are those of a debugger, and of a replay."""
+    """As they stand there, but for the address and for the folder that all nodes see: ours, which
+    the second command finds finished, and Ray's own. Their losses are those of a debugger, and of a
+    replay.
+    """
     commands = doc_commands("ray.md", "Submitting a run")
     assert [command.split()[0] for command in commands] == ["orchestrator", "bash", "ray"]
     for command in commands:

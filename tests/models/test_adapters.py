@@ -1,4 +1,6 @@
-"""An adapter is loaded only when its files hold exactly its weights, and these fit the base; else one line says why."""
+"""An adapter is loaded only when its files hold exactly its weights, and these fit the base; else
+one line says why.
+"""
 
 import json
 import shutil
@@ -87,7 +89,8 @@ def of_another_width(weights: Weights) -> Weights:
         (with_nan, "model.layers.1.self_attn.q_proj.lora_A.weight holds NaN: 1 of its"),
         (
             without_layer,
-            "newly initialised; use weights and adapter_config.json of one adapter, trained on this base",
+            "newly initialised; use weights and adapter_config.json of one adapter, trained on "
+            "this base",
         ),
         (
             without_a_factor,
@@ -100,7 +103,8 @@ def of_another_width(weights: Weights) -> Weights:
         (with_embeddings, "embed_tokens.weight"),
         (
             of_another_width,
-            "has shape (4, 128) in its files, but the adapter of its config on this Qwen2ForCausalLM",
+            "has shape (4, 128) in its files, but the adapter of its config on this "
+            "Qwen2ForCausalLM",
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""Packed pairs give the numbers of padded ones, in every architecture that is said to, by every kernel."""
+"""Packed pairs give the numbers of padded ones, in every architecture that is said to, by every
+kernel.
+"""
 
 import copy
 import threading
@@ -103,7 +105,9 @@ kept_step = lru_cache(maxsize=256)(step_of)
 
 @pytest.fixture(scope="module", autouse=True)
 def no_memory_is_zero_by_chance() -> Iterator[None]:
-    """Deterministic mode fills new tensors with NaN, so that one that is read before it is written shows."""
+    """Deterministic mode fills new tensors with NaN, so that one that is read before it is written
+    shows.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -153,7 +157,9 @@ def assert_equal(packed: Made, padded: Made) -> None:
 
 
 def ties(output: StepOutput) -> int:
-    """Return the number of pairs with equal rewards: rounding, which differs between CPUs, decides who wins."""
+    """Return the number of pairs with equal rewards: rounding, which differs between CPUs, decides
+    who wins.
+    """
     chosen, rejected = (output.logps - output.ref_logps).chunk(2)
     return int(((chosen - rejected).abs() <= 1e-10).sum())
 
@@ -197,7 +203,8 @@ def batches(draw: st.DrawFn) -> list[Row]:
     for number in range(draw(st.integers(1, 4))):
         prompt, chosen, rest = some(0, 12), some(1, 7), some(1, 5)
         rejected = [*chosen, *rest] if draw(st.booleans()) else rest
-        # else the two gradients cancel, and what is left is rounding; 6: the longest that they are cut to
+        # else the two gradients cancel, and what is left is rounding; 6: the longest that they are
+        # cut to
         assume(chosen[-6:] != rejected[-6:])
         rows.append(
             {
@@ -299,7 +306,7 @@ def test_a_scale_of_its_own_in_gpt2(scaling: dict[str, Any]) -> None:
     assert torch.allclose(*hidden, rtol=0, atol=1e-10)
 
 
-# --- gradient checkpointing --------------------------------------------------------------------------------------
+# --- gradient checkpointing -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "sdpa"])
@@ -352,7 +359,7 @@ def test_a_backward_pass_in_another_thread_recomputes_the_same() -> None:
     assert torch.equal(gradient(step), expected.gradient)
 
 
-# --- the last layer ----------------------------------------------------------------------------------------------
+# --- the last layer -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CHECKED)
@@ -369,7 +376,7 @@ def test_the_last_layer_computes_only_what_is_read(kind: str) -> None:
     assert scoring < packed.input_ids.shape[1]
 
 
-# --- varlen ------------------------------------------------------------------------------------------------------
+# --- varlen ---------------------------------------------------------------------------------------
 
 
 def fake_varlen_attn(
@@ -385,8 +392,10 @@ def fake_varlen_attn(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """A FAKE of torch's varlen_attn, which needs a GPU: the same in plain arithmetic, causal and bottom-right aligned,
-    as `test_torchs_varlen_attention_is_aligned_bottom_right` checks of the real one."""
+    """A FAKE of torch's varlen_attn, which needs a GPU: the same in plain arithmetic, causal and
+    bottom-right aligned, as `test_torchs_varlen_attention_is_aligned_bottom_right` checks of the
+    real one.
+    """
     assert window_size == (-1, 0)
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert max_q == cu_seq_q.diff().max()
@@ -455,7 +464,7 @@ def test_varlen_on_a_gpu_is_near_padded(kind: str) -> None:
     assert far(packed.gradient, padded.gradient) < 5e-2
 
 
-# --- everything else that goes through the model -----------------------------------------------------------------
+# --- everything else that goes through the model --------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CHECKED)
@@ -496,7 +505,7 @@ def test_bf16_autocast_is_near(kind: str, kernel: AttentionName) -> None:
     assert far(found.gradient, expected.gradient) < 5e-2
 
 
-# --- which models, which kernels ---------------------------------------------------------------------------------
+# --- which models, which kernels ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CHECKED)
@@ -572,7 +581,7 @@ def test_auto_takes_the_fastest_kernel_that_runs(monkeypatch: pytest.MonkeyPatch
         assert choose_kernel("auto", GPU, "bf16") == best
 
 
-# --- the check at start ------------------------------------------------------------------------------------------
+# --- the check at start ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "sdpa"])

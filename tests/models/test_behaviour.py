@@ -1,4 +1,6 @@
-"""What a model does is found by small forward passes: noise, causality, padding, weights without a gradient."""
+"""What a model does is found by small forward passes: noise, causality, padding, weights without a
+gradient.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Our norms, attentions and MLPs compute what transformers' compute, value and gradient, with their own weights."""
+"""Our norms, attentions and MLPs compute what transformers' compute, value and gradient, with their
+own weights.
+"""
 
 import copy
 from typing import Any

@@ -1,4 +1,6 @@
-"""A model folder is loaded only when its files hold all its weights, and code that comes with it is never run."""
+"""A model folder is loaded only when its files hold all its weights, and code that comes with it is
+never run.
+"""
 
 import json
 import shutil
@@ -155,8 +157,8 @@ def test_a_pad_token_beyond_the_vocabulary_in_the_config_is_named(folder: Path, 
     change_json(folder / "config.json", pad_token_id=300)
     for line in refusals(folder, key):
         assert (
-            "pad_token_id in its config.json is not a token of its vocabulary; set pad_token_id to null"
-            in line
+            "pad_token_id in its config.json is not a token of its vocabulary; set pad_token_id "
+            "to null" in line
         )
 
 

@@ -1,4 +1,6 @@
-"""Loss, log-probs and gradient of the head equal a naive computation, in both layouts and however it is cut."""
+"""Loss, log-probs and gradient of the head equal a naive computation, in both layouts and however
+it is cut.
+"""
 
 import math
 from typing import Any

@@ -1,4 +1,6 @@
-"""The loss formed in the head has the value and gradient of autograd over full logits, however it is cut."""
+"""The loss formed in the head has the value and gradient of autograd over full logits, however it
+is cut.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -43,7 +45,9 @@ DTYPES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def no_memory_is_zero_by_chance() -> Iterator[None]:
-    """Deterministic mode fills new tensors with NaN, so that one that is read before it is written shows."""
+    """Deterministic mode fills new tensors with NaN, so that one that is read before it is written
+    shows.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -261,7 +265,9 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(
 
 
 class Largest(TorchDispatchMode):
-    """Watches every tensor that is made: the most elements of any of logits' shape, and the shapes of all."""
+    """Watches every tensor that is made: the most elements of any of logits' shape, and the shapes
+    of all.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,7 +347,7 @@ def test_a_batch_that_scores_nothing_has_a_gradient_of_zeros() -> None:
     assert not hidden.grad.any()
 
 
-# --- heads of other models ---------------------------------------------------------------------------------------
+# --- heads of other models ------------------------------------------------------------------------
 
 
 def of_two_layers(config: Any) -> PreTrainedModel:

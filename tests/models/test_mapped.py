@@ -1,4 +1,6 @@
-"""A model whose weights stay mapped files: the same to the last bit once cast, and no process holds a copy."""
+"""A model whose weights stay mapped files: the same to the last bit once cast, and no process holds
+a copy.
+"""
 
 import gc
 import os
@@ -90,7 +92,9 @@ def cut(model: Any, dtype: torch.dtype = torch.float32) -> Any:
 def check_same(
     ordinary: Any, mapped: Any, dtype: torch.dtype = torch.float32, rounds: bool = True
 ) -> None:
-    """Everything that tells the two models apart; then what they compute, once the mapped one is cut."""
+    """Everything that tells the two models apart; then what they compute, once the mapped one is
+    cut.
+    """
     ours, theirs = parameters(mapped), parameters(ordinary)
     assert list(ours) == list(theirs)
     assert all(torch.equal(p.to(theirs[name].dtype), theirs[name]) for name, p in ours.items())
@@ -111,7 +115,7 @@ def check_same(
     assert torch.equal(cut(mapped, dtype)(input_ids=ids).logits, ordinary(input_ids=ids).logits)
 
 
-# --- from files --------------------------------------------------------------------------------------------------
+# --- from files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_model("model.path", str(tmp_path / "model"), True, torch.float32, mapped=True)
 
 
-# --- what cannot be mapped ---------------------------------------------------------------------------------------
+# --- what cannot be mapped ------------------------------------------------------------------------
 
 
 def of_two_types(folder: Path) -> None:
@@ -258,7 +262,7 @@ def test_a_quantised_checkpoint_is_loaded_in_the_ordinary_way(tmp_path: Path) ->
     assert all(torch.equal(p, parameters(ordinary)[name]) for name, p in parameters(mapped).items())
 
 
-# --- made on the spot --------------------------------------------------------------------------------------------
+# --- made on the spot -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -302,7 +306,7 @@ def test_a_config_or_a_cache_that_cannot_be_used_is_refused(tmp_path: Path) -> N
         made_weights(tiny_spec(tmp_path, data={"cache_dir": str(tmp_path / "file")}), tokenizer())
 
 
-# --- what is done to it before it is cut -------------------------------------------------------------------------
+# --- what is done to it before it is cut ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["new", "loaded", "cast to what the file has"])
@@ -405,7 +409,7 @@ def test_a_mapped_model_has_the_identity_of_an_ordinary_one(
     assert identity(cut(mapped, dtype), PolicyStart) == identity(ordinary, PolicyStart)
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def anonymous_mb() -> float:

@@ -1,4 +1,6 @@
-"""Settings become a tokenizer and a trainable model: loaded or made, the same for the same seed, refused in words."""
+"""Settings become a tokenizer and a trainable model: loaded or made, the same for the same seed,
+refused in words.
+"""
 
 from pathlib import Path
 from typing import Any

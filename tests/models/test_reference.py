@@ -1,4 +1,6 @@
-"""Each way to have a frozen judge: what it says, what it shares with the policy, and what is refused."""
+"""Each way to have a frozen judge: what it says, what it shares with the policy, and what is
+refused.
+"""
 
 import copy
 from collections import Counter
@@ -92,7 +94,7 @@ def sharing_words(model: nn.Module) -> set[int]:
     return {p.untyped_storage().data_ptr() for p in model.parameters()}
 
 
-# --- a copy ------------------------------------------------------------------------------------------------------
+# --- a copy ---------------------------------------------------------------------------------------
 
 
 def test_a_copy_is_frozen_and_shares_nothing(spec_of: Callable[..., RunSpec]) -> None:
@@ -169,11 +171,13 @@ def test_an_offloaded_copy_says_the_same_and_keeps_nothing_on_the_device(
     assert whole[0] == whole[1]
 
 
-# --- shared layers -----------------------------------------------------------------------------------------------
+# --- shared layers --------------------------------------------------------------------------------
 
 
 def counters(policy: PreTrainedModel, reference: Reference) -> Counter[str]:
-    """Forward passes of each layer, of policy and reference, from now on; a shared one is the policy's."""
+    """Forward passes of each layer, of policy and reference, from now on; a shared one is the
+    policy's.
+    """
     passes: Counter[str] = Counter()
 
     def count(name: str, module: nn.Module) -> None:
@@ -360,7 +364,7 @@ def test_shared_layers_in_other_architectures(
     assert torch.equal(step_logps(policy, shared, batch), expected)
 
 
-# --- adapters ----------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 LORA = {"lora": {"r": 4}}
 
@@ -453,7 +457,9 @@ def test_an_adapter_is_quantised_with_the_base_it_is_merged_into(
 def test_an_adapter_that_was_started_from_the_base_leaves_the_base_alone(
     spec_of: Callable[..., RunSpec], tmp_path: Path, start: Any
 ) -> None:
-    """Such a start takes its factors out of the base: done again when loading, it would take them out of it twice."""
+    """Such a start takes its factors out of the base: done again when loading, it would take them
+    out of it twice.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
@@ -543,7 +549,7 @@ def test_a_base_in_fewer_bits(spec_of: Callable[..., RunSpec], base: str) -> Non
     assert torch.equal(sequence_logps(policy, batch), start)
 
 
-# --- 8 and 4 bits ------------------------------------------------------------------------------------------------
+# --- 8 and 4 bits ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -615,7 +621,7 @@ def test_on_a_gpu_it_says_what_it_says_on_a_cpu(
     assert (found.cpu() - expected).abs().max() < most
 
 
-# --- a Python user's own function --------------------------------------------------------------------------------
+# --- a Python user's own function -----------------------------------------------------------------
 
 
 def test_a_function_can_make_the_reference(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
@@ -782,7 +788,7 @@ def test_create_reference_model_refuses_what_it_cannot_share() -> None:
     assert not whole.training
 
 
-# --- a reference that moves --------------------------------------------------------------------------------------
+# --- a reference that moves -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -821,7 +827,7 @@ def test_a_reference_of_another_shape_cannot_move(
         built(spec_of(sync_every=2, path=str(tmp_path / "wide")))
 
 
-# --- refused at the start ----------------------------------------------------------------------------------------
+# --- refused at the start -------------------------------------------------------------------------
 
 
 def test_another_vocabulary_is_refused(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
@@ -868,7 +874,7 @@ def test_an_absent_reference_says_which_rows_are_missing() -> None:
         Absent()(collator(packed=True)(rows))
 
 
-# --- identity ----------------------------------------------------------------------------------------------------
+# --- identity -------------------------------------------------------------------------------------
 
 
 def test_its_identity_is_its_weights_and_config_whatever_the_ranks() -> None:

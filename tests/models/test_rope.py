@@ -1,4 +1,6 @@
-"""Log-probs of a sequence do not depend on its neighbours, also where rotary frequencies depend on the length."""
+"""Log-probs of a sequence do not depend on its neighbours, also where rotary frequencies depend on
+the length.
+"""
 
 import copy
 from typing import Any
@@ -88,7 +90,9 @@ def hidden(model: PreTrainedModel, *lengths: int) -> torch.Tensor:
 
 
 def alone(kind: str, length: int) -> torch.Tensor:
-    """By a model that has seen nothing else: dynamic frequencies stay those of the longest input so far."""
+    """By a model that has seen nothing else: dynamic frequencies stay those of the longest input so
+    far.
+    """
     return hidden(model_of(kind), length)[0]
 
 

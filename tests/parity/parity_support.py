@@ -27,7 +27,9 @@ def trl_trainer(
     callbacks: Any = None,
     **settings: Any,
 ) -> Any:
-    """A DPOTrainer on the CPU in fp32 that logs every step and saves nothing. `folder` is for what it writes.
+    """A DPOTrainer on the CPU in fp32 that logs every step and saves nothing.
+
+    `folder` is for what it writes.
 
     Without a ref_model TRL loads the folder or hub name that `model` was loaded from.
     """
@@ -63,8 +65,10 @@ def trl_trainer(
 
 
 def trl_tokens(dataset: Any, tokenizer: Any, max_length: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a trainer's train_dataset, of a Dataset or an IterableDataset, by the method that makes them: a
-    hundred times faster than a trainer with a model, in which keep_start drops what fills max_length."""
+    """The rows of a trainer's train_dataset, of a Dataset or an IterableDataset, by the method that
+    makes them: a hundred times faster than a trainer with a model, in which keep_start drops what
+    fills max_length.
+    """
     from trl.trainer.dpo_trainer import DPOTrainer
 
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)

@@ -1,4 +1,6 @@
-"""A callback sees of a run of ours what it sees of one of TRL's: each event at its place, with the same state."""
+"""A callback sees of a run of ours what it sees of one of TRL's: each event at its place, with the
+same state.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple

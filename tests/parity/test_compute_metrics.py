@@ -1,4 +1,6 @@
-"""With evaluation.logits a user's compute_metrics is handed what TRL's DPOTrainer hands it, whole or in batches."""
+"""With evaluation.logits a user's compute_metrics is handed what TRL's DPOTrainer hands it, whole
+or in batches.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,8 @@
-"""Every loss of ours, in value, gradient and metrics: against an fp64 computation of its own and against live TRL.
+"""Every loss of ours, in value, gradient and metrics: against an fp64 computation of its own and
+against live TRL.
 
-Both trainers take one step of each row of the table, all pairs in one micro-batch, and numbers are those of
-state.log_history. `python tests/parity/test_losses.py` prints the table.
+Both trainers take one step of each row of the table, all pairs in one micro-batch, and numbers are
+those of state.log_history. `python tests/parity/test_losses.py` prints the table.
 """
 
 import sys
@@ -68,8 +69,8 @@ WEIGHTS = (
 MARGINS = (0.4, -0.2, 0.0, 0.9, 0.1, 0.6)
 EXACT = 1e-9  # relative, of our fp64 and the computation here
 EXACT_EXPERTS = 1e-6  # transformers' router is in fp32 whatever the model
-# Of our fp32; TRL's distance from the truth comes on top. On CPUs with AVX2 alpha_divergence with a coefficient of 1.7,
-# whose power makes more of a rounding, 2.1e-6; any other loss on any CPU 9e-7.
+# Of our fp32; TRL's distance from the truth comes on top. On CPUs with AVX2 alpha_divergence with a
+# coefficient of 1.7, whose power makes more of a rounding, 2.1e-6; any other loss on any CPU 9e-7.
 FP32 = 4e-6
 TRL_IS_NEAR = 1e-4  # how far TRL may be from the truth; what is further is another loss
 GRADIENT_FP32 = 5e-5  # of discopop with margins 3e-5: its tau makes 20 times as much of a rounding
@@ -94,7 +95,7 @@ TWINS: dict[str, LossType] = {  # a user's own losses, and those of TRL that the
 LOGISTIC, SQUARED, ABSOLUTE = TWINS
 
 
-# --- what is compared --------------------------------------------------------------------------------------------
+# --- what is compared -----------------------------------------------------------------------------
 
 
 def dpo_spec(loss_type: str | list[str], **settings: Any) -> DpoSpec:
@@ -110,7 +111,9 @@ def with_option(name: LossType, **option: Any) -> DpoSpec:
 
 
 Kind = Literal["plain", "margin", "weight", "experts"]
-"""Pairs alone; with the margins or with the weights above, whose columns have these names; a mixture of experts."""
+"""Pairs alone; with the margins or with the weights above, whose columns have these names; a
+mixture of experts.
+"""
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1]}
 TABLE: dict[Kind, list[DpoSpec]] = {
     "plain": [
@@ -222,9 +225,11 @@ def remark(kind: Kind, dpo: DpoSpec) -> str:
 class Seen(NamedTuple):
     """What a model in fp64 says of the case's sequences, all chosen first."""
 
-    parts: Tensor  # [2B, 2] log-probs of as many tokens as both completions of the pair have, and of the rest
+    # [2B, 2] log-probs of as many tokens as both completions of the pair have, and of the rest
+    parts: Tensor
     aligned: Tensor  # [2B] mean of log p - log(sum of p^2), of WPO
-    sums: Tensor  # [2B, 4] over scored tokens: of ones, of the entropy, of the mean logit, of being the likeliest
+    # [2B, 4] over scored tokens: of ones, of the entropy, of the mean logit, of being the likeliest
+    sums: Tensor
 
     def of(self, sequences: Tensor) -> "Seen":
         """The same of some sequences."""
@@ -232,7 +237,9 @@ class Seen(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A policy and its reference in folders of these names, pairs, and what an fp64 computation says of them."""
+    """A policy and its reference in folders of these names, pairs, and what an fp64 computation
+    says of them.
+    """
 
     folder: Path
     texts: list[dict[str, Any]]
@@ -358,7 +365,7 @@ def looked_at(model: Any, rows: list[Row]) -> Seen:
     return Seen(torch.stack(parts), torch.stack(aligned), torch.stack(sums))
 
 
-# --- the losses once more, as their papers have them -------------------------------------------------------------
+# --- the losses once more, as their papers have them ----------------------------------------------
 
 
 def sig(x: Tensor) -> Tensor:
@@ -379,7 +386,9 @@ def derivative_of_f(t: Tensor, dpo: DpoSpec) -> Tensor:
 
 
 def log_ratios(case: Case, dpo: DpoSpec, parts: Tensor) -> tuple[Tensor, Tensor]:
-    """[2B] log-probs of the policy, and log-ratios to the reference: LD-DPO's, where it is asked for."""
+    """[2B] log-probs of the policy, and log-ratios to the reference: LD-DPO's, where it is asked
+    for.
+    """
     weights = torch.tensor(
         [1.0, 1.0 if dpo.ld_alpha is None else dpo.ld_alpha], dtype=torch.float64
     )
@@ -458,7 +467,7 @@ def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-# --- the three sides ---------------------------------------------------------------------------------------------
+# --- the three sides ------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
@@ -478,8 +487,10 @@ def exactly(case: Case, dpo: DpoSpec) -> Found:
 
 
 class OneRowAStep(TrainerCallback):
-    """Has a trainer, TRL's or ours, take each step with the settings of another row of the table, and keeps the
-    gradient that it makes. restart: after as many steps the weights are again what they were."""
+    """Has a trainer, TRL's or ours, take each step with the settings of another row of the table,
+    and keeps the gradient that it makes. restart: after as many steps the weights are again what
+    they were.
+    """
 
     def __init__(
         self, table: list[DpoSpec], take: Callable[[DpoSpec], None], restart: int = 0
@@ -615,8 +626,9 @@ def our_steps(
 
 
 class Distances(NamedTuple):
-    """How far two are from each other: values by max(1, |truth|), gradients and their logged norm by the truth's norm,
-    the other metrics as values, the one that is farthest."""
+    """How far two are from each other: values by max(1, |truth|), gradients and their logged norm
+    by the truth's norm, the other metrics as values, the one that is farthest.
+    """
 
     loss: float
     gradient: float
@@ -685,7 +697,9 @@ def table_of(folder: Path, case: Case) -> Table:
 
 
 def printed(table: Table) -> str:
-    """In Markdown; each cell the distance of the loss, of its gradient and of the metric that is farthest."""
+    """In Markdown; each cell the distance of the loss, of its gradient and of the metric that is
+    farthest.
+    """
     lines = [
         "| loss | our fp64 from the truth | TRL from the truth | our fp32 from TRL | |",
         "|---|---|---|---|---|",
@@ -710,7 +724,7 @@ def table(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Table:
     return table_of(tmp_path_factory.mktemp("experts"), case)
 
 
-# --- the tests ---------------------------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 
 def test_the_rows_hold_what_matters(case: Case) -> None:
@@ -804,7 +818,7 @@ def test_the_odds_ratio_of_orpo_is_that_of_trls_orpo_trainer(case: Case) -> None
     assert torch.allclose(found + chosen, -expected.double(), rtol=1e-5)
 
 
-# --- three steps -------------------------------------------------------------------------------------------------
+# --- three steps ----------------------------------------------------------------------------------
 
 TRAINED = [
     dpo_spec("ipo", beta=0.1),

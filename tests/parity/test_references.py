@@ -1,4 +1,6 @@
-"""Ten steps with each way to have a reference: the numbers of TRL where it has the same, and of our other ways."""
+"""Ten steps with each way to have a reference: the numbers of TRL where it has the same, and of our
+other ways.
+"""
 
 import importlib.util
 import json
@@ -53,10 +55,12 @@ LR, LORA_LR = (
 )  # losses fall from ln 2 to below 0.25, and still rounding grows to no more than TOLERANCE
 TOLERANCE = 2e-6  # of ours in fp32, besides TRL's own: 1.3e-6, of a gradient norm
 TRL_TOLERANCE = 5e-6  # of TRL's own arithmetic in fp32, measured against ours in fp64: 7e-7
-# int8 rounds each input to one of 255 values. Where two ways of computing it differ in the last bit of fp32, it may be
-# rounded to the next one: on a CPU without AVX512-FP16 a loss was 0.69399 here and 0.69391 in TRL (issue 16).
+# int8 rounds each input to one of 255 values. Where two ways of computing it differ in the last bit
+# of fp32, it may be rounded to the next one: on a CPU without AVX512-FP16 a loss was 0.69399 here
+# and 0.69391 in TRL (issue 16).
 INT8_TOLERANCE = 2.5e-4
-# Relative, of any tensor after ten steps of Adam, which divides gradients of almost 0 by their own size: 2e-5.
+# Relative, of any tensor after ten steps of Adam, which divides gradients of almost 0 by their own
+# size: 2e-5.
 WEIGHTS_TOLERANCE = 1e-4
 Weights = dict[str, torch.Tensor]
 
@@ -86,7 +90,8 @@ class Home(NamedTuple):
             "batch": {"global_batch_size": PAIRS, "micro_batch_size": PAIRS // 2},
             "optimizer": {"lr": lr},
             "training": {"max_steps": STEPS, "logging_steps": 1},
-            # every step has the same pairs: the cache would ask the reference in the first one alone
+            # every step has the same pairs: the cache would ask the reference in the first one
+            # alone
             "reference": {"cache": "off"},
         }
         merged = {
@@ -122,7 +127,9 @@ class Home(NamedTuple):
 
 
 def model_of(tokenizer: Any, seed: int) -> PreTrainedModel:
-    """A model whose head is its own: where it is one with the embeddings, TRL freezes it with them."""
+    """A model whose head is its own: where it is one with the embeddings, TRL freezes it with
+    them.
+    """
     shape = {
         **TINY_MODEL,
         "num_hidden_layers": LAYERS,
@@ -153,7 +160,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     torch.set_num_threads(threads)
 
 
-# --- running and comparing ---------------------------------------------------------------------------------------
+# --- running and comparing ------------------------------------------------------------------------
 
 
 def run(spec: RunSpec, ref_model: RefModel | None = None) -> RunResult:
@@ -176,7 +183,9 @@ def exactly(spec: RunSpec) -> Trace:
 
 
 def weights(spec: RunSpec) -> Weights:
-    """Everything with a name in the last checkpoint; the reference's own weights as reference.NAME."""
+    """Everything with a name in the last checkpoint; the reference's own weights as
+    reference.NAME.
+    """
     reader = Reader(step_folder(RunDir(spec.run_dir).checkpoints, STEPS))
     return {name: reader.parameter(name) for name in reader.shapes}
 
@@ -188,7 +197,9 @@ def trained(trainer: Any) -> Trace:
 
 
 def beyond(left: Trace, right: Trace, tolerance: float, slack: Trace | None = None) -> list[str]:
-    """Where two traces differ by more than tolerance * max(1, |value|), beyond how far `slack` is from `right`."""
+    """Where two traces differ by more than tolerance * max(1, |value|), beyond how far `slack` is
+    from `right`.
+    """
     a, b, other = (
         torch.tensor([[line[name] for name in METRICS] for line in trace], dtype=torch.float64)
         for trace in (left, right, slack or right)
@@ -204,7 +215,9 @@ def beyond(left: Trace, right: Trace, tolerance: float, slack: Trace | None = No
 
 
 def assert_trls(found: Trace, trls: Trace, exact: Trace) -> None:
-    """TRL computes what we do in fp64, and in fp32 we are no further from it than it is from that."""
+    """TRL computes what we do in fp64, and in fp32 we are no further from it than it is from
+    that.
+    """
     assert beyond(trls, exact, TRL_TOLERANCE) == []
     assert beyond(found, trls, TOLERANCE, slack=exact) == []
     assert trls[-1]["loss"] < 0.25
@@ -214,7 +227,7 @@ def parameters(model: Any) -> Weights:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-# --- a reference that moves --------------------------------------------------------------------------------------
+# --- a reference that moves -----------------------------------------------------------------------
 
 
 class StopAfter(TrainerCallback):
@@ -256,7 +269,8 @@ def test_sync_is_trls(home: Home, every: int, alpha: float, other: bool) -> None
     moved = {f"reference.{name}": value for name, value in parameters(trainer.ref_model).items()}
     assert worst(weights(with_alpha(alpha)), parameters(trainer.model) | moved) < WEIGHTS_TOLERANCE
 
-    # a reference that moves by a thousandth more is seen from the step on that follows its first move
+    # a reference that moves by a thousandth more is seen from the step on that follows its first
+    # move
     wrong = beyond(ours(with_alpha(alpha * 1.001)), trls, TOLERANCE, slack=exact)
     assert min(int(line.split()[1]) for line in wrong) == every + 1
 
@@ -287,7 +301,7 @@ def test_a_run_whose_reference_moves_is_resumed_to_the_last_bit(
     assert all(torch.equal(found[name], value) for name, value in whole.items())
 
 
-# --- LoRA --------------------------------------------------------------------------------------------------------
+# --- LoRA -----------------------------------------------------------------------------------------
 
 
 def our_names(weights: Weights) -> Weights:
@@ -373,7 +387,7 @@ def test_going_on_from_an_adapter_is_trls(home: Home) -> None:
     assert abs(bare[0]["loss"] - trls[0]["loss"]) > 0.01
 
 
-# --- shared layers -----------------------------------------------------------------------------------------------
+# --- shared layers --------------------------------------------------------------------------------
 
 
 def of_trl(policy: Any) -> Any:
@@ -406,7 +420,7 @@ def test_shared_layers_are_trls_whoever_makes_them(home: Home) -> None:
     assert fewer[0].startswith("step 1 grad_norm")
 
 
-# --- 8 bits, as a Python user writes it --------------------------------------------------------------------------
+# --- 8 bits, as a Python user writes it -----------------------------------------------------------
 
 
 def test_a_run_with_a_function_is_not_resumed_without_it(home: Home) -> None:
@@ -426,8 +440,10 @@ def test_a_run_with_a_function_is_not_resumed_without_it(home: Home) -> None:
 
 @pytest.mark.parametrize("outliers", [False, True])
 def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outliers: bool) -> None:
-    """Inputs beyond 6 keep 16 bits, and with them their columns of all tokens that are fed together. Where there are
-    such outliers only TRL's micro-batches have TRL's numbers; smaller ones are 2e-4 from its losses."""
+    """Inputs beyond 6 keep 16 bits, and with them their columns of all tokens that are fed
+    together. Where there are such outliers only TRL's micro-batches have TRL's numbers; smaller
+    ones are 2e-4 from its losses.
+    """
     path, name = home.folder / f"outliers_{outliers}", f"int8_{outliers}"
     model = home.loaded()
     if outliers:
@@ -462,7 +478,7 @@ def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outli
     assert abs(full[0]["loss"] - trls[0]["loss"]) > 2 * INT8_TOLERANCE  # so far are 8 bits from 32
 
 
-# --- the same on Ray ---------------------------------------------------------------------------------------------
+# --- the same on Ray ------------------------------------------------------------------------------
 
 USERS_MODULE = """
 import os

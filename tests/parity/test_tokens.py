@@ -1,4 +1,6 @@
-"""Our token ids and masks are TRL's, for every shape of row that both accept, every kind of tokenizer and template."""
+"""Our token ids and masks are TRL's, for every shape of row that both accept, every kind of
+tokenizer and template.
+"""
 
 import copy
 import importlib.util
@@ -60,7 +62,8 @@ STRINGS: list[Row] = [
     },  # EOS is not doubled
     {"prompt": "", "chosen": "green river", "rejected": "blue"},
 ]
-# Tokens that merge across the boundary: "gar" + "den", where the tokenizer has "garden" as one token.
+# Tokens that merge across the boundary: "gar" + "den", where the tokenizer has "garden" as one
+# token.
 MERGING: list[Row] = [
     {"prompt": "Say a gar", "chosen": "den good", "rejected": "lic bad"},
     {"prompt": "Say a gar", "chosen": "lic good", "rejected": "den bad"},
@@ -121,7 +124,8 @@ IMPLICIT_CHATS: list[Row] = [
         ],
     },
 ]
-# With max_length 24: prompts longer than that, one that fills it exactly, and completions that are cut.
+# With max_length 24: prompts longer than that, one that fills it exactly, and completions that are
+# cut.
 LONG_ROWS: list[Row] = [
     {"prompt": LONG, "chosen": " good lamp", "rejected": " bad"},
     {"prompt": "Say red", "chosen": " good " + LONG, "rejected": " bad"},
@@ -140,7 +144,8 @@ LONG_CHATS: list[Row] = [
     }
     for row in LONG_ROWS
 ]
-# Columns that only a chat template sees; TRL takes tools as JSON text, since rows of a table have one type.
+# Columns that only a chat template sees; TRL takes tools as JSON text, since rows of a table have
+# one type.
 TOOLS: list[Row] = [
     {**row, "tools": json.dumps([{"name": name}]), "chat_template_kwargs": {"style": style}}
     for row, name, style in zip(
@@ -163,7 +168,9 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A byte-level BPE with a ChatML template, trained on plain rows; big enough to have words as tokens."""
+    """A byte-level BPE with a ChatML template, trained on plain rows; big enough to have words as
+    tokens.
+    """
     folder = tmp_path_factory.mktemp("tokenizer")
     write_jsonl(folder / "train.jsonl", made_rows(64))
     return load_tokenizer(
@@ -197,7 +204,9 @@ def with_template(tokenizer: Any, template: str) -> Any:
 
 
 def mask_of(batch: PairBatch) -> torch.Tensor:
-    """[2B, T - 1], 1 where the next token is scored, rebuilt from the indices; checks that those agree."""
+    """[2B, T - 1], 1 where the next token is scored, rebuilt from the indices; checks that those
+    agree.
+    """
     halves = (
         torch.arange(2 * len(batch.pair_ids)).view(2, -1).t().flatten()
     )  # chosen and rejected pair by pair
@@ -212,7 +221,9 @@ def mask_of(batch: PairBatch) -> torch.Tensor:
 
 
 def assert_packed_as(batch: PairBatch, expected: dict[str, torch.Tensor]) -> None:
-    """The sequences that a packed row holds, and the tokens that are scored in them, are those of TRL's batch."""
+    """The sequences that a packed row holds, and the tokens that are scored in them, are those of
+    TRL's batch.
+    """
     assert batch.segments is not None
     row = batch.input_ids[0]
     labels = iter(batch.completion_labels.split(list(batch.scored)))
@@ -323,15 +334,18 @@ def as_parts(messages: list[Row]) -> list[Row]:
 
 
 PARTS_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ "
+    "m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif "
+    "%}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% "
+    "endif %}"
 )
 JSON_TEMPLATE = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}\n{% endfor %}"
 
 
 def test_contents_of_parts_give_trls_ids_where_the_template_reads_parts(tokenizer: Any) -> None:
-    """Ours joins them for every template; of one that does not read parts TRL trains on Python's repr of the list."""
+    """Ours joins them for every template; of one that does not read parts TRL trains on Python's
+    repr of the list.
+    """
     rows = [
         {side: as_parts(messages) for side, messages in row.items()}
         for row in (*CHATS, *IMPLICIT_CHATS[:2])
@@ -376,7 +390,9 @@ def test_nulls_that_a_table_adds_are_left_out_as_by_trls_own_function(tokenizer:
 
 
 def test_prompts_that_fill_max_length_are_dropped(tokenizer: Any, tmp_path: Path) -> None:
-    """The comparison above would also hold if no row were long enough: some are, and some only just fit."""
+    """The comparison above would also hold if no row were long enough: some are, and some only just
+    fit.
+    """
     pairs = ours(tmp_path, LONG_ROWS, tokenizer, settings(max_length=24))
     prompts = pairs.lengths[:, 0].tolist()
 
@@ -388,7 +404,9 @@ def test_prompts_that_fill_max_length_are_dropped(tokenizer: Any, tmp_path: Path
 
 
 def test_some_tokens_merge_across_the_boundary(tokenizer: Any, tmp_path: Path) -> None:
-    """As above: rows whose prompt alone has other tokens than the prompt within the whole are really among them."""
+    """As above: rows whose prompt alone has other tokens than the prompt within the whole are
+    really among them.
+    """
     pairs = ours(tmp_path, MERGING, tokenizer, settings())
     alone = [len(tokenizer(row["prompt"])["input_ids"]) for row in MERGING]
 
@@ -397,7 +415,7 @@ def test_some_tokens_merge_across_the_boundary(tokenizer: Any, tmp_path: Path) -
     )
 
 
-# --- kinds of tokenizers, and templates ----------------------------------------------------------------------------
+# --- kinds of tokenizers, and templates -----------------------------------------------------------
 
 KINDS = ["bytes", "bytes with BOS", "unigram", "wordpiece"]
 SPECIAL = [
@@ -478,7 +496,9 @@ def template_of(name: str) -> str:
 
 @cache
 def stream() -> tuple[list[Row], Any]:
-    """Rows, and what TRL reads them from one by one; a table would give each row the keys of all."""
+    """Rows, and what TRL reads them from one by one; a table would give each row the keys of
+    all.
+    """
     from datasets import IterableDataset
 
     rows: list[Row] = []
@@ -486,7 +506,9 @@ def stream() -> tuple[list[Row], Any]:
 
 
 def assert_trls(row: Row, tokenizer: Any) -> None:
-    """Ids of one row, before anything is cut or dropped; what its template refuses, ours must refuse as well."""
+    """Ids of one row, before anything is cut or dropped; what its template refuses, ours must
+    refuse as well.
+    """
     from jinja2 import TemplateError
 
     rows, dataset = stream()
@@ -529,7 +551,7 @@ def test_the_kinds_of_tokenizers_differ_where_it_matters() -> None:
     assert tokenizer_of("unigram").unk_token_id in tokenizer_of("unigram")("漢字")["input_ids"]
 
 
-# --- random rows ---------------------------------------------------------------------------------------------------
+# --- random rows ----------------------------------------------------------------------------------
 
 PIECES = [
     "red",
@@ -562,8 +584,9 @@ tools = st.lists(
     st.fixed_dictionaries({"type": st.just("function"), "function": st.just({"name": "f"})}),
     max_size=2,
 )
-# What each template reads: of TRL's own, those with reasoning, of which some drop that of earlier turns, with
-# {% generation %}, with tools, with a BOS of their own; those that strip, or put the system prompt elsewhere.
+# What each template reads: of TRL's own, those with reasoning, of which some drop that of earlier
+# turns, with {% generation %}, with tools, with a BOS of their own; those that strip, or put the
+# system prompt elsewhere.
 READ: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "": {"tools": tools | tools.map(json.dumps), "style": texts},
     "qwen2_5": {"tools": tools},
@@ -640,7 +663,8 @@ def test_random_texts_give_trls_ids(
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     if implicit:
         row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
-        # TRL raises where one is empty; where the first letters differ it looks for a space before them, at the end
+        # TRL raises where one is empty; where the first letters differ it looks for a space before
+        # them, at the end
         assume(row["chosen"] and row["rejected"])
         assume(row["chosen"][0] == row["rejected"][0] or row["chosen"][-1] != " ")
     assert_trls(row, tokenizer_of(kind))

@@ -1,4 +1,6 @@
-"""Five optimizer steps of ours have the numbers of TRL and of plain fp64 arithmetic, metric by metric."""
+"""Five optimizer steps of ours have the numbers of TRL and of plain fp64 arithmetic, metric by
+metric.
+"""
 
 import copy
 import math
@@ -34,10 +36,11 @@ need_trl()
 
 STEPS, PAIRS, BETA = 5, 8, 0.1
 MAX_LENGTH = 40  # tokens; two of the sequences are longer
-# Weights this large give gradients, and Adam a rate, at which five steps of correct fp32 arithmetic stay within a
-# fifth of TOLERANCE, while the losses fall to a quarter and the gradient norms from above the limit of clipping to
-# below it. With weights of 0.2, at a quarter of this rate, the rounding of the model's own fp32 arithmetic already
-# grows to 1.5e-6 in our rewards and to 2.3e-6 in TRL's: no program of that precision could be held to 1e-6 there.
+# Weights this large give gradients, and Adam a rate, at which five steps of correct fp32 arithmetic
+# stay within a fifth of TOLERANCE, while the losses fall to a quarter and the gradient norms from
+# above the limit of clipping to below it. With weights of 0.2, at a quarter of this rate, the
+# rounding of the model's own fp32 arithmetic already grows to 1.5e-6 in our rewards and to 2.3e-6
+# in TRL's: no program of that precision could be held to 1e-6 there.
 LR, INITIALIZER_RANGE = 2e-3, 0.1
 TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-4
@@ -94,7 +97,9 @@ class Case:
         return self.folder / "model"
 
     def spec(self, name: str, **blocks: Any) -> RunSpec:
-        """Settings of a run of ours on the same pairs; keyword arguments are merged block by block."""
+        """Settings of a run of ours on the same pairs; keyword arguments are merged block by
+        block.
+        """
         ours: dict[str, dict[str, Any]] = {
             "run": {"dir": str(self.folder / name), "name": name},  # a cache of its own
             "model": {"init": None, "path": str(self.model)},
@@ -116,7 +121,7 @@ class Case:
         return tiny_spec(self.folder, **{**ours, **blocks, **merged})
 
 
-# --- the three programs ------------------------------------------------------------------------------------------
+# --- the three programs ---------------------------------------------------------------------------
 
 
 def ours(spec: RunSpec) -> Trace:
@@ -160,7 +165,10 @@ def exact_model(path: Path) -> Any:
 
 
 def exact_terms(model: Any, rows: list[Row], side: str) -> tuple[torch.Tensor, dict[str, float]]:
-    """What one side of all pairs gives: log-probs [pairs], and sums over tokens. Each sequence alone: no padding."""
+    """What one side of all pairs gives: log-probs [pairs], and sums over tokens.
+
+    Each sequence alone: no padding.
+    """
     totals, sums = [], {"tokens": 0.0, "fed": 0.0, "logits": 0.0, "entropy": 0.0, "top1": 0.0}
     for row in rows:
         ids = torch.tensor(row["prompt_ids"] + row[side])[:MAX_LENGTH]
@@ -184,9 +192,11 @@ def exact_steps(
     beta: float = BETA,
     pairs: int = PAIRS,
 ) -> tuple[Trace, dict[str, torch.Tensor]]:
-    """Five steps of DPO as the paper writes it: their metrics, and the gradient of the first before clipping.
+    """Five steps of DPO as the paper writes it: their metrics, and the gradient of the first before
+    clipping.
 
-    Other than the true `beta` and `pairs`, the divisor of the loss, are for showing that a wrong one is noticed.
+    Other than the true `beta` and `pairs`, the divisor of the loss, are for showing that a wrong
+    one is noticed.
     """
     trace: Trace = []
     gradient: dict[str, torch.Tensor] = {}
@@ -283,13 +293,15 @@ def trl_side(
     )
 
 
-# --- comparing ---------------------------------------------------------------------------------------------------
+# --- comparing ------------------------------------------------------------------------------------
 
 
 def disagreements(
     left: Trace, right: Trace, tolerance: float, slack: Trace | None = None
 ) -> list[str]:
-    """Where two traces differ by more than tolerance * max(1, |value|), beyond how far `slack` is from `right`."""
+    """Where two traces differ by more than tolerance * max(1, |value|), beyond how far `slack` is
+    from `right`.
+    """
     if len(left) != STEPS or len(right) != STEPS:
         return [f"{len(left)} and {len(right)} steps"]
     found = []
@@ -299,7 +311,8 @@ def disagreements(
             allowed = tolerance * max(1.0, abs(b)) + (abs(slack[step][name] - b) if slack else 0.0)
             if not abs(a - b) <= allowed:  # so that a NaN disagrees
                 found.append(
-                    f"step {step + 1} {name}: {a!r} and {b!r}, apart {abs(a - b):.1e} > {allowed:.1e}"
+                    f"step {step + 1} {name}: {a!r} and {b!r}, apart {abs(a - b):.1e} > "
+                    f"{allowed:.1e}"
                 )
     return found
 
@@ -312,12 +325,14 @@ def worst(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> floa
     )
 
 
-# --- the tests ---------------------------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """How many threads share a sum decides its rounding; and for tensors this small they only wait for each other."""
+    """How many threads share a sum decides its rounding; and for tensors this small they only wait
+    for each other.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -378,7 +393,9 @@ def test_five_steps_with_another_attention(case: Case, attention: str) -> None:
 
 
 def test_the_first_step_is_ln_2(case: Case) -> None:
-    """The policy is its own reference, bit for bit, so rewards are no rounding error but zero, and a tie is no win."""
+    """The policy is its own reference, bit for bit, so rewards are no rounding error but zero, and
+    a tie is no win.
+    """
     first = ours(case.spec("first"))[0]
 
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -424,15 +441,18 @@ def test_gradient_checkpointing(case: Case) -> None:
         trace = ours(spec)
 
     assert disagreements(trace, case.exact_trace, TOLERANCE) == []
-    # two passes that check the head, one each that looks for later tokens, for noise and for weights without a
-    # gradient, two of each model that check the packed row; in each step the policy and its layers again for the
-    # backward pass; the reference once, as every step has the same pairs
+    # two passes that check the head, one each that looks for later tokens, for noise and for
+    # weights without a gradient, two of each model that check the packed row; in each step the
+    # policy and its layers again for the backward pass; the reference once, as every step has the
+    # same pairs
     assert len(calls) == TINY_MODEL["num_hidden_layers"] * (2 + 3 + 4 + 2 * STEPS + 1)
 
 
 @only_qwen2
 def test_the_head_in_chunks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long batches cut the logits into chunks, which are made again in the backward pass; here of 7 tokens."""
+    """Long batches cut the logits into chunks, which are made again in the backward pass; here of 7
+    tokens.
+    """
     before = first_gradient(case, case.spec("whole"))
     monkeypatch.setattr(logps, "CHUNK_LOGITS", 7 * len(load_tokenizer(case.spec("whole"))))
 
@@ -463,7 +483,7 @@ def test_another_optimizer_and_schedule_of_torch(case: Case) -> None:
     assert trace[-1]["loss"] < 0.9 * trace[0]["loss"]
 
 
-# --- that the comparisons above can fail -------------------------------------------------------------------------
+# --- that the comparisons above can fail ----------------------------------------------------------
 
 
 @only_qwen2
@@ -486,7 +506,8 @@ def test_a_perturbed_number_is_noticed(case: Case, name: str) -> None:
 @only_qwen2
 @pytest.mark.parametrize(
     ("wrong", "first_seen"),
-    # a tenth of a per cent; in the first step the loss is ln 2 whatever beta is, but the gradient is not
+    # a tenth of a per cent; in the first step the loss is ln 2 whatever beta is, but the gradient
+    # is not
     [({"beta": BETA * 1.001}, "step 1 grad_norm"), ({"pairs": PAIRS - 1}, "step 1 loss")],
 )
 def test_a_wrong_program_is_noticed(case: Case, wrong: dict[str, Any], first_seen: str) -> None:

@@ -1,4 +1,6 @@
-"""The quickstart of the README: Ray Train, two workers, evaluation before and after, all in its place."""
+"""The quickstart of the README: Ray Train, two workers, evaluation before and after, all in its
+place.
+"""
 
 import json
 import re

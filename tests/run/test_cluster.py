@@ -1,4 +1,6 @@
-"""How a Ray on this machine starts where the environment is hard on it, and the line where it cannot."""
+"""How a Ray on this machine starts where the environment is hard on it, and the line where it
+cannot.
+"""
 
 import errno
 import os

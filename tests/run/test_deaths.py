@@ -35,7 +35,10 @@ def test_a_process_that_is_gone_comes_before_ranks_that_lost_it() -> None:
         r1=Gone(GONE),
         r2=RuntimeError("Connection reset"),
     )
-    expected = "rank 1: its process is gone: killed by a signal, out of memory, or crashed; its log is logs/rank_00001.log"
+    expected = (
+        "rank 1: its process is gone: killed by a signal, out of memory, or crashed; its "
+        "log is logs/rank_00001.log"
+    )
     assert reason_of_death(error, log_of) == expected
 
 
@@ -49,7 +52,10 @@ def test_what_a_rank_raised_is_cut_at_a_word() -> None:
 
 
 def test_a_node_that_died_is_named_without_what_only_ray_reads() -> None:
-    text = "The actor died.\n\tclass_name: Worker\n\tip: 10.0.0.1\nThe actor died because its node has died. Node Id: 77"
+    text = (
+        "The actor died.\n\tclass_name: Worker\n\tip: 10.0.0.1\nThe actor died because its "
+        "node has died. Node Id: 77"
+    )
     said = reason_of_death(Failed(r0=Gone(text)), log_of)
     assert said.startswith(
         "rank 0: The actor died. The actor died because its node has died. Node Id: 77;"

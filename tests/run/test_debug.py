@@ -1,4 +1,6 @@
-"""What each flag of `orchestrator debug` does, seen from outside: files, weights, and a person at the terminal."""
+"""What each flag of `orchestrator debug` does, seen from outside: files, weights, and a person at
+the terminal.
+"""
 
 import json
 import math
@@ -88,7 +90,9 @@ def test_one_batch_is_learned_by_heart_and_nothing_is_kept(tmp_path: Path) -> No
 
 
 def test_a_batch_is_learned_for_as_many_steps_as_the_epochs_have(tmp_path: Path) -> None:
-    """The last batch of an epoch is smaller; and the first loss is that of one step, however seldom a run logs."""
+    """The last batch of an epoch is smaller; and the first loss is that of one step, however seldom
+    a run logs.
+    """
     training = {"max_steps": None, "epochs": 3, "logging_steps": 10}
     made = overfit(tiny_spec(tmp_path, training=training, batch={"global_batch_size": 12}))
     assert (made.steps, made.pairs) == (9, 12)
@@ -137,7 +141,7 @@ def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
         assert any(name.startswith("aten::") for name in spans)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,8 @@ def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
         (["--replay-step", "3"], "RUN_DIR = '{file}': is a file, not the directory of a run"),
         (
             ["--profile"],
-            "--profile = True: the run has finished after step 4, so no step is left to profile; choose",
+            "--profile = True: the run has finished after step 4, so no step is left to profile; "
+            "choose",
         ),
         (
             ["--profile=4:9", "run.name=new"],
@@ -190,7 +195,7 @@ def test_a_wrong_range_of_steps_is_refused(
     assert "counted from 1" in capsys.readouterr().err
 
 
-# --- at the terminal ---------------------------------------------------------------------------------------------
+# --- at the terminal ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -253,7 +258,8 @@ def test_of_two_ranks_that_fail_one_has_the_terminal(tmp_path: Path) -> None:
         child.expect('-> raise ZeroDivisionError\\("in the second step"\\)')
         child.expect(PROMPT)
         child.sendline(
-            "import os, psutil; from torch.distributed.distributed_c10d import _get_default_store as store"
+            "import os, psutil; from torch.distributed.distributed_c10d import "
+            "_get_default_store as store"
         )
         child.sendline(
             "while store().add('failure', 0) < 2: pass"

@@ -1,4 +1,6 @@
-"""What the driver decides without starting Ray; whole runs on Ray are in tests/quickstart and tests/faults."""
+"""What the driver decides without starting Ray; whole runs on Ray are in tests/quickstart and
+tests/faults.
+"""
 
 import threading
 import time
@@ -129,7 +131,7 @@ def test_the_address_of_a_job_server_is_not_that_of_a_cluster(
         check_head()
 
 
-# --- elastic runs ------------------------------------------------------------------------------------------------
+# --- elastic runs ---------------------------------------------------------------------------------
 
 
 def elastic(folder: Path, *ends: int, placement: str = "PACK") -> Any:

@@ -1,5 +1,6 @@
-"""`plan` accepts what a run accepts and refuses what it refuses, by the same key: on generated settings, models and
-files of data."""
+"""`plan` accepts what a run accepts and refuses what it refuses, by the same key: on generated
+settings, models and files of data.
+"""
 
 import contextlib
 import copy
@@ -30,7 +31,7 @@ from orchestrator.world import World
 Rows = list[Any]
 Raw = dict[str, Any]
 
-# --- settings ----------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 PATCHES: list[Raw] = [
     *(
@@ -182,7 +183,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# --- data --------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 GOOD = rows(6, longest=4)
 TALK = rows(6, conversational=True, longest=4)
@@ -311,7 +312,7 @@ CASES = st.builds(
 )
 
 
-# --- both --------------------------------------------------------------------------------------------------------
+# --- both -----------------------------------------------------------------------------------------
 
 
 def outcome(function: Callable[[], Any]) -> str:

@@ -1,5 +1,6 @@
-"""What nodes say of themselves becomes checks with cures; and what this machine says is true. Real clusters that are
-broken are in tests/faults."""
+"""What nodes say of themselves becomes checks with cures; and what this machine says is true. Real
+clusters that are broken are in tests/faults.
+"""
 
 import os
 import socket
@@ -54,7 +55,7 @@ def wrong(checks: list[Check]) -> list[Check]:
     return [check for check in checks if not check.ok]
 
 
-# --- facts -> checks ---------------------------------------------------------------------------------------------
+# --- facts -> checks ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,8 @@ def test_a_folder_must_be_shared_and_writable() -> None:
         "n2": ("files written by the driver are not visible, so it is not shared", mount),
         "n3": (
             "cannot be written (Read-only file system)",
-            "free some space, give the user who runs Ray write permission, or set run.dir to another folder",
+            "free some space, give the user who runs Ray write permission, or set run.dir to "
+            "another folder",
         ),
     }
 
@@ -269,7 +271,7 @@ def test_the_table_has_the_cure_beside_what_is_wrong() -> None:
     )
 
 
-# --- this machine ------------------------------------------------------------------------------------------------
+# --- this machine ---------------------------------------------------------------------------------
 
 
 def test_this_machine_is_well_and_nothing_is_left_of_the_look(tmp_path: Path) -> None:
@@ -361,7 +363,7 @@ def test_nvidia_smi_is_read(
     assert [card.used // 2**20 for card in probe.cards()] == cards
 
 
-# --- nodes -------------------------------------------------------------------------------------------------------
+# --- nodes ----------------------------------------------------------------------------------------
 
 
 def test_a_node_that_does_not_answer_is_a_line_of_its_own(
@@ -402,7 +404,7 @@ def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatc
             driver.doctor(None)
 
 
-# --- room for checkpoints ----------------------------------------------------------------------------------------
+# --- room for checkpoints -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -488,7 +490,7 @@ def test_what_is_written_already_needs_no_room(tmp_path: Path) -> None:
     assert needed() == "2.85 MB needed"
 
 
-# --- the verb ----------------------------------------------------------------------------------------------------
+# --- the verb -------------------------------------------------------------------------------------
 
 
 def test_doctor_prints_all_and_ends_with_2_where_something_is_wrong(

@@ -1,4 +1,6 @@
-"""A step that was taken is taken again, in one process, with its loss and every pair of its batch."""
+"""A step that was taken is taken again, in one process, with its loss and every pair of its
+batch.
+"""
 
 from pathlib import Path
 from statistics import fmean

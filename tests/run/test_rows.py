@@ -156,7 +156,8 @@ def test_a_row_on_a_terminal(tmp_path: Path) -> None:
     (row,) = shown(tmp_path, [ODD], max_length=18)
     plain, coloured = (list(row_lines(row, tokenizer(), colour)) for colour in (False, True))
     assert plain == [
-        f"row 1 of {tmp_path}/train.jsonl: tokens of prompt + completion: chosen 14 + 4, rejected 14 + 4",
+        f"row 1 of {tmp_path}/train.jsonl: tokens of prompt + completion: chosen 14 + 4, rejected "
+        "14 + 4",
         "  prompt    Say it.␣⏎",
         "            Now:⏎",
         "  chosen    ⟦yes⏎⟧⟨cut 1: <end>⟩",
@@ -182,8 +183,8 @@ def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
     ]
     assert lines == [
         "row 1: tokens of prompt + completion: chosen 1 + 2, rejected 1 + 4",
-        "  tokenised alone the prompt ends with 'a'; followed by a completion it does not, so the completion "
-        "starts earlier",
+        "  tokenised alone the prompt ends with 'a'; followed by a completion it does not, so "
+        "the completion starts earlier",
         "  prompt    x",
         "  chosen    ⟦ab<end>⟧",
         "  rejected  ⟦ac <end>⟧",
@@ -207,7 +208,8 @@ def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
     assert shown_lines.count("columns not read: score") == 1
     assert (
         shown_lines[-1]
-        == "training pairs that repeat an earlier one: 1; evaluation pairs that are also training pairs: 2"
+        == "training pairs that repeat an earlier one: 1; evaluation pairs that are also "
+        "training pairs: 2"
     )
     found = facts(spec, 1)
     assert list(found["repeats"].values()) == [1, 2]

@@ -138,9 +138,11 @@ def test_a_path_of_the_cluster_is_left_to_the_cluster(tmp_path: Path) -> None:
 
 
 class JobServer:
-    """A fake job server whose connection breaks in the middle of a log: a real one that does so cannot be had.
+    """A fake job server whose connection breaks in the middle of a log: a real one that does so
+    cannot be had.
 
-    connections: the log, as far as each gives it. statuses: answers to how the job stands, once the log is whole.
+    connections: the log, as far as each gives it. statuses: answers to how the job stands, once the
+    log is whole.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""The sample preference pairs are what their script writes, and only the instruction tells chosen from rejected."""
+"""The sample preference pairs are what their script writes, and only the instruction tells chosen
+from rejected.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ MARKER = "indeed"
 
 
 def read_texts(name: str) -> list[tuple[str, str, str]]:
-    """(prompt, chosen, rejected) of each pair; every message list must hold the one message of its role."""
+    """(prompt, chosen, rejected) of each pair; every message list must hold the one message of its
+    role.
+    """
     texts = []
     for line in (SAMPLE / name).read_text(encoding="utf-8").splitlines():
         pair = json.loads(line)
@@ -58,7 +62,9 @@ def answer_features(answers: list[str], vocabulary: dict[str, int]) -> np.ndarra
 
 
 def answer_only_accuracy(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> float:
-    """Logistic regression on answers alone: how often it scores a held-out chosen above its rejected, ties as half."""
+    """Logistic regression on answers alone: how often it scores a held-out chosen above its
+    rejected, ties as half.
+    """
     answers = [answer for pair in train for answer in pair]
     vocabulary = {
         token: index

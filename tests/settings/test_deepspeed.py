@@ -1,4 +1,6 @@
-"""A DeepSpeed config that agrees with the settings is accepted; contradictions and unsupported features are errors."""
+"""A DeepSpeed config that agrees with the settings is accepted; contradictions and unsupported
+features are errors.
+"""
 
 import ast
 import json
@@ -526,7 +528,9 @@ def test_what_deepspeed_raises_for_is_refused_even_where_it_is_off(
 
 
 def names_in(file: str, block: str) -> set[str]:
-    """Keys of a dict, or fields and aliases of a class, in DeepSpeed's source: to import it takes seconds."""
+    """Keys of a dict, or fields and aliases of a class, in DeepSpeed's source: to import it takes
+    seconds.
+    """
     found = find_spec("deepspeed")
     assert found is not None
     assert found.origin is not None

@@ -1,4 +1,6 @@
-"""Every setting is described and frozen, says whether it may change on resume, and is read as users write it."""
+"""Every setting is described and frozen, says whether it may change on resume, and is read as users
+write it.
+"""
 
 import pickle
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""slurm/debug.sbatch on a real Slurm: torchrun on one node, and the exit codes and signals that it would lose."""
+"""slurm/debug.sbatch on a real Slurm: torchrun on one node, and the exit codes and signals that it
+would lose.
+"""
 
 from pathlib import Path
 

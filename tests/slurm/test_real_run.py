@@ -1,4 +1,6 @@
-"""The commands of docs/slurm.md on a real Slurm: Ray Train over two nodes, torchrun on one, and the losses of debug."""
+"""The commands of docs/slurm.md on a real Slurm: Ray Train over two nodes, torchrun on one, and the
+losses of debug.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ SHORT = {"epochs: 10": "epochs: 0.5", "logging_steps: 10": "logging_steps: 1"}  
 
 
 def checkout(folder: Path, changes: dict[str, str]) -> Path:
-    """A folder like a checkout, whose quickstart is changed; away from this one, where a run would leave its files."""
+    """A folder like a checkout, whose quickstart is changed; away from this one, where a run would
+    leave its files.
+    """
     (folder / "slurm").symlink_to(ROOT / "slurm")
     shutil.copytree(ROOT / "configs", folder / "configs")
     quickstart = folder / "configs" / "quickstart.yaml"

@@ -1,4 +1,6 @@
-"""`orchestrator submit --to slurm`: which flags the settings become, what Slurm makes of them, and what it refuses."""
+"""`orchestrator submit --to slurm`: which flags the settings become, what Slurm makes of them, and
+what it refuses.
+"""
 
 import os
 import sys
@@ -82,7 +84,8 @@ def test_further_flags_stand_last(tmp_path: Path) -> None:
     [
         (
             SIXTEEN,
-            "slurm.workers_per_node = (not set): is required for 16 workers with cluster.placement PACK",
+            "slurm.workers_per_node = (not set): is required for 16 workers with "
+            "cluster.placement PACK",
         ),
         (
             {"num_workers": 1},
@@ -108,7 +111,10 @@ def test_without_slurm(tmp_path: Path) -> None:
 
 def test_a_slurm_that_does_not_answer(tmp_path: Path) -> None:
     settings = write_settings(tmp_path, cluster={"resources": {"CPU": 1}})
-    said = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    said = (
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller "
+        "(connect failure)"
+    )
     sbatch = tmp_path / "sbatch"  # a stub: the real one tries for nine seconds
     sbatch.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
     sbatch.chmod(0o755)
@@ -154,7 +160,7 @@ def test_slurm_refuses_it(slurm: Slurm, tmp_path: Path) -> None:
     refused = submit(slurm, settings)
     assert refused.returncode == 2
     assert refused.stderr == (
-        "error: slurm = {'workers_per_node': 8, 'partition': 'nowhere'}: sbatch rejects the job: invalid partition "
-        "specified: nowhere; Batch job submission failed: Invalid partition name specified; change this block, or "
-        "cluster.resources\n"
+        "error: slurm = {'workers_per_node': 8, 'partition': 'nowhere'}: sbatch rejects the "
+        "job: invalid partition specified: nowhere; Batch job submission failed: Invalid "
+        "partition name specified; change this block, or cluster.resources\n"
     )

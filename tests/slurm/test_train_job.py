@@ -1,5 +1,6 @@
-"""slurm/train.sbatch on a real Slurm of two nodes, with stubs of ray and of the driver: what becomes of the job, and
-that nothing of it stays behind."""
+"""slurm/train.sbatch on a real Slurm of two nodes, with stubs of ray and of the driver: what
+becomes of the job, and that nothing of it stays behind.
+"""
 
 import json
 from collections.abc import Callable
@@ -18,7 +19,9 @@ BOTH_NODES = ["--nodes=2", "--exclusive"]
 
 @pytest.fixture
 def submit(slurm: Slurm, tmp_path: Path) -> Submit:
-    """Submit train.sbatch to both nodes; keyword arguments are settings, those in capitals of the environment."""
+    """Submit train.sbatch to both nodes; keyword arguments are settings, those in capitals of the
+    environment.
+    """
 
     def submitted(**given: object) -> Job:
         env = {name: str(value) for name, value in given.items() if name.isupper()}
@@ -167,8 +170,8 @@ def test_a_node_that_never_comes_up(submit: Submit) -> None:
     log = job.run_dir / f"logs/ray-{job.number}-0-n2.log"
     errors = [line for line in job.log().splitlines() if line.startswith("error")]
     assert errors == [
-        f"error: node = n2: no Ray there after 2 s, and training wants every node of the job; look into {log}; then "
-        "submit again with --exclude=n2, or with a longer NODES_TIMEOUT_S"
+        "error: node = n2: no Ray there after 2 s, and training wants every node of the job; "
+        f"look into {log}; then submit again with --exclude=n2, or with a longer NODES_TIMEOUT_S"
     ]
     assert job.drivers() == []
 
@@ -230,9 +233,17 @@ def test_two_jobs_share_nodes(slurm: Slurm, tmp_path: Path) -> None:
 
 
 def test_a_job_whose_ports_another_one_holds(slurm: Slurm, tmp_path: Path) -> None:
-    """Their numbers may differ by a multiple of 40; here one holds, without Ray, those of the next number."""
-    hold = "import os, signal, socket; port = 10000 + (int(os.environ['SLURM_JOB_ID']) + 1) % 40 * 500 + 1; "
-    hold += f"held = socket.create_server(('', port)); open('{tmp_path}/port', 'w').write(str(port)); signal.pause()"
+    """Their numbers may differ by a multiple of 40; here one holds, without Ray, those of the next
+    number.
+    """
+    hold = (
+        "import os, signal, socket; port = 10000 + (int(os.environ['SLURM_JOB_ID']) + 1) % 40 "
+        "* 500 + 1; "
+    )
+    hold += (
+        f"held = socket.create_server(('', port)); open('{tmp_path}/port', "
+        "'w').write(str(port)); signal.pause()"
+    )
     holder = slurm.sbatch("--nodelist=n1", "--output=/dev/null", f'--wrap=exec python3 -c "{hold}"')
     wait_until(lambda: (tmp_path / "port").exists() and (tmp_path / "port").read_text() != "", 60)
     job = submit_stubbed(slurm, tmp_path, "train.sbatch", "--nodes=2", "--cpus-per-task=4")

@@ -1,4 +1,6 @@
-"""Losses over the whole global batch have the gradient of their formula, however the batch is dealt and cut."""
+"""Losses over the whole global batch have the gradient of their formula, however the batch is dealt
+and cut.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Callbacks observe: one that raises is dropped, requests are collected, states come back, arguments are frozen."""
+"""Callbacks observe: one that raises is dropped, requests are collected, states come back,
+arguments are frozen.
+"""
 
 import ast
 import dataclasses

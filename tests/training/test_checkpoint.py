@@ -1,4 +1,6 @@
-"""A checkpoint exists when its manifest does: written whole, checked, read by ranges, and never trusted when broken."""
+"""A checkpoint exists when its manifest does: written whole, checked, read by ranges, and never
+trusted when broken.
+"""
 
 import gc
 import json
@@ -57,7 +59,9 @@ def saved(folder: Path, step: int, world: World = ALONE) -> Path:
 
 
 def on_two_ranks(folder: Path) -> list[Any]:
-    """A checkpoint whose parameter `a` is cut between two ranks, and whose `b` belongs to the second."""
+    """A checkpoint whose parameter `a` is cut between two ranks, and whose `b` belongs to the
+    second.
+    """
 
     def work(world: World) -> Path:
         seed_everything(100 + world.rank)
@@ -82,7 +86,7 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# --- writing and reading -----------------------------------------------------------------------------------------
+# --- writing and reading --------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
@@ -182,7 +186,7 @@ def test_integer_keys_survive_json(tmp_path: Path) -> None:
     assert Reader(save(tmp_path, 1, [], meta, ALONE)).meta == expected
 
 
-# --- broken checkpoints ------------------------------------------------------------------------------------------
+# --- broken checkpoints ---------------------------------------------------------------------------
 
 
 def flip(folder: Path) -> None:
@@ -328,7 +332,7 @@ def test_a_checkpoint_that_is_being_deleted_is_none(
     assert committed(tmp_path) == [folders[1]]
 
 
-# --- errors while writing ----------------------------------------------------------------------------------------
+# --- errors while writing -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -388,7 +392,7 @@ def test_an_engine_that_fails_to_hand_out_its_state_is_raised_on_all(tmp_path: P
     assert ["CUDA error" in str(result) for result in results] == [True, True]
 
 
-# --- in the background -------------------------------------------------------------------------------------------
+# --- in the background ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -677,11 +681,13 @@ def test_a_run_that_ends_waits_for_no_other_rank(
     assert [folder.name for folder in committed(tmp_path)] == ["step_00000001"]
 
 
-# --- random state ------------------------------------------------------------------------------------------------
+# --- random state ---------------------------------------------------------------------------------
 
 
 def draws() -> list[float]:
-    """Numbers of every generator, an odd count of the normal ones, whose second half a generator may keep."""
+    """Numbers of every generator, an odd count of the normal ones, whose second half a generator
+    may keep.
+    """
     normal = [np.random.randn(), random.gauss(0, 1), torch.randn(1).item()]
     return [
         *normal,
@@ -802,7 +808,9 @@ def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, ranks: int) -
 def test_a_refusal_keeps_no_frame_alive(
     tmp_path: Path, ranks: int, broken: Callable[[Path], Any]
 ) -> None:
-    """A process group that lives until the interpreter ends, held by a frame of a traceback, aborts the process."""
+    """A process group that lives until the interpreter ends, held by a frame of a traceback, aborts
+    the process.
+    """
     broken(saved(tmp_path, 2) / MANIFEST)
 
     class Engine:

@@ -1,4 +1,6 @@
-"""What a user's compute_metrics is handed does not depend on ranks, layout or engine; what it may say."""
+"""What a user's compute_metrics is handed does not depend on ranks, layout or engine; what it may
+say.
+"""
 
 import math
 from pathlib import Path
@@ -73,7 +75,9 @@ def engines() -> list[Any]:
 def handed(
     engines: list[Any], pairs: Pairs, ranks: int = 1, packed: bool = True, **settings: Any
 ) -> Keeps:
-    """What the function was handed on so many ranks; every rank has its number, and the others were never asked."""
+    """What the function was handed on so many ranks; every rank has its number, and the others were
+    never asked.
+    """
     asked = [Keeps() for _ in range(ranks)]
 
     def on(world: World) -> dict[str, float]:
@@ -199,7 +203,7 @@ def test_an_engine_that_shards_weights_hands_over_the_same(
         np.testing.assert_allclose(made, expected, **FP32)
 
 
-# --- what it may say ---------------------------------------------------------------------------------------------
+# --- what it may say ------------------------------------------------------------------------------
 
 
 def test_numbers_of_any_kind_are_numbers(engines: list[Any], pairs: Pairs) -> None:
@@ -258,7 +262,7 @@ def test_anything_else_ends_every_rank_with_the_same_line(
     assert isinstance(first.__cause__, IndexError if function is raising else type(None))
 
 
-# --- before a run ------------------------------------------------------------------------------------------------
+# --- before a run ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

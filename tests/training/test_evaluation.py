@@ -1,4 +1,6 @@
-"""What a run evaluates, and when; which step was the best, what becomes of it, and an end that comes early."""
+"""What a run evaluates, and when; which step was the best, what becomes of it, and an end that
+comes early.
+"""
 
 import json
 from pathlib import Path
@@ -62,7 +64,9 @@ def run(folder: Path, *words: str, ranks: int = 1, **blocks: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two sets of which one holds the other's rows too, at the end of each of two epochs of 4 steps, on 2 ranks."""
+    """Two sets of which one holds the other's rows too, at the end of each of two epochs of 4
+    steps, on 2 ranks.
+    """
     folder = tmp_path_factory.mktemp("sets")
     easy, all_rows = rows(3, seed=5), rows(3, seed=5) + rows(4, seed=6)
     sets = {
@@ -148,13 +152,14 @@ def test_the_settings_know_the_names_of_the_metrics() -> None:
     }
 
 
-# --- the best step, and an early end -----------------------------------------------------------------------------
+# --- the best step, and an early end --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The loss falls, and the largest is wanted: the first evaluation is the best, and the third after it is the end.
-    It is killed after step 7, and goes on from the checkpoint of step 6."""
+    """The loss falls, and the largest is wanted: the first evaluation is the best, and the third
+    after it is the end. It is killed after step 7, and goes on from the checkpoint of step 6.
+    """
     folder = tmp_path_factory.mktemp("early")
     stopping = {"every_steps": 2, "metric_for_best": "loss", "greater_is_better": True}
     (folder / "my_callbacks.py").write_text(CALLBACKS)

@@ -1,4 +1,6 @@
-"""A checkpoint becomes a folder that from_pretrained loads, and nothing else of the user's is touched."""
+"""A checkpoint becomes a folder that from_pretrained loads, and nothing else of the user's is
+touched.
+"""
 
 import math
 import shutil
@@ -154,7 +156,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused(run_dir: RunDir) -> None:
     assert not (run_dir.path / "out").exists()
 
 
-# --- a run that trained part of a model --------------------------------------------------------------------------
+# --- a run that trained part of a model -----------------------------------------------------------
 
 LORA: dict[str, Any] = {"r": 4}
 UNTIED = {"tie_word_embeddings": False}
@@ -181,7 +183,9 @@ tied_or_not = pytest.mark.parametrize("base", [{}, UNTIED], ids=["tied", "untied
 
 
 def trained(base: Path, reference: dict[str, Any], **model: Any) -> RunDir:
-    """A run of a few large steps, whose callback has kept what the policy in its memory says at the end."""
+    """A run of a few large steps, whose callback has kept what the policy in its memory says at the
+    end.
+    """
     settings = write_settings(
         base.parent,
         model={"init": None, "path": str(base), **model},

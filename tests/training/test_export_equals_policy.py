@@ -1,4 +1,6 @@
-"""from_pretrained(export) computes what the policy computed at its last step, whatever the model stores and how."""
+"""from_pretrained(export) computes what the policy computed at its last step, whatever the model
+stores and how.
+"""
 
 import json
 import os
@@ -108,7 +110,7 @@ def test_export_computes_what_the_policy_computed(
     assert export_error(tmp_path, random_base(tmp_path / "base", of), **settings) <= TOLERANCE
 
 
-# --- more kinds, and engines --------------------------------------------------------------------------------------
+# --- more kinds, and engines ----------------------------------------------------------------------
 
 MLA = {
     "num_key_value_heads": 4,
@@ -246,7 +248,7 @@ def test_export_of_two_ranks_computes_what_the_policy_computed(
     assert max(errors) <= TOLERANCE
 
 
-# --- heads ---------------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 def test_a_head_that_only_the_file_has_is_trained_and_exported(
@@ -275,7 +277,7 @@ def test_an_old_run_whose_config_ties_a_separate_head_is_exported_with_it(
     assert not exported.config.tie_word_embeddings
 
 
-# --- persistent buffers ------------------------------------------------------------------------------------------
+# --- persistent buffers ---------------------------------------------------------------------------
 
 
 def without_buffers(checkpoint: Path, names: set[str]) -> None:
@@ -339,7 +341,7 @@ def test_router_biases_stay_in_fp32_in_a_16_bit_export(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
 
 
-# --- what stands beside the weights ------------------------------------------------------------------------------
+# --- what stands beside the weights ---------------------------------------------------------------
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
@@ -388,7 +390,7 @@ def test_what_stands_beside_a_base_is_exported(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(run_dir.model).chat_template == several.chat_template
 
 
-# --- what cannot be exported -------------------------------------------------------------------------------------
+# --- what cannot be exported ----------------------------------------------------------------------
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused_before_the_first_step(

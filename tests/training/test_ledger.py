@@ -1,4 +1,6 @@
-"""The pair ledger has what each step saw of each pair, once, whatever happens to checkpoints and whoever reads it."""
+"""The pair ledger has what each step saw of each pair, once, whatever happens to checkpoints and
+whoever reads it.
+"""
 
 import errno
 import json
@@ -27,7 +29,7 @@ from orchestrator.world import World
 BETA = 0.5
 
 
-# --- what a step saw ---------------------------------------------------------------------------------------------
+# --- what a step saw ------------------------------------------------------------------------------
 
 
 def output(pairs: int, offset: float) -> StepOutput:
@@ -73,7 +75,7 @@ def test_rows_are_what_the_step_saw_without_fillers() -> None:
     assert seen.take().num_rows == 0
 
 
-# --- parts and tails ---------------------------------------------------------------------------------------------
+# --- parts and tails ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -233,7 +235,7 @@ def test_a_full_disk_fails_the_save(
     assert [path.name for path in run_dir.checkpoints.iterdir()] == ["step_00000003"]
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def broken(path: Path) -> None:
@@ -278,7 +280,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_no_matter(
     assert read(run_dir)[0] == 2
 
 
-# --- runs --------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 STEPS = 6  # of 8 of 20 pairs: two epochs
 

@@ -1,4 +1,6 @@
-"""Sums and counts become means once, over all micro-batches and ranks, and an interrupted window goes on."""
+"""Sums and counts become means once, over all micro-batches and ranks, and an interrupted window
+goes on.
+"""
 
 from typing import Any
 

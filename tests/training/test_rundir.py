@@ -92,7 +92,8 @@ def test_a_request_to_stop_is_one_of_the_process_that_holds_the_run(tmp_path: Pa
 
 def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from orchestrator.training.rundir import RunDir\n"
+        "import os, sys; from pathlib import Path; from orchestrator.training.rundir import "
+        "RunDir\n"
         "with RunDir(Path(sys.argv[1])).owned(): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == 9

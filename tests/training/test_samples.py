@@ -1,4 +1,6 @@
-"""A finished run ends with prompts answered by its start and by its export, whatever goes wrong with that."""
+"""A finished run ends with prompts answered by its start and by its export, whatever goes wrong
+with that.
+"""
 
 import json
 from pathlib import Path

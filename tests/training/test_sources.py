@@ -1,4 +1,6 @@
-"""What a run trains on and evaluates: several sets with weights, less a part that is held out, also after a kill."""
+"""What a run trains on and evaluates: several sets with weights, less a part that is held out, also
+after a kill.
+"""
 
 import json
 from pathlib import Path
@@ -37,7 +39,9 @@ SEED, BATCH = 7, 8  # of support.raw_settings
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 pairs of text, two to a prompt, and 8 conversations that come two or three times in an epoch."""
+    """20 pairs of text, two to a prompt, and 8 conversations that come two or three times in an
+    epoch.
+    """
     folder = tmp_path_factory.mktemp("sources")
     (folder / "my_callbacks.py").write_text(CALLBACKS)
     text = [{**row, "prompt": f"Say {number // 2}"} for number, row in enumerate(rows(20))]

@@ -1,4 +1,6 @@
-"""TensorBoard and MLflow by name, with their real packages: one run, each step once, also after a kill."""
+"""TensorBoard and MLflow by name, with their real packages: one run, each step once, also after a
+kill.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,9 @@ KILLED, SAVED, STEPS = 4, 2, 6
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose weights are cut, so that callbacks get no model, killed after steps that it takes again."""
+    """A run whose weights are cut, so that callbacks get no model, killed after steps that it takes
+    again.
+    """
     for package in ("tensorboard", "mlflow"):
         pytest.importorskip(package)
     settings = write_settings(

@@ -1,4 +1,6 @@
-"""What a Python user gives: what is refused of it, and that a run is the one of the settings that say the same."""
+"""What a Python user gives: what is refused of it, and that a run is the one of the settings that
+say the same.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,6 @@
-"""Fire transformers.TrainerCallbacks on rank 0 and collect their requests, on which the trainer makes ranks agree."""
+"""Fire transformers.TrainerCallbacks on rank 0 and collect their requests, on which the trainer
+makes ranks agree.
+"""
 
 import inspect
 import json
@@ -40,7 +42,9 @@ REQUESTS = (
 
 @dataclass(frozen=True)
 class TrainingArgs:
-    """The read-only `args` of callbacks, with the names of TrainingArguments (a real one would initialise devices)."""
+    """The read-only `args` of callbacks, with the names of TrainingArguments (a real one would
+    initialise devices).
+    """
 
     output_dir: str
     run_name: str
@@ -182,8 +186,9 @@ def _reports_to(spec: RunSpec) -> tuple[str, ...]:
 
 
 def _eval_strategy(spec: RunSpec) -> IntervalStrategy:
-    """Return transformers' strategy, which is by epoch or by steps; if both are set, by steps. Without either, the
-    evaluation after the last step counts as one by steps."""
+    """Return transformers' strategy, which is by epoch or by steps; if both are set, by steps.
+    Without either, the evaluation after the last step counts as one by steps.
+    """
     if not spec.data.eval_sets:
         return IntervalStrategy.NO
     by_epoch = spec.evaluation.every_epoch and spec.evaluation.every_steps is None
@@ -233,14 +238,17 @@ class Callbacks:
                 self.control = returned
 
     def begin_epoch(self, resumed: bool) -> None:
-        """Fire on_epoch_begin. resumed: the epoch had begun before, and requests made in it still apply."""
+        """Fire on_epoch_begin. resumed: the epoch had begun before, and requests made in it still
+        apply.
+        """
         if not resumed:
             self.control.should_epoch_stop = False
         self.fire("on_epoch_begin")
 
     def end_step(self, *, log: bool, evaluate: bool, save: bool, stop: bool) -> None:
-        """Fire on_step_end with the flags of what is due now, as transformers shows them. These are not requests, and
-        callbacks cannot cancel them."""
+        """Fire on_step_end with the flags of what is due now, as transformers shows them. These are
+        not requests, and callbacks cannot cancel them.
+        """
         due = {
             "should_log": log,
             "should_evaluate": evaluate,
@@ -254,7 +262,10 @@ class Callbacks:
             setattr(self.control, name, False)
 
     def _drop(self, callback: TrainerCallback, event: str) -> None:
-        """Drop a callback that raised; re-raise if it is essential. To be called while the exception is handled."""
+        """Drop a callback that raised; re-raise if it is essential.
+
+        To be called while the exception is handled.
+        """
         if getattr(callback, "essential", False):
             raise
         self.callbacks.remove(callback)
@@ -269,8 +280,9 @@ class Callbacks:
         return asked
 
     def exported(self) -> dict[str, Any]:
-        """Return the states of stateful callbacks (transformers' ExportableState), pending requests, and the history in
-        TrainerState."""
+        """Return the states of stateful callbacks (transformers' ExportableState), pending
+        requests, and the history in TrainerState.
+        """
         states: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
         for callback in list(self.callbacks):
             if isinstance(callback, ExportableState):
@@ -330,7 +342,9 @@ class Callbacks:
 
 
 def _arguments(callback: TrainerCallback) -> dict[str, Any] | None:
-    """Return the constructor arguments in a callback's state, as JSON types; None if it has none."""
+    """Return the constructor arguments in a callback's state, as JSON types; None if it has
+    none.
+    """
     if not isinstance(callback, ExportableState):
         return None
     try:
@@ -344,7 +358,8 @@ def build_callbacks(
     run_dir: RunDir,
     given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
 ) -> list[TrainerCallback]:
-    """Build our callbacks, those of the settings and those of the caller, in this order; on rank 0 only.
+    """Build our callbacks, those of the settings and those of the caller, in this order; on rank 0
+    only.
 
     Raises:
         UserError: a user's callback cannot be imported or built.
@@ -358,7 +373,9 @@ def build_callbacks(
 
 
 def _of_user(spec: RunSpec, given: Sequence[Any] | None) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Return name, class or object, and keyword arguments of each callback of the settings, then of the caller."""
+    """Return name, class or object, and keyword arguments of each callback of the settings, then of
+    the caller.
+    """
     named = [(entry.path, _at(entry.path), entry.kwargs) for entry in spec.callbacks]
     return named + [
         (getattr(each, "__name__", type(each).__name__), each, {}) for each in given or ()
@@ -388,12 +405,14 @@ def _built(name: str, made: Any, kwargs: dict[str, Any]) -> TrainerCallback:
 def check_callbacks(
     spec: RunSpec, given: Sequence[TrainerCallback | type[TrainerCallback]] | None = None
 ) -> None:
-    """Check that a user's callbacks can be imported and accept their arguments, without building them.
+    """Check that a user's callbacks can be imported and accept their arguments, without building
+    them.
 
     Only rank 0 builds them: a constructor may open a file.
 
     Raises:
-        UserError: one cannot be imported, is not a TrainerCallback, or does not accept its arguments.
+        UserError: one cannot be imported, is not a TrainerCallback, or does not accept its
+            arguments.
     """
     for name, made, kwargs in _of_user(spec, given):
         kind: Any = type(made) if isinstance(made, TrainerCallback) else made

@@ -1,4 +1,6 @@
-"""Show progress: a bar with loss, accuracy, tokens/s and time left on a terminal, plain lines elsewhere."""
+"""Show progress: a bar with loss, accuracy, tokens/s and time left on a terminal, plain lines
+elsewhere.
+"""
 
 import sys
 import time
@@ -21,7 +23,10 @@ from orchestrator.training.result import evaluated_sets
 
 
 class ConsoleCallback(TrainerCallback):
-    """The progress of a run on the terminal. Plain lines are flushed at once, because pipes and log files read them."""
+    """The progress of a run on the terminal.
+
+    Plain lines are flushed at once, because pipes and log files read them.
+    """
 
     progress: ClassVar[Progress | None] = None  # a class variable: a process has one terminal
     gives_way: ClassVar[bool] = False
@@ -67,7 +72,8 @@ class ConsoleCallback(TrainerCallback):
         for name, prefix in evaluated_sets(logs).items():
             of = f" of {name}" if name else ""
             self._say(
-                f"evaluation{of} after step {state.global_step}: {_facts(logs, prefix)}{_more(logs, prefix)}"
+                f"evaluation{of} after step {state.global_step}: "
+                f"{_facts(logs, prefix)}{_more(logs, prefix)}"
             )
         if "loss" not in logs:
             return
@@ -85,7 +91,8 @@ class ConsoleCallback(TrainerCallback):
             self.progress.update(self.task, facts=facts)
         else:
             self._say(
-                f"step {step}/{state.max_steps}: {facts}, {_duration((state.max_steps - step) * per_step)} left"
+                f"step {step}/{state.max_steps}: {facts}, "
+                f"{_duration((state.max_steps - step) * per_step)} left"
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -96,8 +103,9 @@ class ConsoleCallback(TrainerCallback):
 
     @classmethod
     def give_way(cls) -> None:
-        """Print plain lines from now on, because a user types at this terminal: a bar would overwrite the prompt and
-        hold back incomplete lines."""
+        """Print plain lines from now on, because a user types at this terminal: a bar would
+        overwrite the prompt and hold back incomplete lines.
+        """
         ConsoleCallback.gives_way = True
         cls._take_down()
 
@@ -119,7 +127,10 @@ class ConsoleCallback(TrainerCallback):
 
 
 def _facts(logs: dict[str, Any], prefix: str) -> str:
-    return f"loss {logs[f'{prefix}loss']:.4f}, accuracy {logs.get(f'{prefix}rewards/accuracies', 0):.3f}"
+    return (
+        f"loss {logs[f'{prefix}loss']:.4f}, accuracy "
+        f"{logs.get(f'{prefix}rewards/accuracies', 0):.3f}"
+    )
 
 
 def _more(logs: dict[str, Any], prefix: str) -> str:

@@ -1,4 +1,6 @@
-"""Write metrics.jsonl: one line per step that logged or evaluated, once per step even if the run was interrupted."""
+"""Write metrics.jsonl: one line per step that logged or evaluated, once per step even if the run
+was interrupted.
+"""
 
 import json
 from pathlib import Path
@@ -9,8 +11,8 @@ from orchestrator.training.rundir import write_atomically
 
 
 class JsonlCallback(TrainerCallback):
-    """Writer of metrics.jsonl. It writes at once, so that no committed checkpoint is ahead of the file; training and
-    evaluation metrics of a step are one line.
+    """Writer of metrics.jsonl. It writes at once, so that no committed checkpoint is ahead of the
+    file; training and evaluation metrics of a step are one line.
 
     On resume, lines after the checkpoint's step are removed, because those steps are repeated.
     """

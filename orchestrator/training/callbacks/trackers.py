@@ -1,4 +1,6 @@
-"""Find transformers' trackers by name; TensorBoard and MLflow write below RUN_DIR and continue on resume."""
+"""Find transformers' trackers by name; TensorBoard and MLflow write below RUN_DIR and continue on
+resume.
+"""
 
 import importlib.util
 import os
@@ -56,7 +58,9 @@ class MLflow(MLflowCallback):
         super().__init__()
 
     def setup(self, args: Any, state: Any, model: Any) -> None:
-        """Start or resume the run; on resume, log no parameters: MLflow has them, and rejects changed ones."""
+        """Start or resume the run; on resume, log no parameters: MLflow has them, and rejects
+        changed ones.
+        """
         import mlflow
 
         folder = RunDir(Path(args.output_dir)).mlflow

@@ -1,4 +1,6 @@
-"""Log metrics and settings to Weights & Biases, online if there is a key, else offline; steps never wait for it."""
+"""Log metrics and settings to Weights & Biases, online if there is a key, else offline; steps never
+wait for it.
+"""
 
 import logging
 import os
@@ -23,7 +25,9 @@ SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
 class WandbCallback(TrainerCallback):
-    """One W&B run across resumes (online; offline, each process writes its own folder with the same id)."""
+    """One W&B run across resumes (online; offline, each process writes its own folder with the same
+    id).
+    """
 
     def __init__(self, spec: RunSpec, run_dir: RunDir) -> None:
         self.spec, self.run_dir = spec, run_dir
@@ -87,7 +91,8 @@ class WandbCallback(TrainerCallback):
             id=self._id(),
             resume="allow",
             config=without_secrets(self.spec.model_dump(mode="json")),
-            # send no data about the machine: no command line, environment, git state or console text
+            # send no data about the machine: no command line, environment, git state or console
+            # text
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -113,7 +118,9 @@ class WandbCallback(TrainerCallback):
 
 
 def without_secrets(value: Any) -> Any:
-    """Return the settings without secrets: values of secret environment variables are blanked, also inside strings."""
+    """Return the settings without secrets: values of secret environment variables are blanked, also
+    inside strings.
+    """
     hidden = [
         text for name, text in os.environ.items() if SECRET_NAME.search(name) and len(text) >= 8
     ]
@@ -125,7 +132,8 @@ def without_secrets(value: Any) -> Any:
             return [clean(item, name) for item in value]
         if not isinstance(value, str):
             return value
-        # a user's kwargs may contain a key; our own settings with such names (pad_token) hold no secret
+        # a user's kwargs may contain a key; our own settings with such names (pad_token) hold no
+        # secret
         if re.search(r"api_?key|secret|passw|auth_?token|access_?token", name, re.IGNORECASE):
             return "***"
         for text in hidden:
