@@ -92,6 +92,7 @@ class _Output(io.FileIO):
             with suppress(OSError):
                 os.write(
                     2,
-                    b"stdout was closed; the run continues, and its metrics are in the run directory\n",
+                    b"stdout was closed; the run continues, and its metrics are in the run "
+                    b"directory\n",
                 )
         return len(data)

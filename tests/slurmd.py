@@ -66,7 +66,8 @@ DefMemPerCPU=100
 MailProg=/bin/true
 """
 PARTITIONS = """
-PartitionName=batch Nodes={nodes} Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
+PartitionName=batch Nodes={nodes} Default=YES MaxTime=INFINITE PriorityTier=1 \
+PreemptMode=REQUEUE GraceTime=10
 PartitionName=high Nodes={nodes} MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 CGROUP_CONF = """

@@ -43,7 +43,9 @@ class Looks(TrainerCallback):
     def __init__(self, expected):
         self.expected = expected
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs
+    ):
         assert model is not None and processing_class is not None
         assert args.learning_rate == optimizer.param_groups[0]["initial_lr"] == self.expected
         try:

@@ -33,11 +33,10 @@ def trained_on(held_out: Pairs, train: Pairs) -> int:
 
 def repeat_counts(train: Pairs, held_out: Mapping[str, Pairs]) -> dict[str, int]:
     """Return the counts that are not 0, by their label, the text before ": N"."""
+    contradictions = "training pairs that contradict another one (chosen and rejected are swapped)"
     counts = {
         "training pairs that repeat an earlier one": repeated(train),
-        "training pairs that contradict another one (chosen and rejected are swapped)": contradictory(
-            train
-        ),
+        contradictions: contradictory(train),
     }
     for name, pairs in held_out.items():
         counts[f"{name} evaluation pairs that are also training pairs".lstrip()] = trained_on(

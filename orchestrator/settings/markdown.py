@@ -17,7 +17,8 @@ INTRODUCTION = """\
 # Settings
 
 Every setting of a run, generated from [orchestrator/settings](../orchestrator/settings) by
-`python -m orchestrator.settings.markdown > docs/settings.md`; `orchestrator help settings` prints the same list.
+`python -m orchestrator.settings.markdown > docs/settings.md`; `orchestrator help settings` prints
+the same list.
 Write a setting in its block (`optimizer: {lr: 5e-7}`) or as an override (`optimizer.lr=5e-7`).
 
 The last column says whether a setting may change when the run is resumed.

@@ -91,7 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     found: list[dict[str, Any]] = []
     print(
-        f"{'pairs':>10}{'ranks':>7}{'batch':>7}{'permutation s':>15}{'peak MB':>9}{'plan ms':>9}{'uneven':>8}"
+        f"{'pairs':>10}{'ranks':>7}{'batch':>7}{'permutation s':>15}"
+        f"{'peak MB':>9}{'plan ms':>9}{'uneven':>8}"
     )
     for pairs in map(int, args.pairs.split(",")):
         made = lengths(pairs)

@@ -470,7 +470,10 @@ def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_n
         raise raised
 
     raised: Exception = KeyError("label")
-    line = r"'collate': raised KeyError: 'label' \(test_collate.py line \d+; step 5, rank 1, pairs 11, 12\)"
+    line = (
+        r"'collate': raised KeyError: 'label' \(test_collate.py line \d+; step 5, rank 1, "
+        r"pairs 11, 12\)"
+    )
     with pytest.raises(UserError, match=line) as caught:
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
     assert caught.value.__cause__ is raised

@@ -235,7 +235,10 @@ def test_splits_of_a_folder_or_the_hub_are_named(
     def load(*_: Any, **__: Any) -> Any:
         raise ValueError("Unknown split \"train\". Should be one of ['train_prefs', 'test_prefs'].")
 
-    words = r"data\.train = .*: has no split 'train'; its splits are {}; use one of them: .*, split: {}}}"
+    words = (
+        r"data\.train = .*: has no split 'train'; its splits are {}; use one of them: .*, "
+        r"split: {}}}"
+    )
     with pytest.raises(UserError, match=words.format("train_prefs, test_prefs", "train_prefs")):
         count_rows("data.train", SourceSpec(path=str(tmp_path / "saved")), "train")
     with pytest.raises(UserError, match=words.format("test", "test")):

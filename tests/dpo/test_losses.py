@@ -387,7 +387,10 @@ def test_a_users_loss_that_raises_later_is_said_in_a_line(monkeypatch: pytest.Mo
     def loss(terms: PairTerms, _: DpoSpec) -> torch.Tensor:
         raise ValueError("not\nthese")
 
-    line = r"dpo.loss_type = 'a_users_losses:mine': raised ValueError: not these \(test_losses.py line \d+; for 3 pairs\)"
+    line = (
+        r"dpo.loss_type = 'a_users_losses:mine': raised ValueError: not these "
+        r"\(test_losses.py line \d+; for 3 pairs\)"
+    )
     with pytest.raises(UserError) as caught:
         pair_losses(
             PairTerms.split(LOGPS, REFERENCE, TOKENS), users(monkeypatch, loss), Counts(3, 9)

@@ -206,14 +206,17 @@ def as_it_is(cluster: Cluster) -> Iterator[None]:
         pytest.param(
             other_version,
             [],
-            rf"torch on {N2} = '9\.9\.9': the others have (\S+); run \S+python\S* -m pip install torch==\1",
+            rf"torch on {N2} = '9\.9\.9': the others have (\S+); run \S+python\S* -m pip install "
+            rf"torch==\1",
             id="another version on a node",
         ),
         pytest.param(
             lambda cluster: hidden(cluster, "n2", cluster.runs),
             [],
-            rf"run\.dir on {N2} = '\S+/runs/tiny': files written by the driver are not visible, so it is not shared; "
-            r"mount the file system of \S+/runs/tiny there, or set run\.dir to a folder shared by all nodes",
+            rf"run\.dir on {N2} = '\S+/runs/tiny': files written by the driver are not visible, "
+            rf"so it is not shared; "
+            r"mount the file system of \S+/runs/tiny there, or set run\.dir to a folder shared "
+            r"by all nodes",
             id="run directory not shared",
         ),
         pytest.param(
@@ -226,32 +229,37 @@ def as_it_is(cluster: Cluster) -> Iterator[None]:
         pytest.param(
             as_it_is,
             ["cluster.num_workers=1", "cluster.resources={GPU: 1}"],
-            rf"GPUs on {N2} = '0 for torch': there should be 1 \(.+\); (run \S+ -m pip|nvidia-smi shows no GPU)",
+            rf"GPUs on {N2} = '0 for torch': there should be 1 \(.+\); (run \S+ -m pip|nvidia-smi "
+            rf"shows no GPU)",
             id="no GPU where one is asked",
         ),
         pytest.param(
             full_disk,
             [],
-            r"run\.dir = '\S+/runs/tiny': is on a file system that is full; free some space there, or set run\.dir",
+            r"run\.dir = '\S+/runs/tiny': is on a file system that is full; free some space "
+            r"there, or set run\.dir",
             id="a full disk",
         ),
         pytest.param(
             wrong_clock,
             [],
-            rf"clock on {N2} = '\+3600\.\d s': is ahead of the other clocks; synchronise it with chrony or ntpd",
+            rf"clock on {N2} = '\+3600\.\d s': is ahead of the other clocks; synchronise it with "
+            rf"chrony or ntpd",
             id="a skewed clock",
         ),
         pytest.param(
             as_it_is,
             ["cluster.num_workers=3"],
-            rf"cluster\.num_workers = 3: workers need 1 CPU each, .* can hold 2: 1 CPU on {N1}, {N2}; "
+            rf"cluster\.num_workers = 3: workers need 1 CPU each, .* can hold 2: 1 CPU on {N1}, "
+            rf"{N2}; "
             r"set cluster\.num_workers=2, lower cluster\.resources, or join a larger cluster",
             id="a missing node",
         ),
         pytest.param(
             lambda cluster: hidden(cluster, "n2", cluster.data),
             [],
-            rf"data\.train on {N2} = '\S+/train\.jsonl': does not exist; use a JSONL, JSON, CSV, Parquet",
+            rf"data\.train on {N2} = '\S+/train\.jsonl': does not exist; use a JSONL, JSON, CSV, "
+            rf"Parquet",
             id="unreadable data",
         ),
     ],

@@ -40,7 +40,9 @@ class Waits(TrainerCallback):
 # A Ray of two CPUs that others use as well: each line that comes takes a CPU, or frees it again.
 SHARED_RAY = """
 import sys, ray
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init(
+    address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+)
 print(ray.get_runtime_context().gcs_address, flush=True)
 taken = None
 for _ in sys.stdin:

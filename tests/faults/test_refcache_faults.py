@@ -39,10 +39,12 @@ ask, asked = reference.Reference.__call__, 0
 def watched(self, batch, captured=None):
     global asked
     asked += 1
-    if asked == json.loads(os.environ.get("DIES_AT_QUESTION", "{}")).get(os.environ.get("RANK", "0")):
+    dies_at = json.loads(os.environ.get("DIES_AT_QUESTION", "{}"))
+    if asked == dies_at.get(os.environ.get("RANK", "0")):
         os.kill(os.getpid(), signal.SIGKILL)
     found = ask(self, batch, captured)
-    pairs = [[int(i), int(n)] for i, n, w in zip(batch.pair_ids, batch.sequence_tokens, batch.pair_weights) if w > 0]
+    rows = zip(batch.pair_ids, batch.sequence_tokens, batch.pair_weights)
+    pairs = [[int(i), int(n)] for i, n, w in rows if w > 0]
     with open(os.environ["ASKED"], "a") as file:
         file.write(json.dumps({"pairs": pairs, "in_step": torch.is_grad_enabled()}) + "\\n")
     return found
@@ -55,8 +57,9 @@ def rank_of_run(request, rank):
     os.dup2(log, 1), os.dup2(log, 2)
     os.environ.update(request["env"])
     if request["ranks"] > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"]),
-            "LOCAL_WORLD_SIZE": str(request["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(request["ranks"]))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
     try:
         code = cli.main(["debug", *request["words"]])
     except BaseException as error:
@@ -72,7 +75,8 @@ for line in sys.stdin:
         ranks.append(os.fork())
         if not ranks[-1]:
             rank_of_run(request, rank)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    print(json.dumps(codes), flush=True)
 """
 
 

@@ -57,10 +57,12 @@ class Slow(TrainerCallback):
         time.sleep(0.1)
 
 def collate(rows, context):
-    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
+    names += ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     where = {{name: os.environ[name] for name in names}} | {{"host": os.uname().nodename}}
     Path("{folder}", f"rank{{context.rank}}.json").write_text(json.dumps(where))
-    width = max(len(r["prompt_ids"] + r[side]) for r in rows for side in ("chosen_ids", "rejected_ids"))
+    sides = ("chosen_ids", "rejected_ids")
+    width = max(len(r["prompt_ids"] + r[side]) for r in rows for side in sides)
     made = {{"input_ids": [], "attention_mask": [], "completion_mask": []}}
     for side in ("chosen_ids", "rejected_ids"):
         for row in rows:

@@ -14,7 +14,8 @@ import bitsandbytes, torch
 from orchestrator.models.quantized import exact_int8_products
 for _ in range(2):  # of each run in a process
     exact_int8_products()
-left, right = torch.full((3, 64), 127, dtype=torch.int8), torch.full((5, 64), -127, dtype=torch.int8)
+left = torch.full((3, 64), 127, dtype=torch.int8)
+right = torch.full((5, 64), -127, dtype=torch.int8)
 with torch.autocast("cpu", torch.float16):
     product = torch.ops.bitsandbytes.int8_linear_matmul(left, right)
 assert (product == -64 * 127**2).all(), product

@@ -7,8 +7,10 @@ from orchestrator.run.deaths import KEPT, reason_of_death
 GONE = """The actor died unexpectedly before finishing this task.
 	class_name: RayTrainWorker
 	actor_id: 3fb1
-The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker
-unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) killed"""
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR \
+Worker exit detail: Worker
+unexpectedly exits with a connection error code 2. End of file. \
+Some common causes include: (1) killed"""
 
 
 class Failed(Exception):

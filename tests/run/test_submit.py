@@ -121,7 +121,10 @@ def test_a_working_directory_too_large_for_ray_is_refused(
 ) -> None:
     monkeypatch.setattr(submit, "LIMIT_BYTES", 2**20)
     (project / "big/weights.bin").write_bytes(bytes(2**20))
-    rule = r"working directory = .*project': contains more than 1 MB .*, most of it in big; add big to \.gitignore"
+    rule = (
+        r"working directory = .*project': contains more than 1 MB .*, most of it in big; add "
+        r"big to \.gitignore"
+    )
     with pytest.raises(UserError, match=rule):
         staged(project)
 

@@ -36,7 +36,8 @@ def compute(eval_preds):
 class NotesEvaluations(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         with open(Path(args.output_dir, "evaluations.jsonl"), "a") as file:
-            line = {"step": state.global_step, "epoch": state.epoch, "best": state.best_metric, "metrics": metrics}
+            line = {"step": state.global_step, "epoch": state.epoch, "metrics": metrics}
+            line["best"] = state.best_metric
             line["best_checkpoint"] = state.best_model_checkpoint
             file.write(json.dumps(line) + "\\n")
 """
