@@ -16,8 +16,8 @@ import torch
 
 from orchestrator.data.order import Integers
 from orchestrator.data.tokens import common_prefix
-from orchestrator.data.user_code import call_user_code, user_attribute
 from orchestrator.settings.spec import DataSpec, UserCodeSpec, UserError
+from orchestrator.user_code import call_user_code, user_attribute
 
 Row = dict[str, Any]
 UserCollator = Callable[..., dict[str, torch.Tensor]]

@@ -16,8 +16,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from orchestrator.data.collate import Counts
-from orchestrator.data.user_code import call_user_code, user_attribute
 from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType, UserError
+from orchestrator.user_code import call_user_code, user_attribute
 
 MAX_EXPONENT = 80.0
 """Cap of exponents, as in TRL's alpha divergence: the head's gradient is fp32, which can hold

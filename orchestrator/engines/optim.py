@@ -16,7 +16,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from orchestrator.data.user_code import user_attribute
 from orchestrator.engines.base import (
     IMPLEMENTATIONS,
     OptimizerFactory,
@@ -26,6 +25,7 @@ from orchestrator.engines.base import (
 from orchestrator.settings.counts import counted
 from orchestrator.settings.optimizers import OPTIMIZERS, check_optimizer, optimizer_kind
 from orchestrator.settings.spec import EngineSpec, OptimizerSpec, RunSpec, SchedulerSpec, UserError
+from orchestrator.user_code import user_attribute
 
 Optimizers = tuple[OptimizerFactory | None, SchedulerFactory | None]
 """A user's (parameter groups -> optimizer, optimizer -> schedule); None: use the settings."""

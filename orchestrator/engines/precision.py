@@ -8,13 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from orchestrator.models.dtypes import DTYPES
 from orchestrator.settings.spec import Precision, UserError
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 
 
 class Types(NamedTuple):
@@ -57,7 +52,7 @@ def device_name(device: torch.device) -> str:
 
 def dtype_of(precision: Precision) -> torch.dtype:
     """Return the dtype of a precision's arithmetic."""
-    return DTYPES.get(precision, torch.float32)
+    return DTYPES.get(precision, torch.float32)  # tf32 is stored as fp32
 
 
 def is_16_bit(precision: Precision) -> bool:
@@ -68,11 +63,6 @@ def is_16_bit(precision: Precision) -> bool:
 def dtype_held(precision: Precision) -> torch.dtype:
     """Return the dtype of the trainable weights: small updates would be lost in 16 bits."""
     return torch.float64 if precision == "fp64" else torch.float32
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in the settings."""
-    return next((name for name, named in DTYPES.items() if named == dtype), "fp32")
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:

@@ -25,8 +25,9 @@ from orchestrator.engines.base import (
     Shard,
     StepResult,
 )
-from orchestrator.engines.precision import Types, dtype_held, is_16_bit, name_of
+from orchestrator.engines.precision import Types, dtype_held, is_16_bit
 from orchestrator.engines.scale import LossScale
+from orchestrator.models.dtypes import dtype_name
 from orchestrator.models.storage import persistent_buffers
 from orchestrator.settings.spec import EngineSpec, Precision
 from orchestrator.world import World
@@ -98,8 +99,8 @@ class SteppingEngine:
     @property
     def types(self) -> Types:
         computes = f"{self.precision} by autocast" if is_16_bit(self.precision) else self.precision
-        state = "8 bits" if "8bit" in type(self._keeper()).__name__ else name_of(self.held)
-        return Types(name_of(self.held), computes, name_of(self.held), state)
+        state = "8 bits" if "8bit" in type(self._keeper()).__name__ else dtype_name(self.held)
+        return Types(dtype_name(self.held), computes, dtype_name(self.held), state)
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of a loss."""

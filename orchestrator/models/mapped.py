@@ -15,13 +15,11 @@ import torch
 from torch import nn
 
 from orchestrator.models.adapters import base_name
+from orchestrator.models.dtypes import SAFETENSORS_DTYPES
 from orchestrator.models.storage import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# names in safetensors headers
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_mapped(
@@ -126,9 +124,9 @@ def _type_of_files(path: str, config: Any) -> torch.dtype | None:
                 tensors.get_slice(name).get_dtype() for name in names
             }  # inv_freq is of old releases and ignored
     floats = {name for name in found if name != "BOOL" and name[0] not in "IU"}
-    if not floats or not floats <= FLOATS.keys():
+    if not floats or not floats <= SAFETENSORS_DTYPES.keys():
         return None
-    return reduce(torch.promote_types, [FLOATS[name] for name in floats])
+    return reduce(torch.promote_types, [SAFETENSORS_DTYPES[name] for name in floats])
 
 
 def _safetensors_files(path: str) -> list[str]:

@@ -18,6 +18,7 @@ from orchestrator.data.sources import check_source, training_texts
 from orchestrator.models.adapters import add_adapter
 from orchestrator.models.attention import CHECKED
 from orchestrator.models.behaviour import check_causal, depends_on_gradients, silence, still_noise
+from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.fused import fuse
 from orchestrator.models.layers import body_of, freeze_lowest
 from orchestrator.models.loading import check_weights, config_at, read_model, tokenizer_at
@@ -44,11 +45,6 @@ CHAT_TEMPLATE = (
     "message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt "
     "%}<|im_start|>assistant\n{% endif %}"
 )
-DTYPES: dict[Dtype, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 CANNOT_RUN = (
     RuntimeError,
     ValueError,

@@ -9,7 +9,8 @@ from orchestrator.data.order import longest_sequences, run_length
 from orchestrator.data.repeats import repeat_lines
 from orchestrator.data.shapes import note_lines
 from orchestrator.engines.base import Engine
-from orchestrator.engines.precision import is_16_bit, name_of
+from orchestrator.engines.precision import is_16_bit
+from orchestrator.models.dtypes import dtype_name
 from orchestrator.models.layers import head_is_tied
 from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import PolicyStart, Reference
@@ -118,7 +119,7 @@ def print_types(engine: Engine, precision: Precision) -> None:
             if is_int8(judge.model)
             else "nf4"
             if is_quantized(judge.model)
-            else name_of(own[0].dtype)
+            else dtype_name(own[0].dtype)
         )
         casts = is_16_bit(precision) and (
             types.arithmetic != precision or step.reference_arithmetic is not nullcontext

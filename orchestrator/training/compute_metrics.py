@@ -21,7 +21,6 @@ from orchestrator.data.collate import AdaptedCollator, PairBatch, PreferenceColl
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Integers, fed_lengths, longest_sequences
 from orchestrator.data.pairs import Pairs
-from orchestrator.data.user_code import MEND, raised_by_user, user_attribute
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine
@@ -29,6 +28,7 @@ from orchestrator.models.layers import body_of
 from orchestrator.models.logps import CHUNK_LOGITS, Head
 from orchestrator.settings.spec import EVALUATED, DpoSpec, RunSpec, UserError
 from orchestrator.training.user_objects import UserObjects
+from orchestrator.user_code import MEND, raised_by_user, user_attribute
 from orchestrator.world import World
 
 KEY = "evaluation.compute_metrics"

@@ -12,9 +12,10 @@ from unittest import mock
 import torch
 
 from orchestrator.models.adapters import base_name, check_mergeable, without_adapter
+from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.layers import head_is_tied
 from orchestrator.models.loading import NO_CODE
-from orchestrator.models.policy import DTYPES, build_policy, cast_to
+from orchestrator.models.policy import build_policy, cast_to
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import PolicyStart, identity_of
 from orchestrator.models.storage import persistent_buffers, stored_tensors

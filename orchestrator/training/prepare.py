@@ -13,7 +13,6 @@ from orchestrator.data.collate import AdaptedCollator
 from orchestrator.data.order import run_length
 from orchestrator.data.pairs import Pairs, tokenized_pairs, without_held_out
 from orchestrator.data.sources import check_source
-from orchestrator.data.user_code import user_attribute
 from orchestrator.dpo.losses import check_losses
 from orchestrator.engines.optim import check_optim, optimizer_factory
 from orchestrator.engines.precision import dtype_held, resolved
@@ -35,6 +34,7 @@ from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks import check_callbacks
 from orchestrator.training.compute_metrics import UserMetrics, check_memory, user_metrics
 from orchestrator.training.user_objects import NOTHING, UserObjects
+from orchestrator.user_code import user_attribute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

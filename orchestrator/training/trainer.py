@@ -14,7 +14,6 @@ import torch
 
 from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
 from orchestrator.data.loader import Loader, StepBatches
-from orchestrator.data.user_code import source_hash
 from orchestrator.dpo.losses import TOKEN_MEANS
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine, StepResult
@@ -30,6 +29,7 @@ from orchestrator.training.ledger import Ledger, SeenPairs
 from orchestrator.training.manifest import committed, step_folder
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.rundir import RunDir
+from orchestrator.user_code import source_hash
 from orchestrator.world import World
 
 # fp16 steps: by then the loss scale is 2**25 times smaller, and the gradient still overflows

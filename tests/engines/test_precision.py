@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.engines.precision import dtype_held, name_of, resolved, tf32_switched
+from orchestrator.engines.precision import dtype_held, resolved, tf32_switched
+from orchestrator.models.dtypes import dtype_name
 from orchestrator.settings.spec import Precision, UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -39,12 +40,12 @@ def test_a_cpu_has_all_but_tf32(asked: Precision) -> None:
 
 
 def test_weights_are_named_as_in_the_settings() -> None:
-    assert [name_of(dtype_held(precision)) for precision in ("tf32", "bf16", "fp64")] == [
+    assert [dtype_name(dtype_held(precision)) for precision in ("tf32", "bf16", "fp64")] == [
         "fp32",
         "fp32",
         "fp64",
     ]
-    assert name_of(torch.bfloat16) == "bf16"
+    assert dtype_name(torch.bfloat16) == "bf16"
 
 
 def switches() -> list[Any]:

@@ -21,12 +21,12 @@ from orchestrator.callback_api import (
     TrainerControl,
     TrainerState,
 )
-from orchestrator.data.user_code import user_attribute
 from orchestrator.settings.spec import TRACKERS, Precision, RunSpec, UserError
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback
 from orchestrator.training.rundir import RunDir
+from orchestrator.user_code import user_attribute
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.user_code import source_hash, user_attribute
 from orchestrator.settings.spec import UserError
+from orchestrator.user_code import source_hash, user_attribute
 
 
 @pytest.mark.parametrize(
