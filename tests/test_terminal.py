@@ -68,7 +68,7 @@ def test_a_run_whose_stdout_is_closed_finishes(tmp_path: Path, stderr: int) -> N
         assert run.stdout is not None
         run.stdout.close()
         if run.stderr is not None:
-            assert b"stdout was closed; the run goes on" in run.stderr.read()
+            assert b"stdout was closed; the run continues" in run.stderr.read()
     assert run.returncode == 0
     assert (tmp_path / "runs" / "tiny" / "model" / "model.safetensors").is_file()
 
