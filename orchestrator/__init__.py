@@ -12,8 +12,8 @@ __all__ = ["RunSpec", "UserError", "create_reference_model", "debug", "load_spec
 
 if TYPE_CHECKING:
     from orchestrator.models.reference import create_reference_model
-    from orchestrator.run.debug import debug
-    from orchestrator.run.driver import train
+    from orchestrator.run.local.debug import debug
+    from orchestrator.run.ray.driver import train
     from orchestrator.settings.load import load_spec
     from orchestrator.settings.spec import RunSpec, UserError
 
@@ -21,9 +21,9 @@ _HOMES = {
     "RunSpec": "orchestrator.settings.spec",
     "UserError": "orchestrator.settings.spec",
     "create_reference_model": "orchestrator.models.reference",
-    "debug": "orchestrator.run.debug",
+    "debug": "orchestrator.run.local.debug",
     "load_spec": "orchestrator.settings.load",
-    "train": "orchestrator.run.driver",
+    "train": "orchestrator.run.ray.driver",
 }
 
 

@@ -81,7 +81,7 @@ def train(args: argparse.Namespace) -> int:
     spec = _spec(args)
     if (done := _finished_already(spec)) is not None:
         return _say_how_it_ended(spec, done)
-    from orchestrator.run import driver
+    from orchestrator.run.ray import driver
 
     return _say_how_it_ended(spec, driver.train(spec))
 
@@ -104,7 +104,7 @@ def debug(args: argparse.Namespace) -> int:
         and (done := _finished_already(spec)) is not None
     ):
         return _say_how_it_ended(spec, done)
-    from orchestrator.run import debug as here
+    from orchestrator.run.local import debug as here
 
     if args.nproc > 1 and not is_one_of_many():
         command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings, *_flags(args)]
@@ -118,7 +118,7 @@ def debug(args: argparse.Namespace) -> int:
         )
         return _say_how_it_ended(spec, result) if result else code
     if leaves_nothing:
-        from orchestrator.run import trial
+        from orchestrator.run.local import trial
 
         (trial.overfit if args.overfit else trial.dry_run)(spec, post_mortem=args.pdb)
         return DONE
@@ -177,7 +177,7 @@ def _flags(args: argparse.Namespace) -> list[str]:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from orchestrator.run.replay import lines, replay
+    from orchestrator.run.local.replay import lines, replay
     from orchestrator.training.rundir import RunDir
 
     folders, overrides = files_and_overrides(args.settings)
@@ -231,8 +231,8 @@ def submit(args: argparse.Namespace) -> int:
             f"remove {flag}, or write --to ray",
         )
     spec = _spec(args)
-    from orchestrator.run import submit as to
     from orchestrator.run.plan import counted, planned
+    from orchestrator.run.ray import submit as to
 
     if args.to == "ray" and (elsewhere := to.not_on_this_machine(spec)):
         print(f"{elsewhere} is not on this machine: its rows are checked where the run starts")
@@ -259,7 +259,8 @@ def stop(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     """Check every node that would train."""
     spec = _spec(args) if args.settings else None
-    from orchestrator.run import driver, preflight
+    from orchestrator.run.checks import preflight
+    from orchestrator.run.ray import driver
 
     checks = driver.doctor(spec)
     print(preflight.table(checks))

@@ -15,7 +15,7 @@ from tiny import ALONE, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from orchestrator.models.storage import persistent_buffers
-from orchestrator.run.trial import NothingToSave
+from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
 from orchestrator.training.export import export
 from orchestrator.training.prepare import prepare

@@ -44,7 +44,7 @@ by its name.
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = [
     "orchestrator.cli",
-    "orchestrator.run.debug",
+    "orchestrator.run.local.debug",
     "transformers.models.qwen2.modeling_qwen2",
 ]
 # deepspeed: transformers imports all of it, where it is installed, to save a model

@@ -14,7 +14,7 @@ from support import tiny_spec, write_settings
 from tiny import ALONE
 
 from orchestrator import __version__, cli
-from orchestrator.run import debug as here
+from orchestrator.run.local import debug as here
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import save
 from orchestrator.training.manifest import FORMAT

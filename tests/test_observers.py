@@ -11,7 +11,7 @@ import pytest
 from offline_wandb import read_run
 from support import losses, metric_lines, orchestrator, write_settings
 
-from orchestrator.run.replay import replay
+from orchestrator.run.local.replay import replay
 from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
 

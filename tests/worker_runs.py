@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 from support import losses
 
 from orchestrator.data.refcache import RECORD
-from orchestrator.run.trial import NothingToSave
+from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training.prepare import prepare

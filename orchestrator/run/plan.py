@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from orchestrator.data.order import Share, run_length
 from orchestrator.data.shapes import note_lines
 from orchestrator.data.sources import check_rows, check_source, count_rows
-from orchestrator.run.reach import unreachable_models, unread_sources
+from orchestrator.run.checks.hub import unreachable_models, unread_sources
 from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.spec import RunSpec
@@ -84,7 +84,7 @@ def _checked(spec: RunSpec, on_this_device: bool) -> _Outlook:
     """
     import torch
 
-    from orchestrator.run.rehearsal import scratch_cache
+    from orchestrator.run.local.rehearsal import scratch_cache
     from orchestrator.training.prepare import check_code, check_device, load_parts
 
     check_code(spec)
@@ -115,7 +115,7 @@ def _tokenized(spec: RunSpec, parts: "Parts") -> _Outlook:
         UserError: the run would raise it, too.
     """
     from orchestrator.data.repeats import repeat_lines
-    from orchestrator.run.rehearsal import is_small, rehearse
+    from orchestrator.run.local.rehearsal import is_small, rehearse
     from orchestrator.training.prepare import tokenize
 
     counts = _counts(spec)

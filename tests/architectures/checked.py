@@ -16,7 +16,7 @@ from tiny import tokenizer
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from orchestrator.run.trial import NothingToSave
+from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir

@@ -14,7 +14,7 @@ from support import TINY_MODEL, losses, rows, tiny_spec, write_jsonl
 from worker_runs import LORA, PRECISIONS, QUANTISED_BASE, WITH_LORA, tolerance
 
 from orchestrator.data.refcache import RECORD
-from orchestrator.run.debug import debug
+from orchestrator.run.local.debug import debug
 from orchestrator.settings.spec import CacheMode, Quantized, ReferenceKind, RunSpec, UserError
 
 QUANTISED = set(get_args(Quantized))

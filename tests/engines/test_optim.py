@@ -34,7 +34,7 @@ from orchestrator.engines.optim import (
     scheduler_factory,
 )
 from orchestrator.models.reference import Reference
-from orchestrator.run.debug import debug
+from orchestrator.run.local.debug import debug
 from orchestrator.settings.optimizers import ELEMENTWISE_OPTIMIZERS, OPTIMIZERS
 from orchestrator.settings.spec import (
     DpoSpec,

@@ -37,7 +37,7 @@ if clock.exists() and "FAKETIME" not in os.environ:
 COMMANDS = """
 import json, os, sys
 from orchestrator import cli
-from orchestrator.run import driver
+from orchestrator.run.ray import driver
 for line in sys.stdin:
     log, *words = json.loads(line)
     if (child := os.fork()) == 0:

@@ -56,7 +56,7 @@ for _ in sys.stdin:
 TRAIN = """
 import sys
 from orchestrator import cli
-from orchestrator.run import driver
+from orchestrator.run.ray import driver
 driver.GROWTH_WAIT_S = 0
 sys.exit(cli.main(sys.argv[1:]))
 """

@@ -12,7 +12,7 @@ import pytest
 from support import tiny_spec, write_settings
 
 from orchestrator.insight.summary import summary
-from orchestrator.run.debug import debug
+from orchestrator.run.local.debug import debug
 from orchestrator.training.result import RunResult, finished_already, last_result
 from orchestrator.training.rundir import RunDir
 

@@ -18,7 +18,7 @@ from nodes import Nodes, RayCluster, wait_until, why_not
 from patience import patience, slowdown
 from support import ROOT, doc_commands, losses, write_settings
 
-from orchestrator.run.replay import replay
+from orchestrator.run.local.replay import replay
 from orchestrator.training.rundir import RunDir
 
 pytestmark = [

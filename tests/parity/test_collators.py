@@ -7,7 +7,7 @@ import pytest
 from parity.parity_support import need_trl
 from support import losses, tiny_spec
 
-from orchestrator.run.debug import debug
+from orchestrator.run.local.debug import debug
 
 need_trl()
 

@@ -11,7 +11,7 @@ from parity.parity_support import need_trl, trl_trainer
 from support import metric_lines, rows, tiny_spec, write_jsonl
 from tiny import tiny_model, tokenizer
 
-from orchestrator.run.debug import debug
+from orchestrator.run.local.debug import debug
 
 need_trl()
 

@@ -13,7 +13,7 @@ import torch
 from parity.parity_support import need_trl, trl_trainer
 from support import ROOT, doc_commands, losses, metric_lines, orchestrator, tiny_spec, write_jsonl
 
-from orchestrator.run.debug import debug
+from orchestrator.run.local.debug import debug
 
 need_trl()
 

@@ -13,7 +13,7 @@ import pytest
 import ray
 from support import tiny_spec
 
-from orchestrator.run import cluster
+from orchestrator.run.ray import cluster
 from orchestrator.settings.spec import UserError
 
 LONG = "a-scratch-folder-of-a-user-with-a-rather-long-name/slurm-job-12345678/and-one-more-level"

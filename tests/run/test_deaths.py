@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrator.run.deaths import KEPT, reason_of_death
+from orchestrator.run.ray.deaths import KEPT, reason_of_death
 
 GONE = """The actor died unexpectedly before finishing this task.
 	class_name: RayTrainWorker

@@ -20,8 +20,8 @@ from patience import patience
 from support import tiny_spec, write_settings
 
 from orchestrator import cli
-from orchestrator.run.debug import debug
-from orchestrator.run.trial import dry_run, overfit
+from orchestrator.run.local.debug import debug
+from orchestrator.run.local.trial import dry_run, overfit
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.trainer import Trainer
 

@@ -16,9 +16,9 @@ from support import tiny_spec
 from tiny import ALONE
 from transformers import TrainerCallback
 
-from orchestrator.run import driver
-from orchestrator.run.cluster import check_head
-from orchestrator.run.driver import _pickled, _placeable, _unpickled
+from orchestrator.run.ray import driver
+from orchestrator.run.ray.cluster import check_head
+from orchestrator.run.ray.driver import _pickled, _placeable, _unpickled
 from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects

@@ -7,7 +7,8 @@ import pytest
 import torch
 from support import rows, tiny_spec, write_jsonl
 
-from orchestrator.run import plan, reach
+from orchestrator.run import plan
+from orchestrator.run.checks import hub as reach
 from orchestrator.run.plan import planned
 from orchestrator.settings.spec import UserError
 

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import TINY_MODEL, rows
 
-from orchestrator.run.debug import debug
+from orchestrator.run.local.debug import debug
 from orchestrator.run.plan import planned
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import UserError

@@ -16,8 +16,8 @@ import pytest
 from support import tiny_spec, write_settings
 
 from orchestrator import cli
-from orchestrator.run import driver, preflight, probe
-from orchestrator.run.preflight import (
+from orchestrator.run.checks import preflight, probe
+from orchestrator.run.checks.preflight import (
     Check,
     Node,
     bandwidth_checks,
@@ -36,7 +36,8 @@ from orchestrator.run.preflight import (
     this_process,
     version_checks,
 )
-from orchestrator.run.probe import NOT_SEEN, Card, Facts, Gpus, Probe
+from orchestrator.run.checks.probe import NOT_SEEN, Card, Facts, Gpus, Probe
+from orchestrator.run.ray import driver
 from orchestrator.settings.spec import UserError
 
 GB = 10**9

@@ -12,8 +12,8 @@ from support import WORDS, metric_lines, rows, tiny_spec, write_settings
 
 from orchestrator.data.order import permutation
 from orchestrator.engines import scale
-from orchestrator.run.debug import debug
-from orchestrator.run.replay import ReplayResult, replay
+from orchestrator.run.local.debug import debug
+from orchestrator.run.local.replay import ReplayResult, replay
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import committed

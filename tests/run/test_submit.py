@@ -12,7 +12,7 @@ import pytest
 import requests
 from support import tiny_spec
 
-from orchestrator.run import submit
+from orchestrator.run.ray import submit
 from orchestrator.settings.spec import RunSpec, UserError
 
 

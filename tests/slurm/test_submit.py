@@ -12,7 +12,7 @@ import pytest
 from slurmd import Slurm
 from support import ROOT, orchestrator, tiny_spec, write_settings
 
-from orchestrator.run.submit import slurm_flags
+from orchestrator.run.ray.submit import slurm_flags
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import UserError
 

@@ -32,7 +32,7 @@ from transformers import (
 
 from orchestrator.models.policy import load_tokenizer, made_weights
 from orchestrator.models.storage import persistent_buffers
-from orchestrator.run.trial import NothingToSave
+from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import Reader

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import rows, tiny_spec, write_jsonl
 
-from orchestrator.run.debug import debug
+from orchestrator.run.local.debug import debug
 from orchestrator.training import samples
 from orchestrator.training.rundir import RunDir
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support import losses, metric_lines, rows, write_jsonl, write_settings
 
 from orchestrator.data.order import epoch_order
-from orchestrator.run.replay import replay
+from orchestrator.run.local.replay import replay
 from orchestrator.settings.load import load_spec
 from orchestrator.training.prepare import PreparedRun, prepare
 from orchestrator.training.rundir import RunDir

@@ -12,8 +12,8 @@ from tiny import PAD
 from transformers import TrainerCallback
 
 from orchestrator.data.collate import CollateContext
-from orchestrator.run.debug import debug
-from orchestrator.run.driver import train
+from orchestrator.run.local.debug import debug
+from orchestrator.run.ray.driver import train
 from orchestrator.settings.spec import UserError
 from orchestrator.training.user_objects import UserObjects
 

@@ -16,7 +16,7 @@ import torch
 
 from orchestrator.data.order import Integers
 from orchestrator.data.pairs import Pairs
-from orchestrator.run.trial import NothingToSave, scratch_run
+from orchestrator.run.local.trial import NothingToSave, scratch_run
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import EngineSpec, RunSpec, SchedulerSpec, UserError
 from orchestrator.training.prepare import PreparedRun

@@ -16,7 +16,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple
 
-from orchestrator.run.probe import (
+from orchestrator.run.checks.probe import (
     ALL_REDUCE_S,
     BANDWIDTH_BYTES,
     CONNECT_S,

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.run.probe import one_line
+from orchestrator.run.checks.probe import one_line
 from orchestrator.settings.load import DATA_KEYS, FOLDER_KEYS, PATH_KEYS, paths_in, save_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.rundir import RunDir
@@ -294,7 +294,7 @@ def _ignored_by_git(folder: Path) -> Iterator[Path]:
 
 # Paths in a checkout, and after installing a wheel.
 BATCH_SCRIPTS = (
-    Path(__file__).parents[2] / "slurm" / "train.sbatch",
+    Path(__file__).parents[3] / "slurm" / "train.sbatch",
     Path(sys.prefix) / "share" / "dpo-orchestrator" / "slurm" / "train.sbatch",
 )
 

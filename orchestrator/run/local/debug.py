@@ -19,7 +19,7 @@ from orchestrator.data.collate import UserCollator
 from orchestrator.data.order import run_length
 from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference import RefModel
-from orchestrator.run.prompt import debugger
+from orchestrator.run.local.prompt import debugger
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks.profiler import ProfilerCallback
 from orchestrator.training.health import LocalSession

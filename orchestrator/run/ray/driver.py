@@ -21,10 +21,10 @@ from typing import Any
 from orchestrator.data.collate import UserCollator
 from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference import RefModel
-from orchestrator.run import preflight
-from orchestrator.run.cluster import authenticate, entered, is_joined, usable_cores
-from orchestrator.run.deaths import reason_of_death
-from orchestrator.run.probe import Probe
+from orchestrator.run.checks import preflight
+from orchestrator.run.checks.probe import Probe
+from orchestrator.run.ray.cluster import authenticate, entered, is_joined, usable_cores
+from orchestrator.run.ray.deaths import reason_of_death
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.counts import counted
 from orchestrator.settings.load import make_spec

@@ -16,7 +16,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from orchestrator.run.probe import CONNECT_S, one_line
+from orchestrator.run.checks.probe import CONNECT_S, one_line
 from orchestrator.settings.spec import RunSpec, UserError
 
 # Ray's default is 30 % of the memory, and it fails to start if /dev/shm is smaller (64 MB in a

@@ -20,9 +20,9 @@ from orchestrator.data.order import run_length
 from orchestrator.data.sources import in_one_line
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
-from orchestrator.run.debug import joined
-from orchestrator.run.prompt import debugger
-from orchestrator.run.trial import NothingToSave, scratch_run
+from orchestrator.run.local.debug import joined
+from orchestrator.run.local.prompt import debugger
+from orchestrator.run.local.trial import NothingToSave, scratch_run
 from orchestrator.settings.counts import counted
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.optimizers import optimizer_kind

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from orchestrator.callback_api import TrainerCallback
-from orchestrator.run.debug import joined
-from orchestrator.run.prompt import debugger
+from orchestrator.run.local.debug import joined
+from orchestrator.run.local.prompt import debugger
 from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import CheckpointSpec, EvaluationSpec, RunSpec, WandbSpec
 from orchestrator.training.callbacks.console import ConsoleCallback

@@ -1,0 +1,1 @@
+"""Check machines, files and the hub before a run starts."""

@@ -1,0 +1,1 @@
+"""Run the worker without Ray, in this process or in processes of this machine."""

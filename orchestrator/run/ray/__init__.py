@@ -1,0 +1,1 @@
+"""Train on Ray, and submit runs to a Ray cluster."""
