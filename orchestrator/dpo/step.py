@@ -13,10 +13,12 @@ from torch import nn
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.losses import PairTerms, as_known, pair_losses, rewards
+from orchestrator.models.head import TokenTerms, loss_in_head
 from orchestrator.models.layers import captured_at
-from orchestrator.models.logps import PairSums, TokenTerms, body_hidden, loss_in_head, sequence_sums
+from orchestrator.models.logps import body_hidden
 from orchestrator.models.reference import Reference
 from orchestrator.models.storage import stored_tensors
+from orchestrator.models.sums import PairSums, sequence_sums
 from orchestrator.settings.spec import DpoSpec
 
 if TYPE_CHECKING:

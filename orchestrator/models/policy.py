@@ -20,9 +20,9 @@ from orchestrator.models.attention import CHECKED
 from orchestrator.models.behaviour import check_causal, depends_on_gradients, silence, still_noise
 from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.fused import fuse
+from orchestrator.models.head import Head
 from orchestrator.models.layers import body_of, freeze_lowest
 from orchestrator.models.loading import check_weights, config_at, read_model, tokenizer_at
-from orchestrator.models.logps import Head
 from orchestrator.models.mapped import load_made, save_made, weights_aside
 from orchestrator.models.quantized import quantized
 from orchestrator.models.rope import most_positions

@@ -30,8 +30,9 @@ from orchestrator.models.layers import (
     freeze_lowest,
     lowest,
 )
+from orchestrator.models.layout_check import small_batches
 from orchestrator.models.loading import check_weights, config_at, tokenizer_at
-from orchestrator.models.logps import body_hidden, layout_of, sequence_logps, small_batches
+from orchestrator.models.logps import body_hidden, layout_of, sequence_logps
 from orchestrator.models.mapped import mapped_twin
 from orchestrator.models.policy import cast_to, check_head, load_model
 from orchestrator.models.quantized import is_quantized, quantized

@@ -24,8 +24,9 @@ from orchestrator.data.pairs import Pairs
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine
+from orchestrator.models.head import Head
 from orchestrator.models.layers import body_of
-from orchestrator.models.logps import CHUNK_LOGITS, Head
+from orchestrator.models.plain_head import CHUNK_LOGITS
 from orchestrator.settings.spec import EVALUATED, DpoSpec, RunSpec, UserError
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.user_code import MEND, raised_by_user, user_attribute

@@ -44,7 +44,7 @@ from orchestrator.models.adapters import adapter_layers
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
 from orchestrator.models.behaviour import freeze_unreached, padding_error
 from orchestrator.models.dtypes import DTYPES
-from orchestrator.models.logps import packed_error
+from orchestrator.models.layout_check import packed_error
 from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.policy import build_policy, pair_cost
 from orchestrator.models.quantized import exact_int8_products, is_int8, is_quantized

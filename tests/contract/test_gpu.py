@@ -18,8 +18,10 @@ from tiny import pair_batch, tiny_model
 from orchestrator import cli
 from orchestrator.data.collate import Counts
 from orchestrator.engines.precision import tf32_switched
-from orchestrator.models import logps
-from orchestrator.models.logps import PairSums, body_hidden, loss_in_head
+from orchestrator.models import plain_head
+from orchestrator.models.head import loss_in_head
+from orchestrator.models.logps import body_hidden
+from orchestrator.models.sums import PairSums
 from orchestrator.settings.spec import Precision
 from orchestrator.training.ledger import SeenPairs
 from orchestrator.world import World
@@ -138,8 +140,8 @@ def test_a_step_does_not_wait_for_the_gpu(alone: World, precision: Precision) ->
 def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(
     rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", 300 * rows_at_once)
-    monkeypatch.setattr(logps, "ON_GPU", 1)
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", 300 * rows_at_once)
+    monkeypatch.setattr(plain_head, "ON_GPU", 1)
     found = []
     for device, dtype in ((torch.device("cpu"), torch.float64), (GPU, torch.float32)):
         model: Any = tiny_model(0, torch.float32, tie_word_embeddings=False).to(device, dtype)

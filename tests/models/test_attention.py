@@ -29,7 +29,8 @@ from orchestrator.models.attention import (
     use_packed_attention,
 )
 from orchestrator.models.fused import fuse
-from orchestrator.models.logps import body_hidden, packed_error
+from orchestrator.models.layout_check import packed_error
+from orchestrator.models.logps import body_hidden
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import AttentionName, DpoSpec, LossType, UserError
 from orchestrator.training.worker import PACKED_TOLERANCE

@@ -13,17 +13,10 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from orchestrator.data.collate import PairBatch, PreferenceCollator
-from orchestrator.models import logps as module
-from orchestrator.models.logps import (
-    Head,
-    PairSums,
-    Scored,
-    TokenTerms,
-    body_hidden,
-    loss_in_head,
-    sequence_logps,
-    sequence_sums,
-)
+from orchestrator.models import plain_head as module
+from orchestrator.models.head import Head, Scored, TokenTerms, loss_in_head
+from orchestrator.models.logps import body_hidden, sequence_logps
+from orchestrator.models.sums import PairSums, sequence_sums
 
 VOCABULARY = 300
 FP64 = torch.float64

@@ -14,20 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PreTrainedModel
 
 from orchestrator.data.collate import PackedCollator
-from orchestrator.models import logps
-from orchestrator.models.logps import (
+from orchestrator.models import plain_head
+from orchestrator.models.head import (
     Head,
-    PairSums,
     Scored,
     TokenTerms,
-    _detached,
-    _pair_sums,
-    _selected,
     _token_terms,
-    body_hidden,
     loss_in_head,
-    sequence_logps,
+    scored_hidden,
 )
+from orchestrator.models.logps import body_hidden, sequence_logps
+from orchestrator.models.sums import PairSums, pair_sums
 
 VOCABULARY, PAIRS = 300, 5
 BATCH = pair_batch(PAIRS)
@@ -98,9 +95,11 @@ def in_head(model: PreTrainedModel, hidden: torch.Tensor, scale: float = 1.0) ->
 def by_autograd(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
     """The path that any other head takes."""
     head = Head.of(model)
-    found, _, tokens = _token_terms(head, _selected(hidden, BATCH), BATCH.completion_labels, True)
-    sums = alike(_pair_sums(found, BATCH.scored))
-    scored = Scored(pair_losses(slice(None), sums).sum(), _detached(sums), tokens)
+    found, _, tokens = _token_terms(
+        head, scored_hidden(hidden, BATCH), BATCH.completion_labels, True
+    )
+    sums = alike(pair_sums(found, BATCH.scored))
+    scored = Scored(pair_losses(slice(None), sums).sum(), sums.detached(), tokens)
     return finished(scored, hidden, head.module, 1.0)
 
 
@@ -142,7 +141,7 @@ def test_value_gradient_and_metrics_equal_autograd(
     model, hidden = tiny_model(dtype=dtype), random_hidden(dtype).requires_grad_()
     expected = naive(model, hidden)
     assert expected.gradients[0] is not None
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     assert_near(in_head(model, hidden), expected, tolerance)
     assert_near(by_autograd(model, hidden), expected, tolerance)
 
@@ -176,7 +175,7 @@ def naive_everything(model: PreTrainedModel, hidden: torch.Tensor) -> Scored:
     chosen = torch.stack([each.sum() for each in sequences[::2]])
     means = torch.stack([each.mean() for each in aligned]).view(-1, 2)
     made = PairSums(torch.stack(sums).view(-1, 2), chosen, means)
-    return Scored(of_everything(slice(None), made).sum(), _detached(made), None)
+    return Scored(of_everything(slice(None), made).sum(), made.detached(), None)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -189,7 +188,7 @@ def test_tokens_that_weigh_less_and_how_the_policy_would_have_written_them(
     leaves = [hidden, *Head.of(model).module.parameters()]
     expected = naive_everything(model, hidden)
     slopes = torch.autograd.grad(expected.loss, leaves)
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     if not plain:
         monkeypatch.setattr(Head, "is_plain", False)
     with torch.no_grad():
@@ -206,7 +205,7 @@ def test_tokens_that_weigh_less_and_how_the_policy_would_have_written_them(
 def test_pairs_are_cut_as_the_sizes_above_say() -> None:
     lengths = [BATCH.scored[2 * i] + BATCH.scored[2 * i + 1] for i in range(PAIRS)]
     groups = {
-        name: list(logps._groups(BATCH.scored, max(1, size // VOCABULARY)))
+        name: list(plain_head._groups(BATCH.scored, max(1, size // VOCABULARY)))
         for name, size in SIZES.items()
     }
     assert len(groups["one chunk"]) == 1
@@ -225,7 +224,7 @@ def test_pairs_are_cut_as_the_sizes_above_say() -> None:
 def test_the_loss_scale_of_fp16_scales_the_gradient_exactly(
     size: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     model, hidden = tiny_model(dtype=dtype), random_hidden(dtype).requires_grad_()
     scaled, plain = in_head(model, hidden, scale=2.0**16), in_head(model, hidden)
     for a, b in zip(scaled.gradients, plain.gradients, strict=True):
@@ -243,7 +242,7 @@ def test_sixteen_bits_are_near_even_where_a_pair_counts_little(
     model, hidden = tiny_model(), random_hidden(torch.float32).requires_grad_()
     monkeypatch.setattr(sys.modules[__name__], "WEIGHTS", WEIGHTS * share)
     expected = naive(model, hidden)
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     with torch.autocast("cpu", kind):
         found = in_head(model, hidden)
     assert_near(found._replace(tokens=expected.tokens), expected, 2e-2)
@@ -256,7 +255,7 @@ def test_sixteen_bits_are_near_even_where_a_pair_counts_little(
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(
     frozen: str, size: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     model, hidden = tiny_model(dtype=dtype), random_hidden(dtype).requires_grad_(frozen == "head")
     model.get_output_embeddings().weight.requires_grad_(frozen == "body")  # pyright: ignore
     found, expected = in_head(model, hidden), naive(model, hidden)
@@ -289,7 +288,7 @@ class Largest(TorchDispatchMode):
 def test_no_more_logits_than_allowed_are_made(
     size: str, with_gradient: bool, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     model, hidden = tiny_model(), random_hidden(torch.float32).requires_grad_()
     with Largest() as watched, torch.set_grad_enabled(with_gradient):
         scored = loss_in_head(model, hidden, BATCH, pair_losses, True, *options)
@@ -307,7 +306,7 @@ def test_without_gradient_the_same_value_and_no_work_for_one(
 ) -> None:
     model, hidden = tiny_model(dtype=torch.float64), random_hidden(torch.float64).requires_grad_()
     expected = naive(model, hidden)
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     with Largest() as watched, torch.no_grad():
         scored = loss_in_head(model, hidden, BATCH, pair_losses, True)
     assert not scored.loss.requires_grad
@@ -414,7 +413,7 @@ def test_every_parameter_gets_the_gradient_of_the_models_own_logits(
     """Tied embeddings too, which get a part from the head and one from the body."""
     model = CASES[case]()
     assert Head.of(model).is_plain == (case != "Gemma 2, which caps")
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", SIZES[size])
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     scored = loss_in_head(model, body_hidden(model, BATCH), BATCH, pair_losses, True)
     found = model_gradients(model, scored.loss)
     expected = whole_model_logps(model)

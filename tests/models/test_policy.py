@@ -14,7 +14,8 @@ from tiny import both_layouts, pair_batch, tiny_model, tokenizer
 from orchestrator.data.order import PairCost
 from orchestrator.data.sources import Place
 from orchestrator.models.attention import use_packed_attention
-from orchestrator.models.logps import Head, body_hidden
+from orchestrator.models.head import Head
+from orchestrator.models.logps import body_hidden
 from orchestrator.models.policy import (
     build_policy,
     check_fit,

@@ -30,8 +30,9 @@ from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep
 from orchestrator.models.adapters import POLICY, adapter_layers
 from orchestrator.models.attention import use_packed_attention
+from orchestrator.models.head import loss_in_head
 from orchestrator.models.layers import decoder_layers
-from orchestrator.models.logps import body_hidden, loss_in_head, sequence_logps
+from orchestrator.models.logps import body_hidden, sequence_logps
 from orchestrator.models.policy import build_policy
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import (

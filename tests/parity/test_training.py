@@ -21,7 +21,7 @@ from torch import nn
 
 from orchestrator.data.collate import Counts, PackedCollator
 from orchestrator.dpo.step import PairStep
-from orchestrator.models import logps
+from orchestrator.models import plain_head
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.policy import build_policy, load_tokenizer
 from orchestrator.models.reference import build_reference
@@ -454,7 +454,7 @@ def test_the_head_in_chunks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     tokens.
     """
     before = first_gradient(case, case.spec("whole"))
-    monkeypatch.setattr(logps, "CHUNK_LOGITS", 7 * len(load_tokenizer(case.spec("whole"))))
+    monkeypatch.setattr(plain_head, "CHUNK_LOGITS", 7 * len(load_tokenizer(case.spec("whole"))))
 
     assert disagreements(ours(case.spec("chunks")), case.exact_trace, TOLERANCE) == []
     assert worst(first_gradient(case, case.spec("chunks")), before) < GRADIENT_TOLERANCE

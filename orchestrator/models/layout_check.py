@@ -1,0 +1,47 @@
+"""Check, by a forward pass on a small pair, that packed and padded rows give the same result."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
+from orchestrator.models.head import scored_hidden
+from orchestrator.models.logps import body_hidden
+from orchestrator.settings.spec import DataSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def packed_error(model: "PreTrainedModel", device: torch.device) -> float:
+    """Return how far packed hidden states are from padded ones on one small pair, relative to the
+    largest of them.
+
+    If packing is exact, this is rounding. It is large with a release of transformers that drops our
+    layout keyword, and infinite if the model cannot run without it.
+    """
+    training = model.training
+    model.eval()  # dropout would differ between the two passes
+    packed, padded = small_batches(device)
+    expected = scored_hidden(body_hidden(model, padded), padded)
+    try:
+        output = scored_hidden(body_hidden(model, packed), packed)
+    except (RuntimeError, TypeError, ValueError):
+        return math.inf
+    finally:
+        model.train(training)
+    return ((output - expected).abs().amax() / expected.abs().amax()).item()
+
+
+def small_batches(device: torch.device) -> tuple[PairBatch, PairBatch]:
+    """Return one pair of a few tokens as a packed and a padded batch, to probe a model."""
+    row = {
+        "pair_id": 0,
+        "prompt_ids": [3, 1, 2, 0],
+        "chosen_ids": [1, 4, 2],
+        "rejected_ids": [5, 3, 4, 1],
+    }
+    data = DataSpec(train="")  # pyright: ignore[reportCallIssue]
+    return PackedCollator(data)([row]).to(device), PreferenceCollator(0, data)([row]).to(device)
