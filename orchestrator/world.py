@@ -112,6 +112,10 @@ class World:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def all(self, flag: bool) -> bool:
+        """Return whether the flag is true on all ranks."""
+        return not self.max(torch.tensor([not flag], dtype=torch.int32, device=self.device)).item()
+
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's picklable value, in rank order, on every rank."""
         if self.size == 1:

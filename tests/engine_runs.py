@@ -103,8 +103,8 @@ def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) ->
     if world.device.type == "cuda":
         _onto_gpu(step, case, world.device)
     made.wrap(step, *(factories or case.factories))
-    # as worker.py does: with three ranks or more DDP groups its gradients anew after the first, and
-    # sums otherwise
+    # as assemble.py does: with three ranks or more DDP groups its gradients anew after the first,
+    # and sums otherwise
     filler = collator(packed=True)(pair_rows(1), is_filler=True).to(world.device)
     made.micro_step(filler, Counts(1, 1), last=True)
     made.drop_gradients()
@@ -112,7 +112,7 @@ def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) ->
 
 
 def _onto_gpu(step: PairStep, case: Case, device: torch.device) -> None:
-    """As worker.py does: the engines that cut weights take them from the host, and a reference is
+    """As assemble.py does: the engines that cut weights take them from the host, and a reference is
     of their type.
     """
     reference: Any = step.reference

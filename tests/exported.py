@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from orchestrator.models.storage import persistent_buffers
 from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
+from orchestrator.training.assemble import assembled
+from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import built
 from orchestrator.world import World
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -78,7 +79,7 @@ def trained_logits(
     if world.is_main:
         run_dir.begin(spec)
     world.gather(None)
-    with built(spec, prepare(spec), world, NothingToSave(), run_dir) as trainer:
+    with assembled(RunContext(spec, world, NothingToSave(), run_dir), prepare(spec)) as trainer:
         trainer.fit()
         policy = trainer.engine.step.policy
         with _plain_attention(policy):

@@ -17,10 +17,10 @@ from orchestrator import __version__, cli
 from orchestrator.run.local import debug as here
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import save
+from orchestrator.training.errors import TrainingError
 from orchestrator.training.manifest import FORMAT
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.trainer import TrainingError
 
 Output = pytest.CaptureFixture[str]
 

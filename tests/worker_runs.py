@@ -12,9 +12,11 @@ from orchestrator.data.refcache import RECORD
 from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import Precision, RunSpec
+from orchestrator.training.assemble import assembled
+from orchestrator.training.context import RunContext
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.worker import built, run
+from orchestrator.training.worker import run
 from orchestrator.world import World
 
 PRECISIONS = [
@@ -65,7 +67,7 @@ def curve(world: World, raw: dict[str, Any]) -> list[float]:
     """The loss by step of a run that is not evaluated, nor kept."""
     with (
         begun(world, raw) as (spec, run_dir),
-        built(spec, prepare(spec), world, NothingToSave(), run_dir) as trainer,
+        assembled(RunContext(spec, world, NothingToSave(), run_dir), prepare(spec)) as trainer,
         closing(trainer.loader.steps(0, 0)) as steps,
     ):
         trainer.callbacks.fire("on_train_begin")

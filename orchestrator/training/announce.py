@@ -18,7 +18,7 @@ from orchestrator.settings.counts import counted
 from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training.compute_metrics import bytes_together
-from orchestrator.training.prepare import PreparedRun
+from orchestrator.training.prepare import PreparedRun, evaluation_named
 from orchestrator.world import World
 
 
@@ -98,11 +98,6 @@ def print_run(
         print(f"note: {line}", flush=True)
     if why_padded is not None:
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
-
-
-def evaluation_named(name: str) -> str:
-    """Return the name of an evaluation set in printed lines. name: may be empty."""
-    return f"{name} evaluation" if name else "evaluation"
 
 
 def print_types(engine: Engine, precision: Precision) -> None:

@@ -9,6 +9,7 @@ and is ignored by readers.
 """
 
 import json
+import logging
 import os
 import random
 import secrets
@@ -36,13 +37,16 @@ from orchestrator.training.manifest import (
     ReadFailed,
     committed,
     retain,
+    set_aside,
     step_folder,
     sync_folder,
     synced_sha256,
     verify,
 )
-from orchestrator.training.rundir import write_atomically
+from orchestrator.training.rundir import RunDir, write_atomically
 from orchestrator.world import World
+
+logger = logging.getLogger(__name__)
 
 # interval in seconds at which rank 0 checks for files that other ranks write in the background
 POLL_S = 0.05
@@ -258,15 +262,35 @@ def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str
         ReadFailed: a newer one cannot be read at the moment.
     """
     complaints: list[str] = []
-    for folder in _joined(world, lambda: committed(checkpoints) if world.is_main else []):
-        wrong = _joined(world, verify, folder, (world.rank, world.size))
+    for folder in _lists_of_ranks(world, lambda: committed(checkpoints) if world.is_main else []):
+        wrong = _lists_of_ranks(world, verify, folder, (world.rank, world.size))
         if not wrong:
             return folder, complaints
         complaints += dict.fromkeys(wrong)  # every rank reads the manifest
     return None, complaints
 
 
-def _joined(world: World, part: Callable[..., list[Any]], *args: Any) -> list[Any]:
+def newest_to_resume(run_dir: RunDir, world: World) -> Path | None:
+    """Return the checkpoint to resume from, and disable newer ones that are not complete.
+    Collective.
+
+    Raises:
+        UserError: no checkpoint of the run is complete, or as in `newest_valid`.
+    """
+    newest, complaints = newest_valid(run_dir.checkpoints, world)
+    if complaints and newest is None:
+        rule = f"has checkpoints, but none is complete ({complaints[0]})"
+        start_over = f"or remove {run_dir.checkpoints} to start over"
+        cure = f"restore their files, or choose another run.name, {start_over}"
+        raise UserError("run.dir", str(run_dir.path), rule, cure)
+    if newest is not None and complaints and world.is_main:
+        for line in complaints:
+            logger.warning("%s; an older checkpoint is used", line)
+        set_aside(run_dir.checkpoints, newest)
+    return newest
+
+
+def _lists_of_ranks(world: World, part: Callable[..., list[Any]], *args: Any) -> list[Any]:
     """Call `part` on every rank and return the concatenated lists. An error of one rank is raised
     on all, so that none waits for it.
     """

@@ -1,15 +1,12 @@
-"""Evaluate every pair of a set once, sharded over ranks, and fill the cache of reference
-log-probs.
-"""
+"""Evaluate every pair of a set once, sharded over ranks."""
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
+from orchestrator.data.collate import AdaptedCollator, Counts
 from orchestrator.data.loader import Loader
 from orchestrator.engines.base import Engine
 from orchestrator.training.batch_losses import GlobalBatch
@@ -48,7 +45,7 @@ def evaluate(
     known = cached is not None and all(
         cached.known(micro.pairs) is not None for micro in micro_batches
     )
-    ask_all = engine.forward_is_collective and not all_ranks(world, known)
+    ask_all = engine.forward_is_collective and not world.all(known)
     for micro in micro_batches:
         batch = make(micro)
         if ask_all and cached is not None:
@@ -83,75 +80,7 @@ def evaluate(
     return {f"{prefix}{metric}": value for metric, value in {**metrics, **timing}.items()} | numbers
 
 
-def fill_reference_cache(
-    engine: Engine, loader: Loader, world: World, each: Callable[[], None] = lambda: None
-) -> tuple[int, float]:
-    """Compute the reference log-probs of every pair that is not in the cache, shared among the
-    ranks. Collective.
-
-    The micro-batches are those of the whole data set, even if some are cached, so that an
-    interrupted fill ends with bitwise the same numbers. each: called before each micro-batch.
-
-    Returns the number of pairs that were not cached, and the seconds that it took.
-    """
-    assert loader.cache is not None
-    began = time.monotonic()
-    micro_batches, make = loader.whole(step=0)
-    [unknown, *_] = world.gather(len(loader.cache.unknown()))  # before any rank writes
-    for micro in micro_batches:
-        each()
-        wanted = not micro.is_filler and loader.cache.known(micro.pairs) is None
-        # a collective forward pass runs on all ranks if one needs it
-        if not all_ranks(world, not wanted) if engine.forward_is_collective else wanted:
-            batch = make(micro)
-            ref_logps = engine.reference_logps(batch.to(world.device))
-            if wanted:
-                loader.remember(batch, ref_logps)
-    world.gather(None)  # every rank has written
-    loader.cache.read()
-    return unknown, time.monotonic() - began
-
-
-def all_ranks(world: World, true: bool) -> bool:
-    """Return whether the flag is true on all ranks. Collective."""
-    return not world.max(torch.tensor([not true], dtype=torch.int32, device=world.device)).item()
-
-
 def over_ranks(world: World, counts: Counts) -> Counts:
     """Return the sum of the counts over all ranks. Collective."""
     local = torch.tensor(counts, dtype=torch.float64, device=world.device)
     return Counts(*world.sum(local).tolist())
-
-
-MEASURED = 4  # micro-batches of the first step on each rank that check a reference before training
-
-
-class LogpError(NamedTuple):
-    """The error of an approximate reference."""
-
-    pairs: int  # compared, over all ranks
-    largest: float  # of a sequence's log-prob, in nats
-    mean: float  # over sequences, in nats
-    margin: float  # largest of a pair's log-ratio (chosen minus rejected), in nats
-
-
-def reference_error(
-    engine: Engine, loader: Loader, exact: Callable[[PairBatch], torch.Tensor], world: World
-) -> LogpError:
-    """Compare the reference with `exact` (batch -> [2B]) on the first pairs of training.
-
-    Collective.
-    """
-    mine: list[list[float]] = []
-    for batch in loader.first()[:MEASURED]:
-        on_device = batch.to(world.device)
-        # fillers run too: the forward pass may be collective
-        errors = (engine.reference_logps(on_device) - exact(on_device)).view(2, -1).t()
-        mine += errors[batch.pair_weights.to(errors.device) > 0].tolist()
-    found = torch.tensor(
-        [pair for pairs in world.gather(mine) for pair in pairs], dtype=torch.float64
-    )
-    sequences, margins = found.abs(), (found[:, 0] - found[:, 1]).abs()
-    return LogpError(
-        len(found), sequences.max().item(), sequences.mean().item(), margins.max().item()
-    )

@@ -1,4 +1,4 @@
-"""Exchange heartbeats, commits and stop requests between a run and the process that started it."""
+"""Exchange heartbeats and stop requests between a run and the process that started it."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -29,19 +28,11 @@ class Session(Protocol):
         """Report that this rank is alive, and what it does. Cheap enough for every step."""
         ...
 
-    def committed(self, step: int, path: Path) -> None:
-        """Report that a checkpoint was committed. Called on all ranks."""
-        ...
-
     def stop_requested(self) -> str | None:
         """Return why the run should save and stop, or None.
 
         The trainer makes the ranks agree on it.
         """
-        ...
-
-    def deadline(self) -> float | None:
-        """Return the seconds until this process will be killed; None if that is not known."""
         ...
 
 
@@ -76,16 +67,10 @@ class LocalSession:
             partial.write_text(json.dumps(beat))  # no fsync: it need not survive a crash
             os.replace(partial, path)
 
-    def committed(self, step: int, path: Path) -> None:
-        return None
-
     def stop_requested(self) -> str | None:
         if self._received:
             return f"received {signal.Signals(self._received[0]).name}"
         return "RUN_DIR/STOP exists" if self.rank == 0 and self.run_dir.stop.exists() else None
-
-    def deadline(self) -> float | None:
-        return None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in self._received and number != signal.SIGUSR1:

@@ -183,6 +183,11 @@ def _user_collator(
     return None if found is None else AdaptedCollator(found, pad_id(tokenizer, config), vocabulary)
 
 
+def evaluation_named(name: str) -> str:
+    """Return the name of an evaluation set in printed lines. name: may be empty."""
+    return f"{name} evaluation" if name else "evaluation"
+
+
 def pad_id(tokenizer: "PreTrainedTokenizerBase", config: Any) -> int:
     """Return the id of the token that fills up padded rows, where it is masked.
 

@@ -13,41 +13,33 @@ from typing import Any, NamedTuple
 import torch
 
 from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
-from orchestrator.data.loader import Loader, StepBatches
+from orchestrator.data.loader import StepBatches
+from orchestrator.data.order import RunLength
 from orchestrator.dpo.losses import TOKEN_MEANS
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine, StepResult
 from orchestrator.engines.optim import check_resumable, made_by
-from orchestrator.settings.spec import Precision, RunSpec, UserError
+from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.callbacks import Callbacks
 from orchestrator.training.compute_metrics import UserMetrics
-from orchestrator.training.evaluate import MEASURED, all_ranks, evaluate, over_ranks
-from orchestrator.training.health import Session
+from orchestrator.training.context import RunContext
+from orchestrator.training.errors import TrainingError
+from orchestrator.training.evaluate import evaluate, over_ranks
 from orchestrator.training.ledger import Ledger, SeenPairs
+from orchestrator.training.loaders import Loaders
 from orchestrator.training.manifest import committed, step_folder
 from orchestrator.training.metrics import MetricSums, means
-from orchestrator.training.rundir import RunDir
+from orchestrator.training.run_identity import differences
+from orchestrator.training.start_check import MEASURED, Tolerance, check_start
 from orchestrator.user_code import source_hash
-from orchestrator.world import World
 
 # fp16 steps: by then the loss scale is 2**25 times smaller, and the gradient still overflows
 MAX_SKIPPED_IN_A_ROW = 25
 
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(Exception):
-    """The error of a training that cannot continue: one line with rank, step and fix."""
-
-
-class Tolerance(NamedTuple):
-    """The difference up to which two log-probs count as equal."""
-
-    token: float  # nats, random error of each token
-    nats: float  # nats, additional error of a sequence
 
 
 class Decisions(NamedTuple):
@@ -75,24 +67,19 @@ class FitResult:
 class Trainer:
     """The training loop of one rank, with the parts of the run and its position."""
 
-    spec: RunSpec
-    world: World
-    session: Session
-    run_dir: RunDir
+    context: RunContext
     engine: Engine
-    loader: Loader
-    eval_loaders: dict[str, Loader]  # by the name of the evaluation set
+    loaders: Loaders
     callbacks: Callbacks
-    max_steps: int
-    total_pairs: int | None  # over all epochs; training ends here even if fp16 skipped steps
-    precision: Precision
+    length: RunLength
     identity: dict[str, Any]  # of the models and the tokenizer; a resumed run must have the same
     user_metrics: UserMetrics | None
-    start_tolerance: (
-        Tolerance | None
-    )  # for policy and reference before the first step; None: they may differ
+    start_tolerance: Tolerance | None  # None: the policy does not start as its reference
 
     def __post_init__(self) -> None:
+        self.spec, self.world = self.context.spec, self.context.world
+        self.session, self.run_dir = self.context.session, self.context.run_dir
+        self.loader, self.eval_loaders = self.loaders
         self.step = 0  # optimizer steps taken
         self.pairs_seen = 0
         self.tokens_seen = 0.0
@@ -136,7 +123,7 @@ class Trainer:
                 size that wrote it.
         """
         meta = reader.meta
-        if changes := list(_differences(meta["identity"], self.identity)):
+        if changes := list(differences(meta["identity"], self.identity)):
             raise UserError(
                 "run.name",
                 self.spec.run.name,
@@ -186,8 +173,8 @@ class Trainer:
     @property
     def is_over(self) -> bool:
         """Return whether all steps are taken."""
-        return self.step >= self.max_steps or (
-            self.total_pairs is not None and self.pairs_seen >= self.total_pairs
+        return self.step >= self.length.steps or (
+            self.length.pairs is not None and self.pairs_seen >= self.length.pairs
         )
 
     @property
@@ -396,41 +383,22 @@ class Trainer:
         all ranks.
         """
         known = all(batch.ref_logps is not None for batch in made.micro_batches)
-        if all_ranks(self.world, known) or self.loader.cache is None:
+        if self.world.all(known) or self.loader.cache is None:
             return made
         return made._replace(
             micro_batches=[batch._replace(ref_logps=None) for batch in made.micro_batches]
         )
 
-    def _check_start(
-        self, outputs: list[tuple[PairBatch, StepOutput]], start_tolerance: Tolerance
-    ) -> None:
-        """Check that the policy equals its reference before the first update, where every reward is
-        0 and the sigmoid loss ln 2.
-        """
-        by_user = isinstance(
-            self.loader.collator, AdaptedCollator
-        )  # log-probs in a batch may then be the user's
-        judged = [
-            (b, o)
-            for b, o in outputs
-            if b.pair_weights.any() and not (by_user and b.ref_logps is not None)
+    def _check_start(self, outputs: list[tuple[PairBatch, StepOutput]], near: Tolerance) -> None:
+        """Check that the policy equals its reference before the first update."""
+        # log-probs in a batch of a user's collator may be the user's
+        by_user = isinstance(self.loader.collator, AdaptedCollator)
+        compared = [
+            (batch, output)
+            for batch, output in outputs
+            if batch.pair_weights.any() and not (by_user and batch.ref_logps is not None)
         ]
-        apart = [torch.zeros(1, dtype=torch.float64, device=self.world.device)]
-        for batch, output in judged[:MEASURED]:
-            rounding = (
-                start_tolerance.token
-                * batch.completion_tokens.to(self.world.device).double().sqrt()
-            )
-            apart.append((output.logps - output.ref_logps).abs() - rounding)
-        worst = self.world.max(torch.cat(apart).amax().view(1)).item()
-        if worst > start_tolerance.nats:  # False for NaN, which is detected in the gradient
-            raise TrainingError(
-                "step 1: the policy starts as its reference, but their log-probs differ by "
-                f"{worst:.2g} nats more than by rounding ({start_tolerance.nats:.2g} are "
-                f"allowed); remove {self.spec.cache_dir / 'reference_logps'} in case it was "
-                "edited, and report it if it persists"
-            )
+        check_start(self.context, compared[:MEASURED], near)
 
     # --- agreement --------------------------------------------------------------------------------
 
@@ -464,9 +432,9 @@ class Trainer:
         """Check that training can continue after a non-finite gradient: only in fp16, which lowers
         its loss scale, and for a limited number of steps.
         """
-        if self.precision == "fp16" and in_a_row <= MAX_SKIPPED_IN_A_ROW:
+        if self.context.precision == "fp16" and in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
-        other = " or precision=fp32" if self.precision in ("bf16", "fp16") else ""
+        other = " or precision=fp32" if self.context.precision in ("bf16", "fp16") else ""
         other += "".join(f", or fix {name}" for name in self.spec.dpo.own_losses)
         raise TrainingError(
             f"step {self.step + 1} (rank {self.world.rank}): the gradient is not finite after "
@@ -522,7 +490,7 @@ class Trainer:
         unless it is the last.
 
         A save in the background is committed at the latest when the next save begins or training
-        ends. `session.committed` and on_save follow the commit, on this thread: at once, or with
+        ends. on_save follows the commit, on this thread: at once, or with
         checkpoint.async_save on rank 0 before the first step after the commit, and on other ranks
         when the next save begins or training ends.
 
@@ -573,7 +541,6 @@ class Trainer:
         """
         if (path := self.saver.pop_committed()) is None:
             return
-        self.session.committed(self.saved_at, path)
         state = self.callbacks.state
         if state.best_global_step == self.saved_at:
             state.best_model_checkpoint = str(path)
@@ -654,15 +621,3 @@ def _sources(spec: RunSpec) -> dict[str, str]:
         spec.data.collator.path if spec.data.collator else "",
     ]
     return {name: source_hash(name) for name in named if ":" in name}
-
-
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Yield the differences of two nested dicts of plain values, with shortened hashes."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in dict.fromkeys([*before, *now]):
-            yield from _differences(
-                before.get(name), now.get(name), f"{key}.{name}" if key else name
-            )
-    elif before != now:
-        old, new = (str(value)[:12] for value in (before, now))
-        yield f"{key} (was {old}, now {new})"

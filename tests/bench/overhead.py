@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from orchestrator.data.collate import Counts
 from orchestrator.settings.load import make_spec
-from orchestrator.training import worker
+from orchestrator.training import assemble, worker
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import FitResult, Trainer
@@ -144,7 +144,7 @@ def main() -> None:
             }
         )
         Alternating.steps_per_turn, Alternating.of_ledger = args.steps, args.ledger
-        worker.Trainer = Alternating
+        assemble.Trainer = Alternating
         with contextlib.suppress(SystemExit):  # how Alternating ends
             worker.run(
                 spec, World(0, 1, 0, torch.device("cpu")), LocalSession(RunDir(spec.run_dir), 0)

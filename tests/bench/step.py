@@ -54,7 +54,7 @@ from orchestrator.models.policy import build_policy, load_tokenizer, pair_cost
 from orchestrator.models.reference import Reference
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec
-from orchestrator.training.worker import CPU_ROW
+from orchestrator.training.loaders import CPU_ROW
 from orchestrator.world import World
 
 Rows = list[dict[str, Any]]

@@ -33,7 +33,7 @@ from orchestrator.models.layout_check import packed_error
 from orchestrator.models.logps import body_hidden
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import AttentionName, DpoSpec, LossType, UserError
-from orchestrator.training.worker import PACKED_TOLERANCE
+from orchestrator.training.layout import PACKED_TOLERANCE
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LLAMA = {

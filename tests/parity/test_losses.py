@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,8 +50,10 @@ from orchestrator.settings.spec import (
     LossType,
     Precision,
 )
-from orchestrator.training import worker
+from orchestrator.training.assemble import assembled
+from orchestrator.training.context import RunContext
 from orchestrator.training.health import LocalSession
+from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Trainer
 
@@ -573,7 +576,8 @@ def their_steps(
 
 
 def set_in_ours(trainer: Trainer, dpo: DpoSpec) -> None:
-    trainer.spec = trainer.spec.model_copy(update={"dpo": dpo})
+    spec = trainer.spec.model_copy(update={"dpo": dpo})
+    trainer.spec, trainer.context = spec, replace(trainer.context, spec=spec)
     step = trainer.engine.step
     step.dpo, step.reference.ld_alpha = dpo, dpo.ld_alpha
 
@@ -617,8 +621,10 @@ def our_steps(
     trainer: Any = None
     steps = OneRowAStep(table, lambda dpo: set_in_ours(trainer, dpo), restart)
     with kept_signals():
-        parts = worker.built(
-            spec, worker.prepare(spec), ALONE, LocalSession(run_dir, 0), run_dir, callbacks=[steps]
+        parts = assembled(
+            RunContext(spec, ALONE, LocalSession(run_dir, 0), run_dir),
+            prepare(spec),
+            callbacks=[steps],
         )
         with parts as trainer:
             trainer.fit()

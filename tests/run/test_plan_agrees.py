@@ -25,7 +25,7 @@ from orchestrator.run.local.debug import debug
 from orchestrator.run.plan import planned
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import UserError
-from orchestrator.training.trainer import TrainingError
+from orchestrator.training.errors import TrainingError
 from orchestrator.world import World
 
 Rows = list[Any]

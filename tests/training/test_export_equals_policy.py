@@ -35,11 +35,12 @@ from orchestrator.models.storage import persistent_buffers
 from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import UserError
+from orchestrator.training.assemble import assembled
 from orchestrator.training.checkpoint import Reader
+from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
 from orchestrator.training.manifest import sha256_of
 from orchestrator.training.prepare import prepare
-from orchestrator.training.worker import built
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -325,7 +326,9 @@ def test_a_resumed_policy_has_the_buffers_of_the_run(tmp_path: Path, is_old: boo
         "training": {"max_steps": 3},
     }
     spec = make_spec(raw_settings(tmp_path, **blocks))
-    with built(spec, prepare(spec), ALONE, NothingToSave(), run_dir, found=checkpoint) as trainer:
+    with assembled(
+        RunContext(spec, ALONE, NothingToSave(), run_dir), prepare(spec), checkpoint=checkpoint
+    ) as trainer:
         found = persistent_buffers(trainer.engine.step.policy)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], buffer) for name, buffer in expected.items())
@@ -413,16 +416,16 @@ def test_an_adapter_that_cannot_be_merged_is_refused_before_the_first_step(
 def test_a_model_that_its_config_does_not_describe_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.training import worker
+    from orchestrator.training import assemble
 
-    build = worker.build_policy
+    build = assemble.build_policy
 
     def with_a_bias(*args: Any, **options: Any) -> Any:
         model: Any = build(*args, **options)
         model.model.norm.bias = torch.nn.Parameter(torch.zeros(32))
         return model
 
-    monkeypatch.setattr(worker, "build_policy", with_a_bias)
+    monkeypatch.setattr(assemble, "build_policy", with_a_bias)
     base = random_base(tmp_path / "base", config("llama"))
     with pytest.raises(
         UserError,

@@ -105,8 +105,3 @@ def test_one_signal_asks_and_a_second_one_ends(tmp_path: Path, number: signal.Si
         assert process.poll() is None
         process.send_signal(number)
         assert process.wait(timeout=patience(10)) == -number
-
-
-def test_a_local_process_knows_no_deadline(session: LocalSession, tmp_path: Path) -> None:
-    assert session.deadline() is None
-    session.committed(1, tmp_path)

@@ -19,9 +19,10 @@ from orchestrator.data.pairs import Pairs
 from orchestrator.run.local.trial import NothingToSave, scratch_run
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.spec import EngineSpec, RunSpec, SchedulerSpec, UserError
+from orchestrator.training.assemble import assembled
+from orchestrator.training.context import RunContext
+from orchestrator.training.errors import TrainingError
 from orchestrator.training.prepare import PreparedRun
-from orchestrator.training.trainer import TrainingError
-from orchestrator.training.worker import built
 from orchestrator.world import World
 
 MOST_BYTES = 128 * 2**20  # maximum size of weight files, or of weights in fp32
@@ -74,7 +75,7 @@ def _try_a_step(spec: RunSpec, few: PreparedRun, world: World) -> None:
     with scratch_run(spec) as (bare, run_dir):
         bare = _on_cpu(bare.model_copy(update={"evaluation": spec.evaluation}), len(few.train))
         with (
-            built(bare, few, world, NothingToSave(), run_dir) as trainer,
+            assembled(RunContext(bare, world, NothingToSave(), run_dir), few) as trainer,
             closing(trainer.loader.steps(0, 0)) as steps,
         ):
             trainer.evaluate()

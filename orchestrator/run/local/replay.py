@@ -27,14 +27,15 @@ from orchestrator.settings.counts import counted
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.optimizers import optimizer_kind
 from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
+from orchestrator.training.assemble import assembled
 from orchestrator.training.checkpoint import Reader
+from orchestrator.training.context import RunContext
 from orchestrator.training.manifest import committed, step_of, verify
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import last_result
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from orchestrator.training.user_objects import NOTHING, UserObjects
-from orchestrator.training.worker import built
 from orchestrator.world import World, is_one_of_many
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,9 @@ def replay(
         _say(spec, step, found, world)
         with (
             scratch_run(spec) as (bare, folder),
-            built(bare, prepared, world, NothingToSave(), folder, given, found) as trainer,
+            assembled(
+                RunContext(bare, world, NothingToSave(), folder), prepared, given, found
+            ) as trainer,
         ):
             if trainer.loader.cache is not None:
                 trainer.loader.cache.only_read()  # it belongs to the run, which may be running
@@ -156,7 +159,7 @@ def _taken(
         outputs = trainer.micro_steps(batches)
         is_finite = bool(trainer.engine.grads_finite())
         grad_norm = float(trainer.engine.optimizer_step(apply=False).grad_norm)
-        if is_finite or trainer.precision != "fp16" or skipped == MAX_SKIPPED_IN_A_ROW:
+        if is_finite or trainer.context.precision != "fp16" or skipped == MAX_SKIPPED_IN_A_ROW:
             return batches, outputs, grad_norm
     raise AssertionError  # not reached: count() is endless
 

@@ -15,13 +15,14 @@ from orchestrator.run.local.debug import joined
 from orchestrator.run.local.prompt import debugger
 from orchestrator.settings.counts import counted
 from orchestrator.settings.spec import CheckpointSpec, EvaluationSpec, RunSpec, WandbSpec
+from orchestrator.training.assemble import assembled
 from orchestrator.training.callbacks.console import ConsoleCallback
+from orchestrator.training.context import RunContext
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Trainer
 from orchestrator.training.user_objects import NOTHING, UserObjects
-from orchestrator.training.worker import built
 from orchestrator.world import World
 
 
@@ -31,15 +32,8 @@ class NothingToSave:
     def heartbeat(self, step: int, phase: str) -> None:
         """Do nothing: no process reads it."""
 
-    def committed(self, step: int, path: Path) -> None:
-        """Do nothing; it is never called."""
-
     def stop_requested(self) -> str | None:
         """Return None: a trial cannot be stopped with a save."""
-        return None
-
-    def deadline(self) -> float | None:
-        """Return None: a trial has no deadline."""
         return None
 
 
@@ -80,12 +74,9 @@ def _on_first_batch(
     prepared = prepare(spec, given)
     with (
         scratch_run(spec) as (bare, run_dir),
-        built(
-            bare,
+        assembled(
+            RunContext(bare, world, NothingToSave(), run_dir),
             prepared,
-            world,
-            NothingToSave(),
-            run_dir,
             given,
             callbacks=shown,
             first_batch_only=True,
@@ -124,9 +115,8 @@ def overfit(
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         shown = [ConsoleCallback()] if world.is_main else []
         with _on_first_batch(spec, world, given, shown) as trainer:
-            trainer.total_pairs = (
-                None  # end by steps: some batches of a run are smaller than this one
-            )
+            # end by steps: some batches of a run are smaller than this one
+            trainer.length = trainer.length._replace(pairs=None)
             trainer.callbacks.fire("on_train_begin")
             with closing(trainer.loader.steps(0, 0)) as steps:
                 trainer.train(steps)

@@ -30,12 +30,12 @@ from orchestrator.settings.counts import counted
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.checkpoint import SaveFailed
+from orchestrator.training.errors import TrainingError
 from orchestrator.training.health import STOP_SIGNALS, LocalSession
 from orchestrator.training.manifest import ReadFailed, committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.trainer import TrainingError
 from orchestrator.training.user_objects import (
     ComputeMetrics,
     GivenCallback,
