@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Generator
 
 import pytest
-from patience import patience
+
+from support.timeouts import scaled_timeout
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,7 +64,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
     if item.config.getoption("timeout") is None:
         mark = item.get_closest_marker("timeout")
         seconds = mark.args[0] if mark else float(item.config.getini("timeout"))
-        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+        item.add_marker(pytest.mark.timeout(scaled_timeout(seconds)), append=False)
     return (yield)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import ROOT
+
+from support.repository import ROOT
 
 SOURCES = sorted((ROOT / "orchestrator").rglob("*.py"))
 HEAVY = {"torch", "ray", "transformers", "datasets", "wandb", "numpy", "deepspeed", "peft", "trl"}

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_spec, write_settings
-from tiny import ALONE
 
 from orchestrator import __version__, cli
 from orchestrator.run.local import debug as here
@@ -21,6 +19,8 @@ from orchestrator.training.errors import TrainingError
 from orchestrator.training.manifest import FORMAT
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
+from support.tiny_parts import ALONE
+from support.tiny_settings import tiny_spec, write_settings
 
 Output = pytest.CaptureFixture[str]
 

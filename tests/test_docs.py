@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, rows, tiny_spec, write_jsonl, write_settings
 
 from orchestrator.arguments import parse
 from orchestrator.data.sources import check_rows
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.markdown import page
 from orchestrator.settings.spec import UserError
+from support.repository import ROOT
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl, write_settings
 
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n", re.DOTALL)
@@ -103,7 +104,9 @@ def test_errors_are_shown_as_they_are_printed(tmp_path: Path) -> None:
     assert f"error: {setting.value}" in shown
     assert f"error: {setting.value}" in (ROOT / "README.md").read_text()
 
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [*rows(16), {"prompt": "a", "chosen": "b"}])
+    pairs = write_jsonl(
+        tmp_path / "pairs.jsonl", [*random_rows(16), {"prompt": "a", "chosen": "b"}]
+    )
     with pytest.raises(UserError) as row:
         check_rows(tiny_spec(tmp_path, data={"train": str(pairs)}).data, "train")
     assert f"error: {row.value}".replace(str(pairs), "/shared/data/train.jsonl") in shown

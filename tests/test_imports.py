@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from support import write_settings
 from torch import nn
 from transformers import trainer_utils
 
 from orchestrator import callback_api
+from support.tiny_settings import write_settings
 
 NOT_NEEDED = ("peft", "bitsandbytes", "deepspeed", "ray", "wandb", "trl")
 AFTER_RUN = f"""

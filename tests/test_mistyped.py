@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import write_settings
 
 from orchestrator import cli
+from support.tiny_settings import write_settings
 
 
 @pytest.fixture(autouse=True)

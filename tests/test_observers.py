@@ -6,14 +6,17 @@ import json
 from functools import partial
 from pathlib import Path
 
-import forked
 import pytest
-from offline_wandb import read_run
-from support import losses, metric_lines, orchestrator, write_settings
 
 from orchestrator.run.local.replay import replay
 from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
+from support.command_line import orchestrator
+from support.debug_runs import finish_debug, run_debug
+from support.run_files import losses, metric_lines
+from support.run_hooks import dies_saving
+from support.tiny_settings import write_settings
+from support.wandb_files import read_run
 
 CALLBACKS = '''
 import sys
@@ -139,7 +142,7 @@ def test_what_a_callback_asks_happens_on_all_ranks(tmp_path: Path) -> None:
         checkpoint={"keep": 5},
         callbacks=["my_callbacks:Raises", "my_callbacks:Asks"],
     )
-    ended = forked.run(settings, ranks=2, cwd=tmp_path)
+    ended = run_debug(settings, ranks=2, cwd=tmp_path)
     assert ended.codes == [0, 0], ended.log
     assert ended.stderr.count("RuntimeError: a bug") == 1  # reported once, then dropped
     run_dir = tmp_path / "runs" / "tiny"
@@ -160,12 +163,12 @@ def test_a_callback_ends_an_epoch_on_all_ranks(tmp_path: Path, killed: bool) -> 
         training={"max_steps": None, "epochs": 2, "logging_steps": 1},  # 4 steps each
         evaluation={"every_epoch": True, "at_start": False},
         checkpoint={"every_steps": 2, "keep": 9},
-        callbacks=[{"path": "forked:EndsEpoch", "kwargs": {"step": 2}}],
+        callbacks=[{"path": "support.run_callbacks:EndsEpoch", "kwargs": {"step": 2}}],
     )
     if killed:
-        ended = forked.run(settings, ranks=2, hook=partial(forked.dies_saving, "committed", 0, 2))
+        ended = run_debug(settings, ranks=2, hook=partial(dies_saving, "committed", 0, 2))
         assert -9 in ended.codes, ended.log
-    forked.finished(settings, ranks=2)
+    finish_debug(settings, ranks=2)
     run_dir = tmp_path / "runs" / "tiny"
     epochs = [(line["step"], line["epoch"]) for line in metric_lines(run_dir)]
     assert epochs == [(1, 0.25), (2, 0.5), (3, 1.25), (4, 1.5), (5, 1.75), (6, 2.0)]

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import support
 import torch
-from patience import patience
 
 from orchestrator.cli import main
 from orchestrator.models.policy import build_policy, load_tokenizer
+from support.command_line import orchestrator
+from support.timeouts import scaled_timeout
+from support.tiny_settings import TINY_MODEL, random_rows, raw_settings, tiny_spec
 
 LIMIT_S, RAY_LIMIT_S = 30.0, 60.0  # wall time of a refusal, where other tests run beside it
 MARK = "REFUSAL_TEST"  # an environment variable by which a process left behind is found
@@ -27,8 +28,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 GONE: Any = object()  # an edit that removes a key
 NO_INIT = {"model.init": GONE}
 
-GOOD = support.rows(6)
-CHAT = support.rows(6, conversational=True)
+GOOD = random_rows(6)
+CHAT = random_rows(6, conversational=True)
 TIE = {"prompt": "a", "chosen": "b", "rejected": "b"}
 LONG_PROMPT = {"prompt": "river " * 200, "chosen": "a", "rejected": "b"}
 SAID, ASKED = {"role": "assistant", "content": "yes"}, {"role": "user", "content": "is it?"}
@@ -47,7 +48,7 @@ class Said(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the user typed and wrote, besides the settings of support.raw_settings in run.yaml."""
+    """What the user typed and wrote, besides the settings of raw_settings in run.yaml."""
 
     words: tuple[str, ...] = ()  # after run.yaml on the command line
     edits: dict[str, Any] = {}  # of run.yaml, by dotted key
@@ -67,7 +68,7 @@ def case(name: str, words: str, *said: str, **given: Any) -> Any:
 
 
 def write(folder: Path, given: Given) -> None:
-    raw = support.raw_settings(folder)
+    raw = raw_settings(folder)
     for dotted, value in given.edits.items():
         *blocks, key = dotted.split(".")
         block = raw
@@ -97,7 +98,7 @@ def assert_refused(code: int, stderr: str, said: Said) -> None:
 
 def assert_nothing_runs(mark: str) -> None:
     """No process that inherited the mark is alive; Ray's daemons get a moment to end."""
-    marked, deadline = f"{MARK}={mark}".encode(), time.monotonic() + patience(10)
+    marked, deadline = f"{MARK}={mark}".encode(), time.monotonic() + scaled_timeout(10)
     while left := [
         path.parent.name
         for path in Path("/proc").glob("[0-9]*/environ")
@@ -122,7 +123,7 @@ def in_a_process(
     Fails when it is slow or leaves a process behind.
     """
     mark, start = uuid.uuid4().hex, time.monotonic()
-    done = support.orchestrator(*words, cwd=folder, env={**OFFLINE, MARK: mark}, timeout=limit)
+    done = orchestrator(*words, cwd=folder, env={**OFFLINE, MARK: mark}, timeout=limit)
     seconds[name] = time.monotonic() - start
     assert_nothing_runs(mark)
     return done.returncode, done.stdout, done.stderr
@@ -1117,8 +1118,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name, vocab_size in (("good", 300), ("large", 320)):
         made_in = tmp_path_factory.mktemp(name)
-        init = {"model_type": "qwen2", "vocab_size": vocab_size, "config": support.TINY_MODEL}
-        spec = support.tiny_spec(made_in, model={"init": init})
+        init = {"model_type": "qwen2", "vocab_size": vocab_size, "config": TINY_MODEL}
+        spec = tiny_spec(made_in, model={"init": init})
         tokenizer = load_tokenizer(spec)
         build_policy(spec, tokenizer, torch.float32).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)

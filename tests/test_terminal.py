@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import orchestrator, write_settings
 
 from orchestrator import terminal
 from orchestrator.run import rows
+from support.command_line import orchestrator
+from support.tiny_settings import write_settings
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

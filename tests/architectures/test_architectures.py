@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from architectures.checked import Row, checked
-from architectures.sweep import swept
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.architecture_check import Row, checked
+from support.architecture_sweep import swept
 
 # One of each kind: packed; a router; values by layer; attention in chunks; a state space; a vision
 # tower; noise that no setting switches off; a bias of the attention's scores; an encoder.

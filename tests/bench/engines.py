@@ -18,11 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import engine_runs
-from engine_runs import ENGINES, Case
-from ranks import on_gloo
-
 from orchestrator.world import World
+from support.engine_runs import ENGINES, Case, bytes_held, engine_of, take_step
+from support.gloo_ranks import on_gloo
 
 MODEL = {
     "hidden_size": 256,
@@ -38,17 +36,17 @@ CASE = Case(pairs=4, model=MODEL)
 
 def held(world: World) -> dict[str, tuple[int, int]]:
     """Bytes of optimizer state and of weights on this rank, by engine."""
-    return engine_runs.bytes_held(world, CASE)
+    return bytes_held(world, CASE)
 
 
 def timed(world: World, rounds: int) -> dict[str, list[float]]:
     """Seconds of each engine's steps, in turns."""
-    engines = {name: engine_runs.engine_of(replace(CASE, engine=name), world) for name in ENGINES}
+    engines = {name: engine_of(replace(CASE, engine=name), world) for name in ENGINES}
     found: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 1):
         for name, engine in engines.items():
             began = time.monotonic()
-            engine_runs.take_step(engine, CASE, turn, world)
+            take_step(engine, CASE, turn, world)
             if turn:  # the first one sets up
                 found[name].append(time.monotonic() - began)
     return found

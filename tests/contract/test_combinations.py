@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
-from covering import Row, covering
-from engine_runs import ENGINES
-from ranks import Ranks
-from support import raw_settings, rows, write_jsonl
-from tiny import tiny_model, tokenizer
-from worker_runs import (
+
+from orchestrator.settings.load import make_spec
+from orchestrator.settings.spec import OF_BATCH, OF_SCORES, LossType, UserError
+from support.covering_array import Row, covering
+from support.engine_runs import ENGINES
+from support.gloo_ranks import Ranks
+from support.tiny_parts import tiny_model, tokenizer
+from support.tiny_settings import random_rows, raw_settings, write_jsonl
+from support.worker_runs import (
     LORA,
     LOSS_NEEDS,
     PRECISIONS,
@@ -25,9 +28,6 @@ from worker_runs import (
     tolerance,
     whole_run,
 )
-
-from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import OF_BATCH, OF_SCORES, LossType, UserError
 
 STEPS, PAIRS = (
     3,
@@ -44,7 +44,7 @@ OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {  # what becomes of a loss
     "of a divergence": {"dpo": {"f_divergence_type": "js_divergence"}},
     "of weighed pairs": {"data": {"weight_column": "weight", "margin_column": "margin"}},
 }
-BESIDE = {"of weighed pairs": ["own_losses:demanding"]}  # losses that are added
+BESIDE = {"of weighed pairs": ["support.user_losses:demanding"]}  # losses that are added
 REFERENCES: dict[str, dict[str, Any]] = {
     "copy": {"cache": "off"},
     "copy, cached": {"cache": "lazy"},
@@ -57,8 +57,8 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 COLLATORS = {
     "ours": None,
-    "a user's": "collators:plain",
-    "an aware one": "collators:aware",
+    "a user's": "support.user_collators:plain",
+    "an aware one": "support.user_collators:aware",
     "TRL's": "trl.trainer.dpo_trainer:DataCollatorForPreference",
 }
 PARTS: dict[str, Sequence[str]] = {
@@ -283,7 +283,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("combinations")
     weighed = [
         {**row, "weight": 0.5 + i, "margin": 0.1 * i}
-        for i, row in enumerate(rows(PAIRS, longest=4))
+        for i, row in enumerate(random_rows(PAIRS, longest=4))
     ]
     write_jsonl(made / "train.jsonl", weighed)
     tiny_model(hidden_size=64, initializer_range=0.1).save_pretrained(made / "base")

@@ -8,14 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import forked
 import pytest
-from engine_runs import ENGINES
-from support import losses, rows, write_jsonl, write_settings
-from tiny import tiny_model, tokenizer
 
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import UserError
+from support.debug_runs import finish_debug, run_debug
+from support.engine_runs import ENGINES
+from support.run_callbacks import stops_at
+from support.run_files import losses
+from support.tiny_parts import tiny_model, tokenizer
+from support.tiny_settings import random_rows, write_jsonl, write_settings
 
 STEPS, STOP, RANKS = 5, 2, 2
 SHARING = {"kind": "shared_layers", "num_shared_layers": 1}
@@ -66,8 +68,8 @@ CELLS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("engine_references")
-    write_jsonl(made / "train.jsonl", rows(16, longest=4))
-    write_jsonl(made / "eval.jsonl", rows(4, seed=1, longest=4))
+    write_jsonl(made / "train.jsonl", random_rows(16, longest=4))
+    write_jsonl(made / "eval.jsonl", random_rows(4, seed=1, longest=4))
     tiny_model(hidden_size=64, initializer_range=0.1, num_hidden_layers=3).save_pretrained(
         made / "base"
     )
@@ -99,9 +101,9 @@ def curve(folder: Path) -> Callable[[str, str], dict[int, float]]:
     def of(engine: str, kind: str, stopped: bool) -> dict[int, float]:
         settings = settings_of(folder, engine, kind)
         if stopped:
-            ended = forked.run(settings, forked.stops_at(STOP), ranks=RANKS)
+            ended = run_debug(settings, stops_at(STOP), ranks=RANKS)
             assert ended.codes == [3] * RANKS, ended.log
-        log = forked.finished(settings, ranks=RANKS)
+        log = finish_debug(settings, ranks=RANKS)
         assert (f"resumed after step {STOP}" in log) is stopped
         return losses(Path(json.loads(settings.read_text())["run"]["dir"]) / "run")
 

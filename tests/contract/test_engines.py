@@ -9,14 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import engine_runs
 import pytest
 import torch
-from engine_runs import BIG, CASES, ENGINES, SAVED, STEPS, Case, Made
-from ranks import on_gloo
-from support import ROOT
 
 from orchestrator.engines.precision import Types
+from support import engine_runs
+from support.engine_runs import BIG, CASES, ENGINES, SAVED, STEPS, Case, Made
+from support.gloo_ranks import on_gloo
+from support.repository import ROOT
 
 SIZES = [1, 2, 3]
 every_engine = pytest.mark.parametrize("engine", ENGINES)

@@ -7,13 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engine_runs
 import pytest
 import torch
-from engine_runs import ENGINES, SAVED, Case
-from forked import stops_at
-from support import losses, write_settings
-from tiny import pair_batch, tiny_model
 
 from orchestrator import cli
 from orchestrator.data.collate import Counts
@@ -25,6 +20,12 @@ from orchestrator.models.sums import PairSums
 from orchestrator.settings.spec import Precision
 from orchestrator.training.ledger import SeenPairs
 from orchestrator.world import World
+from support import engine_runs
+from support.engine_runs import ENGINES, SAVED, Case
+from support.run_callbacks import stops_at
+from support.run_files import losses
+from support.tiny_parts import pair_batch, tiny_model
+from support.tiny_settings import write_settings
 
 GPU = torch.device("cuda", 0)
 STEPS = 6

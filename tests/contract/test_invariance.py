@@ -6,23 +6,17 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-import forked
 import pytest
-import worker_runs
-from ranks import Ranks
 from safetensors.torch import load_file
-from support import (
-    losses,
-    metric_lines,
-    orchestrator,
-    raw_settings,
-    rows,
-    write_jsonl,
-    write_settings,
-)
-from tiny import tiny_model, tokenizer
 
 from orchestrator.settings.spec import LossType
+from support import worker_runs
+from support.command_line import orchestrator
+from support.debug_runs import finish_debug
+from support.gloo_ranks import Ranks
+from support.run_files import losses, metric_lines
+from support.tiny_parts import tiny_model, tokenizer
+from support.tiny_settings import random_rows, raw_settings, write_jsonl, write_settings
 
 # 30 pairs in batches of 8: the last batch of an epoch has 6, which neither 4 ranks nor
 # micro-batches of 4 divide
@@ -82,7 +76,7 @@ def run(
         )
         assert ended.returncode == 0, ended.stderr
     else:
-        forked.finished(settings, *words, ranks=ranks, cwd=settings.parent, env=extra)
+        finish_debug(settings, *words, ranks=ranks, cwd=settings.parent, env=extra)
     return settings.parent / name / name
 
 
@@ -164,7 +158,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "use_weighting": True,
     },
     "own, f-divergence, weighed pairs": {
-        "loss_type": ["own_losses:demanding", "sigmoid", "sft"],
+        "loss_type": ["support.user_losses:demanding", "sigmoid", "sft"],
         "f_divergence_type": "forward_kl",
         "use_weighting": True,
     },
@@ -188,7 +182,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
     folder = tmp_path_factory.mktemp("losses")
     weighed = [
         {**row, "weight": 0.25 + i % 5, "margin": 0.1 * i}
-        for i, row in enumerate(rows(14, longest=4))
+        for i, row in enumerate(random_rows(14, longest=4))
     ]
     write_jsonl(folder / "train.jsonl", weighed)
     tiny_model(initializer_range=0.1, num_hidden_layers=1).save_pretrained(folder / "base")
@@ -240,9 +234,11 @@ def test_collators_know_the_distribution(settings: Path, tmp_path: Path) -> None
     """
     overrides = ["data.eval=null", "evaluation.every_steps=null", "training.max_steps=3"]
     ours = run(settings, "ours", 2, overrides)
-    plain = run(settings, "plain", 2, [*overrides, "data.collator=collators:plain"])
+    plain = run(settings, "plain", 2, [*overrides, "data.collator=support.user_collators:plain"])
     seen = {"SEEN": str(tmp_path / "seen")}
-    aware = run(settings, "aware", 2, [*overrides, "data.collator=collators:aware"], seen)
+    aware = run(
+        settings, "aware", 2, [*overrides, "data.collator=support.user_collators:aware"], seen
+    )
     assert losses(plain) == pytest.approx(losses(ours), abs=1e-6)
     assert losses(aware) == pytest.approx(losses(ours), abs=1e-6)
     tokens = {line["step"]: line["num_tokens"] for line in metric_lines(aware)}

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from patience import patience
-from support import losses, rows, write_jsonl
+
+from support.run_files import losses
+from support.timeouts import scaled_timeout
+from support.tiny_settings import random_rows, write_jsonl
 
 LIMIT = 24e9  # bytes
 MODEL = {
@@ -59,7 +61,7 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
     settings = {
         "run": {"name": "billion", "dir": str(tmp_path / "runs")},
         "model": {"init": {"model_type": "qwen2", "vocab_size": 300, "config": MODEL}},
-        "data": {"train": str(write_jsonl(tmp_path / "train.jsonl", rows(2)))},
+        "data": {"train": str(write_jsonl(tmp_path / "train.jsonl", random_rows(2)))},
         "batch": {"global_batch_size": 2, "micro_batch_size": 1},
         "optimizer": {"lr": 1e-5},
         "training": {"max_steps": 1, "logging_steps": 1},
@@ -98,7 +100,7 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
     watcher.start()
     began = time.monotonic()
     try:
-        code = process.wait(timeout=patience(1100))
+        code = process.wait(timeout=scaled_timeout(1100))
     finally:
         over.set()
         watcher.join()

@@ -7,12 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
-from support import TINY_MODEL, losses, metric_lines, rows, write_jsonl, write_settings
 
 from orchestrator import cli
 from orchestrator.dpo.step import METRICS
+from support.debug_runs import finish_debug, run_debug
+from support.run_files import losses, metric_lines
+from support.tiny_settings import TINY_MODEL, random_rows, write_jsonl, write_settings
 
 PAIRS = 6
 SETTINGS: dict[str, Any] = {
@@ -31,7 +32,7 @@ def test_the_curve_of_a_weight_of_two_is_that_of_the_row_twice(tmp_path: Path, r
     weights = [2 if i in (1, 4) else 1 for i in range(PAIRS)]
     content = [
         {**row, "w": w, "m": 0.1 * i}
-        for i, (row, w) in enumerate(zip(rows(PAIRS), weights, strict=True))
+        for i, (row, w) in enumerate(zip(random_rows(PAIRS), weights, strict=True))
     ]
     repeated = [{**row, "w": 1} for row in content for _ in range(row["w"])]
     curves: list[list[dict[str, float]]] = []
@@ -46,7 +47,7 @@ def test_the_curve_of_a_weight_of_two_is_that_of_the_row_twice(tmp_path: Path, r
         )
         # with more, the tokenizer would depend on how often a row is there
         bytes_alone = "model.init.vocab_size=260"
-        forked.finished(write_settings(tmp_path, **SETTINGS), *words, bytes_alone, ranks=ranks)
+        finish_debug(write_settings(tmp_path, **SETTINGS), *words, bytes_alone, ranks=ranks)
         curves.append(metric_lines(tmp_path / "runs" / name))
     for prefix, names, count in (("", (*SAME, "grad_norm"), 3), ("eval_", SAME, 2)):
         lines = [[line for line in curve if f"{prefix}loss" in line] for curve in curves]
@@ -75,11 +76,9 @@ def test_a_loss_of_a_users_trains_as_its_twin(tmp_path: Path) -> None:
         tmp_path, data={"eval": None}, training={"max_steps": 3, "logging_steps": 1}
     )
     for name, loss in (("twin", "[sigmoid,sft]"), ("mine", "['my_losses:dpo_again',sft]")):
-        forked.finished(
-            settings, f"run.name={name}", f"dpo.loss_type={loss}", ranks=2, cwd=tmp_path
-        )
+        finish_debug(settings, f"run.name={name}", f"dpo.loss_type={loss}", ranks=2, cwd=tmp_path)
     assert losses(tmp_path / "runs" / "mine") == losses(tmp_path / "runs" / "twin")
-    refused = forked.run(settings, "run.name=wrong", "dpo.loss_type=my_losses:of_all", cwd=tmp_path)
+    refused = run_debug(settings, "run.name=wrong", "dpo.loss_type=my_losses:of_all", cwd=tmp_path)
     assert refused.codes == [cli.WRONG]
     assert "dpo.loss_type = 'my_losses:of_all': returns () for 3 synthetic pairs" in refused.stderr
 
@@ -98,10 +97,10 @@ def test_experts_train_without_their_load_balancing_loss(tmp_path: Path) -> None
         data={"eval": None},
         optimizer={"lr": 3e-3},
     )
-    refused = forked.run(settings)
+    refused = run_debug(settings)
     assert refused.codes == [cli.WRONG]
     assert "dpo.router_aux_loss_coef = (not set): the model's config sets 0.001" in refused.stderr
-    forked.finished(settings, "dpo.router_aux_loss_coef=0", ranks=2)
+    finish_debug(settings, "dpo.router_aux_loss_coef=0", ranks=2)
     found = losses(tmp_path / "runs" / "tiny")
     assert found[1] == pytest.approx(math.log(2), abs=1e-5)
     assert found[4] < found[1]

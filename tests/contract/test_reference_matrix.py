@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
-from support import TINY_MODEL, losses, rows, tiny_spec, write_jsonl
-from worker_runs import LORA, PRECISIONS, QUANTISED_BASE, WITH_LORA, tolerance
 
 from orchestrator.data.refcache import RECORD
 from orchestrator.run.local.debug import debug
 from orchestrator.settings.spec import CacheMode, Quantized, ReferenceKind, RunSpec, UserError
+from support.run_files import losses
+from support.tiny_settings import TINY_MODEL, random_rows, tiny_spec, write_jsonl
+from support.worker_runs import LORA, PRECISIONS, QUANTISED_BASE, WITH_LORA, tolerance
 
 QUANTISED = set(get_args(Quantized))
 
@@ -161,7 +162,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     @cache
     def train(combination: Combination, frozen_layers: int | None = None) -> Run:
         folder = tmp_path_factory.mktemp("-".join(combination).replace(" ", "_"))
-        write_jsonl(folder / "train.jsonl", rows(PAIRS))
+        write_jsonl(folder / "train.jsonl", random_rows(PAIRS))
         spec = settings(folder, combination, frozen_layers)
         debug(spec)
         kept = sum(path.stat().st_size for path in spec.cache_dir.glob("reference_logps/*/*.logps"))

@@ -10,12 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import forked
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import losses, metric_lines, rows, write_jsonl, write_settings
-from tiny import save_adapter, tiny_model, tokenizer
+
+from support.debug_runs import finish_debug, run_debug
+from support.run_callbacks import stops_at
+from support.run_files import losses, metric_lines
+from support.run_hooks import watch
+from support.tiny_parts import save_adapter, tiny_model, tokenizer
+from support.tiny_settings import random_rows, write_jsonl, write_settings
 
 STEPS, STOP, SYNC = (
     6,
@@ -81,7 +85,7 @@ class Run(NamedTuple):
     log: str  # of the last attempt
 
     def watched(self, rank: int) -> list[dict[str, Any]]:
-        """What forked.watch has written; a step twice where the run was resumed."""
+        """What watch has written; a step twice where the run was resumed."""
         return [
             json.loads(line)
             for line in (self.folder / f"watched{rank}.jsonl").read_text().splitlines()
@@ -95,8 +99,8 @@ Runs = Callable[..., Run]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """(kind, ranks, stopped) -> that run; made once, with a cache of its own."""
     folder = tmp_path_factory.mktemp("references")
-    write_jsonl(folder / "train.jsonl", rows(16, longest=4))
-    write_jsonl(folder / "eval.jsonl", rows(4, seed=1, longest=4))
+    write_jsonl(folder / "train.jsonl", random_rows(16, longest=4))
+    write_jsonl(folder / "eval.jsonl", random_rows(4, seed=1, longest=4))
     tiny_model(num_hidden_layers=LAYERS, hidden_size=64, initializer_range=0.1).save_pretrained(
         folder / "base"
     )
@@ -120,9 +124,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             optimizer={"lr": 3e-3},
         )
         if stopped:
-            ended = forked.run(settings, forked.stops_at(STOP), ranks=ranks, hook=forked.watch)
+            ended = run_debug(settings, stops_at(STOP), ranks=ranks, hook=watch)
             assert ended.codes == [3] * ranks, ended.log
-        return Run(folder / name / "run", forked.finished(settings, ranks=ranks, hook=forked.watch))
+        return Run(folder / name / "run", finish_debug(settings, ranks=ranks, hook=watch))
 
     return made
 

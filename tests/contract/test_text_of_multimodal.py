@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import ENGINES
-from ranks import Ranks
-from support import raw_settings, rows, write_jsonl
-from tiny import tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
-from worker_runs import curve
+
+from support.engine_runs import ENGINES
+from support.gloo_ranks import Ranks
+from support.tiny_parts import tokenizer
+from support.tiny_settings import random_rows, raw_settings, write_jsonl
+from support.worker_runs import curve
 
 SIZES = {
     "hidden_size": 32,
@@ -30,8 +31,8 @@ SIZES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("multimodal")
-    write_jsonl(made / "train.jsonl", rows(8, longest=4))
-    write_jsonl(made / "eval.jsonl", rows(2, seed=1, longest=4))
+    write_jsonl(made / "train.jsonl", random_rows(8, longest=4))
+    write_jsonl(made / "eval.jsonl", random_rows(2, seed=1, longest=4))
     vision = {**SIZES, "image_size": 32, "patch_size": 16}
     config = AutoConfig.for_model(
         "gemma3", text_config=SIZES, vision_config=vision, mm_tokens_per_image=4

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PAD, both_layouts, collator, data_spec, pair_rows
 from torch.nn.functional import pad
 
 from orchestrator.data.collate import (
@@ -21,6 +20,7 @@ from orchestrator.data.collate import (
     Segments,
 )
 from orchestrator.settings.spec import UserCodeSpec, UserError
+from support.tiny_parts import PAD, both_layouts, collator, data_spec, pair_rows
 
 EXAMPLE = [
     {"pair_id": 11, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},

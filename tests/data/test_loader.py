@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from patience import patience
-from support import rows, write_jsonl
-from tiny import PAD, both_layouts, collator, data_spec, tokenizer
 
 from orchestrator.data.collate import (
     AdaptedCollator,
@@ -23,6 +20,9 @@ from orchestrator.data.collate import (
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.order import Order, fed_lengths
 from orchestrator.data.pairs import Pairs, tokenized_pairs
+from support.timeouts import scaled_timeout
+from support.tiny_parts import PAD, both_layouts, collator, data_spec, tokenizer
+from support.tiny_settings import random_rows, write_jsonl
 
 COUNT = 21
 
@@ -30,7 +30,7 @@ COUNT = 21
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     folder = tmp_path_factory.mktemp("pairs")
-    data = data_spec(train=str(write_jsonl(folder / "train.jsonl", rows(COUNT))))
+    data = data_spec(train=str(write_jsonl(folder / "train.jsonl", random_rows(COUNT))))
     return tokenized_pairs(data, "train", tokenizer(), folder)
 
 
@@ -127,7 +127,7 @@ def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs) ->
 def test_keep_end_counts_the_tokens_that_are_fed(
     tmp_path: Path, packed: bool, prompt: dict[str, str], max_length: int
 ) -> None:
-    made_up = [{**row, **prompt} for row in rows(8)]
+    made_up = [{**row, **prompt} for row in random_rows(8)]
     train = str(write_jsonl(tmp_path / "train.jsonl", made_up))
     data = data_spec(train=train, max_length=max_length, truncation="keep_end")
     made = tokenized_pairs(data, "train", tokenizer(), tmp_path)
@@ -154,7 +154,7 @@ def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
 
     steps = loader(pairs, collator=Counting(data_spec())).steps(0, 0)
     next(steps)
-    deadline = time.monotonic() + patience(20)
+    deadline = time.monotonic() + scaled_timeout(20)
     while len(made) < 11 and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.1)
@@ -181,5 +181,5 @@ def test_the_thread_ends_with_its_use(pairs: Pairs) -> None:
     [thread] = [thread for thread in loader_threads() if thread not in before]
     assert thread.daemon
     steps.close()  # type: ignore[attr-defined]
-    thread.join(timeout=patience(5))
+    thread.join(timeout=scaled_timeout(5))
     assert not thread.is_alive()

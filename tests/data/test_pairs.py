@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from patience import patience
-from support import rows, write_jsonl
-from tiny import CHAT_ROW, TEXT_ROW, data_spec, pairs_of, tokenized, tokenizer
 
 from orchestrator.data import pairs as module
 from orchestrator.data.order import Share
 from orchestrator.data.pairs import Pairs, build_once, tokenized_pairs, without_held_out
 from orchestrator.data.sources import raw_rows, training_texts
 from orchestrator.settings.spec import DataSpec, UserError
+from support.timeouts import scaled_timeout
+from support.tiny_parts import CHAT_ROW, TEXT_ROW, data_spec, pairs_of, tokenized, tokenizer
+from support.tiny_settings import random_rows, write_jsonl
 
 BUILDER = """
 import os, sys, time
@@ -81,7 +81,7 @@ def test_no_pair_left_is_refused(tmp_path: Path, content: list[Any]) -> None:
 
 
 def test_pairs_are_read_back_as_a_collator_takes_them(tmp_path: Path) -> None:
-    content = rows(20)
+    content = random_rows(20)
     found = pairs_of(tmp_path, content)
     assert len(found) == 20
     for index, row in enumerate(content):
@@ -112,7 +112,11 @@ def test_the_lengths_before_truncation_are_kept_of_dropped_rows_too(tmp_path: Pa
 
 # --- several training sets ------------------------------------------------------------------------
 
-SETS = [[TIE, GOOD, GOOD, TIE], rows(3, conversational=True), [MALFORMED, *rows(4, seed=1)]]
+SETS = [
+    [TIE, GOOD, GOOD, TIE],
+    random_rows(3, conversational=True),
+    [MALFORMED, *random_rows(4, seed=1)],
+]
 
 
 def several(folder: Path, contents: list[list[Any]], **settings: Any) -> tuple[DataSpec, Pairs]:
@@ -168,7 +172,7 @@ def test_some_pairs_of_several_sets(tmp_path: Path) -> None:
 
 
 def test_the_identity_of_several_sets_is_of_all_of_them(tmp_path: Path) -> None:
-    first, second, third = ([GOOD], [GOOD, GOOD], rows(3))
+    first, second, third = ([GOOD], [GOOD, GOOD], random_rows(3))
     found = [
         several(tmp_path, contents)[1]
         for contents in ([first, second], [second, first], [first, third], [first])
@@ -293,7 +297,8 @@ def test_rows_that_are_held_out_are_found(tmp_path: Path) -> None:
 # --- weights and margins --------------------------------------------------------------------------
 
 WEIGHED = [
-    {**row, "w": weight, "m": -weight} for row, weight in zip(rows(3), (2.0, 0.5, 3.0), strict=True)
+    {**row, "w": weight, "m": -weight}
+    for row, weight in zip(random_rows(3), (2.0, 0.5, 3.0), strict=True)
 ]
 
 
@@ -393,7 +398,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_the_cache_is_used_until_a_setting_that_matters_changes(
     tmp_path: Path, builds: list[Path], change: dict[str, Any], is_new: bool
 ) -> None:
-    content = [{**row, "w": 1} for row in rows(4)]
+    content = [{**row, "w": 1} for row in random_rows(4)]
     pairs_of(tmp_path, content)
     pairs_of(tmp_path, content, **change)
     assert len(builds) == 1 + is_new
@@ -408,7 +413,7 @@ def test_a_cache_of_conversations_knows_what_their_template_was_given(
         {"system_prompt": "b"},
         {"chat_template_kwargs": {"mood": "glad"}},
     ):
-        pairs_of(tmp_path, rows(4, conversational=True), **settings)
+        pairs_of(tmp_path, random_rows(4, conversational=True), **settings)
     assert len(builds) == 4
     assert len(set(builds)) == 4
 
@@ -416,10 +421,10 @@ def test_a_cache_of_conversations_knows_what_their_template_was_given(
 def test_other_content_or_another_tokenizer_is_another_cache(
     tmp_path: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs_of(tmp_path, rows(4))
-    pairs_of(tmp_path, rows(4, seed=1))
+    pairs_of(tmp_path, random_rows(4))
+    pairs_of(tmp_path, random_rows(4, seed=1))
     monkeypatch.setattr(tokenizer(), "chat_template", "{{ 'another' }}")
-    pairs_of(tmp_path, rows(4))
+    pairs_of(tmp_path, random_rows(4))
     monkeypatch.undo()
     assert len(builds) == 3
     assert len(set(builds)) == 3
@@ -434,7 +439,7 @@ def test_a_build_that_fails_leaves_no_cache(tmp_path: Path) -> None:
 def test_several_processes_build_once(tmp_path: Path) -> None:
     folder, log = tmp_path / "cache" / "folder", tmp_path / "log"
     processes = [builder(folder, log, 0.5) for _ in range(3)]
-    assert [process.wait(timeout=patience(60)) for process in processes] == [0, 0, 0]
+    assert [process.wait(timeout=scaled_timeout(60)) for process in processes] == [0, 0, 0]
     assert len(log.read_text().splitlines()) == 1
 
 
@@ -452,7 +457,7 @@ def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
 
 
 def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path]) -> None:
-    content = rows(module.PARALLEL_FROM + 600, longest=4)
+    content = random_rows(module.PARALLEL_FROM + 600, longest=4)
     content[700], content[2300] = MALFORMED, {**content[0], "chosen": content[0]["rejected"]}
     nested: Any = "deeper than pickle sends to another process"
     for _ in range(700):
@@ -474,6 +479,6 @@ def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path])
 
 
 def test_a_bad_row_met_by_another_process_is_named(tmp_path: Path) -> None:
-    content = [*rows(module.PARALLEL_FROM + 10, longest=2), MALFORMED]
+    content = [*random_rows(module.PARALLEL_FROM + 10, longest=2), MALFORMED]
     with pytest.raises(UserError, match=f"data.train row {len(content)} "):
         pairs_of(tmp_path, content, num_proc=2)

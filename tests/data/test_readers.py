@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from tiny import TEXT_ROW
 
 from orchestrator.data.readers import rows_in_file, text_rows
 from orchestrator.settings.spec import UserError
+from support.tiny_parts import TEXT_ROW
 
 ROWS = [TEXT_ROW, {"prompt": 'a "b",\nc', "chosen": "", "rejected": "ü"}]
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import rows, write_jsonl
-from tiny import PAD, data_spec, on_ranks, tiny_model, tokenizer
 
 from orchestrator.data import refcache as module
 from orchestrator.data.collate import PreferenceCollator
@@ -21,6 +19,9 @@ from orchestrator.data.order import Order
 from orchestrator.data.pairs import Pairs, content_hash, tokenized_pairs
 from orchestrator.data.refcache import RECORD, RefCache, cache_folder
 from orchestrator.models.reference import identity_of
+from support.thread_ranks import on_ranks
+from support.tiny_parts import PAD, data_spec, tiny_model, tokenizer
+from support.tiny_settings import random_rows, write_jsonl
 
 COUNT = 11
 ALL = np.arange(COUNT)
@@ -33,7 +34,7 @@ def made_pairs(folder: Path, made: list[dict[str, Any]]) -> Pairs:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    return made_pairs(tmp_path_factory.mktemp("pairs"), rows(COUNT))
+    return made_pairs(tmp_path_factory.mktemp("pairs"), random_rows(COUNT))
 
 
 def cache(
@@ -158,7 +159,7 @@ def test_a_file_of_rubbish_says_nothing(tmp_path: Path, pairs: Pairs, content: b
 
 
 def test_rows_of_the_same_tokens_have_answers_of_their_own(tmp_path: Path) -> None:
-    twins = made_pairs(tmp_path, [*rows(3), *rows(3)])
+    twins = made_pairs(tmp_path, [*random_rows(3), *random_rows(3)])
     found = cache(tmp_path / "cache", twins)
     add(found, twins, np.array([1]))
     for each in (found, cache(tmp_path / "cache", twins)):
@@ -174,7 +175,7 @@ def test_neither_row_numbers_nor_the_order_of_rows_are_part_of_the_question(
     tmp_path: Path, pairs: Pairs
 ) -> None:
     add(cache(tmp_path / "cache", pairs), pairs, ALL)
-    other = made_pairs(tmp_path, [*rows(2, seed=9), *rows(COUNT)[::-1]])
+    other = made_pairs(tmp_path, [*random_rows(2, seed=9), *random_rows(COUNT)[::-1]])
     found = cache(tmp_path / "cache", other)
     assert found.unknown().tolist() == [0, 1]
     given = found.known(np.arange(COUNT + 1, 1, -1))

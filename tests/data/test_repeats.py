@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import rows, write_jsonl
-from tiny import CHAT_ROW, data_spec, tokenizer
 
 from orchestrator.data.pairs import Pairs, tokenized_pairs, without_held_out
 from orchestrator.data.repeats import contradictory, repeat_lines, repeated, trained_on
+from support.tiny_parts import CHAT_ROW, data_spec, tokenizer
+from support.tiny_settings import random_rows, write_jsonl
 
-TEXT, CHAT = rows(6), rows(4, conversational=True)
+TEXT, CHAT = random_rows(6), random_rows(4, conversational=True)
 
 
 def swapped(row: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_rows_that_become_the_same_tokens_repeat_each_other(tmp_path: Path) -> N
 def test_evaluation_pairs_that_are_trained_on_are_counted_by_set(tmp_path: Path) -> None:
     train, first, second = (
         pairs_of(tmp_path, content)
-        for content in (TEXT, [*TEXT[:2], swapped(TEXT[2]), *rows(3, seed=5)], TEXT[:1])
+        for content in (TEXT, [*TEXT[:2], swapped(TEXT[2]), *random_rows(3, seed=5)], TEXT[:1])
     )
     assert trained_on(first, train) == 3
     assert list(repeat_lines(train, {"hard": first, "": second})) == [

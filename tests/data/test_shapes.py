@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHAT_ROW, EOS, TEXT_ROW, data_spec, ids, pairs_of, tokenized
 
 from orchestrator.data.shapes import (
     EMPTY,
@@ -21,6 +20,7 @@ from orchestrator.data.shapes import (
     without_nulls,
 )
 from orchestrator.settings.spec import UserError
+from support.tiny_parts import CHAT_ROW, EOS, TEXT_ROW, data_spec, ids, pairs_of, tokenized
 
 Row = dict[str, Any]
 ANSWERS = {"chosen": " yes", "rejected": " no"}
@@ -155,9 +155,9 @@ def test_nulls_in_tools_are_left_out_and_counted_and_tools_as_text_keep_them() -
 
 def test_parquet_and_jsonl_give_the_same_tokens_where_arrow_adds_nulls(tmp_path: Path) -> None:
     import datasets
-    from tiny import tokenizer
 
     from orchestrator.data.pairs import tokenized_pairs
+    from support.tiny_parts import tokenizer
 
     def call(**arguments: Any) -> Row:
         return {

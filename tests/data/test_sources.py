@@ -10,8 +10,6 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from support import raw_settings, rows, write_jsonl
-from tiny import CHAT_ROW, TEXT_ROW, data_spec, tokenized, tokenizer
 
 from orchestrator.data.pairs import tokenized_pairs
 from orchestrator.data.sources import (
@@ -25,6 +23,8 @@ from orchestrator.data.sources import (
 )
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import SourceSpec, UserError
+from support.tiny_parts import CHAT_ROW, TEXT_ROW, data_spec, tokenized, tokenizer
+from support.tiny_settings import random_rows, raw_settings, write_jsonl
 
 MALFORMED = {"prompt": "no answers"}
 
@@ -59,7 +59,7 @@ def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
     elif form == "saved folder":
         datasets.Dataset.from_list(content).save_to_disk(str(path))
     else:
-        other = datasets.Dataset.from_list(rows(3, seed=9))
+        other = datasets.Dataset.from_list(random_rows(3, seed=9))
         datasets.DatasetDict(
             {"train": datasets.Dataset.from_list(content), "test": other}
         ).save_to_disk(str(path))
@@ -85,7 +85,7 @@ def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
     ],
 )
 def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversational: bool) -> None:
-    content = rows(6, conversational=conversational)
+    content = random_rows(6, conversational=conversational)
     content.insert(
         2, {**content[0], "chosen": content[0]["rejected"]}
     )  # a tie, to see the row numbers move
@@ -104,7 +104,7 @@ def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversati
 
 
 def test_a_csv_file_holds_the_same_pairs(tmp_path: Path) -> None:
-    content = [{**row, "w": 0.5} for row in rows(4)]
+    content = [{**row, "w": 0.5} for row in random_rows(4)]
     path = written(tmp_path, "file.csv", content)
     found = tokenized_pairs(
         data_spec(train=str(path), weight_column="w"), "train", tokenizer(), tmp_path / "cache"
@@ -126,19 +126,19 @@ def test_a_row_has_its_prompt_and_one_that_is_no_pair_any_more_is_left_out(tmp_p
 
 
 def test_the_evaluation_split_of_a_saved_folder_is_its_test_split(tmp_path: Path) -> None:
-    path = written(tmp_path, "splits", rows(6))
+    path = written(tmp_path, "splits", random_rows(6))
     data = data_spec(train=str(path), eval=str(path))
     assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 3
 
 
 def test_a_source_names_its_split(tmp_path: Path) -> None:
-    path = written(tmp_path, "splits", rows(6))
+    path = written(tmp_path, "splits", random_rows(6))
     sets = [{"path": str(path), "split": "test"}, {"path": str(path)}]
     data = data_spec(train=sets, eval={"path": str(path), "split": "train"})
     found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
     assert [share.pairs for share in found.shares] == [3, 6]
     assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 6
-    assert raw_rows(data, "train", {3, 4})[4].row == rows(6)[0]
+    assert raw_rows(data, "train", {3, 4})[4].row == random_rows(6)[0]
     for wrong, words in (
         (
             "odd",
@@ -149,14 +149,14 @@ def test_a_source_names_its_split(tmp_path: Path) -> None:
             r"data\.train\.split = 'train': .* is a single data set without splits; remove it",
         ),
     ):
-        saved = path if wrong == "odd" else written(tmp_path, "saved folder", rows(2))
+        saved = path if wrong == "odd" else written(tmp_path, "saved folder", random_rows(2))
         data = data_spec(train={"path": str(saved), "split": wrong})
         with pytest.raises(UserError, match=words):
             tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
 
 
 def test_a_folder_of_files_is_one_source(tmp_path: Path) -> None:
-    content = rows(5)
+    content = random_rows(5)
     folder = tmp_path / "parts"
     folder.mkdir()
     for number, part in enumerate((content[:2], content[2:])):
@@ -175,7 +175,7 @@ def test_a_hub_source_names_its_configuration_and_split(
 
     def load(path: str, name: str | None, *, split: str) -> Any:
         asked.append((path, name, split))
-        return datasets.Dataset.from_list(rows(2, seed=len(asked)))
+        return datasets.Dataset.from_list(random_rows(2, seed=len(asked)))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     sets = ["org/plain", {"path": "org/named", "name": "binary", "split": "train_prefs"}]
@@ -210,11 +210,11 @@ def test_an_unreadable_source_is_refused(
 
 
 def test_rows_are_counted_without_loading(tmp_path: Path) -> None:
-    path = written(tmp_path, "blank lines.jsonl", rows(6))
+    path = written(tmp_path, "blank lines.jsonl", random_rows(6))
     assert count_rows("data.train", SourceSpec(path=str(path)), "train") == 6
     assert count_rows("data.train", SourceSpec(path="org/dataset"), "train") is None
     for form in ("packed.jsonl.gz", "file.arrow", "file.parquet", "saved folder", "splits"):
-        source = SourceSpec(path=str(written(tmp_path, form, rows(6))))
+        source = SourceSpec(path=str(written(tmp_path, form, random_rows(6))))
         assert count_rows("data.train", source, "train") == 6
     assert count_rows("data.eval", source, "eval") == 3
 
@@ -225,12 +225,12 @@ def test_splits_of_a_folder_or_the_hub_are_named(
     import datasets
 
     parts = {
-        "train_prefs": datasets.Dataset.from_list(rows(2)),
-        "test_prefs": datasets.Dataset.from_list(rows(1)),
+        "train_prefs": datasets.Dataset.from_list(random_rows(2)),
+        "test_prefs": datasets.Dataset.from_list(random_rows(1)),
     }
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "files").mkdir()
-    write_jsonl(tmp_path / "files" / "test.jsonl", rows(2))
+    write_jsonl(tmp_path / "files" / "test.jsonl", random_rows(2))
 
     def load(*_: Any, **__: Any) -> Any:
         raise ValueError("Unknown split \"train\". Should be one of ['train_prefs', 'test_prefs'].")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHAT_ROW, EOS, TEXT_ROW, ids, pairs_of, tokenized, tokenizer
 
 from orchestrator.data.shapes import BadRow
 from orchestrator.settings.spec import UserError
+from support.tiny_parts import CHAT_ROW, EOS, TEXT_ROW, ids, pairs_of, tokenized, tokenizer
 
 
 def test_text_ends_with_the_end_token_once() -> None:

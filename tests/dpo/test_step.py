@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from tiny import both_layouts, collator, pair_batch, pair_rows, tiny_model
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import METRICS, TOKEN_METRICS, PairStep, StepOutput
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import DpoSpec, LossType
 from orchestrator.training.metrics import means
+from support.tiny_parts import both_layouts, collator, pair_batch, pair_rows, tiny_model
 
 DPO = DpoSpec(beta=0.3)  # pyright: ignore[reportCallIssue]
 PAIRS = 12

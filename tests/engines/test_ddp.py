@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALONE, both_layouts
-from tiny import pair_batch as made_batch
-from tiny import tiny_model as made_model
 
 from orchestrator.data.collate import Counts
 from orchestrator.dpo.step import PairStep
@@ -22,6 +19,9 @@ from orchestrator.models.reference import Reference
 from orchestrator.settings.optimizers import ELEMENTWISE_OPTIMIZERS
 from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
 from orchestrator.training.checkpoint import Reader, save
+from support.tiny_parts import ALONE, both_layouts
+from support.tiny_parts import pair_batch as made_batch
+from support.tiny_parts import tiny_model as made_model
 
 COUNTS = Counts(4, 1)
 SGD = {"name": "torch.optim.SGD", "lr": 1.0}

@@ -10,8 +10,6 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.distributed as dist
-from support import losses, tiny_spec
-from tiny import ALONE, tiny_model
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import lr_scheduler
@@ -45,6 +43,9 @@ from orchestrator.settings.spec import (
     UserError,
 )
 from orchestrator.training.checkpoint import Reader, save
+from support.run_files import losses
+from support.tiny_parts import ALONE, tiny_model
+from support.tiny_settings import tiny_spec
 
 
 class Small(nn.Module):

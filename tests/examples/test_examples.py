@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import free_port
-from nodes import RAY_START_S, wait_until
-from parity.parity_support import need_trl
-from support import ROOT, losses, metric_lines
 
 from orchestrator import cli
+from support.cluster_nodes import RAY_START_S, wait_until
+from support.forkserver import free_port
+from support.repository import ROOT
+from support.run_files import losses, metric_lines
+from support.trl_trainer import need_trl
 
 FOLDER = Path("configs/examples")
 STEPS = 6

@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from nodes import Nodes, RayCluster, why_not
-from patience import patience
-from support import write_settings
+
+from support.cluster_nodes import Nodes, RayCluster, why_not
+from support.timeouts import scaled_timeout
+from support.tiny_settings import write_settings
 
 REFUSED_WITHIN_S = 60  # what is promised, of an idle machine
 IMPORTED_WITHIN_S = 10  # of it, where a test has that done beforehand
@@ -93,7 +94,7 @@ class Cluster:
         self.forking.stdin.write(json.dumps([str(log), "train", str(self.settings), *words]) + "\n")
         self.forking.stdin.flush()
         ended, _, _ = select.select(
-            [self.forking.stdout], [], [], patience(REFUSED_WITHIN_S - IMPORTED_WITHIN_S)
+            [self.forking.stdout], [], [], scaled_timeout(REFUSED_WITHIN_S - IMPORTED_WITHIN_S)
         )
         assert ended, f"still running: {log.read_text()}"
         return int(self.forking.stdout.readline()), log.read_text()

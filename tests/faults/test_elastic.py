@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
-from patience import patience
-from support import losses, metric_lines, write_settings
+
+from support.debug_runs import finish_debug
+from support.run_files import losses, metric_lines
+from support.timeouts import scaled_timeout
+from support.tiny_settings import write_settings
 
 STEPS, STOPS, GROWS = (
     8,
@@ -82,7 +84,7 @@ def started(
         if process.poll() is None:
             process.terminate()  # by which Ray ends what it has started
             try:
-                process.communicate(timeout=patience(20))
+                process.communicate(timeout=scaled_timeout(20))
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -106,7 +108,7 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         cluster={"num_workers": [1, 2]},
         optimizer={"lr": 3e-3},
     )
-    forked.finished(settings, "run.name=undisturbed", ranks=2)
+    finish_debug(settings, "run.name=undisturbed", ranks=2)
     # by another engine, whose shards go on at another number of ranks
     zero = ["engine.kind=deepspeed", "engine.zero_stage=3"]
     run_dir, words = tmp_path / "runs" / "elastic", ["train", settings, "run.name=elastic", *zero]
@@ -114,7 +116,7 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         assert ray.stdout is not None
         there = {"cwd": tmp_path, "RAY_ADDRESS": ray.stdout.readline().strip()}
         with started(TRAIN, *words, "callbacks=[mine:Stops]", **there) as process:
-            out, errors = process.communicate(timeout=patience(240))
+            out, errors = process.communicate(timeout=scaled_timeout(240))
         assert process.returncode == 3, errors
         assert "workers: 2 (cluster.num_workers = [1, 2])" in out
         assert max(losses(run_dir)) == STOPS
@@ -123,9 +125,9 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         with started(TRAIN, *words, "callbacks=[mine:Waits]", **there) as process:
             waits_for_step(STOPS + 1, run_dir, process)
             told(ray)
-            out, errors = process.communicate(timeout=patience(240))
+            out, errors = process.communicate(timeout=scaled_timeout(240))
         assert process.returncode == 0, errors
-        ray.communicate(timeout=patience(60))
+        ray.communicate(timeout=scaled_timeout(60))
     shrunk = ["workers: 1 (cluster.num_workers = [1, 2])", f"resumed after step {STOPS}"]
     grown = [
         "workers: room for 2; saving, to resume with them",
@@ -148,7 +150,7 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
 
 def waits_for_step(step: int, run_dir: Path, process: subprocess.Popen[str]) -> None:
     """Until the run, which this process drives, has taken it."""
-    deadline = time.monotonic() + patience(240)
+    deadline = time.monotonic() + scaled_timeout(240)
     while max(losses(run_dir)) < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

@@ -6,16 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
-import forked
 import pytest
-from support import TINY_MODEL, losses, rows, write_jsonl, write_settings
 
 from orchestrator.training.manifest import FORMAT
+from support.debug_runs import finish_debug, run_debug
+from support.run_files import losses
+from support.tiny_settings import TINY_MODEL, random_rows, write_jsonl, write_settings
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     settings = write_settings(tmp_path, optimizer={"lr": 1e30}, scheduler={"name": "constant"})
-    ended = forked.run(settings, ranks=2)
+    ended = run_debug(settings, ranks=2)
     assert ended.codes == [1, 1], ended.log
     assert "the gradient is not finite" in ended.stderr
     assert "step 2 (rank 0)" in ended.stderr
@@ -29,13 +30,13 @@ def test_fp16_skips_the_overflow_and_goes_on(tmp_path: Path) -> None:
     settings = write_settings(
         tmp_path, precision="fp16", scheduler={"name": "linear", "warmup_steps": 2}
     )
-    ended = forked.run(settings)
+    ended = run_debug(settings)
     assert ended.codes == [0], ended.stderr
     assert sorted(losses(tmp_path / "runs" / "tiny")) == [1, 2, 3, 4]
 
 
 def test_bf16_runs_and_begins_at_ln_2(tmp_path: Path) -> None:
-    ended = forked.run(write_settings(tmp_path, precision="bf16"))
+    ended = run_debug(write_settings(tmp_path, precision="bf16"))
     assert ended.codes == [0], ended.stderr
     assert abs(losses(tmp_path / "runs" / "tiny")[1] - 0.6931471805599453) < 1e-6
 
@@ -44,14 +45,14 @@ def test_a_corrupt_checkpoint_is_passed_over(tmp_path: Path) -> None:
     settings = write_settings(
         tmp_path, training={"max_steps": 8, "logging_steps": 1}, checkpoint={"every_steps": 2}
     )
-    whole = forked.run(settings, "run.name=whole")
+    whole = run_debug(settings, "run.name=whole")
     assert whole.codes == [0], whole.stderr
     run_dir = tmp_path / "runs" / "whole"
     expected = losses(run_dir)
     (run_dir / "result.json").unlink()  # as if the run had died before its end
     shard = run_dir / "checkpoints" / "step_00000008" / "rank_00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    again = forked.run(settings, "run.name=whole")
+    again = run_debug(settings, "run.name=whole")
     assert again.codes == [0], again.stderr
     assert "an older checkpoint is used" in again.stderr
     assert "resumed after step 6" in again.stdout
@@ -65,7 +66,7 @@ def ended_run(tmp_path: Path) -> tuple[Path, Path]:
     before its end.
     """
     settings = write_settings(tmp_path, checkpoint={"every_steps": 2, "keep": 2})
-    ended = forked.run(settings)
+    ended = run_debug(settings)
     assert ended.codes == [0], ended.stderr
     run_dir = tmp_path / "runs" / "tiny"
     (run_dir / "result.json").unlink()
@@ -87,7 +88,7 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(
         (run_dir / "checkpoints" / f"step_{step:08d}" / name).write_text("")
     before, logged = kept(run_dir), losses(run_dir)
     for _ in range(2):  # the refusal changes nothing, so the same command is refused again
-        again = forked.run(settings)
+        again = run_debug(settings)
         assert again.codes == [2], again.stderr
         complaint = (
             f"{run_dir}/checkpoints/step_00000004/meta.json: its content is not what was written"
@@ -99,7 +100,7 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(
         ]
         assert (kept(run_dir), losses(run_dir)) == (before, logged)
     shutil.rmtree(run_dir / "checkpoints")
-    over = forked.run(settings)
+    over = run_debug(settings)
     assert over.codes == [0], over.stderr
     assert losses(run_dir) == logged
 
@@ -109,7 +110,7 @@ def test_a_newer_format_is_refused_at_resume(ended_run: tuple[Path, Path]) -> No
     manifest = run_dir / "checkpoints" / "step_00000004" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
     before = kept(run_dir)
-    again = forked.run(settings)
+    again = run_debug(settings)
     assert again.codes == [2], again.stderr
     assert len(again.stderr.splitlines()) == 1
     assert again.stderr.startswith(
@@ -124,7 +125,7 @@ def test_a_file_that_cannot_be_read_ends_the_attempt_alone(ended_run: tuple[Path
     path.rename(run_dir / "meta.json")
     path.symlink_to(path)  # opening it fails, for root as well
     before = kept(run_dir)
-    failed = forked.run(settings)
+    failed = run_debug(settings)
     assert failed.codes == [1], failed.stderr
     assert failed.stderr.startswith(
         f"error: {path} cannot be read now (Too many levels of symbolic links); "
@@ -132,17 +133,17 @@ def test_a_file_that_cannot_be_read_ends_the_attempt_alone(ended_run: tuple[Path
     assert len(failed.stderr.splitlines()) == 1
     assert kept(run_dir) == before
     (run_dir / "meta.json").rename(path)
-    again = forked.run(settings)
+    again = run_debug(settings)
     assert again.codes == [0], again.stderr
     assert "resumed after step 4" in again.stdout
 
 
 def test_other_rows_under_the_same_name_are_refused(tmp_path: Path) -> None:
     settings = write_settings(tmp_path)
-    forked.finished(settings)
+    finish_debug(settings)
     (tmp_path / "runs" / "tiny" / "result.json").unlink()
-    write_jsonl(tmp_path / "train.jsonl", [*rows(31), rows(1, seed=5)[0]])
-    again = forked.run(settings)
+    write_jsonl(tmp_path / "train.jsonl", [*random_rows(31), random_rows(1, seed=5)[0]])
+    again = run_debug(settings)
     assert again.codes == [2], again.stderr
     assert "have changed since this run was started" in again.stderr
 
@@ -162,13 +163,13 @@ def test_code_that_was_edited_and_a_step_that_scores_nothing_are_said(tmp_path: 
         tmp_path, data={"collator": "my_collator:collate"}, training={"max_steps": 2}
     )
     (tmp_path / "my_collator.py").write_text(SCORES_NOTHING)
-    ended = forked.run(settings, cwd=tmp_path)
+    ended = run_debug(settings, cwd=tmp_path)
     assert ended.codes == [0], ended.stderr
     assert ended.stderr.count("no token of a chosen completion is scored") == 1
     (tmp_path / "runs" / "tiny" / "result.json").unlink()
     for edited in (False, True):
         (tmp_path / "my_collator.py").write_text(SCORES_NOTHING + "\n" * edited)
-        again = forked.run(settings, cwd=tmp_path)
+        again = run_debug(settings, cwd=tmp_path)
         assert again.codes == [0], again.stderr
         said = (
             "my_collator:collate was edited since this run started: steps after 2 use the new code"
@@ -203,12 +204,12 @@ def test_a_stopped_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
         "disable_dropout": False,
     }
     settings = write_settings(tmp_path, model=model)
-    whole = forked.run(settings, "run.name=whole", cwd=tmp_path)
+    whole = run_debug(settings, "run.name=whole", cwd=tmp_path)
     assert whole.codes == [0], whole.stderr
     words = (settings, "run.name=stopped")
-    first = forked.run(*words, "callbacks=[my_callbacks:StopsOnce]", cwd=tmp_path)
+    first = run_debug(*words, "callbacks=[my_callbacks:StopsOnce]", cwd=tmp_path)
     assert first.codes == [3], first.stderr
-    again = forked.run(*words, cwd=tmp_path)
+    again = run_debug(*words, cwd=tmp_path)
     assert again.codes == [0], again.stderr
     run_dirs = [tmp_path / "runs" / name for name in ("whole", "stopped")]
     assert losses(run_dirs[0]) == losses(run_dirs[1])
@@ -222,9 +223,9 @@ def test_the_end_that_a_callback_asked_for_survives_a_failed_export(tmp_path: Pa
     run_dir = tmp_path / "runs" / "tiny"
     run_dir.mkdir(parents=True)
     (run_dir / "model").write_text("in the way")
-    assert forked.run(settings, cwd=tmp_path).codes == [2]
+    assert run_debug(settings, cwd=tmp_path).codes == [2]
     (run_dir / "model").unlink()
-    again = forked.run(settings, cwd=tmp_path)
+    again = run_debug(settings, cwd=tmp_path)
     assert again.codes == [0], again.stderr
     assert "finished after step 2 (requested by a callback)" in again.stdout
 
@@ -233,10 +234,10 @@ def test_a_reference_cache_that_cannot_be_made_costs_time_or_is_refused(tmp_path
     settings = write_settings(tmp_path, training={"max_steps": 1})
     (tmp_path / "runs" / ".cache").mkdir(parents=True)
     (tmp_path / "runs" / ".cache" / "reference_logps").write_text("in the way")
-    lazy = forked.run(settings)
+    lazy = run_debug(settings)
     assert lazy.codes == [0], lazy.stderr
     assert "the reference runs every time" in lazy.stderr + lazy.stdout
-    full = forked.run(settings, "run.name=full", "reference.cache=full")
+    full = run_debug(settings, "run.name=full", "reference.cache=full")
     assert full.codes == [2], full.stderr
     [line] = full.stderr.splitlines()
     assert line.startswith("error: reference.cache = 'full': ")

@@ -14,11 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
-from patience import patience
 from safetensors.torch import load_file
-from support import ledger_rows, losses, metric_lines, orchestrator, without_times, write_settings
+
+from support.command_line import orchestrator
+from support.debug_runs import finish_debug, run_debug
+from support.run_files import ledger_rows, losses, metric_lines, without_times
+from support.run_hooks import at_step
+from support.timeouts import scaled_timeout
+from support.tiny_settings import write_settings
 
 STEPS, EVERY = 60, 10  # so many that a signal from outside comes in the middle
 LONG: dict[str, Any] = {
@@ -55,7 +59,7 @@ def started(*words: str | Path) -> Iterator[subprocess.Popen[str]]:
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until the run has logged a step."""
-    deadline = time.monotonic() + patience(120)
+    deadline = time.monotonic() + scaled_timeout(120)
     while not ((run_dir / "metrics.jsonl").exists() and max(losses(run_dir), default=0) >= step):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the run did not get there"
@@ -87,7 +91,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings: Path) -> Path:
-    forked.finished(settings, "run.name=undisturbed", ranks=2)
+    finish_debug(settings, "run.name=undisturbed", ranks=2)
     return settings.parent / "runs" / "undisturbed"
 
 
@@ -103,7 +107,7 @@ def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(
         os.kill(worker["pid"], signal.SIGKILL)
         wait_for_step(run_dir, 3 * EVERY + 5, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everything in the group gets it
-        out, errors = process.communicate(timeout=patience(240))
+        out, errors = process.communicate(timeout=scaled_timeout(240))
     assert process.returncode == 3, errors
     assert "a worker died" in errors  # it really was killed in the middle
     assert f"resumed after step {2 * EVERY}" in out
@@ -120,14 +124,14 @@ def test_killed_debug_run_resumes_bitwise(settings: Path, ranks: int) -> None:
     """Three ranks: the order in which gloo sums depends on DDP's buckets, which must be settled
     before a resume too.
     """
-    forked.finished(settings, f"run.name=whole{ranks}", ranks=ranks)
+    finish_debug(settings, f"run.name=whole{ranks}", ranks=ranks)
     run_dir, words = settings.parent / "runs" / f"dead{ranks}", [f"run.name=dead{ranks}"]
-    dead = forked.run(
-        settings, *words, ranks=ranks, hook=partial(forked.at_step, EVERY + 5, signal.SIGKILL)
+    dead = run_debug(
+        settings, *words, ranks=ranks, hook=partial(at_step, EVERY + 5, signal.SIGKILL)
     )
     assert dead.codes == [-signal.SIGKILL] * ranks, dead.log
     assert not (run_dir / "model").exists()
-    assert f"resumed after step {EVERY}" in forked.finished(settings, *words, ranks=ranks)
+    assert f"resumed after step {EVERY}" in finish_debug(settings, *words, ranks=ranks)
     assert_same_run(run_dir, settings.parent / "runs" / f"whole{ranks}")
 
 
@@ -136,9 +140,9 @@ def test_sigterm_in_debug_saves_and_resumes(settings: Path, undisturbed: Path) -
     with started("debug", settings, "--nproc", "2", "run.name=terminated") as process:
         wait_for_step(run_dir, EVERY + 5, process)
         process.send_signal(signal.SIGTERM)  # to the parent alone, which passes it on
-        process.communicate(timeout=patience(60))
+        process.communicate(timeout=scaled_timeout(60))
     assert process.returncode == 3
-    assert "resumed after step" in forked.finished(settings, "run.name=terminated", ranks=2)
+    assert "resumed after step" in finish_debug(settings, "run.name=terminated", ranks=2)
     assert_same_run(run_dir, undisturbed)
 
 
@@ -146,9 +150,9 @@ def test_resume_at_another_world_size_sees_the_same_batches(
     settings: Path, undisturbed: Path
 ) -> None:
     run_dir, words = settings.parent / "runs" / "resized", ["run.name=resized"]
-    stopped = forked.run(settings, *words, hook=partial(forked.at_step, EVERY + 5, signal.SIGINT))
+    stopped = run_debug(settings, *words, hook=partial(at_step, EVERY + 5, signal.SIGINT))
     assert stopped.codes == [3], stopped.log
-    forked.finished(settings, *words, ranks=3)
+    finish_debug(settings, *words, ranks=3)
     expected = losses(undisturbed)
     assert losses(run_dir) == pytest.approx(expected, abs=1e-5)
     for row, twin in zip(ledger_rows(run_dir), ledger_rows(undisturbed), strict=True):

@@ -8,16 +8,18 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
-from support import ledger_rows, losses, write_settings
 
 from orchestrator import cli
 from orchestrator.training.manifest import committed, verify
+from support.debug_runs import finish_debug, run_debug
+from support.run_files import ledger_rows, losses
+from support.run_hooks import dies_saving, disk_full_saving, slow_saves
+from support.tiny_settings import write_settings
 
 STEPS, EVERY = 5, 2  # checkpoints of steps 2, 4 and 5; the one of step 4 is killed
 BACKGROUND = "checkpoint.async_save=true"
-NOTED = "callbacks=['forked:NotesSaves']"
+NOTED = "callbacks=['support.run_callbacks:NotesSaves']"
 
 # (stage, rank that dies) of attempts that follow one another: each but the last leaves the
 # checkpoint of step 2 alone
@@ -74,7 +76,7 @@ def undisturbed(settings: Path) -> Callable[[int], Path]:
 
     @cache
     def made(ranks: int) -> Path:
-        forked.finished(settings, f"run.name=undisturbed{ranks}", NOTED, ranks=ranks)
+        finish_debug(settings, f"run.name=undisturbed{ranks}", NOTED, ranks=ranks)
         return folder_of(settings, f"undisturbed{ranks}")
 
     return made
@@ -111,8 +113,8 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
     left: list[int] = []
     rows = ledger_rows(undisturbed(ranks))
     for stage, rank in KILLS[ranks, in_background]:
-        dead = forked.run(
-            settings, *words, ranks=ranks, hook=partial(forked.dies_saving, stage, rank, 2 * EVERY)
+        dead = run_debug(
+            settings, *words, ranks=ranks, hook=partial(dies_saving, stage, rank, 2 * EVERY)
         )
         assert dead.codes == [-9 if each == rank else 1 for each in range(ranks)], (
             dead.log
@@ -122,7 +124,7 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
         assert steps_committed(run_dir) == left, stage
         assert ledger_rows(run_dir) == [row for row in rows if row["step"] <= left[0]], stage
 
-    assert f"resumed after step {2 * EVERY}" in forked.finished(settings, *words, ranks=ranks)
+    assert f"resumed after step {2 * EVERY}" in finish_debug(settings, *words, ranks=ranks)
     assert cli.main(["verify", str(run_dir)]) == cli.DONE
     assert (
         capsys.readouterr().out
@@ -138,7 +140,7 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
 
 
 def told(run_dir: Path) -> list[dict[str, Any]]:
-    """What forked.NotesSaves was told."""
+    """What NotesSaves was told."""
     return [json.loads(line) for line in (run_dir / "saves.jsonl").read_text().splitlines()]
 
 
@@ -146,7 +148,7 @@ def test_callbacks_hear_of_each_save_when_it_is_there(
     settings: Path, undisturbed: Callable[[int], Path]
 ) -> None:
     words = ["run.name=told", NOTED, BACKGROUND, "checkpoint.keep=9"]
-    log = forked.finished(settings, *words, ranks=2, hook=partial(forked.slow_saves, 0.1))
+    log = finish_debug(settings, *words, ranks=2, hook=partial(slow_saves, 0.1))
     run_dir, twin = folder_of(settings, "told"), undisturbed(2)
     lines = told(run_dir)
     assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0.5), (4, 1.0), (5, 1.25)]
@@ -161,7 +163,7 @@ def test_callbacks_hear_of_each_save_when_it_is_there(
 
 def test_a_save_that_the_last_evaluation_asks_for_is_waited_for(settings: Path) -> None:
     words = ["run.name=asked", f"data.eval={settings.parent / 'eval.jsonl'}", NOTED, BACKGROUND]
-    forked.finished(settings, *words, hook=partial(forked.slow_saves, 0.1))
+    finish_debug(settings, *words, hook=partial(slow_saves, 0.1))
     assert [line["step"] for line in told(folder_of(settings, "asked"))] == [0, 2, 4, 5]
 
 
@@ -173,9 +175,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks(
 ) -> None:
     name = f"full-{every}-{rank}"
     words = [f"run.name={name}", f"checkpoint.every_steps={every}", BACKGROUND]
-    ended = forked.run(
-        settings, *words, ranks=2, hook=partial(forked.disk_full_saving, rank, every)
-    )
+    ended = run_debug(settings, *words, ranks=2, hook=partial(disk_full_saving, rank, every))
     assert ended.codes == [1, 1], ended.log
     reason = f"(rank {rank}: OSError: [Errno 28] No space left on device)"
     assert (
@@ -197,7 +197,7 @@ def test_a_save_under_way_outlives_training_that_cannot_go_on(settings: Path) ->
         "checkpoint.every_steps=1",
         BACKGROUND,
     ]
-    ended = forked.run(settings, *words, hook=partial(forked.slow_saves, 0.5))
+    ended = run_debug(settings, *words, hook=partial(slow_saves, 0.5))
     assert ended.codes == [1]
     assert "the gradient is not finite" in ended.log
     assert steps_committed(folder_of(settings, "nan")) == [1]

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import forked
 import pytest
 from safetensors.torch import load_file
-from support import ROOT, losses, metric_lines, write_settings
 
 from orchestrator.data.refcache import RECORD
+from support.forkserver import free_port
+from support.repository import ROOT
+from support.run_files import losses, metric_lines
+from support.tiny_settings import write_settings
 
 TRAIN, EVAL = 32, 8
 # In a smaller model the last bit of an answer does not depend on the pairs that are asked about
@@ -125,7 +127,7 @@ class Runner:
             "words": [str(self.settings), f"run.dir={run_dir}", f"run.name={name}", *words],
             "env": {"ASKED": str(asked), **env},
             "log": str(log),
-            "port": forked.free_port(),
+            "port": free_port(),
         }
         to, back = self.process.stdin, self.process.stdout
         assert to is not None

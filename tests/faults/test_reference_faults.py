@@ -10,16 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import forked
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import losses, rows, write_jsonl, write_settings
-from tiny import save_adapter, tiny_model, tokenizer
 from transformers import AutoModelForCausalLM
 
 from orchestrator.data.refcache import RECORD, _checks
+from support.debug_runs import Ended, finish_debug, run_debug
+from support.run_callbacks import stops_at
+from support.run_files import losses
+from support.run_hooks import dies_filling, disk_full_after
+from support.tiny_parts import save_adapter, tiny_model, tokenizer
+from support.tiny_settings import random_rows, write_jsonl, write_settings
 
 STEPS, STOP = 6, 3
 LORA: dict[str, Any] = {"lora": {"r": 4}}
@@ -35,8 +38,8 @@ def folder(tmp_path: Path) -> Path:
     """Pairs, and in folders of their own a base with its tokenizer, another model and an adapter of
     the base.
     """
-    write_jsonl(tmp_path / "train.jsonl", rows(32, longest=4))
-    write_jsonl(tmp_path / "eval.jsonl", rows(8, seed=1, longest=4))
+    write_jsonl(tmp_path / "train.jsonl", random_rows(32, longest=4))
+    write_jsonl(tmp_path / "eval.jsonl", random_rows(8, seed=1, longest=4))
     for seed, name in enumerate(("base", "other")):
         tiny_model(seed, hidden_size=64, initializer_range=0.1).save_pretrained(tmp_path / name)
         tokenizer().save_pretrained(tmp_path / name)
@@ -57,7 +60,7 @@ def settings_of(folder: Path, model: dict[str, Any] | None = None, **reference: 
     )
 
 
-def errors(ended: forked.Ended) -> list[str]:
+def errors(ended: Ended) -> list[str]:
     """What is wrong, in one line of each rank that says it."""
     assert "Traceback" not in ended.log, ended.log
     lines = [line for line in ended.log.splitlines() if line.startswith("error")]
@@ -139,12 +142,12 @@ def test_another_reference_is_refused_at_resume_and_named(
     named: list[str],
 ) -> None:
     settings = settings_of(folder, model, **reference)
-    stopped = forked.run(settings, forked.stops_at(STOP))
+    stopped = run_debug(settings, stops_at(STOP))
     assert stopped.codes == [3], stopped.log
     kept = folder / "kept"
     shutil.copytree(folder / name, kept)
     change(folder, name)
-    refused = forked.run(settings)
+    refused = run_debug(settings)
     assert refused.codes == [2], refused.log
     [line] = errors(refused)
     assert "is a run that was started with other models or another tokenizer: " in line
@@ -154,14 +157,14 @@ def test_another_reference_is_refused_at_resume_and_named(
     assert max(losses(folder / "runs" / "tiny")) == STOP
     shutil.rmtree(folder / name)
     kept.rename(folder / name)
-    assert f"resumed after step {STOP}" in forked.finished(settings)
+    assert f"resumed after step {STOP}" in finish_debug(settings)
 
 
 def test_another_reference_is_refused_on_every_rank(folder: Path) -> None:
     settings = settings_of(folder)
-    assert forked.run(settings, forked.stops_at(STOP), ranks=2).codes == [3, 3]
+    assert run_debug(settings, stops_at(STOP), ranks=2).codes == [3, 3]
     other_weights(folder, "base")
-    refused = forked.run(settings, ranks=2)
+    refused = run_debug(settings, ranks=2)
     assert refused.codes == [2, 2], refused.log
     assert all("reference.weights (was " in line for line in errors(refused))
 
@@ -191,10 +194,10 @@ def test_edited_log_probs_are_found_at_the_first_step(
     folder: Path, reference: dict[str, Any], ranks: int
 ) -> None:
     settings = settings_of(folder, **reference)
-    first = forked.run(settings, forked.stops_at(2), "run.name=first", ranks=ranks)
+    first = run_debug(settings, stops_at(2), "run.name=first", ranks=ranks)
     assert first.codes == [3] * ranks, first.log
     assert shift_records(folder, 0.25) >= 16  # those of the evaluation and of two steps at least
-    found = forked.run(settings, "run.name=second", ranks=ranks)
+    found = run_debug(settings, "run.name=second", ranks=ranks)
     assert found.codes == [1] * ranks, found.log
     for line in errors(found):
         assert line.startswith("error: step 1: ")
@@ -226,13 +229,13 @@ def test_a_kill_during_the_fill_leaves_no_trace(
     folder: Path, model: dict[str, Any], ranks: int, question: int
 ) -> None:
     settings = settings_of(folder, model, **PRECOMPUTED)
-    forked.finished(settings, f"run.dir={folder}/whole", ranks=ranks)
+    finish_debug(settings, f"run.dir={folder}/whole", ranks=ranks)
     killed = f"run.dir={folder}/killed"
-    dead = forked.run(settings, killed, ranks=ranks, hook=partial(forked.dies_filling, question))
+    dead = run_debug(settings, killed, ranks=ranks, hook=partial(dies_filling, question))
     assert dead.codes == [-9] * ranks, dead.log
     assert not list(folder.glob("killed/tiny/checkpoints/*"))
     assert len(records(folder / "killed")) == 2 * (question - 1) * ranks
-    forked.finished(settings, killed, ranks=ranks)
+    finish_debug(settings, killed, ranks=ranks)
     assert records(folder / "killed") == records(folder / "whole")
     assert outcome(folder / "killed" / "tiny") == outcome(folder / "whole" / "tiny")
 
@@ -247,12 +250,12 @@ def test_log_probs_lost_between_stop_and_resume_are_made_again_by_the_start(
     folder: Path, model: dict[str, Any], reference: dict[str, Any], ranks: int
 ) -> None:
     settings = settings_of(folder, model, **reference, **PRECOMPUTED)
-    forked.finished(settings, f"run.dir={folder}/whole", ranks=ranks)
+    finish_debug(settings, f"run.dir={folder}/whole", ranks=ranks)
     words = f"run.dir={folder}/lost"
-    stopped = forked.run(settings, words, forked.stops_at(STOP), ranks=ranks)
+    stopped = run_debug(settings, words, stops_at(STOP), ranks=ranks)
     assert stopped.codes == [3] * ranks, stopped.log
     shutil.rmtree(folder / "lost" / ".cache" / "reference_logps")
-    again = forked.finished(settings, words, ranks=ranks)
+    again = finish_debug(settings, words, ranks=ranks)
     assert f"resumed after step {STOP}" in again
     assert "reference cache: 32 training pairs" in again
     assert records(folder / "lost") == records(folder / "whole")
@@ -261,9 +264,9 @@ def test_log_probs_lost_between_stop_and_resume_are_made_again_by_the_start(
 
 def test_a_disk_that_is_full_during_the_fill_costs_one_rank_nothing(folder: Path) -> None:
     settings = settings_of(folder, **PRECOMPUTED)
-    said = forked.finished(settings, hook=partial(forked.disk_full_after, 2))
+    said = finish_debug(settings, hook=partial(disk_full_after, 2))
     assert "cannot be written (No space left on device)" in said
-    forked.finished(settings, f"run.dir={folder}/whole")
+    finish_debug(settings, f"run.dir={folder}/whole")
     assert outcome(folder / "runs" / "tiny") == outcome(folder / "whole" / "tiny")
 
 
@@ -274,15 +277,15 @@ def test_a_disk_that_is_full_during_the_fill_ends_two_ranks_before_the_first_ste
     pair.
     """
     settings = settings_of(folder, **PRECOMPUTED)
-    full = forked.run(settings, ranks=2, hook=partial(forked.disk_full_after, 2))
+    full = run_debug(settings, ranks=2, hook=partial(disk_full_after, 2))
     assert full.codes == [2, 2], full.log
     assert "cannot be written (No space left on device)" in full.log
     for line in errors(full):
         assert "error: reference.kind = 'precomputed': " in line
         assert "free space there" in line
     assert "step 1/" not in full.log
-    forked.finished(settings, ranks=2)
-    forked.finished(settings, f"run.dir={folder}/whole", ranks=2)
+    finish_debug(settings, ranks=2)
+    finish_debug(settings, f"run.dir={folder}/whole", ranks=2)
     assert outcome(folder / "runs" / "tiny") == outcome(folder / "whole" / "tiny")
 
 
@@ -305,11 +308,11 @@ def test_a_reference_may_change_rewards_by_so_much_and_no_more(
     folder: Path, model: dict[str, Any], reference: dict[str, Any], ranks: int
 ) -> None:
     settings = settings_of(folder, model, **reference)
-    refused = forked.run(settings, "reference.max_reward_error=1e-6", ranks=ranks)
+    refused = run_debug(settings, "reference.max_reward_error=1e-6", ranks=ranks)
     assert refused.codes == [2] * ranks, refused.log
     lines = errors(refused)
     assert not list(folder.glob("runs/tiny/checkpoints/*"))
-    said = forked.finished(settings, "reference.max_reward_error=0.5", ranks=ranks)
+    said = finish_debug(settings, "reference.max_reward_error=0.5", ranks=ranks)
     measured = re.search(r"reward margins by at most (\S+)", said)
     assert measured
     assert 1e-6 < float(measured[1]) < 0.5

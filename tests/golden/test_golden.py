@@ -14,7 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support import metric_lines, orchestrator, without_times, write_settings
+from support.command_line import orchestrator
+from support.run_files import metric_lines, without_times
+from support.tiny_settings import write_settings
 
 GOLDEN = Path(__file__).parent / "golden.json"
 SETTINGS: dict[str, Any] = {

@@ -8,8 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from support import rows, tiny_spec, write_jsonl
-from tiny import ALONE
 
 from orchestrator import cli
 from orchestrator.data.sources import RawRow
@@ -29,6 +27,8 @@ from orchestrator.settings.load import save_spec
 from orchestrator.training.checkpoint import Saver
 from orchestrator.training.ledger import SCHEMA, Ledger
 from orchestrator.training.rundir import RunDir
+from support.tiny_parts import ALONE
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl
 
 
 def ledger(*visits: dict[str, Any]) -> pa.Table:
@@ -210,7 +210,9 @@ def test_as_json_it_has_no_nan_and_whole_texts() -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run of 6 pairs that has saved once."""
-    spec = tiny_spec(tmp_path, data={"train": str(write_jsonl(tmp_path / "pairs.jsonl", rows(6)))})
+    spec = tiny_spec(
+        tmp_path, data={"train": str(write_jsonl(tmp_path / "pairs.jsonl", random_rows(6)))}
+    )
     made = RunDir(tmp_path / "run")
     made.path.mkdir()
     save_spec(spec, made.config)
@@ -226,7 +228,10 @@ def test_the_command_shows_pairs_with_their_text(
     shown = capsys.readouterr().out
     assert "6 visits of 6 pairs up to step 1" in shown
     assert "margin +1.000" in shown.partition("rank correlation")[2].splitlines()[0]
-    assert f"row 1: margin -1.500 at its only visit\n  prompt    {rows(6)[0]['prompt']}\n" in shown
+    assert (
+        f"row 1: margin -1.500 at its only visit\n  prompt    {random_rows(6)[0]['prompt']}\n"
+        in shown
+    )
     assert "row 2" not in shown
 
     assert cli.main(["pairs", str(run_dir), "--json"]) == cli.DONE

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_spec, write_settings
 
 from orchestrator.insight.summary import summary
 from orchestrator.run.local.debug import debug
 from orchestrator.training.result import RunResult, finished_already, last_result
 from orchestrator.training.rundir import RunDir
+from support.tiny_settings import tiny_spec, write_settings
 
 SAMPLE = {"prompt": "Say it.", "before": "\n\x00 the\nthe", "after": "word " * 99}
 

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from patience import patience
-from support import ROOT, doc_commands, losses
+
+from support.repository import ROOT, doc_commands
+from support.run_files import losses
+from support.timeouts import scaled_timeout
 
 
 def test_the_commands_of_the_docs_give_one_curve(tmp_path: Path) -> None:
@@ -20,7 +22,7 @@ def test_the_commands_of_the_docs_give_one_curve(tmp_path: Path) -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=patience(240),
+            timeout=scaled_timeout(240),
             check=False,
         )
         assert done.returncode == 0, done.stderr

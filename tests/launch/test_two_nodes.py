@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import forked
 import pytest
-from nodes import Nodes, RayCluster, wait_until, why_not
-from patience import patience, slowdown
-from support import ROOT, doc_commands, losses, write_settings
 
 from orchestrator.run.local.replay import replay
 from orchestrator.training.rundir import RunDir
+from support.cluster_nodes import Nodes, RayCluster, wait_until, why_not
+from support.debug_runs import finish_debug
+from support.repository import ROOT, doc_commands
+from support.run_files import losses
+from support.timeouts import scaled_timeout, slowdown
+from support.tiny_settings import write_settings
 
 pytestmark = [
     pytest.mark.ray,
@@ -123,7 +125,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def said(process: subprocess.Popen[str], seconds: float = 240) -> str:
-    return process.communicate(timeout=patience(seconds))[0]
+    return process.communicate(timeout=scaled_timeout(seconds))[0]
 
 
 def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Place) -> None:
@@ -249,7 +251,7 @@ def test_the_jobs_of_the_docs_run_over_both_nodes(place: Place) -> None:
         "training.logging_steps=1",
         f"run.dir={place.folder}/debug",
     ]
-    forked.finished(settings, *words, cwd=ROOT)
+    finish_debug(settings, *words, cwd=ROOT)
     expected = losses(place.folder / "debug/quickstart")
     for name in ("ours", "rays"):
         assert losses(place.folder / "shared/runs" / name) == pytest.approx(expected, rel=1e-5)

@@ -11,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import change_weights, save_adapter, tiny_model, with_third_layer, without_layer
 
 from orchestrator.models.adapters import add_adapter, check_adapter
 from orchestrator.models.loading import check_weights, config_at
 from orchestrator.settings.spec import LoraSpec, UserError
+from support.tiny_parts import (
+    change_weights,
+    save_adapter,
+    tiny_model,
+    with_third_layer,
+    without_layer,
+)
 
 Weights = dict[str, torch.Tensor]
 FACTOR = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"

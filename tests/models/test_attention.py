@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tiny import PAD, data_spec, pair_rows
 from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -34,6 +33,7 @@ from orchestrator.models.logps import body_hidden
 from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import AttentionName, DpoSpec, LossType, UserError
 from orchestrator.training.layout import PACKED_TOLERANCE
+from support.tiny_parts import PAD, data_spec, pair_rows
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LLAMA = {

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +20,7 @@ from orchestrator.models.behaviour import (
 from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.quantized import quantized
 from orchestrator.settings.spec import UserError
+from support.tiny_parts import tiny_model
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import TINY_MODEL
-from tiny import PAD, both_layouts, collator, data_spec, pair_batch, pair_rows, tiny_model
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -17,6 +15,16 @@ from orchestrator.models import plain_head as module
 from orchestrator.models.head import Head, Scored, TokenTerms, loss_in_head
 from orchestrator.models.logps import body_hidden, sequence_logps
 from orchestrator.models.sums import PairSums, sequence_sums
+from support.tiny_parts import (
+    PAD,
+    both_layouts,
+    collator,
+    data_spec,
+    pair_batch,
+    pair_rows,
+    tiny_model,
+)
+from support.tiny_settings import TINY_MODEL
 
 VOCABULARY = 300
 FP64 = torch.float64

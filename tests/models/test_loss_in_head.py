@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tiny import data_spec, pair_batch, tiny_model
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PreTrainedModel
@@ -25,6 +24,7 @@ from orchestrator.models.head import (
 )
 from orchestrator.models.logps import body_hidden, sequence_logps
 from orchestrator.models.sums import PairSums, pair_sums
+from support.tiny_parts import data_spec, pair_batch, tiny_model
 
 VOCABULARY, PAIRS = 300, 5
 BATCH = pair_batch(PAIRS)

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import TINY_MODEL, tiny_spec
-from tiny import ALONE, pair_batch, save_adapter, tiny_model, tokenizer
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
@@ -27,6 +25,8 @@ from orchestrator.models.mapped import mapped_twin, types_when_cut
 from orchestrator.models.policy import build_policy, load_model, made_weights
 from orchestrator.models.reference import PolicyStart, Reference, identity_of
 from orchestrator.settings.spec import RunSpec, UserError
+from support.tiny_parts import ALONE, pair_batch, save_adapter, tiny_model, tokenizer
+from support.tiny_settings import TINY_MODEL, tiny_spec
 
 SMALL: dict[str, Any] = {
     **{name: value for name, value in TINY_MODEL.items() if name != "tie_word_embeddings"},

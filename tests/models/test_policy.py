@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import TINY_MODEL, tiny_spec
-from tiny import both_layouts, pair_batch, tiny_model, tokenizer
 
 from orchestrator.data.order import PairCost
 from orchestrator.data.sources import Place
@@ -24,6 +22,8 @@ from orchestrator.models.policy import (
     pair_cost,
 )
 from orchestrator.settings.spec import RunSpec, UserError
+from support.tiny_parts import both_layouts, pair_batch, tiny_model, tokenizer
+from support.tiny_settings import TINY_MODEL, tiny_spec
 
 
 class Long:

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import torch
-from patience import patience
 
 from orchestrator.models.quantized import _int8_product
+from support.timeouts import scaled_timeout
 
 WITHOUT_AVX512 = """
 import bitsandbytes, torch
@@ -26,7 +26,7 @@ def test_int8_products_are_exact_under_autocast_on_a_cpu_without_avx512() -> Non
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     command = [sys.executable, "-c", WITHOUT_AVX512]
     done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=patience(120), check=False
+        command, env=env, capture_output=True, text=True, timeout=scaled_timeout(120), check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -10,18 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import TINY_MODEL, tiny_spec
-from tiny import (
-    ALONE,
-    both_layouts,
-    collator,
-    ids,
-    on_ranks,
-    pair_batch,
-    pair_rows,
-    tiny_model,
-    tokenizer,
-)
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -44,6 +32,18 @@ from orchestrator.models.reference import (
     identity_of,
 )
 from orchestrator.settings.spec import DpoSpec, RunSpec, UserError
+from support.thread_ranks import on_ranks
+from support.tiny_parts import (
+    ALONE,
+    both_layouts,
+    collator,
+    ids,
+    pair_batch,
+    pair_rows,
+    tiny_model,
+    tokenizer,
+)
+from support.tiny_settings import TINY_MODEL, tiny_spec
 
 LAYERS = 4
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64}

@@ -7,9 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from parity.parity_support import need_trl, trl_trainer
-from parity.test_training import kept_signals
-from support import rows, tiny_spec, write_jsonl
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from orchestrator.models.policy import build_policy, load_tokenizer
@@ -19,6 +16,9 @@ from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.world import World
+from parity.test_training import kept_signals
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl
+from support.trl_trainer import need_trl, trl_trainer
 
 need_trl()
 
@@ -78,8 +78,8 @@ for name in EVENTS:
     )
 
 TRAINED, HELD_OUT, PAIRS, MICRO, EVERY = (
-    rows(12),
-    rows(4, seed=1),
+    random_rows(12),
+    random_rows(4, seed=1),
     4,
     2,
     2,

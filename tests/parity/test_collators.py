@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity.parity_support import need_trl
-from support import losses, tiny_spec
 
 from orchestrator.run.local.debug import debug
+from support.run_files import losses
+from support.tiny_settings import tiny_spec
+from support.trl_trainer import need_trl
 
 need_trl()
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity.parity_support import need_trl, trl_trainer
-from support import metric_lines, rows, tiny_spec, write_jsonl
-from tiny import tiny_model, tokenizer
 
 from orchestrator.run.local.debug import debug
+from support.run_files import metric_lines
+from support.tiny_parts import tiny_model, tokenizer
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl
+from support.trl_trainer import need_trl, trl_trainer
 
 need_trl()
 
@@ -20,7 +21,7 @@ BATCH, PAIRS, MAX_LENGTH = (
     7,
     40,
 )  # pairs of a batch, and of the set; tokens, which some of the sequences have more of
-TRAIN, EVAL = rows(8, longest=4), rows(PAIRS, seed=1, longest=4)
+TRAIN, EVAL = random_rows(8, longest=4), random_rows(PAIRS, seed=1, longest=4)
 Handed = list[tuple[np.ndarray, np.ndarray, bool | None]]
 
 

@@ -30,12 +30,6 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from parity.parity_support import need_trl, trl_tokens, trl_trainer
-from parity.test_training import exact_model, kept_signals
-from support import TINY_MODEL, tiny_spec, write_jsonl
-from support import rows as made_rows
-from tiny import ALONE
-
 from orchestrator.data.collate import Row
 from orchestrator.dpo.losses import BATCH_LOSSES, LOSSES, PairTerms
 from orchestrator.dpo.step import METRICS
@@ -56,6 +50,10 @@ from orchestrator.training.health import LocalSession
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import Trainer
+from parity.test_training import exact_model, kept_signals
+from support.tiny_parts import ALONE
+from support.tiny_settings import TINY_MODEL, random_rows, tiny_spec, write_jsonl
+from support.trl_trainer import need_trl, trl_tokens, trl_trainer
 
 need_trl()
 
@@ -91,9 +89,9 @@ NOT_WEIGHTED_BY_TRL = (
 # there of a micro-batch, here of the global batch: the same where that is all
 SPLIT_IN_TRL = ("sft", *OF_BATCH)
 TWINS: dict[str, LossType] = {  # a user's own losses, and those of TRL that they are
-    "own_losses:logistic": "sigmoid",
-    "own_losses:squared": "ipo",
-    "own_losses:absolute": "bco_pair",
+    "support.user_losses:logistic": "sigmoid",
+    "support.user_losses:squared": "ipo",
+    "support.user_losses:absolute": "bco_pair",
 }
 LOGISTIC, SQUARED, ABSOLUTE = TWINS
 
@@ -290,14 +288,14 @@ SIDES = ("chosen_ids", "rejected_ids")
 
 def make_case(folder: Path, model_type: str = "qwen2", **config: Any) -> Case:
     texts = [
-        *made_rows(PAIRS - 1, seed=11),
+        *random_rows(PAIRS - 1, seed=11),
         {"prompt": "", "chosen": "green river", "rejected": "blue"},
     ]
     columns = zip(texts, WEIGHTS, MARGINS, strict=True)
     write_jsonl(
         folder / "pairs.jsonl", [{**text, "weight": w, "margin": m} for text, w, m in columns]
     )
-    write_jsonl(folder / "train.jsonl", made_rows(64))  # of the tokenizer
+    write_jsonl(folder / "train.jsonl", random_rows(64))  # of the tokenizer
     tokenizer = load_tokenizer(tiny_spec(folder, data={"eval": None}))
     shape = {**TINY_MODEL, **config, "vocab_size": len(tokenizer)}
     config_made = AutoConfig.for_model(model_type, initializer_range=0.1, **shape)

@@ -6,11 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from parity.parity_support import need_trl
-from support import refused
 
 from orchestrator.settings.spec import Block
 from orchestrator.settings.trl_names import NOT_NEEDED, TRL_NAMES
+from support.tiny_settings import refused
+from support.trl_trainer import need_trl
 
 need_trl()
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity.parity_support import need_trl, trl_trainer
-from support import ROOT, doc_commands, losses, metric_lines, orchestrator, tiny_spec, write_jsonl
 
 from orchestrator.run.local.debug import debug
+from support.command_line import orchestrator
+from support.repository import ROOT, doc_commands
+from support.run_files import losses, metric_lines
+from support.tiny_settings import tiny_spec, write_jsonl
+from support.trl_trainer import need_trl, trl_trainer
 
 need_trl()
 

@@ -13,19 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from parity.parity_support import need_trl, trl_trainer
-from parity.test_training import METRICS, Trace, kept_signals, worst
-from patience import patience
-from support import (
-    TINY_MODEL,
-    losses,
-    metric_lines,
-    raw_settings,
-    tiny_spec,
-    without_times,
-    write_jsonl,
-)
-from support import rows as made_rows
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,6 +32,11 @@ from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
+from parity.test_training import METRICS, Trace, kept_signals, worst
+from support.run_files import losses, metric_lines, without_times
+from support.timeouts import scaled_timeout
+from support.tiny_settings import TINY_MODEL, random_rows, raw_settings, tiny_spec, write_jsonl
+from support.trl_trainer import need_trl, trl_trainer
 
 need_trl()
 
@@ -149,8 +141,8 @@ def model_of(tokenizer: Any, seed: int) -> PreTrainedModel:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # how many share a sum decides its rounding
-    folder, rows = tmp_path_factory.mktemp("references"), made_rows(PAIRS, seed=11)
-    write_jsonl(folder / "train.jsonl", made_rows(64))  # of the tokenizer
+    folder, rows = tmp_path_factory.mktemp("references"), random_rows(PAIRS, seed=11)
+    write_jsonl(folder / "train.jsonl", random_rows(64))  # of the tokenizer
     write_jsonl(folder / "pairs.jsonl", rows)
     tokenizer = load_tokenizer(tiny_spec(folder, data={"eval": None}))
     made = Home(folder, rows, tokenizer)
@@ -529,7 +521,7 @@ def test_functions_of_the_users_own_module_reach_the_workers(home: Home, tmp_pat
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=patience(240),
+        timeout=scaled_timeout(240),
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

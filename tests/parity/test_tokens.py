@@ -15,9 +15,6 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from parity.parity_support import need_trl, trl_tokens, trl_trainer
-from support import rows as made_rows
-from support import tiny_spec, write_jsonl
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -34,6 +31,8 @@ from orchestrator.data.sources import BadRow
 from orchestrator.data.tokens import tokenize_pair
 from orchestrator.models.policy import CHAT_TEMPLATE, load_tokenizer
 from orchestrator.settings.spec import DataSpec
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl
+from support.trl_trainer import need_trl, trl_tokens, trl_trainer
 
 need_trl()
 
@@ -46,7 +45,7 @@ def turn(role: str, content: str) -> Row:
 
 LONG = "red stone river garden copper " * 6
 STRINGS: list[Row] = [
-    *made_rows(8, seed=3),
+    *random_rows(8, seed=3),
     {"prompt": "Say red", "chosen": " green", "rejected": " blue lamp"},
     {"prompt": "Say red ", "chosen": "green", "rejected": "blue"},  # " green" would be one token
     {"prompt": "two\n", "chosen": "\nlines", "rejected": "\nrivers\n"},
@@ -71,7 +70,7 @@ MERGING: list[Row] = [
     {"prompt": "Say win", "chosen": "dow", "rejected": "ter"},
 ]
 CHATS: list[Row] = [
-    *made_rows(6, seed=4, conversational=True),
+    *random_rows(6, seed=4, conversational=True),
     {
         "prompt": [turn("system", "Speak of stone."), turn("user", "Say red")],
         "chosen": [turn("assistant", "red stone")],
@@ -149,7 +148,7 @@ LONG_CHATS: list[Row] = [
 TOOLS: list[Row] = [
     {**row, "tools": json.dumps([{"name": name}]), "chat_template_kwargs": {"style": style}}
     for row, name, style in zip(
-        made_rows(3, seed=5, conversational=True), ("red", "blue", "red"), "aab", strict=True
+        random_rows(3, seed=5, conversational=True), ("red", "blue", "red"), "aab", strict=True
     )
 ]
 TOOL_TEMPLATE = "{{ style }}{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE
@@ -172,7 +171,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     tokens.
     """
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_jsonl(folder / "train.jsonl", made_rows(64))
+    write_jsonl(folder / "train.jsonl", random_rows(64))
     return load_tokenizer(
         tiny_spec(folder, model={"init": {"model_type": "qwen2", "vocab_size": 400}})
     )
@@ -438,7 +437,7 @@ def tokenizer_of(kind: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     backend, trainer = _untrained(kind)
-    backend.train_from_iterator([text for row in made_rows(64) for text in row.values()], trainer)
+    backend.train_from_iterator([text for row in random_rows(64) for text in row.values()], trainer)
     framed = {"bytes with BOS": "<s> $A", "unigram": "<s> $A", "wordpiece": "[CLS] $A [SEP]"}.get(
         kind
     )

@@ -14,9 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from parity.parity_support import need_trl, trl_trainer
-from support import TINY_MODEL, metric_lines, tiny_spec, without_times, write_jsonl
-from support import rows as made_rows
 from torch import nn
 
 from orchestrator.data.collate import Counts, PackedCollator
@@ -31,6 +28,9 @@ from orchestrator.training.health import LocalSession
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
+from support.run_files import metric_lines, without_times
+from support.tiny_settings import TINY_MODEL, random_rows, tiny_spec, write_jsonl
+from support.trl_trainer import need_trl, trl_trainer
 
 need_trl()
 
@@ -344,8 +344,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, folder = KINDS[request.param], tmp_path_factory.mktemp(request.param)
-    rows = made_rows(PAIRS, seed=11)
-    write_jsonl(folder / "train.jsonl", made_rows(64))  # of the tokenizer
+    rows = random_rows(PAIRS, seed=11)
+    write_jsonl(folder / "train.jsonl", random_rows(64))  # of the tokenizer
     write_jsonl(folder / "pairs.jsonl", rows)
     tokenizer = load_tokenizer(tiny_spec(folder, data={"eval": None}))
     shape = {**TINY_MODEL, "tie_word_embeddings": kind.tied, "vocab_size": len(tokenizer)}

@@ -8,13 +8,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import forked
 import pytest
 import torch
-from support import ROOT, metric_lines, orchestrator
 
 from orchestrator.cli import DONE, STOPPED, main
 from orchestrator.training.samples import greedy_answers
+from support.command_line import orchestrator
+from support.debug_runs import run_debug
+from support.repository import ROOT
+from support.run_callbacks import stops_at
+from support.run_files import metric_lines
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +152,10 @@ def test_debug_gives_the_same_losses(finished: tuple[Path, str]) -> None:
         f"run.dir={run_dir.parent}",
         "run.name=debug",
         "wandb.mode=disabled",
-        forked.stops_at(40),
+        stops_at(40),
     ]
     settings = Path(shutil.copy(ROOT / "configs/quickstart.yaml", run_dir.parent))
-    ended = forked.run(settings, *words, cwd=ROOT)
+    ended = run_debug(settings, *words, cwd=ROOT)
     assert ended.codes == [STOPPED], ended.log
     made = {line["step"]: line for line in metric_lines(run_dir.parent / "debug")}
     for line in metric_lines(run_dir)[

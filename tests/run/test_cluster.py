@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import ray
-from support import tiny_spec
 
 from orchestrator.run.ray import cluster
 from orchestrator.settings.spec import UserError
+from support.tiny_settings import tiny_spec
 
 LONG = "a-scratch-folder-of-a-user-with-a-rather-long-name/slurm-job-12345678/and-one-more-level"
 

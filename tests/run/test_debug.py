@@ -12,18 +12,19 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import forked
 import pexpect
 import pytest
 import torch
-from patience import patience
-from support import tiny_spec, write_settings
 
 from orchestrator import cli
 from orchestrator.run.local.debug import debug
 from orchestrator.run.local.trial import dry_run, overfit
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.trainer import Trainer
+from support.debug_runs import finish_debug
+from support.run_callbacks import stops_at
+from support.timeouts import scaled_timeout
+from support.tiny_settings import tiny_spec, write_settings
 
 PROMPT = r"\(Pdb\) "
 MINE = """
@@ -77,9 +78,7 @@ def test_one_batch_is_learned_by_heart_and_nothing_is_kept(tmp_path: Path) -> No
         checkpoint={"every_steps": 10},
         evaluation={"every_steps": 10},
     )
-    said = forked.finished(
-        settings, "--overfit", forked.stops_at(2), ranks=2
-    )  # no callback is asked
+    said = finish_debug(settings, "--overfit", stops_at(2), ranks=2)  # no callback is asked
     *_, last = said.splitlines()
     assert last.startswith("loss 0.693147 at first")
     assert last.endswith("after 40 steps on the same 8 pairs; nothing was kept")
@@ -130,7 +129,7 @@ def test_a_dry_run_leaves_weights_and_runs_as_they_are(
 
 
 def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
-    said = forked.finished(write_settings(tmp_path), "--profile", "2:3", ranks=2)
+    said = finish_debug(write_settings(tmp_path), "--profile", "2:3", ranks=2)
     for rank in (0, 1):
         path = tmp_path / "runs" / "tiny" / "profile" / f"rank_{rank:05d}.json"
         assert f"trace of steps 2 to 3: {path}; open it at https://ui.perfetto.dev" in said
@@ -205,7 +204,12 @@ def typing(folder: Path, *words: str) -> Iterator[Any]:
     command = ["-m", "orchestrator.cli", "debug", str(write_settings(folder)), *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = pexpect.spawn(
-        sys.executable, command, cwd=str(folder), env=env, encoding="utf-8", timeout=patience(240)
+        sys.executable,
+        command,
+        cwd=str(folder),
+        env=env,
+        encoding="utf-8",
+        timeout=scaled_timeout(240),
     )
     try:
         yield child

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from patience import patience
-from support import tiny_spec
-from tiny import ALONE
 from transformers import TrainerCallback
 
 from orchestrator.run.ray import driver
@@ -22,6 +19,9 @@ from orchestrator.run.ray.driver import _pickled, _placeable, _unpickled
 from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects
+from support.timeouts import scaled_timeout
+from support.tiny_parts import ALONE
+from support.tiny_settings import tiny_spec
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_run_is_saved_when_it_can_have_more_workers(
 
     def trains() -> None:
         run_dir.heartbeat(0).touch()
-        deadline = time.monotonic() + (patience(30) if grows else 3 * driver.POLL_S)
+        deadline = time.monotonic() + (scaled_timeout(30) if grows else 3 * driver.POLL_S)
         while not run_dir.stop.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 

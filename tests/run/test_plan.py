@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import rows, tiny_spec, write_jsonl
 
 from orchestrator.run import plan
 from orchestrator.run.checks import hub as reach
 from orchestrator.run.plan import planned
 from orchestrator.settings.spec import UserError
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_batch_arithmetic(tmp_path: Path, blocks: dict[str, Any], expected: dict
 
 
 def test_each_evaluation_set_is_counted(tmp_path: Path) -> None:
-    easy, hard = (write_jsonl(tmp_path / f"{count}.jsonl", rows(count)) for count in (3, 5))
+    easy, hard = (write_jsonl(tmp_path / f"{count}.jsonl", random_rows(count)) for count in (3, 5))
     facts = planned(tiny_spec(tmp_path, data={"eval": {"easy": str(easy), "hard": str(hard)}}))
     assert facts["eval_rows"] == {"easy": 3, "hard": 5}
     with pytest.raises(UserError, match=r"data.eval.hard = .*does not exist"):
@@ -80,7 +80,7 @@ def test_each_evaluation_set_is_counted(tmp_path: Path) -> None:
 
 
 def test_each_training_set_has_its_share_of_an_epoch(tmp_path: Path) -> None:
-    few = str(write_jsonl(tmp_path / "few.jsonl", rows(6)))
+    few = str(write_jsonl(tmp_path / "few.jsonl", random_rows(6)))
     many = tiny_spec(tmp_path).data.train[0].path
     sets = [many, {"path": few, "weight": 2.5}]
     facts = planned(
@@ -122,7 +122,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, split: str) -> None:
 
 
 def test_a_line_that_is_not_json_is_refused(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "broken.jsonl", rows(3))
+    path = write_jsonl(tmp_path / "broken.jsonl", random_rows(3))
     path.write_text(path.read_text() + "{oh")
     with pytest.raises(UserError, match=r"data\.train row 4"):
         planned(tiny_spec(tmp_path, data={"train": str(path)}))
@@ -145,7 +145,7 @@ def test_the_first_of_max_steps_and_epochs_ends_the_run(
 
 def test_dropped_rows_do_not_count_in_the_steps(tmp_path: Path) -> None:
     tie = {"prompt": "Say", "chosen": " one", "rejected": " one"}
-    path = str(write_jsonl(tmp_path / "ties.jsonl", [*rows(16), *[tie] * 16]))
+    path = str(write_jsonl(tmp_path / "ties.jsonl", [*random_rows(16), *[tie] * 16]))
     facts = planned(
         tiny_spec(tmp_path, data={"train": path}, training={"max_steps": None, "epochs": 1})
     )
@@ -157,7 +157,7 @@ def test_dropped_rows_do_not_count_in_the_steps(tmp_path: Path) -> None:
     [
         ({"model": {"init": None, "path": "nonexistent"}}, "model.path"),
         ({"model": {"init": None, "path": "./nonexistent"}}, "model.path"),
-        ({"dpo": {"loss_type": "own_losses:nothere"}}, "dpo.loss_type"),
+        ({"dpo": {"loss_type": "support.user_losses:nothere"}}, "dpo.loss_type"),
         ({"dpo": {"loss_type": "no_such_module:loss"}}, "dpo.loss_type"),
         ({"callbacks": ["json:dumps"]}, "callbacks"),
         ({"data": {"collator": "no_such_module:collator"}}, "data.collator"),
@@ -214,7 +214,7 @@ def test_models_that_the_hub_would_have_are_not_looked_at_without_it(
 def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "SMALL_ROWS", 10)
     monkeypatch.setattr(plan, "FIRST_ROWS", 4)
-    made = rows(32)
+    made = random_rows(32)
     made[2]["chosen"] = 3
     spec = tiny_spec(tmp_path)
     write_jsonl(Path(spec.data.train[0].path), made)
@@ -222,7 +222,7 @@ def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.Mo
         planned(spec)
     write_jsonl(
         Path(spec.data.train[0].path),
-        [{**row, "chosen": row["rejected"]} for row in made[:4]] + rows(20),
+        [{**row, "chosen": row["rejected"]} for row in made[:4]] + random_rows(20),
     )
     assert "the first 4 rows of each source were tokenised" in planned(spec)["notes"][-1]
 

@@ -16,10 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import TINY_MODEL, rows
 
 from orchestrator.run.local.debug import debug
 from orchestrator.run.plan import planned
@@ -27,6 +25,8 @@ from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import UserError
 from orchestrator.training.errors import TrainingError
 from orchestrator.world import World
+from support.tiny_parts import ALONE, tiny_model, tokenizer
+from support.tiny_settings import TINY_MODEL, random_rows
 
 Rows = list[Any]
 Raw = dict[str, Any]
@@ -39,8 +39,8 @@ PATCHES: list[Raw] = [
         for name in ("ipo", "robust", "aot", "simpo", ["sigmoid", "sft"], "sigmond")
     ),
     {"dpo": {"loss_type": "exo_pair", "label_smoothing": 0.001}},
-    {"dpo": {"loss_type": "own_losses:logistic"}},
-    {"dpo": {"loss_type": "own_losses:nothere"}},
+    {"dpo": {"loss_type": "support.user_losses:logistic"}},
+    {"dpo": {"loss_type": "support.user_losses:nothere"}},
     {"dpo": {"loss_type": "json:dumps"}},
     {"dpo": {"label_smoothing": 0.2}},
     {"dpo": {"beta": 0}},
@@ -128,8 +128,8 @@ PATCHES: list[Raw] = [
     {"data": {"system_prompt": "Be brief."}},
     {"data": {"chat_template_kwargs": {"mood": "calm"}}},
     {"data": {"chat_template": "{{ messages[0]['content'] }}{% if nope %}"}},
-    {"data": {"collator": "collators:plain"}},
-    {"data": {"collator": "collators:nothere"}},
+    {"data": {"collator": "support.user_collators:plain"}},
+    {"data": {"collator": "support.user_collators:nothere"}},
     {"data": {"collator": "builtins:len"}},
     {"data": {"eval_fraction": 0.25}, "DROP": "eval"},
     {"data": {"eval_fraction": 0.0001}, "DROP": "eval"},
@@ -165,16 +165,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of tiny models, sound and damaged, by NAMES and others."""
     folder = tmp_path_factory.mktemp("models")
     for name in (*NAMES, "wider", "other_tokens"):
-        tokenizer = copy.deepcopy(tiny.tokenizer())
+        altered = copy.deepcopy(tokenizer())
         size = {"wider": {"intermediate_size": 96}, "larger_ids": {"vocab_size": 200}}.get(name, {})
-        tiny.tiny_model(**{"vocab_size": 260, **size}).save_pretrained(folder / name)
-        tokenizer.pad_token = None if name == "no_pad" else tokenizer.pad_token
-        tokenizer.eos_token = None if name == "no_end" else tokenizer.eos_token
-        tokenizer.chat_template = None if name == "no_template" else tokenizer.chat_template
+        tiny_model(**{"vocab_size": 260, **size}).save_pretrained(folder / name)
+        altered.pad_token = None if name == "no_pad" else altered.pad_token
+        altered.eos_token = None if name == "no_end" else altered.eos_token
+        altered.chat_template = None if name == "no_template" else altered.chat_template
         if name == "other_tokens":
-            tokenizer.add_tokens(["<more>"])
+            altered.add_tokens(["<more>"])
         if name != "no_tokenizer":
-            tokenizer.save_pretrained(folder / name)
+            altered.save_pretrained(folder / name)
     weights = folder / "cut_weights" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     (folder / "no_weights" / "model.safetensors").unlink()
@@ -185,8 +185,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # --- data -----------------------------------------------------------------------------------------
 
-GOOD = rows(6, longest=4)
-TALK = rows(6, conversational=True, longest=4)
+GOOD = random_rows(6, longest=4)
+TALK = random_rows(6, conversational=True, longest=4)
 DATA: dict[str, Rows] = {
     "text": GOOD,
     "conversations": TALK,
@@ -333,7 +333,7 @@ def alone() -> Iterator[None]:
     try:
         yield
     finally:
-        World(0, 1, 0, tiny.ALONE.device).leave()
+        World(0, 1, 0, ALONE.device).leave()
 
 
 def check(case: Case, models: Path) -> None:

@@ -11,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
-from support import tiny_spec, write_settings
 
 from orchestrator import cli
 from orchestrator.run.checks import preflight, probe
@@ -39,6 +37,8 @@ from orchestrator.run.checks.preflight import (
 from orchestrator.run.checks.probe import NOT_SEEN, Card, Facts, Gpus, Probe
 from orchestrator.run.ray import driver
 from orchestrator.settings.spec import UserError
+from support.debug_runs import finish_debug
+from support.tiny_settings import tiny_spec, write_settings
 
 GB = 10**9
 VERSIONS = {"python": "3.11.2", **dict.fromkeys(probe.PACKAGES, "1.0"), "torch": "2.13.0+cu130"}
@@ -421,7 +421,7 @@ def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_what_a_run_writes_is_known_beforehand(tmp_path: Path, blocks: dict[str, Any]) -> None:
     blocks = {"data": {"eval": None}, "training": {"max_steps": 1}, **blocks}
     settings = write_settings(tmp_path, **blocks)
-    forked.finished(settings)
+    finish_debug(settings)
     (checkpoint,) = (tmp_path / "runs" / "tiny" / "checkpoints").glob(
         "step_*/rank_00000.safetensors"
     )

@@ -6,9 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import forked
 import pytest
-from support import WORDS, metric_lines, rows, tiny_spec, write_settings
 
 from orchestrator.data.order import permutation
 from orchestrator.engines import scale
@@ -18,6 +16,9 @@ from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import committed
 from orchestrator.training.rundir import RunDir
+from support.debug_runs import finish_debug
+from support.run_files import metric_lines
+from support.tiny_settings import WORDS, random_rows, tiny_spec, write_settings
 
 STEPS: dict[str, Any] = {
     "training": {"max_steps": 8, "logging_steps": 1},
@@ -30,7 +31,7 @@ STEPS: dict[str, Any] = {
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run of two ranks, with checkpoints of steps 3, 6 and 8."""
     folder = tmp_path_factory.mktemp("replayed")
-    forked.finished(write_settings(folder, **STEPS), ranks=2)
+    finish_debug(write_settings(folder, **STEPS), ranks=2)
     return RunDir(folder / "runs" / "tiny")
 
 
@@ -66,7 +67,7 @@ def test_a_step_of_two_ranks_while_someone_owns_the_run(run_dir: RunDir) -> None
     )
     batch = permutation(32, 7, 1)[16:24]  # the third of the second epoch
     assert {pair.row for pair in made.pairs} == set(batch + 1)
-    source = rows(32)
+    source = random_rows(32)
     for pair in made.pairs:
         row = source[pair.row - 1]
         assert (pair.prompt, pair.chosen.split("<|")[0]) == (row["prompt"], row["chosen"])
@@ -74,7 +75,7 @@ def test_a_step_of_two_ranks_while_someone_owns_the_run(run_dir: RunDir) -> None
 
 
 def test_steps_between_are_redone_and_all_is_printed(run_dir: RunDir) -> None:
-    said = forked.finished(run_dir.path, "--replay-step", "5", "batch.micro_batch_size=4")
+    said = finish_debug(run_dir.path, "--replay-step", "5", "batch.micro_batch_size=4")
     assert "step 5 of tiny on cpu, after repeating 1 step from step_00000003" in said
     assert said.count("\nrow ") == 8
     assert said.count(", reference ") == 16
@@ -132,9 +133,9 @@ def test_what_cannot_be_replayed_is_refused(
 )
 def test_a_step_of_other_engines_and_references(tmp_path: Path, blocks: dict[str, Any]) -> None:
     settings = write_settings(tmp_path, **{**STEPS, **blocks, "checkpoint": {"every_steps": 5}})
-    forked.finished(settings, ranks=2)
+    finish_debug(settings, ranks=2)
     run_dir = RunDir(tmp_path / "runs" / "tiny")
-    said = forked.finished(
+    said = finish_debug(
         run_dir.path, "--replay-step", "8"
     )  # after steps 6 and 7, between which the reference moves
     line = logged(run_dir, 8)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import rows, tiny_spec, write_jsonl
-from tiny import EOS, data_spec, ids, tokenizer
 
 from orchestrator.data.collate import PackedCollator
 from orchestrator.data.order import fed_lengths
@@ -25,6 +23,8 @@ from orchestrator.run.rows import (
     row_lines,
     shown_rows,
 )
+from support.tiny_parts import EOS, data_spec, ids, tokenizer
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl
 
 TEXT = {"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}
 ODD = {"prompt": "Say it. \nNow:\n", "chosen": "yes\n", "rejected": "no\x1b[2J"}
@@ -86,7 +86,7 @@ def test_what_truncation_takes_is_shown(
 @pytest.mark.parametrize("settings", CUTS, ids=str)
 def test_what_is_shown_is_what_a_batch_holds(settings: dict[str, Any], tmp_path: Path) -> None:
     content = [
-        *rows(20, longest=4),
+        *random_rows(20, longest=4),
         {**TEXT, "prompt": ""},
         {**TEXT, "prompt": "p" * 60},
         {**TEXT, "chosen": "vw"},
@@ -113,7 +113,7 @@ def test_what_is_shown_is_what_a_batch_holds(settings: dict[str, Any], tmp_path:
 @pytest.mark.parametrize("settings", CUTS, ids=str)
 def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) -> None:
     content = [
-        {name: text.strip() for name, text in row.items()} for row in rows(40, longest=5)
+        {name: text.strip() for name, text in row.items()} for row in random_rows(40, longest=5)
     ]  # no ties when cut
     data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), **settings)
     (made,) = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache").sets
@@ -200,8 +200,8 @@ def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
 
 
 def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
-    content = [{**row, "score": 1} for row in rows(6)]
-    write_jsonl(tmp_path / "eval.jsonl", [*rows(2), *rows(2, seed=1)])
+    content = [{**row, "score": 1} for row in random_rows(6)]
+    write_jsonl(tmp_path / "eval.jsonl", [*random_rows(2), *random_rows(2, seed=1)])
     write_jsonl(tmp_path / "train.jsonl", [*content, content[0]])
     spec = tiny_spec(tmp_path)
     shown_lines = list(lines(spec, 1, colour=False))
@@ -218,8 +218,8 @@ def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_users_collator_is_named(tmp_path: Path) -> None:
-    spec = tiny_spec(tmp_path, data={"collator": "collators:plain"})
-    assert "data.collator collators:plain may lay them out differently" in lines(
+    spec = tiny_spec(tmp_path, data={"collator": "support.user_collators:plain"})
+    assert "data.collator support.user_collators:plain may lay them out differently" in lines(
         spec, 1, colour=False
     )
 

@@ -10,10 +10,10 @@ from typing import Any
 import aiohttp
 import pytest
 import requests
-from support import tiny_spec
 
 from orchestrator.run.ray import submit
 from orchestrator.settings.spec import RunSpec, UserError
+from support.tiny_settings import tiny_spec
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, tiny_spec
 
 from orchestrator.settings.deepspeed import FEATURES, GONE, ZERO_KEYS, contradictions
 from orchestrator.settings.load import load_spec, save_spec
 from orchestrator.settings.spec import RunSpec, UserError
+from support.repository import ROOT
+from support.tiny_settings import tiny_spec
 
 ZERO = "zero_optimization"
 # The file of Hugging Face's guide, stage 2.

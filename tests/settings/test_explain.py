@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import raw_settings, refused, write_settings
 
 from orchestrator.settings.catalogue import described, settings
 from orchestrator.settings.load import SettingsError, load_spec, make_spec
@@ -13,6 +12,7 @@ from orchestrator.settings.near import folded
 from orchestrator.settings.other_names import NO_COUNTERPART, OTHER_NAMES, OTHER_VALUES
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.settings.trl_names import NOT_NEEDED, TRL_NAMES
+from support.tiny_settings import raw_settings, refused, write_settings
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import raw_settings, tiny_spec, write_settings
 
 from orchestrator.settings.load import (
     DATA_KEYS,
@@ -17,6 +16,7 @@ from orchestrator.settings.load import (
     save_spec,
 )
 from orchestrator.settings.spec import UserError
+from support.tiny_settings import raw_settings, tiny_spec, write_settings
 
 
 def yaml(path: Path, text: str) -> Path:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from support import refused, tiny_spec
 
 from orchestrator.settings.optimizers import optimizer_kind
+from support.tiny_settings import refused, tiny_spec
 
 MUON, ADAFACTOR, EIGHT_BIT = (
     "torch.optim.Muon",

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, refused, tiny_spec
 
 from orchestrator.settings.rules import check_metric_for_best
 from orchestrator.settings.spec import UserError
+from support.repository import ROOT
+from support.tiny_settings import refused, tiny_spec
 
 
 @pytest.mark.parametrize(

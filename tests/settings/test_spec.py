@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from support import TINY_MODEL, refused, tiny_spec
 
 from orchestrator.settings.load import SettingsError
 from orchestrator.settings.spec import Block, RunSpec, UserError, changed_on_resume
+from support.tiny_settings import TINY_MODEL, refused, tiny_spec
 
 MAY_CHANGE_ON_RESUME = {
     "run.dir",

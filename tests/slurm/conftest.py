@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from nodes import Nodes
-from slurmd import Slurm, why_no_slurm
+
+from support.cluster_nodes import Nodes
+from support.slurm_cluster import Slurm, why_no_slurm
 
 
 @pytest.fixture(scope="module")

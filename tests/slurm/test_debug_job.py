@@ -5,9 +5,10 @@ would lose.
 from pathlib import Path
 
 import pytest
-from nodes import wait_until
-from slurm_jobs import Job, submit_stubbed
-from slurmd import Slurm
+
+from support.cluster_nodes import wait_until
+from support.slurm_cluster import Slurm
+from support.slurm_jobs import Job, submit_stubbed
 
 pytestmark = pytest.mark.slurm
 

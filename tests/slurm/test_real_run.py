@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from nodes import wait_until
-from slurm_jobs import CANARY, Job, give, slurm_commands
-from slurmd import Slurm
-from support import ROOT, losses, metric_lines, orchestrator
+
+from support.cluster_nodes import wait_until
+from support.command_line import orchestrator
+from support.repository import ROOT
+from support.run_files import losses, metric_lines
+from support.slurm_cluster import Slurm
+from support.slurm_jobs import CANARY, Job, give, slurm_commands
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.timeout(1200)]
 SHORT = {"epochs: 10": "epochs: 0.5", "logging_steps: 10": "logging_steps: 1"}  # 21 of 420 steps

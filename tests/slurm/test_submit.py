@@ -9,12 +9,14 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from slurmd import Slurm
-from support import ROOT, orchestrator, tiny_spec, write_settings
 
 from orchestrator.run.ray.submit import slurm_flags
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import UserError
+from support.command_line import orchestrator
+from support.repository import ROOT
+from support.slurm_cluster import Slurm
+from support.tiny_settings import tiny_spec, write_settings
 
 SIXTEEN = {"num_workers": 16, "resources": {"GPU": 1, "CPU": 7.5}}
 

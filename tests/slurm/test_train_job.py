@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nodes import wait_until
-from slurm_jobs import Job, give, slurm_commands, submit_stubbed, with_stubs
-from slurmd import Slurm
-from support import ROOT
+
+from support.cluster_nodes import wait_until
+from support.repository import ROOT
+from support.slurm_cluster import Slurm
+from support.slurm_jobs import Job, give, slurm_commands, submit_stubbed, with_stubs
 
 pytestmark = pytest.mark.slurm
 Submit = Callable[..., Job]

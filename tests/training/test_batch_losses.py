@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALONE, both_layouts, collator, on_ranks, pair_rows, tiny_model
 
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep
@@ -16,6 +15,8 @@ from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, SchedulerSpec
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.world import World
+from support.thread_ranks import on_ranks
+from support.tiny_parts import ALONE, both_layouts, collator, pair_rows, tiny_model
 
 PAIRS, BETA = 7, 0.3
 DPO = DpoSpec(loss_type=["aot", "sigmoid", "aot_unpaired"], loss_weights=[1, 0.5, 2], beta=BETA)

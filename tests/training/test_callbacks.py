@@ -14,8 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from support import tiny_spec
-from tiny import ALONE
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.trainer_callback import ExportableState
@@ -33,6 +31,8 @@ from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback, without_secrets
 from orchestrator.training.rundir import RunDir
+from support.tiny_parts import ALONE
+from support.tiny_settings import tiny_spec
 
 
 class Recording(TrainerCallback):

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from tiny import ALONE, on_ranks
 
 from orchestrator.engines.base import Shard
 from orchestrator.settings.spec import UserError
@@ -42,6 +41,8 @@ from orchestrator.training.manifest import (
     verify,
 )
 from orchestrator.world import World
+from support.thread_ranks import on_ranks
+from support.tiny_parts import ALONE
 
 META = {"pairs_seen": 8, "engine": {"scheduler": {"milestones": {2: 1, 10: 3}, "lr": [1e-5, 0.1]}}}
 

@@ -6,13 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import engine_runs
 import numpy as np
 import pytest
 import torch
-from ranks import on_gloo
-from support import rows, tiny_spec, write_jsonl
-from tiny import ALONE, PAD, data_spec, on_ranks, tokenizer
 
 from orchestrator.data.collate import PreferenceCollator
 from orchestrator.data.pairs import Pairs, tokenized_pairs
@@ -29,6 +25,11 @@ from orchestrator.training.compute_metrics import (
 from orchestrator.training.evaluate import evaluate
 from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.world import World
+from support import engine_runs
+from support.gloo_ranks import on_gloo
+from support.thread_ranks import on_ranks
+from support.tiny_parts import ALONE, PAD, data_spec, tokenizer
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl
 
 COUNT, BATCH = 7, 3  # pairs: of the set, and of a batch
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
@@ -54,7 +55,7 @@ def user(function: Any, **settings: Any) -> UserMetrics:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("pairs")
-    write_jsonl(made / "train.jsonl", rows(COUNT, longest=4))
+    write_jsonl(made / "train.jsonl", random_rows(COUNT, longest=4))
     return made
 
 

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import rows, without_times, write_jsonl
-from tiny import ALONE, PAD, both_layouts, collator, data_spec, on_ranks, tiny_model, tokenizer
 
 from orchestrator.data.collate import AdaptedCollator, PreferenceCollator
 from orchestrator.data.loader import Loader
@@ -19,6 +17,10 @@ from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import DpoSpec, EngineSpec, LossType, OptimizerSpec, SchedulerSpec
 from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World
+from support.run_files import without_times
+from support.thread_ranks import on_ranks
+from support.tiny_parts import ALONE, PAD, both_layouts, collator, data_spec, tiny_model, tokenizer
+from support.tiny_settings import random_rows, write_jsonl
 
 COUNT = 11
 
@@ -26,7 +28,7 @@ COUNT = 11
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     folder = tmp_path_factory.mktemp("pairs")
-    data = data_spec(train=str(write_jsonl(folder / "train.jsonl", rows(COUNT, longest=4))))
+    data = data_spec(train=str(write_jsonl(folder / "train.jsonl", random_rows(COUNT, longest=4))))
     return tokenized_pairs(data, "train", tokenizer(), folder)
 
 

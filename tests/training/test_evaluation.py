@@ -6,17 +6,18 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import forked
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import metric_lines, rows, write_jsonl, write_settings
 
 from orchestrator.dpo.step import METRICS
 from orchestrator.settings.spec import EVALUATED, UserError
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.export import export
 from orchestrator.training.rundir import RunDir
+from support.debug_runs import finish_debug, run_debug
+from support.run_files import metric_lines
+from support.tiny_settings import random_rows, write_jsonl, write_settings
 
 CALLBACKS = """
 import json, os, signal
@@ -60,7 +61,7 @@ class Run(NamedTuple):
 def run(folder: Path, *words: str, ranks: int = 1, **blocks: Any) -> Run:
     (folder / "my_callbacks.py").write_text(CALLBACKS)
     settings = write_settings(folder, **{"callbacks": ["my_callbacks:NotesEvaluations"], **blocks})
-    return Run(folder / "runs" / "tiny", forked.finished(settings, *words, ranks=ranks, cwd=folder))
+    return Run(folder / "runs" / "tiny", finish_debug(settings, *words, ranks=ranks, cwd=folder))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
     steps, on 2 ranks.
     """
     folder = tmp_path_factory.mktemp("sets")
-    easy, all_rows = rows(3, seed=5), rows(3, seed=5) + rows(4, seed=6)
+    easy, all_rows = random_rows(3, seed=5), random_rows(3, seed=5) + random_rows(4, seed=6)
     sets = {
         name: str(write_jsonl(folder / f"{name}.jsonl", made))
         for name, made in (("easy", easy), ("all", all_rows))
@@ -171,9 +172,9 @@ def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Run:
         checkpoint={"every_steps": 3, "keep": 1, "export": "best"},
         callbacks=["my_callbacks:NotesEvaluations"],
     )
-    killed = forked.run(settings, "callbacks=[my_callbacks:Dies]", ranks=2, cwd=folder)
+    killed = run_debug(settings, "callbacks=[my_callbacks:Dies]", ranks=2, cwd=folder)
     assert -9 in killed.codes, killed.log
-    return Run(folder / "runs" / "tiny", forked.finished(settings, ranks=2, cwd=folder))
+    return Run(folder / "runs" / "tiny", finish_debug(settings, ranks=2, cwd=folder))
 
 
 def test_an_early_end_is_an_end_and_its_count_survives_a_kill(stopped_early: Run) -> None:
@@ -214,7 +215,7 @@ def test_where_no_evaluation_had_a_number_the_last_is_exported_and_a_line_says_s
     settings = write_settings(
         tmp_path, training={"max_steps": 1}, evaluation=evaluation, checkpoint={"export": "best"}
     )
-    ended = forked.run(settings, cwd=tmp_path)
+    ended = run_debug(settings, cwd=tmp_path)
     assert ended.codes == [0], ended.stderr
     assert (
         "no evaluation after a step had a number for eval_odd: the last is exported" in ended.stderr

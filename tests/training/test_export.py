@@ -7,12 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import tiny_spec, write_settings
-from tiny import ALONE, ids, pair_rows, save_adapter, tiny_model, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.engines.base import Shard
@@ -21,6 +18,10 @@ from orchestrator.training.checkpoint import Reader, save
 from orchestrator.training.export import export
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.rundir import RunDir
+from support.debug_runs import finish_debug
+from support.run_callbacks import KeepsLogps
+from support.tiny_parts import ALONE, ids, pair_rows, save_adapter, tiny_model, tokenizer
+from support.tiny_settings import tiny_spec, write_settings
 
 MODEL = tiny_model(seed=4)
 
@@ -192,16 +193,16 @@ def trained(base: Path, reference: dict[str, Any], **model: Any) -> RunDir:
         reference=reference,
         data={"eval": None},
         optimizer={"lr": 2e-2},
-        callbacks=["forked:KeepsLogps"],
+        callbacks=["support.run_callbacks:KeepsLogps"],
     )
-    forked.finished(settings)
+    finish_debug(settings)
     return RunDir(base.parent / "runs" / "tiny")
 
 
 @torch.no_grad()
 def logps(model: Any) -> torch.Tensor:
-    """What forked.KeepsLogps keeps, one sequence at a time by transformers alone."""
-    pairs, found = pair_rows(forked.KeepsLogps.PAIRS), []
+    """What KeepsLogps keeps, one sequence at a time by transformers alone."""
+    pairs, found = pair_rows(KeepsLogps.PAIRS), []
     for side in ("chosen_ids", "rejected_ids"):
         for pair in pairs:
             tokens = torch.tensor([pair["prompt_ids"] + pair[side]])

@@ -10,19 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import (
-    TOLERANCE,
-    changed_file,
-    export_error,
-    export_error_on_ranks,
-    logits,
-    random_base,
-    trained_logits,
-)
-from ranks import on_gloo
 from safetensors.torch import load_file
-from support import raw_settings, tiny_spec
-from tiny import ALONE, tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,6 +29,18 @@ from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
 from orchestrator.training.manifest import sha256_of
 from orchestrator.training.prepare import prepare
+from support.export_checks import (
+    TOLERANCE,
+    changed_file,
+    export_error,
+    export_error_on_ranks,
+    logits,
+    random_base,
+    trained_logits,
+)
+from support.gloo_ranks import on_gloo
+from support.tiny_parts import ALONE, tokenizer
+from support.tiny_settings import raw_settings, tiny_spec
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

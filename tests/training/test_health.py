@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from patience import patience
 
 from orchestrator.training import health
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
+from support.timeouts import scaled_timeout
 
 WAITING = """
 import sys, time
@@ -104,4 +104,4 @@ def test_one_signal_asks_and_a_second_one_ends(tmp_path: Path, number: signal.Si
         assert process.stdout.readline() == f"received {number.name}\n"
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(timeout=patience(10)) == -number
+        assert process.wait(timeout=scaled_timeout(10)) == -number

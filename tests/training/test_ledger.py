@@ -8,12 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import forked
 import pyarrow as pa
 import pytest
 import torch
-from support import ledger_rows, metric_lines, rows, tiny_spec, write_jsonl, write_settings
-from tiny import ALONE, on_ranks, pair_batch
 
 from orchestrator import cli
 from orchestrator.dpo.step import StepOutput
@@ -25,6 +22,12 @@ from orchestrator.training.ledger import COPY, SCHEMA, TAIL, Ledger, SeenPairs, 
 from orchestrator.training.manifest import ReadFailed, listed_in, set_aside, step_folder
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
+from support.debug_runs import finish_debug
+from support.run_files import ledger_rows, metric_lines
+from support.run_hooks import notes_pairs
+from support.thread_ranks import on_ranks
+from support.tiny_parts import ALONE, pair_batch
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl, write_settings
 
 BETA = 0.5
 
@@ -288,12 +291,12 @@ STEPS = 6  # of 8 of 20 pairs: two epochs
 @pytest.mark.parametrize(("precision", "ranks"), [("fp32", 2), ("fp16", 1)])
 def test_a_run_keeps_what_its_steps_gave(tmp_path: Path, precision: str, ranks: int) -> None:
     """With fillers, a batch of another size, two epochs and, in fp16, steps that were skipped."""
-    pairs = write_jsonl(tmp_path / "few.jsonl", rows(20))
+    pairs = write_jsonl(tmp_path / "few.jsonl", random_rows(20))
     settings = write_settings(
         tmp_path, data={"train": str(pairs), "eval": None}, training={"max_steps": STEPS}
     )
     words = [f"precision={precision}", "checkpoint.every_steps=4"]
-    forked.finished(settings, *words, ranks=ranks, hook=forked.notes_pairs)
+    finish_debug(settings, *words, ranks=ranks, hook=notes_pairs)
     run_dir = tmp_path / "runs" / "tiny"
     given = [
         json.loads(line)
@@ -320,5 +323,5 @@ def test_a_run_keeps_what_its_steps_gave(tmp_path: Path, precision: str, ranks: 
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
-    forked.finished(write_settings(tmp_path), "training.max_steps=1", "training.pair_ledger=false")
+    finish_debug(write_settings(tmp_path), "training.max_steps=1", "training.pair_ledger=false")
     assert not (tmp_path / "runs" / "tiny" / "pairs.parquet").exists()

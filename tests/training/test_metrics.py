@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALONE, on_ranks
 
 from orchestrator.dpo.step import METRICS, TOKEN_METRICS
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.world import World
+from support.thread_ranks import on_ranks
+from support.tiny_parts import ALONE
 
 
 def sums(scale: float) -> torch.Tensor:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_spec
-from tiny import ALONE
 
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import save
 from orchestrator.training.rundir import RunDir, write_atomically
+from support.tiny_parts import ALONE
+from support.tiny_settings import tiny_spec
 
 
 def begun(folder: Path, is_trained: bool = True) -> RunDir:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import rows, tiny_spec, write_jsonl
 
 from orchestrator.run.local.debug import debug
 from orchestrator.training import samples
 from orchestrator.training.rundir import RunDir
+from support.tiny_settings import random_rows, tiny_spec, write_jsonl
 
 
 def answers_of_a_run(folder: Path, **blocks: Any) -> list[dict[str, str]]:
@@ -26,9 +26,9 @@ def answers_of_a_run(folder: Path, **blocks: Any) -> list[dict[str, str]]:
 def test_a_run_answers_its_first_evaluation_prompts_before_and_after_training(
     tmp_path: Path,
 ) -> None:
-    held_out = rows(4, seed=1, conversational=True)
+    held_out = random_rows(4, seed=1, conversational=True)
     write_jsonl(tmp_path / "held_out.jsonl", held_out)
-    write_jsonl(tmp_path / "pairs.jsonl", rows(16, conversational=True))
+    write_jsonl(tmp_path / "pairs.jsonl", random_rows(16, conversational=True))
     files = {"train": str(tmp_path / "pairs.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}
     answers = answers_of_a_run(
         tmp_path,
@@ -52,7 +52,7 @@ def test_the_answers_before_are_those_of_the_start(tmp_path: Path) -> None:
 def test_prompts_that_were_held_out_of_the_training_pairs_are_answered(tmp_path: Path) -> None:
     answers = answers_of_a_run(tmp_path, data={"eval": None, "eval_fraction": 0.1})
     assert len(answers) == 2
-    assert {each["prompt"] for each in answers} <= {row["prompt"] for row in rows(32)}
+    assert {each["prompt"] for each in answers} <= {row["prompt"] for row in random_rows(32)}
 
 
 def test_answers_that_fail_are_a_warning_of_a_finished_run(

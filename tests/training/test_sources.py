@@ -5,16 +5,17 @@ after a kill.
 import json
 from pathlib import Path
 
-import forked
 import pytest
 from safetensors.torch import load_file
-from support import losses, metric_lines, rows, write_jsonl, write_settings
 
 from orchestrator.data.order import epoch_order
 from orchestrator.run.local.replay import replay
 from orchestrator.settings.load import load_spec
 from orchestrator.training.prepare import PreparedRun, prepare
 from orchestrator.training.rundir import RunDir
+from support.debug_runs import finish_debug, run_debug
+from support.run_files import losses, metric_lines
+from support.tiny_settings import random_rows, write_jsonl, write_settings
 
 CALLBACKS = """
 import json
@@ -44,8 +45,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("sources")
     (folder / "my_callbacks.py").write_text(CALLBACKS)
-    text = [{**row, "prompt": f"Say {number // 2}"} for number, row in enumerate(rows(20))]
-    chat = str(write_jsonl(folder / "chat.jsonl", rows(8, seed=1, conversational=True)))
+    text = [{**row, "prompt": f"Say {number // 2}"} for number, row in enumerate(random_rows(20))]
+    chat = str(write_jsonl(folder / "chat.jsonl", random_rows(8, seed=1, conversational=True)))
     sets = [str(write_jsonl(folder / "text.jsonl", text)), {"path": chat, "weight": 2.5}]
     return write_settings(
         folder,
@@ -59,7 +60,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(settings: Path) -> Path:
     """The directory of a run of 2 ranks."""
-    forked.finished(settings, ranks=2, cwd=settings.parent)
+    finish_debug(settings, ranks=2, cwd=settings.parent)
     return settings.parent / "runs" / "tiny"
 
 
@@ -108,7 +109,7 @@ def test_a_step_trains_on_its_part_of_the_epoch_and_an_evaluation_on_what_is_hel
 
 
 def test_known_log_probs_of_the_reference_give_the_same_losses(settings: Path, whole: Path) -> None:
-    said = forked.finished(
+    said = finish_debug(
         settings, "run.name=known", "reference.kind=precomputed", cwd=settings.parent
     )
     assert "reference cache: 21 training pairs" in said
@@ -122,15 +123,15 @@ def test_known_log_probs_of_the_reference_give_the_same_losses(settings: Path, w
 def test_a_run_that_was_killed_goes_on_with_the_same_pairs(settings: Path, whole: Path) -> None:
     words = ("run.name=killed", "callbacks=[my_callbacks:DiesOnce]")
     run_dir, chat = settings.parent / "runs" / "killed", settings.parent / "chat.jsonl"
-    assert 1 in forked.run(settings, *words, ranks=2, cwd=settings.parent).codes
+    assert 1 in run_debug(settings, *words, ranks=2, cwd=settings.parent).codes
     rows_before = chat.read_text()
     chat.write_text(rows_before.replace("Say", "Tell", 1))
-    refused = forked.run(settings, *words, cwd=settings.parent)
+    refused = run_debug(settings, *words, cwd=settings.parent)
     assert refused.codes == [2]
     assert "data.train" in refused.stderr  # the value is cut where the paths are long
     assert "its rows or the tokenizer have changed since this run was started" in refused.stderr
     chat.write_text(rows_before)
-    forked.finished(settings, *words, ranks=2, cwd=settings.parent)
+    finish_debug(settings, *words, ranks=2, cwd=settings.parent)
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (run_dir, whole)]
     assert weights[0].keys() == weights[1].keys()
     assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())

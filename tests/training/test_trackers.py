@@ -6,14 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
-from support import losses, tiny_spec, write_settings
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from orchestrator.settings.spec import TRACKERS, UserError
 from orchestrator.training.callbacks import check_callbacks, trackers
 from orchestrator.training.callbacks.trackers import tracker
+from support.debug_runs import finish_debug, run_debug
+from support.run_files import losses
+from support.run_hooks import dies_saving
+from support.tiny_settings import tiny_spec, write_settings
 
 KILLED, SAVED, STEPS = 4, 2, 6
 
@@ -32,9 +34,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         engine={"kind": "fsdp"},
         callbacks=["tensorboard", "mlflow"],
     )
-    killed = forked.run(settings, hook=partial(forked.dies_saving, "begun", 0, KILLED))
+    killed = run_debug(settings, hook=partial(dies_saving, "begun", 0, KILLED))
     assert killed.codes == [-9], killed.log
-    said = forked.finished(settings)
+    said = finish_debug(settings)
     assert "is dropped" not in killed.log + said
     assert f"resumed after step {SAVED}" in said
     return settings.parent / "runs" / "tiny"

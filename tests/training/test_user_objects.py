@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import losses, tiny_spec
-from tiny import PAD
 from transformers import TrainerCallback
 
 from orchestrator.data.collate import CollateContext
@@ -16,6 +14,9 @@ from orchestrator.run.local.debug import debug
 from orchestrator.run.ray.driver import train
 from orchestrator.settings.spec import UserError
 from orchestrator.training.user_objects import UserObjects
+from support.run_files import losses
+from support.tiny_parts import PAD
+from support.tiny_settings import tiny_spec
 
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "on_train_end")
 

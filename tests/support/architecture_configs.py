@@ -5,8 +5,9 @@ cover.
 import re
 from typing import Any
 
-from tiny import EOS, PAD
 from transformers import AutoConfig, PretrainedConfig
+
+from support.tiny_parts import EOS, PAD
 
 HIDDEN, HEADS, LAYERS, VOCABULARY = 32, 4, 2, 300
 COMPASS_ROPE = {

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures.tiny_configs import tiny_config
-from support import write_jsonl
-from tiny import tokenizer
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
@@ -22,6 +19,9 @@ from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import run
 from orchestrator.world import World
+from support.architecture_configs import tiny_config
+from support.tiny_parts import tokenizer
+from support.tiny_settings import write_jsonl
 
 STEPS, BETA, RATE, NORM = 3, 0.5, 0.05, 1.0
 PADDED = "two padded rows per pair instead of a packed one: "

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nodes import wait_until
-from slurmd import Slurm
-from support import ROOT, doc_commands
+from support.cluster_nodes import wait_until
+from support.repository import ROOT, doc_commands
+from support.slurm_cluster import Slurm
 
-STUBS = Path(__file__).parent / "slurm" / "stub"
+STUBS = Path(__file__).parents[1] / "slurm" / "stub"
 CANARY = "canary0123456789"  # a W&B key in the submitting environment
 
 

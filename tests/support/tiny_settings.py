@@ -1,26 +1,15 @@
-"""What many tests need: small preference data, tiny settings, and the command line in a process of
-its own.
-"""
+"""Small preference data, and the settings of a tiny run over them."""
 
 import json
-import os
 import random
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from patience import patience
 
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError
-from orchestrator.training.ledger import read
-from orchestrator.training.rundir import RunDir
 
-ROOT = Path(__file__).parent.parent
 WORDS = [
     "red",
     "blue",
@@ -46,14 +35,7 @@ TINY_MODEL = {
 }
 
 
-def doc_commands(page: str, heading: str) -> list[str]:
-    """Return the blocks of commands below a heading of a page of docs/, as written there."""
-    below = (ROOT / "docs" / page).read_text().partition(f"\n## {heading}\n")[2]
-    chapter = re.split(r"\n##+ ", below)[0]
-    return re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
-
-
-def rows(
+def random_rows(
     count: int, seed: int = 0, conversational: bool = False, longest: int = 12
 ) -> list[dict[str, Any]]:
     """Made-up pairs of random words; lengths vary from 1 to `longest` words."""
@@ -92,8 +74,8 @@ def raw_settings(folder: Path, **blocks: Any) -> dict[str, Any]:
     """
     train, held_out = folder / "train.jsonl", folder / "eval.jsonl"
     if not train.exists():
-        write_jsonl(train, rows(32))
-        write_jsonl(held_out, rows(8, seed=1))
+        write_jsonl(train, random_rows(32))
+        write_jsonl(held_out, random_rows(8, seed=1))
     raw: dict[str, Any] = {
         "run": {"dir": str(folder / "runs"), "name": "tiny", "seed": 7},
         "model": {"init": {"model_type": "qwen2", "vocab_size": 300, "config": dict(TINY_MODEL)}},
@@ -126,50 +108,3 @@ def write_settings(folder: Path, name: str = "run.yaml", **blocks: Any) -> Path:
     path = folder / name
     path.write_text(json.dumps(raw_settings(folder, **blocks)))
     return path
-
-
-def orchestrator(
-    *words: str | Path,
-    cwd: Path | None = None,
-    env: dict[str, str] | None = None,
-    timeout: float = 240,
-) -> subprocess.CompletedProcess[str]:
-    """`orchestrator WORDS...` in a process of its own; stdout and stderr as text."""
-    return subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=patience(timeout),
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        check=False,
-    )
-
-
-def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, parsed."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(line: dict[str, Any]) -> dict[str, Any]:
-    """What is the same whenever a run is repeated."""
-    return {
-        name: value for name, value in line.items() if not name.endswith(("runtime", "_per_second"))
-    }
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    """Training loss by step."""
-    return {line["step"]: line["loss"] for line in metric_lines(run_dir) if "loss" in line}
-
-
-def ledger_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The pair ledger up to the newest checkpoint: each pair of a step once, in the order of steps,
-    and no other row in the folder.
-    """
-    made = read(RunDir(run_dir))[1].to_pylist()
-    keys = [(row["step"], row["pair_id"]) for row in made]
-    assert keys == sorted(set(keys))
-    whole = pq.read_table(run_dir / "pairs.parquet").to_pylist()
-    assert sorted(whole, key=lambda row: (row["step"], row["pair_id"])) == made
-    return made

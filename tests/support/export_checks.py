@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from support import raw_settings
-from tiny import ALONE, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from orchestrator.models.storage import persistent_buffers
@@ -23,6 +21,8 @@ from orchestrator.training.export import export
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
+from support.tiny_parts import ALONE, tokenizer
+from support.tiny_settings import raw_settings
 
 IDS = torch.arange(3, 43).view(2, 20)
 TOLERANCE = 1e-6  # of the largest logit, or of 1 where that is smaller

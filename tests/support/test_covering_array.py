@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from covering import Row, covering, pairs_of
+from support.covering_array import Row, covering, pairs_of
 
 PARTS = {"a": ["1", "2", "3"], "b": ["1", "2"], "c": ["1", "2", "3"], "d": ["1", "2"]}
 

@@ -13,8 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from nodes import Nodes, wait_until, why_not
-from patience import patience
+from support.cluster_nodes import Nodes, wait_until, why_not
+from support.timeouts import scaled_timeout
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ps")
 ENDED = (
@@ -185,7 +185,7 @@ class Slurm:
 
     def ended(self, number: int, seconds: float = 240) -> dict[str, str]:
         """Wait until a job has ended and none of its processes is left; what scontrol then says."""
-        deadline = time.monotonic() + patience(seconds)
+        deadline = time.monotonic() + scaled_timeout(seconds)
         while (job := self.job(number)).get("JobState") not in ENDED:
             assert time.monotonic() < deadline, job
             time.sleep(0.2)

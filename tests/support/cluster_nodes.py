@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from patience import patience
+from support.timeouts import scaled_timeout
 
 NETWORK = "10.77.0"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
@@ -168,7 +168,12 @@ class Nodes:
         """Run a command on a node to its end; stdout and stderr as text."""
         words = self._there(name, command, cwd)
         return subprocess.run(
-            words, text=True, capture_output=True, timeout=patience(timeout), check=False, **options
+            words,
+            text=True,
+            capture_output=True,
+            timeout=scaled_timeout(timeout),
+            check=False,
+            **options,
         )
 
     def _there(self, name: str, command: Sequence[str | Path], cwd: Path | None) -> list[str]:
@@ -320,7 +325,7 @@ def kill_and_wait(pid: int) -> None:
 
 def wait_until(done: Any, seconds: float = 30.0) -> None:
     """Ask until it is so."""
-    deadline = time.monotonic() + patience(seconds)
+    deadline = time.monotonic() + scaled_timeout(seconds)
     while not done():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)

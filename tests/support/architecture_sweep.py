@@ -1,5 +1,6 @@
-"""The table of architectures, each in a process of its own: python tests/architectures/sweep.py
-[MODEL_TYPE...]
+"""Print the table of architectures, each in its own process.
+
+Usage: python tests/support/architecture_sweep.py [MODEL_TYPE...]
 """
 
 import multiprocessing
@@ -17,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import transformers
-from architectures.checked import Row, checked
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.architecture_check import Row, checked
 
 SECONDS = 240
 

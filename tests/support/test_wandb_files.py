@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import wandb
-from offline_wandb import OfflineRun, read_run
+
+from support.wandb_files import OfflineRun, read_run
 
 STEPS = 50
 CONFIG: dict[str, Any] = {

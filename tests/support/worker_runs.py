@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, get_args
 
-from support import losses
-
 from orchestrator.data.refcache import RECORD
 from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
@@ -18,6 +16,7 @@ from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import run
 from orchestrator.world import World
+from support.run_files import losses
 
 PRECISIONS = [
     name for name in get_args(Precision) if name not in ("auto", "tf32")

@@ -17,7 +17,7 @@ def slowdown() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def patience(seconds: float) -> float:
+def scaled_timeout(seconds: float) -> float:
     """Return how long to wait for what takes at most so many seconds on an idle machine.
 
     For what must happen: a wait that ends by its time-out is a failure, so a long one costs a

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from support import tiny_spec
-from tiny import PAD, collator, data_spec, pair_rows, tiny_model, tokenizer
 from torch import nn
 
 from orchestrator.data.collate import Counts, PairBatch, PreferenceCollator
@@ -32,9 +30,11 @@ from orchestrator.training.checkpoint import Reader, save
 from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World
+from support.tiny_parts import PAD, collator, data_spec, pair_rows, tiny_model, tokenizer
+from support.tiny_settings import tiny_spec
 
 CUT_ALL = str(
-    Path(__file__).parent / "cut_all.json"
+    Path(__file__).parent / "zero3_shards_all.json"
 )  # else weights as small as these would not be cut at stage 3
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},

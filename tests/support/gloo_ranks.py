@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from forked import FORKS, free_port, start_forking
-from patience import patience
 
 from orchestrator.world import World
+from support.forkserver import FORKS, free_port, start_forking
+from support.timeouts import scaled_timeout
 
 TIMEOUT_S = 240.0
 
@@ -43,7 +43,7 @@ class Ranks:
         if not self._running:
             self._start()
         results: list[Any] = [None] * self.size
-        waiting, deadline = set(range(self.size)), time.monotonic() + patience(seconds)
+        waiting, deadline = set(range(self.size)), time.monotonic() + scaled_timeout(seconds)
         try:
             for _, pipe in self._running:
                 pipe.send_bytes(pickle.dumps((run, args)))
@@ -102,7 +102,7 @@ def on_gloo(size: int, run: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _rank(pipe: Any, env: dict[str, str]) -> None:
-    gc.freeze()  # as in forked.py
+    gc.freeze()  # as in debug_runs.py
     os.environ.update(env)
     torch.set_num_threads(1)
     world: World | None = None
@@ -112,7 +112,7 @@ def _rank(pipe: Any, env: dict[str, str]) -> None:
         except EOFError:
             os._exit(0)
         try:
-            world = world or World.join(patience(60), use_gpu=False)
+            world = world or World.join(scaled_timeout(60), use_gpu=False)
             made = False, run(world, *args)
         except BaseException:
             made = True, traceback.format_exc()

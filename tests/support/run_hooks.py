@@ -1,0 +1,213 @@
+"""Functions that ranks call before they run: they watch the run or make it fail."""
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.data import refcache
+from orchestrator.engines.ddp import DdpEngine
+from orchestrator.models.reference import Absent
+from orchestrator.training import checkpoint, ledger
+from orchestrator.training.manifest import step_folder
+from orchestrator.training.trainer import Trainer
+
+
+def watch() -> None:
+    """Write RUN_DIR/watched{rank}.jsonl: hashes of reference and policy before training or going
+    on, and after each step.
+    """
+    fit, after_update = Trainer.fit, Trainer._after_update
+
+    def note(trainer: Any) -> None:
+        step = trainer.engine.step
+        reference = None if isinstance(step.reference, Absent) else step.reference.tensors()
+        line = {
+            "step": trainer.step,
+            "reference": reference and sha256(*(value for _, value in sorted(reference.items()))),
+            "policy": {name: sha256(p) for name, p in step.policy.named_parameters()},
+        }
+        with open(trainer.run_dir.path / f"watched{trainer.world.rank}.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def watched_fit(trainer: Any) -> Any:
+        note(trainer)
+        return fit(trainer)
+
+    def watched_update(trainer: Any, outputs: Any) -> None:
+        after_update(trainer, outputs)
+        note(trainer)
+
+    Trainer.fit, Trainer._after_update = watched_fit, watched_update
+
+
+def notes_pairs() -> None:
+    """Write RUN_DIR/given{rank}.jsonl: what each batch gave of each of its pairs, and whether its
+    step was skipped. The loss scale of fp16 is too large at first.
+    """
+    micro_steps, optimizer_step = Trainer.micro_steps, DdpEngine.optimizer_step
+    given: list[dict[str, Any]] = []
+    notes: list[Path] = []
+
+    def noted(trainer: Any, made: Any) -> Any:
+        if trainer.engine.scale.enabled and not trainer.pairs_seen:
+            trainer.engine.scale.value = 2.0**24
+        outputs = micro_steps(trainer, made)
+        for batch, output in outputs:
+            columns = {"pair_id": batch.pair_ids, "loss": output.losses}
+            for name, both in (("", output.logps), ("ref_", output.ref_logps)):
+                columns[f"{name}chosen_logps"], columns[f"{name}rejected_logps"] = both.chunk(2)
+            for i in batch.pair_weights.nonzero().flatten().tolist():
+                given.append(
+                    {
+                        "step": trainer.step + 1,
+                        **{name: column[i].item() for name, column in columns.items()},
+                    }
+                )
+        notes[:] = [trainer.run_dir.path / f"given{trainer.world.rank}.jsonl"]
+        return outputs
+
+    def told(engine: Any, apply: bool) -> Any:
+        with open(notes[0], "a") as file:
+            file.writelines(json.dumps({**pair, "skipped": not apply}) + "\n" for pair in given)
+        given.clear()
+        return optimizer_step(engine, apply)
+
+    Trainer.micro_steps, DdpEngine.optimizer_step = noted, told
+
+
+def sha256(*tensors: torch.Tensor) -> str:
+    """Of their content."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def at_step(step: int, number: int) -> None:
+    """Every rank sends itself a signal when it has taken that step."""
+    after_update = Trainer._after_update
+
+    def interrupted(trainer: Any, outputs: Any) -> None:
+        after_update(trainer, outputs)
+        if trainer.step == step:
+            os.kill(os.getpid(), number)
+
+    Trainer._after_update = interrupted
+
+
+def dies_filling(question: int) -> None:
+    """SIGKILL at the so many-th question that a fill of the cache asks the reference, on every
+    rank.
+    """
+    ask, asked = DdpEngine.reference_logps, count(1)
+
+    def dying(engine: Any, batch: Any) -> torch.Tensor:
+        if next(asked) == question:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ask(engine, batch)
+
+    DdpEngine.reference_logps = dying
+
+
+def disk_full_after(writes: int) -> None:
+    """No space is left for log-probs of the reference after so many writes on each rank."""
+    written = count(1)
+
+    def full(path: Any, mode: str = "r") -> Any:
+        if "a" in mode and next(written) > writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return open(path, mode)
+
+    refcache.__dict__["open"] = full
+
+
+def dies_saving(stage: str, rank: int, step: int) -> None:
+    """SIGKILL at a stage of the save of a step, on one rank.
+
+    Every save makes a part of the ledger's tail.
+    """
+    ledger.PART_ROWS = 1
+    if int(os.environ["RANK"]) != rank:
+        return
+
+    def is_file(start: str) -> Callable[..., bool]:
+        def is_it(*args: Any) -> bool:
+            path = next(arg for arg in args if isinstance(arg, Path))
+            return path.name.startswith(start) and f"step_{step:08d}" in path.parent.name
+
+        return is_it
+
+    stages: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
+        "begun": (checkpoint._Draft, "write", lambda draft, *_: draft.step == step, "before"),
+        "half written": (checkpoint, "save_tensors", is_file("rank_"), "in the middle"),
+        "written": (checkpoint, "synced_sha256", is_file("rank_"), "before"),
+        "rows half written": (checkpoint, "write_rows", is_file("pairs_"), "in the middle"),
+        "part begun": (
+            ledger,
+            "write_rows",
+            lambda _, path: path.name.startswith(".steps_"),
+            "in the middle",
+        ),
+        "part made": (ledger, "sync_folder", lambda _: True, "after"),
+        "recorded": (
+            checkpoint,
+            "write_atomically",
+            is_file("rank_"),
+            "after",
+        ),  # in the background alone
+        "complete": (checkpoint, "synced_sha256", is_file("meta.json"), "after"),
+        "renamed": (checkpoint, "write_atomically", is_file("manifest.json"), "before"),
+        "committed": (
+            checkpoint,
+            "retain",
+            lambda folder, *_: step_folder(folder, step).exists(),
+            "before",
+        ),
+    }
+    home, name, is_due, when = stages[stage]
+    call = getattr(home, name)
+
+    def dying(*args: Any) -> Any:
+        due = is_due(*args)
+        if due and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = call(*args)
+        if due and when == "in the middle":
+            os.truncate(args[1], os.path.getsize(args[1]) // 2)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    setattr(home, name, dying)
+
+
+def disk_full_saving(rank: int, step: int) -> None:
+    """No space is left for a rank's part of the checkpoint of a step."""
+    write = checkpoint._Draft.write
+
+    def full(draft: Any, *args: Any) -> Any:
+        if (draft.world.rank, draft.step) == (rank, step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(draft, *args)
+
+    checkpoint._Draft.write = full
+
+
+def slow_saves(seconds: float) -> None:
+    """Every rank takes its time to write its part of a checkpoint."""
+    write = checkpoint._Draft.write
+
+    def slow(draft: Any, *args: Any) -> Any:
+        time.sleep(seconds)
+        return write(draft, *args)
+
+    checkpoint._Draft.write = slow
