@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from orchestrator.data.collate import Counts
-from orchestrator.settings.spec import OF_BATCH, DpoSpec, LossType, UserError
+from orchestrator.settings.spec import DpoSpec, UserError
 from orchestrator.user_code import call_user_code, user_attribute
 
 MAX_EXPONENT = 80.0
@@ -83,11 +83,11 @@ def pair_losses(terms: PairTerms, dpo: DpoSpec, counts: Counts) -> torch.Tensor:
     Zhou et al. 2024, arXiv 2406.11827, eq. 2.
     """
     found = torch.zeros_like(terms.chosen_logps)
-    for name, weight in zip(dpo.loss_types, dpo.weights, strict=True):
-        if name in OF_BATCH:
+    for name, traits, weight in zip(dpo.loss_types, dpo.traits, dpo.weights, strict=True):
+        if traits.needs_whole_batch:
             continue
         losses = loss_of(name)(terms, dpo)
-        if name in TOKEN_MEANS:
+        if traits.is_token_mean:
             losses = losses * (counts.pairs / (counts.chosen_tokens or 1))
         found = found + weight * losses
     return found if terms.on_policy is None else terms.on_policy * found
@@ -383,7 +383,7 @@ def batch_losses(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch
         losses = sum(
             factor * BATCH_LOSSES[name](terms, dpo, weights)
             for name, factor in asked
-            if name in OF_BATCH
+            if name in BATCH_LOSSES
         )
         assert isinstance(losses, torch.Tensor)  # called only if the settings have such a loss
         slopes = torch.autograd.grad(losses @ weights, (chosen, rejected))
@@ -422,9 +422,6 @@ BATCH_LOSSES: dict[str, BatchLoss] = {"aot": aot, "aot_unpaired": aot_unpaired}
 """Losses that need the log-probs of the whole global batch, for which a step first runs all its
 micro-batches once.
 """
-
-TOKEN_MEANS: tuple[LossType, ...] = ("sft",)
-"""Losses that are a mean over the chosen tokens of the global batch, not over its pairs."""
 
 
 # --- a user's losses ------------------------------------------------------------------------------

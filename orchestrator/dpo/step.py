@@ -117,7 +117,7 @@ class PairStep(nn.Module):
 
         of_batch = batch.of_batch
         if (
-            self.dpo.sees_batch and of_batch is None
+            self.dpo.needs_whole_batch and of_batch is None
         ):  # not known until all of the batch has been evaluated
             of_batch = ref_logps.new_zeros(len(batch.pair_ids), 3)
 

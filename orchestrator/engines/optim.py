@@ -100,7 +100,7 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
         UserError: there is no such optimizer, it does not support the device, or it rejects a
             keyword argument.
     """
-    if device is not None and device.type == "cpu" and spec.name.startswith("deepspeed."):
+    if device is not None and device.type == "cpu" and spec.compiles_kernels:
         rule = "takes minutes to compile on a machine without a GPU"
         raise UserError("optimizer.name", spec.name, rule, "use torch.optim.AdamW")
     kind = _named("optimizer.name", spec.name)
@@ -174,7 +174,7 @@ def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec, total_steps:
         UserError: a name or an argument is wrong; the error has the library's message.
     """
     lone = [{"params": [nn.Parameter(torch.zeros(1, 1))], "weight_decay": 0.0}]
-    if optimizer.name.startswith("deepspeed."):  # building one would compile it
+    if optimizer.compiles_kernels:
         kind = _named("optimizer.name", optimizer.name)
         try:
             inspect.signature(kind).bind(lone, lr=optimizer.lr, **optimizer.kwargs)
@@ -308,9 +308,7 @@ def check_built(made: Any, groups: ParamGroups, engine: EngineSpec) -> Optimizer
     if isinstance(made, Optimizer):
         check_optimizer("optimizers", name_of(made), engine)
     # ZeroRedundancyOptimizer pairs its groups with those passed to it, in order
-    return _check_held(
-        made, groups, "optimizers", paired=engine.kind == "ddp" and engine.shard_optimizer
-    )
+    return _check_held(made, groups, "optimizers", paired=engine.deals_parameters)
 
 
 def _check_held(made: Any, groups: ParamGroups, key: str, paired: bool) -> Optimizer:

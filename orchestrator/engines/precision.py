@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from orchestrator.models.dtypes import DTYPES
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.spec import Precision, UserError
 
 
@@ -57,12 +58,12 @@ def dtype_of(precision: Precision) -> torch.dtype:
 
 def is_16_bit(precision: Precision) -> bool:
     """Return whether the precision computes in 16 bits."""
-    return precision in ("bf16", "fp16")
+    return PRECISION_TRAITS[precision].is_16_bit
 
 
 def dtype_held(precision: Precision) -> torch.dtype:
-    """Return the dtype of the trainable weights: small updates would be lost in 16 bits."""
-    return torch.float64 if precision == "fp64" else torch.float32
+    """Return the dtype of the trainable weights."""
+    return torch.float64 if PRECISION_TRAITS[precision].weights == "fp64" else torch.float32
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:

@@ -29,6 +29,7 @@ from orchestrator.engines.precision import Types, dtype_held, is_16_bit
 from orchestrator.engines.scale import LossScale
 from orchestrator.models.dtypes import dtype_name
 from orchestrator.models.storage import persistent_buffers
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.spec import EngineSpec, Precision
 from orchestrator.world import World
 
@@ -80,7 +81,7 @@ class SteppingEngine:
         self.held = dtype_held(precision)
         self.frozen_held = frozen_dtype or self.held
         self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
-        self.scale = LossScale(precision == "fp16")
+        self.scale = LossScale(PRECISION_TRAITS[precision].scales_loss)
         self.forward_is_collective = settings.shards_weights
 
     # --- overridden by each engine ----------------------------------------------------------------

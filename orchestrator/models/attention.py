@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from orchestrator.data.collate import PairSpan, Segments
 from orchestrator.models.layers import decoder_layers
 from orchestrator.models.rope import fixed_up_to
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.spec import AttentionName, Precision, UserError
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ def choose_kernel(
     Raises:
         UserError: the kernel in the settings does not run on this device with this precision.
     """
-    flash_types = precision in ("bf16", "fp16")
+    flash_types = PRECISION_TRAITS[precision].is_16_bit
     best: AttentionName = "cpu" if device.type == "cpu" else "sdpa"
     if device.type == "cuda" and flash_types and torch.cuda.get_device_capability(device)[0] >= 8:
         best = "varlen"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,7 +32,6 @@ from orchestrator.settings.spec import (
     Dtype,
     InitSpec,
     LoraSpec,
-    Quantized,
     RunSpec,
     UserError,
 )
@@ -192,7 +191,7 @@ def build_policy(
             would leave out.
     """
     lora = spec.model.lora
-    mapped = mapped and not (lora is not None and lora.base in get_args(Quantized))
+    mapped = mapped and not (lora is not None and lora.quantized_base)
     if spec.model.path is not None:
         model = load_model("model.path", spec.model.path, spec.model.disable_dropout, dtype, mapped)
     elif mapped:
@@ -206,9 +205,7 @@ def build_policy(
         fuse(model)
     if lora is not None:
         model = _with_adapter(model, lora, spec, dtype, device or model.device)
-    elif (
-        spec.model.num_frozen_layers is not None and spec.reference.kind != "shared_layers"
-    ):  # it freezes them itself
+    elif spec.model.num_frozen_layers is not None and not spec.reference.traits.shares_layers:
         freeze_lowest(
             model, spec.model.num_frozen_layers, keep_head=spec.model.tied_head == "untie"
         )
@@ -297,10 +294,10 @@ def _with_adapter(
     """Return the model as a frozen base, quantised or cast as model.lora.base says, with a
     trainable adapter.
     """
-    if lora.base in get_args(Quantized):
-        model = quantized(model, lora.base, device)  # pyright: ignore[reportArgumentType]
-    elif lora.base is not None:
-        model = cast_to(model, lora.base)  # pyright: ignore[reportArgumentType]
+    if lora.quantized_base is not None:
+        model = quantized(model, lora.quantized_base, device)
+    elif lora.cast_base is not None:
+        model = cast_to(model, lora.cast_base)
     with weights_aside(model, dtype) if lora.base is None else nullcontext():
         add_adapter(model, lora, spec.run.seed, dtype, spec.model.disable_dropout)
     return model

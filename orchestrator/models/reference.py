@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from orchestrator.models.logps import body_hidden, layout_of, sequence_logps
 from orchestrator.models.mapped import mapped_twin
 from orchestrator.models.policy import cast_to, check_head, load_model
 from orchestrator.models.quantized import is_quantized, quantized
-from orchestrator.settings.spec import Quantized, RunSpec, UserError
+from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.world import World
 
 if TYPE_CHECKING:
@@ -478,9 +478,9 @@ def _copy(
         full = load_model(
             "reference.path", wanted.path, spec.model.disable_dropout, dtype, mapped=wanted.sharded
         )
-    elif spec.model.lora is not None or wanted.kind not in get_args(Quantized):
+    elif spec.model.lora is not None or not wanted.traits.is_quantized:
         full = _start_of(spec, policy)
-    if wanted.kind in get_args(Quantized):
+    if wanted.traits.is_quantized:
         if (
             full.dtype != dtype
         ):  # its layers return their input's dtype, and autocast cannot mix two 16-bit dtypes
@@ -511,7 +511,7 @@ def _start_of(spec: RunSpec, policy: "PreTrainedModel") -> Any:
     policy.to(device)  # pyright: ignore[reportArgumentType]
     goes_on, is_quantised = (
         lora is not None and lora.adapter_path is not None,
-        spec.reference.kind != "copy",
+        spec.reference.traits.is_quantized,
     )
     if lora is None or (goes_on and not is_quantised):
         return start
@@ -608,7 +608,7 @@ def _of_function(
     """
     key, name = "ref_model", getattr(ref_model, "__name__", type(ref_model).__name__)
     wanted = spec.reference
-    if wanted.kind != "copy" or wanted.path is not None or wanted.dtype is not None:
+    if not wanted.traits.is_copy or wanted.path is not None or wanted.dtype is not None:
         rule = "the settings define the reference too"
         raise UserError(
             key, name, rule, "remove reference.kind, reference.path and reference.dtype"

@@ -23,10 +23,6 @@ HIGHEST_LR = {
 HIGHEST_LR_OF_ADAM, LOWEST_LR = 1e-2, 1e-10
 TYPICAL_LR = "usual values for DPO with AdamW are 1e-7 to 1e-5, with model.lora up to 1e-4"
 ODD_BETA = (1e-3, 5.0)
-PER_TOKEN = (
-    "simpo",
-    "sigmoid_norm",
-)  # losses whose beta multiplies log-probs per token and is therefore larger
 MANY_EPOCHS = 10
 
 
@@ -58,7 +54,8 @@ def _learning(spec: RunSpec, known: Known) -> Iterator[str]:
         yield _line(
             "optimizer.lr", f"{lr:g}", "is so low that fp32 weights hardly change", TYPICAL_LR
         )
-    if not ODD_BETA[0] <= beta <= ODD_BETA[1] and not set(PER_TOKEN) & set(spec.dpo.loss_types):
+    is_per_token = any(traits.beta_is_per_token for traits in spec.dpo.traits)
+    if not ODD_BETA[0] <= beta <= ODD_BETA[1] and not is_per_token:
         how = (
             "the reference hardly constrains the policy"
             if beta < 1

@@ -184,14 +184,14 @@ def _losses(spec: RunSpec) -> None:
                 "set it to 0",
             ),
             _Clash(
-                dpo.use_weighting and dpo.sees_batch,
+                dpo.use_weighting and dpo.needs_whole_batch,
                 "dpo.use_weighting",
                 dpo.use_weighting,
                 f"weights single pairs, but {listed} compares sorted pairs with each other",
                 "remove it, or use another dpo.loss_type",
             ),
             _Clash(
-                dpo.sees_batch and not spec.model.disable_dropout,
+                dpo.needs_whole_batch and not spec.model.disable_dropout,
                 "model.disable_dropout",
                 spec.model.disable_dropout,
                 f"{listed} runs the policy twice per step, and dropout would differ between the "

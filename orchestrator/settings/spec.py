@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
+
+from orchestrator.settings.precision import Precision
 
 
 class UserError(Exception):
@@ -60,46 +63,138 @@ LossType = Literal[
     "simpo",
     "orpo",
 ]  # TRL's names; the last three are not among its DPO losses
-SMOOTHED: tuple[LossType, ...] = ("exo_pair", "robust", "aot", "aot_unpaired", "cdpo", "simpo")
-"""Losses that use dpo.label_smoothing."""
-OF_BATCH: tuple[LossType, ...] = ("aot", "aot_unpaired")
-"""Losses over all pairs of the global batch at once, which run the policy twice."""
-OF_SCORES: tuple[LossType, ...] = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "robust",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-    "cdpo",
+
+
+@dataclass(frozen=True)
+class LossTraits:
+    """Facts about a loss that decide which settings it uses and how a step computes it."""
+
+    uses_smoothing: bool = False
+    """Uses dpo.label_smoothing."""
+    takes_margin: bool = False
+    """Uses data.margin_column: it is a loss over the difference of a pair's rewards."""
+    takes_divergence: bool = False
+    """Supports dpo.f_divergence_type. It uses the difference of a pair's scores, in which an
+    unknown term that depends only on the prompt cancels; sft uses no scores.
+    """
+    needs_whole_batch: bool = False
+    """Compares all pairs of the global batch with each other, for which the policy runs twice."""
+    is_token_mean: bool = False
+    """Is a mean over the chosen tokens of the global batch, not over its pairs."""
+    beta_is_per_token: bool = False
+    """Multiplies log-probs per token by dpo.beta, which is therefore larger."""
+    uses_ld_alpha: bool = True
+    """Depends on dpo.ld_alpha."""
+    own_settings: tuple[str, ...] = ()
+    """Settings of the block dpo that only this loss uses."""
+
+
+LOSS_TRAITS: dict[LossType, LossTraits] = {
+    "sigmoid": LossTraits(takes_margin=True, takes_divergence=True),
+    "hinge": LossTraits(takes_margin=True, takes_divergence=True),
+    "ipo": LossTraits(takes_divergence=True),
+    "exo_pair": LossTraits(uses_smoothing=True, takes_margin=True, takes_divergence=True),
+    "nca_pair": LossTraits(),
+    "robust": LossTraits(uses_smoothing=True, takes_margin=True, takes_divergence=True),
+    "bco_pair": LossTraits(),
+    "sppo_hard": LossTraits(),
+    "aot": LossTraits(uses_smoothing=True, needs_whole_batch=True),
+    "aot_unpaired": LossTraits(uses_smoothing=True, needs_whole_batch=True),
+    "apo_zero": LossTraits(),
+    "apo_down": LossTraits(),
+    "discopop": LossTraits(
+        takes_margin=True, takes_divergence=True, own_settings=("discopop_tau",)
+    ),
+    "sft": LossTraits(takes_divergence=True, is_token_mean=True, uses_ld_alpha=False),
+    "sigmoid_norm": LossTraits(takes_margin=True, takes_divergence=True, beta_is_per_token=True),
+    "cdpo": LossTraits(uses_smoothing=True, takes_margin=True, takes_divergence=True),
+    "simpo": LossTraits(
+        uses_smoothing=True,
+        takes_margin=True,
+        beta_is_per_token=True,
+        own_settings=("simpo_gamma",),
+    ),
+    "orpo": LossTraits(),
+}
+USERS_LOSS = LossTraits(
+    uses_smoothing=True,
+    takes_margin=True,
+    takes_divergence=True,
+    own_settings=tuple(name for traits in LOSS_TRAITS.values() for name in traits.own_settings),
 )
-"""Losses that support dpo.f_divergence_type. They use the difference of a pair's scores, in which
-an unknown term that depends only on the prompt cancels; sft uses no scores.
-"""
-WITH_MARGIN: tuple[LossType, ...] = (
-    "sigmoid",
-    "hinge",
-    "exo_pair",
-    "robust",
-    "discopop",
-    "sigmoid_norm",
-    "cdpo",
-    "simpo",
-)
-"""Losses over the difference of a pair's rewards, from which its data.margin_column is subtracted.
-"""
+"""A user's own loss may use any setting of its block."""
+SMOOTHED = tuple(name for name, traits in LOSS_TRAITS.items() if traits.uses_smoothing)
+OF_BATCH = tuple(name for name, traits in LOSS_TRAITS.items() if traits.needs_whole_batch)
+OF_SCORES = tuple(name for name, traits in LOSS_TRAITS.items() if traits.takes_divergence)
+WITH_MARGIN = tuple(name for name, traits in LOSS_TRAITS.items() if traits.takes_margin)
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EngineKind = Literal["ddp", "deepspeed", "fsdp"]
+
+
+@dataclass(frozen=True)
+class EngineTraits:
+    """Facts about an engine that decide which settings it uses and how a run is built for it."""
+
+    own_settings: tuple[str, ...]
+    """Settings of the block engine that only this engine uses."""
+    holds_16_bit_weights: bool = False
+    """In a 16-bit precision it computes with weights of that type, not under autocast."""
+    moves_weights: bool = False
+    """Moves weights from host memory to the device itself, when it wraps them."""
+    keeps_parameters_whole: bool = False
+    """Its optimizer updates whole parameters, not flattened or cut ones."""
+    updates_in_fp32: bool = False
+    """Accumulates gradients and updates weights in fp32, whatever the precision."""
+    casts_sharded_reference: bool = False
+    """In a 16-bit precision it stores the shards of a reference in that type."""
+
+
+ENGINE_TRAITS: dict[EngineKind, EngineTraits] = {
+    "ddp": EngineTraits(("shard_optimizer",), keeps_parameters_whole=True),
+    "deepspeed": EngineTraits(
+        ("zero_stage", "deepspeed_config", "overlap_comm"),
+        holds_16_bit_weights=True,
+        moves_weights=True,
+        updates_in_fp32=True,
+        casts_sharded_reference=True,
+    ),
+    "fsdp": EngineTraits(("reshard_after_forward",), holds_16_bit_weights=True, moves_weights=True),
+}
 ZeroStage = Literal[1, 2, 3]
 EngineOffload = Literal["none", "optimizer", "parameters"]
 ReferenceKind = Literal["copy", "shared_layers", "int8", "nf4", "adapter_off", "precomputed"]
+
+
+@dataclass(frozen=True)
+class ReferenceTraits:
+    """Facts about a kind of reference that decide which settings it uses and how it is built."""
+
+    is_copy: bool = False
+    """Holds a whole model in a floating-point type: it can be cast and kept in host memory."""
+    is_quantized: bool = False
+    """Holds its weights in 8 or 4 bits."""
+    shares_layers: bool = False
+    """Freezes the policy's lowest layers, and shares them."""
+    runs_policy: bool = False
+    """Runs layers of the policy, whose dropout would act on it."""
+    is_precomputed: bool = False
+    """Computes all log-probs before the first step, and is then dropped."""
+    can_be_sharded: bool = False
+    """Has weights of the policy's type, which an engine can shard with the policy's."""
+
+
+REFERENCE_TRAITS: dict[ReferenceKind, ReferenceTraits] = {
+    "copy": ReferenceTraits(is_copy=True, can_be_sharded=True),
+    "shared_layers": ReferenceTraits(shares_layers=True, runs_policy=True, can_be_sharded=True),
+    "int8": ReferenceTraits(is_quantized=True),
+    "nf4": ReferenceTraits(is_quantized=True),
+    "adapter_off": ReferenceTraits(runs_policy=True),
+    "precomputed": ReferenceTraits(is_precomputed=True),
+}
 Quantized = Literal["int8", "nf4"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 CacheMode = Literal["off", "lazy", "full"]
 AttentionName = Literal["auto", "cpu", "varlen", "sdpa", "padded"]
-Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32", "fp64"]
 SchedulerName = Literal[
     "linear",
     "cosine",
@@ -259,6 +354,16 @@ class LoraSpec(Block):
     precision is a 16-bit type), or int8, nf4 of bitsandbytes (QLoRA: Dettmers et al. 2023, arXiv
     2305.14314); fp32 when not set.
     """
+
+    @property
+    def quantized_base(self) -> Quantized | None:
+        """Return the type of a base in 8 or 4 bits, or None."""
+        return next((kind for kind in get_args(Quantized) if kind == self.base), None)
+
+    @property
+    def cast_base(self) -> Dtype | None:
+        """Return the type to which the base is cast, or None."""
+        return next((dtype for dtype in get_args(Dtype) if dtype == self.base), None)
 
 
 class ModelSpec(Block):
@@ -557,9 +662,15 @@ class DpoSpec(Block):
         return [name for name in self.loss_types if ":" in name]
 
     @property
-    def sees_batch(self) -> bool:
+    def traits(self) -> list[LossTraits]:
+        """Return the facts about each loss."""
+        known: dict[str, LossTraits] = {**LOSS_TRAITS}
+        return [known.get(name, USERS_LOSS) for name in self.loss_types]
+
+    @property
+    def needs_whole_batch(self) -> bool:
         """Return whether a loss needs the whole global batch."""
-        return not set(OF_BATCH).isdisjoint(self.loss_types)
+        return any(traits.needs_whole_batch for traits in self.traits)
 
     @property
     def weights(self) -> list[float]:
@@ -615,6 +726,11 @@ class OptimizerSpec(Block):
     """
     kwargs: dict[str, Any] = {}
     """Further keyword arguments of the optimizer, for example {momentum: 0.9}."""
+
+    @property
+    def compiles_kernels(self) -> bool:
+        """Return whether building it compiles kernels, which takes minutes without a GPU."""
+        return self.name.startswith("deepspeed.")
 
 
 class SchedulerSpec(Block):
@@ -717,9 +833,24 @@ class EngineSpec(Block):
         )
 
     @property
+    def traits(self) -> EngineTraits:
+        """Return the facts about the engine, at any stage."""
+        return ENGINE_TRAITS[self.kind]
+
+    @property
     def shards_weights(self) -> bool:
         """Return whether a rank holds only a shard of each weight between forward passes."""
         return self.kind == "fsdp" or (self.kind == "deepspeed" and self.stage == 3)
+
+    @property
+    def deals_parameters(self) -> bool:
+        """Return whether each parameter's optimizer state is whole, on one of the ranks."""
+        return self.traits.keeps_parameters_whole and self.shard_optimizer
+
+    @property
+    def label(self) -> str:
+        """Return the engine's name in printed lines; empty for ddp, the default."""
+        return {"ddp": "", "fsdp": "fsdp", "deepspeed": f"ZeRO-{self.stage}"}[self.kind]
 
 
 def deepspeed_json(given: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -789,9 +920,14 @@ class ReferenceSpec(Block):
     """Size of an update: reference = sync_alpha * policy + (1 - sync_alpha) * reference."""
 
     @property
+    def traits(self) -> ReferenceTraits:
+        """Return the facts about the kind of reference."""
+        return REFERENCE_TRAITS[self.kind]
+
+    @property
     def is_approximate(self) -> bool:
         """Return whether the reference only approximates the model that it stands for."""
-        return self.kind in get_args(Quantized) or self.dtype is not None
+        return self.traits.is_quantized or self.dtype is not None
 
     @field_validator("cache", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import PolicyStart, Reference
 from orchestrator.settings.counts import counted
 from orchestrator.settings.notes import Known, notes
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.spec import Precision, RunSpec
 from orchestrator.training.compute_metrics import bytes_together
 from orchestrator.training.prepare import PreparedRun, evaluation_named
@@ -73,9 +74,7 @@ def print_run(
             f"each evaluation gathers {size / 2**20:,.1f} MB of logits in the memory of rank 0",
             flush=True,
         )
-    engine = {"ddp": "", "fsdp": " under fsdp", "deepspeed": f" under ZeRO-{spec.engine.stage}"}[
-        spec.engine.kind
-    ]
+    engine = f" under {spec.engine.label}" if spec.engine.label else ""
     where = f"{counted(world.size, 'rank')} on {world.device.type} in {precision}{engine}"
     print(
         f"{where}, {counted(spec.batch.global_batch_size, 'pair')} a step, "
@@ -120,11 +119,12 @@ def print_types(engine: Engine, precision: Precision) -> None:
             types.arithmetic != precision or step.reference_arithmetic is not nullcontext
         )
         reference = f"{held}, arithmetic {precision} by autocast" if casts else held
-    softmax = "fp64" if precision == "fp64" else "fp32"
+    traits = PRECISION_TRAITS[precision]
     print(
         f"types: weights {types.weights}, arithmetic {types.arithmetic}, gradients "
-        f"{types.gradients}, optimizer state {types.state}; softmax {softmax}, log-probs and loss "
-        f"summed in fp64; reference {reference}; TF32 {'on' if precision == 'tf32' else 'off'}",
+        f"{types.gradients}, optimizer state {types.state}; softmax {traits.weights}, log-probs "
+        f"and loss summed in fp64; reference {reference}; "
+        f"TF32 {'on' if traits.uses_tf32 else 'off'}",
         flush=True,
     )
 
@@ -145,7 +145,7 @@ def print_models(
     print(f"{trained:,} trainable parameters; reference: {kind}, ", end="")
     print(
         "freed before the first step"
-        if spec.reference.kind == "precomputed"
+        if spec.reference.traits.is_precomputed
         else f"{own:.3g} MB {where} on each rank"
     )
     if (

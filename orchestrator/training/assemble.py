@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -22,8 +22,8 @@ from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.policy import build_policy, pair_cost
 from orchestrator.models.quantized import exact_int8_products
 from orchestrator.models.reference import Absent, Reference, build_reference, place
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.rules import refuse_moving_shards
-from orchestrator.settings.spec import Quantized
 from orchestrator.training.announce import print_frozen, print_models, print_run, print_types
 from orchestrator.training.callbacks import Callbacks, training_args
 from orchestrator.training.checkpoint import Reader, seed_everything
@@ -55,7 +55,7 @@ def assembled(
     callbacks: all callbacks of this rank; those of `user` are ignored.
     first_batch_only: train on the pairs of the first global batch only, without evaluation.
     """
-    with tf32_switched(context.precision == "tf32"):
+    with tf32_switched(PRECISION_TRAITS[context.precision].uses_tf32):
         trainer = _assemble(context, prepared, user, checkpoint, callbacks, first_batch_only)
         with closing(trainer.engine):
             yield trainer
@@ -92,7 +92,7 @@ def _assemble(
     tolerance = start_tolerance(context, engine, loaders.train) if is_new else None
     if spec.reference_cache == "full":
         fill_caches(context, engine, loaders)
-    if spec.reference.kind == "precomputed":
+    if spec.reference.traits.is_precomputed:
         engine.step.reference = Absent()
     del reference
 
@@ -121,8 +121,8 @@ def _build_models(
     """Build policy and reference. Collective."""
     spec, world = context.spec, context.world
     dtype = dtype_held(context.precision)
-    # DeepSpeed casts and moves weights itself: in fp32 they may not fit the device
-    device = world.device if spec.engine.kind == "ddp" else torch.device("cpu")
+    # an engine that casts and moves weights gets them in host memory: in fp32 they may not fit
+    device = torch.device("cpu") if spec.engine.traits.moves_weights else world.device
     policy = build_policy(
         spec, prepared.tokenizer, dtype, device, mapped=spec.engine.shards_weights
     )
@@ -175,7 +175,7 @@ def _pair_step(context: RunContext, policy: Any, reference: Reference) -> PairSt
     settings, casts = spec.reference, context.has_16_bit_weights
     stays = settings.sync_every is not None or settings.dtype is not None or settings.offload
     is_synced_shards = settings.sync_every is not None and settings.sharded
-    if is_synced_shards and casts and spec.engine.kind == "deepspeed":
+    if is_synced_shards and casts and spec.engine.traits.casts_sharded_reference:
         refuse_moving_shards(settings, precision)
     if not settings.sharded and not settings.offload:
         dtype = None
@@ -193,9 +193,8 @@ def _pair_step(context: RunContext, policy: Any, reference: Reference) -> PairSt
 def _engine(context: RunContext) -> Engine:
     """Build the engine of the settings, before it wraps anything."""
     spec, precision = context.spec, context.precision
-    base = spec.model.lora.base if spec.model.lora else None
-    is_cast = base is not None and base not in get_args(Quantized)
-    frozen = DTYPES[base] if is_cast else dtype_held(precision)  # pyright: ignore
+    cast_base = spec.model.lora.cast_base if spec.model.lora else None
+    frozen = DTYPES[cast_base] if cast_base else dtype_held(precision)
     limit, decay = spec.training.max_grad_norm, spec.optimizer.weight_decay
     return engine_class(spec.engine)(spec.engine, context.world, precision, limit, decay, frozen)
 

@@ -24,6 +24,7 @@ from orchestrator.data.pairs import Pairs
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine
+from orchestrator.engines.precision import dtype_held
 from orchestrator.models.head import Head
 from orchestrator.models.layers import body_of
 from orchestrator.models.plain_head import CHUNK_LOGITS
@@ -333,7 +334,7 @@ def bytes_together(user: UserMetrics, pairs: Pairs, vocabulary: int, spec: RunSp
     """Return the bytes of an evaluation set's logits that are in the memory of rank 0 at a time."""
     longest = int(longest_sequences(fed_lengths(pairs.lengths, spec.data.keep_last)).max())
     at_a_time = min(user.batch_size, len(pairs)) if user.batched else len(pairs)
-    return 2 * at_a_time * longest * vocabulary * (8 if spec.precision == "fp64" else 4)
+    return 2 * at_a_time * longest * vocabulary * dtype_held(spec.precision).itemsize
 
 
 def check_memory(user: UserMetrics, pairs: Pairs, vocabulary: int, key: str, spec: RunSpec) -> None:

@@ -26,4 +26,4 @@ class RunContext:
     @property
     def has_16_bit_weights(self) -> bool:
         """Return whether the forward pass has 16-bit weights, and not only 16-bit arithmetic."""
-        return is_16_bit(self.precision) and self.spec.engine.kind != "ddp"
+        return is_16_bit(self.precision) and self.spec.engine.traits.holds_16_bit_weights

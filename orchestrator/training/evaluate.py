@@ -39,7 +39,7 @@ def evaluate(
     if by_token and isinstance(loader.collator, AdaptedCollator):
         counts = over_ranks(world, Counts.total(make(micro).counts for micro in micro_batches))
     sums, dpo = MetricSums(world), engine.step.dpo
-    seen = GlobalBatch(world) if dpo.sees_batch else None
+    seen = GlobalBatch(world) if dpo.needs_whole_batch else None
     table = PairTable(dpo) if user is not None and not user.logits else None
     cached = loader.cache
     known = cached is not None and all(

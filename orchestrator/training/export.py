@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from orchestrator.engines.precision import dtype_held
 from orchestrator.models.adapters import base_name, check_mergeable, without_adapter
 from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.layers import head_is_tied
@@ -312,7 +313,7 @@ def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any
     """
     from transformers import AutoConfig, GenerationConfig
 
-    held = torch.float64 if spec.precision == "fp64" else torch.float32
+    held = dtype_held(spec.precision)
     model: Any = build_policy(spec, _tokenizer(run_dir), held)
     for name, parameter in model.named_parameters():
         if _is_lora(name):

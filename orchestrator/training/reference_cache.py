@@ -29,7 +29,7 @@ def open_caches(spec: RunSpec, loaders: Loaders, identity: dict[str, Any]) -> No
         folder = cache_folder(spec.cache_dir, identity)
     except OSError as error:
         where = f"{spec.cache_dir}/reference_logps cannot be written ({error.strerror})"
-        if spec.reference.kind == "precomputed":
+        if spec.reference.traits.is_precomputed:
             cure = "set data.cache_dir to a writable folder, or reference.kind=copy"
             raise UserError("reference.kind", spec.reference.kind, where, cure) from None
         if spec.reference_cache == "full":
@@ -60,7 +60,7 @@ def fill_caches(context: RunContext, engine: Engine, loaders: Loaders) -> None:
             filled = counted(pairs, f"{name} pair")
             print(f"reference cache: {filled} in {seconds:.1f} s", flush=True)
         missing = max(world.gather(len(loader.cache.unknown())))
-        if missing and spec.reference.kind == "precomputed":
+        if missing and spec.reference.traits.is_precomputed:
             lacking = f"the log-probs of {counted(missing, f'{name} pair')}"
             rule = f"{lacking} could not be written to {loader.cache.folder}"
             cure = "free space there, or set data.cache_dir to another"

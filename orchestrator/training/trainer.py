@@ -15,10 +15,10 @@ import torch
 from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
 from orchestrator.data.loader import StepBatches
 from orchestrator.data.order import RunLength
-from orchestrator.dpo.losses import TOKEN_MEANS
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine, StepResult
 from orchestrator.engines.optim import check_resumable, made_by
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training import checkpoint
 from orchestrator.training.batch_losses import first_pass
@@ -349,7 +349,7 @@ class Trainer:
         if self.engine.forward_is_collective:
             made = self._sync_reference_cache_misses(made)
         dpo, ready = self.spec.dpo, made.micro_batches
-        if dpo.sees_batch:
+        if dpo.needs_whole_batch:
             ready = first_pass(self.engine, made.micro_batches, counts, dpo, self.world)
         outputs: list[tuple[PairBatch, StepOutput]] = []
         last = len(made.micro_batches) - 1
@@ -432,9 +432,10 @@ class Trainer:
         """Check that training can continue after a non-finite gradient: only in fp16, which lowers
         its loss scale, and for a limited number of steps.
         """
-        if self.context.precision == "fp16" and in_a_row <= MAX_SKIPPED_IN_A_ROW:
+        traits = PRECISION_TRAITS[self.context.precision]
+        if traits.scales_loss and in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
-        other = " or precision=fp32" if self.context.precision in ("bf16", "fp16") else ""
+        other = " or precision=fp32" if traits.is_16_bit else ""
         other += "".join(f", or fix {name}" for name in self.spec.dpo.own_losses)
         raise TrainingError(
             f"step {self.step + 1} (rank {self.world.rank}): the gradient is not finite after "
@@ -466,7 +467,7 @@ class Trainer:
             return
         self.evaluated_at = self.step
         self.session.heartbeat(self.step, "evaluate")
-        by_token = not set(TOKEN_MEANS).isdisjoint(self.spec.dpo.loss_types)
+        by_token = any(traits.is_token_mean for traits in self.spec.dpo.traits)
         found: dict[str, float] = {}
         for name, loader in self.eval_loaders.items():
             after = self._after_evaluated_batch

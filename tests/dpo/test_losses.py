@@ -16,7 +16,6 @@ from orchestrator.data.collate import Counts
 from orchestrator.dpo.losses import (
     BATCH_LOSSES,
     LOSSES,
-    TOKEN_MEANS,
     PairTerms,
     as_known,
     batch_losses,
@@ -64,7 +63,7 @@ def slopes(
 def test_every_name_of_the_settings_has_a_loss_and_no_other() -> None:
     assert tuple(name for name in get_args(LossType) if name not in BATCH_LOSSES) == tuple(LOSSES)
     assert tuple(BATCH_LOSSES) == OF_BATCH
-    assert {*SMOOTHED, *OF_SCORES, *TOKEN_MEANS, *WITH_MARGIN} <= {*LOSSES, *BATCH_LOSSES}
+    assert {*SMOOTHED, *OF_SCORES, *WITH_MARGIN} <= {*LOSSES, *BATCH_LOSSES}
 
 
 def test_the_chosen_half_comes_first() -> None:

@@ -613,7 +613,7 @@ def _state_bytes(spec: RunSpec) -> float:
 
     if optimizer_kind(spec.optimizer.name) != "elementwise":
         return 0.0
-    if spec.optimizer.name.startswith("deepspeed."):
+    if spec.optimizer.compiles_kernels:
         return 8.0  # two fp32 moments; building the optimizer would compile it
     p = torch.nn.Parameter(torch.zeros(8, 8, dtype=dtype_held(spec.precision)))
     p.grad = torch.zeros_like(p)

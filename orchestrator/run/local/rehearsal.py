@@ -18,6 +18,7 @@ from orchestrator.data.order import Integers
 from orchestrator.data.pairs import Pairs
 from orchestrator.run.local.trial import NothingToSave, scratch_run
 from orchestrator.settings.load import looks_local
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.spec import EngineSpec, RunSpec, SchedulerSpec, UserError
 from orchestrator.training.assemble import assembled
 from orchestrator.training.context import RunContext
@@ -89,17 +90,15 @@ def _on_cpu(spec: RunSpec, pairs: int) -> RunSpec:
     run.
     """
     updates: dict[str, Any] = {
-        "engine": EngineSpec(
-            shard_optimizer=spec.engine.shard_optimizer and spec.engine.kind == "ddp"
-        ),  # pyright: ignore
+        "engine": EngineSpec(shard_optimizer=spec.engine.deals_parameters),  # pyright: ignore
         "scheduler": SchedulerSpec(),
         "batch": spec.batch.model_copy(update={"global_batch_size": pairs}),
         "reference": spec.reference.model_copy(update={"sharded": False}),
-        "precision": "fp64" if spec.precision == "fp64" else "fp32",
+        "precision": PRECISION_TRAITS[spec.precision].weights,
     }
     if spec.model.attention in ("varlen", "cpu"):
         updates["model"] = spec.model.model_copy(update={"attention": "auto"})
-    if spec.optimizer.name.startswith("deepspeed."):
+    if spec.optimizer.compiles_kernels:
         updates["optimizer"] = spec.optimizer.model_copy(
             update={"name": "torch.optim.AdamW", "kwargs": {}}
         )

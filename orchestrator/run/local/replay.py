@@ -26,6 +26,7 @@ from orchestrator.run.local.trial import NothingToSave, scratch_run
 from orchestrator.settings.counts import counted
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.optimizers import optimizer_kind
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
 from orchestrator.training.assemble import assembled
 from orchestrator.training.checkpoint import Reader
@@ -147,6 +148,7 @@ def _taken(
     """Return the batches of the next step, its outputs, and the gradient norm, after batches that
     fp16 skips.
     """
+    scales_loss = PRECISION_TRAITS[trainer.context.precision].scales_loss
     for skipped in count():
         batches = next(steps)
         if stops:
@@ -159,7 +161,7 @@ def _taken(
         outputs = trainer.micro_steps(batches)
         is_finite = bool(trainer.engine.grads_finite())
         grad_norm = float(trainer.engine.optimizer_step(apply=False).grad_norm)
-        if is_finite or trainer.context.precision != "fp16" or skipped == MAX_SKIPPED_IN_A_ROW:
+        if is_finite or not scales_loss or skipped == MAX_SKIPPED_IN_A_ROW:
             return batches, outputs, grad_norm
     raise AssertionError  # not reached: count() is endless
 
