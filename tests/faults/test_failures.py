@@ -149,7 +149,7 @@ def test_other_rows_under_the_same_name_are_refused(tmp_path: Path) -> None:
 
 
 SCORES_NOTHING = """
-from collators import plain
+from support.user_collators import plain
 
 def collate(rows):
     made = plain(rows)
