@@ -16,6 +16,7 @@ from orchestrator.settings.optimizers import (
     check_optimizer,
     optimizer_kind,
 )
+from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.spec import (
     DATA_SUFFIXES,
     EVALUATED,
@@ -66,6 +67,7 @@ def check_rules(spec: RunSpec) -> None:
         _losses,
         _loss_options,
         _model_parts,
+        _attention,
         _reference_shares,
         _reference_weights,
         _reference_sharded,
@@ -747,13 +749,8 @@ def _reference_sync(spec: RunSpec) -> None:
         why = "log-probs computed once belong to one fixed reference"
     elif reference.cache == "full":
         why = "log-probs cached by reference.cache=full are wrong once the reference is updated"
-    if (
-        not why
-        and reference.sharded
-        and spec.engine.kind == "deepspeed"
-        and spec.precision in ("bf16", "fp16")
-    ):
-        refuse_moving_shards(reference, spec.precision)
+    if not why and reference.sharded and spec.engine.traits.casts_sharded_reference:
+        _check_synced_shards(spec)
     if why:
         cure = (
             "remove it, or train without model.lora"
@@ -769,19 +766,26 @@ def _reference_sync(spec: RunSpec) -> None:
         raise UserError("reference.sync_every", reference.sync_every, why, cure)
 
 
-def refuse_moving_shards(reference: ReferenceSpec, precision: str) -> None:
-    """Raise the error for syncing a reference whose shards DeepSpeed stores in 16 bits.
+def _check_synced_shards(spec: RunSpec) -> None:
+    """Check that an engine does not store the shards of a synced reference in 16 bits."""
+    kind, precision, sync_every = spec.engine.kind, spec.precision, spec.reference.sync_every
+    if precision == "auto":
+        rule = f"a reference that {kind} shards in 16 bits, as precision=auto may choose, loses "
+        cure = "set precision=fp32, or reference.sharded=false"
+        raise UserError("reference.sync_every", sync_every, f"{rule}small updates", cure)
+    if PRECISION_TRAITS[precision].is_16_bit:
+        rule = f"a reference that {kind} shards in {precision} loses small updates"
+        raise UserError("reference.sync_every", sync_every, rule, "set reference.sharded=false")
 
-    precision: the resolved precision, if the setting is auto.
 
-    Raises:
-        UserError: always, for reference.sync_every.
-    """
-    rule, cure = (
-        f"a reference that deepspeed shards in {precision} loses small updates",
-        "set reference.sharded=false",
-    )
-    raise UserError("reference.sync_every", reference.sync_every, rule, cure)
+def _attention(spec: RunSpec) -> None:
+    precision, attention = spec.precision, spec.model.attention
+    if attention != "varlen" or precision == "auto" or spec.data.collator is not None:
+        return
+    if not PRECISION_TRAITS[precision].is_16_bit:
+        rule = f"needs a GPU from Ampere on and precision bf16 or fp16, not {precision}"
+        cure = "set precision=bf16, or model.attention=auto"
+        raise UserError("model.attention", attention, rule, cure)
 
 
 def _reference_cache(spec: RunSpec) -> None:

@@ -23,7 +23,6 @@ from orchestrator.models.policy import build_policy, pair_cost
 from orchestrator.models.quantized import exact_int8_products
 from orchestrator.models.reference import Absent, Reference, build_reference, place
 from orchestrator.settings.precision import PRECISION_TRAITS
-from orchestrator.settings.rules import refuse_moving_shards
 from orchestrator.training.announce import print_frozen, print_models, print_run, print_types
 from orchestrator.training.callbacks import Callbacks, training_args
 from orchestrator.training.checkpoint import Reader, seed_everything
@@ -174,9 +173,6 @@ def _pair_step(context: RunContext, policy: Any, reference: Reference) -> PairSt
     spec, world, precision = context.spec, context.world, context.precision
     settings, casts = spec.reference, context.has_16_bit_weights
     stays = settings.sync_every is not None or settings.dtype is not None or settings.offload
-    is_synced_shards = settings.sync_every is not None and settings.sharded
-    if is_synced_shards and casts and spec.engine.traits.casts_sharded_reference:
-        refuse_moving_shards(settings, precision)
     if not settings.sharded and not settings.offload:
         dtype = None
         if casts and not stays:

@@ -390,6 +390,29 @@ from support.tiny_settings import refused, tiny_spec
             ["= 2", "wrong once the reference is updated", "set reference.cache=off"],
         ),
         (
+            {
+                "reference": {"sync_every": 2, "sharded": True},
+                "engine": {"kind": "deepspeed", "zero_stage": 3},
+                "precision": "bf16",
+            },
+            "reference.sync_every",
+            ["= 2", "deepspeed shards in bf16 loses small updates", "reference.sharded=false"],
+        ),
+        (
+            {
+                "reference": {"sync_every": 2, "sharded": True},
+                "engine": {"kind": "deepspeed", "zero_stage": 3},
+                "precision": "auto",
+            },
+            "reference.sync_every",
+            ["= 2", "in 16 bits, as precision=auto may choose, loses", "precision=fp32"],
+        ),
+        (
+            {"model": {"attention": "varlen"}, "precision": "tf32"},
+            "model.attention",
+            ["= 'varlen'", "precision bf16 or fp16, not tf32", "precision=bf16", "attention=auto"],
+        ),
+        (
             {"reference": {"sync_every": 2, "sync_alpha": 1.5}},
             "reference.sync_alpha",
             ["1.5", "less than or equal to 1"],
