@@ -222,25 +222,33 @@ def submit(args: argparse.Namespace) -> int:
     """Check the run here and submit it to a cluster."""
     if args.to is None:
         raise UserError("--to", None, "is required", "write --to ray or --to slurm")
-    if args.to == "slurm" and (args.address or not args.wait):
+    if args.to == "ray":
+        return _submit_to_ray(_spec(args), args.address, args.wait)
+    if args.address or not args.wait:
         flag = "--address" if args.address else "--no-wait"
-        raise UserError(
-            "--to",
-            "slurm",
-            f"{flag} applies only to a Ray cluster's job server",
-            f"remove {flag}, or write --to ray",
-        )
-    spec = _spec(args)
-    from orchestrator.run.plan import counted, planned
-    from orchestrator.run.ray import submit as to
+        rule = f"{flag} applies only to a Ray cluster's job server"
+        raise UserError("--to", "slurm", rule, f"remove {flag}, or write --to ray")
+    return _submit_to_slurm(_spec(args))
 
-    if args.to == "ray" and (elsewhere := to.not_on_this_machine(spec)):
+
+def _submit_to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
+    from orchestrator.run.plan import counted
+    from orchestrator.run.ray.submit import not_on_this_machine
+    from orchestrator.run.ray.submit import submit as submit_job
+
+    if elsewhere := not_on_this_machine(spec):
         print(f"{elsewhere} is not on this machine: its rows are checked where the run starts")
     else:
-        _print_facts(counted(spec) if args.to == "ray" else planned(spec, starts_here=False))
-    if args.to == "slurm":
-        return to.to_slurm(spec)
-    return to.to_ray(spec, args.address, args.wait)
+        _print_facts(counted(spec))
+    return submit_job(spec, address, wait)
+
+
+def _submit_to_slurm(spec: RunSpec) -> int:
+    from orchestrator.run.plan import planned
+    from orchestrator.run.slurm import submit as submit_job
+
+    _print_facts(planned(spec, starts_here=False))
+    return submit_job(spec)
 
 
 def stop(args: argparse.Namespace) -> int:
@@ -259,12 +267,12 @@ def stop(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     """Check every node that would train."""
     spec = _spec(args) if args.settings else None
-    from orchestrator.run.checks import preflight
-    from orchestrator.run.ray import driver
+    from orchestrator.run.checks.report import refusal, table
+    from orchestrator.run.ray.node_checks import doctor as check_nodes
 
-    checks = driver.doctor(spec)
-    print(preflight.table(checks))
-    return WRONG if preflight.refusal(checks) else DONE
+    checks = check_nodes(spec)
+    print(table(checks))
+    return WRONG if refusal(checks) else DONE
 
 
 def verify(args: argparse.Namespace) -> int:

@@ -58,8 +58,8 @@ for _ in sys.stdin:
 TRAIN = """
 import sys
 from orchestrator import cli
-from orchestrator.run.ray import driver
-driver.GROWTH_WAIT_S = 0
+from orchestrator.run.ray import elastic
+elastic.GROWTH_WAIT_S = 0
 sys.exit(cli.main(sys.argv[1:]))
 """
 

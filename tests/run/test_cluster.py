@@ -32,7 +32,7 @@ def test_ray_gets_a_short_link_where_socket_names_would_be_too_long(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     os.environ[key] = str(tmp_path / LONG)
-    with cluster._ray_folder() as folder:
+    with cluster.ray_folder() as folder:
         assert Path(folder).resolve() == tmp_path / LONG / "ray"
         name = folder + cluster.LONGEST_SOCKET
         os.makedirs(os.path.dirname(name))
@@ -47,7 +47,7 @@ def test_a_temporary_folder_that_is_short_is_used_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.environ["TMPDIR"] = "/tmp/x"
-    with cluster._ray_folder() as folder:
+    with cluster.ray_folder() as folder:
         assert folder == "/tmp/x/ray"
     assert capsys.readouterr().out == ""
 
@@ -56,7 +56,7 @@ def test_the_limit_is_that_of_the_longest_socket() -> None:
     room = cluster.SOCKET_BYTES - len(cluster.LONGEST_SOCKET) - len("/ray")
     for length, is_link in ((room, False), (room + 1, True)):
         os.environ["TMPDIR"] = "/tmp/" + "x" * (length - 5)
-        with cluster._ray_folder() as folder:
+        with cluster.ray_folder() as folder:
             assert os.path.islink(folder) is is_link
         if is_link:
             os.rmdir(os.environ["TMPDIR"] + "/ray")
@@ -69,7 +69,7 @@ def test_no_short_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         UserError, match=r"TMPDIR = .* is too long.*; set RAY_TMPDIR to a shorter folder"
     ):
-        cluster._ray_folder().__enter__()
+        cluster.ray_folder().__enter__()
 
 
 def test_a_temporary_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_temporary_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> N
         UserError,
         match=r"RAY_TMPDIR = .*cannot be written there \(Not a directory\); set RAY_TMPDIR",
     ):
-        cluster._ray_folder().__enter__()
+        cluster.ray_folder().__enter__()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_train_v2_is_used_whatever_the_environment_says(
 ) -> None:
     monkeypatch.delitem(sys.modules, "ray.train", raising=False)
     os.environ[cluster.TRAIN_V2] = "0"
-    cluster._use_train_v2()
+    cluster.use_train_v2()
     assert os.environ[cluster.TRAIN_V2] == "1"
     assert "RAY_TRAIN_V2_ENABLED=0 is ignored" in capsys.readouterr().out
 
@@ -172,4 +172,4 @@ def test_a_train_v1_that_the_users_program_has_imported_is_one_line(
     with pytest.raises(
         UserError, match=r"RAY_TRAIN_V2_ENABLED = '0': .* unset RAY_TRAIN_V2_ENABLED"
     ):
-        cluster._use_train_v2()
+        cluster.use_train_v2()

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from orchestrator.run.ray import driver
+from orchestrator.run.ray import capacity, driver, elastic
 from orchestrator.run.ray.cluster import check_head
-from orchestrator.run.ray.driver import _pickled, _placeable, _unpickled
+from orchestrator.run.ray.objects import pickled_objects, unpickled_objects
 from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects
@@ -28,8 +28,8 @@ from support.tiny_settings import tiny_spec
     ("placement", "fits"), [("PACK", 5), ("SPREAD", 5), ("STRICT_PACK", 3), ("STRICT_SPREAD", 2)]
 )
 def test_placement_decides_how_many_workers_fit(placement: str, fits: int) -> None:
-    assert _placeable([3, 0, 2], placement) == fits
-    assert _placeable([], placement) == 0
+    assert capacity.placeable([3, 0, 2], placement) == fits
+    assert capacity.placeable([], placement) == 0
 
 
 class Counting(TrainerCallback):
@@ -41,12 +41,12 @@ def test_what_a_python_user_gives_travels_by_value(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere")  # so that no token is made
     spec, lr = tiny_spec(tmp_path), 0.25
-    assert _pickled(spec, UserObjects()) == {}
-    sent = _pickled(
+    assert pickled_objects(spec, UserObjects()) == {}
+    sent = pickled_objects(
         spec, UserObjects(optimizers=(lambda params: (params, lr), None), callbacks=[Counting()])
     )
     assert set(sent) == {"optimizers", "callbacks"}
-    main, other = (_unpickled(sent, world) for world in (ALONE, replace(ALONE, rank=1)))
+    main, other = (unpickled_objects(sent, world) for world in (ALONE, replace(ALONE, rank=1)))
     assert [type(each) for each in main.callbacks or ()] == [Counting]
     assert other.callbacks is None  # which may open a file when it is read
     assert other.optimizers is not None
@@ -58,15 +58,15 @@ def test_what_a_python_user_gives_travels_by_value(
         UserError,
         match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); store only names",
     ):
-        _pickled(spec, UserObjects(optimizers=(None, lambda made: lock)))
+        pickled_objects(spec, UserObjects(optimizers=(None, lambda made: lock)))
     held = Counting()
     held.count = lock
     with pytest.raises(
         UserError, match=r"callbacks = .*Counting object.*: cannot be sent to the workers \(.*lock"
     ):
-        _pickled(spec, UserObjects(callbacks=[held]))
+        pickled_objects(spec, UserObjects(callbacks=[held]))
     with pytest.raises(UserError, match="ref_model = 'as sent': cannot be read on a worker"):
-        _unpickled({"ref_model": b"cnowhere\nmine\n."}, ALONE)
+        unpickled_objects({"ref_model": b"cnowhere\nmine\n."}, ALONE)
 
 
 def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(
@@ -85,8 +85,8 @@ def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(
         driver.RunDied,
         match=r"cluster\.num_workers = 2.* the same command continues from the start",
     ):
-        driver._supervised(spec, run_dir, fit)
-    assert waits == [driver.CLUSTER_WAIT_S, 77]
+        driver.run_attempts(spec, run_dir, fit)
+    assert waits == [capacity.CLUSTER_WAIT_S, 77]
 
 
 def test_a_cluster_that_was_never_large_enough_is_refused(tmp_path: Path, run_dir: RunDir) -> None:
@@ -94,7 +94,7 @@ def test_a_cluster_that_was_never_large_enough_is_refused(tmp_path: Path, run_di
         raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
 
     with pytest.raises(UserError):
-        driver._supervised(tiny_spec(tmp_path), run_dir, fit)
+        driver.run_attempts(tiny_spec(tmp_path), run_dir, fit)
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -108,14 +108,14 @@ def test_who_asks_a_waiting_run_to_stop_does_not_wait_with_it(
         if len(attempts) == 1:
             return OSError("a node is gone")
         run_dir.stop.touch()
-        driver._heed(run_dir)  # as the loops do that wait for nodes and places
+        capacity.check_no_stop(run_dir)  # as the loops do that wait for nodes and places
         raise AssertionError
 
     folder = run_dir.checkpoints / "step_00000007"
     if saved:
         folder.mkdir(parents=True)
         (folder / "manifest.json").touch()
-    ended = driver._supervised(tiny_spec(tmp_path), run_dir, fit)
+    ended = driver.run_attempts(tiny_spec(tmp_path), run_dir, fit)
     assert (ended.status, ended.step) == ("stopped", 7 if saved else 0)
     assert ended.checkpoint == (str(folder) if saved else "")
 
@@ -134,7 +134,7 @@ def test_the_address_of_a_job_server_is_not_that_of_a_cluster(
 # --- elastic runs ---------------------------------------------------------------------------------
 
 
-def elastic(folder: Path, *ends: int, placement: str = "PACK") -> Any:
+def elastic_spec(folder: Path, *ends: int, placement: str = "PACK") -> Any:
     return tiny_spec(
         folder,
         cluster={"num_workers": list(ends) if len(ends) > 1 else ends[0], "placement": placement},
@@ -152,16 +152,16 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def granting(spec: Any, count: int) -> Iterator[Callable[[], int]]:
             yield lambda: min(count, next(said, places[-1]))
 
-        monkeypatch.setattr(driver, "_places", granting)
+        monkeypatch.setattr(elastic, "requested_places", granting)
 
-    monkeypatch.setattr(driver, "CLUSTER_WAIT_S", 0.0)
-    monkeypatch.setattr(driver, "GROWTH_WAIT_S", 0.0)
+    monkeypatch.setattr(capacity, "CLUSTER_WAIT_S", 0.0)
+    monkeypatch.setattr(elastic, "GROWTH_WAIT_S", 0.0)
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
     return say
 
 
 @pytest.mark.parametrize(
-    ("ends", "placement", "capacity", "places", "workers"),
+    ("ends", "placement", "held", "places", "workers"),
     [
         ((2,), "PACK", 4, 2, 2),
         ((2,), "STRICT_PACK", 4, 0, 2),  # Ray waits
@@ -177,13 +177,13 @@ def test_an_attempt_takes_the_workers_that_there_is_room_for(
     room: Callable[..., None],
     ends: tuple[int, ...],
     placement: str,
-    capacity: int,
+    held: int,
     places: int,
     workers: int,
 ) -> None:
     room(places)
-    monkeypatch.setattr(driver, "_capacity", lambda *_: capacity)
-    assert driver._workers(elastic(tmp_path, *ends, placement=placement), 0.0) == workers
+    monkeypatch.setattr(capacity, "wait_for_capacity", lambda *_: held)
+    assert elastic.count_workers(elastic_spec(tmp_path, *ends, placement=placement), 0.0) == workers
 
 
 @pytest.mark.parametrize(("ends", "workers"), [((2,), 2), ((2, 4), 2)])
@@ -196,8 +196,8 @@ def test_the_fewest_are_waited_for(
     workers: int,
 ) -> None:
     room(0, 0, 1, 1, 2)
-    monkeypatch.setattr(driver, "_capacity", lambda *_: 8)
-    assert driver._workers(elastic(tmp_path, *ends), 0.0) == workers
+    monkeypatch.setattr(capacity, "wait_for_capacity", lambda *_: 8)
+    assert elastic.count_workers(elastic_spec(tmp_path, *ends), 0.0) == workers
     assert "workers: 0 of 2 are placed; waiting for the others\n" in capsys.readouterr().out
 
 
@@ -207,15 +207,15 @@ def test_a_node_that_is_found_to_be_gone_is_not_waited_for_as_one_that_others_us
     room(1)
     asked: list[float] = []
 
-    def capacity(spec: Any, wait_s: float, run_dir: Any = None) -> int:
+    def room_of_nodes(spec: Any, wait_s: float, run_dir: Any = None) -> int:
         asked.append(wait_s)
         if len(asked) == 3:
             raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
         return 2
 
-    monkeypatch.setattr(driver, "_capacity", capacity)
+    monkeypatch.setattr(capacity, "wait_for_capacity", room_of_nodes)
     with pytest.raises(UserError):
-        driver._workers(elastic(tmp_path, 2), 7.0)
+        elastic.count_workers(elastic_spec(tmp_path, 2), 7.0)
     assert asked == [7.0] * 3
 
 
@@ -224,20 +224,20 @@ def test_a_stop_is_heard_while_others_hold_the_places(
 ) -> None:
     room(0)
     run_dir.stop.touch()
-    monkeypatch.setattr(driver, "_capacity", lambda *_: 8)
-    with pytest.raises(driver.StoppedWaiting):
-        driver._workers(elastic(tmp_path, 2), 0.0, run_dir)
+    monkeypatch.setattr(capacity, "wait_for_capacity", lambda *_: 8)
+    with pytest.raises(capacity.StoppedWaiting):
+        elastic.count_workers(elastic_spec(tmp_path, 2), 0.0, run_dir)
 
 
 def test_a_stop_is_heard_while_a_node_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: RunDir
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
-    monkeypatch.setattr(driver, "_alive", list)
+    monkeypatch.setattr(capacity, "live_nodes", list)
     run_dir.stop.touch()
     spec = tiny_spec(tmp_path, cluster={"resources": {"CPU": 1}})
-    with pytest.raises(driver.StoppedWaiting):
-        driver._capacity(spec, 600.0, run_dir)
+    with pytest.raises(capacity.StoppedWaiting):
+        capacity.wait_for_capacity(spec, 600.0, run_dir)
 
 
 @pytest.mark.parametrize(
@@ -251,26 +251,28 @@ def test_shares_of_a_gpu_are_counted_without_rounding_down(
         "NodeManagerHostname": "n1",
         "Resources": {"GPU": has},
     }
-    monkeypatch.setattr(driver, "_alive", lambda: [node])
+    monkeypatch.setattr(capacity, "live_nodes", lambda: [node])
     spec = tiny_spec(tmp_path, cluster={"num_workers": max(1, fits), "resources": {"GPU": each}})
     if fits:
-        assert driver._capacity(spec, 0.0) == fits
+        assert capacity.wait_for_capacity(spec, 0.0) == fits
     else:
         with pytest.raises(UserError, match="can hold 0"):
-            driver._capacity(spec, 0.0)
+            capacity.wait_for_capacity(spec, 0.0)
 
 
 def test_on_this_machine_the_fewest_must_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "usable_cores", lambda: 2)
-    driver._check_local_size(elastic(tmp_path, 1, 4))
+    monkeypatch.setattr(capacity, "usable_cores", lambda: 2)
+    capacity.check_local_size(elastic_spec(tmp_path, 1, 4))
     with pytest.raises(
         UserError, match=r"num_workers = \[3, 4\]: workers need 1 CPU each, .* 2 CPUs; set .*=2"
     ):
-        driver._check_local_size(elastic(tmp_path, 3, 4))
-    monkeypatch.setattr(driver, "_capacity", lambda *_: 2)  # and nobody else has any of it
-    assert driver._workers(elastic(tmp_path, 1, 4), 0.0) == 2
+        capacity.check_local_size(elastic_spec(tmp_path, 3, 4))
+    monkeypatch.setattr(
+        capacity, "wait_for_capacity", lambda *_: 2
+    )  # and nobody else has any of it
+    assert elastic.count_workers(elastic_spec(tmp_path, 1, 4), 0.0) == 2
 
 
 @pytest.fixture
@@ -296,23 +298,25 @@ def test_a_run_is_saved_when_it_can_have_more_workers(
 
     def trains() -> None:
         run_dir.heartbeat(0).touch()
-        deadline = time.monotonic() + (scaled_timeout(30) if grows else 3 * driver.POLL_S)
+        deadline = time.monotonic() + (scaled_timeout(30) if grows else 3 * capacity.POLL_S)
         while not run_dir.stop.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 
     training = threading.Thread(target=trains)
     training.start()
-    driver._seek_growth(elastic(tmp_path, 1, 2, placement=placement), run_dir, 1, training)
+    elastic.save_when_more_fit(
+        elastic_spec(tmp_path, 1, 2, placement=placement), run_dir, 1, training
+    )
     training.join()
-    assert driver._is_for_growth(run_dir) is grows
+    assert elastic.is_growth_request(run_dir) is grows
     run_dir.stop.touch()  # somebody wants it to stop
-    assert not driver._is_for_growth(run_dir)
+    assert not elastic.is_growth_request(run_dir)
 
 
 def test_growth_never_takes_the_place_of_a_users_request(run_dir: RunDir) -> None:
     run_dir.stop.write_text("orchestrator stop")
-    driver._ask_for_growth(run_dir)
-    assert not driver._is_for_growth(run_dir)
+    elastic.request_growth(run_dir)
+    assert not elastic.is_growth_request(run_dir)
     assert run_dir.stop.read_text() == "orchestrator stop"
 
 
@@ -325,14 +329,14 @@ def test_only_a_user_ends_a_run_by_a_stop(tmp_path: Path, run_dir: RunDir, asked
         attempts.append("finished" if attempts else "stopped")
         if attempts == ["stopped"]:
             if "growth" in asked:
-                driver._ask_for_growth(run_dir)
+                elastic.request_growth(run_dir)
             if "user" in asked:
                 run_dir.stop.touch()
         run_dir.write_result(
             {"status": attempts[-1], "reason": "", "step": 1, "checkpoint": "", "model": None}
         )
 
-    ended = driver._supervised(elastic(tmp_path, 1, 2), run_dir, fit)
+    ended = driver.run_attempts(elastic_spec(tmp_path, 1, 2), run_dir, fit)
     assert [ended.status, *attempts] == (
         ["finished", "stopped", "finished"] if asked == "growth" else ["stopped"] * 2
     )

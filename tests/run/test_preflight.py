@@ -14,28 +14,22 @@ from typing import Any
 import pytest
 
 from orchestrator import cli
-from orchestrator.run.checks import preflight, probe
-from orchestrator.run.checks.preflight import (
-    Check,
-    Node,
+from orchestrator.run.checks import disk, preflight, probe
+from orchestrator.run.checks.checks import (
     bandwidth_checks,
     clock_checks,
-    disk_needed,
     file_checks,
     folder_checks,
     gpu_checks,
-    look,
-    look_here,
     port_checks,
-    refusal,
     silence_checks,
-    space_checks,
-    table,
-    this_process,
     version_checks,
 )
+from orchestrator.run.checks.disk import disk_needed, space_checks
+from orchestrator.run.checks.preflight import Node, check_here, check_nodes, this_process
 from orchestrator.run.checks.probe import NOT_SEEN, Card, Facts, Gpus, Probe
-from orchestrator.run.ray import driver
+from orchestrator.run.checks.report import Check, refusal, table
+from orchestrator.run.ray import node_checks
 from orchestrator.settings.spec import UserError
 from support.debug_runs import finish_debug
 from support.tiny_settings import tiny_spec, write_settings
@@ -173,7 +167,7 @@ def test_files_must_be_readable_and_the_same() -> None:
         for node, found in {"driver": 7, "n1": 7, "n2": gone, "n3": 9}.items()
     }
     assert [
-        (c.name, c.node, c.found, c.wrong)
+        (c.name, c.node, c.value, c.wrong)
         for c in wrong(file_checks(facts, {"data.train": "/d.jsonl"}))
     ] == [
         ("data.train", "n2", "/d.jsonl", "does not exist"),
@@ -219,7 +213,7 @@ def test_a_folder_must_be_shared_and_writable() -> None:
     ],
 )
 def test_clocks_must_agree(offsets: dict[str, tuple[float, float]], off: dict[str, str]) -> None:
-    assert {check.node: check.found for check in wrong(clock_checks(offsets))} == off
+    assert {check.node: check.value for check in wrong(clock_checks(offsets))} == off
 
 
 def test_ports_that_are_blocked_name_both_ends_and_the_range() -> None:
@@ -233,7 +227,7 @@ def test_ports_that_are_blocked_name_both_ends_and_the_range() -> None:
 
 
 def test_the_rest_of_what_nodes_say() -> None:
-    assert [check.found for check in bandwidth_checks({"n1": 2e9, "n2": 1.5e9})] == [
+    assert [check.value for check in bandwidth_checks({"n1": 2e9, "n2": 1.5e9})] == [
         "1.5 GB/s, 16.8 MB over 2 nodes"
     ] * 2
     silent, apart = silence_checks(
@@ -278,9 +272,9 @@ def test_the_table_has_the_cure_beside_what_is_wrong() -> None:
 def test_this_machine_is_well_and_nothing_is_left_of_the_look(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, data={"cache_dir": str(tmp_path / "a" / "b")})
     before = sorted(tmp_path.iterdir())
-    checks = look_here(spec) + space_checks(spec)
+    checks = check_here(spec) + space_checks(spec)
     assert wrong(checks) == []
-    assert [check.found for check in checks if check.name == "GPUs"] == ["0 for torch"]
+    assert [check.value for check in checks if check.name == "GPUs"] == ["0 for torch"]
     names = {
         "python",
         "torch",
@@ -293,7 +287,7 @@ def test_this_machine_is_well_and_nothing_is_left_of_the_look(tmp_path: Path) ->
     assert names <= {check.name for check in checks}
     assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "a").mkdir()
-    look_here(spec)
+    check_here(spec)
     assert list((tmp_path / "a").iterdir()) == []  # what was there stays
 
 
@@ -302,7 +296,7 @@ def test_what_is_wrong_here_is_said(tmp_path: Path) -> None:
     spec = tiny_spec(
         tmp_path, run={"dir": "/proc/runs"}, data={"train": "/nowhere.jsonl"}, model=hub_or_here
     )
-    found = {check.name: check for check in wrong(look_here(spec))}
+    found = {check.name: check for check in wrong(check_here(spec))}
     assert found.keys() == {"run.dir", "data.train", "model.path"}
     assert found["run.dir"].wrong.startswith("cannot be written (")
     assert str(refusal([found["data.train"]])).startswith(
@@ -313,18 +307,18 @@ def test_what_is_wrong_here_is_said(tmp_path: Path) -> None:
 def test_a_file_system_that_hangs_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (probe, preflight):
+    for module in (probe, disk):
         monkeypatch.setattr(module, "READ_S", 0.2)
     ended = threading.Event()
     # a stand-in for a file system that hangs, which cannot be had here
-    monkeypatch.setattr("orchestrator.data.sources.check_source", lambda *_: ended.wait(60))
+    monkeypatch.setattr(probe, "check_source", lambda *_: ended.wait(60))
     spec = tiny_spec(tmp_path)
     with pytest.raises(
         UserError,
         match=r"data\.train = .*: cannot be read \(no answer within 0 s\); fix its file system",
     ):
-        preflight.check_answers(spec)
-    assert {check.name for check in wrong(look_here(spec))} == {"data.train", "data.eval"}
+        disk.check_answers(spec)
+    assert {check.name for check in wrong(check_here(spec))} == {"data.train", "data.eval"}
     ended.set()
 
 
@@ -334,7 +328,7 @@ def test_a_full_file_system_is_refused_before_anything_is_written(tmp_path: Path
         UserError,
         match=r"run\.dir = '/proc/runs/tiny': is on a file system that is full; free some",
     ):
-        preflight.check_answers(spec)
+        disk.check_answers(spec)
 
 
 @pytest.mark.parametrize(
@@ -376,11 +370,11 @@ def test_a_node_that_does_not_answer_is_a_line_of_its_own(
     )  # waits are longer on a busy machine
     answers = this_process("n1")._replace(address="127.0.0.1")
     hangs = Node("n2", "127.0.0.2", 0, lambda *_: Future())
-    checks = look(this_process("driver"), [answers, hangs], tiny_spec(tmp_path))
-    assert [(check.name, check.node, check.found) for check in wrong(checks)] == [
+    checks = check_nodes(this_process("driver"), [answers, hangs], tiny_spec(tmp_path))
+    assert [(check.name, check.node, check.value) for check in wrong(checks)] == [
         ("node", "n2", "no answer within 3 s")
     ]
-    assert {check.found for check in checks if check.name == "all-reduce"} == {
+    assert {check.value for check in checks if check.name == "all-reduce"} == {
         "not measured until the other checks pass"
     }
     assert [check.node for check in checks if check.name == "ports"] == ["n1"]
@@ -402,7 +396,7 @@ def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatc
             UserError,
             match=r"RAY_ADDRESS = .*: no Ray answers there \(Connection refused\); start the",
         ):
-            driver.doctor(None)
+            node_checks.doctor(None)
 
 
 # --- room for checkpoints -------------------------------------------------------------------------
@@ -482,7 +476,7 @@ def test_what_is_written_already_needs_no_room(tmp_path: Path) -> None:
 
     def needed() -> str:
         (check,) = space_checks(spec)
-        return check.found.partition(" free, ")[2]
+        return check.value.partition(" free, ")[2]
 
     assert needed() == "3.85 MB needed"
     held = spec.run_dir / "checkpoints" / "step_00000001" / "rank_00000.safetensors"

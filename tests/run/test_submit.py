@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 import requests
 
-from orchestrator.run.ray import submit
+from orchestrator.run.ray import stage, submit
 from orchestrator.settings.spec import RunSpec, UserError
 from support.tiny_settings import tiny_spec
 
@@ -53,7 +53,7 @@ def spec_in(project: Path) -> RunSpec:
 
 def staged(project: Path) -> set[str]:
     target = project.parent / "staged"
-    submit.stage(spec_in(project), project, target)
+    stage.stage(spec_in(project), project, target)
     return {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
 
 
@@ -93,7 +93,7 @@ def test_what_is_left_out_has_no_second_way_in(project: Path) -> None:
     other = project.parent / "other"
     other.symlink_to(project)
     target = project.parent / "staged"
-    submit.stage(spec_in(other), project, target)
+    stage.stage(spec_in(other), project, target)
     names = {path.name for path in target.rglob("*")}
     assert "callbacks.py" in names
     assert names.isdisjoint(
@@ -105,7 +105,7 @@ def test_a_run_in_the_working_directory_itself_stays(project: Path) -> None:
     (project / "tiny").mkdir()
     (project / "tiny/metrics.jsonl").touch()
     target = project.parent / "staged"
-    submit.stage(tiny_spec(project.parent, run={"dir": str(project)}), project, target)
+    stage.stage(tiny_spec(project.parent, run={"dir": str(project)}), project, target)
     assert (target / "notes.txt").exists()
     assert not (target / "tiny").exists()
 
@@ -119,7 +119,7 @@ def test_a_file_that_no_package_can_hold_is_named(project: Path) -> None:
 def test_a_working_directory_too_large_for_ray_is_refused(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "LIMIT_BYTES", 2**20)
+    monkeypatch.setattr(stage, "LIMIT_BYTES", 2**20)
     (project / "big/weights.bin").write_bytes(bytes(2**20))
     rule = (
         r"working directory = .*project': contains more than 1 MB .*, most of it in big; add "
@@ -174,7 +174,7 @@ BROKEN = RuntimeError("WebSocket connection closed unexpectedly with close code 
 
 
 def followed(capsys: pytest.CaptureFixture[str], server: Any) -> str:
-    asyncio.run(submit._follow(server, "job"))
+    asyncio.run(submit.follow(server, "job"))
     return capsys.readouterr().out
 
 
@@ -229,4 +229,4 @@ def test_a_job_server_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
         ConnectionError,
         match=r"not answered .*connection refused.* may continue: ray job logs --follow job",
     ):
-        asyncio.run(submit._follow(server, "job"))
+        asyncio.run(submit.follow(server, "job"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.run.ray.submit import slurm_flags
+from orchestrator.run.slurm import slurm_flags
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import UserError
 from support.command_line import orchestrator

@@ -1,8 +1,6 @@
-"""Probe a node before training: collect facts about it, and test files and connections with other
-nodes.
+"""Probe a node before training: facts about it, and tests of files and connections with others.
 
-This module does not use Ray, and every wait has a time-out, whatever a file system or another node
-does.
+Every wait has a time-out, whatever a file system or another node does.
 """
 
 import os
@@ -12,16 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
+from orchestrator.data.sources import check_source
+from orchestrator.run.checks.parallel import failures, one_line, side_by_side
 from orchestrator.settings.spec import UserError
 
 # Libraries whose versions must match: another one may change results or be unable to communicate.
@@ -42,9 +40,8 @@ MISSING = "missing"
 NOT_SEEN = "a file of the driver there is not visible"
 
 READ_S = 5.0  # seconds after which a file system counts as hung
-SHARED_S = (
-    5.0  # seconds until a node sees files of another one; NFS may use cached metadata for a while
-)
+# seconds until a node sees files of another one; NFS may use cached metadata for a while
+SHARED_S = 5.0
 CONNECT_S = 3.0  # seconds within which a port answers
 IMPORT_S = 25.0  # seconds within which a heavy library is imported
 ALL_REDUCE_S = 12.0  # seconds to form a process group and reduce a few tensors
@@ -85,37 +82,37 @@ class Probe:
     """Tests that run on a node: an actor under Ray, a plain object in the driver."""
 
     def __init__(self) -> None:
-        self._made: list[Path] = []  # created parent folders
+        self._created: list[Path] = []  # parent folders of the test files
         self._store: Any = None  # keeps the rendezvous port open
 
     def facts(self, paths: Mapping[str, str], expects_gpus: bool) -> Facts:
         """Return facts about this node. paths: setting -> path that must be readable."""
-        read = side_by_side(
+        sizes = side_by_side(
             {key: partial(bytes_at, key, path) for key, path in paths.items()}, READ_S
         )
         files = {
-            key: found if isinstance(found, int) else _unreadable(key, paths[key], found)
-            for key, found in read.items()
+            key: size if isinstance(size, int) else _unreadable(key, paths[key], size)
+            for key, size in sizes.items()
         }
-        gpus = side_by_side({"gpus": partial(_gpus, expects_gpus)}, IMPORT_S)["gpus"]
+        gpus = side_by_side({"gpus": partial(_usable_gpus, expects_gpus)}, IMPORT_S)["gpus"]
         if isinstance(gpus, Exception):
             gpus = Gpus(reason=one_line(gpus))
         first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
-        return Facts(sys.executable, versions(), gpus, files, (int(first), int(last)))
+        return Facts(sys.executable, installed_versions(), gpus, files, (int(first), int(last)))
 
-    def make(self, folders: Mapping[str, Path]) -> dict[str, str]:
+    def make_folders(self, folders: Mapping[str, Path]) -> dict[str, str]:
         """Create folders for test files of nodes; return {setting: error}."""
 
         def make(folder: Path) -> None:
-            self._made += [path for path in folder.parents if not path.exists()]
+            self._created += [path for path in folder.parents if not path.exists()]
             folder.mkdir(parents=True)
 
-        return _failures({key: partial(make, folder) for key, folder in folders.items()}, READ_S)
+        return failures({key: partial(make, folder) for key, folder in folders.items()}, READ_S)
 
-    def leave(self, folders: Mapping[str, Path], name: str) -> dict[str, str]:
+    def write_files(self, folders: Mapping[str, Path], name: str) -> dict[str, str]:
         """Write a file with that name to each folder; return {setting: error}."""
 
-        def leave(folder: Path) -> None:
+        def write(folder: Path) -> None:
             if _missing([folder]):
                 raise OSError(NOT_SEEN)
             with open(folder / name, "wb") as file:
@@ -123,29 +120,29 @@ class Probe:
                 file.flush()
                 os.fsync(file.fileno())
 
-        return _failures(
-            {key: partial(leave, folder) for key, folder in folders.items()}, SHARED_S + READ_S
+        return failures(
+            {key: partial(write, folder) for key, folder in folders.items()}, SHARED_S + READ_S
         )
 
-    def find(
+    def unseen_files(
         self, folders: Mapping[str, Path], names: Mapping[str, Sequence[str]]
     ) -> dict[str, list[str]]:
-        """Look for files with those names in each folder; return {setting: names not found}."""
+        """Look for files with those names in each folder; return {setting: names not seen}."""
 
-        def find(key: str) -> list[str]:
+        def unseen(key: str) -> list[str]:
             return [path.name for path in _missing([folders[key] / name for name in names[key]])]
 
-        found = side_by_side({key: partial(find, key) for key in folders}, SHARED_S + READ_S)
+        results = side_by_side({key: partial(unseen, key) for key in folders}, SHARED_S + READ_S)
         return {
-            key: list(names[key]) if isinstance(seen, Exception) else seen
-            for key, seen in found.items()
+            key: list(names[key]) if isinstance(result, Exception) else result
+            for key, result in results.items()
         }
 
-    def clear(self, folders: Mapping[str, Path]) -> None:
+    def remove_folders(self, folders: Mapping[str, Path]) -> None:
         """Remove the folders, and created parent folders that are empty."""
-        _failures({key: partial(shutil.rmtree, folder) for key, folder in folders.items()}, READ_S)
-        for path in sorted(self._made, reverse=True):
-            _failures({"": path.rmdir}, READ_S)  # fails if it is not empty
+        failures({key: partial(shutil.rmtree, folder) for key, folder in folders.items()}, READ_S)
+        for path in sorted(self._created, reverse=True):
+            failures({"": path.rmdir}, READ_S)  # fails if it is not empty
 
     def now(self) -> float:
         """Return the time of the node's clock."""
@@ -169,14 +166,14 @@ class Probe:
         def connect(target: tuple[str, int]) -> None:
             socket.create_connection(target, CONNECT_S).close()
 
-        return _failures(
+        return failures(
             {node: partial(connect, target) for node, target in targets.items()}, CONNECT_S + 1
         )
 
-    def meet(self, address: str | None, size: int) -> int:
+    def open_store(self, address: str | None, size: int) -> int:
         """Prepare for a process group of that size.
 
-        With an address, host its store and return the port.
+        With an address, host its store there and return the port.
         """
         import torch.distributed as dist
 
@@ -192,24 +189,27 @@ class Probe:
         self,
         rank: int,
         size: int,
-        meeting: tuple[str, int],
+        store_at: tuple[str, int],
         towards: str,
         interface: str | None,
         use_gpu: bool,
     ) -> float:
-        """Run a few all-reduces of BANDWIDTH_BYTES over all nodes; return the bytes per second of
-        the fastest.
+        """Run a few all-reduces of BANDWIDTH_BYTES over all nodes.
 
-        towards: address of another node. interface: as in `use_interface`.
+        Returns the bytes per second of the fastest. towards: address of another node. interface:
+        as in `use_interface`.
         """
         import torch
         import torch.distributed as dist
 
+        # imports torch, which takes seconds, and only this test needs it
         from orchestrator.world import use_interface
 
         use_interface(interface, towards)
         timeout = timedelta(seconds=ALL_REDUCE_S)
-        store = self._store or dist.TCPStore(*meeting, size, False, timeout)  # pyright: ignore[reportPrivateImportUsage]
+        store = self._store or dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            *store_at, size, False, timeout
+        )
         backend, device = ("nccl", "cuda") if use_gpu else ("gloo", "cpu")
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         values, fastest = torch.ones(BANDWIDTH_BYTES // 4, device=device), float("inf")
@@ -222,83 +222,24 @@ class Probe:
         return BANDWIDTH_BYTES / fastest
 
 
-def side_by_side(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-    """Run functions in parallel; return each result, or its exception, which is TimeoutError if it
-    is not done in time.
-
-    A function that hangs stays in a daemon thread, which does not keep the process from exiting.
-    """
-    return answered({key: in_thread(ask) for key, ask in asks.items()}, seconds)
-
-
-def answered(futures: "Mapping[str, Future[Any]]", seconds: float) -> dict[str, Any]:
-    """Wait for futures; return each result, or its exception, which is TimeoutError if it is not
-    done in time.
-    """
-    wait(futures.values(), seconds)
-    late = TimeoutError(f"no answer within {seconds:.0f} s")
-    return {
-        key: (future.exception() or future.result()) if future.done() else late
-        for key, future in futures.items()
-    }
-
-
-def _failures(asks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, str]:
-    """Run functions in parallel; return the errors of those that failed."""
-    answers = side_by_side(asks, seconds)
-    return {key: one_line(error) for key, error in answers.items() if isinstance(error, Exception)}
-
-
-def in_thread(ask: Callable[[], Any]) -> "Future[Any]":
-    """Run a function in a daemon thread and return its future; at exit, the interpreter would wait
-    for an executor.
-    """
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(ask())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def one_line(error: Exception) -> str:
-    """Return a short text for an exception."""
-    error = (
-        getattr(error, "cause", None) or error
-    )  # Ray's wrapper includes the traceback of the other process
-    reason = (
-        (error.strerror if isinstance(error, OSError) else None)
-        or str(error)
-        or type(error).__name__
-    )
-    return shorten(reason, 200, placeholder=" ...")
-
-
-def versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Return the installed versions of Python and PACKAGES."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = MISSING
-    return found
+            versions[package] = MISSING
+    return versions
 
 
 def bytes_at(key: str, path: str) -> int:
-    """Return the bytes of a file, or of the files in a folder, after reading the first byte of
-    each.
+    """Return the bytes of a file, or of a folder's files, after reading the first byte of each.
 
     Raises:
         UserError: the path does not exist.
         OSError: it cannot be read.
     """
-    from orchestrator.data.sources import check_source
-
     if key.startswith("data."):
         check_source(key, path)
     elif not os.path.isdir(path):
@@ -334,7 +275,7 @@ def _missing(paths: Sequence[Path]) -> list[Path]:
     return missing
 
 
-def _gpus(expected: bool) -> Gpus:
+def _usable_gpus(expected: bool) -> Gpus:
     """Return the GPUs of this node.
 
     expected: if False, torch is imported only if nvidia-smi shows any.
@@ -354,9 +295,7 @@ def _gpus(expected: bool) -> Gpus:
 
 
 def cards() -> tuple[Card, ...]:
-    """Return the GPUs visible to this process, by nvidia-smi, which creates no CUDA context on
-    them.
-    """
+    """Return the GPUs that this process may use, by nvidia-smi, which creates no CUDA context."""
     command = [
         "nvidia-smi",
         "--query-gpu=index,uuid,name,memory.total,memory.used",

@@ -1,1 +1,1 @@
-"""Train on Ray, and submit runs to a Ray cluster."""
+"""Train on Ray and submit runs to its job server; nothing outside this package imports ray."""

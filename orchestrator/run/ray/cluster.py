@@ -16,18 +16,19 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from orchestrator.run.checks.probe import CONNECT_S, one_line
+from orchestrator.run.checks.parallel import one_line
+from orchestrator.run.checks.probe import CONNECT_S
 from orchestrator.settings.spec import RunSpec, UserError
 
 # Ray's default is 30 % of the memory, and it fails to start if /dev/shm is smaller (64 MB in a
 # container). Runs send only settings and small objects through Ray; the rest spills to disk.
 OBJECT_STORE_BYTES = 256 * 2**20
 SOCKET_BYTES = 107  # maximum length of a Unix socket's name on Linux
-LONGEST_SOCKET = (
-    "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below Ray's folder
-)
+# below Ray's folder
+LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
+NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOENT)
 
 
 def is_joined() -> bool:
@@ -42,35 +43,30 @@ def usable_cores() -> int:
 
 @contextmanager
 def entered(spec: RunSpec | None) -> Iterator[None]:
-    """Join the cluster at RAY_ADDRESS, or start Ray on this machine; disconnect or stop it
-    afterwards.
+    """Join the cluster at RAY_ADDRESS, or start Ray on this machine; leave or stop it at the end.
 
     Raises:
         UserError: neither is possible in this environment.
     """
     authenticate(spec)
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # else Ray warns that its default will change
+    # else Ray warns that its default will change
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     check_head()
     # Ray starts workers at nice 15: beside two busy processes on two cores ranks got 3 % of a core
     os.environ.setdefault("RAY_worker_niceness", "0")
-    _use_train_v2()
+    use_train_v2()
     with nullcontext({}) if is_joined() else _local_options() as options:
         import ray
 
         if ray.is_initialized():
-            rule, cure = (
-                "this process has already called ray.init",
-                "call ray.shutdown() before training",
-            )
-            raise UserError("ray.init", None, rule, cure)
+            rule = "this process has already called ray.init"
+            raise UserError("ray.init", None, rule, "call ray.shutdown() before training")
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         except Exception as error:  # Ray raises many types, including Exception itself
-            raise (
-                _cannot_join(error) if is_joined() else _cannot_start(error, options["_temp_dir"])
-            ) from None
+            if is_joined():
+                raise _cannot_join(error) from None
+            raise _cannot_start(error, options["_temp_dir"]) from None
         try:
             yield
         finally:
@@ -80,7 +76,7 @@ def entered(spec: RunSpec | None) -> Iterator[None]:
 @contextmanager
 def _local_options() -> Iterator[dict[str, Any]]:
     """Yield the arguments of ray.init for Ray on this machine."""
-    with _ray_folder() as folder:
+    with ray_folder() as folder:
         yield {
             "address": "local",
             "include_dashboard": False,
@@ -91,12 +87,11 @@ def _local_options() -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _ray_folder() -> Iterator[str]:
-    """Yield the folder for Ray's files: its default, or a short link to it if socket names would be
-    too long.
+def ray_folder() -> Iterator[str]:
+    """Yield the folder for Ray's files: its default, or a short link to it.
 
     Raises:
-        UserError: they would be too long, and no short folder is writable.
+        UserError: socket names would be too long, and no short folder is writable.
     """
     key = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     parent = os.path.abspath(os.environ.get(key) or "/tmp")
@@ -107,21 +102,17 @@ def _ray_folder() -> Iterator[str]:
     short = next((each for each in SHORT_FOLDERS if os.access(each, os.W_OK | os.X_OK)), None)
     if short is None:
         rule = f"is too long: the name of a socket in it can have at most {SOCKET_BYTES} bytes"
-        raise UserError(
-            key, parent, rule, "set RAY_TMPDIR to a shorter folder that you can write to"
-        )
+        cure = "set RAY_TMPDIR to a shorter folder that you can write to"
+        raise UserError(key, parent, rule, cure)
     with tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True) as here:
         link = os.path.join(here, "t")
-        os.symlink(_existing(folder, key), link)
-        print(
-            f"Ray's files are in {folder}, through the link {link}: {key} is too long for its "
-            "sockets",
-            flush=True,
-        )
+        os.symlink(_created(folder, key), link)
+        where = f"Ray's files are in {folder}, through the link {link}"
+        print(f"{where}: {key} is too long for its sockets", flush=True)
         yield link
 
 
-def _existing(folder: str, key: str) -> str:
+def _created(folder: str, key: str) -> str:
     """Create a folder for Ray and return it."""
     try:
         os.makedirs(folder, exist_ok=True)
@@ -132,12 +123,11 @@ def _existing(folder: str, key: str) -> str:
 
 def _cannot_use(key: str, folder: str, error: OSError) -> UserError:
     rule = f"Ray's files cannot be written there ({one_line(error)})"
-    return UserError(
-        key, folder, rule, "set RAY_TMPDIR to a folder with room that you can write to"
-    )
+    cure = "set RAY_TMPDIR to a folder with room that you can write to"
+    return UserError(key, folder, rule, cure)
 
 
-def _use_train_v2() -> None:
+def use_train_v2() -> None:
     """Enable Ray Train V2, which the driver needs, regardless of the environment.
 
     Raises:
@@ -160,18 +150,12 @@ def _cannot_join(error: Exception) -> UserError:
 
 
 def _cannot_start(error: Exception, folder: str) -> UserError:
-    if isinstance(error, OSError) and error.errno in (
-        errno.EACCES,
-        errno.EROFS,
-        errno.ENOSPC,
-        errno.ENOENT,
-    ):
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         return _cannot_use("RAY_TMPDIR", os.path.dirname(folder), error)
     logs = next(Path(folder).resolve().glob(f"session_*_{os.getpid()}/logs"), folder)
     cure = f"see {logs}, or train without Ray: orchestrator debug FILE --nproc N"
-    return UserError(
-        "RAY_ADDRESS", None, f"Ray does not start on this machine ({one_line(error)})", cure
-    )
+    rule = f"Ray does not start on this machine ({one_line(error)})"
+    return UserError("RAY_ADDRESS", None, rule, cure)
 
 
 def authenticate(spec: RunSpec | None) -> None:
@@ -185,9 +169,7 @@ def authenticate(spec: RunSpec | None) -> None:
 
 @functools.cache  # Ray reads it once per process
 def _token_file() -> Path:
-    """Create a token that only this user can read, until this process ends; Ray's default file is
-    world-readable.
-    """
+    """Create a token, until this process ends; other users can read Ray's default file, not it."""
     folder = Path(tempfile.mkdtemp(prefix="orchestrator-"))  # 0700
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     token = folder / "token"
@@ -204,17 +186,15 @@ def check_head() -> None:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):
+        rule = "is the address of a job server, not of a cluster"
         cure = "use it with orchestrator submit --to ray --address, or set RAY_ADDRESS=HEAD:6379"
-        raise UserError(
-            "RAY_ADDRESS", address, "is the address of a job server, not of a cluster", cure
-        )
+        raise UserError("RAY_ADDRESS", address, rule, cure)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
+        rule = f"no Ray answers there ({one_line(error)})"
         cure = "start the cluster's head there (ray start --head), or unset RAY_ADDRESS"
-        raise UserError(
-            "RAY_ADDRESS", address, f"no Ray answers there ({one_line(error)})", cure
-        ) from None
+        raise UserError("RAY_ADDRESS", address, rule, cure) from None
