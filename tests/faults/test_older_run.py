@@ -39,6 +39,7 @@ def test_resumes_a_run_of_an_earlier_release(tmp_path: Path) -> None:
     resumed = orchestrator("debug", "run.yaml", cwd=tmp_path)
 
     assert resumed.returncode == 0, resumed.stderr
+    assert "after step 3" in resumed.stdout
     assert sorted(losses(run_dir)) == list(range(1, 9))
     expected = load_file(tmp_path / "expected.safetensors")
     weights = load_file(run_dir / "model" / "model.safetensors")
