@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from support import losses, orchestrator
+
+from support.command_line import orchestrator
+from support.run_files import losses
 
 OLDER_RUN = Path(__file__).parent / "older_run"
 WRITER = ("2.13.0+cpu", "553aa95c87e45f04")
