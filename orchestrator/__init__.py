@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 __all__ = ["RunSpec", "UserError", "create_reference_model", "debug", "load_spec", "train"]
 
 if TYPE_CHECKING:
-    from orchestrator.models.reference import create_reference_model
+    from orchestrator.models.build_reference import create_reference_model
     from orchestrator.run.local.debug import debug
     from orchestrator.run.ray.driver import train
     from orchestrator.settings.load import load_spec
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "RunSpec": "orchestrator.settings.spec",
     "UserError": "orchestrator.settings.spec",
-    "create_reference_model": "orchestrator.models.reference",
+    "create_reference_model": "orchestrator.models.build_reference",
     "debug": "orchestrator.run.local.debug",
     "load_spec": "orchestrator.settings.load",
     "train": "orchestrator.run.ray.driver",

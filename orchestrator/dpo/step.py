@@ -4,7 +4,7 @@ Legend: B pairs, 2B sequences (chosen half first), R rows, T tokens, H hidden si
 tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,9 +68,8 @@ class PairStep(nn.Module):
     ) -> None:
         super().__init__()
         self.policy = policy
-        self.reference = (
-            reference  # not an nn.Module: neither wrapped, trained nor saved with the policy
-        )
+        # not an nn.Module: neither wrapped, trained nor saved with the policy
+        self.reference = reference
         # modules of a reference that a sharding engine shards with the policy; their names are not
         # in checkpoints
         self.reference_modules = nn.ModuleList(
@@ -81,65 +80,42 @@ class PairStep(nn.Module):
         self.reference_arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def forward(
-        self, batch: PairBatch | None, counts: Counts | None, ask: Callable[[], Any] | None = None
+        self,
+        batch: PairBatch | None,
+        counts: Counts | None,
+        function: Callable[[], Any] | None = None,
     ) -> StepOutput | tuple[Any]:
         """Compute loss and metrics of [B] pairs.
 
         counts: those of the global batch, so that no caller divides again.
 
-        ask: called instead of a step; its result is returned in a tuple. A sharding engine gathers
-        the weights only within this forward pass.
+        function: called instead of a step; its result is returned in a tuple. A sharding engine
+        gathers the weights only within this forward pass.
         """
-        if ask is not None:
-            return (ask(),)  # DeepSpeed's hooks traverse the output of a module
+        if function is not None:
+            return (function(),)  # DeepSpeed's hooks traverse the output of a module
         assert batch is not None
         assert counts is not None
         ref_logps = batch.ref_logps
-        with captured_at(
-            self.policy, self.reference.capture_layer if ref_logps is None else None
-        ) as captured:
+        layer = self.reference.capture_layer if ref_logps is None else None
+        with captured_at(self.policy, layer) as captured:
             hidden = body_hidden(self.policy, batch)
         if ref_logps is None:
-            ref_logps = self.ask_reference(batch, *captured)
-        known = PairTerms.split(
-            torch.zeros_like(ref_logps), ref_logps, batch.completion_tokens, batch.margins
-        )
-
-        def terms_of(pairs: slice, sums: PairSums) -> PairTerms:
-            chosen, rejected = sums.logps.unbind(1)
-            on_policy = None if sums.aligned is None else sums.aligned.sum(1).exp()
-            return known.of(pairs)._replace(
-                chosen_logps=chosen,
-                rejected_logps=rejected,
-                chosen_token_sum=sums.chosen,
-                on_policy=on_policy,
-            )
-
-        of_batch = batch.of_batch
-        if (
-            self.dpo.needs_whole_batch and of_batch is None
-        ):  # not known until all of the batch has been evaluated
-            of_batch = ref_logps.new_zeros(len(batch.pair_ids), 3)
-
-        def losses_of(pairs: slice, sums: PairSums) -> torch.Tensor:
-            losses = pair_losses(terms_of(pairs, sums), self.dpo, counts)
-            return losses if of_batch is None else losses + as_known(of_batch[pairs], sums.logps)
-
-        def shares(pairs: slice, sums: PairSums) -> torch.Tensor:
-            return losses_of(pairs, sums) * batch.pair_weights[pairs] / counts.pairs
-
+            ref_logps = self.reference_logps(batch, *captured)
+        losses = _Losses.of(batch, ref_logps, self.dpo, counts)
         scored = loss_in_head(
             self.policy,
             hidden,
             batch,
-            shares,
+            losses.shares,
             self.token_metrics,
             self.dpo.ld_alpha,
             self.dpo.use_weighting,
         )
-        terms, losses = terms_of(slice(None), scored.sums), losses_of(slice(None), scored.sums)
-        metric_sums = self._metric_sums(batch, scored.tokens, terms, losses)
-        return StepOutput(scored.loss, metric_sums, scored.logps, ref_logps, losses)
+        terms = losses.terms(slice(None), scored.sums)
+        per_pair = losses.per_pair(slice(None), scored.sums)
+        metric_sums = self._metric_sums(batch, scored.tokens, terms, per_pair)
+        return StepOutput(scored.loss, metric_sums, scored.logps, ref_logps, per_pair)
 
     def train(self, mode: bool = True) -> "PairStep":
         """Set the mode of the policy only: the reference never uses dropout."""
@@ -147,13 +123,36 @@ class PairStep(nn.Module):
         self.reference_modules.eval()
         return self
 
-    def ask_reference(self, batch: PairBatch, *captured: torch.Tensor) -> torch.Tensor:
+    # --- the life of the reference, in the order that models/reference.py lists -------------------
+
+    def place_reference(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Move the reference's own weights to the device, cast to a dtype (None: keep theirs)."""
+        self.reference.place(self.policy, device, dtype)
+
+    def begin_training(self) -> None:
+        """Keep only the reference that the steps use; the error has been measured and the cache
+        filled.
+        """
+        self.reference = self.reference.begin_training()
+
+    def reference_logps(self, batch: PairBatch, *captured: torch.Tensor) -> torch.Tensor:
         """Return the reference's log-probs [2B].
 
         captured: the input of capture_layer in the policy, if that ran.
         """
         with self.reference_arithmetic():
-            return self.reference(batch, *captured)
+            return self.reference.logps(batch, *captured)
+
+    def sync_reference(
+        self,
+        policy_weights: Mapping[str, torch.Tensor],
+        alpha: float,
+        held: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+    ) -> None:
+        """Set reference = alpha * policy + (1 - alpha) * reference; see `Reference.sync`."""
+        self.reference.sync(policy_weights, alpha, held)
+
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def saved(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a checkpoint holds, by name: the policy's parameters and
@@ -163,9 +162,10 @@ class PairStep(nn.Module):
         policy = stored_tensors(self.policy)
         if adapters := {name: p for name, p in policy.items() if ".lora_" in name}:
             policy = adapters
-        return policy | {
-            f"reference.{name}": value for name, value in self.reference.synced_weights().items()
-        }
+        synced = self.reference.synced_weights()
+        return policy | {f"reference.{name}": value for name, value in synced.items()}
+
+    # --- metrics ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _metric_sums(
@@ -206,3 +206,49 @@ class PairStep(nn.Module):
         )
         sums = torch.stack([*logits, entropy.sum(), top1[0]])
         return torch.stack([sums, torch.stack([*lengths, lengths.sum(), lengths[0]])], dim=1)
+
+
+class _Losses(NamedTuple):
+    """The losses of a micro-batch as a function of the policy's log-probs."""
+
+    known: PairTerms  # with the reference's log-probs
+    of_batch: torch.Tensor | None  # [B, 3] see PairBatch.of_batch
+    weights: torch.Tensor  # [B]
+    dpo: DpoSpec
+    counts: Counts
+
+    @classmethod
+    def of(
+        cls, batch: PairBatch, ref_logps: torch.Tensor, dpo: DpoSpec, counts: Counts
+    ) -> "_Losses":
+        """Return the losses of a batch. ref_logps: [2B]."""
+        no_logps = torch.zeros_like(ref_logps)
+        known = PairTerms.split(no_logps, ref_logps, batch.completion_tokens, batch.margins)
+        of_batch = batch.of_batch
+        if (
+            dpo.needs_whole_batch and of_batch is None
+        ):  # not known until all of the batch is evaluated
+            of_batch = ref_logps.new_zeros(len(batch.pair_ids), 3)
+        return cls(known, of_batch, batch.pair_weights, dpo, counts)
+
+    def terms(self, pairs: slice, sums: PairSums) -> PairTerms:
+        """Return the inputs of the losses of some pairs."""
+        chosen, rejected = sums.logps.unbind(1)
+        on_policy = None if sums.aligned is None else sums.aligned.sum(1).exp()
+        return self.known.of(pairs)._replace(
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            chosen_token_sum=sums.chosen,
+            on_policy=on_policy,
+        )
+
+    def per_pair(self, pairs: slice, sums: PairSums) -> torch.Tensor:
+        """Return the loss of each of some pairs."""
+        losses = pair_losses(self.terms(pairs, sums), self.dpo, self.counts)
+        if self.of_batch is None:
+            return losses
+        return losses + as_known(self.of_batch[pairs], sums.logps)
+
+    def shares(self, pairs: slice, sums: PairSums) -> torch.Tensor:
+        """Return the contribution of each of some pairs to the loss of the global batch."""
+        return self.per_pair(pairs, sums) * self.weights[pairs] / self.counts.pairs

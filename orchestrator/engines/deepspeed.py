@@ -62,7 +62,6 @@ class DeepSpeedEngine(SteppingEngine):
             config_class=checked,
         )
         self.zero: Any = self.module.optimizer
-        step.reference.refresh_weights()
         self.saved = step.saved()
         if self.stage == 3:
             self._register_heads(step)
@@ -302,17 +301,20 @@ class DeepSpeedEngine(SteppingEngine):
 
     @torch.no_grad()
     def sync_reference(self, alpha: float) -> None:
-        policys: dict[str, Any] = dict(self.step.policy.named_parameters(remove_duplicate=False))
-        reference = self.step.reference
+        weights: dict[str, Any] = dict(self.step.policy.named_parameters(remove_duplicate=False))
         if self.stage < 3:
-            return reference.sync(policys, alpha)
+            return self.step.sync_reference(weights, alpha)
         if not len(self.step.reference_modules):
-            return reference.sync(_Gathered(policys), alpha)
-        for name, own in reference.synced_weights().items():
-            part: Any = own
-            part.ds_tensor.data.mul_(1 - alpha).add_(policys[name].ds_tensor.data, alpha=alpha)
+            return self.step.sync_reference(_Gathered(weights), alpha)
+        shards = {name: _shard_of(weight) for name, weight in weights.items()}
+        self.step.sync_reference(shards, alpha, _shard_of)
         self.module.empty_partition_cache()
         return self._gather_small()
+
+
+def _shard_of(weight: Any) -> torch.Tensor:
+    """Return the part of a weight that this rank holds."""
+    return weight.ds_tensor.data
 
 
 class _Gathered(dict[str, Any]):

@@ -28,8 +28,6 @@ class FsdpEngine(SteppingEngine):
     ) -> None:
         self.world.ensure_process_group()
         self.mesh = init_device_mesh(self.world.device.type, (self.world.size,))
-        # otherwise whole weights would stay in memory until the last is sharded
-        step.reference.weights = {}
         for layer in _layers(step):
             self._shard(layer, self.settings.reshard_after_forward)
         self._shard(step, reshard=False)  # embeddings and head, used at both ends of a forward pass
@@ -43,7 +41,6 @@ class FsdpEngine(SteppingEngine):
                     True
                 )  # gloo only sums, and NCCL cannot divide by 1
         self.step = self.module = step
-        step.reference.refresh_weights()
         self.saved = step.saved()
         self.trainable = [p for p in step.parameters() if p.requires_grad]
         self.optimizer = optimizer(param_groups(step, self.weight_decay))
@@ -129,9 +126,10 @@ class FsdpEngine(SteppingEngine):
 
     @torch.no_grad()
     def sync_reference(self, alpha: float) -> None:
-        policys: dict[str, Any] = dict(self.step.policy.named_parameters(remove_duplicate=False))
-        shards = len(self.step.reference_modules) > 0
-        self.step.reference.sync(policys if shards else _Whole(policys, self.world.device), alpha)
+        weights: dict[str, Any] = dict(self.step.policy.named_parameters(remove_duplicate=False))
+        if not len(self.step.reference_modules):  # the reference is whole on every rank
+            weights = _Whole(weights, self.world.device)
+        self.step.sync_reference(weights, alpha)
 
 
 class _Whole(dict[str, Any]):

@@ -194,13 +194,12 @@ class SteppingEngine:
             self.release()
 
     def reference_logps(self, batch: PairBatch) -> torch.Tensor:
-        return self.run_in_forward(lambda: self.step.ask_reference(batch))
+        return self.run_in_forward(lambda: self.step.reference_logps(batch))
 
     @torch.no_grad()
     def sync_reference(self, alpha: float) -> None:
-        self.step.reference.sync(
-            dict(self.step.policy.named_parameters(remove_duplicate=False)), alpha
-        )
+        policy_weights = dict(self.step.policy.named_parameters(remove_duplicate=False))
+        self.step.sync_reference(policy_weights, alpha)
 
     # --- state for checkpoints --------------------------------------------------------------------
 

@@ -18,10 +18,11 @@ from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import Optimizers, ReadOnlyOptimizer, factories
 from orchestrator.engines.precision import autocast, dtype_held, dtype_of, tf32_switched
 from orchestrator.models.behaviour import freeze_unreached
+from orchestrator.models.build_reference import build_reference
 from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.policy import build_policy, pair_cost
 from orchestrator.models.quantized import exact_int8_products
-from orchestrator.models.reference import Absent, Reference, build_reference, place
+from orchestrator.models.reference import Reference
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.announce import print_frozen, print_models, print_run, print_types
 from orchestrator.training.callbacks import Callbacks, training_args
@@ -91,8 +92,7 @@ def _assemble(
     tolerance = start_tolerance(context, engine, loaders.train) if is_new else None
     if spec.reference_cache == "full":
         fill_caches(context, engine, loaders)
-    if spec.reference.traits.is_precomputed:
-        engine.step.reference = Absent()
+    engine.step.begin_training()
     del reference
 
     trainer = Trainer(
@@ -126,11 +126,12 @@ def _build_models(
         spec, prepared.tokenizer, dtype, device, mapped=spec.engine.shards_weights
     )
     frozen = freeze_unreached(policy, world.size)
-    reference = build_reference(spec, policy, dtype, user.ref_model, world.device)
+    # the error of an approximate reference is measured when the run begins
+    reference = build_reference(
+        spec, policy, dtype, user.ref_model, world.device, with_exact=is_new
+    )
     exact_int8_products()
-    if not is_new:
-        reference.exact = None  # its error was measured when the run began
-    elif world.is_main:
+    if is_new and world.is_main:
         kind = "ref_model" if user.ref_model else spec.reference.kind
         print_models(spec, prepared, policy, reference, kind, world)
         print_frozen(frozen)
@@ -173,14 +174,14 @@ def _pair_step(context: RunContext, policy: Any, reference: Reference) -> PairSt
     spec, world, precision = context.spec, context.world, context.precision
     settings, casts = spec.reference, context.has_16_bit_weights
     stays = settings.sync_every is not None or settings.dtype is not None or settings.offload
+    step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics, settings.sharded)
     if not settings.sharded and not settings.offload:
         dtype = None
         if casts and not stays:
             dtype = dtype_of(precision)
         elif spec.engine.shards_weights and not (spec.model.lora and spec.model.lora.base):
             dtype = dtype_held(precision)
-        place(reference, policy, world.device, None if settings.dtype else dtype)
-    step = PairStep(policy, reference, spec.dpo, spec.training.token_metrics, settings.sharded)
+        step.place_reference(world.device, None if settings.dtype else dtype)
     if casts and stays:
         step.reference_arithmetic = partial(autocast, world.device, precision)
     return step

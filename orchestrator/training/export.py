@@ -14,11 +14,12 @@ import torch
 from orchestrator.engines.precision import dtype_held
 from orchestrator.models.adapters import base_name, check_mergeable, without_adapter
 from orchestrator.models.dtypes import DTYPES
+from orchestrator.models.identity import identity_of
 from orchestrator.models.layers import head_is_tied
 from orchestrator.models.loading import NO_CODE
 from orchestrator.models.policy import build_policy, cast_to
 from orchestrator.models.quantized import is_quantized
-from orchestrator.models.reference import PolicyStart, identity_of
+from orchestrator.models.reference import PolicyStart
 from orchestrator.models.storage import persistent_buffers, stored_tensors
 from orchestrator.settings.counts import counted
 from orchestrator.settings.load import load_spec

@@ -18,6 +18,7 @@ from orchestrator.engines.optim import check_optim, optimizer_factory
 from orchestrator.engines.precision import dtype_held, resolved
 from orchestrator.models.adapters import check_adapter
 from orchestrator.models.attention import choose_kernel
+from orchestrator.models.build_reference import check_reference
 from orchestrator.models.policy import (
     check_fit,
     check_frozen,
@@ -27,7 +28,6 @@ from orchestrator.models.policy import (
     load_tokenizer,
     made_weights,
 )
-from orchestrator.models.reference import check_reference
 from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.rules import check_cache_with_collator, check_metric_for_best
 from orchestrator.settings.spec import RunSpec, UserError

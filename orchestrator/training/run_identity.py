@@ -9,8 +9,9 @@ import torch
 from orchestrator.data.tokens import tokenizer_identity
 from orchestrator.engines.precision import dtype_held
 from orchestrator.models.adapters import adapter_layers
+from orchestrator.models.identity import identity_of
 from orchestrator.models.mapped import types_when_cut
-from orchestrator.models.reference import PolicyStart, Reference, identity_of
+from orchestrator.models.reference import PolicyStart, Reference
 from orchestrator.models.rope import fixed_up_to
 from orchestrator.settings.spec import AttentionName, RunSpec
 from orchestrator.training.context import RunContext

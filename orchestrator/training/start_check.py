@@ -63,10 +63,9 @@ def start_tolerance(context: RunContext, engine: Engine, loader: Loader) -> Tole
         if reference.exact is None:  # the reference approximates the policy
             return engine.evaluate(batch, Counts(1, 1)).logps
         with autocast(context.world.device, context.precision):
-            return reference.exact(batch)
+            return reference.exact.logps(batch)
 
     error = reference_error(engine, loader, exact, context.world)
-    reference.exact = None
     _check_error(context, error)
     # twice: the error depends on the rest of a micro-batch
     return Tolerance(rounding, 2 * error.largest) if is_same else None

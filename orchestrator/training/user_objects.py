@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.callback_api import TrainerCallback
 from orchestrator.data.collate import UserCollator
 from orchestrator.engines.optim import Optimizers, check_functions
-from orchestrator.models.reference import RefModel, check_function
+from orchestrator.models.reference_function import RefModel, check_function
 from orchestrator.settings.spec import RunSpec, UserError
 
 GivenCallback = TrainerCallback | type[TrainerCallback]

@@ -38,8 +38,9 @@ import torch
 from step import Bench, Step, batches_of, ours, peak_of, prepared, quiet, timed, trl
 
 from orchestrator.data.collate import PackedCollator
+from orchestrator.models.build_reference import build_reference
 from orchestrator.models.policy import build_policy
-from orchestrator.models.reference import PolicyStart, Reference, build_reference
+from orchestrator.models.reference import PolicyStart, Reference
 from orchestrator.settings.load import make_spec
 from orchestrator.training.evaluate import LogpError
 
@@ -169,7 +170,8 @@ def error_of(reference: Reference, policy: Any, bench: Bench) -> LogpError:
     """How far a reference is from the policy's start, for which it stands, over all pairs."""
     collate, exact = PackedCollator(bench.spec.data), PolicyStart(policy)
     batches = [collate([row]) for row in bench.rows]
-    errors = torch.stack([reference(batch) - exact(batch) for batch in batches])  # [pairs, 2]
+    # [pairs, 2]
+    errors = torch.stack([reference.logps(batch) - exact.logps(batch) for batch in batches])
     margins = (errors[:, 0] - errors[:, 1]).abs()
     return LogpError(
         len(errors), errors.abs().max().item(), errors.abs().mean().item(), margins.max().item()

@@ -18,7 +18,7 @@ from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.order import Order
 from orchestrator.data.pairs import Pairs, content_hash, tokenized_pairs
 from orchestrator.data.refcache import RECORD, RefCache, cache_folder
-from orchestrator.models.reference import identity_of
+from orchestrator.models.identity import identity_of
 from support.thread_ranks import on_ranks
 from support.tiny_parts import PAD, data_spec, tiny_model, tokenizer
 from support.tiny_settings import random_rows, write_jsonl

@@ -25,7 +25,7 @@ TRAIN, EVAL = 32, 8
 # In a smaller model the last bit of an answer does not depend on the pairs that are asked about
 # together.
 LARGER = ("model.init.config.hidden_size=256", "model.init.config.intermediate_size=704")
-# A process that has imported everything once, watches Reference.__call__ and forks each rank of
+# A process that has imported everything once, watches Reference.logps and forks each rank of
 # each run that it is asked for, with torchrun's environment: real processes that really die,
 # without seconds of importing for each.
 RUNNER = """
@@ -36,7 +36,7 @@ from orchestrator.models import policy, reference
 from orchestrator.training import worker
 import transformers.models.qwen2.modeling_qwen2
 
-ask, asked = reference.Reference.__call__, 0
+ask, asked = reference.Reference.logps, 0
 
 def watched(self, batch, captured=None):
     global asked
@@ -51,7 +51,7 @@ def watched(self, batch, captured=None):
         file.write(json.dumps({"pairs": pairs, "in_step": torch.is_grad_enabled()}) + "\\n")
     return found
 
-reference.Reference.__call__ = watched
+reference.Reference.logps = watched
 
 def rank_of_run(request, rank):
     gc.freeze()

@@ -18,19 +18,14 @@ from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import PairStep
 from orchestrator.models.adapters import POLICY, adapter_layers
 from orchestrator.models.attention import use_packed_attention
+from orchestrator.models.build_reference import build_reference, check_reference
 from orchestrator.models.head import loss_in_head
+from orchestrator.models.identity import identity_of
 from orchestrator.models.layers import decoder_layers
 from orchestrator.models.logps import body_hidden, sequence_logps
 from orchestrator.models.policy import build_policy
 from orchestrator.models.quantized import is_quantized
-from orchestrator.models.reference import (
-    Absent,
-    Reference,
-    SharedLayers,
-    build_reference,
-    check_reference,
-    identity_of,
-)
+from orchestrator.models.reference import Absent, Reference, SharedLayers
 from orchestrator.settings.spec import DpoSpec, RunSpec, UserError
 from support.thread_ranks import on_ranks
 from support.tiny_parts import (
@@ -117,7 +112,7 @@ def test_its_log_probs_are_to_the_last_bit_those_of_the_same_policy_without_grad
 ) -> None:
     policy, reference = built(spec_of(), packed)
     batch = pair_batch(4, packed=packed)
-    found = reference(batch)
+    found = reference.logps(batch)
     hidden = body_hidden(policy, batch)
     expected = loss_in_head(
         policy,
@@ -137,7 +132,7 @@ def test_another_model_can_judge(spec_of: Callable[..., RunSpec], tmp_path: Path
     _, reference = built(spec_of(path=str(tmp_path / "other")), packed=False, dtype=torch.float64)
     expected = Reference(tiny_model(seed=5, **SIZES).double())
     assert {p.dtype for p in reference.model.parameters()} == {torch.float64}
-    assert torch.allclose(reference(pair_batch(3)), expected(pair_batch(3)), rtol=1e-6)
+    assert torch.allclose(reference.logps(pair_batch(3)), expected.logps(pair_batch(3)), rtol=1e-6)
     assert not reference.is_start
 
 
@@ -152,8 +147,8 @@ def test_a_copy_can_have_a_type_of_its_own(
     batch = pair_batch(4, packed=True)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     use_packed_attention(theirs, "cpu")  # with the norms and MLPs of transformers
-    assert torch.equal(reference(batch), sequence_logps(theirs, batch))
-    assert 0 < (reference(batch) - sequence_logps(policy, batch)).abs().max() < 1
+    assert torch.equal(reference.logps(batch), sequence_logps(theirs, batch))
+    assert 0 < (reference.logps(batch) - sequence_logps(policy, batch)).abs().max() < 1
     assert (reference.exact is not None) == path
 
 
@@ -165,7 +160,7 @@ def test_an_offloaded_copy_says_the_same_and_keeps_nothing_on_the_device(
     _, there = built(spec_of(), packed)
     policy, reference = built(spec_of(offload=True), packed)
     assert {p.device.type for p in reference.model.parameters()} == {"meta"}
-    assert torch.equal(reference(batch), there(batch))
+    assert torch.equal(reference.logps(batch), there.logps(batch))
     assert {p.device.type for p in reference.model.parameters()} == {"meta"}
     assert {p.device.type for p in policy.parameters()} == {"cpu"}
     whole = [identity_of(one.tensors(), one.model.config, ALONE) for one in (reference, there)]
@@ -227,11 +222,11 @@ def test_shared_layers_say_what_a_copy_says(spec_of: Callable[..., RunSpec], pac
     batch = pair_batch(4, packed=packed)
     for k in range(1, LAYERS):
         policy, reference = built(spec_of(kind="shared_layers", num_shared_layers=k), packed)
-        expected = built(spec_of(), packed)[1](batch)
+        expected = built(spec_of(), packed)[1].logps(batch)
         assert torch.equal(step_logps(policy, reference, batch), expected)
         moved(policy)
         assert torch.equal(step_logps(policy, reference, batch), expected)
-        assert torch.equal(reference(batch), expected)  # on its own, as for the cache
+        assert torch.equal(reference.logps(batch), expected)  # on its own, as for the cache
         assert not torch.equal(sequence_logps(policy, batch), expected)
 
 
@@ -361,7 +356,7 @@ def test_shared_layers_in_other_architectures(
     batch = pair_batch(3, packed=packed)
     policy, shared = built(tiny_spec(tmp_path, model=init, reference=reference), packed)
     moved(policy)
-    expected = built(tiny_spec(tmp_path, model=init), packed)[1](batch)
+    expected = built(tiny_spec(tmp_path, model=init), packed)[1].logps(batch)
     assert torch.equal(step_logps(policy, shared, batch), expected)
 
 
@@ -381,7 +376,8 @@ def test_every_kind_sums_a_sequence_as_the_policy_does(
     expected = sequence_logps(policy, batch, ld_alpha=0.3)
     output = PairStep(policy, reference, dpo)(batch, Counts(4, 1))
     assert all(
-        torch.equal(found, expected) for found in (output.logps, output.ref_logps, reference(batch))
+        torch.equal(found, expected)
+        for found in (output.logps, output.ref_logps, reference.logps(batch))
     )
     assert not torch.equal(sequence_logps(policy, batch), expected)
 
@@ -391,7 +387,7 @@ def test_without_its_adapter_the_policy_is_its_base(
     spec_of: Callable[..., RunSpec], packed: bool
 ) -> None:
     batch = pair_batch(4, packed=packed)
-    expected = built(spec_of(), packed)[1](batch)
+    expected = built(spec_of(), packed)[1].logps(batch)
     policy, reference = built(spec_of(LORA, kind="adapter_off"), packed)
     assert torch.equal(sequence_logps(policy, batch), expected)
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
@@ -409,7 +405,7 @@ def test_an_adapter_is_on_again_when_judging_fails(spec_of: Callable[..., RunSpe
     expected = sequence_logps(policy, pair_batch(3, packed=True))
     broken = pair_batch(3, packed=True)._replace(input_ids=torch.tensor([[10**6]]))
     with pytest.raises(IndexError):
-        reference(broken)
+        reference.logps(broken)
     assert torch.equal(sequence_logps(policy, pair_batch(3, packed=True)), expected)
 
 
@@ -427,17 +423,17 @@ def test_a_policy_that_goes_on_from_an_adapter_is_judged_by_it_not_by_the_bare_b
     spec_of: Callable[..., RunSpec], adapter: dict[str, Any], kind: str
 ) -> None:
     batch = pair_batch(4, packed=True)
-    base = built(spec_of())[1](batch)
+    base = built(spec_of())[1].logps(batch)
     first, _ = built(spec_of(LORA))
     moved(first)
     start = sequence_logps(first, batch)
     policy, reference = built(spec_of(adapter, kind=kind))
     assert torch.equal(sequence_logps(policy, batch), start)
-    assert torch.equal(reference(batch), start)
+    assert torch.equal(reference.logps(batch), start)
     assert not torch.allclose(start, base)
     if kind != "precomputed":  # which is asked before training alone
         moved(policy)
-        assert torch.equal(reference(batch), start)
+        assert torch.equal(reference.logps(batch), start)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in first.named_parameters() if ".lora_" in name}
 
@@ -449,9 +445,9 @@ def test_an_adapter_is_quantised_with_the_base_it_is_merged_into(
     assert is_quantized(reference.model)
     assert not adapter_layers(reference.model)
     batch = pair_batch(4, packed=True)
-    base = built(spec_of())[1](batch)
+    base = built(spec_of())[1].logps(batch)
     start = sequence_logps(policy, batch)
-    assert (reference(batch) - start).abs().max() < 0.3 * (base - start).abs().max()
+    assert (reference.logps(batch) - start).abs().max() < 0.3 * (base - start).abs().max()
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -482,7 +478,7 @@ def test_an_adapter_that_was_started_from_the_base_leaves_the_base_alone(
     )
     batch = pair_batch(4)
     expected = sequence_logps(bare, batch)  # pyright: ignore[reportArgumentType]
-    for found in (sequence_logps(policy, batch), reference(batch)):
+    for found in (sequence_logps(policy, batch), reference.logps(batch)):
         assert torch.allclose(found, expected, atol=1e-4)
 
 
@@ -502,7 +498,7 @@ def test_layers_that_are_transposed_are_merged_before_they_are_quantised(tmp_pat
         policy, reference = built(
             tiny_spec(tmp_path, model=goes_on, reference={"kind": kind}), packed=False
         )
-        assert (reference(batch) - sequence_logps(policy, batch)).abs().max() < 3
+        assert (reference.logps(batch) - sequence_logps(policy, batch)).abs().max() < 3
 
 
 @pytest.mark.parametrize(
@@ -542,7 +538,7 @@ def test_a_base_in_fewer_bits(spec_of: Callable[..., RunSpec], base: str) -> Non
     types = {p.dtype for p in policy.parameters() if p.requires_grad}
     assert types == {torch.float32}
     start = sequence_logps(policy, batch)
-    assert torch.equal(reference(batch), start)
+    assert torch.equal(reference.logps(batch), start)
     output = PairStep(policy, reference, DPO)(batch, Counts(4, 1))
     assert torch.equal(output.logps, output.ref_logps)  # training or not, on any device
     output.loss.backward()
@@ -573,10 +569,10 @@ def test_it_is_quantised_as_transformers_does_it(
     for module in theirs.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
-    assert (reference(batch) - sequence_logps(theirs, batch)).abs().max() < 1e-3
+    assert (reference.logps(batch) - sequence_logps(theirs, batch)).abs().max() < 1e-3
     held = {name: value.data_ptr() for name, value in reference.model.named_parameters()}
-    first = reference(batch)
-    assert torch.equal(reference(batch), first)
+    first = reference.logps(batch)
+    assert torch.equal(reference.logps(batch), first)
     assert {
         name: value.data_ptr() for name, value in reference.model.named_parameters()
     } == held  # quantised once
@@ -592,7 +588,7 @@ def test_a_model_whose_linear_layers_are_transposed_is_quantised(tmp_path: Path)
         policy, reference = built(tiny_spec(tmp_path, model=init, reference={"kind": kind}))
         batch = pair_batch(4, packed=True)
         assert type(policy).__name__ == "GPT2LMHeadModel"
-        error = (reference(batch) - sequence_logps(policy, batch)).abs().max()
+        error = (reference.logps(batch) - sequence_logps(policy, batch)).abs().max()
         assert 0 < error < 1
 
 
@@ -637,12 +633,12 @@ def test_a_function_can_make_the_reference(spec_of: Callable[..., RunSpec], tmp_
 
     policy, reference = built(spec_of(), ref_model=load)
     assert is_quantized(reference.model)
-    assert 0 < (reference(batch) - sequence_logps(policy, batch)).abs().max() < 1
+    assert 0 < (reference.logps(batch) - sequence_logps(policy, batch)).abs().max() < 1
     assert not reference.is_start
 
     policy, reference = built(spec_of(), ref_model=copy.deepcopy)
     assert reference.is_start
-    assert torch.equal(reference(batch), sequence_logps(policy, batch))
+    assert torch.equal(reference.logps(batch), sequence_logps(policy, batch))
 
     def in_16_bits(_: PreTrainedModel) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
@@ -681,7 +677,7 @@ def test_shared_layers_that_a_function_made_are_recognised(
     spec_of: Callable[..., RunSpec], function: Callable[[PreTrainedModel], PreTrainedModel]
 ) -> None:
     batch = pair_batch(4, packed=True)
-    expected = built(spec_of())[1](batch)
+    expected = built(spec_of())[1].logps(batch)
     policy, reference = built(spec_of(), ref_model=function)
     assert isinstance(reference, SharedLayers)
     assert reference.capture_layer == 2
@@ -873,7 +869,7 @@ def test_an_absent_reference_says_which_rows_are_missing() -> None:
     with pytest.raises(
         UserError, match=r"the log-probs of pairs \[17, 4\] are not all in the cache"
     ):
-        Absent()(collator(packed=True)(rows))
+        Absent().logps(collator(packed=True)(rows))
 
 
 # --- identity -------------------------------------------------------------------------------------

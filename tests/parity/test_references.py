@@ -23,7 +23,7 @@ from transformers import (
 
 from orchestrator import create_reference_model
 from orchestrator.models.policy import build_policy, load_tokenizer
-from orchestrator.models.reference import RefModel
+from orchestrator.models.reference_function import RefModel
 from orchestrator.run.local.debug import debug
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.spec import RunSpec, UserError

@@ -20,8 +20,8 @@ from orchestrator.data.collate import Counts, PackedCollator
 from orchestrator.dpo.step import PairStep
 from orchestrator.models import plain_head
 from orchestrator.models.attention import use_packed_attention
+from orchestrator.models.build_reference import build_reference
 from orchestrator.models.policy import build_policy, load_tokenizer
-from orchestrator.models.reference import build_reference
 from orchestrator.settings.spec import RunSpec
 from orchestrator.training import worker
 from orchestrator.training.health import LocalSession

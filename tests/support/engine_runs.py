@@ -24,7 +24,7 @@ from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.engines.precision import Types, dtype_of, is_16_bit
 from orchestrator.models.attention import choose_kernel, use_packed_attention
 from orchestrator.models.layers import freeze_lowest
-from orchestrator.models.reference import Reference, place
+from orchestrator.models.reference import Reference
 from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
 from orchestrator.training.checkpoint import Reader, save
 from orchestrator.training.compute_metrics import UserMetrics
@@ -121,7 +121,7 @@ def _onto_gpu(step: PairStep, case: Case, device: torch.device) -> None:
     if case.engine == "ddp":
         step.policy.to(device)  # pyright: ignore[reportArgumentType]
     casts = is_16_bit(case.precision) and case.engine != "ddp"
-    place(reference, step.policy, device, dtype_of(case.precision) if casts else None)
+    step.place_reference(device, dtype_of(case.precision) if casts else None)
 
 
 def micro_batches(case: Case, step: int, world: World) -> list[PairBatch]:

@@ -90,13 +90,13 @@ def test_loss_and_gradient_are_those_of_the_sorted_global_batch(
 
     def step(world: World) -> tuple[float, float, torch.Tensor]:
         engine = engines[world.rank]
-        ask = engine.step.ask_reference
+        ask = engine.step.reference_logps
 
         def counted(*args: Any) -> torch.Tensor:
             asked[world.rank] += 1
             return ask(*args)
 
-        engine.step.ask_reference = counted
+        engine.step.reference_logps = counted
         batches = first_pass(
             engine, [batch(pairs, packed) for pairs in ranks[world.rank]], COUNTS, DPO, world
         )

@@ -18,7 +18,7 @@ from orchestrator.callback_api import TrainerCallback
 from orchestrator.data.collate import UserCollator
 from orchestrator.data.order import run_length
 from orchestrator.engines.optim import Optimizers
-from orchestrator.models.reference import RefModel
+from orchestrator.models.reference_function import RefModel
 from orchestrator.run.local.prompt import debugger
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.callbacks.profiler import ProfilerCallback

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from orchestrator.data.collate import UserCollator
 from orchestrator.engines.optim import Optimizers
-from orchestrator.models.reference import RefModel
+from orchestrator.models.reference_function import RefModel
 from orchestrator.run.checks import disk, preflight
 from orchestrator.run.checks.report import raise_failed
 from orchestrator.run.ray import capacity, elastic
