@@ -48,8 +48,8 @@ def pytest_collection_finish() -> None:
 
 def shares_a_fixture(item: pytest.Item) -> bool:
     """Whether a fixture that the test asks for is made once for its module."""
-    made = item._fixtureinfo.name2fixturedefs.values()  # pyright: ignore[reportAttributeAccessIssue]
-    return any(fixture.scope == "module" for fixtures in made for fixture in fixtures)
+    by_name = item._fixtureinfo.name2fixturedefs.values()  # pyright: ignore[reportAttributeAccessIssue]
+    return any(fixture.scope == "module" for fixtures in by_name for fixture in fixtures)
 
 
 def group_of(item: pytest.Item) -> str | None:

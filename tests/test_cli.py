@@ -37,11 +37,11 @@ def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_dir(tmp_path: Path) -> RunDir:
     """A run with two checkpoints."""
     spec = tiny_spec(tmp_path)
-    made = RunDir(spec.run_dir)
-    made.begin(spec)
+    directory = RunDir(spec.run_dir)
+    directory.begin(spec)
     for step in (1, 2):
-        save(made.checkpoints, step, [], {}, ALONE)
-    return made
+        save(directory.checkpoints, step, [], {}, ALONE)
+    return directory
 
 
 def ending_with(outcome: Any) -> Callable[..., RunResult]:

@@ -33,8 +33,8 @@ def named(path: Path) -> str:
 
 def blocks(language: str) -> list[Any]:
     """Return every block of code in that language, as parameters of a test."""
-    found = ((path, *block) for path in PAGES for block in BLOCK.findall(path.read_text()))
-    return [pytest.param(text, id=named(path)) for path, kind, text in found if kind == language]
+    content = ((path, *block) for path in PAGES for block in BLOCK.findall(path.read_text()))
+    return [pytest.param(text, id=named(path)) for path, kind, text in content if kind == language]
 
 
 def anchors(path: Path) -> set[str]:

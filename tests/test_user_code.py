@@ -9,7 +9,7 @@ from orchestrator.user_code import source_hash, user_attribute
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         (
             "import math\n1 / 0",
@@ -22,7 +22,7 @@ from orchestrator.user_code import source_hash, user_attribute
 )
 def test_a_module_that_raises_is_said_in_a_line(
     source: str,
-    said: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
@@ -30,7 +30,7 @@ def test_a_module_that_raises_is_said_in_a_line(
     name = request.node.callspec.id
     (tmp_path / f"broken_{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=said.format(name)):
+    with pytest.raises(UserError, match=message.format(name)):
         user_attribute("dpo.loss_type", f"broken_{name}:loss")
 
 

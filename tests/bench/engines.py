@@ -42,14 +42,14 @@ def held(world: World) -> dict[str, tuple[int, int]]:
 def timed(world: World, rounds: int) -> dict[str, list[float]]:
     """Seconds of each engine's steps, in turns."""
     engines = {name: engine_of(replace(CASE, engine=name), world) for name in ENGINES}
-    found: dict[str, list[float]] = {name: [] for name in engines}
+    values: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 1):
         for name, engine in engines.items():
             began = time.monotonic()
             take_step(engine, CASE, turn, world)
             if turn:  # the first one sets up
-                found[name].append(time.monotonic() - began)
-    return found
+                values[name].append(time.monotonic() - began)
+    return values
 
 
 def main() -> None:

@@ -35,15 +35,17 @@ def lengths(pairs: int) -> Integers:
     return np.exp(np.random.default_rng(0).normal(5.5, 0.6, (pairs, 3))).astype(np.int64) + 1
 
 
-def measured(made: Integers, ranks: int, batch: int) -> dict[str, Any]:
+def measured(token_lengths: Integers, ranks: int, batch: int) -> dict[str, Any]:
     """One setting: seconds of the permutation and of a plan, peak memory, evenness."""
     tracemalloc.start()
     began = time.perf_counter()
-    permutation(len(made), 7, 0)
+    permutation(len(token_lengths), 7, 0)
     permuted = time.perf_counter() - began
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    orders = [Order(made, batch, rank, ranks, 7, 4, cost=COST) for rank in sorted({0, ranks - 1})]
+    orders = [
+        Order(token_lengths, batch, rank, ranks, 7, 4, cost=COST) for rank in sorted({0, ranks - 1})
+    ]
     orders[0].plan(0)  # the permutation is cached from here on
     seconds: list[float] = []
     uneven: list[float] = []
@@ -55,7 +57,7 @@ def measured(made: Integers, ranks: int, batch: int) -> dict[str, Any]:
         counts = {len(order.plan(step * batch).micro_batches) for order in orders}
         assert len(counts) == 1, "ranks disagree on the number of micro-steps"
     return {
-        "pairs": len(made),
+        "pairs": len(token_lengths),
         "ranks": ranks,
         "batch": batch,
         "permutation_s": permuted,
@@ -89,24 +91,24 @@ def main() -> None:
     )
     parser.add_argument("--json", help="write what was found here")
     args = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
     print(
         f"{'pairs':>10}{'ranks':>7}{'batch':>7}{'permutation s':>15}"
         f"{'peak MB':>9}{'plan ms':>9}{'uneven':>8}"
     )
     for pairs in map(int, args.pairs.split(",")):
-        made = lengths(pairs)
+        token_lengths = lengths(pairs)
         for ranks in map(int, args.ranks.split(",")):
             for batch in (size for size in map(int, args.batch.split(",")) if size >= 2 * ranks):
-                row = measured(made, ranks, batch)
-                found.append(row)
+                row = measured(token_lengths, ranks, batch)
+                values.append(row)
                 print(
                     f"{row['pairs']:10}{row['ranks']:7}{row['batch']:7}{row['permutation_s']:15.3f}"
                     f"{row['permutation_peak_mb']:9.0f}{row['plan_ms']:9.2f}{row['uneven']:8.3f}",
                     flush=True,
                 )
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":

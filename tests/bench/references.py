@@ -148,9 +148,9 @@ def contender(name: str, bench: Bench) -> Contender:
     """Policy, reference and step of that name; what is to be known beforehand is computed by the
     policy's start.
     """
-    made = _ours(OURS[name], bench) if name in OURS else _trl(TRL[name], bench)
-    move(made.policy)
-    return made
+    results = _ours(OURS[name], bench) if name in OURS else _trl(TRL[name], bench)
+    move(results.policy)
+    return results
 
 
 def _ours(kind: Ours, bench: Bench) -> Contender:
@@ -256,10 +256,10 @@ def compare(names: list[str], bench: Bench) -> dict[str, Any]:
     for number in range(bench.args.rounds + 1):
         round_seconds, losses = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for pairs in batches[:1] if number == 0 else batches:  # round 0 warms up
-            for name, made in built.items():
-                took, losses[name] = timed(made.step, pairs, bench.device)
+            for name, each in built.items():
+                took, losses[name] = timed(each.step, pairs, bench.device)
                 round_seconds[name] += took
-                made.policy.zero_grad(set_to_none=False)
+                each.policy.zero_grad(set_to_none=False)
             for name in names:
                 if name in OURS and OURS[name].twin in names:
                     difference = _agreeing(name, losses)
@@ -272,11 +272,11 @@ def compare(names: list[str], bench: Bench) -> dict[str, Any]:
         name: {
             "seconds_per_pair": statistics.median(seconds[name]) / pairs,
             "rounds": [took / pairs for took in seconds[name]],
-            "weights_mb": made.own_mb,
-            "error": made.error._asdict() if made.error else None,
+            "weights_mb": each.own_mb,
+            "error": each.error._asdict() if each.error else None,
             "difference_of_losses": differences.get(name),
         }
-        for name, made in built.items()
+        for name, each in built.items()
     }
 
 
@@ -293,13 +293,13 @@ def _agreeing(name: str, losses: dict[str, float]) -> float:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def table(found: dict[str, Any]) -> list[list[str]]:
+def table(results: dict[str, Any]) -> list[list[str]]:
     """The cells of each row whose contender of ours was run."""
-    made: list[list[str]] = []
+    values: list[list[str]] = []
     for label, our_name, trl_name in ROWS:
-        if our_name not in found:
+        if our_name not in results:
             continue
-        here, there = found[our_name], found.get(trl_name)
+        here, there = results[our_name], results.get(trl_name)
         cells = [label, *_pair(here, there, "seconds_per_pair", 3), "-"]
         if there is not None:
             ratios = [b / a for a, b in zip(here["rounds"], there["rounds"], strict=True)]
@@ -308,8 +308,8 @@ def table(found: dict[str, Any]) -> list[list[str]]:
                 f"{min(ratios):.2f}..{max(ratios):.2f}",
             ]
         peak, own = _pair(here, there, "peak_mb", 0), _pair(here, there, "weights_mb", 1)
-        made.append([*cells, *peak, *own[:2], *_pair(here, there, "sum_mb", 0)])
-    return made
+        values.append([*cells, *peak, *own[:2], *_pair(here, there, "sum_mb", 0)])
+    return values
 
 
 def _pair(here: dict[str, Any], there: dict[str, Any] | None, key: str, digits: int) -> list[str]:
@@ -319,9 +319,9 @@ def _pair(here: dict[str, Any], there: dict[str, Any] | None, key: str, digits: 
     return [*values, "-" if a is None or b is None else f"{a / b:.2f}" if b else "-"]
 
 
-def report(bench: Bench, found: dict[str, Any]) -> None:
+def report(bench: Bench, results: dict[str, Any]) -> None:
     """The table, as text or for docs/benchmarks.md, and how far approximate references are off."""
-    cells = table(found)
+    cells = table(results)
     if bench.args.markdown:
         for row in [HEADS, ["---"] * len(HEADS), *cells]:
             print(f"| {' | '.join(row)} |")
@@ -333,14 +333,14 @@ def report(bench: Bench, found: dict[str, Any]) -> None:
             )
             print(row[0].ljust(widths[0]) + rest)
     print()
-    for name, row in found.items():
+    for name, row in results.items():
         if error := row["error"]:
             print(
                 f"{name}: log-probs of {error['pairs']} pairs are off by at most "
                 f"{error['largest']:.2g} nats, {error['mean']:.2g} on average; reward margins by "
                 f"at most {bench.spec.dpo.beta * error['margin']:.2g}"
             )
-    for name, row in found.items():
+    for name, row in results.items():
         if row["difference_of_losses"] is not None:
             print(
                 f"{name}: mean losses of a batch are {OURS[name].twin}'s to "
@@ -394,15 +394,15 @@ def main() -> None:
         peaks: dict[str, float] = {}
         for name in [] if args.no_memory else args.only:  # before this process takes any
             command = [sys.executable, *sys.argv, "--memory-of", name]
-            made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            peaks[name] = float(made.splitlines()[-1])
-        found = compare(args.only, bench)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            peaks[name] = float(done.splitlines()[-1])
+        results = compare(args.only, bench)
         for name, peak in peaks.items():
-            found[name] |= {"peak_mb": peak, "sum_mb": peak + found[name]["weights_mb"]}
-    report(bench, found)
+            results[name] |= {"peak_mb": peak, "sum_mb": peak + results[name]["weights_mb"]}
+    report(bench, results)
     if args.json:
         Path(args.json).write_text(
-            json.dumps({"arguments": vars(args), "contenders": found}, indent=1) + "\n"
+            json.dumps({"arguments": vars(args), "contenders": results}, indent=1) + "\n"
         )
 
 

@@ -184,8 +184,12 @@ def _synthetic(ratio: float, args: argparse.Namespace) -> Rows:
         prompt = max(1, int(ratio * (chosen + rejected) / 2))
         if prompt + max(chosen, rejected) > args.max_length:
             continue
-        made = {"prompt_ids": ids(prompt), "chosen_ids": ids(chosen), "rejected_ids": ids(rejected)}
-        rows.append({"pair_id": len(rows), **made})
+        values = {
+            "prompt_ids": ids(prompt),
+            "chosen_ids": ids(chosen),
+            "rejected_ids": ids(rejected),
+        }
+        rows.append({"pair_id": len(rows), **values})
     return rows
 
 
@@ -509,11 +513,11 @@ def compare(bench: Bench) -> dict[str, Any]:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def report(bench: Bench, found: dict[str, Any]) -> None:
+def report(bench: Bench, results: dict[str, Any]) -> None:
     """The table, with the ratio of ours to each of TRL's, its spread over rounds, and the ceiling
     on paper.
     """
-    contenders = found["contenders"]
+    contenders = results["contenders"]
     device = (
         torch.cuda.get_device_name()
         if bench.device.type == "cuda"
@@ -521,16 +525,17 @@ def report(bench: Bench, found: dict[str, Any]) -> None:
     )
     peak = next((value for name, value in PEAK_FLOPS.items() if name in device), None)
     print(
-        f"{found['pairs']} pairs of {bench.args.data}, {found['tokens_per_pair']:.0f} tokens each, "
+        f"{results['pairs']} pairs of {bench.args.data}, "
+        f"{results['tokens_per_pair']:.0f} tokens each, "
         f"model {bench.args.size} in {bench.args.precision}, {device}; "
-        f"losses agree to {found['largest_difference_of_losses']:.1e}"
+        f"losses agree to {results['largest_difference_of_losses']:.1e}"
     )
     kind = "s" if bench.device.type == "cuda" else "CPU s"
     peak = peak if bench.args.precision == "bf16" else None
     print(f"{'':13}{kind + '/pair':>12}{'tokens/s':>12}{'peak MB':>10}{'MFU':>7}")
     for name, row in contenders.items():
         used = (
-            f"{row['flops_needed'] / (row['seconds_per_pair'] * found['pairs']) / peak:.0%}"
+            f"{row['flops_needed'] / (row['seconds_per_pair'] * results['pairs']) / peak:.0%}"
             if peak
             else "-"
         )
@@ -603,14 +608,16 @@ def main() -> None:
         peaks: dict[str, float] = {}
         for name in [] if args.no_memory else _names(args):  # before this process takes any
             command = [sys.executable, *sys.argv, "--memory-of", name]
-            made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            peaks[name] = float(made.splitlines()[-1])
-        found = compare(bench)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            peaks[name] = float(done.splitlines()[-1])
+        results = compare(bench)
         for name, peak in peaks.items():
-            found["contenders"][name]["peak_mb"] = peak
-    report(bench, found)
+            results["contenders"][name]["peak_mb"] = peak
+    report(bench, results)
     if args.json:
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), **found}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"arguments": vars(args), **results}, indent=1) + "\n"
+        )
 
 
 def quiet() -> None:

@@ -262,12 +262,12 @@ def rules_met(raw: dict[str, Any], row: Row) -> set[str]:
     else:
         assert not expected, f"{row} is not refused"
         return set()
-    found = {
+    actual = {
         each.rule for each in expected if each.key == refused.key and each.rule in refused.rule
     }
-    assert found, f"{row} is refused: {refused}"
+    assert actual, f"{row} is refused: {refused}"
     assert "\n" not in str(refused)
-    return found
+    return actual
 
 
 # --- what can be ----------------------------------------------------------------------------------
@@ -280,15 +280,15 @@ STEEPER = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs, and a model with its tokenizer."""
-    made = tmp_path_factory.mktemp("combinations")
+    root = tmp_path_factory.mktemp("combinations")
     weighed = [
         {**row, "weight": 0.5 + i, "margin": 0.1 * i}
         for i, row in enumerate(random_rows(PAIRS, longest=4))
     ]
-    write_jsonl(made / "train.jsonl", weighed)
-    tiny_model(hidden_size=64, initializer_range=0.1).save_pretrained(made / "base")
-    tokenizer().save_pretrained(made / "base")
-    return made
+    write_jsonl(root / "train.jsonl", weighed)
+    tiny_model(hidden_size=64, initializer_range=0.1).save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    return root
 
 
 Pools = tuple[Ranks, Ranks]
@@ -302,15 +302,15 @@ def pools() -> Iterator[Pools]:
 
 
 def assert_trains_like_its_twin(pools: Pools, folder: Path, row: Row) -> None:
-    made: Left
-    made, other = pools[0].call(whole_run, settings(folder, row), seconds=LIMIT_S)
+    actual: Left
+    actual, other = pools[0].call(whole_run, settings(folder, row), seconds=LIMIT_S)
     [expected] = pools[1].call(curve, twin(folder, row), seconds=LIMIT_S)
     near = tolerance(row["precision"], row["reference"], row["lora"]) * STEEPER.get(row["loss"], 1)
-    assert made == other
-    assert len(made.losses) == STEPS
-    assert made.losses == pytest.approx(expected, rel=near, abs=near)
+    assert actual == other
+    assert len(actual.losses) == STEPS
+    assert actual.losses == pytest.approx(expected, rel=near, abs=near)
     is_cached = row["reference"] != "copy" and row["collator"] == "ours"
-    assert made.kept == (PAIRS if is_cached else 0)
+    assert actual.kept == (PAIRS if is_cached else 0)
 
 
 def every(rows: list[Row]) -> Callable[..., Any]:

@@ -67,14 +67,14 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("engine_references")
-    write_jsonl(made / "train.jsonl", random_rows(16, longest=4))
-    write_jsonl(made / "eval.jsonl", random_rows(4, seed=1, longest=4))
+    root = tmp_path_factory.mktemp("engine_references")
+    write_jsonl(root / "train.jsonl", random_rows(16, longest=4))
+    write_jsonl(root / "eval.jsonl", random_rows(4, seed=1, longest=4))
     tiny_model(hidden_size=64, initializer_range=0.1, num_hidden_layers=3).save_pretrained(
-        made / "base"
+        root / "base"
     )
-    tokenizer().save_pretrained(made / "base")
-    return made
+    tokenizer().save_pretrained(root / "base")
+    return root
 
 
 def settings_of(folder: Path, engine: str, kind: str, **blocks: Any) -> Path:

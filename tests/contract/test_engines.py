@@ -57,10 +57,10 @@ def oracle(case: str, steps: int = STEPS) -> Made:
     return engine_runs.oracle(CASES[case], range(steps))
 
 
-def assert_alike(made: Made, expected: Made, steps: slice = slice(None)) -> None:
-    assert made.losses == pytest.approx(expected.losses[steps], rel=1e-5)
-    assert made.norms == pytest.approx(expected.norms[steps], rel=1e-4)
-    assert made.rates == pytest.approx(expected.rates[steps], rel=1e-12)
+def assert_alike(trained: Made, expected: Made, steps: slice = slice(None)) -> None:
+    assert trained.losses == pytest.approx(expected.losses[steps], rel=1e-5)
+    assert trained.norms == pytest.approx(expected.norms[steps], rel=1e-4)
+    assert trained.rates == pytest.approx(expected.rates[steps], rel=1e-12)
 
 
 # --- the curve ------------------------------------------------------------------------------------
@@ -72,19 +72,19 @@ def assert_alike(made: Made, expected: Made, steps: slice = slice(None)) -> None
 def test_the_curve_and_the_weights_are_those_of_plain_torch(
     groups: Any, engine: str, size: int, case: str
 ) -> None:
-    made, expected = groups(engine, size).runs[case], oracle(case)
-    assert_alike(made, expected)
-    assert made.weights.keys() == expected.weights.keys()
+    actual, expected = groups(engine, size).runs[case], oracle(case)
+    assert_alike(actual, expected)
+    assert actual.weights.keys() == expected.weights.keys()
     for name, value in expected.weights.items():
-        assert (made.weights[name] - value).abs().max() < 1e-5, name
+        assert (actual.weights[name] - value).abs().max() < 1e-5, name
 
 
 def test_the_oracle_learns_and_clips() -> None:
     """Else it would say little that a run is as its."""
-    made, start = oracle("plain"), engine_runs.pair_step(Case()).policy.state_dict()
-    assert len(set(made.rates)) == STEPS
-    assert min(made.norms) > 0.5  # every gradient is clipped at 0.05
-    assert all((value - start[name]).abs().max() > 1e-3 for name, value in made.weights.items())
+    actual, start = oracle("plain"), engine_runs.pair_step(Case()).policy.state_dict()
+    assert len(set(actual.rates)) == STEPS
+    assert min(actual.norms) > 0.5  # every gradient is clipped at 0.05
+    assert all((value - start[name]).abs().max() > 1e-3 for name, value in actual.weights.items())
     frozen = oracle("frozen")
     assert torch.equal(
         frozen.weights["model.embed_tokens.weight"], start["model.embed_tokens.weight"]
@@ -136,8 +136,10 @@ PAIRS = random.Random(5).sample(
 @pytest.mark.parametrize(("writer", "reader"), PAIRS, ids=lambda end: f"{end[0]}x{end[1]}")
 def test_what_one_has_written_another_goes_on_from(groups: Any, writer: Any, reader: Any) -> None:
     wrote = groups(*writer)
-    [made, *_] = on_gloo(reader[1], engine_runs.gone_on, Case(engine=reader[0]), wrote.checkpoint)
-    assert_alike(made, wrote.gone_on)
+    [rank_zero, *_] = on_gloo(
+        reader[1], engine_runs.gone_on, Case(engine=reader[0]), wrote.checkpoint
+    )
+    assert_alike(rank_zero, wrote.gone_on)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -178,27 +180,27 @@ def in_16_bits() -> Any:
 
 @every_engine
 def test_bf16_is_near_fp32(in_16_bits: Any, engine: str) -> None:
-    made, skipped = in_16_bits(engine)["bf16"]
-    expected = engine_runs.oracle(Case(), range(len(made.losses)))
-    assert made.losses == pytest.approx(expected.losses, rel=0.05)
-    assert made.losses != pytest.approx(expected.losses, rel=1e-5)
-    assert made.rates == pytest.approx(expected.rates, rel=1e-12)
+    actual, skipped = in_16_bits(engine)["bf16"]
+    expected = engine_runs.oracle(Case(), range(len(actual.losses)))
+    assert actual.losses == pytest.approx(expected.losses, rel=0.05)
+    assert actual.losses != pytest.approx(expected.losses, rel=1e-5)
+    assert actual.rates == pytest.approx(expected.rates, rel=1e-12)
     assert not any(skipped)
 
 
 @every_engine
 def test_a_skipped_fp16_step_counts_nowhere(in_16_bits: Any, engine: str) -> None:
     """The rate is a function of the steps that were taken, as with torch's GradScaler."""
-    made, skipped = in_16_bits(engine)["fp16"]
+    actual, skipped = in_16_bits(engine)["fp16"]
     assert 3 < sum(skipped) < 9
     first = skipped.index(False)
     assert first > 3
     rates = engine_runs.oracle(Case(), range(len(skipped))).rates
     taken = [step for step, other in enumerate(skipped) if not other]
     counted = [sum(before < step for before in taken) for step in range(len(skipped))]
-    assert made.rates == pytest.approx([rates[count] for count in counted], rel=1e-12)
+    assert actual.rates == pytest.approx([rates[count] for count in counted], rel=1e-12)
     expected = engine_runs.oracle(Case(), taken).losses  # as if the others had not been
-    assert [made.losses[step] for step in taken] == pytest.approx(expected, rel=0.1)
+    assert [actual.losses[step] for step in taken] == pytest.approx(expected, rel=0.1)
 
 
 def test_an_fp16_step_overflows_on_many_ranks_where_it_does_on_one() -> None:
@@ -221,10 +223,10 @@ SAID = {
 
 @every_engine
 def test_what_is_said_of_types_is_so(engine: str) -> None:
-    [found] = on_gloo(1, engine_runs.types, engine)
-    assert found["fp32"][0] == Types("fp32", "fp32", "fp32", "fp32")
-    assert found["bf16"][0] == SAID[engine]
-    for _, held in found.values():
+    [rank_zero] = on_gloo(1, engine_runs.types, engine)
+    assert rank_zero["fp32"][0] == Types("fp32", "fp32", "fp32", "fp32")
+    assert rank_zero["bf16"][0] == SAID[engine]
+    for _, held in rank_zero.values():
         assert held == [{torch.float32}] * 3
 
 
@@ -245,9 +247,9 @@ def test_offloading_changes_no_number(engine: str, offload: str, tmp_path: Path)
 
 @every_engine
 def test_the_seeds_optimizers_by_settings_and_by_functions(engine: str, tmp_path: Path) -> None:
-    [made, *_] = on_gloo(2, engine_runs.seeds, engine, tmp_path)
-    assert len(made) == 4
-    for name, run in made.items():
+    [rank_zero, *_] = on_gloo(2, engine_runs.seeds, engine, tmp_path)
+    assert len(rank_zero) == 4
+    for name, run in rank_zero.items():
         case, optimizer, schedule = engine_runs.SEEDS[name.partition(" by ")[0]]
         case = replace(case, total_steps=engine_runs.SEED_STEPS)
         own = (None, None) if name.endswith("YAML") else (optimizer, schedule)
@@ -265,8 +267,8 @@ def test_a_file_for_deepspeed_is_taken(stage: int, tmp_path: Path) -> None:
     """Those that are shipped, in which "auto" stands as users of transformers write it."""
     preset = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
     case = Case(engine=f"zero{stage}", settings={"deepspeed_config": str(preset)})
-    [made, *_] = on_gloo(2, engine_runs.run, case, tmp_path, STEPS)
-    assert_alike(made, oracle("plain"))
+    [rank_zero, *_] = on_gloo(2, engine_runs.run, case, tmp_path, STEPS)
+    assert_alike(rank_zero, oracle("plain"))
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])

@@ -72,14 +72,14 @@ def test_the_curve_is_that_of_a_cpu(alone: World, engine: str, precision: Precis
     needs(engine)
     case = Case(engine=engine, precision=precision)
     with tf32_switched(precision == "tf32"):
-        made = engine_runs.engine_of(case, alone)
+        ddp = engine_runs.engine_of(case, alone)
         if precision == "fp16":
-            made.scale.value = 2.0**8  # at which no step of this model is skipped
-        taken = [engine_runs.take_step(made, case, step, alone) for step in range(STEPS)]
+            ddp.scale.value = 2.0**8  # at which no step of this model is skipped
+        taken = [engine_runs.take_step(ddp, case, step, alone) for step in range(STEPS)]
     assert not any(updated.skipped for _, updated in taken)
     expected = engine_runs.oracle(Case(), range(STEPS)).losses
     assert [loss for loss, _ in taken] == pytest.approx(expected, rel=NEAR[precision])
-    made.close()
+    ddp.close()
 
 
 def test_products_are_in_tf32_only_where_that_was_asked_for() -> None:
@@ -143,7 +143,7 @@ def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(
 ) -> None:
     monkeypatch.setattr(plain_head, "CHUNK_LOGITS", 300 * rows_at_once)
     monkeypatch.setattr(plain_head, "ON_GPU", 1)
-    found = []
+    collected = []
     for device, dtype in ((torch.device("cpu"), torch.float64), (GPU, torch.float32)):
         model: Any = tiny_model(0, torch.float32, tie_word_embeddings=False).to(device, dtype)
         batch = pair_batch(5).to(device)
@@ -159,9 +159,9 @@ def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(
         )
         scored.loss.backward()
         assert scored.tokens is not None
-        made = [scored.loss, scored.logps, *scored.tokens, hidden.grad, model.lm_head.weight.grad]
-        found.append([each.detach().double().cpu() for each in made])
-    for exact, on_gpu in zip(*found, strict=True):
+        values = [scored.loss, scored.logps, *scored.tokens, hidden.grad, model.lm_head.weight.grad]
+        collected.append([each.detach().double().cpu() for each in values])
+    for exact, on_gpu in zip(*collected, strict=True):
         assert (on_gpu - exact).abs().max() <= 1e-4 * exact.abs().max()
 
 

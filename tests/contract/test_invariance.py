@@ -92,11 +92,11 @@ def test_same_curve_and_weights(settings: Path, cut: str) -> None:
     twin = settings.parent / twin_name / twin_name
     if not twin.exists():
         run(settings, twin_name, 1, CUTS["1x4"][1] + batch)
-    made = run(settings, cut, ranks, overrides)
+    actual = run(settings, cut, ranks, overrides)
 
-    assert losses(made) == pytest.approx(losses(twin), abs=1e-5)
-    assert evaluations(made) == pytest.approx(evaluations(twin), abs=1e-6)
-    for line, expected in zip(metric_lines(made), metric_lines(twin), strict=True):
+    assert losses(actual) == pytest.approx(losses(twin), abs=1e-5)
+    assert evaluations(actual) == pytest.approx(evaluations(twin), abs=1e-6)
+    for line, expected in zip(metric_lines(actual), metric_lines(twin), strict=True):
         assert set(line) == set(expected)
         for name in ("rewards/accuracies", "num_tokens", "learning_rate", "epoch"):
             assert line.get(name, 0) == pytest.approx(expected.get(name, 0)), name
@@ -111,7 +111,9 @@ def test_same_curve_and_weights(settings: Path, cut: str) -> None:
             assert line.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-4, abs=1e-5), (
                 name
             )
-    weights, expected_weights = (load_file(d / "model" / "model.safetensors") for d in (made, twin))
+    weights, expected_weights = (
+        load_file(d / "model" / "model.safetensors") for d in (actual, twin)
+    )
     for name, value in expected_weights.items():
         assert (weights[name] - value).abs().max() < 1e-5, name
 
@@ -134,11 +136,11 @@ def test_what_is_of_a_micro_batch_in_trl_is_of_the_global_batch(settings: Path, 
     Five steps of 8 and 6 pairs, evaluated before, within and after.
     """
     short = [*OF_THE_GLOBAL_BATCH[loss], "training.max_steps=5"]
-    twin, *made = (
+    twin, *actual = (
         run(settings, f"{loss} {cut}", CUTS[cut][0], [*CUTS[cut][1], *short])
         for cut in ("1x4", *SPLITS)
     )
-    for each in made:
+    for each in actual:
         assert losses(each) == pytest.approx(losses(twin), abs=1e-5)
         assert evaluations(each) == pytest.approx(evaluations(twin), abs=1e-6)
     assert len(evaluations(twin)) == 3
@@ -188,7 +190,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
     tiny_model(initializer_range=0.1, num_hidden_layers=1).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
     cells = [(layout, name) for layout in LAYOUTS for name in OBJECTIVES]
-    made: Curves = {}
+    values: Curves = {}
     for ranks, micro in RANKS.items():
         settings = [
             raw_settings(
@@ -208,10 +210,10 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
             for layout, name in cells
         ]
         with Ranks(ranks) as group:
-            found = group.call(worker_runs.curves, settings)
-        assert all(each == found[0] for each in found)
-        made |= {(ranks, *cell): curve for cell, curve in zip(cells, found[0], strict=True)}
-    return made
+            actual = group.call(worker_runs.curves, settings)
+        assert all(each == actual[0] for each in actual)
+        values |= {(ranks, *cell): curve for cell, curve in zip(cells, actual[0], strict=True)}
+    return values
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -250,18 +252,18 @@ def test_collators_know_the_distribution(settings: Path, tmp_path: Path) -> None
     ]
     # a loader may run a step ahead of the last update
     by_step = {step: [call for call in calls if call["step"] == step] for step in (1, 2, 3)}
-    for step, made in by_step.items():
-        assert {call["world_size"] for call in made} == {2}
-        assert {call["rank"] for call in made} == {0, 1}
-        assert {call["global_pairs"] for call in made} == {8}
-        pairs = [pair for call in made for pair in call["pairs"]]
+    for step, calls in by_step.items():
+        assert {call["world_size"] for call in calls} == {2}
+        assert {call["rank"] for call in calls} == {0, 1}
+        assert {call["global_pairs"] for call in calls} == {8}
+        pairs = [pair for call in calls for pair in call["pairs"]]
         fillers = len(pairs) - len(
             set(pairs)
         )  # a rank with fewer micro-batches repeats a cheap pair, weightless
         assert len(set(pairs)) == 8
-        assert {call["rank"] for call in made if len(call["pairs"])} == {0, 1}
+        assert {call["rank"] for call in calls if len(call["pairs"])} == {0, 1}
         if not fillers:
-            assert {call["global_tokens"] for call in made} == {
-                sum(call["tokens"] for call in made)
+            assert {call["global_tokens"] for call in calls} == {
+                sum(call["tokens"] for call in calls)
             }
-        assert made[0]["global_tokens"] == tokens[step] - tokens.get(step - 1, 0)
+        assert calls[0]["global_tokens"] == tokens[step] - tokens.get(step - 1, 0)

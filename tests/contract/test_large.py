@@ -43,14 +43,16 @@ def private_bytes(process: psutil.Process) -> int:
     """Memory of this process and all below it that is no file's: pages of mapped weights can be
     dropped.
     """
-    found = 0
+    resident = 0
     for one in (process, *process.children(recursive=True)):
         try:
             status = Path(f"/proc/{one.pid}/status").read_text()
         except OSError:  # it has ended
             continue
-        found += sum(1024 * int(kilobytes) for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status))
-    return found
+        resident += sum(
+            1024 * int(kilobytes) for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status)
+        )
+    return resident
 
 
 @pytest.mark.slow
@@ -105,9 +107,9 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
         over.set()
         watcher.join()
         process.kill()
-    said = log.read_text()
-    assert code == 0, said
-    [count] = re.findall(r"([\d,]+) trainable parameters", said)
+    output = log.read_text()
+    assert code == 0, output
+    [count] = re.findall(r"([\d,]+) trainable parameters", output)
     seconds = time.monotonic() - began
     print(
         f"\n{count} parameters, AdamW, bf16 over fp32: peak {peak[0] / 1e9:.1f} GB in "

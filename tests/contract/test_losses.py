@@ -36,14 +36,14 @@ def test_the_curve_of_a_weight_of_two_is_that_of_the_row_twice(tmp_path: Path, r
     ]
     repeated = [{**row, "w": 1} for row in content for _ in range(row["w"])]
     curves: list[list[dict[str, float]]] = []
-    for name, made in (("weighed", content), ("repeated", repeated)):
-        write_jsonl(tmp_path / f"{name}.jsonl", made)
+    for name, built in (("weighed", content), ("repeated", repeated)):
+        write_jsonl(tmp_path / f"{name}.jsonl", built)
         file = tmp_path / f"{name}.jsonl"
         words = (
             f"run.name={name}",
             f"data.train={file}",
             f"data.eval={file}",
-            f"batch.global_batch_size={len(made)}",
+            f"batch.global_batch_size={len(built)}",
         )
         # with more, the tokenizer would depend on how often a row is there
         bytes_alone = "model.init.vocab_size=260"
@@ -101,8 +101,8 @@ def test_experts_train_without_their_load_balancing_loss(tmp_path: Path) -> None
     assert refused.codes == [cli.WRONG]
     assert "dpo.router_aux_loss_coef = (not set): the model's config sets 0.001" in refused.stderr
     finish_debug(settings, "dpo.router_aux_loss_coef=0", ranks=2)
-    found = losses(tmp_path / "runs" / "tiny")
-    assert found[1] == pytest.approx(math.log(2), abs=1e-5)
-    assert found[4] < found[1]
+    curve = losses(tmp_path / "runs" / "tiny")
+    assert curve[1] == pytest.approx(math.log(2), abs=1e-5)
+    assert curve[4] < curve[1]
     config = json.loads((tmp_path / "runs" / "tiny" / "model" / "config.json").read_text())
     assert config["model_type"] == "qwen3_moe"

@@ -97,7 +97,7 @@ Runs = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """(kind, ranks, stopped) -> that run; made once, with a cache of its own."""
+    """(kind, ranks, stopped) -> that run; trained once, with a cache of its own."""
     folder = tmp_path_factory.mktemp("references")
     write_jsonl(folder / "train.jsonl", random_rows(16, longest=4))
     write_jsonl(folder / "eval.jsonl", random_rows(4, seed=1, longest=4))
@@ -108,7 +108,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     save_adapter(folder / "base", folder / "adapter")
 
     @cache
-    def made(kind: str, ranks: int, stopped: bool = False) -> Run:
+    def build_run(kind: str, ranks: int, stopped: bool = False) -> Run:
         reference, of_model, training, _ = KINDS[kind]
         if of_model is OLD_ADAPTER:
             of_model = {"lora": {"adapter_path": str(folder / "adapter")}}
@@ -128,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             assert ended.codes == [3] * ranks, ended.log
         return Run(folder / name / "run", finish_debug(settings, ranks=ranks, hook=watch))
 
-    return made
+    return build_run
 
 
 def curve(run: Run) -> dict[tuple[int, str], float]:
@@ -181,9 +181,9 @@ def test_a_quantised_one_begins_within_its_measured_error(
     runs: Runs, kind: str, ranks: int
 ) -> None:
     run = runs(kind, ranks)
-    found = re.search(r"reward margins by at most (\S+)", run.log)
-    assert found
-    margin = 1.05 * float(found[1])  # it is printed in two digits
+    match = re.search(r"reward margins by at most (\S+)", run.log)
+    assert match
+    margin = 1.05 * float(match[1])  # it is printed in two digits
     first = next(line for line in metric_lines(run.folder) if line["step"] == 1)
     assert 0 < abs(first["loss"] - math.log(2)) <= margin
     assert 0 < abs(first["rewards/margins"]) <= margin

@@ -30,18 +30,18 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("multimodal")
-    write_jsonl(made / "train.jsonl", random_rows(8, longest=4))
-    write_jsonl(made / "eval.jsonl", random_rows(2, seed=1, longest=4))
+    root = tmp_path_factory.mktemp("multimodal")
+    write_jsonl(root / "train.jsonl", random_rows(8, longest=4))
+    write_jsonl(root / "eval.jsonl", random_rows(2, seed=1, longest=4))
     vision = {**SIZES, "image_size": 32, "patch_size": 16}
     config = AutoConfig.for_model(
         "gemma3", text_config=SIZES, vision_config=vision, mm_tokens_per_image=4
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(made / "base")
-    tokenizer().save_pretrained(made / "base")
-    return made
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -35,17 +35,17 @@ def trl_shaped(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         (row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows
     ]
     width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    made = {
+    values = {
         name: torch.zeros(len(sequences), width, dtype=torch.long)
         for name in ("attention_mask", "completion_mask")
     }
-    made["input_ids"] = torch.full((len(sequences), width), PAD)
+    values["input_ids"] = torch.full((len(sequences), width), PAD)
     for i, (prompt, completion) in enumerate(sequences):
         length = len(prompt) + len(completion)
-        made["input_ids"][i, :length] = torch.tensor(prompt + completion)
-        made["attention_mask"][i, :length] = 1
-        made["completion_mask"][i, len(prompt) : length] = 1
-    return made
+        values["input_ids"][i, :length] = torch.tensor(prompt + completion)
+        values["attention_mask"][i, :length] = 1
+        values["completion_mask"][i, len(prompt) : length] = 1
+    return values
 
 
 @pytest.fixture
@@ -200,10 +200,10 @@ def test_both_layouts_hold_the_same_sequences_and_score_the_same_tokens(
     rejected = [
         torch.cat([row[span.start : span.fork], row[span.rejected : span.stop]]) for span in spans
     ]
-    for found, ids, length in zip(
+    for actual, ids, length in zip(
         chosen + rejected, padded.input_ids, padded.sequence_tokens, strict=True
     ):
-        assert torch.equal(found, ids[:length])
+        assert torch.equal(actual, ids[:length])
     assert packed.position_ids is not None
     assert torch.equal(
         row[packed.completion_index], padded.input_ids.flatten()[padded.completion_index]
@@ -225,12 +225,12 @@ def test_segments_let_each_token_see_its_own_sequence_up_to_itself(seed: int) ->
         expected[start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
         expected[rejected:stop, fork:rejected] = False
         assert scored == min([int(i) for i in scoring if start <= i < stop], default=stop)
-    found = torch.zeros_like(expected)
+    actual = torch.zeros_like(expected)
     for run in range(2 * len(spans)):
         (first, last), (low, high) = queries[run : run + 2].tolist(), keys[run : run + 2].tolist()
         for query in range(first, last):  # a run is aligned with the end of its keys
-            found[query, key_index[low : high - (last - 1 - query)]] = True
-    assert torch.equal(found, expected)
+            actual[query, key_index[low : high - (last - 1 - query)]] = True
+    assert torch.equal(actual, expected)
     assert (queries[-1], keys[-1]) == (tokens, len(key_index))
     assert torch.equal(key_index[own_key], torch.arange(tokens))
     assert torch.equal(key_index[shared_key], shared)
@@ -340,8 +340,8 @@ def test_a_collator_with_a_parameter_context_gets_it() -> None:
             calls.append(context)
             return trl_shaped(rows)
 
-    made: list[Any] = [plain, Aware, Aware()]
-    for each in made:
+    values: list[Any] = [plain, Aware, Aware()]
+    for each in values:
         AdaptedCollator(each, PAD)(EXAMPLE, CONTEXT)
     assert calls == [None, CONTEXT, CONTEXT]
 
@@ -408,16 +408,16 @@ def test_a_users_reference_log_probs_are_taken() -> None:
 )
 def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
-        made = trl_shaped(rows[:1] if broken == "half the rows" else rows)
+        columns = trl_shaped(rows[:1] if broken == "half the rows" else rows)
         if broken == "no mask":
-            del made["completion_mask"]
+            del columns["completion_mask"]
         if broken == "a mask of another shape":
-            made["completion_mask"] = made["completion_mask"][:, 1:]
+            columns["completion_mask"] = columns["completion_mask"][:, 1:]
         if broken == "log-probs of one side twice":
-            made["ref_chosen_logps"] = made["ref_rejected_logps"] = torch.zeros(4)
+            columns["ref_chosen_logps"] = columns["ref_rejected_logps"] = torch.zeros(4)
         if broken == "an array":
-            made["attention_mask"] = made["attention_mask"].numpy()  # type: ignore[assignment]
-        return list(made.values()) if broken == "no dict" else made  # type: ignore[return-value]
+            columns["attention_mask"] = columns["attention_mask"].numpy()  # type: ignore[assignment]
+        return list(columns.values()) if broken == "no dict" else columns  # type: ignore[return-value]
 
     with pytest.raises(
         UserError,
@@ -427,20 +427,20 @@ def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [((-100, torch.int64), "int64 with minimum -100"), ((1, torch.float32), "float32")],
 )
-def test_ids_that_are_none_are_refused(ids: tuple[int, torch.dtype], said: str) -> None:
+def test_ids_that_are_none_are_refused(ids: tuple[int, torch.dtype], message: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
-        made = trl_shaped(rows)
-        return made | {
-            "input_ids": made["input_ids"]
-            .masked_fill(made["attention_mask"] == 0, ids[0])
+        columns = trl_shaped(rows)
+        return columns | {
+            "input_ids": columns["input_ids"]
+            .masked_fill(columns["attention_mask"] == 0, ids[0])
             .to(ids[1])
         }
 
     with pytest.raises(
-        UserError, match=f"'collate': returned input_ids of torch.{said}.*; return integers of 0"
+        UserError, match=f"'collate': returned input_ids of torch.{message}.*; return integers of 0"
     ):
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
 
@@ -448,10 +448,10 @@ def test_ids_that_are_none_are_refused(ids: tuple[int, torch.dtype], said: str) 
 def test_a_collator_may_sort_its_rows_and_take_out_keys() -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         rows.sort(key=lambda row: len(row["prompt_ids"]))
-        made = trl_shaped(rows)
+        columns = trl_shaped(rows)
         for row in rows:
             row.clear()
-        return made
+        return columns
 
     weighed = [
         {**row, "weight": weight, "margin": weight - 1}

@@ -39,9 +39,9 @@ def loader(pairs: Pairs, rank: int = 0, world: int = 1, collator: Any = None) ->
     return Loader(pairs, order, collator or PackedCollator(data_spec()))
 
 
-def pair_ids(made: StepBatches) -> list[int]:
+def pair_ids(step: StepBatches) -> list[int]:
     return sorted(
-        int(i) for batch in made.micro_batches for i in batch.pair_ids[batch.pair_weights > 0]
+        int(i) for batch in step.micro_batches for i in batch.pair_ids[batch.pair_weights > 0]
     )
 
 
@@ -51,11 +51,11 @@ def loader_threads() -> list[threading.Thread]:
 
 def test_steps_go_on_from_any_position(pairs: Pairs) -> None:
     whole = list(islice(loader(pairs).steps(0, 0), 6))
-    assert [made.pairs_seen for made in whole] == [8, 16, 21, 29, 37, 42]
-    assert [made.epoch for made in whole] == [0, 0, 0, 1, 1, 1]
+    assert [step.pairs_seen for step in whole] == [8, 16, 21, 29, 37, 42]
+    assert [step.epoch for step in whole] == [0, 0, 0, 1, 1, 1]
     for done in range(1, 5):
         rest = list(islice(loader(pairs).steps(whole[done - 1].pairs_seen, done), 6 - done))
-        assert [pair_ids(made) for made in rest] == [pair_ids(made) for made in whole[done:]]
+        assert [pair_ids(step) for step in rest] == [pair_ids(step) for step in whole[done:]]
         for left, right in zip(rest, whole[done:], strict=True):
             assert all(
                 torch.equal(a.input_ids, b.input_ids)
@@ -65,39 +65,39 @@ def test_steps_go_on_from_any_position(pairs: Pairs) -> None:
 
 def test_an_epoch_holds_every_row_once(pairs: Pairs) -> None:
     steps = list(islice(loader(pairs).steps(0, 0), 3))
-    assert sorted(i for made in steps for i in pair_ids(made)) == list(range(1, COUNT + 1))
+    assert sorted(i for step in steps for i in pair_ids(step)) == list(range(1, COUNT + 1))
 
 
 def test_counts_are_of_the_global_batch_on_every_rank(pairs: Pairs) -> None:
     ranks = [
         next(loader(pairs, rank, 3).steps(16, 2)) for rank in range(3)
     ]  # the last, smaller batch
-    assert {made.counts.pairs for made in ranks} == {5}
-    assert not any(made.are_local for made in ranks)
-    scored = sum(batch.counts.chosen_tokens for made in ranks for batch in made.micro_batches)
-    assert {made.counts.chosen_tokens for made in ranks} == {scored}
-    assert sorted(i for made in ranks for i in pair_ids(made)) == pair_ids(
+    assert {step.counts.pairs for step in ranks} == {5}
+    assert not any(step.are_local for step in ranks)
+    scored = sum(batch.counts.chosen_tokens for step in ranks for batch in step.micro_batches)
+    assert {step.counts.chosen_tokens for step in ranks} == {scored}
+    assert sorted(i for step in ranks for i in pair_ids(step)) == pair_ids(
         next(loader(pairs).steps(16, 2))
     )
 
 
 def test_an_evaluation_makes_every_row_once(pairs: Pairs) -> None:
-    found: list[int] = []
+    values: list[int] = []
     for rank in range(2):
         micro_batches, make = loader(pairs, rank, 2).whole(3)
         for micro in micro_batches:
             batch = make(micro)
-            found += batch.pair_ids[batch.pair_weights > 0].tolist()
-    assert sorted(found) == list(range(1, COUNT + 1))
+            values += batch.pair_ids[batch.pair_weights > 0].tolist()
+    assert sorted(values) == list(range(1, COUNT + 1))
 
 
 def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs) -> None:
     contexts: list[tuple[CollateContext, str]] = []
     ours = PreferenceCollator(PAD, data_spec())
 
-    def collate(made: list[Any], context: CollateContext) -> dict[str, torch.Tensor]:
+    def collate(rows: list[Any], context: CollateContext) -> dict[str, torch.Tensor]:
         contexts.append((context, threading.current_thread().name))
-        batch = ours(made)
+        batch = ours(rows)
         mask = torch.zeros_like(batch.input_ids)
         mask.view(-1)[batch.completion_index + 1] = 1
         assert batch.attention_mask is not None
@@ -110,9 +110,9 @@ def test_a_users_collator_runs_in_line_and_its_counts_are_local(pairs: Pairs) ->
     ranks = [loader(pairs, rank, 2, AdaptedCollator(collate, PAD)) for rank in range(2)]
     steps = [next(each.steps(8, 4)) for each in ranks]
     expected = next(loader(pairs).steps(8, 4)).counts
-    assert all(made.are_local for made in steps)
-    assert sum(made.counts.pairs for made in steps) == expected.pairs == 8
-    assert sum(made.counts.chosen_tokens for made in steps) == expected.chosen_tokens
+    assert all(step.are_local for step in steps)
+    assert sum(step.counts.pairs for step in steps) == expected.pairs == 8
+    assert sum(step.counts.chosen_tokens for step in steps) == expected.chosen_tokens
     lengths = [pairs.lengths[int(i)] for i in ranks[0].order.plan(8).global_pairs]
     tokens = sum(int(2 * prompt + chosen + rejected) for prompt, chosen, rejected in lengths)
     assert {context for context, _ in contexts} == {
@@ -130,37 +130,41 @@ def test_keep_end_counts_the_tokens_that_are_fed(
     made_up = [{**row, **prompt} for row in random_rows(8)]
     train = str(write_jsonl(tmp_path / "train.jsonl", made_up))
     data = data_spec(train=train, max_length=max_length, truncation="keep_end")
-    made = tokenized_pairs(data, "train", tokenizer(), tmp_path)
-    order = Order(fed_lengths(made.lengths, data.keep_last), 8, 0, 1, 7, 8, packed=packed)
+    tokenized_set = tokenized_pairs(data, "train", tokenizer(), tmp_path)
+    order = Order(fed_lengths(tokenized_set.lengths, data.keep_last), 8, 0, 1, 7, 8, packed=packed)
     step = next(
-        Loader(made, order, collator(packed, max_length=max_length, truncation="keep_end")).steps(
-            0, 0
-        )
+        Loader(
+            tokenized_set, order, collator(packed, max_length=max_length, truncation="keep_end")
+        ).steps(0, 0)
     )
     fed = sum(int(batch.sequence_tokens.sum()) for batch in step.micro_batches)
-    assert order.tokens.sum() == fed < int(made.lengths.sum() + made.lengths[:, 0].sum())
+    assert (
+        order.tokens.sum()
+        == fed
+        < int(tokenized_set.lengths.sum() + tokenized_set.lengths[:, 0].sum())
+    )
     scored = [length for batch in step.micro_batches for length in batch.scored[::2]]
     assert step.counts == (8, sum(scored))
 
 
 def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
-    made: list[str] = []
+    values: list[str] = []
     ours = PackedCollator(data_spec())
 
     class Counting(PackedCollator):
         def __call__(self, rows: list[Any], *, is_filler: bool = False) -> Any:
-            made.append(threading.current_thread().name)
+            values.append(threading.current_thread().name)
             return ours(rows, is_filler=is_filler)
 
     steps = loader(pairs, collator=Counting(data_spec())).steps(0, 0)
     next(steps)
     deadline = time.monotonic() + scaled_timeout(20)
-    while len(made) < 11 and time.monotonic() < deadline:
+    while len(values) < 11 and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.1)
-    assert set(made) == {"loader"}
+    assert set(values) == {"loader"}
     assert (
-        len(made) == 3 + 3 + 2 + 3
+        len(values) == 3 + 3 + 2 + 3
     )  # micro-batches of the step taken, of two that are ready, of one in hand
     steps.close()  # type: ignore[attr-defined]
 

@@ -37,9 +37,9 @@ def orders(
     world: int, pairs: int, batch: int, micro: int | None = 2, **settings: Any
 ) -> list[Order]:
     """The order as each rank of a world computes it."""
-    made = settings.pop("lengths", None)
-    made = lengths(pairs) if made is None else made
-    return [Order(made, batch, rank, world, 7, micro, **settings) for rank in range(world)]
+    token_lengths = settings.pop("lengths", None)
+    token_lengths = lengths(pairs) if token_lengths is None else token_lengths
+    return [Order(token_lengths, batch, rank, world, 7, micro, **settings) for rank in range(world)]
 
 
 def seen(ranks: list[Order], pairs_seen: int) -> list[int]:
@@ -75,8 +75,10 @@ def test_a_permutation_holds_every_pair_once(pairs: int) -> None:
 
 
 def test_seed_and_epoch_change_the_permutation() -> None:
-    made = {tuple(permutation(50, seed, epoch).tolist()) for seed in range(8) for epoch in range(8)}
-    assert len(made) == 64
+    values = {
+        tuple(permutation(50, seed, epoch).tolist()) for seed in range(8) for epoch in range(8)
+    }
+    assert len(values) == 64
 
 
 def test_a_permutation_looks_random() -> None:
@@ -90,8 +92,8 @@ def test_a_permutation_looks_random() -> None:
 def test_every_pair_once_per_epoch(world: int, pairs: int, batch: int) -> None:
     ranks = orders(world, pairs, batch)
     for epoch in range(2):
-        found = [i for start in range(0, pairs, batch) for i in seen(ranks, epoch * pairs + start)]
-        assert sorted(found) == list(range(pairs))
+        values = [i for start in range(0, pairs, batch) for i in seen(ranks, epoch * pairs + start)]
+        assert sorted(values) == list(range(pairs))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -151,9 +153,9 @@ def test_after_any_number_of_epochs_the_pairs_of_a_set_were_seen_equally_often(
     bounds = np.cumsum([0, *(share.pairs for share in sets)])
     times = np.zeros(bounds[-1], np.int64)
     for epoch in range(epochs):
-        found = epoch_order(sets, seed, epoch)
-        assert len(found) == sum(share.per_epoch for share in sets)
-        times += np.bincount(found, minlength=len(times))
+        actual = epoch_order(sets, seed, epoch)
+        assert len(actual) == sum(share.per_epoch for share in sets)
+        times += np.bincount(actual, minlength=len(times))
         for share, first, end in zip(sets, bounds, bounds[1:], strict=False):
             of_set = times[first:end]
             assert of_set.sum() == (epoch + 1) * share.per_epoch
@@ -169,14 +171,14 @@ def test_after_any_number_of_epochs_the_pairs_of_a_set_were_seen_equally_often(
 def test_sets_of_weight_one_are_seen_in_the_order_of_a_single_set(
     sizes: list[int], seed: int, epoch: int
 ) -> None:
-    found = epoch_order(tuple(Share.of(size, 1.0) for size in sizes), seed, epoch)
-    assert np.array_equal(found, permutation(sum(sizes), seed, epoch))
+    actual = epoch_order(tuple(Share.of(size, 1.0) for size in sizes), seed, epoch)
+    assert np.array_equal(actual, permutation(sum(sizes), seed, epoch))
 
 
 def test_the_order_of_weighted_sets_never_changes() -> None:
     sets = Share.of(4, 1.5), Share.of(6, 0.5), Share.of(2, 1.0)
-    found = [epoch_order(sets, 42, epoch).tolist() for epoch in range(2)]
-    assert found == [[3, 9, 11, 2, 0, 8, 3, 2, 1, 5, 10], [4, 1, 7, 0, 10, 2, 0, 1, 11, 6, 3]]
+    values = [epoch_order(sets, 42, epoch).tolist() for epoch in range(2)]
+    assert values == [[3, 9, 11, 2, 0, 8, 3, 2, 1, 5, 10], [4, 1, 7, 0, 10, 2, 0, 1, 11, 6, 3]]
 
 
 def test_sets_alike_in_size_and_weight_are_gone_through_differently() -> None:
@@ -185,8 +187,8 @@ def test_sets_alike_in_size_and_weight_are_gone_through_differently() -> None:
 
 
 def test_the_sets_of_an_epoch_are_mixed() -> None:
-    found = epoch_order((Share(1000, 1000), Share(50, 500)), 7, 0)
-    assert abs((found[:750] >= 1000).sum() - 250) < 50
+    actual = epoch_order((Share(1000, 1000), Share(50, 500)), 7, 0)
+    assert abs((actual[:750] >= 1000).sum() - 250) < 50
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -195,13 +197,13 @@ def test_weighted_sets_give_the_same_global_batches_at_any_world_size(world: int
     alone, ranks = orders(1, 50, 8, shares=sets)[0], orders(world, 50, 8, shares=sets)
     assert (alone.pairs, alone.pairs_per_epoch, alone.takes_each_once) == (50, 52, False)
     for epoch in range(2):
-        found = []
+        values = []
         for start in range(52 * epoch, 52 * (epoch + 1), 8):
             plan = alone.plan(start)
             assert plan.epoch == epoch
             assert seen(ranks, start) == sorted(plan.global_pairs.tolist())
-            found += plan.global_pairs.tolist()
-        assert found == epoch_order(sets, 7, epoch).tolist()
+            values += plan.global_pairs.tolist()
+        assert values == epoch_order(sets, 7, epoch).tolist()
     whole = [
         i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs
     ]
@@ -253,10 +255,10 @@ def test_a_filler_is_the_cheapest_pair_of_the_batch() -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_an_evaluation_sees_every_pair_once(world: int) -> None:
     ranks = orders(world, 37, 8)
-    found = [
+    values = [
         i for order in ranks for micro in order.whole() if not micro.is_filler for i in micro.pairs
     ]
-    assert sorted(found) == list(range(37))
+    assert sorted(values) == list(range(37))
     assert len({len(order.whole()) for order in ranks}) == 1
 
 
@@ -322,17 +324,17 @@ def test_the_cost_of_attention_is_what_is_seen(packed: bool) -> None:
         sees[branch:, prompt:branch] = False
     else:
         sees[branch:, :branch] = False
-    [found] = PairCost(token=0, seen=1).of(np.array([[prompt, chosen, rejected]]), packed)
-    assert found == pytest.approx(sees.sum(), rel=0.02)
+    [actual] = PairCost(token=0, seen=1).of(np.array([[prompt, chosen, rejected]]), packed)
+    assert actual == pytest.approx(sees.sum(), rel=0.02)
 
 
 def test_a_long_pair_is_balanced_by_what_its_attention_costs() -> None:
-    made = np.array([[300, 100, 100]] + [[60, 20, 20]] * 10)  # 500 tokens, and ten times 100
+    actual = np.array([[300, 100, 100]] + [[60, 20, 20]] * 10)  # 500 tokens, and ten times 100
 
     def pairs_beside_the_long_one(cost: PairCost) -> int:
         [share] = [
             pairs
-            for order in orders(2, 11, 11, micro=11, lengths=made, cost=cost)
+            for order in orders(2, 11, 11, micro=11, lengths=actual, cost=cost)
             if 0
             in (pairs := [int(i) for micro in order.plan(0).micro_batches for i in micro.pairs])
         ]
@@ -391,8 +393,8 @@ def test_micro_batches_hold_no_more_pairs_than_asked() -> None:
     ],
 )
 def test_lengths_as_they_are_fed(keep_last: int | None, expected: list[list[int]]) -> None:
-    found = fed_lengths(np.array([[10, 3, 4], [2, 9, 1]]), keep_last)
-    assert found.tolist() == expected
+    actual = fed_lengths(np.array([[10, 3, 4], [2, 9, 1]]), keep_last)
+    assert actual.tolist() == expected
 
 
 def test_dealing_gives_the_dearest_pair_left_to_the_lightest_rank() -> None:
@@ -439,8 +441,8 @@ def test_a_million_pairs_on_512_ranks_take_memory_for_the_pairs_alone(
     ],
 )
 def test_run_length(pairs: int, batch: int, training: dict[str, Any], expected: RunLength) -> None:
-    found = run_length(pairs, batch, TrainingSpec(**training))
-    assert found == (pytest.approx(expected.epochs), expected.steps, expected.pairs)
+    actual = run_length(pairs, batch, TrainingSpec(**training))
+    assert actual == (pytest.approx(expected.epochs), expected.steps, expected.pairs)
 
 
 def test_a_run_by_epochs_always_has_a_step() -> None:
@@ -452,16 +454,16 @@ def test_very_many_pairs_are_dealt_evenly_at_once() -> None:
     loads = np.bincount(deal_many(costs, 8), weights=costs)
     assert len(loads) == 8
     assert loads.max() / loads.mean() < 1.002
-    made = lengths(9000)
+    token_lengths = lengths(9000)
     ranks = [
-        Order(made, 8, rank, 8, 7, 4) for rank in range(8)
+        Order(token_lengths, 8, rank, 8, 7, 4) for rank in range(8)
     ]  # more than MANY a rank: an evaluation
-    found = [
+    values = [
         i
         for order in ranks
         for micro in order.whole()
         if not micro.is_filler
         for i in micro.pairs.tolist()
     ]
-    assert sorted(found) == list(range(9000))
+    assert sorted(values) == list(range(9000))
     assert len({len(order.whole()) for order in ranks}) == 1

@@ -69,9 +69,9 @@ def test_what_happens_to_unusable_rows(
         with pytest.raises(UserError, match=f"data.train {row_numbers} = .*data.on_bad_row=drop"):
             pairs_of(tmp_path, content, on_bad_row=on_bad_row)
         return
-    found = pairs_of(tmp_path, content, on_bad_row=on_bad_row)
-    assert found.pair_ids.tolist() == row_numbers
-    assert found.dropped == dropped
+    pairs = pairs_of(tmp_path, content, on_bad_row=on_bad_row)
+    assert pairs.pair_ids.tolist() == row_numbers
+    assert pairs.dropped == dropped
 
 
 @pytest.mark.parametrize("content", [[], [TIE, TIE]])
@@ -82,8 +82,8 @@ def test_no_pair_left_is_refused(tmp_path: Path, content: list[Any]) -> None:
 
 def test_pairs_are_read_back_as_a_collator_takes_them(tmp_path: Path) -> None:
     content = random_rows(20)
-    found = pairs_of(tmp_path, content)
-    assert len(found) == 20
+    pairs = pairs_of(tmp_path, content)
+    assert len(pairs) == 20
     for index, row in enumerate(content):
         prompt, chosen, rejected = tokenized(row)
         expected = {
@@ -92,8 +92,8 @@ def test_pairs_are_read_back_as_a_collator_takes_them(tmp_path: Path) -> None:
             "chosen_ids": chosen,
             "rejected_ids": rejected,
         }
-        assert found[index] == expected
-        assert found.lengths[index].tolist() == [len(prompt), len(chosen), len(rejected)]
+        assert pairs[index] == expected
+        assert pairs.lengths[index].tolist() == [len(prompt), len(chosen), len(rejected)]
 
 
 def test_the_lengths_before_truncation_are_kept_of_dropped_rows_too(tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_the_lengths_before_truncation_are_kept_of_dropped_rows_too(tmp_path: Pa
         {**GOOD, "prompt": "p" * 20},
     ]
     cuts = {"max_length": 12, "max_completion_length": 2}
-    found = pairs_of(tmp_path, content, on_bad_row="drop", **cuts)
-    assert found.lengths.tolist() == [[9, 2, 2]]
-    assert found.sets[0].dropped == found.dropped
-    assert found.sets[0].uncut_lengths.tolist() == [[9, 31, 4], [7, 4, 4], [20, 5, 4]]
+    pairs = pairs_of(tmp_path, content, on_bad_row="drop", **cuts)
+    assert pairs.lengths.tolist() == [[9, 2, 2]]
+    assert pairs.sets[0].dropped == pairs.dropped
+    assert pairs.sets[0].uncut_lengths.tolist() == [[9, 31, 4], [7, 4, 4], [20, 5, 4]]
 
 
 # --- several training sets ------------------------------------------------------------------------
@@ -130,55 +130,55 @@ def several(folder: Path, contents: list[list[Any]], **settings: Any) -> tuple[D
 
 
 def test_the_pairs_of_several_sets_are_those_of_each(tmp_path: Path) -> None:
-    data, found = several(tmp_path, SETS, on_bad_row="drop")
+    data, actual = several(tmp_path, SETS, on_bad_row="drop")
     alone = [
         tokenized_pairs(
             data_spec(train=each.path, on_bad_row="drop"), "train", tokenizer(), tmp_path / "cache"
         )
         for each in data.train
     ]
-    assert found.pair_ids.tolist() == [2, 3, 5, 6, 7, 9, 10, 11, 12]
+    assert actual.pair_ids.tolist() == [2, 3, 5, 6, 7, 9, 10, 11, 12]
     before = iter([0, 0, 4, 4, 4, 7, 7, 7, 7])
     rows_of = [pairs[index] for pairs in alone for index in range(len(pairs))]
-    assert [found[index] for index in range(9)] == [
+    assert [actual[index] for index in range(9)] == [
         {**row, "pair_id": row["pair_id"] + next(before)} for row in rows_of
     ]
-    assert np.array_equal(found.hashes, np.concatenate([pairs.hashes for pairs in alone]))
-    assert found.dropped == {"ties": 2, "malformed rows": 1}
-    assert found.shares == (Share(2, 2), Share(3, 6), Share(4, 12))
-    assert found.pairs_per_epoch == 20
-    assert all(isinstance(tokens, np.memmap) for tokens in found._tokens)
+    assert np.array_equal(actual.hashes, np.concatenate([pairs.hashes for pairs in alone]))
+    assert actual.dropped == {"ties": 2, "malformed rows": 1}
+    assert actual.shares == (Share(2, 2), Share(3, 6), Share(4, 12))
+    assert actual.pairs_per_epoch == 20
+    assert all(isinstance(tokens, np.memmap) for tokens in actual._tokens)
 
 
 def test_a_pair_of_several_sets_leads_to_its_row(tmp_path: Path) -> None:
-    data, found = several(tmp_path, SETS, on_bad_row="drop")
-    asked = raw_rows(data, "train", found.pair_ids.tolist())
-    assert list(asked) == found.pair_ids.tolist()
-    for pair_id, (source, number, row) in asked.items():
-        key, path, place = found.place(pair_id)
+    data, actual = several(tmp_path, SETS, on_bad_row="drop")
+    raw = raw_rows(data, "train", actual.pair_ids.tolist())
+    assert list(raw) == actual.pair_ids.tolist()
+    for pair_id, (source, number, row) in raw.items():
+        key, path, place = actual.place(pair_id)
         assert (path, place) == (source, number)
         which = int(key.removeprefix("data.train."))
         assert data.train[which].path == path
         assert row == SETS[which][place - 1]
-    assert str(found.place(9)) == "data.train.2 row 2"
+    assert str(actual.place(9)) == "data.train.2 row 2"
     assert raw_rows(data, "train", {6, 1, 4, 8, 99}).keys() == {6, 1, 4}
 
 
 def test_some_pairs_of_several_sets(tmp_path: Path) -> None:
-    _, found = several(tmp_path, SETS, on_bad_row="drop")
-    few = found.only(np.array([7, 0, 5]))
-    assert [few[index] for index in range(3)] == [found[index] for index in (0, 5, 7)]
+    _, actual = several(tmp_path, SETS, on_bad_row="drop")
+    few = actual.only(np.array([7, 0, 5]))
+    assert [few[index] for index in range(3)] == [actual[index] for index in (0, 5, 7)]
     assert few.shares == (Share(1, 1), Share(0, 0), Share(2, 6))
 
 
 def test_the_identity_of_several_sets_is_of_all_of_them(tmp_path: Path) -> None:
     first, second, third = ([GOOD], [GOOD, GOOD], random_rows(3))
-    found = [
+    values = [
         several(tmp_path, contents)[1]
         for contents in ([first, second], [second, first], [first, third], [first])
     ]
-    assert len({pairs.identity for pairs in found}) == 4
-    assert found[3].identity == found[3].sets[0].folder.name
+    assert len({pairs.identity for pairs in values}) == 4
+    assert values[3].identity == values[3].sets[0].folder.name
 
 
 def test_a_bad_row_of_several_sets_is_named_with_its_set(tmp_path: Path) -> None:
@@ -247,18 +247,18 @@ def test_a_fraction_is_held_out_by_prompt(fifty: Pairs, fraction: float, seed: i
 
 def test_what_is_held_out_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     prompts = [f"prompt {number}" for number in range(12)]
-    found = [
-        without_held_out(of_prompts(tmp_path, made), 0.25, 7)[1]
-        for made in (prompts, prompts[::-1])
+    values = [
+        without_held_out(of_prompts(tmp_path, built), 0.25, 7)[1]
+        for built in (prompts, prompts[::-1])
     ]
-    assert set(prompts_of(found[0])) == set(prompts_of(found[1]))
+    assert set(prompts_of(values[0])) == set(prompts_of(values[1]))
 
 
 def test_a_large_prompt_is_left_where_others_come_nearer(tmp_path: Path) -> None:
-    made = of_prompts(tmp_path, ["large"] * 6 + ["a", "b", "c", "d"])
+    actual = of_prompts(tmp_path, ["large"] * 6 + ["a", "b", "c", "d"])
     for seed in range(5):
-        assert "large" not in prompts_of(without_held_out(made, 0.2, seed)[1])
-        assert len(without_held_out(made, 0.2, seed)[1]) == 2
+        assert "large" not in prompts_of(without_held_out(actual, 0.2, seed)[1])
+        assert len(without_held_out(actual, 0.2, seed)[1]) == 2
 
 
 @pytest.mark.parametrize(
@@ -285,13 +285,11 @@ def test_a_fraction_that_leaves_nothing_is_refused(
 
 
 def test_rows_that_are_held_out_are_found(tmp_path: Path) -> None:
-    data, found = several(tmp_path, SETS, on_bad_row="drop", eval_fraction=0.3)
-    _, held_out = without_held_out(found, 0.3, 7)
-    asked = raw_rows(data, "eval", held_out.pair_ids.tolist())
-    assert list(asked) == held_out.pair_ids.tolist()
-    assert {(row.source, row.number) for row in asked.values()} == {
-        found.place(i)[1:] for i in asked
-    }
+    data, actual = several(tmp_path, SETS, on_bad_row="drop", eval_fraction=0.3)
+    _, held_out = without_held_out(actual, 0.3, 7)
+    raw = raw_rows(data, "eval", held_out.pair_ids.tolist())
+    assert list(raw) == held_out.pair_ids.tolist()
+    assert {(row.source, row.number) for row in raw.values()} == {actual.place(i)[1:] for i in raw}
 
 
 # --- weights and margins --------------------------------------------------------------------------
@@ -315,17 +313,17 @@ def test_pairs_have_the_weights_and_margins_of_their_rows(
     named = {f"{column}_column": column[0] for column in columns}
     source = str(path) if parquet else str(write_jsonl(tmp_path / "train.jsonl", content))
     data = data_spec(train=[source, source], **named)
-    found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
+    pairs = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
     expected = {"weight": [2.0, 0.5, 3.0] * 2, "margin": [-2.0, -0.5, -3.0] * 2}
-    for column, values in (("weight", found.weights), ("margin", found.margins)):
+    for column, values in (("weight", pairs.weights), ("margin", pairs.margins)):
         if column not in columns:
             assert values is None
-            assert column not in found[0]
+            assert column not in pairs[0]
             continue
         assert values is not None
         assert (values.dtype, values.tolist()) == (np.float64, expected[column])
-        assert [found[index][column] for index in range(6)] == expected[column]
-        assert [row[column] for row in map(found.only(np.array([4, 1])).__getitem__, range(2))] == [
+        assert [pairs[index][column] for index in range(6)] == expected[column]
+        assert [row[column] for row in map(pairs.only(np.array([4, 1])).__getitem__, range(2))] == [
             expected[column][index] for index in (1, 4)
         ]
 
@@ -463,16 +461,16 @@ def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path])
     for _ in range(700):
         nested = [nested]
     content[1200] = {**content[0], "chosen": nested}
-    found = []
+    values = []
     for processes in (1, 2):
         path = write_jsonl(tmp_path / "train.jsonl", content)
         data = data_spec(train=str(path), num_proc=processes, on_bad_row="drop")
-        found.append(tokenized_pairs(data, "train", tokenizer(), tmp_path / f"cache {processes}"))
+        values.append(tokenized_pairs(data, "train", tokenizer(), tmp_path / f"cache {processes}"))
     folders = [next((tmp_path / f"cache {processes}" / "pairs").glob("*/")) for processes in (1, 2)]
     for name in ("tokens.npy", "lengths.npy", "rows.npy", "hashes.npy", "meta.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-    assert found[1].dropped == {"malformed rows": 2, "ties": 1}
-    assert found[1].pair_ids.tolist() == [
+    assert values[1].dropped == {"malformed rows": 2, "ties": 1}
+    assert values[1].pair_ids.tolist() == [
         i for i in range(1, len(content) + 1) if i not in (701, 1201, 2301)
     ]
     assert len(builds) == 2

@@ -27,8 +27,8 @@ COUNT = 11
 ALL = np.arange(COUNT)
 
 
-def made_pairs(folder: Path, made: list[dict[str, Any]]) -> Pairs:
-    data = data_spec(train=str(write_jsonl(folder / "train.jsonl", made)))
+def made_pairs(folder: Path, rows: list[dict[str, Any]]) -> Pairs:
+    data = data_spec(train=str(write_jsonl(folder / "train.jsonl", rows)))
     return tokenized_pairs(data, "train", tokenizer(), folder)
 
 
@@ -77,31 +77,31 @@ def test_answers_come_back_bit_by_bit_in_any_order(tmp_path: Path, pairs: Pairs)
     first = cache(tmp_path, pairs)
     add(first, pairs, np.array([7, 2, 5]))
     add(first, pairs, np.array([0]))
-    for found in (first, cache(tmp_path, pairs)):
-        assert known(found) == [0, 2, 5, 7]
-        wanted = np.array([5, 0, 7])
-        given = found.known(wanted)
-        assert given is not None
-        assert torch.equal(given, answers(pairs, wanted))
+    for actual in (first, cache(tmp_path, pairs)):
+        assert known(actual) == [0, 2, 5, 7]
+        options = np.array([5, 0, 7])
+        value = actual.known(options)
+        assert value is not None
+        assert torch.equal(value, answers(pairs, options))
 
 
 def test_known_is_all_or_nothing(tmp_path: Path, pairs: Pairs) -> None:
-    found = cache(tmp_path, pairs)
-    assert found.known(np.array([0])) is None
-    assert found.unknown().tolist() == ALL.tolist()
-    add(found, pairs, np.array([0, 1]))
-    assert found.known(np.array([0, 1])) is not None
-    assert found.known(np.array([0, 1, 2])) is None
+    ref_cache = cache(tmp_path, pairs)
+    assert ref_cache.known(np.array([0])) is None
+    assert ref_cache.unknown().tolist() == ALL.tolist()
+    add(ref_cache, pairs, np.array([0, 1]))
+    assert ref_cache.known(np.array([0, 1])) is not None
+    assert ref_cache.known(np.array([0, 1, 2])) is None
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_an_answer_that_is_no_number_is_never_known(
     tmp_path: Path, pairs: Pairs, side: int
 ) -> None:
-    found, answer = cache(tmp_path, pairs), torch.tensor([-2.0, -1.0], dtype=torch.float64)
+    ref_cache, answer = cache(tmp_path, pairs), torch.tensor([-2.0, -1.0], dtype=torch.float64)
     answer[side] = torch.nan
-    found.add(torch.tensor([int(pairs.pair_ids[3])]), answer)
-    for each in (found, cache(tmp_path, pairs)):
+    ref_cache.add(torch.tensor([int(pairs.pair_ids[3])]), answer)
+    for each in (ref_cache, cache(tmp_path, pairs)):
         assert each.known(np.array([3])) is None
         assert 3 in each.unknown()
 
@@ -128,8 +128,8 @@ def test_a_torn_record_is_lost_and_the_others_are_not(tmp_path: Path, pairs: Pai
     assert len(whole) == 3 * RECORD.itemsize
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
-        found = cache(tmp_path, pairs)
-        assert known(found) == [4, 5, 6][: length // RECORD.itemsize]
+        ref_cache = cache(tmp_path, pairs)
+        assert known(ref_cache) == [4, 5, 6][: length // RECORD.itemsize]
     path.write_bytes(whole[:-1])
     again = cache(tmp_path, pairs)
     add(again, pairs, np.array([6]))
@@ -145,8 +145,8 @@ def test_a_flipped_bit_is_never_believed(tmp_path: Path, pairs: Pairs) -> None:
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
-            found = cache(tmp_path, pairs)
-            assert known(found) == [5], (place, bit)
+            ref_cache = cache(tmp_path, pairs)
+            assert known(ref_cache) == [5], (place, bit)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 400, b"\xff" * 400, b"nonsense" * 77])
@@ -160,15 +160,15 @@ def test_a_file_of_rubbish_says_nothing(tmp_path: Path, pairs: Pairs, content: b
 
 def test_rows_of_the_same_tokens_have_answers_of_their_own(tmp_path: Path) -> None:
     twins = made_pairs(tmp_path, [*random_rows(3), *random_rows(3)])
-    found = cache(tmp_path / "cache", twins)
-    add(found, twins, np.array([1]))
-    for each in (found, cache(tmp_path / "cache", twins)):
+    reopened = cache(tmp_path / "cache", twins)
+    add(reopened, twins, np.array([1]))
+    for each in (reopened, cache(tmp_path / "cache", twins)):
         assert each.known(np.array([1])) is not None
         assert each.known(np.array([4])) is None
-    add(found, twins, np.array([4]))
-    given = cache(tmp_path / "cache", twins).known(np.array([1, 4]))
-    assert given is not None
-    assert torch.equal(given, answers(twins, np.array([1, 4])))
+    add(reopened, twins, np.array([4]))
+    ref_cache = cache(tmp_path / "cache", twins).known(np.array([1, 4]))
+    assert ref_cache is not None
+    assert torch.equal(ref_cache, answers(twins, np.array([1, 4])))
 
 
 def test_neither_row_numbers_nor_the_order_of_rows_are_part_of_the_question(
@@ -176,11 +176,11 @@ def test_neither_row_numbers_nor_the_order_of_rows_are_part_of_the_question(
 ) -> None:
     add(cache(tmp_path / "cache", pairs), pairs, ALL)
     other = made_pairs(tmp_path, [*random_rows(2, seed=9), *random_rows(COUNT)[::-1]])
-    found = cache(tmp_path / "cache", other)
-    assert found.unknown().tolist() == [0, 1]
-    given = found.known(np.arange(COUNT + 1, 1, -1))
-    assert given is not None
-    assert torch.equal(given, answers(pairs))
+    ref_cache = cache(tmp_path / "cache", other)
+    assert ref_cache.unknown().tolist() == [0, 1]
+    value = ref_cache.known(np.arange(COUNT + 1, 1, -1))
+    assert value is not None
+    assert torch.equal(value, answers(pairs))
 
 
 def _keep_last(folder: Path, pairs: Pairs) -> RefCache:
@@ -262,9 +262,9 @@ def test_the_format_is_part_of_the_identity(
 
 
 def identity(model: Any, ranks: int = 1) -> dict[str, Any]:
-    found = on_ranks(ranks, lambda world: identity_of(model.state_dict(), model.config, world))
-    assert all(each == found[0] for each in found)
-    return found[0]
+    by_rank = on_ranks(ranks, lambda world: identity_of(model.state_dict(), model.config, world))
+    assert all(each == by_rank[0] for each in by_rank)
+    return by_rank[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -323,13 +323,13 @@ def loader(
     pairs: Pairs, folder: Path, global_batch: int = 4, rank: int = 0, ranks: int = 1
 ) -> Loader:
     order = Order(pairs.lengths, global_batch, rank, ranks, 7, 2)
-    made = Loader(pairs, order, PreferenceCollator(PAD, data_spec()))
-    made.cache = cache(folder, pairs)
-    return made
+    step_loader = Loader(pairs, order, PreferenceCollator(PAD, data_spec()))
+    step_loader.cache = cache(folder, pairs)
+    return step_loader
 
 
-def remember(loader: Loader, pairs: Pairs, made: StepBatches) -> None:
-    for batch, indices in zip(made.micro_batches, made.indices, strict=True):
+def remember(loader: Loader, pairs: Pairs, step: StepBatches) -> None:
+    for batch, indices in zip(step.micro_batches, step.indices, strict=True):
         loader.remember(batch, answers(pairs, indices))
 
 
@@ -340,14 +340,14 @@ def test_the_second_epoch_knows_all(tmp_path: Path, pairs: Pairs, global_batch: 
     ours = loader(pairs, tmp_path, global_batch)
     per_epoch = -(-COUNT // global_batch)
     steps = ours.steps(0, 0)
-    for number, made in enumerate(islice(steps, 3 * per_epoch)):
-        for batch, indices in zip(made.micro_batches, made.indices, strict=True):
+    for number, step in enumerate(islice(steps, 3 * per_epoch)):
+        for batch, indices in zip(step.micro_batches, step.indices, strict=True):
             if number < per_epoch:
                 assert batch.ref_logps is None
             else:
                 assert batch.ref_logps is not None
                 assert torch.equal(batch.ref_logps, answers(pairs, indices))
-        remember(ours, pairs, made)
+        remember(ours, pairs, step)
     steps.close()
     assert [path.stat().st_size for path in files(tmp_path)] == [
         COUNT * RECORD.itemsize
@@ -359,22 +359,22 @@ def test_in_the_second_epoch_what_other_ranks_said_is_known(tmp_path: Path, pair
     steps = [each.steps(0, 0) for each in ranks]
     for number in range(2 * -(-COUNT // 4)):
         for each, mine in zip(ranks, steps, strict=True):
-            made = next(mine)
-            real = [batch for batch in made.micro_batches if batch.pair_weights.any()]
+            step_batches = next(mine)
+            real = [batch for batch in step_batches.micro_batches if batch.pair_weights.any()]
             assert all(
                 (batch.ref_logps is not None) == (number >= -(-COUNT // 4)) for batch in real
             )
-            remember(each, pairs, made)
+            remember(each, pairs, step_batches)
     for mine in steps:
         mine.close()
 
 
 def test_a_filler_is_not_remembered(tmp_path: Path, pairs: Pairs) -> None:
     last = loader(pairs, tmp_path, global_batch=2, rank=2, ranks=3)
-    made = next(steps := last.steps(0, 0))
+    step_batches = next(steps := last.steps(0, 0))
     steps.close()
-    assert [float(batch.pair_weights.sum()) for batch in made.micro_batches] == [0]
-    remember(last, pairs, made)
+    assert [float(batch.pair_weights.sum()) for batch in step_batches.micro_batches] == [0]
+    remember(last, pairs, step_batches)
     assert files(tmp_path) == []
     assert last.cache is not None
     assert len(last.cache.unknown()) == COUNT
@@ -394,9 +394,9 @@ def test_without_a_cache_nothing_is_known_or_kept(tmp_path: Path, pairs: Pairs) 
     ours = loader(pairs, tmp_path)
     ours.cache = None
     steps = ours.steps(0, 0)
-    for made in islice(steps, 5):
-        assert all(batch.ref_logps is None for batch in made.micro_batches)
-        remember(ours, pairs, made)
+    for step in islice(steps, 5):
+        assert all(batch.ref_logps is None for batch in step.micro_batches)
+        remember(ours, pairs, step)
     steps.close()
     assert files(tmp_path) == []
 
@@ -404,12 +404,12 @@ def test_without_a_cache_nothing_is_known_or_kept(tmp_path: Path, pairs: Pairs) 
 def test_a_disk_that_takes_no_more_does_not_end_the_run(
     tmp_path: Path, pairs: Pairs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = cache(tmp_path, pairs)
+    ref_cache = cache(tmp_path, pairs)
     tmp_path.joinpath("gone").mkdir()
-    found._own = tmp_path / "gone"  # a folder: it cannot be opened for writing
-    add(found, pairs, np.array([1]))
-    add(found, pairs, np.array([2]))
-    assert known(found) == [1, 2]
+    ref_cache._own = tmp_path / "gone"  # a folder: it cannot be opened for writing
+    add(ref_cache, pairs, np.array([1]))
+    add(ref_cache, pairs, np.array([2]))
+    assert known(ref_cache) == [1, 2]
     assert len(caplog.records) == 1
     assert "reference.cache continues without it" in caplog.text
     assert known(cache(tmp_path, pairs)) == []
@@ -419,8 +419,8 @@ def test_of_two_answers_the_older_stays(tmp_path: Path, pairs: Pairs) -> None:
     first, second = cache(tmp_path, pairs), cache(tmp_path, pairs)
     second.add(torch.from_numpy(pairs.pair_ids[[0]]), torch.tensor([-7.0, -8.0]))
     add(first, pairs, np.array([0]))
-    for found in (first, cache(tmp_path, pairs)):
-        assert torch.equal(found.known(np.array([0])), answers(pairs, np.array([0])))  # pyright: ignore
+    for actual in (first, cache(tmp_path, pairs)):
+        assert torch.equal(actual.known(np.array([0])), answers(pairs, np.array([0])))  # pyright: ignore
 
 
 def test_reading_again_reads_only_what_is_new(

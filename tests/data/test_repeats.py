@@ -32,13 +32,13 @@ def pairs_of(folder: Path, *sets: list[dict[str, Any]], **settings: Any) -> Pair
 def test_repeated_and_contradictory_pairs_are_counted_over_all_sets(
     tmp_path: Path, content: list[Any]
 ) -> None:
-    found = pairs_of(
+    pairs = pairs_of(
         tmp_path,
         content,
         [content[0], swapped(content[1]), swapped(content[1]), swapped(content[0])],
     )
-    assert repeated(found) == 2  # the first pair, and what is swapped twice
-    assert contradictory(found) == 2
+    assert repeated(pairs) == 2  # the first pair, and what is swapped twice
+    assert contradictory(pairs) == 2
     plain = pairs_of(tmp_path, content)
     assert (repeated(plain), contradictory(plain)) == (0, 0)
     assert list(repeat_lines(plain, {})) == []
@@ -46,8 +46,8 @@ def test_repeated_and_contradictory_pairs_are_counted_over_all_sets(
 
 def test_rows_that_become_the_same_tokens_repeat_each_other(tmp_path: Path) -> None:
     whole = {side: CHAT_ROW["prompt"] + CHAT_ROW[side] for side in ("chosen", "rejected")}
-    found = pairs_of(tmp_path, [CHAT_ROW, whole, {**CHAT_ROW, "score": 1}])
-    assert repeated(found) == 2
+    pairs = pairs_of(tmp_path, [CHAT_ROW, whole, {**CHAT_ROW, "score": 1}])
+    assert repeated(pairs) == 2
     cut = [{"prompt": "p", "chosen": "same 1", "rejected": end} for end in ("other 1", "other 2")]
     assert repeated(pairs_of(tmp_path, cut, max_completion_length=5)) == 1
 

@@ -358,10 +358,10 @@ def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
         {**TEXT_ROW, "score": 2, "prompt": ""},
         {"chosen": "a b", "rejected": "a c"},
     ]
-    found = pairs_of(tmp_path, [*content, {**TEXT_ROW, "chosen": "", "id": "x"}])
-    assert found.unread_columns == found.sets[0].unread_columns == {"score": 2, "id": 1}
-    assert found.notes == {NO_PROMPT: 1, IMPLICIT: 1, EMPTY: 1}
-    assert list(note_lines(found.unread_columns, found.notes))[:2] == [
+    pairs = pairs_of(tmp_path, [*content, {**TEXT_ROW, "chosen": "", "id": "x"}])
+    assert pairs.unread_columns == pairs.sets[0].unread_columns == {"score": 2, "id": 1}
+    assert pairs.notes == {NO_PROMPT: 1, IMPLICIT: 1, EMPTY: 1}
+    assert list(note_lines(pairs.unread_columns, pairs.notes))[:2] == [
         "columns not read: score, id",
         f"rows that {NO_PROMPT}: 1",
     ]

@@ -91,36 +91,36 @@ def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversati
     )  # a tie, to see the row numbers move
     path = written(tmp_path, form, content)
     data = data_spec(train=str(path))
-    found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
-    assert found.pair_ids.tolist() == [1, 2, 4, 5, 6, 7]
+    pairs = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
+    assert pairs.pair_ids.tolist() == [1, 2, 4, 5, 6, 7]
     for index, row in enumerate(content[:2] + content[3:]):
         assert (
-            found[index]["prompt_ids"],
-            found[index]["chosen_ids"],
-            found[index]["rejected_ids"],
+            pairs[index]["prompt_ids"],
+            pairs[index]["chosen_ids"],
+            pairs[index]["rejected_ids"],
         ) == tokenized(row)
-    asked = raw_rows(data, "train", [7, 2, 2, 8])
-    assert asked == {number: (str(path), number, content[number - 1]) for number in (2, 7)}
+    raw = raw_rows(data, "train", [7, 2, 2, 8])
+    assert raw == {number: (str(path), number, content[number - 1]) for number in (2, 7)}
 
 
 def test_a_csv_file_holds_the_same_pairs(tmp_path: Path) -> None:
     content = [{**row, "w": 0.5} for row in random_rows(4)]
     path = written(tmp_path, "file.csv", content)
-    found = tokenized_pairs(
+    pairs = tokenized_pairs(
         data_spec(train=str(path), weight_column="w"), "train", tokenizer(), tmp_path / "cache"
     )
-    assert [found[index]["prompt_ids"] for index in range(4)] == [
+    assert [pairs[index]["prompt_ids"] for index in range(4)] == [
         tokenized(row).prompt_ids for row in content
     ]
-    assert found.weights is not None
-    assert found.weights.tolist() == [0.5] * 4
+    assert pairs.weights is not None
+    assert pairs.weights.tolist() == [0.5] * 4
     assert count_rows("data.train", SourceSpec(path=str(path)), "train") == 4
 
 
 def test_a_row_has_its_prompt_and_one_that_is_no_pair_any_more_is_left_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"chosen": "a b", "rejected": "a c"}, MALFORMED])
-    found = raw_rows(data_spec(train=str(path)), "train", {1, 2, 3})
-    assert found == {1: (str(path), 1, {"prompt": "a", "chosen": " b", "rejected": " c"})}
+    raw = raw_rows(data_spec(train=str(path)), "train", {1, 2, 3})
+    assert raw == {1: (str(path), 1, {"prompt": "a", "chosen": " b", "rejected": " c"})}
     with pytest.raises(UserError, match="does not exist"):
         raw_rows(data_spec(train="gone.jsonl"), "train", {1})
 
@@ -135,8 +135,8 @@ def test_a_source_names_its_split(tmp_path: Path) -> None:
     path = written(tmp_path, "splits", random_rows(6))
     sets = [{"path": str(path), "split": "test"}, {"path": str(path)}]
     data = data_spec(train=sets, eval={"path": str(path), "split": "train"})
-    found = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
-    assert [share.pairs for share in found.shares] == [3, 6]
+    pairs = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
+    assert [share.pairs for share in pairs.shares] == [3, 6]
     assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 6
     assert raw_rows(data, "train", {3, 4})[4].row == random_rows(6)[0]
     for wrong, words in (
@@ -171,18 +171,18 @@ def test_a_hub_source_names_its_configuration_and_split(
 ) -> None:
     import datasets
 
-    asked: list[tuple[Any, ...]] = []
+    values: list[tuple[Any, ...]] = []
 
     def load(path: str, name: str | None, *, split: str) -> Any:
-        asked.append((path, name, split))
-        return datasets.Dataset.from_list(random_rows(2, seed=len(asked)))
+        values.append((path, name, split))
+        return datasets.Dataset.from_list(random_rows(2, seed=len(values)))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     sets = ["org/plain", {"path": "org/named", "name": "binary", "split": "train_prefs"}]
     data = data_spec(train=sets, eval={"path": "org/named", "split": "test_prefs"})
     assert len(tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")) == 4
     assert len(tokenized_pairs(data, "eval", tokenizer(), tmp_path / "cache")) == 2
-    assert asked == [
+    assert values == [
         ("org/plain", None, "train"),
         ("org/named", "binary", "train_prefs"),
         ("org/named", None, "test_prefs"),

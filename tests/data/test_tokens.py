@@ -23,8 +23,8 @@ def test_a_conversation_ends_as_its_template_says() -> None:
 
 def test_tools_and_template_options_reach_the_template() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    for given in (tools, json.dumps(tools)):
-        row = {**CHAT_ROW, "tools": given, "chat_template_kwargs": {"mood": "gay"}}
+    for value in (tools, json.dumps(tools)):
+        row = {**CHAT_ROW, "tools": value, "chat_template_kwargs": {"mood": "gay"}}
         assert tokenized(row)[0] == ids(f"{tools[0]};gay[u]Say it.~[a]")
 
 
@@ -117,8 +117,8 @@ def test_an_implicit_prompt_of_a_conversation() -> None:
 def test_keep_start_cuts_completions(
     max_length: int | None, expected: tuple[str, str, str]
 ) -> None:
-    found = tokenized({"prompt": "pppp", "chosen": "ccc", "rejected": "rr"}, max_length=max_length)
-    assert found == tuple(
+    actual = tokenized({"prompt": "pppp", "chosen": "ccc", "rejected": "rr"}, max_length=max_length)
+    assert actual == tuple(
         [t for part in ids(text) for t in [EOS if [part] == ids(".") else part]]
         for text in expected
     )
@@ -151,9 +151,9 @@ def test_keep_start_cuts_completions(
 def test_prompts_keep_their_end_and_completions_their_start(
     settings: dict[str, Any], expected: Any
 ) -> None:
-    found = tokenized({"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}, **settings)
+    actual = tokenized({"prompt": "12345678", "chosen": "hijkl", "rejected": "vw"}, **settings)
     texts = expected or ("678", "hi", "vw")
-    assert found == tuple(
+    assert actual == tuple(
         [t for part in text for t in ([EOS] if part == "." else ids(part))] for text in texts
     )
 
@@ -220,10 +220,10 @@ def test_an_unusable_row_says_why(row: Any, kind: str, reason: str) -> None:
 
 def test_a_rows_variable_that_its_template_does_not_read_is_counted(tmp_path: Path) -> None:
     variables = [{"moood": 1, "x9": 1}, {"moood": 2, "mood": "sad"}, {"moood": None}, {}]
-    found = pairs_of(tmp_path, [{**CHAT_ROW, "chat_template_kwargs": each} for each in variables])
-    assert found.unread == found.sets[0].unread == {"moood (it reads mood)": 2, "x9": 1}
+    pairs = pairs_of(tmp_path, [{**CHAT_ROW, "chat_template_kwargs": each} for each in variables])
+    assert pairs.unread == pairs.sets[0].unread == {"moood (it reads mood)": 2, "x9": 1}
     moods = [{**CHAT_ROW, "chat_template_kwargs": {"mood": each.get("mood")}} for each in variables]
-    assert [found.tokens(index).tolist() for index in range(4)] == [
+    assert [pairs.tokens(index).tolist() for index in range(4)] == [
         [*chain(*tokenized(row))] for row in moods
     ]
 
@@ -252,7 +252,7 @@ def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "error", "said"),
+    ("template", "error", "message"),
     [
         (
             None,
@@ -270,10 +270,10 @@ def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
     ],
 )
 def test_a_template_that_does_not_do_is_refused(
-    template: Any, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+    template: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer(), "chat_template", template)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         tokenized(
             {**CHAT_ROW, "tools": [{"name": "f"}]} if "messages }" in str(template) else CHAT_ROW
         )

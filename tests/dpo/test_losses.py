@@ -55,8 +55,10 @@ def slopes(
     chosen, rejected = (each.clone().requires_grad_() for each in terms[:2])
     terms = terms._replace(chosen_logps=chosen, rejected_logps=rejected, chosen_token_sum=chosen)
     losses = LOSSES[name](terms, dpo)
-    found = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True)
-    by_chosen, by_rejected = (torch.zeros_like(losses) if each is None else each for each in found)
+    gradients = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True)
+    by_chosen, by_rejected = (
+        torch.zeros_like(losses) if each is None else each for each in gradients
+    )
     return losses.detach(), by_chosen, by_rejected
 
 
@@ -174,8 +176,8 @@ AT_THE_START: dict[LossType, tuple[float, float, float]] = {
 @NAMES
 def test_policy_equal_to_reference(name: LossType) -> None:
     logps, tokens = torch.tensor([4 * Q, 2 * Q], dtype=torch.float64), torch.tensor([4, 2])
-    found = slopes(name, PairTerms.split(logps, logps, tokens), spec(B))
-    assert [each.item() for each in found] == pytest.approx(
+    slope = slopes(name, PairTerms.split(logps, logps, tokens), spec(B))
+    assert [each.item() for each in slope] == pytest.approx(
         AT_THE_START[name], rel=1e-13, abs=1e-15
     )
 
@@ -266,9 +268,9 @@ def test_the_sum_of_several_losses_and_its_mean_over_tokens() -> None:
     """sft is a mean over the 9 chosen tokens of a global batch of 5 pairs, of which 3 are here."""
     terms, counts = PairTerms.split(LOGPS, REFERENCE, TOKENS), Counts(5, 9)
     dpo = spec(loss_type=["sigmoid", "sft", "ipo"], loss_weights=[0.5, 2, -1])
-    found = pair_losses(terms, dpo, counts).sum() / counts.pairs
+    actual = pair_losses(terms, dpo, counts).sum() / counts.pairs
     expected = (0.5 * sum(of("sigmoid")) - sum(of("ipo"))) / 5 + 2 * (10 + 20 + 7) / 9
-    assert found.item() == pytest.approx(expected, rel=1e-14)
+    assert actual.item() == pytest.approx(expected, rel=1e-14)
 
 
 def test_one_loss_alone_is_itself_to_the_last_bit() -> None:
@@ -286,9 +288,11 @@ def test_weighting_multiplies_the_loss_of_each_pair_and_takes_no_part_in_its_slo
     terms = PairTerms.split(LOGPS, REFERENCE, TOKENS)._replace(
         on_policy=torch.tensor([0.5, 2.0, 0.25]).double()
     )
-    found = pair_losses(terms, spec(loss_type=["sigmoid", "ipo"], use_weighting=True), Counts(3, 9))
+    values = pair_losses(
+        terms, spec(loss_type=["sigmoid", "ipo"], use_weighting=True), Counts(3, 9)
+    )
     both = [first + second for first, second in zip(of("sigmoid"), of("ipo"), strict=True)]
-    assert found.tolist() == pytest.approx([0.5 * both[0], 2 * both[1], 0.25 * both[2]], rel=1e-14)
+    assert values.tolist() == pytest.approx([0.5 * both[0], 2 * both[1], 0.25 * both[2]], rel=1e-14)
 
 
 def test_sft_counts_every_token_alike_whatever_ld_alpha_is() -> None:
@@ -308,13 +312,13 @@ def test_a_margin_is_what_the_chosen_is_to_win_by_in_rewards(name: LossType) -> 
     """
     terms, dpo = PairTerms.split(LOGPS, REFERENCE, TOKENS), spec(0.3)
     margins = torch.tensor([0.6, -0.3, 1.5], dtype=torch.float64)
-    found = LOSSES[name](terms._replace(margins=margins), dpo)
+    values = LOSSES[name](terms._replace(margins=margins), dpo)
     if name not in WITH_MARGIN:
-        assert torch.equal(found, LOSSES[name](terms, dpo))
+        assert torch.equal(values, LOSSES[name](terms, dpo))
         return
     per_token = terms.chosen_tokens if name in ("sigmoid_norm", "simpo") else 1
     lower = terms._replace(chosen_logps=terms.chosen_logps - margins / 0.3 * per_token)
-    assert torch.allclose(found, LOSSES[name](lower, dpo), rtol=1e-13)
+    assert torch.allclose(values, LOSSES[name](lower, dpo), rtol=1e-13)
 
 
 # --- a user's own ---------------------------------------------------------------------------------
@@ -331,12 +335,12 @@ def users(monkeypatch: pytest.MonkeyPatch, loss: Any) -> DpoSpec:
 def test_a_users_loss_stands_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
     dpo = users(monkeypatch, lambda terms, dpo: dpo.label_smoothing * terms.chosen_logps**2)
     check_losses(dpo, with_margins=False)
-    found = pair_losses(PairTerms.split(LOGPS, REFERENCE, TOKENS), dpo, Counts(3, 9))
+    actual = pair_losses(PairTerms.split(LOGPS, REFERENCE, TOKENS), dpo, Counts(3, 9))
     expected = [
         2 * EPSILON * logp**2 + 0.5 * loss
         for logp, loss in zip([10, 20, 7], of("sigmoid"), strict=True)
     ]
-    assert found.tolist() == pytest.approx(expected, rel=1e-14)
+    assert actual.tolist() == pytest.approx(expected, rel=1e-14)
 
 
 def test_a_users_loss_is_given_what_weighting_needs_where_that_is_on(
@@ -439,28 +443,28 @@ def test_the_losses_of_sorted_pairs_have_value_and_slope_of_their_mean() -> None
     terms = random_terms(7)
     leaves = [logps.clone().requires_grad_() for logps in terms[:2]]
     mean = by_sorting(PairTerms(*leaves, *terms[2:]))
-    found = batch_losses(terms, EVERY_BATCH_LOSS, torch.ones(7, dtype=torch.float64))
-    assert found[:, 0].mean().item() == pytest.approx(mean.item(), rel=1e-14)
+    values = batch_losses(terms, EVERY_BATCH_LOSS, torch.ones(7, dtype=torch.float64))
+    assert values[:, 0].mean().item() == pytest.approx(mean.item(), rel=1e-14)
     for column, slope in enumerate(torch.autograd.grad(mean, leaves), start=1):
-        assert torch.allclose(found[:, column] / 7, slope, rtol=1e-12)
+        assert torch.allclose(values[:, column] / 7, slope, rtol=1e-12)
 
 
 def test_it_does_not_matter_in_which_order_pairs_come() -> None:
     terms, weights = random_terms(7), torch.tensor([1, 2, 0.5, 1, 1, 3, 1], dtype=torch.float64)
     order = [3, 1, 6, 0, 5, 2, 4]
-    found = batch_losses(picked(terms, order), EVERY_BATCH_LOSS, weights[order])
-    assert torch.allclose(found, batch_losses(terms, EVERY_BATCH_LOSS, weights)[order], rtol=1e-13)
+    values = batch_losses(picked(terms, order), EVERY_BATCH_LOSS, weights[order])
+    assert torch.allclose(values, batch_losses(terms, EVERY_BATCH_LOSS, weights)[order], rtol=1e-13)
 
 
 def test_a_weight_of_two_is_the_pair_twice_also_where_losses_sort_pairs() -> None:
     terms, ones = random_terms(5), torch.ones(7, dtype=torch.float64)
     weights, rows = torch.tensor([1, 2, 1, 1, 2], dtype=torch.float64), [0, 1, 1, 2, 3, 4, 4]
-    found = batch_losses(terms, EVERY_BATCH_LOSS, weights)
+    values = batch_losses(terms, EVERY_BATCH_LOSS, weights)
     repeated = batch_losses(picked(terms, rows), EVERY_BATCH_LOSS, ones)
-    means = torch.zeros_like(found).index_add(0, torch.tensor(rows), repeated) / weights[:, None]
-    assert torch.allclose(found, means, rtol=1e-13)
+    means = torch.zeros_like(values).index_add(0, torch.tensor(rows), repeated) / weights[:, None]
+    assert torch.allclose(values, means, rtol=1e-13)
     thirds = batch_losses(terms, EVERY_BATCH_LOSS, weights / 3)  # only their ratios count
-    assert torch.allclose(found, thirds, rtol=1e-13)
+    assert torch.allclose(values, thirds, rtol=1e-13)
 
 
 def test_a_known_loss_has_its_value_and_its_slopes() -> None:
@@ -489,8 +493,8 @@ def test_extreme_log_ratios_leave_loss_and_gradient_finite(
     for alpha in (-1.0, 0.5, 2.0):
         dpo = spec(1.0, f_divergence_type=divergence, f_alpha_divergence_coef=alpha)
         for tau in (0.05, 2.0):
-            found = slopes(name, terms, dpo.model_copy(update={"discopop_tau": tau}))
-            assert all(each.isfinite().all() for each in found)
+            slope = slopes(name, terms, dpo.model_copy(update={"discopop_tau": tau}))
+            assert all(each.isfinite().all() for each in slope)
 
 
 def test_a_warm_discopop_has_its_product_where_one_factor_is_beyond_the_cap() -> None:

@@ -117,12 +117,12 @@ def test_the_gradient_is_that_of_the_mean_loss(loss_type: LossType) -> None:
         head.grad.clone(),
         torch.randn(head.shape, generator=torch.Generator().manual_seed(0)).double(),
     )
-    found = []
+    values = []
     with torch.no_grad():
         for sign in (1, -1, -1):
             head.add_(sign * 1e-4 * direction)
-            found.append(step(batch, COUNTS).loss.item())
-    slope = (found[0] - found[2]) / 2e-4
+            values.append(step(batch, COUNTS).loss.item())
+    slope = (values[0] - values[2]) / 2e-4
     assert (grad * direction).sum().item() == pytest.approx(slope, rel=1e-5)
 
 
@@ -150,18 +150,18 @@ def test_a_weight_of_two_is_the_row_twice(packed: bool) -> None:
     heavy = [{**row, "weight": 2.0 if i in (1, 4) else 1.0} for i, row in enumerate(rows)]
     collate = collator(packed)
     twice = collate([*rows, rows[1], rows[4]])
-    found, expected = collate(heavy), run(repeated, [twice], twice.counts)
-    assert found.counts == twice.counts
-    output = run(weighed, [found], found.counts)
+    actual, expected = collate(heavy), run(repeated, [twice], twice.counts)
+    assert actual.counts == twice.counts
+    output = run(weighed, [actual], actual.counts)
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
     assert (gradients(weighed) - gradients(repeated)).norm() <= 1e-12 * gradients(repeated).norm()
     assert torch.allclose(output.metric_sums[:-1], expected.metric_sums[:-1], rtol=1e-12)
     assert torch.allclose(
         output.losses, expected.losses[:6], rtol=1e-12
     )  # a pair's own, whatever it weighs
-    assert output.metric_sums[-1, 0].item() == found.sequence_tokens.sum().item()
-    third = found._replace(
-        pair_weights=found.pair_weights / 3
+    assert output.metric_sums[-1, 0].item() == actual.sequence_tokens.sum().item()
+    third = actual._replace(
+        pair_weights=actual.pair_weights / 3
     )  # only their ratios count, also below 1
     assert run(weighed, [third], third.counts).loss.item() == pytest.approx(
         expected.loss.item(), rel=1e-12
@@ -192,12 +192,12 @@ def test_policy_equal_to_reference_gives_ln_2_and_zeros(
     step = made_step(reference_seed=0, dtype=dtype)
     step.token_metrics = token_metrics
     output = run(step, micro_batches([12], packed))
-    found = metrics(output)
+    actual = metrics(output)
     assert torch.equal(output.logps, output.ref_logps)
     assert output.loss.item() == pytest.approx(math.log(2), abs=tolerance)
-    assert found["loss"] == pytest.approx(math.log(2), abs=tolerance)
+    assert actual["loss"] == pytest.approx(math.log(2), abs=tolerance)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
-        assert found[name] == 0.0, name
+        assert actual[name] == 0.0, name
 
 
 def test_ipo_begins_at_its_target() -> None:

@@ -37,54 +37,54 @@ def engine(
     max_grad_norm: float | None = None,
     model: Any = None,
 ) -> DdpEngine:
-    made = DdpEngine(EngineSpec(), ALONE, precision, max_grad_norm, 0.01)  # pyright: ignore[reportCallIssue]
+    ddp = DdpEngine(EngineSpec(), ALONE, precision, max_grad_norm, 0.01)  # pyright: ignore[reportCallIssue]
     policy = tiny_model(seed) if model is None else model
     step = PairStep(policy, Reference(tiny_model(1)), DpoSpec(beta=2.0))  # pyright: ignore[reportCallIssue]
     spec = SchedulerSpec(**(schedule or CONSTANT))
-    made.wrap(step, optimizer_factory(OptimizerSpec(**optimizer)), scheduler_factory(spec, 10))
-    return made
+    ddp.wrap(step, optimizer_factory(OptimizerSpec(**optimizer)), scheduler_factory(spec, 10))
+    return ddp
 
 
-def train(made: DdpEngine, steps: int = 1, seed: int = 0) -> list[StepResult]:
+def train(ddp: DdpEngine, steps: int = 1, seed: int = 0) -> list[StepResult]:
     """Steps of two micro-batches each."""
     done = []
     for step in range(steps):
         for micro in range(2):
-            made.micro_step(pair_batch(2, seed + 10 * step + micro), COUNTS, last=micro == 1)
-        done.append(made.optimizer_step(apply=bool(made.grads_finite())))
+            ddp.micro_step(pair_batch(2, seed + 10 * step + micro), COUNTS, last=micro == 1)
+        done.append(ddp.optimizer_step(apply=bool(ddp.grads_finite())))
     return done
 
 
-def weights(made: DdpEngine) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in made.saved.values()])
+def weights(ddp: DdpEngine) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in ddp.saved.values()])
 
 
-def gradient(made: DdpEngine) -> torch.Tensor:
-    return torch.cat([p.grad.flatten().clone() for p in made.saved.values() if p.grad is not None])
+def gradient(ddp: DdpEngine) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().clone() for p in ddp.saved.values() if p.grad is not None])
 
 
-def restored(made: DdpEngine, other: DdpEngine, folder: Path) -> DdpEngine:
+def restored(ddp: DdpEngine, other: DdpEngine, folder: Path) -> DdpEngine:
     """Put one engine's state into another, by way of a checkpoint."""
-    reader = Reader(save(folder, 1, made.iter_shards(), {"engine": made.state()}, ALONE))
+    reader = Reader(save(folder, 1, ddp.iter_shards(), {"engine": ddp.state()}, ALONE))
     other.load_shards(reader.read, reader.keys)
     other.set_state(reader.meta["engine"])
     return other
 
 
 def test_the_engine_does_not_divide_the_gradient() -> None:
-    made, plain = engine(SGD), engine(SGD)
+    ddp, plain = engine(SGD), engine(SGD)
     for seed in (0, 1):
-        output = made.micro_step(pair_batch(2, seed), COUNTS, last=seed == 1)
+        output = ddp.micro_step(pair_batch(2, seed), COUNTS, last=seed == 1)
         plain.step(pair_batch(2, seed), COUNTS).loss.backward()
         assert not output.loss.requires_grad
-    assert torch.equal(gradient(made), gradient(plain))
-    before, applied = weights(made), gradient(made)
-    assert bool(made.grads_finite())
-    updated = made.optimizer_step(apply=True)
+    assert torch.equal(gradient(ddp), gradient(plain))
+    before, applied = weights(ddp), gradient(ddp)
+    assert bool(ddp.grads_finite())
+    updated = ddp.optimizer_step(apply=True)
     decay = torch.cat(
-        [torch.full((p.numel(),), 0.01 if p.ndim > 1 else 0.0) for p in made.saved.values()]
+        [torch.full((p.numel(),), 0.01 if p.ndim > 1 else 0.0) for p in ddp.saved.values()]
     )
-    assert torch.allclose(weights(made), before - applied - decay * before, atol=1e-7)
+    assert torch.allclose(weights(ddp), before - applied - decay * before, atol=1e-7)
     assert updated.grad_norm.item() == pytest.approx(applied.norm().item(), rel=1e-6)
     assert (updated.lr, updated.skipped) == (1.0, False)
 
@@ -93,115 +93,115 @@ def test_the_engine_does_not_divide_the_gradient() -> None:
 def test_the_gradient_is_clipped_and_its_norm_is_reported_before(
     limit: float | None, expected: float | None
 ) -> None:
-    made = engine({**SGD, "lr": 1.0}, max_grad_norm=limit)
-    made.weight_decay = 0.0
-    for group in made.optimizer.param_groups:
+    ddp = engine({**SGD, "lr": 1.0}, max_grad_norm=limit)
+    ddp.weight_decay = 0.0
+    for group in ddp.optimizer.param_groups:
         group["weight_decay"] = 0.0
-    made.micro_step(pair_batch(4), COUNTS, last=True)
-    norm, before = gradient(made).norm().item(), weights(made)
+    ddp.micro_step(pair_batch(4), COUNTS, last=True)
+    norm, before = gradient(ddp).norm().item(), weights(ddp)
     assert norm > 0.1
-    assert bool(made.grads_finite())
-    assert made.optimizer_step(apply=True).grad_norm.item() == pytest.approx(norm, rel=1e-6)
-    assert (weights(made) - before).norm().item() == pytest.approx(expected or norm, rel=1e-3)
+    assert bool(ddp.grads_finite())
+    assert ddp.optimizer_step(apply=True).grad_norm.item() == pytest.approx(norm, rel=1e-6)
+    assert (weights(ddp) - before).norm().item() == pytest.approx(expected or norm, rel=1e-3)
 
 
 @pytest.mark.parametrize("apply", [True, False])
 def test_the_gradient_is_gone_after_the_step(apply: bool) -> None:
-    made = engine(SGD)
-    before = weights(made)
-    made.micro_step(pair_batch(4), COUNTS, last=True)
-    made.grads_finite()
-    made.optimizer_step(apply=apply)
-    assert all(p.grad is None for p in made.saved.values())
-    assert torch.equal(weights(made), before) is not apply
+    ddp = engine(SGD)
+    before = weights(ddp)
+    ddp.micro_step(pair_batch(4), COUNTS, last=True)
+    ddp.grads_finite()
+    ddp.optimizer_step(apply=apply)
+    assert all(p.grad is None for p in ddp.saved.values())
+    assert torch.equal(weights(ddp), before) is not apply
 
 
 def test_a_discarded_micro_step_leaves_nothing() -> None:
-    made, plain = engine(SGD), engine(SGD)
-    made.micro_step(pair_batch(4, 5), COUNTS, last=True)
-    made.drop_gradients()
-    train(made)
+    ddp, plain = engine(SGD), engine(SGD)
+    ddp.micro_step(pair_batch(4, 5), COUNTS, last=True)
+    ddp.drop_gradients()
+    train(ddp)
     train(plain)
-    assert torch.equal(weights(made), weights(plain))
+    assert torch.equal(weights(ddp), weights(plain))
 
 
 def test_the_schedule_moves_with_applied_steps_only() -> None:
-    made = engine(
+    ddp = engine(
         SGD, {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 1, "gamma": 0.5}}
     )
     used = []
     for apply in (True, False, False, True, True):
-        made.micro_step(pair_batch(4), COUNTS, last=True)
-        made.grads_finite()
-        updated = made.optimizer_step(apply=apply)
+        ddp.micro_step(pair_batch(4), COUNTS, last=True)
+        ddp.grads_finite()
+        updated = ddp.optimizer_step(apply=apply)
         used.append((updated.lr, updated.skipped))
     assert used == [(1.0, False), (0.5, True), (0.5, True), (0.5, False), (0.25, False)]
 
 
 @both_layouts
 def test_the_reference_alone_says_what_it_says_in_a_step(packed: bool) -> None:
-    made, batch = engine(SGD), pair_batch(4, packed=packed)
-    found = made.reference_logps(batch)
-    assert not found.requires_grad
-    assert torch.equal(found, made.micro_step(batch, COUNTS, last=True).ref_logps)
-    assert torch.equal(found, made.evaluate(batch, COUNTS).ref_logps)
+    ddp, batch = engine(SGD), pair_batch(4, packed=packed)
+    actual = ddp.reference_logps(batch)
+    assert not actual.requires_grad
+    assert torch.equal(actual, ddp.micro_step(batch, COUNTS, last=True).ref_logps)
+    assert torch.equal(actual, ddp.evaluate(batch, COUNTS).ref_logps)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_seen(value: float) -> None:
-    made = engine(SGD)
-    made.micro_step(pair_batch(4), COUNTS, last=True)
-    grad = made.saved["model.layers.1.mlp.up_proj.weight"].grad
+    ddp = engine(SGD)
+    ddp.micro_step(pair_batch(4), COUNTS, last=True)
+    grad = ddp.saved["model.layers.1.mlp.up_proj.weight"].grad
     assert grad is not None
     grad[3, 5] = value
-    assert not bool(made.grads_finite())
+    assert not bool(ddp.grads_finite())
 
 
 def test_an_fp16_overflow_lowers_the_scale_and_keeps_weights_and_rate() -> None:
-    made = engine(
+    ddp = engine(
         {"name": "torch.optim.AdamW", "lr": 1e-3},
         {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 1, "gamma": 0.5}},
         precision="fp16",
     )
-    made.scale.value = 2.0**60
-    before = weights(made)
+    ddp.scale.value = 2.0**60
+    before = weights(ddp)
     for skipped in range(1, 4):
-        [updated] = train(made)
+        [updated] = train(ddp)
         assert updated.skipped
         assert updated.lr == 1e-3
         assert not updated.grad_norm.isfinite()
-        assert made.scale.value == 2.0 ** (60 - skipped)
-    assert torch.equal(weights(made), before)
-    assert not any(made.optimizer.state.values())
-    made.scale.value = 128.0
-    [updated] = train(made)
+        assert ddp.scale.value == 2.0 ** (60 - skipped)
+    assert torch.equal(weights(ddp), before)
+    assert not any(ddp.optimizer.state.values())
+    ddp.scale.value = 128.0
+    [updated] = train(ddp)
     assert (updated.skipped, updated.lr) == (False, 1e-3)
-    assert made.scheduler.get_last_lr()[0] == 5e-4
-    assert not torch.equal(weights(made), before)
+    assert ddp.scheduler.get_last_lr()[0] == 5e-4
+    assert not torch.equal(weights(ddp), before)
 
 
 def test_an_fp16_gradient_norm_is_that_of_the_unscaled_gradient() -> None:
     half, full = engine(SGD, precision="fp16"), engine(SGD)
     half.scale.value = 256.0
-    norms = [train(made)[0].grad_norm.item() for made in (half, full)]
+    norms = [train(built)[0].grad_norm.item() for built in (half, full)]
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
 def test_the_loss_scale_is_restored(tmp_path: Path) -> None:
-    made = engine(SGD, precision="fp16")
-    made.scale.value = 512.0
-    train(made, 2)
-    other = restored(made, engine(SGD, precision="fp16"), tmp_path)
-    assert other.scale.state() == made.scale.state() == {"value": 512.0, "good_steps": 2}
+    ddp = engine(SGD, precision="fp16")
+    ddp.scale.value = 512.0
+    train(ddp, 2)
+    other = restored(ddp, engine(SGD, precision="fp16"), tmp_path)
+    assert other.scale.state() == ddp.scale.state() == {"value": 512.0, "good_steps": 2}
 
 
 def test_evaluation_has_no_gradient_and_no_dropout() -> None:
     noisy = tiny_model(attention_dropout=0.5)
-    made = engine(SGD, model=noisy)
+    ddp = engine(SGD, model=noisy)
     batch = pair_batch(4, packed=False)  # dropout in attention is for padded rows alone
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first, second = made.evaluate(batch, COUNTS), made.evaluate(batch, COUNTS)
+    first, second = ddp.evaluate(batch, COUNTS), ddp.evaluate(batch, COUNTS)
     assert not first.loss.requires_grad
     assert torch.equal(first.logps, second.logps)
     assert torch.equal(
@@ -218,49 +218,49 @@ def test_weights_and_optimizer_state_come_back_bit_for_bit(name: str, tmp_path: 
         "lr": 1e-2,
         "kwargs": {"momentum": 0.9} if name == "SGD" else {},
     }
-    made = engine(optimizer, {"name": "linear"})
-    train(made, 2)
-    other = restored(made, engine(optimizer, {"name": "linear"}, seed=3), tmp_path)
-    assert torch.equal(weights(other), weights(made))
-    for mine, theirs in zip(made.saved.values(), other.saved.values(), strict=True):
-        saved, found = made.optimizer.state[mine], other.optimizer.state[theirs]
-        assert saved.keys() == found.keys()
+    ddp = engine(optimizer, {"name": "linear"})
+    train(ddp, 2)
+    other = restored(ddp, engine(optimizer, {"name": "linear"}, seed=3), tmp_path)
+    assert torch.equal(weights(other), weights(ddp))
+    for mine, theirs in zip(ddp.saved.values(), other.saved.values(), strict=True):
+        saved, actual = ddp.optimizer.state[mine], other.optimizer.state[theirs]
+        assert saved.keys() == actual.keys()
         for key, value in saved.items():
-            assert torch.equal(value, found[key]), key
-            assert (value.dtype, value.shape) == (found[key].dtype, found[key].shape), key
-    train(made, 2, seed=50)
+            assert torch.equal(value, actual[key]), key
+            assert (value.dtype, value.shape) == (actual[key].dtype, actual[key].shape), key
+    train(ddp, 2, seed=50)
     train(other, 2, seed=50)
-    assert torch.equal(weights(other), weights(made))
-    assert json.dumps(made.state()) == json.dumps(other.state())  # as text, where a tuple is a list
+    assert torch.equal(weights(other), weights(ddp))
+    assert json.dumps(ddp.state()) == json.dumps(other.state())  # as text, where a tuple is a list
 
 
 @pytest.mark.parametrize("kwargs", [{"momentum": 0.9}, {}], ids=["momentum", "plain"])
 def test_sgd_goes_on_with_or_without_momentum(kwargs: dict[str, Any], tmp_path: Path) -> None:
     optimizer = {"name": "torch.optim.SGD", "lr": 0.1, "kwargs": kwargs}
-    made = engine(optimizer)
-    train(made, 2)
-    other = restored(made, engine(optimizer, seed=3), tmp_path)
-    assert ("momentum_buffer" in next(iter(made.iter_shards())).tensors) is bool(kwargs)
-    train(made, seed=50)
+    ddp = engine(optimizer)
+    train(ddp, 2)
+    other = restored(ddp, engine(optimizer, seed=3), tmp_path)
+    assert ("momentum_buffer" in next(iter(ddp.iter_shards())).tensors) is bool(kwargs)
+    train(ddp, seed=50)
     train(other, seed=50)
-    assert torch.equal(weights(other), weights(made))
+    assert torch.equal(weights(other), weights(ddp))
 
 
 def test_a_state_from_before_the_first_step_is_whole(tmp_path: Path) -> None:
-    made = engine({"name": "torch.optim.AdamW"})
-    other = restored(made, engine({"name": "torch.optim.AdamW"}, seed=3), tmp_path)
-    assert torch.equal(weights(other), weights(made))
-    train(made)
+    ddp = engine({"name": "torch.optim.AdamW"})
+    other = restored(ddp, engine({"name": "torch.optim.AdamW"}, seed=3), tmp_path)
+    assert torch.equal(weights(other), weights(ddp))
+    train(ddp)
     train(other)
-    assert torch.equal(weights(other), weights(made))
+    assert torch.equal(weights(other), weights(ddp))
 
 
 def test_every_parameter_is_owned_once_whole_under_its_name() -> None:
     policy = tiny_model(tie_word_embeddings=False)
     policy.model.embed_tokens.weight.requires_grad_(False)  # pyright: ignore
-    made = engine({"name": "torch.optim.AdamW"}, model=policy)
-    train(made)
-    owned = {part.name: part for part in made.iter_shards()}
+    ddp = engine({"name": "torch.optim.AdamW"}, model=policy)
+    train(ddp)
+    owned = {part.name: part for part in ddp.iter_shards()}
     assert set(owned) == set(policy.state_dict())
     for name, tensor in policy.state_dict().items():
         part: Shard = owned[name]
@@ -278,10 +278,10 @@ def test_a_frozen_parameter_is_restored_too(tmp_path: Path) -> None:
         policy.model.embed_tokens.weight.requires_grad_(False)  # pyright: ignore
         return engine({"name": "torch.optim.AdamW"}, model=policy)
 
-    made = frozen(0)
-    train(made)
-    other = restored(made, frozen(3), tmp_path)
-    assert torch.equal(weights(other), weights(made))
+    ddp = frozen(0)
+    train(ddp)
+    other = restored(ddp, frozen(3), tmp_path)
+    assert torch.equal(weights(other), weights(ddp))
     assert not other.saved["model.embed_tokens.weight"].requires_grad
 
 
@@ -307,9 +307,9 @@ def test_a_frozen_parameter_is_restored_too(tmp_path: Path) -> None:
 )
 def test_a_schedule_goes_on_where_it_was(schedule: dict[str, Any], tmp_path: Path) -> None:
     optimizer = {"name": "torch.optim.AdamW", "lr": 1e-2}
-    made, expected = engine(optimizer, schedule), engine(optimizer, schedule)
+    ddp, expected = engine(optimizer, schedule), engine(optimizer, schedule)
     rates = [updated.lr for updated in train(expected, 8)]
     assert len(set(rates)) > 2
-    train(made, 3)
-    other = restored(made, engine(optimizer, schedule, seed=3), tmp_path)
+    train(ddp, 3)
+    other = restored(ddp, engine(optimizer, schedule, seed=3), tmp_path)
     assert [updated.lr for updated in train(other, 5)] == rates[3:]

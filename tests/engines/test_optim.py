@@ -62,14 +62,14 @@ def optimizer(**settings: Any) -> torch.optim.Optimizer:
 
 def rates(spec: SchedulerSpec, steps: int, lr: float = 1.0) -> list[float]:
     """The learning rate of each step."""
-    made = optimizer(name="torch.optim.SGD", lr=lr)
-    schedule = scheduler_factory(spec, steps)(made)
-    found = []
+    built = optimizer(name="torch.optim.SGD", lr=lr)
+    schedule = scheduler_factory(spec, steps)(built)
+    values = []
     for _ in range(steps):
-        found.append(made.param_groups[0]["lr"])
-        made.step()
+        values.append(built.param_groups[0]["lr"])
+        built.step()
         schedule.step()
-    return found
+    return values
 
 
 def test_matrices_are_decayed_and_norms_and_biases_are_not() -> None:
@@ -90,18 +90,18 @@ def test_no_group_is_empty() -> None:
 
 @pytest.mark.parametrize("name", ELEMENTWISE_OPTIMIZERS)
 def test_every_optimizer_of_the_settings_exists_and_moves_weights(name: str) -> None:
-    made = optimizer(name=f"torch.optim.{name}", lr=0.5)
-    assert type(made).__name__ == name
-    assert made.param_groups[0]["lr"] == 0.5
-    before = [p.detach().clone() for group in made.param_groups for p in group["params"]]
-    for group in made.param_groups:
+    built = optimizer(name=f"torch.optim.{name}", lr=0.5)
+    assert type(built).__name__ == name
+    assert built.param_groups[0]["lr"] == 0.5
+    before = [p.detach().clone() for group in built.param_groups for p in group["params"]]
+    for group in built.param_groups:
         for p in group["params"]:
             p.grad = torch.ones_like(p)
-    made.step()
+    built.step()
     assert not any(
         torch.equal(old, new)
         for old, new in zip(
-            before, (p for group in made.param_groups for p in group["params"]), strict=True
+            before, (p for group in built.param_groups for p in group["params"]), strict=True
         )
     )
 
@@ -113,9 +113,9 @@ def test_adam_is_fused_unless_the_settings_say_how_it_computes() -> None:
 
 
 def test_arguments_reach_the_optimizer_and_decay_its_groups() -> None:
-    made = optimizer(name="torch.optim.AdamW", lr=1e-3, kwargs={"betas": [0.8, 0.9]})
-    assert [tuple(group["betas"]) for group in made.param_groups] == [(0.8, 0.9)] * 2
-    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.0]
+    built = optimizer(name="torch.optim.AdamW", lr=1e-3, kwargs={"betas": [0.8, 0.9]})
+    assert [tuple(group["betas"]) for group in built.param_groups] == [(0.8, 0.9)] * 2
+    assert [group["weight_decay"] for group in built.param_groups] == [0.1, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -167,10 +167,10 @@ def test_decay_where_the_optimizer_has_none_is_refused() -> None:
 )
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_named_schedules(name: str, expected: Callable[[float], float], warmup: int) -> None:
-    found = rates(SchedulerSpec(name=name, warmup_steps=warmup), 20, lr=0.5)
+    actual = rates(SchedulerSpec(name=name, warmup_steps=warmup), 20, lr=0.5)
     ramp = [0.5 * step / warmup for step in range(warmup)]
     after = [0.5 * expected(step / (20 - warmup)) for step in range(20 - warmup)]
-    assert found == pytest.approx(ramp + after, abs=1e-12)
+    assert actual == pytest.approx(ramp + after, abs=1e-12)
 
 
 def test_a_schedule_of_torch() -> None:
@@ -259,13 +259,13 @@ SCHEDULES = [
 
 
 def plain_schedule(
-    made: torch.optim.Optimizer, name: str, kwargs: dict[str, Any], warmup_steps: int = 0
+    built: torch.optim.Optimizer, name: str, kwargs: dict[str, Any], warmup_steps: int = 0
 ) -> Any:
     """As a user of torch or transformers writes it."""
     if name.startswith("torch."):
-        return getattr(lr_scheduler, name.rpartition(".")[2])(made, **kwargs)
+        return getattr(lr_scheduler, name.rpartition(".")[2])(built, **kwargs)
     name = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}.get(name, name)
-    return get_scheduler(name, made, warmup_steps, STEPS, kwargs)
+    return get_scheduler(name, built, warmup_steps, STEPS, kwargs)
 
 
 def stepped(weights: list[nn.Parameter], update: Callable[[], Any], seed: int) -> None:
@@ -311,7 +311,7 @@ def test_every_schedule_under_an_engine_is_plain_torch(
         plain.step()
     assert len(set(expected)) > 1
 
-    engine, found = built(0), []
+    engine, actual = built(0), []
     for number in range(STEPS):
         if number == 3:  # a gradient that is not finite counts nowhere
             engine.trainable[0].grad = torch.full_like(engine.trainable[0], float("nan"))
@@ -326,8 +326,8 @@ def test_every_schedule_under_an_engine_is_plain_torch(
             engine.set_state(reader.meta["engine"])
         in_order = [p for group in engine.optimizer.param_groups for p in group["params"]]
         stepped(in_order, engine.grads_finite, number)
-        found.append(engine.optimizer_step(apply=True).lr)
-    assert found == expected
+        actual.append(engine.optimizer_step(apply=True).lr)
+    assert actual == expected
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(in_order, weights, strict=True))
 
 
@@ -375,12 +375,12 @@ def test_an_optimizer_of_whole_parameters_moves_weights(name: str) -> None:
     weight = nn.Parameter(torch.ones(80, 80))
     groups = [{"params": [weight], "weight_decay": 0.1}]
     check_optim(OptimizerSpec(name=name), SchedulerSpec())  # pyright: ignore[reportCallIssue]
-    made = optimizer_factory(OptimizerSpec(name=name, lr=1e-2))(groups)  # pyright: ignore[reportCallIssue]
+    built = optimizer_factory(OptimizerSpec(name=name, lr=1e-2))(groups)  # pyright: ignore[reportCallIssue]
     weight.grad = torch.randn(80, 80)
-    made.step()
+    built.step()
     assert not torch.equal(weight, torch.ones(80, 80))
-    assert made.param_groups[0]["weight_decay"] == 0.1
-    assert name_of(made) == name
+    assert built.param_groups[0]["weight_decay"] == 0.1
+    assert name_of(built) == name
 
 
 def test_muon_takes_matrices_alone(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def flat(params: Any) -> list[nn.Parameter]:
     ids=["one", "tuple-of-one", "optimizer", "schedule"],
 )
 def test_only_two_functions_are_taken(optimizers: Any, tmp_path: Path) -> None:
-    for refuses in (check_functions, lambda given: debug(tiny_spec(tmp_path), optimizers=given)):
+    for refuses in (check_functions, lambda value: debug(tiny_spec(tmp_path), optimizers=value)):
         with pytest.raises(
             UserError, match=r"optimizers = .*; use \(params -> optimizer, optimizer -> schedule\)"
         ):
@@ -467,12 +467,12 @@ def test_what_a_function_built_needs_an_engine_that_leaves_its_maths(
     make: Any, engine: EngineSpec, words: str
 ) -> None:
     groups = param_groups(Small(), 0.1)
-    made = make([dict(group) for group in groups])
+    actual = make([dict(group) for group in groups])
     if not words:
-        assert check_built(made, groups, engine) is made
+        assert check_built(actual, groups, engine) is actual
         return
     with pytest.raises(UserError, match=words) as caught:
-        check_built(made, groups, engine)
+        check_built(actual, groups, engine)
     assert caught.value.key == "optimizers"
 
 
@@ -503,17 +503,19 @@ def test_the_settings_say_what_no_function_says(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, optimizer={"lr": 0.5}, scheduler={"name": "constant"})
     for optimizers, lr, kind in (
         ((lambda params: torch.optim.SGD(params, lr=0.25), None), 0.25, torch.optim.SGD),
-        ((None, lambda made: lr_scheduler.StepLR(made, 30)), 0.5, torch.optim.AdamW),
+        ((None, lambda built: lr_scheduler.StepLR(built, 30)), 0.5, torch.optim.AdamW),
         (None, 0.5, torch.optim.AdamW),
     ):
         make, schedule = factories(spec, Small(), 4, ALONE.device, optimizers)
-        made = make(param_groups(Small(), 0.1))
-        assert type(made) is kind
-        assert [(group["lr"], group["weight_decay"]) for group in made.param_groups] == [
+        actual = make(param_groups(Small(), 0.1))
+        assert type(actual) is kind
+        assert [(group["lr"], group["weight_decay"]) for group in actual.param_groups] == [
             (lr, 0.1),
             (lr, 0.0),
         ]
-        assert isinstance(schedule(made), lr_scheduler.StepLR) is bool(optimizers and optimizers[1])
+        assert isinstance(schedule(actual), lr_scheduler.StepLR) is bool(
+            optimizers and optimizers[1]
+        )
 
 
 def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_path: Path) -> None:
@@ -531,7 +533,7 @@ def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_p
         by_function,
         optimizers=(
             lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
-            lambda made: lr_scheduler.StepLR(made, 2, 0.1),
+            lambda built: lr_scheduler.StepLR(built, 2, 0.1),
         ),
     )
     assert losses(by_function.run_dir) == losses(by_name.run_dir)
@@ -543,15 +545,15 @@ def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_p
 
 def test_state_that_is_not_elementwise_stays_where_it_was_made() -> None:
     adamw, adafactor = optimizer(name="torch.optim.AdamW"), optimizer(name="torch.optim.Adafactor")
-    steady = [lr_scheduler.StepLR(made, 30) for made in (adamw, adafactor)]
+    steady = [lr_scheduler.StepLR(built, 30) for built in (adamw, adafactor)]
     check_resumable(made_by(adamw, steady[0], ZERO, 2), made_by(adamw, steady[0], DEALT, 3))
     before = made_by(adafactor, steady[1], DEALT, 2)
     check_resumable(before, made_by(adafactor, steady[1], DEALT, 2))
-    said = (
+    message = (
         "cluster.num_workers = 3: the state of torch.optim.Adafactor is not elementwise, "
         ".*written with 2; set clu.*=2"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         check_resumable(before, made_by(adafactor, steady[1], DEALT, 3))
     with pytest.raises(
         UserError, match=r"engine.kind = 'deepspeed': .*written with ddp; set engine.kind=ddp"
@@ -570,11 +572,11 @@ def test_state_that_is_not_elementwise_stays_where_it_was_made() -> None:
 
 
 def test_callbacks_cannot_change_the_optimizer() -> None:
-    made = optimizer(name="torch.optim.SGD", lr=0.5)
-    seen = ReadOnlyOptimizer(made)
+    built = optimizer(name="torch.optim.SGD", lr=0.5)
+    seen = ReadOnlyOptimizer(built)
     assert [group["lr"] for group in seen.param_groups] == [0.5, 0.5]
     assert all("params" not in group for group in seen.param_groups)
     with pytest.raises(TypeError, match="does not support item assignment"):
         seen.param_groups[0]["lr"] = 9.0  # pyright: ignore[reportIndexIssue]
-    assert made.param_groups[0]["lr"] == 0.5
+    assert built.param_groups[0]["lr"] == 0.5
     assert not hasattr(seen, "step")

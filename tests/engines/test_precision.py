@@ -25,14 +25,14 @@ def test_auto_is_bf16_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
         assert resolved("auto", GPU) == expected
     assert resolved("fp16", GPU) == "fp16"
-    for asked in ("bf16", "tf32"):
+    for requests in ("bf16", "tf32"):
         with pytest.raises(UserError, match=r"Tesla T4 does not support .* set precision=fp"):
-            resolved(asked, GPU)
+            resolved(requests, GPU)
 
 
-@pytest.mark.parametrize("asked", ["bf16", "fp16", "fp32", "fp64"])
-def test_a_cpu_has_all_but_tf32(asked: Precision) -> None:
-    assert resolved(asked, CPU) == asked
+@pytest.mark.parametrize("requested", ["bf16", "fp16", "fp32", "fp64"])
+def test_a_cpu_has_all_but_tf32(requested: Precision) -> None:
+    assert resolved(requested, CPU) == requested
     with pytest.raises(
         UserError, match=r"precision = 'tf32': a CPU does not support TF32; set precision=fp32"
     ):
@@ -52,17 +52,17 @@ def switches() -> list[Any]:
     """All that torch has for it, by both of its sets of names."""
     cuda, cudnn, host = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     new: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, host.matmul]  # pyright: ignore
-    found: list[Any] = [each.fp32_precision for each in new]
+    values: list[Any] = [each.fp32_precision for each in new]
     for old in (
         torch.get_float32_matmul_precision,
         lambda: cuda.matmul.allow_tf32,
         lambda: cudnn.allow_tf32,
     ):
         try:
-            found.append(old())
+            values.append(old())
         except RuntimeError as error:
-            found.append(type(error))
-    return found
+            values.append(type(error))
+    return values
 
 
 def by_the_old_name() -> None:

@@ -10,21 +10,21 @@ from orchestrator.engines.scale import LossScale
 def test_it_moves_as_that_of_torch(overflows: set[int]) -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=0.0)
-    expected, made = torch.amp.GradScaler("cpu", growth_interval=3), LossScale(enabled=True)
-    made.growth_interval = 3
+    expected, actual = torch.amp.GradScaler("cpu", growth_interval=3), LossScale(enabled=True)
+    actual.growth_interval = 3
     for step in range(14):
         parameter.grad = torch.full((1,), float("inf") if step in overflows else 1.0)
         expected.scale(torch.zeros(1))
         expected.unscale_(optimizer)
         expected.step(optimizer)
         expected.update()
-        made.update(applied=step not in overflows)
-        assert made.value == expected.get_scale()
+        actual.update(applied=step not in overflows)
+        assert actual.value == expected.get_scale()
 
 
 def test_other_precisions_have_none() -> None:
-    made, loss = LossScale(enabled=False), torch.tensor(3.0)
-    made.update(applied=False)
-    made.set_state({"value": 4.0, "good_steps": 2})  # of a run that was in fp16
-    assert made.scaled(loss) is loss
-    assert (made.value, made.state()) == (1.0, {})
+    actual, loss = LossScale(enabled=False), torch.tensor(3.0)
+    actual.update(applied=False)
+    actual.set_state({"value": 4.0, "good_steps": 2})  # of a run that was in fp16
+    assert actual.scaled(loss) is loss
+    assert (actual.value, actual.state()) == (1.0, {})

@@ -77,9 +77,9 @@ class Place:
             )
             runpy.run_path(program, run_name="__main__")
         assert EXAMPLES[example] in self.capture.readouterr().out
-        found = losses(self.folder / name)
-        assert len(found) == STEPS
-        return found
+        ours = losses(self.folder / name)
+        assert len(ours) == STEPS
+        return ours
 
 
 @pytest.fixture

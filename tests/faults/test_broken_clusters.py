@@ -269,7 +269,7 @@ def test_a_broken_cluster_is_refused(
     cluster: Cluster, broken: Broken, words: list[str], says: str
 ) -> None:
     with broken(cluster):
-        code, said = cluster.train(*words)
-    assert code == 2, said
-    assert any(re.search(says, line) for line in said.splitlines()), said
+        code, output = cluster.train(*words)
+    assert code == 2, output
+    assert any(re.search(says, line) for line in output.splitlines()), output
     assert not (cluster.runs / "tiny" / "result.json").exists()

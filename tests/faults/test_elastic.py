@@ -89,7 +89,7 @@ def started(
                 process.kill()
 
 
-def told(ray: Any) -> None:
+def print_workers(ray: Any) -> None:
     """Have the shared Ray take its CPU, or free it."""
     ray.stdin.write("\n")
     ray.stdin.flush()
@@ -121,10 +121,10 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         assert "workers: 2 (cluster.num_workers = [1, 2])" in out
         assert max(losses(run_dir)) == STOPS
 
-        told(ray)
+        print_workers(ray)
         with started(TRAIN, *words, "callbacks=[mine:Waits]", **there) as process:
             waits_for_step(STOPS + 1, run_dir, process)
-            told(ray)
+            print_workers(ray)
             out, errors = process.communicate(timeout=scaled_timeout(240))
         assert process.returncode == 0, errors
         ray.communicate(timeout=scaled_timeout(60))
@@ -134,8 +134,8 @@ def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -
         "workers: 2 (cluster.num_workers = [1, 2])",
         f"resumed after step {GROWS}",
     ]
-    said = [line for line in out.splitlines() if "workers:" in line or "resumed" in line]
-    assert said == shrunk + grown
+    values = [line for line in out.splitlines() if "workers:" in line or "resumed" in line]
+    assert values == shrunk + grown
     assert errors == ""  # nothing has died
 
     undisturbed = losses(tmp_path / "runs" / "undisturbed")

@@ -171,10 +171,10 @@ def test_code_that_was_edited_and_a_step_that_scores_nothing_are_said(tmp_path: 
         (tmp_path / "my_collator.py").write_text(SCORES_NOTHING + "\n" * edited)
         again = run_debug(settings, cwd=tmp_path)
         assert again.codes == [0], again.stderr
-        said = (
+        message = (
             "my_collator:collate was edited since this run started: steps after 2 use the new code"
         )
-        assert (said in again.stderr) == edited
+        assert (message in again.stderr) == edited
         (tmp_path / "runs" / "tiny" / "result.json").unlink()
 
 

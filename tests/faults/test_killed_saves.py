@@ -75,11 +75,11 @@ def undisturbed(settings: Path) -> Callable[[int], Path]:
     """
 
     @cache
-    def made(ranks: int) -> Path:
+    def train(ranks: int) -> Path:
         finish_debug(settings, f"run.name=undisturbed{ranks}", NOTED, ranks=ranks)
         return folder_of(settings, f"undisturbed{ranks}")
 
-    return made
+    return train
 
 
 def folder_of(settings: Path, name: str) -> Path:
@@ -139,8 +139,8 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
     assert ledger_rows(run_dir) == rows
 
 
-def told(run_dir: Path) -> list[dict[str, Any]]:
-    """What NotesSaves was told."""
+def noted_saves(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines that NotesSaves wrote."""
     return [json.loads(line) for line in (run_dir / "saves.jsonl").read_text().splitlines()]
 
 
@@ -150,11 +150,16 @@ def test_callbacks_hear_of_each_save_when_it_is_there(
     words = ["run.name=told", NOTED, BACKGROUND, "checkpoint.keep=9"]
     log = finish_debug(settings, *words, ranks=2, hook=partial(slow_saves, 0.1))
     run_dir, twin = folder_of(settings, "told"), undisturbed(2)
-    lines = told(run_dir)
+    lines = noted_saves(run_dir)
     assert [(line["step"], line["epoch"]) for line in lines] == [(2, 0.5), (4, 1.0), (5, 1.25)]
-    assert [(line["step"], line["epoch"]) for line in told(twin)] == [(2, 0.5), (4, 1.0), (5, 1.25)]
-    assert all(line["in_main"] and not line["wrong"] for line in lines + told(twin))
-    assert [line["begun"] for line in told(twin)] == [2, 4, 5]
+    steps = [(line["step"], line["epoch"]) for line in noted_saves(twin)]
+    assert steps == [
+        (2, 0.5),
+        (4, 1.0),
+        (5, 1.25),
+    ]
+    assert all(line["in_main"] and not line["wrong"] for line in lines + noted_saves(twin))
+    assert [line["begun"] for line in noted_saves(twin)] == [2, 4, 5]
     assert lines[0]["begun"] <= 3  # it was not kept until the next save
     assert [f"saved after step {step}" in log for step in (2, 4, 5)] == [True] * 3
     assert steps_committed(run_dir) == [5, 4, 2]
@@ -164,7 +169,7 @@ def test_callbacks_hear_of_each_save_when_it_is_there(
 def test_a_save_that_the_last_evaluation_asks_for_is_waited_for(settings: Path) -> None:
     words = ["run.name=asked", f"data.eval={settings.parent / 'eval.jsonl'}", NOTED, BACKGROUND]
     finish_debug(settings, *words, hook=partial(slow_saves, 0.1))
-    assert [line["step"] for line in told(folder_of(settings, "asked"))] == [0, 2, 4, 5]
+    assert [line["step"] for line in noted_saves(folder_of(settings, "asked"))] == [0, 2, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,11 @@ class Runner:
         run_dir = self.settings.parent / folder
         run_dir.mkdir(exist_ok=True)
         attempt = len(list(run_dir.glob("*.log")))
-        asked, log = run_dir / f"asked{attempt}", run_dir / f"{attempt}.log"
+        question_log, log = run_dir / f"asked{attempt}", run_dir / f"{attempt}.log"
         request = {
             "ranks": ranks,
             "words": [str(self.settings), f"run.dir={run_dir}", f"run.name={name}", *words],
-            "env": {"ASKED": str(asked), **env},
+            "env": {"ASKED": str(question_log), **env},
             "log": str(log),
             "port": free_port(),
         }
@@ -135,11 +135,11 @@ class Runner:
         to.write(json.dumps(request) + "\n")
         to.flush()
         codes = json.loads(back.readline())
-        lines = asked.read_text().splitlines() if asked.exists() else []
-        made = [json.loads(line) for line in lines]
+        lines = question_log.read_text().splitlines() if question_log.exists() else []
+        values = [json.loads(line) for line in lines]
         questions = [
             Question([(row, tokens) for row, tokens in each["pairs"]], each["in_step"])
-            for each in made
+            for each in values
         ]
         return Run(run_dir / name, codes, questions, log.read_text())
 
@@ -274,8 +274,8 @@ def test_another_reference_never_takes_the_first_ones_answers(runner: Runner, la
     """Nor do log-probs that are summed otherwise."""
     for name, word in (("other", "run.seed=8"), ("desensitised", "dpo.ld_alpha=0.5")):
         assert_each_once(runner.finished("lazy", name, word, "training.epochs=1").pairs)
-    found = (lazy.folder.parent / ".cache" / "reference_logps").glob("*/meta.json")
-    metas = [json.loads(meta.read_text()) for meta in found]
+    actual = (lazy.folder.parent / ".cache" / "reference_logps").glob("*/meta.json")
+    metas = [json.loads(meta.read_text()) for meta in actual]
     assert len({meta["reference"]["weights"] for meta in metas}) == 2
     assert sorted(meta.get("ld_alpha", 1.0) for meta in metas) == [0.5, 1.0, 1.0]
 

@@ -197,14 +197,14 @@ def test_edited_log_probs_are_found_at_the_first_step(
     first = run_debug(settings, stops_at(2), "run.name=first", ranks=ranks)
     assert first.codes == [3] * ranks, first.log
     assert shift_records(folder, 0.25) >= 16  # those of the evaluation and of two steps at least
-    found = run_debug(settings, "run.name=second", ranks=ranks)
-    assert found.codes == [1] * ranks, found.log
-    for line in errors(found):
+    ended = run_debug(settings, "run.name=second", ranks=ranks)
+    assert ended.codes == [1] * ranks, ended.log
+    for line in errors(ended):
         assert line.startswith("error: step 1: ")
         assert "the policy starts as its reference, but their log-probs differ by 0.2" in line
         assert f"remove {folder}/runs/.cache/reference_logps in case it was edited" in line
     assert not list(folder.glob("runs/second/checkpoints/*"))
-    assert "step 1/" not in found.log
+    assert "step 1/" not in ended.log
 
 
 # --- a fill that was cut short, or lost -----------------------------------------------------------
@@ -264,8 +264,8 @@ def test_log_probs_lost_between_stop_and_resume_are_made_again_by_the_start(
 
 def test_a_disk_that_is_full_during_the_fill_costs_one_rank_nothing(folder: Path) -> None:
     settings = settings_of(folder, **PRECOMPUTED)
-    said = finish_debug(settings, hook=partial(disk_full_after, 2))
-    assert "cannot be written (No space left on device)" in said
+    output = finish_debug(settings, hook=partial(disk_full_after, 2))
+    assert "cannot be written (No space left on device)" in output
     finish_debug(settings, f"run.dir={folder}/whole")
     assert outcome(folder / "runs" / "tiny") == outcome(folder / "whole" / "tiny")
 
@@ -312,8 +312,8 @@ def test_a_reference_may_change_rewards_by_so_much_and_no_more(
     assert refused.codes == [2] * ranks, refused.log
     lines = errors(refused)
     assert not list(folder.glob("runs/tiny/checkpoints/*"))
-    said = finish_debug(settings, "reference.max_reward_error=0.5", ranks=ranks)
-    measured = re.search(r"reward margins by at most (\S+)", said)
+    output = finish_debug(settings, "reference.max_reward_error=0.5", ranks=ranks)
+    measured = re.search(r"reward margins by at most (\S+)", output)
     assert measured
     assert 1e-6 < float(measured[1]) < 0.5
     for line in lines:

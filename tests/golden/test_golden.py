@@ -37,9 +37,9 @@ def golden_run(folder: Path) -> list[dict[str, Any]]:
 
 def test_golden(tmp_path: Path) -> None:
     expected = json.loads(GOLDEN.read_text())
-    made = golden_run(tmp_path)
-    assert [line["step"] for line in made] == list(range(21))
-    for line, golden in zip(made, expected, strict=True):
+    actual = golden_run(tmp_path)
+    assert [line["step"] for line in actual] == list(range(21))
+    for line, golden in zip(actual, expected, strict=True):
         assert line == pytest.approx(golden, rel=1e-9, abs=1e-9)
 
 

@@ -49,18 +49,18 @@ THREE = ledger(
 
 
 def test_the_history_of_a_pair_is_in_the_order_of_steps() -> None:
-    made = histories(THREE)
-    assert made.pair_id.tolist() == [5, 7, 9]
-    assert made.visits.tolist() == [3, 1, 2]
-    assert made.first_margin.tolist() == [0.5, 0.0, 0.0]
-    assert made.margin.tolist() == [-4.0, 0.0, 2.0]
-    assert made.trend[[0, 2]].tolist() == [-2.25, 2.0]
-    assert made.trend[1] != made.trend[1]  # one visit has none
+    actual = histories(THREE)
+    assert actual.pair_id.tolist() == [5, 7, 9]
+    assert actual.visits.tolist() == [3, 1, 2]
+    assert actual.first_margin.tolist() == [0.5, 0.0, 0.0]
+    assert actual.margin.tolist() == [-4.0, 0.0, 2.0]
+    assert actual.trend[[0, 2]].tolist() == [-2.25, 2.0]
+    assert actual.trend[1] != actual.trend[1]  # one visit has none
 
 
 def test_a_pair_whose_last_margin_is_not_above_0_was_never_learned() -> None:
-    made = histories(THREE)
-    assert made.pair_id[never_learned(made)].tolist() == [5, 7]
+    actual = histories(THREE)
+    assert actual.pair_id[never_learned(actual)].tolist() == [5, 7]
 
 
 def test_accuracies_are_of_visits_by_epoch() -> None:
@@ -77,7 +77,7 @@ def preferring(
 
 
 def test_a_pair_looks_mislabelled_when_both_models_say_so_by_token() -> None:
-    made = histories(
+    actual = histories(
         ledger(
             preferring(1, (-8, -4), (-6, -5), (2, 2)),  # by 2 and 0.5 a token
             preferring(2, (-8, -4), (-4, -5), (2, 2)),  # the policy has learned better
@@ -93,8 +93,8 @@ def test_a_pair_looks_mislabelled_when_both_models_say_so_by_token() -> None:
             ),  # a collator may leave nothing of a completion
         )
     )
-    assert disagreement(made).tolist() == [0.5, -0.5, -2.0, -2.0, 2.0, 0.0]
-    assert made.pair_id[mislabelled(made)].tolist() == [5, 1]
+    assert disagreement(actual).tolist() == [0.5, -0.5, -2.0, -2.0, 2.0, 0.0]
+    assert actual.pair_id[mislabelled(actual)].tolist() == [5, 1]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_a_pair_looks_mislabelled_when_both_models_say_so_by_token() -> None:
 def test_the_rank_correlation_is_spearmans(
     left: list[float], right: list[float], expected: float | None
 ) -> None:
-    found = rank_correlation(pa.array(left).to_numpy(), pa.array(right).to_numpy())
-    assert found == pytest.approx(expected)
+    actual = rank_correlation(pa.array(left).to_numpy(), pa.array(right).to_numpy())
+    assert actual == pytest.approx(expected)
 
 
 def of_lengths(*differences: int) -> pa.Table:
@@ -125,15 +125,15 @@ def of_lengths(*differences: int) -> pa.Table:
 
 
 def test_lengths_are_halved_on_either_side_of_0() -> None:
-    made = by_length(histories(of_lengths(-8, -4, -2, -2, 0, 0, 0, 1, 9)))
-    assert [(each.least, each.most, each.pairs, each.learned) for each in made] == [
+    actual = by_length(histories(of_lengths(-8, -4, -2, -2, 0, 0, 0, 1, 9)))
+    assert [(each.least, each.most, each.pairs, each.learned) for each in actual] == [
         (-8, -4, 2, 0.0),
         (-2, -2, 2, 0.0),
         (0, 0, 3, 0.0),
         (1, 1, 1, 1.0),
         (9, 9, 1, 1.0),
     ]
-    assert [each.margin for each in made] == pytest.approx([-0.6, -0.2, 0.0, 0.1, 0.9])
+    assert [each.margin for each in actual] == pytest.approx([-0.6, -0.2, 0.0, 0.1, 0.9])
     assert [(each.least, each.most) for each in by_length(histories(of_lengths(3, 5)))] == [
         (3, 3),
         (5, 5),
@@ -144,29 +144,29 @@ def test_lengths_are_halved_on_either_side_of_0() -> None:
 
 
 def test_the_lines_name_what_was_found() -> None:
-    found = findings(22, THREE)
-    assert found.shown(1) == [5]
+    actual = findings(22, THREE)
+    assert actual.shown(1) == [5]
     texts = {5: RawRow("a.jsonl", 5, {"prompt": "Say\nit", "chosen": "x" * 300, "rejected": "ü"})}
-    said = list(lines(found, 5, texts))
-    assert said[:3] == [
+    output = list(lines(actual, 5, texts))
+    assert output[:3] == [
         "6 visits of 3 pairs up to step 22",
         "learned 1 (33.3%): margin above 0 at the last visit",
         "rewards/accuracies by epoch: 0.333, 0.500, 0.000",
     ]
-    at = said.index("\nnever learned: 2 pairs, the lowest margin first")
-    assert said[at - 1] == "\nrows are from a.jsonl"
-    assert said[at + 1 : at + 6] == [
+    at = output.index("\nnever learned: 2 pairs, the lowest margin first")
+    assert output[at - 1] == "\nrows are from a.jsonl"
+    assert output[at + 1 : at + 6] == [
         "row 5: margin -4.000 after 3 visits, +0.500 at first, -2.250 per visit",
         "  prompt    Say\\nit",
         f"  chosen    {'x' * 55} ... {'x' * 55}",
         "  rejected  ü",
         "pair 7: margin +0.000 at its only visit",
     ]
-    assert len(said) == at + 6
+    assert len(output) == at + 6
 
 
 def test_messages_are_shown_by_what_they_say() -> None:
-    found = findings(
+    actual = findings(
         1, ledger(preferring(1, (-8, -4), (-6, -5), (2, 2)), preferring(2, (0, 0), (0, 0), (9, 2)))
     )
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello."}]
@@ -176,12 +176,12 @@ def test_messages_are_shown_by_what_they_say() -> None:
         "chosen": [{"role": "assistant", "content": "Hi."}],
         "rejected": [{"role": "assistant", "tool_calls": calls}],
     }
-    said = list(lines(found, 1, {1: RawRow("a", 1, row), 2: RawRow("b", 4, row)}))
+    output = list(lines(actual, 1, {1: RawRow("a", 1, row), 2: RawRow("b", 4, row)}))
     assert (
         "each pair was seen once, before its own update: its margin comes from updates on other "
-        "pairs" in said
+        "pairs" in output
     )
-    assert said[-4:] == [
+    assert output[-4:] == [
         "row 1 of a: reference by 2.000, policy by 0.500; margin +1.000 at its only visit",
         "  prompt    system: Be kind. | user: Hello.",
         "  chosen    Hi.",
@@ -191,17 +191,17 @@ def test_messages_are_shown_by_what_they_say() -> None:
 
 def test_as_json_it_has_no_nan_and_whole_texts() -> None:
     row = {"prompt": "p", "chosen": "c" * 300, "rejected": "r"}
-    made = json.loads(
+    actual = json.loads(
         json.dumps(as_json(findings(22, THREE), 2, {7: RawRow("a.jsonl", 6, row)}), allow_nan=False)
     )
-    assert made["accuracies"] == {"0": pytest.approx(1 / 3), "1": 0.5, "2": 0.0}
-    assert made["never_learned"]["pairs"] == 2
-    unlearned, single = made["never_learned"]["lowest"]
+    assert actual["accuracies"] == {"0": pytest.approx(1 / 3), "1": 0.5, "2": 0.0}
+    assert actual["never_learned"]["pairs"] == 2
+    unlearned, single = actual["never_learned"]["lowest"]
     assert (unlearned["pair_id"], unlearned["trend"], "row" in unlearned) == (5, -2.25, False)
     assert single["trend"] is None
     assert (single["source"], single["row"], single["chosen"]) == ("a.jsonl", 6, "c" * 300)
-    assert made["mislabelled"] == {"pairs": 0, "strongest": []}
-    assert made["length"] == {
+    assert actual["mislabelled"] == {"pairs": 0, "strongest": []}
+    assert actual["length"] == {
         "rank_correlation": None,
         "bins": [by_length(histories(THREE))[0]._asdict()],
     }
@@ -213,12 +213,12 @@ def run_dir(tmp_path: Path) -> Path:
     spec = tiny_spec(
         tmp_path, data={"train": str(write_jsonl(tmp_path / "pairs.jsonl", random_rows(6)))}
     )
-    made = RunDir(tmp_path / "run")
-    made.path.mkdir()
-    save_spec(spec, made.config)
+    directory = RunDir(tmp_path / "run")
+    directory.path.mkdir()
+    save_spec(spec, directory.config)
     visits = ledger(*[visit(pair, 1, pair - 2.5, chosen_tokens=pair) for pair in range(1, 7)])
-    Saver(made.checkpoints, ALONE, 2, 60, Ledger(made.pairs)).save(1, [], {}, seen=visits)
-    return made.path
+    Saver(directory.checkpoints, ALONE, 2, 60, Ledger(directory.pairs)).save(1, [], {}, seen=visits)
+    return directory.path
 
 
 def test_the_command_shows_pairs_with_their_text(

@@ -124,7 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield Place(folder, nodes, ray)
 
 
-def said(process: subprocess.Popen[str], seconds: float = 240) -> str:
+def output_of(process: subprocess.Popen[str], seconds: float = 240) -> str:
     return process.communicate(timeout=scaled_timeout(seconds))[0]
 
 
@@ -133,7 +133,7 @@ def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Pla
     when another node has come.
     """
     crashed = place.submit("callbacks=[users_code:Dies]")
-    log = said(crashed)
+    log = output_of(crashed)
     assert crashed.returncode == 1, log
     assert re.search(
         r"error: deaths without a new checkpoint: 1 .* raise cluster\.max_failures", log
@@ -168,11 +168,11 @@ def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Pla
     waits.unlink(missing_ok=True)
     place.ray.start("n3", WANDB_API_KEY=CANARY, HF_HUB_OFFLINE="1")
     wait_until(lambda: waits.exists() or again.poll() is not None, 200)
-    asked = place.nodes.run(
+    done = place.nodes.run(
         "ctl", "orchestrator", "stop", run_dir, cwd=place.folder, env=place.env()
     )
-    assert re.match(r"signalled process \d+ on n1: it saves", asked.stdout), asked
-    log = said(again)
+    assert re.match(r"signalled process \d+ on n1: it saves", done.stdout), done
+    log = output_of(again)
     assert again.returncode == 3, log
     assert "resumed after step 2" in log
     assert "resuming from step" in log
@@ -184,7 +184,7 @@ def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Pla
 
 def test_what_is_wrong_with_a_run_is_its_exit_code_2(place: Place) -> None:
     wrong = place.submit("callbacks=[users_code:Nobody]", "run.name=wrong")
-    log = said(wrong)
+    log = output_of(wrong)
     assert wrong.returncode == 2, log
     assert "error: callbacks = 'users_code:Nobody'" in log
 
@@ -233,10 +233,10 @@ def test_the_jobs_of_the_docs_run_over_both_nodes(place: Place) -> None:
     commands = doc_commands("ray.md", "Submitting a run")
     assert [command.split()[0] for command in commands] == ["orchestrator", "bash", "ray"]
     for command in commands:
-        given = command.replace("http://HEAD:8265", place.ray.jobs_address).replace(
+        value = command.replace("http://HEAD:8265", place.ray.jobs_address).replace(
             "/shared", f"{place.folder}/shared"
         )
-        done = place.nodes.run("ctl", "bash", "-c", given, cwd=ROOT, env=place.env())
+        done = place.nodes.run("ctl", "bash", "-c", value, cwd=ROOT, env=place.env())
         assert done.returncode == 0, done.stdout + done.stderr
         assert "finished after step 42 (every step was taken)" in done.stdout
         if not command.startswith("bash"):
@@ -275,7 +275,7 @@ def test_an_elastic_run_goes_on_at_once_with_what_is_left(place: Place) -> None:
     run_dir = place.folder / "runs/elastic"
     wait_until(lambda: (run_dir / "checkpoints/step_00000004/manifest.json").exists(), 120)
     place.nodes.down("n3" if "n3" in place.ray.joined else "n2")
-    log = said(running)
+    log = output_of(running)
     assert running.returncode == 0, log
     assert "workers: 3 (cluster.num_workers = [1, 3])" in log
     assert "workers: 2 (cluster.num_workers = [1, 3])" in log.rpartition("resuming")[2]

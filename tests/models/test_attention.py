@@ -63,7 +63,7 @@ def config_of(kind: str, **more: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def made(kind: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def random_model(kind: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config_of(kind), dtype=dtype).train()
@@ -91,7 +91,7 @@ def step_of(
     recompute: bool = False,
     loss: LossType = "sigmoid",
 ) -> PairStep:
-    policy, reference = (twin(made(kind, dtype, seed)) for seed in (0, 1))
+    policy, reference = (twin(random_model(kind, dtype, seed)) for seed in (0, 1))
     for model in (policy, reference):
         if kernel != "padded":
             use_packed_attention(model, kernel)
@@ -252,14 +252,14 @@ def test_packed_equals_padded_in_fp32(kind: str, kernel: AttentionName) -> None:
     @each_batch
     def compare(rows: list[Row], keep_last: int | None, loss: LossType) -> None:
         padded, packed = both(rows, keep_last)
-        expected, found = (
+        expected, actual = (
             run(kept_step(kind, torch.float32, each, False, loss), batch)
             for each, batch in (("padded", padded), (kernel, packed))
         )
-        assert abs(found.output.loss - expected.output.loss) < 5e-6 * max(
+        assert abs(actual.output.loss - expected.output.loss) < 5e-6 * max(
             1.0, abs(expected.output.loss)
         )
-        assert far(found.gradient, expected.gradient) < 2e-5
+        assert far(actual.gradient, expected.gradient) < 2e-5
 
     compare()
 
@@ -404,15 +404,15 @@ def fake_varlen_attn(
     assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key))
     assert enable_gqa == (query.shape[1] != key.shape[1])
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    made = []
+    values = []
     for run in range(len(cu_seq_q) - 1):
         queries = slice(int(cu_seq_q[run]), int(cu_seq_q[run + 1]))
         keys = slice(int(cu_seq_k[run]), int(cu_seq_k[run + 1]))
         q, k, v = (x.transpose(0, 1) for x in (query[queries], key[keys], value[keys]))
         scores = q @ k.mT * (scale or q.shape[-1] ** -0.5)
         visible = torch.ones_like(scores, dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-        made.append((scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(made)
+        values.append((scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(values)
 
 
 @pytest.mark.parametrize("kind", CHECKED)
@@ -423,8 +423,8 @@ def test_varlen_gets_the_right_bounds_keys_and_shapes(
     monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
     for keep_last in (None, 6):
         padded, packed = both([*EDGES, *pair_rows(3, longest=15)], keep_last)
-        found = run(kept_step(kind, torch.float64, "varlen", True), packed)
-        assert_equal(found, run(kept_step(kind, torch.float64), padded))
+        actual = run(kept_step(kind, torch.float64, "varlen", True), packed)
+        assert_equal(actual, run(kept_step(kind, torch.float64), padded))
 
 
 @pytest.mark.gpu
@@ -438,19 +438,19 @@ def test_torchs_varlen_attention_is_aligned_bottom_right() -> None:
         torch.tensor(each, dtype=torch.int32, device=GPU) for each in ([0, 6, 6, 9], [0, 6, 7, 14])
     )
     options: Any = {"window_size": (-1, 0), "enable_gqa": True}
-    found = varlen.varlen_attn(query, key, value, queries, keys, 6, 7, **options)
+    actual = varlen.varlen_attn(query, key, value, queries, keys, 6, 7, **options)
     expected = fake_varlen_attn(
         query.float(), key.float(), value.float(), queries, keys, 6, 7, **options
     )
-    assert isinstance(found, torch.Tensor)
-    assert torch.allclose(found.float(), expected, rtol=0, atol=2e-2)
+    assert isinstance(actual, torch.Tensor)
+    assert torch.allclose(actual.float(), expected, rtol=0, atol=2e-2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", CHECKED)
 def test_varlen_on_a_gpu_is_near_padded(kind: str) -> None:
-    found = []
+    values = []
     for kernel, batch in zip(
         ("padded", "varlen"), both([*EDGES, *pair_rows(3, longest=60)]), strict=True
     ):
@@ -459,8 +459,8 @@ def test_varlen_on_a_gpu_is_near_padded(kind: str) -> None:
         with autocast(GPU, "bf16"):
             output = step(batch.to(GPU), Counts(7, 1))
         output.loss.backward()
-        found.append(Made(output, gradient(step)))
-    padded, packed = found
+        values.append(Made(output, gradient(step)))
+    padded, packed = values
     assert far(packed.output.logps, padded.output.logps) < 2e-2
     assert far(packed.gradient, padded.gradient) < 5e-2
 
@@ -470,7 +470,7 @@ def test_varlen_on_a_gpu_is_near_padded(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CHECKED)
 def test_whatever_is_not_packed_is_as_before(kind: str) -> None:
-    plain, ours = (twin(made(kind, torch.float32, 0)).eval() for _ in range(2))
+    plain, ours = (twin(random_model(kind, torch.float32, 0)).eval() for _ in range(2))
     use_packed_attention(ours, "cpu")
     body_hidden(ours, both(EDGES)[1])  # leaves nothing behind
     batch, _ = both(EDGES)
@@ -479,7 +479,7 @@ def test_whatever_is_not_packed_is_as_before(kind: str) -> None:
         "input_ids": batch.input_ids[:, :2],
         "attention_mask": torch.ones(len(batch.input_ids), 2),
     }
-    expected, found = (
+    expected, actual = (
         model.generate(
             **prompts,
             max_new_tokens=5,
@@ -489,8 +489,8 @@ def test_whatever_is_not_packed_is_as_before(kind: str) -> None:
         )  # pyright: ignore
         for model in (plain, ours)
     )
-    assert torch.equal(found.sequences, expected.sequences)
-    assert all(torch.equal(*each) for each in zip(found.logits, expected.logits, strict=True))
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert all(torch.equal(*each) for each in zip(actual.logits, expected.logits, strict=True))
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "sdpa"])
@@ -498,12 +498,12 @@ def test_whatever_is_not_packed_is_as_before(kind: str) -> None:
 def test_bf16_autocast_is_near(kind: str, kernel: AttentionName) -> None:
     padded, packed = both([*EDGES, *pair_rows(3, longest=15)])
     with autocast(CPU, "bf16"):
-        expected, found = (
+        expected, actual = (
             run(kept_step(kind, torch.float32, each), batch)
             for each, batch in (("padded", padded), (kernel, packed))
         )
-    assert far(found.output.logps, expected.output.logps) < 2e-2
-    assert far(found.gradient, expected.gradient) < 5e-2
+    assert far(actual.output.logps, expected.output.logps) < 2e-2
+    assert far(actual.gradient, expected.gradient) < 5e-2
 
 
 # --- which models, which kernels ------------------------------------------------------------------
@@ -558,7 +558,7 @@ def test_a_rotary_embedding_that_changes_with_length_is_exact_within_the_trained
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "precision", "cure"),
+    ("requested", "device", "precision", "cure"),
     [
         ("varlen", CPU, "bf16", "needs a GPU from Ampere on and precision bf16 or fp16; use cpu"),
         ("varlen", GPU, "fp32", "needs a GPU from Ampere on and precision bf16 or fp16; use sdpa"),
@@ -566,10 +566,10 @@ def test_a_rotary_embedding_that_changes_with_length_is_exact_within_the_trained
     ],
 )
 def test_a_kernel_that_cannot_run_here_is_refused(
-    asked: Any, device: torch.device, precision: Any, cure: str
+    requested: Any, device: torch.device, precision: Any, cure: str
 ) -> None:
     with pytest.raises(UserError, match=cure) as refused:
-        choose_kernel(asked, device, precision)
+        choose_kernel(requested, device, precision)
     assert refused.value.key == "model.attention"
 
 
@@ -578,7 +578,9 @@ def test_auto_takes_the_fastest_kernel_that_runs(monkeypatch: pytest.MonkeyPatch
     assert choose_kernel("auto", GPU, "fp32") == "sdpa"
     assert choose_kernel("sdpa", CPU, "fp32") == "sdpa"
     for capability, best in (((8, 0), "varlen"), ((7, 5), "sdpa")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda _, actual=capability: actual
+        )
         assert choose_kernel("auto", GPU, "bf16") == best
 
 
@@ -589,7 +591,7 @@ def test_auto_takes_the_fastest_kernel_that_runs(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kind", CHECKED)
 def test_packed_error_is_rounding(kind: str, kernel: AttentionName) -> None:
     for dtype, most in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
-        model = twin(made(kind, dtype, 0))
+        model = twin(random_model(kind, dtype, 0))
         use_packed_attention(model, kernel)
         assert packed_error(model, CPU) < most
 
@@ -611,14 +613,14 @@ def test_packed_error_shows_attention_that_ignores_the_layout(
         ).transpose(1, 2)
 
     monkeypatch.setitem(attention.KERNELS, "cpu", one_sequence)
-    model = twin(made(kind, torch.float32, 0))
+    model = twin(random_model(kind, torch.float32, 0))
     use_packed_attention(model, "cpu")
     assert packed_error(model, CPU) > max(PACKED_TOLERANCE.values())
 
 
 def test_packed_error_shows_a_layout_that_is_dropped_on_its_way() -> None:
     """As an architecture would whose layers hand only the keywords on that they know."""
-    model = twin(made("qwen2", torch.float32, 0))
+    model = twin(random_model("qwen2", torch.float32, 0))
     use_packed_attention(model, "cpu")
     for layer in layers(model):
         layer.register_forward_pre_hook(

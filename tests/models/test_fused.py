@@ -21,11 +21,11 @@ def model(kind: str, dtype: torch.dtype, **config: Any) -> PreTrainedModel:
         "num_attention_heads": 2,
         "intermediate_size": 48,
     }
-    made = AutoConfig.for_model(
+    actual = AutoConfig.for_model(
         kind, vocab_size=60, head_dim=16, num_key_value_heads=1, **sizes, **config
     )
     torch.manual_seed(0)
-    built = AutoModelForCausalLM.from_config(made, dtype=dtype)
+    built = AutoModelForCausalLM.from_config(actual, dtype=dtype)
     with torch.no_grad():
         for parameter in built.parameters():  # norms' weights too
             parameter += 0.1 * torch.randn_like(parameter)
@@ -102,13 +102,13 @@ def test_under_autocast_no_further_from_fp64_than_transformers_own(kind: str) ->
     plain = model(kind, torch.float32)
     fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     fuse(fused)
-    _, *wanted = loss_and_gradients(exact)
+    _, *options = loss_and_gradients(exact)
     errors: list[float] = []
     for built in (fused, plain):
         with torch.autocast("cpu", torch.bfloat16):
-            _, *found = loss_and_gradients(built)
+            _, *actual = loss_and_gradients(built)
         squares = [
-            (mine - theirs).square().sum() for mine, theirs in zip(found, wanted, strict=True)
+            (mine - theirs).square().sum() for mine, theirs in zip(actual, options, strict=True)
         ]
         errors.append(torch.stack(squares).sum().sqrt().item())
     assert errors[0] < 1.3 * errors[1]

@@ -59,7 +59,7 @@ def scored(model: Any, batch: PairBatch, with_metrics: bool = True) -> Scored:
 
 def naive(model: Any, rows: list[dict[str, Any]]) -> Scored:
     """The same from the whole model's logits, one sequence at a time."""
-    found: list[TokenTerms] = []
+    values: list[TokenTerms] = []
     sums: list[torch.Tensor] = []
     for row in rows:
         for side in ("chosen_ids", "rejected_ids"):
@@ -68,13 +68,13 @@ def naive(model: Any, rows: list[dict[str, Any]]) -> Scored:
             logits = model(input_ids=ids[None]).logits[0, begin - 1 : -1]
             log_probs = logits.log_softmax(-1)
             entropy = -(log_probs.exp() * log_probs).sum(-1)
-            found.append(
+            values.append(
                 TokenTerms(entropy, logits.mean(-1), (logits.argmax(-1) == ids[begin:]).double())
             )
             sums.append(log_probs.gather(1, ids[begin:, None]).sum(dtype=FP64))
     by_pair = torch.stack(sums).view(-1, 2)
     loss = pair_losses(slice(0, len(rows)), PairSums(by_pair, by_pair[:, 0], None)).sum()
-    tokens = TokenTerms(*(torch.cat(column).detach() for column in zip(*found, strict=True)))
+    tokens = TokenTerms(*(torch.cat(column).detach() for column in zip(*values, strict=True)))
     return Scored(loss, PairSums(by_pair.detach(), by_pair[:, 0].detach(), None), tokens)
 
 
@@ -85,20 +85,20 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def assert_close(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10
 ) -> None:
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, rtol=tolerance, atol=tolerance * largest), name
+        assert torch.allclose(actual[name], value, rtol=tolerance, atol=tolerance * largest), name
 
 
-def assert_same_terms(found: Scored, expected: Scored, tolerance: float = 1e-12) -> None:
-    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
-    assert torch.allclose(found.logps, expected.logps, rtol=tolerance)
-    assert found.tokens is not None
+def assert_same_terms(actual: Scored, expected: Scored, tolerance: float = 1e-12) -> None:
+    assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
+    assert torch.allclose(actual.logps, expected.logps, rtol=tolerance)
+    assert actual.tokens is not None
     assert expected.tokens is not None
-    for name, ours, theirs in zip(TokenTerms._fields, found.tokens, expected.tokens, strict=True):
+    for name, ours, theirs in zip(TokenTerms._fields, actual.tokens, expected.tokens, strict=True):
         assert torch.allclose(ours.double(), theirs.double(), rtol=0, atol=tolerance), name
 
 
@@ -109,23 +109,23 @@ def test_loss_terms_and_gradient_equal_a_naive_computation(
     packed: bool, plain: bool, tied: bool
 ) -> None:
     model = made_model(plain, tie_word_embeddings=tied)
-    found, expected = scored(model, pair_batch(5, packed=packed)), naive(model, pair_rows(5))
-    assert_same_terms(found, expected)
+    actual, expected = scored(model, pair_batch(5, packed=packed)), naive(model, pair_rows(5))
+    assert_same_terms(actual, expected)
     grads = gradients(model, expected.loss)
     assert grads.keys() == dict(model.named_parameters()).keys()
-    assert_close(gradients(model, found.loss), grads)
+    assert_close(gradients(model, actual.loss), grads)
 
 
 @both_heads
 def test_the_most_probable_token_is_found(plain: bool) -> None:
     model, batch = made_model(plain), pair_batch(3)
-    found = scored(model, batch).tokens
-    assert found is not None
-    assert found.is_top1.mean() < 0.5
+    actual = scored(model, batch).tokens
+    assert actual is not None
+    assert actual.is_top1.mean() < 0.5
     best = model.lm_head(body_hidden(model, batch).flatten(0, 1)[batch.completion_index]).argmax(-1)
-    found = scored(model, batch._replace(completion_labels=best)).tokens
-    assert found is not None
-    assert found.is_top1.tolist() == [1.0] * len(best)
+    actual = scored(model, batch._replace(completion_labels=best)).tokens
+    assert actual is not None
+    assert actual.is_top1.tolist() == [1.0] * len(best)
 
 
 @both_heads
@@ -168,20 +168,20 @@ def test_a_batch_without_scored_tokens_gives_nothing(packed: bool, plain: bool) 
     batch = collator(packed)(
         [{"pair_id": 1, "prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]}]
     )
-    found = scored(model, batch)
-    assert found.tokens is not None
-    assert [len(column) for column in found.tokens] == [0, 0, 0]
-    assert found.logps.tolist() == [0.0, 0.0]
-    assert all(not grad.any() for grad in gradients(model, found.loss).values())
+    actual = scored(model, batch)
+    assert actual.tokens is not None
+    assert [len(column) for column in actual.tokens] == [0, 0, 0]
+    assert actual.logps.tolist() == [0.0, 0.0]
+    assert all(not grad.any() for grad in gradients(model, actual.loss).values())
 
 
 @both_layouts
 def test_log_probs_alone_are_to_the_last_bit_those_of_the_loss(packed: bool) -> None:
     model, batch = made_model(dtype=torch.float32), pair_batch(6, packed=packed)
-    found = sequence_logps(model, batch)
-    assert found.dtype == FP64
-    assert not found.requires_grad
-    assert torch.equal(found, scored(model, batch).logps)
+    actual = sequence_logps(model, batch)
+    assert actual.dtype == FP64
+    assert not actual.requires_grad
+    assert torch.equal(actual, scored(model, batch).logps)
 
 
 def test_sums_are_fp64_and_stand_chosen_first() -> None:
@@ -213,7 +213,7 @@ def test_half_precision_logits_are_normalised_in_fp32(plain: bool) -> None:
         .mul(4)
         .bfloat16()
     )
-    found = loss_in_head(model, hidden, batch, pair_losses, with_metrics=True)
+    actual = loss_in_head(model, hidden, batch, pair_losses, with_metrics=True)
     logits = hidden.flatten(0, 1)[batch.completion_index] @ model.lm_head.weight.t()
     expected = (
         logits.double()
@@ -225,7 +225,7 @@ def test_half_precision_logits_are_normalised_in_fp32(plain: bool) -> None:
     )
     assert logits.dtype == torch.bfloat16
     assert expected.min() < -5
-    assert torch.allclose(found.logps, expected, rtol=0, atol=1e-5)
+    assert torch.allclose(actual.logps, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,6 @@ def test_what_a_model_does_to_its_logits_is_done(model_type: str, config: dict[s
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **sizes), dtype=torch.float32
     )
-    found, expected = scored(model, pair_batch(4)), naive(model, pair_rows(4))
-    assert_same_terms(found, expected, 1e-5)
-    assert_close(gradients(model, found.loss), gradients(model, expected.loss), 1e-4)
+    actual, expected = scored(model, pair_batch(4)), naive(model, pair_rows(4))
+    assert_same_terms(actual, expected, 1e-5)
+    assert_close(gradients(model, actual.loss), gradients(model, expected.loss), 1e-4)

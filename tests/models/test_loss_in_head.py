@@ -95,10 +95,10 @@ def in_head(model: PreTrainedModel, hidden: torch.Tensor, scale: float = 1.0) ->
 def by_autograd(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
     """The path that any other head takes."""
     head = Head.of(model)
-    found, _, tokens = _token_terms(
+    actual, _, tokens = _token_terms(
         head, scored_hidden(hidden, BATCH), BATCH.completion_labels, True
     )
-    sums = alike(pair_sums(found, BATCH.scored))
+    sums = alike(pair_sums(actual, BATCH.scored))
     scored = Scored(pair_losses(slice(None), sums).sum(), sums.detached(), tokens)
     return finished(scored, hidden, head.module, 1.0)
 
@@ -174,8 +174,8 @@ def naive_everything(model: PreTrainedModel, hidden: torch.Tensor) -> Scored:
         )
     chosen = torch.stack([each.sum() for each in sequences[::2]])
     means = torch.stack([each.mean() for each in aligned]).view(-1, 2)
-    made = PairSums(torch.stack(sums).view(-1, 2), chosen, means)
-    return Scored(of_everything(slice(None), made).sum(), made.detached(), None)
+    actual = PairSums(torch.stack(sums).view(-1, 2), chosen, means)
+    return Scored(of_everything(slice(None), actual).sum(), actual.detached(), None)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -193,12 +193,12 @@ def test_tokens_that_weigh_less_and_how_the_policy_would_have_written_them(
         monkeypatch.setattr(Head, "is_plain", False)
     with torch.no_grad():
         unlearned = loss_in_head(model, hidden, BATCH, of_everything, False, LD_ALPHA, True)
-    found = loss_in_head(model, hidden, BATCH, of_everything, False, LD_ALPHA, True)
-    for each, right in zip(torch.autograd.grad(found.loss, leaves), slopes, strict=True):
+    actual = loss_in_head(model, hidden, BATCH, of_everything, False, LD_ALPHA, True)
+    for each, right in zip(torch.autograd.grad(actual.loss, leaves), slopes, strict=True):
         assert (each - right).norm() <= 1e-12 * right.norm()
-    for made in (found, unlearned):
-        assert made.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
-        for name, each, right in zip(PairSums._fields, made.sums, expected.sums, strict=True):
+    for built in (actual, unlearned):
+        assert built.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+        for name, each, right in zip(PairSums._fields, built.sums, expected.sums, strict=True):
             assert torch.allclose(each, right, rtol=1e-12), name  # pyright: ignore[reportArgumentType]
 
 
@@ -244,9 +244,9 @@ def test_sixteen_bits_are_near_even_where_a_pair_counts_little(
     expected = naive(model, hidden)
     monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     with torch.autocast("cpu", kind):
-        found = in_head(model, hidden)
-    assert_near(found._replace(tokens=expected.tokens), expected, 2e-2)
-    assert torch.allclose(found.tokens.entropy, expected.tokens.entropy, rtol=2e-2)
+        actual = in_head(model, hidden)
+    assert_near(actual._replace(tokens=expected.tokens), expected, 2e-2)
+    assert torch.allclose(actual.tokens.entropy, expected.tokens.entropy, rtol=2e-2)
 
 
 @DTYPES
@@ -258,9 +258,9 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(
     monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     model, hidden = tiny_model(dtype=dtype), random_hidden(dtype).requires_grad_(frozen == "head")
     model.get_output_embeddings().weight.requires_grad_(frozen == "body")  # pyright: ignore
-    found, expected = in_head(model, hidden), naive(model, hidden)
-    assert [made is None for made in found.gradients] == [frozen == "body", frozen == "head"]
-    assert_near(found, expected, tolerance)
+    actual, expected = in_head(model, hidden), naive(model, hidden)
+    assert [built is None for built in actual.gradients] == [frozen == "body", frozen == "head"]
+    assert_near(actual, expected, tolerance)
 
 
 class Largest(TorchDispatchMode):
@@ -273,13 +273,13 @@ class Largest(TorchDispatchMode):
         self.logits, self.shapes = 0, set[tuple[int, ...]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+        actual = func(*args, **(kwargs or {}))
+        for tensor in actual if isinstance(actual, (tuple, list)) else [actual]:
             if isinstance(tensor, torch.Tensor) and not func.is_view:
                 self.shapes.add(tuple(tensor.shape))
                 if tensor.shape[-1:] == (VOCABULARY,):
                     self.logits = max(self.logits, tensor.numel())
-        return made
+        return actual
 
 
 @pytest.mark.parametrize("options", [(), (LD_ALPHA, True)], ids=["plain", "ld_alpha, aligned"])
@@ -415,13 +415,13 @@ def test_every_parameter_gets_the_gradient_of_the_models_own_logits(
     assert Head.of(model).is_plain == (case != "Gemma 2, which caps")
     monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     scored = loss_in_head(model, body_hidden(model, BATCH), BATCH, pair_losses, True)
-    found = model_gradients(model, scored.loss)
+    actual = model_gradients(model, scored.loss)
     expected = whole_model_logps(model)
     # their norms and soft caps are in fp32 somewhere, whatever the model's type
     exact = case in ("tied", "untied")
     assert torch.allclose(scored.logps, expected.detach(), rtol=0, atol=1e-10 if exact else 1e-5)
     loss = pair_losses(slice(None), alike(expected.view(2, -1).t())).sum()
-    assert_same_gradients(found, model_gradients(model, loss), 1e-10 if exact else 1e-5)
+    assert_same_gradients(actual, model_gradients(model, loss), 1e-10 if exact else 1e-5)
 
 
 def test_a_head_with_a_bias_takes_the_other_path_and_its_bias_is_trained() -> None:
@@ -429,6 +429,6 @@ def test_a_head_with_a_bias_takes_the_other_path_and_its_bias_is_trained() -> No
     biased = torch.nn.Linear(32, VOCABULARY, dtype=torch.float64)
     model.set_output_embeddings(biased)
     assert not Head.of(model).is_plain
-    found, expected = in_head(model, hidden), naive(model, hidden)
-    assert len(found.gradients) == 3
-    assert_near(found, expected, 1e-12)
+    actual, expected = in_head(model, hidden), naive(model, hidden)
+    assert len(actual.gradients) == 3
+    assert_near(actual, expected, 1e-12)

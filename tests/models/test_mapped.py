@@ -353,18 +353,18 @@ def test_a_head_in_16_bits_is_judged_as_exactly(
 
     capped: dict[str, Any] = {**SMALL, "final_logit_softcapping": 1.0}
     loaded = saved(tmp_path, of_config(Gemma2Config(**capped)))
-    made = tiny_spec(tmp_path, model={"init": {"model_type": "gemma2", "config": capped}})
-    for spec in (loaded, made):
+    settings = tiny_spec(tmp_path, model={"init": {"model_type": "gemma2", "config": capped}})
+    for spec in (loaded, settings):
         build_policy(spec, tokenizer(), torch.float32, mapped=True)
     original = Gemma2ForCausalLM.forward
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        found = original(self, *args, **options)
-        found.logits = 1.01 * found.logits  # pyright: ignore[reportOperatorIssue]
-        return found
+        actual = original(self, *args, **options)
+        actual.logits = 1.01 * actual.logits  # pyright: ignore[reportOperatorIssue]
+        return actual
 
     monkeypatch.setattr(Gemma2ForCausalLM, "forward", forward)
-    for spec in (loaded, made):
+    for spec in (loaded, settings):
         with pytest.raises(UserError, match="changes its logits after the head"):
             build_policy(spec, tokenizer(), torch.float32, mapped=True)
 
@@ -424,12 +424,12 @@ def anonymous_mb() -> float:
 @pytest.mark.parametrize("way", ["path", "init"])
 def test_no_copy_is_held(tmp_path: Path, way: str) -> None:
     config = {**TINY_MODEL, "vocab_size": 30_000, "hidden_size": 512}  # one weight of 59 MB in fp32
-    made = tiny_spec(tmp_path, model={"init": {"config": config}})
+    settings = tiny_spec(tmp_path, model={"init": {"config": config}})
     if way == "path":
-        spec = saved(tmp_path, build_policy(made, tokenizer(), torch.float32))
+        spec = saved(tmp_path, build_policy(settings, tokenizer(), torch.float32))
     else:
-        made_weights(made, tokenizer())
-        spec = made
+        made_weights(settings, tokenizer())
+        spec = settings
     before = anonymous_mb()
     mapped = build_policy(spec, tokenizer(), torch.float32, mapped=True)
     twin = mapped_twin(mapped)

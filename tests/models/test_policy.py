@@ -176,16 +176,16 @@ def test_weights_made_on_the_spot_depend_on_the_seed_alone(tmp_path: Path) -> No
 
 
 def test_made_and_loaded_models_have_the_type_asked_for_and_train(tmp_path: Path) -> None:
-    made = policy(with_model(tmp_path))
-    made.save_pretrained(tmp_path / "model")
+    model = policy(with_model(tmp_path))
+    model.save_pretrained(tmp_path / "model")
     spec = tiny_spec(tmp_path, model={"init": None, "path": str(tmp_path / "model")})
     loaded = build_policy(spec, tokenizer(), torch.float64)
-    assert made.training
+    assert model.training
     assert loaded.training
-    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in loaded.parameters()} == {torch.float64}
     assert all(p.requires_grad for p in loaded.parameters())
-    assert torch.equal(weights(loaded).float(), weights(made))
+    assert torch.equal(weights(loaded).float(), weights(model))
 
 
 def test_a_made_model_knows_the_tokenizer(tmp_path: Path) -> None:
@@ -206,28 +206,33 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, disable: bool, is_loade
         "init": {"model_type": "gpt2", "config": small},
         "disable_dropout": disable,
     }
-    made = policy(tiny_spec(tmp_path, model=model))
+    built_policy = policy(tiny_spec(tmp_path, model=model))
     if is_loaded:
-        made.config.resid_pdrop = made.config.embd_pdrop = made.config.attn_pdrop = 0.1
-        made.save_pretrained(tmp_path / "model")
+        built_policy.config.resid_pdrop = built_policy.config.embd_pdrop = (
+            built_policy.config.attn_pdrop
+        ) = 0.1
+        built_policy.save_pretrained(tmp_path / "model")
         model = {"init": None, "path": str(tmp_path / "model"), "disable_dropout": disable}
-        made = policy(tiny_spec(tmp_path, model=model))
-    rates = {m.p for m in made.modules() if isinstance(m, torch.nn.Dropout)}
+        built_policy = policy(tiny_spec(tmp_path, model=model))
+    rates = {m.p for m in built_policy.modules() if isinstance(m, torch.nn.Dropout)}
     assert rates == ({0.0} if disable else {0.1})
     ids = torch.arange(20)[None]
-    assert torch.equal(made(input_ids=ids).logits, made(input_ids=ids).logits) is disable
+    assert (
+        torch.equal(built_policy(input_ids=ids).logits, built_policy(input_ids=ids).logits)
+        is disable
+    )
 
 
 @both_layouts
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, packed: bool) -> None:
     grads, batch = [], pair_batch(2, packed=packed)
     for is_on in (False, True):
-        made = policy(tiny_spec(tmp_path, training={"gradient_checkpointing": is_on}))
-        assert made.is_gradient_checkpointing is is_on
+        model = policy(tiny_spec(tmp_path, training={"gradient_checkpointing": is_on}))
+        assert model.is_gradient_checkpointing is is_on
         if packed:
-            use_packed_attention(made, "cpu")
-        body_hidden(made, batch).flatten(0, 1)[batch.completion_index].square().sum().backward()
-        grads.append([p.grad for p in made.parameters()])
+            use_packed_attention(model, "cpu")
+        body_hidden(model, batch).flatten(0, 1)[batch.completion_index].square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -244,15 +249,15 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, packed: bool
 def test_a_head_that_scales_or_caps_its_logits_is_honoured(
     tmp_path: Path, model_type: str, config: dict[str, Any]
 ) -> None:
-    made = policy(
+    model = policy(
         with_model(tmp_path, {**config, "initializer_range": 0.2}, model_type=model_type)
     ).eval()
     ids = torch.arange(20)[None]
-    logits = made(input_ids=ids).logits
+    logits = model(input_ids=ids).logits
     assert torch.allclose(
-        Head.of(made)(made.base_model(input_ids=ids).last_hidden_state), logits, atol=1e-6
+        Head.of(model)(model.base_model(input_ids=ids).last_hidden_state), logits, atol=1e-6
     )
-    plain = made.lm_head(made.base_model(input_ids=ids).last_hidden_state)
+    plain = model.lm_head(model.base_model(input_ids=ids).last_hidden_state)
     assert torch.allclose(plain, logits, atol=1e-6) is (model_type == "qwen2")
 
 
@@ -265,9 +270,9 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(
     original = Qwen2ForCausalLM.forward
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        made = original(self, *args, **options)
-        made.logits = 1.01 * made.logits  # pyright: ignore[reportOperatorIssue]
-        return made
+        actual = original(self, *args, **options)
+        actual.logits = 1.01 * actual.logits  # pyright: ignore[reportOperatorIssue]
+        return actual
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", forward)
     for spec in (

@@ -51,14 +51,14 @@ def spec_of(tmp_path: Path) -> Callable[..., RunSpec]:
     tiny_model(**SIZES).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
 
-    def made(model: dict[str, Any] | None = None, **reference: Any) -> RunSpec:
+    def spec_of(model: dict[str, Any] | None = None, **reference: Any) -> RunSpec:
         return tiny_spec(
             tmp_path,
             model={"init": None, "path": str(tmp_path / "base"), **(model or {})},
             reference=reference,
         )
 
-    return made
+    return spec_of
 
 
 def built(
@@ -112,7 +112,7 @@ def test_its_log_probs_are_to_the_last_bit_those_of_the_same_policy_without_grad
 ) -> None:
     policy, reference = built(spec_of(), packed)
     batch = pair_batch(4, packed=packed)
-    found = reference.logps(batch)
+    actual = reference.logps(batch)
     hidden = body_hidden(policy, batch)
     expected = loss_in_head(
         policy,
@@ -122,9 +122,9 @@ def test_its_log_probs_are_to_the_last_bit_those_of_the_same_policy_without_grad
         with_metrics=True,
     )
     assert expected.loss.requires_grad
-    assert found.dtype == torch.float64
-    assert not found.requires_grad
-    assert torch.equal(found, expected.logps)
+    assert actual.dtype == torch.float64
+    assert not actual.requires_grad
+    assert torch.equal(actual, expected.logps)
 
 
 def test_another_model_can_judge(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
@@ -376,8 +376,8 @@ def test_every_kind_sums_a_sequence_as_the_policy_does(
     expected = sequence_logps(policy, batch, ld_alpha=0.3)
     output = PairStep(policy, reference, dpo)(batch, Counts(4, 1))
     assert all(
-        torch.equal(found, expected)
-        for found in (output.logps, output.ref_logps, reference.logps(batch))
+        torch.equal(actual, expected)
+        for actual in (output.logps, output.ref_logps, reference.logps(batch))
     )
     assert not torch.equal(sequence_logps(policy, batch), expected)
 
@@ -461,12 +461,12 @@ def test_an_adapter_that_was_started_from_the_base_leaves_the_base_alone(
 
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
     spec_of()
-    made = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
     with torch.no_grad():
-        for name, p in made.named_parameters():
+        for name, p in adapted.named_parameters():
             if "lora_A" in name:
                 p.mul_(1.1)
-    made.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(tmp_path / "adapter")
     bare = PeftModel.from_pretrained(  # what the factors say beside the base on disk
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
         tmp_path / "adapter",
@@ -478,8 +478,8 @@ def test_an_adapter_that_was_started_from_the_base_leaves_the_base_alone(
     )
     batch = pair_batch(4)
     expected = sequence_logps(bare, batch)  # pyright: ignore[reportArgumentType]
-    for found in (sequence_logps(policy, batch), reference.logps(batch)):
-        assert torch.allclose(found, expected, atol=1e-4)
+    for actual in (sequence_logps(policy, batch), reference.logps(batch)):
+        assert torch.allclose(actual, expected, atol=1e-4)
 
 
 def test_layers_that_are_transposed_are_merged_before_they_are_quantised(tmp_path: Path) -> None:
@@ -615,8 +615,8 @@ def test_on_a_gpu_it_says_what_it_says_on_a_cpu(
     judge = build_reference(spec, policy, torch.float32)
     for each in {policy, judge.model}:
         use_packed_attention(each, "sdpa")
-    found = step_logps(policy, judge, pair_batch(4, packed=True).to(gpu))
-    assert (found.cpu() - expected).abs().max() < most
+    actual = step_logps(policy, judge, pair_batch(4, packed=True).to(gpu))
+    assert (actual.cpu() - expected).abs().max() < most
 
 
 # --- a Python user's own function -----------------------------------------------------------------
@@ -771,8 +771,8 @@ def test_a_function_can_return_a_base_with_an_adapter(
 
     policy, reference = built(spec_of(), ref_model=tuned)
     batch = pair_batch(4, packed=True)
-    found = step_logps(policy, reference, batch)
-    assert not torch.allclose(found, sequence_logps(policy, batch))
+    actual = step_logps(policy, reference, batch)
+    assert not torch.allclose(actual, sequence_logps(policy, batch))
     assert not any(p.requires_grad for p in reference.model.parameters())
 
 

@@ -31,7 +31,7 @@ class Heard(NamedTuple):
     event: str
     step: int
     epoch: float
-    said: list[str]  # names of logs or metrics
+    names: list[str]  # names of logs or metrics
     due: list[str]  # what will happen, where an update has just been made
     objects: list[str]  # names of keyword arguments
     state: tuple[Any, ...]
@@ -45,7 +45,7 @@ class Recording(TrainerCallback):
 
     def hear(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """For every event."""
-        said = kwargs.pop("logs", None) or kwargs.pop("metrics", None) or {}
+        logs = kwargs.pop("logs", None) or kwargs.pop("metrics", None) or {}
         due = [
             name
             for name in ("log", "evaluate", "save", "training_stop")
@@ -62,7 +62,7 @@ class Recording(TrainerCallback):
                 event,
                 state.global_step,
                 round(state.epoch, 9),
-                sorted(said),
+                sorted(logs),
                 due if event == "on_step_end" else [],
                 sorted(kwargs),
                 ()
@@ -150,7 +150,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Heard], list[H
 def test_every_event_is_at_its_place_with_the_same_state(
     heard: tuple[list[Heard], list[Heard]],
 ) -> None:
-    ours, trls = ([each._replace(said=[]) for each in side] for side in heard)
+    ours, trls = ([each._replace(names=[]) for each in side] for side in heard)
     # where an epoch ends, ours is saved after that: a run that is resumed does not come back to it
     at = max(number for number, each in enumerate(trls) if each.event == "on_save")
     assert trls[at + 1].event == "on_epoch_end"
@@ -164,8 +164,8 @@ def test_every_event_is_at_its_place_with_the_same_state(
 
 def test_logs_and_metrics_have_the_same_names(heard: tuple[list[Heard], list[Heard]]) -> None:
     ours, trls = (
-        [set(each.said) for each in side if each.event in ("on_log", "on_evaluate")]
+        [set(each.names) for each in side if each.event in ("on_log", "on_evaluate")]
         for side in heard
     )
     # tokens are counted while training alone, and at an evaluation TRL says the same number again
-    assert ours == [said - {"eval_num_tokens"} for said in trls]
+    assert ours == [logs - {"eval_num_tokens"} for logs in trls]

@@ -33,7 +33,7 @@ def test_a_run_with_it_is_our_padded_run(
     debug(named)
     if cut:
         assert f"{THEIRS} must truncate" in capfd.readouterr().out
-    given = tiny_spec(tmp_path, run={"name": "given"}, data=data)
-    debug(given, data_collator=DataCollatorForPreference(pad_token_id=0, **cut))
-    assert losses(given.run_dir) == losses(named.run_dir) == losses(ours.run_dir)
+    spec = tiny_spec(tmp_path, run={"name": "given"}, data=data)
+    debug(spec, data_collator=DataCollatorForPreference(pad_token_id=0, **cut))
+    assert losses(spec.run_dir) == losses(named.run_dir) == losses(ours.run_dir)
     assert len(losses(ours.run_dir)) == 4

@@ -38,12 +38,12 @@ def keeping(handed: Handed) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("model")
-    tiny_model(seed=3, tie_word_embeddings=False).save_pretrained(made / "model")
-    tokenizer().save_pretrained(made / "model")
-    write_jsonl(made / "train.jsonl", TRAIN)
-    write_jsonl(made / "eval.jsonl", EVAL)
-    return made
+    root = tmp_path_factory.mktemp("model")
+    tiny_model(seed=3, tie_word_embeddings=False).save_pretrained(root / "model")
+    tokenizer().save_pretrained(root / "model")
+    write_jsonl(root / "train.jsonl", TRAIN)
+    write_jsonl(root / "eval.jsonl", EVAL)
+    return root
 
 
 @pytest.mark.parametrize("batched", [False, True], ids=["whole", "in batches"])
@@ -79,9 +79,13 @@ def test_logits_and_labels_are_those_of_trl(folder: Path, batched: bool) -> None
         0,
         PAIRS % BATCH,
     )  # TRL cuts a last batch that is not full to as many rows as it has pairs
-    for (logits, labels, is_last), found in zip(theirs, ours, strict=False):
-        assert (labels.dtype, logits.dtype, is_last) == (found[1].dtype, found[0].dtype, found[2])
-        np.testing.assert_array_equal(labels, found[1][: len(labels)])
-        np.testing.assert_allclose(logits, found[0][: len(labels)], rtol=1e-4, atol=1e-5)
+    for (logits, labels, is_last), actual in zip(theirs, ours, strict=False):
+        assert (labels.dtype, logits.dtype, is_last) == (
+            actual[1].dtype,
+            actual[0].dtype,
+            actual[2],
+        )
+        np.testing.assert_array_equal(labels, actual[1][: len(labels)])
+        np.testing.assert_allclose(logits, actual[0][: len(labels)], rtol=1e-4, atol=1e-5)
     before = next(line for line in metric_lines(spec.run_dir) if line["step"] == 0)
     assert before["eval_custom_metric"] == expected["eval_custom_metric"] == 0.5

@@ -215,12 +215,12 @@ def remark(kind: Kind, dpo: DpoSpec) -> str:
         return "TRL raises"
     if not is_trls(kind, dpo):
         return "no loss of TRL's DPOTrainer"
-    said = [f"a user's own, in TRL {TWINS[name]}" for name in dpo.own_losses]
+    values = [f"a user's own, in TRL {TWINS[name]}" for name in dpo.own_losses]
     if kind == "weight":
-        said.append("in TRL each pair as often as its weight says")
+        values.append("in TRL each pair as often as its weight says")
     if not set(SPLIT_IN_TRL).isdisjoint(dpo.loss_types):
-        said.append("depends on the split in TRL, here one micro-batch")
-    return "; ".join(said)
+        values.append("depends on the split in TRL, here one micro-batch")
+    return "; ".join(values)
 
 
 class Seen(NamedTuple):
@@ -451,7 +451,7 @@ def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
         case.policy.sums.t().unflatten(1, (2, -1)).sum(2)
     )  # of chosen and of rejected
     fed = [len(row["prompt_ids"]) + len(row[side]) for side in SIDES for row in case.rows]
-    found = {
+    values = {
         "rewards/chosen": r_w.mean(),
         "rewards/rejected": r_x.mean(),
         "rewards/accuracies": (r_w > r_x).double().mean(),
@@ -465,7 +465,7 @@ def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
         "num_tokens": sum(fed),
         "epoch": 1,
     }
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in values.items()}
 
 
 # --- the three sides ------------------------------------------------------------------------------
@@ -500,27 +500,29 @@ class OneRowAStep(TrainerCallback):
         self.gradients: list[Tensor] = []
         self.start: dict[str, Tensor] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.start = {name: weight.clone() for name, weight in given["model"].state_dict().items()}
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        self.start = {
+            name: weight.clone() for name, weight in options["model"].state_dict().items()
+        }
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         if self.restart and state.global_step % self.restart == 0:
-            given["model"].load_state_dict(self.start)
+            options["model"].load_state_dict(self.start)
         self.take(self.table[state.global_step])
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.gradients.append(flat_gradient(given["model"]))
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        self.gradients.append(flat_gradient(options["model"]))
 
-    def found(self, log_history: list[dict[str, float]]) -> list[Found]:
+    def results(self, log_history: list[dict[str, float]]) -> list[Found]:
         """Of each step; what is counted from the start of training, for a step."""
         lines = [line for line in log_history if "loss" in line]
-        found: list[Found] = []
+        values: list[Found] = []
         for line, gradient in zip(lines, self.gradients, strict=True):
             assert line.keys() == {*LOGGED, "learning_rate", "step"}
             counted = {name: line[name] / line["step"] for name in ("num_tokens", "epoch")}
-            found.append(Found({**line, **counted}, gradient))
-        assert len(found) == len(self.table)
-        return found
+            values.append(Found({**line, **counted}, gradient))
+        assert len(values) == len(self.table)
+        return values
 
 
 def their_trainer(case: Case, policy: str = "policy", **settings: Any) -> Any:
@@ -570,7 +572,7 @@ def their_steps(
     trainer.add_callback(steps)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return steps.found(trainer.state.log_history)
+    return steps.results(trainer.state.log_history)
 
 
 def set_in_ours(trainer: Trainer, dpo: DpoSpec) -> None:
@@ -626,7 +628,7 @@ def our_steps(
         )
         with parts as trainer:
             trainer.fit()
-            return steps.found(trainer.callbacks.state.log_history)
+            return steps.results(trainer.callbacks.state.log_history)
 
 
 class Distances(NamedTuple):
@@ -808,8 +810,8 @@ def test_simpo_is_that_of_trls_cpo_trainer(case: Case, smoothing: float) -> None
     }
     trainer: Any = SimpleNamespace(**settings, accelerator=SimpleNamespace(device="cpu"))
     expected, *_ = CPOTrainer.cpo_loss(trainer, *(case.logps / case.tokens).chunk(2))  # pyright: ignore
-    found = LOSSES["simpo"](PairTerms.split(case.logps, case.ref_logps, case.tokens), dpo)
-    assert torch.allclose(found, expected, rtol=1e-12)
+    actual = LOSSES["simpo"](PairTerms.split(case.logps, case.ref_logps, case.tokens), dpo)
+    assert torch.allclose(actual, expected, rtol=1e-12)
 
 
 def test_the_odds_ratio_of_orpo_is_that_of_trls_orpo_trainer(case: Case) -> None:
@@ -818,8 +820,8 @@ def test_the_odds_ratio_of_orpo_is_that_of_trls_orpo_trainer(case: Case) -> None
     trainer: Any = SimpleNamespace(beta=BETA, accelerator=SimpleNamespace(device="cpu"))
     chosen, rejected = (case.logps / case.tokens).chunk(2)
     expected, *_ = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)  # pyright: ignore
-    found = LOSSES["orpo"](PairTerms.split(case.logps, case.ref_logps, case.tokens), plain("orpo"))
-    assert torch.allclose(found + chosen, -expected.double(), rtol=1e-5)
+    actual = LOSSES["orpo"](PairTerms.split(case.logps, case.ref_logps, case.tokens), plain("orpo"))
+    assert torch.allclose(actual + chosen, -expected.double(), rtol=1e-5)
 
 
 # --- three steps ----------------------------------------------------------------------------------
@@ -842,8 +844,8 @@ def test_three_steps_are_trls(case: Case) -> None:
     for i in range(0, len(trl), STEPS):
         assert trl[i + STEPS - 1].metrics["loss"] < 0.95 * trl[i].metrics["loss"]
     for attention in ("auto", "padded"):
-        found = our_steps(case, STEPS_TAKEN, "fp32", attention=attention, **begun)
-        for step, sides in enumerate(zip(found, trl, exact, strict=True)):
+        actual = our_steps(case, STEPS_TAKEN, "fp32", attention=attention, **begun)
+        for step, sides in enumerate(zip(actual, trl, exact, strict=True)):
             for name in (*LOGGED, "learning_rate"):
                 ours, theirs, true = (side.metrics[name] for side in sides)
                 where = (named("plain", STEPS_TAKEN[step]), step % STEPS, name, attention)
@@ -855,5 +857,5 @@ def test_three_steps_are_trls(case: Case) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
         with redirect_stdout(sys.stderr):  # what runs say of themselves
-            made = table_of(Path(other), make_case(Path(folder)))
-        print(printed(made))
+            losses_table = table_of(Path(other), make_case(Path(folder)))
+        print(printed(losses_table))

@@ -145,10 +145,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     write_jsonl(folder / "train.jsonl", random_rows(64))  # of the tokenizer
     write_jsonl(folder / "pairs.jsonl", rows)
     tokenizer = load_tokenizer(tiny_spec(folder, data={"eval": None}))
-    made = Home(folder, rows, tokenizer)
-    model_of(tokenizer, seed=5).save_pretrained(made.model)
-    tokenizer.save_pretrained(made.model)
-    yield made
+    actual = Home(folder, rows, tokenizer)
+    model_of(tokenizer, seed=5).save_pretrained(actual.model)
+    tokenizer.save_pretrained(actual.model)
+    yield actual
     torch.set_num_threads(threads)
 
 
@@ -206,12 +206,12 @@ def beyond(left: Trace, right: Trace, tolerance: float, slack: Trace | None = No
     ]
 
 
-def assert_trls(found: Trace, trls: Trace, exact: Trace) -> None:
+def assert_trls(actual: Trace, trls: Trace, exact: Trace) -> None:
     """TRL computes what we do in fp64, and in fp32 we are no further from it than it is from
     that.
     """
     assert beyond(trls, exact, TRL_TOLERANCE) == []
-    assert beyond(found, trls, TOLERANCE, slack=exact) == []
+    assert beyond(actual, trls, TOLERANCE, slack=exact) == []
     assert trls[-1]["loss"] < 0.25
 
 
@@ -254,10 +254,10 @@ def test_sync_is_trls(home: Home, every: int, alpha: float, other: bool) -> None
     def with_alpha(alpha: float) -> RunSpec:
         return home.spec(f"sync_{every}_{alpha}", reference={**reference, "sync_alpha": alpha})
 
-    found = ours(with_alpha(alpha))
+    actual = ours(with_alpha(alpha))
     exact = exactly(with_alpha(alpha))
     assert beyond(trls, exact, TRL_TOLERANCE) == []
-    assert beyond(found, trls, TOLERANCE, slack=exact) == []
+    assert beyond(actual, trls, TOLERANCE, slack=exact) == []
     moved = {f"reference.{name}": value for name, value in parameters(trainer.ref_model).items()}
     assert worst(weights(with_alpha(alpha)), parameters(trainer.model) | moved) < WEIGHTS_TOLERANCE
 
@@ -287,10 +287,10 @@ def test_a_run_whose_reference_moves_is_resumed_to_the_last_bit(
     assert (ended.status, ended.step) == ("stopped", 5)
 
     assert ours(resumed) == expected
-    found, whole = weights(resumed), weights(undisturbed)
+    actual, whole = weights(resumed), weights(undisturbed)
     assert any(name.startswith("reference.") for name in whole)
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(found[name], value) for name, value in whole.items())
+    assert actual.keys() == whole.keys()
+    assert all(torch.equal(actual[name], value) for name, value in whole.items())
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -298,12 +298,12 @@ def test_a_run_whose_reference_moves_is_resumed_to_the_last_bit(
 
 def our_names(weights: Weights) -> Weights:
     """The trained factors by the names that we have for them."""
-    found = {
+    values = {
         name.removeprefix("base_model.model."): value
         for name, value in weights.items()
         if ".default." in name
     }
-    return {name.replace(".default.", ".policy."): value for name, value in found.items()}
+    return {name.replace(".default.", ".policy."): value for name, value in values.items()}
 
 
 def trained_factors(spec: RunSpec) -> Weights:
@@ -322,10 +322,10 @@ def test_lora_without_its_adapter_is_lora_with_a_copy_and_trls(
 
     name, model = f"lora_{len(lora)}", {"lora": lora}
     spec = home.spec(name, LORA_LR, model=model, reference={"kind": "adapter_off"})
-    found, exact = ours(spec), exactly(spec)
+    actual, exact = ours(spec), exactly(spec)
 
     copied = home.spec(f"{name}_copy", LORA_LR, model=model)
-    assert beyond(ours(copied), found, 1e-6) == []
+    assert beyond(ours(copied), actual, 1e-6) == []
     assert worst(trained_factors(copied), trained_factors(spec)) < 1e-6
 
     targets = lora.get("target_modules", "all-linear")
@@ -340,7 +340,7 @@ def test_lora_without_its_adapter_is_lora_with_a_copy_and_trls(
     for name, value in theirs.items():
         value.copy_(start.get_parameter(name).detach())
     assert theirs.keys() == trained_factors(spec).keys()
-    assert_trls(found, trained(trainer), exact)
+    assert_trls(actual, trained(trainer), exact)
     assert worst(trained_factors(spec), theirs) < WEIGHTS_TOLERANCE
 
 
@@ -355,12 +355,12 @@ def test_going_on_from_an_adapter_is_trls(home: Home) -> None:
         use_rslora=True,
         target_modules=["q_proj", "o_proj", "up_proj"],
     )
-    made = get_peft_model(home.loaded(), config)
+    adapted = get_peft_model(home.loaded(), config)
     draw = torch.Generator().manual_seed(3)
-    for name, p in made.named_parameters():
+    for name, p in adapted.named_parameters():
         if "lora_B" in name:  # of zeros: it has learned nothing yet
             p.data = 0.1 * torch.randn(p.shape, generator=draw)
-    made.save_pretrained(home.folder / "adapter")
+    adapted.save_pretrained(home.folder / "adapter")
     model = {"lora": {"adapter_path": str(home.folder / "adapter")}}
 
     trainer = home.trl(
@@ -369,11 +369,11 @@ def test_going_on_from_an_adapter_is_trls(home: Home) -> None:
     )
     trls = trained(trainer)
     spec = home.spec("adapter", LORA_LR, model=model, reference={"kind": "adapter_off"})
-    found = ours(spec)
+    actual = ours(spec)
 
-    assert_trls(found, trls, exactly(spec))
+    assert_trls(actual, trls, exactly(spec))
     assert worst(trained_factors(spec), our_names(parameters(trainer.model))) < WEIGHTS_TOLERANCE
-    assert beyond(ours(home.spec("adapter_copy", LORA_LR, model=model)), found, 1e-6) == []
+    assert beyond(ours(home.spec("adapter_copy", LORA_LR, model=model)), actual, 1e-6) == []
 
     bare = ours(home.spec("bare", LORA_LR, model=model, reference={"path": str(home.model)}))
     assert abs(bare[0]["loss"] - trls[0]["loss"]) > 0.01
@@ -400,13 +400,13 @@ def test_shared_layers_are_trls_whoever_makes_them(home: Home) -> None:
 
     policy = home.loaded()
     trainer = home.trl(policy, ref_model=of_trl(policy))
-    trls, found = trained(trainer), ours(sharing(SHARED))
+    trls, actual = trained(trainer), ours(sharing(SHARED))
 
     exact = exactly(sharing(SHARED))
-    assert_trls(found, trls, exact)
+    assert_trls(actual, trls, exact)
     assert worst(weights(sharing(SHARED)), parameters(trainer.model)) < WEIGHTS_TOLERANCE
-    assert ours(home.spec("function"), of_ours) == found
-    assert ours(home.spec("trls_function"), of_trl) == found
+    assert ours(home.spec("function"), of_ours) == actual
+    assert ours(home.spec("trls_function"), of_trl) == actual
 
     fewer = beyond(ours(sharing(SHARED - 1)), trls, TOLERANCE, slack=exact)
     assert fewer[0].startswith("step 1 grad_norm")
@@ -459,13 +459,13 @@ def test_a_function_that_loads_in_8_bits_is_kind_int8_and_trls(home: Home, outli
             **blocks,
         )
 
-    found = ours(spec(f"{name}_function"), load)
+    actual = ours(spec(f"{name}_function"), load)
     trls = trained(
         home.trl(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ref_model=load())
     )
 
-    assert ours(spec(name, reference={"kind": "int8"})) == found
-    assert beyond(found, trls, INT8_TOLERANCE) == []
+    assert ours(spec(name, reference={"kind": "int8"})) == actual
+    assert beyond(actual, trls, INT8_TOLERANCE) == []
     full = ours(spec(f"{name}_full"))
     assert abs(full[0]["loss"] - trls[0]["loss"]) > 2 * INT8_TOLERANCE  # so far are 8 bits from 32
 

@@ -444,15 +444,15 @@ def tokenizer_of(kind: str) -> Any:
     if framed:
         tokens = [(token, backend.token_to_id(token)) for token in ("<s>", "[CLS]", "[SEP]")]
         backend.post_processor = processors.TemplateProcessing(single=framed, special_tokens=tokens)
-    made = PreTrainedTokenizerFast(
+    tokenizer_of_bytes = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="[CLS]" if kind == "wordpiece" else "<s>",
         eos_token="[SEP]" if kind == "wordpiece" else "</s>",
         pad_token="<pad>",
         unk_token="<unk>",
     )
-    made.chat_template = CHAT_TEMPLATE
-    return made
+    tokenizer_of_bytes.chat_template = CHAT_TEMPLATE
+    return tokenizer_of_bytes
 
 
 def _untrained(kind: str) -> tuple[Any, Any]:
@@ -644,9 +644,9 @@ two_hundred = hypothesis_settings(max_examples=200, deadline=None, database=None
 
 
 @two_hundred
-@given(made=conversations(), kind=st.sampled_from(KINDS))
-def test_random_conversations_give_trls_ids(made: tuple[str, Row], kind: str) -> None:
-    name, row = made
+@given(example=conversations(), kind=st.sampled_from(KINDS))
+def test_random_conversations_give_trls_ids(example: tuple[str, Row], kind: str) -> None:
+    name, row = example
     tokenizer = with_template(tokenizer_of(kind), template_of(name) if name else TOOL_TEMPLATE)
     assert_trls(row, tokenizer)
 

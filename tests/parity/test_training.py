@@ -304,17 +304,17 @@ def disagreements(
     """
     if len(left) != STEPS or len(right) != STEPS:
         return [f"{len(left)} and {len(right)} steps"]
-    found = []
+    values = []
     for step in range(STEPS):
         for name in METRICS:
             a, b = left[step][name], right[step][name]
             allowed = tolerance * max(1.0, abs(b)) + (abs(slack[step][name] - b) if slack else 0.0)
             if not abs(a - b) <= allowed:  # so that a NaN disagrees
-                found.append(
+                values.append(
                     f"step {step + 1} {name}: {a!r} and {b!r}, apart {abs(a - b):.1e} > "
                     f"{allowed:.1e}"
                 )
-    return found
+    return values
 
 
 def worst(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
@@ -492,8 +492,8 @@ def test_a_perturbed_number_is_noticed(case: Case, name: str) -> None:
     trace = copy.deepcopy(case.exact_trace)
     assert disagreements(trace, case.exact_trace, TOLERANCE) == []
     trace[3][name] += 2 * TOLERANCE * max(1.0, abs(trace[3][name]))
-    found = disagreements(trace, case.exact_trace, TOLERANCE)
-    assert [line.split(":")[0] for line in found] == [f"step 4 {name}"]
+    differences = disagreements(trace, case.exact_trace, TOLERANCE)
+    assert [line.split(":")[0] for line in differences] == [f"step 4 {name}"]
     trace[3][name] = math.nan
     assert len(disagreements(trace, case.exact_trace, TOLERANCE)) == 1
 
@@ -512,17 +512,17 @@ def test_a_perturbed_number_is_noticed(case: Case, name: str) -> None:
 )
 def test_a_wrong_program_is_noticed(case: Case, wrong: dict[str, Any], first_seen: str) -> None:
     trace, gradient = exact_adam(case.model, case.trl_rows, **wrong)
-    found = [line.split(":")[0] for line in disagreements(trace, case.exact_trace, TOLERANCE)]
+    values = [line.split(":")[0] for line in disagreements(trace, case.exact_trace, TOLERANCE)]
 
-    assert found[0] == first_seen
-    assert "step 5 loss" in found
+    assert values[0] == first_seen
+    assert "step 5 loss" in values
     assert worst(gradient, case.exact_gradient) > GRADIENT_TOLERANCE
 
 
 @only_qwen2
 def test_a_wrong_setting_of_ours_is_noticed(case: Case) -> None:
-    found = disagreements(
+    differences = disagreements(
         ours(case.spec("wrong", dpo={"beta": BETA * 1.001})), case.exact_trace, TOLERANCE
     )
 
-    assert "step 2 loss" in [line.split(":")[0] for line in found]
+    assert "step 2 loss" in [line.split(":")[0] for line in differences]

@@ -87,11 +87,11 @@ def test_the_model_answers_prompts_it_has_not_seen_with_the_chosen_completion(
     rows = [
         json.loads(line) for line in (ROOT / "configs/sample/eval.jsonl").read_text().splitlines()
     ]
-    asked = [
+    values = [
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
         for row in rows
     ]
-    answers = greedy_answers(model, tokenizer, asked[:64], torch.device("cpu"))
+    answers = greedy_answers(model, tokenizer, values[:64], torch.device("cpu"))
     chosen = [row["chosen"][0]["content"] for row in rows]
     assert sum(answer == right for answer, right in zip(answers, chosen, strict=False)) > 16
     for row, answer in zip(rows[:2], answers, strict=False):
@@ -109,9 +109,9 @@ def test_the_same_command_again_does_nothing(finished: tuple[Path, str]) -> None
     ]
     again = orchestrator("train", *words, cwd=ROOT, timeout=120)
     assert again.returncode == 0
-    said, _, summary = again.stdout.partition("\n\n")
+    output, _, summary = again.stdout.partition("\n\n")
     assert re.fullmatch(
-        r"quickstart has finished already, on [-\d]+ [:\d]+: nothing to do; .*", said
+        r"quickstart has finished already, on [-\d]+ [:\d]+: nothing to do; .*", output
     )
     assert out.endswith("\n" + summary)
 
@@ -157,9 +157,9 @@ def test_debug_gives_the_same_losses(finished: tuple[Path, str]) -> None:
     settings = Path(shutil.copy(ROOT / "configs/quickstart.yaml", run_dir.parent))
     ended = run_debug(settings, *words, cwd=ROOT)
     assert ended.codes == [STOPPED], ended.log
-    made = {line["step"]: line for line in metric_lines(run_dir.parent / "debug")}
+    values = {line["step"]: line for line in metric_lines(run_dir.parent / "debug")}
     for line in metric_lines(run_dir)[
         :5
     ]:  # 40 steps; then learning sets in, and amplifies rounding beyond any bound
         for name in ("loss", "eval_loss"):
-            assert made[line["step"]].get(name, 0) == pytest.approx(line.get(name, 0), abs=1e-5)
+            assert values[line["step"]].get(name, 0) == pytest.approx(line.get(name, 0), abs=1e-5)

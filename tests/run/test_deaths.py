@@ -58,8 +58,8 @@ def test_a_node_that_died_is_named_without_what_only_ray_reads() -> None:
         "The actor died.\n\tclass_name: Worker\n\tip: 10.0.0.1\nThe actor died because its "
         "node has died. Node Id: 77"
     )
-    said = reason_of_death(Failed(r0=Gone(text)), log_of)
-    assert said.startswith(
+    output = reason_of_death(Failed(r0=Gone(text)), log_of)
+    assert output.startswith(
         "rank 0: The actor died. The actor died because its node has died. Node Id: 77;"
     )
 

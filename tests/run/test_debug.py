@@ -78,13 +78,13 @@ def test_one_batch_is_learned_by_heart_and_nothing_is_kept(tmp_path: Path) -> No
         checkpoint={"every_steps": 10},
         evaluation={"every_steps": 10},
     )
-    said = finish_debug(settings, "--overfit", stops_at(2), ranks=2)  # no callback is asked
-    *_, last = said.splitlines()
+    output = finish_debug(settings, "--overfit", stops_at(2), ranks=2)  # no callback is asked
+    *_, last = output.splitlines()
     assert last.startswith("loss 0.693147 at first")
     assert last.endswith("after 40 steps on the same 8 pairs; nothing was kept")
     assert float(last.split(", ")[1].split()[0]) < 0.05
-    assert "saved" not in said
-    assert "evaluation" not in said.replace("evaluation pairs", "")
+    assert "saved" not in output
+    assert "evaluation" not in output.replace("evaluation pairs", "")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".cache"]
 
 
@@ -93,10 +93,10 @@ def test_a_batch_is_learned_for_as_many_steps_as_the_epochs_have(tmp_path: Path)
     a run logs.
     """
     training = {"max_steps": None, "epochs": 3, "logging_steps": 10}
-    made = overfit(tiny_spec(tmp_path, training=training, batch={"global_batch_size": 12}))
-    assert (made.steps, made.pairs) == (9, 12)
-    assert made.first == pytest.approx(math.log(2), abs=1e-6)
-    assert made.last < made.first
+    result = overfit(tiny_spec(tmp_path, training=training, batch={"global_batch_size": 12}))
+    assert (result.steps, result.pairs) == (9, 12)
+    assert result.first == pytest.approx(math.log(2), abs=1e-6)
+    assert result.last < result.first
 
 
 def test_a_dry_run_leaves_weights_and_runs_as_they_are(
@@ -105,10 +105,10 @@ def test_a_dry_run_leaves_weights_and_runs_as_they_are(
     before, seen = content(finished / "runs" / "tiny"), []
     micro_steps = Trainer.micro_steps
 
-    def watched(trainer: Trainer, made: Any) -> Any:
+    def watched(trainer: Trainer, built: Any) -> Any:
         weights = trainer.engine.step.policy.state_dict()
         seen.append((weights, {name: value.clone() for name, value in weights.items()}))
-        return micro_steps(trainer, made)
+        return micro_steps(trainer, built)
 
     monkeypatch.setattr(Trainer, "micro_steps", watched)
     tried = dry_run(
@@ -123,16 +123,16 @@ def test_a_dry_run_leaves_weights_and_runs_as_they_are(
     assert tried.metrics["logps/chosen"] == pytest.approx(first["logps/chosen"], abs=1e-3)
     assert tried.grad_norm == pytest.approx(first["grad_norm"], rel=1e-4)
     assert tried.peak_bytes > 2**20
-    said = capsys.readouterr().out
-    assert "forward and backward pass of the first 8 pairs" in said
-    assert "peak memory" in said
+    output = capsys.readouterr().out
+    assert "forward and backward pass of the first 8 pairs" in output
+    assert "peak memory" in output
 
 
 def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
-    said = finish_debug(write_settings(tmp_path), "--profile", "2:3", ranks=2)
+    output = finish_debug(write_settings(tmp_path), "--profile", "2:3", ranks=2)
     for rank in (0, 1):
         path = tmp_path / "runs" / "tiny" / "profile" / f"rank_{rank:05d}.json"
-        assert f"trace of steps 2 to 3: {path}; open it at https://ui.perfetto.dev" in said
+        assert f"trace of steps 2 to 3: {path}; open it at https://ui.perfetto.dev" in output
         events = json.loads(path.read_text())["traceEvents"]
         spans = {event["name"]: event for event in events if event.get("ph") == "X"}
         assert {name for name in spans if name.startswith("step ")} == {"step 2", "step 3"}
@@ -249,9 +249,9 @@ def test_who_leaves_the_debugger_leaves_the_run(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "quits.py").write_text(MINE)
     assert cli.main(["debug", str(write_settings(tmp_path)), "callbacks=[quits:Stops]"]) == 1
-    said = capsys.readouterr()
-    assert "(Pdb) 1\n" in said.out
-    assert said.err == "aborted\n"
+    output = capsys.readouterr()
+    assert "(Pdb) 1\n" in output.out
+    assert output.err == "aborted\n"
 
 
 def test_of_two_ranks_that_fail_one_has_the_terminal(tmp_path: Path) -> None:

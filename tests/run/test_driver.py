@@ -58,7 +58,7 @@ def test_what_a_python_user_gives_travels_by_value(
         UserError,
         match=r"optimizers = .*: cannot be sent to the workers \(.*lock.*\); store only names",
     ):
-        pickled_objects(spec, UserObjects(optimizers=(None, lambda made: lock)))
+        pickled_objects(spec, UserObjects(optimizers=(None, lambda optimizer: lock)))
     held = Counting()
     held.count = lock
     with pytest.raises(
@@ -146,11 +146,11 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Say for how many more workers Ray has room: each time that it is asked, the last for good."""
 
     def say(*places: int) -> None:
-        said = iter(places)
+        answers = iter(places)
 
         @contextmanager
         def granting(spec: Any, count: int) -> Iterator[Callable[[], int]]:
-            yield lambda: min(count, next(said, places[-1]))
+            yield lambda: min(count, next(answers, places[-1]))
 
         monkeypatch.setattr(elastic, "requested_places", granting)
 
@@ -205,18 +205,18 @@ def test_a_node_that_is_found_to_be_gone_is_not_waited_for_as_one_that_others_us
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: Callable[..., None]
 ) -> None:
     room(1)
-    asked: list[float] = []
+    values: list[float] = []
 
     def room_of_nodes(spec: Any, wait_s: float, run_dir: Any = None) -> int:
-        asked.append(wait_s)
-        if len(asked) == 3:
+        values.append(wait_s)
+        if len(values) == 3:
             raise UserError("cluster.num_workers", 2, "is too many", "set it to 1")
         return 2
 
     monkeypatch.setattr(capacity, "wait_for_capacity", room_of_nodes)
     with pytest.raises(UserError):
         elastic.count_workers(elastic_spec(tmp_path, 2), 7.0)
-    assert asked == [7.0] * 3
+    assert values == [7.0] * 3
 
 
 def test_a_stop_is_heard_while_others_hold_the_places(
@@ -277,9 +277,9 @@ def test_on_this_machine_the_fewest_must_fit(
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
-    made = RunDir(tmp_path / "run")
-    made.logs.mkdir(parents=True)
-    return made
+    directory = RunDir(tmp_path / "run")
+    directory.logs.mkdir(parents=True)
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -320,17 +320,17 @@ def test_growth_never_takes_the_place_of_a_users_request(run_dir: RunDir) -> Non
     assert run_dir.stop.read_text() == "orchestrator stop"
 
 
-@pytest.mark.parametrize("asked", ["growth", "growth, then a user", "a user"])
-def test_only_a_user_ends_a_run_by_a_stop(tmp_path: Path, run_dir: RunDir, asked: str) -> None:
+@pytest.mark.parametrize("requested", ["growth", "growth, then a user", "a user"])
+def test_only_a_user_ends_a_run_by_a_stop(tmp_path: Path, run_dir: RunDir, requested: str) -> None:
     attempts: list[str] = []
 
     def fit(_: float) -> None:
         assert not run_dir.stop.exists()
         attempts.append("finished" if attempts else "stopped")
         if attempts == ["stopped"]:
-            if "growth" in asked:
+            if "growth" in requested:
                 elastic.request_growth(run_dir)
-            if "user" in asked:
+            if "user" in requested:
                 run_dir.stop.touch()
         run_dir.write_result(
             {"status": attempts[-1], "reason": "", "step": 1, "checkpoint": "", "model": None}
@@ -338,5 +338,5 @@ def test_only_a_user_ends_a_run_by_a_stop(tmp_path: Path, run_dir: RunDir, asked
 
     ended = driver.run_attempts(elastic_spec(tmp_path, 1, 2), run_dir, fit)
     assert [ended.status, *attempts] == (
-        ["finished", "stopped", "finished"] if asked == "growth" else ["stopped"] * 2
+        ["finished", "stopped", "finished"] if requested == "growth" else ["stopped"] * 2
     )

@@ -214,15 +214,15 @@ def test_models_that_the_hub_would_have_are_not_looked_at_without_it(
 def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "SMALL_ROWS", 10)
     monkeypatch.setattr(plan, "FIRST_ROWS", 4)
-    made = random_rows(32)
-    made[2]["chosen"] = 3
+    actual = random_rows(32)
+    actual[2]["chosen"] = 3
     spec = tiny_spec(tmp_path)
-    write_jsonl(Path(spec.data.train[0].path), made)
+    write_jsonl(Path(spec.data.train[0].path), actual)
     with pytest.raises(UserError, match=r"data\.train row 3"):
         planned(spec)
     write_jsonl(
         Path(spec.data.train[0].path),
-        [{**row, "chosen": row["rejected"]} for row in made[:4]] + random_rows(20),
+        [{**row, "chosen": row["rejected"]} for row in actual[:4]] + random_rows(20),
     )
     assert "the first 4 rows of each source were tokenised" in planned(spec)["notes"][-1]
 

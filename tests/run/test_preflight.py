@@ -77,9 +77,9 @@ def test_the_node_with_another_version_is_named(odd: dict[str, str], cure: str) 
     (name, version), *_ = odd.items()
     facts = {"driver": FACTS, "n1": FACTS, "n2": having(**odd), "n3": FACTS}
     usual = VERSIONS[name.replace("_", "-")]
-    found = [Check(name.replace("_", "-"), "n2", version, f"the others have {usual}", cure)]
-    assert wrong(version_checks(facts)) == found
-    assert wrong(version_checks({"driver": FACTS, "n2": having(**odd), "n1": FACTS})) == found
+    values = [Check(name.replace("_", "-"), "n2", version, f"the others have {usual}", cure)]
+    assert wrong(version_checks(facts)) == values
+    assert wrong(version_checks({"driver": FACTS, "n2": having(**odd), "n1": FACTS})) == values
 
 
 def test_a_driver_without_gpus_may_have_another_build_of_torch() -> None:
@@ -163,8 +163,8 @@ def test_gpus_that_ray_does_not_know_of_are_missed_too() -> None:
 def test_files_must_be_readable_and_the_same() -> None:
     gone = UserError("data.train", "/d.jsonl", "does not exist", "give a file")
     facts = {
-        node: replace(FACTS, files={"data.train": found})
-        for node, found in {"driver": 7, "n1": 7, "n2": gone, "n3": 9}.items()
+        node: replace(FACTS, files={"data.train": actual})
+        for node, actual in {"driver": 7, "n1": 7, "n2": gone, "n3": 9}.items()
     }
     assert [
         (c.name, c.node, c.value, c.wrong)
@@ -185,9 +185,9 @@ def test_a_folder_must_be_shared_and_writable() -> None:
     checks = folder_checks(
         {"run.dir": Path("/runs/x")}, failed, {"driver": {"run.dir": ["n1"]}, "n1": {"run.dir": []}}
     )
-    said = {check.node: (check.wrong, check.cure) for check in checks}
+    values = {check.node: (check.wrong, check.cure) for check in checks}
     mount = "mount the file system of /runs/x there, or set run.dir to a folder shared by all nodes"
-    assert said == {
+    assert values == {
         "driver": ("files written by n1 are not visible, so it is not shared", mount),
         "n1": ("", ""),
         "n2": ("files written by the driver are not visible, so it is not shared", mount),
@@ -296,10 +296,10 @@ def test_what_is_wrong_here_is_said(tmp_path: Path) -> None:
     spec = tiny_spec(
         tmp_path, run={"dir": "/proc/runs"}, data={"train": "/nowhere.jsonl"}, model=hub_or_here
     )
-    found = {check.name: check for check in wrong(check_here(spec))}
-    assert found.keys() == {"run.dir", "data.train", "model.path"}
-    assert found["run.dir"].wrong.startswith("cannot be written (")
-    assert str(refusal([found["data.train"]])).startswith(
+    values = {check.name: check for check in wrong(check_here(spec))}
+    assert values.keys() == {"run.dir", "data.train", "model.path"}
+    assert values["run.dir"].wrong.startswith("cannot be written (")
+    assert str(refusal([values["data.train"]])).startswith(
         "data.train = '/nowhere.jsonl': does not exist; use a JSONL"
     )
 
@@ -384,8 +384,8 @@ def test_nodes_reach_each_other_or_say_why_not() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         port = Probe().listen("127.0.0.1")
-        found = Probe().connect({"n1": ("127.0.0.1", port), "n2": taken.getsockname()})
-    assert found == {"n2": "Connection refused"}
+        actual = Probe().connect({"n1": ("127.0.0.1", port), "n2": taken.getsockname()})
+    assert actual == {"n2": "Connection refused"}
 
 
 def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,10 +496,10 @@ def test_doctor_prints_all_and_ends_with_2_where_something_is_wrong(
     assert cli.main(["doctor", settings]) == cli.DONE
     assert all(line.startswith("ok ") for line in capsys.readouterr().out.splitlines())
     assert cli.main(["doctor", settings, "data.train=/nowhere.jsonl"]) == cli.WRONG
-    said = capsys.readouterr().out.splitlines()
-    (red,) = [line for line in said if line.startswith("RED")]
+    output = capsys.readouterr().out.splitlines()
+    (red,) = [line for line in output if line.startswith("RED")]
     assert red.split()[:4] == ["RED", "data.train", "here", "/nowhere.jsonl"]
     assert "does not exist; use a JSONL, JSON, CSV, Parquet or Arrow file" in red
-    assert sum(line.startswith("ok ") for line in said) > 10
+    assert sum(line.startswith("ok ") for line in output) > 10
     assert cli.main(["doctor"]) == cli.DONE
     assert "data.train" not in capsys.readouterr().out

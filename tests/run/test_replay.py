@@ -39,49 +39,49 @@ def logged(run_dir: RunDir, step: int) -> dict[str, float]:
     return next(line for line in metric_lines(run_dir.path) if line["step"] == step)
 
 
-def check(run_dir: RunDir, made: ReplayResult) -> None:
+def check(run_dir: RunDir, replayed: ReplayResult) -> None:
     """Against what the run has logged of that step."""
-    line = logged(run_dir, made.step)
-    assert made.loss == pytest.approx(line["loss"], abs=1e-6)
-    assert made.grad_norm == pytest.approx(line["grad_norm"], rel=1e-4)
-    assert fmean(pair.loss for pair in made.pairs) == pytest.approx(line["loss"], abs=1e-6)
+    line = logged(run_dir, replayed.step)
+    assert replayed.loss == pytest.approx(line["loss"], abs=1e-6)
+    assert replayed.grad_norm == pytest.approx(line["grad_norm"], rel=1e-4)
+    assert fmean(pair.loss for pair in replayed.pairs) == pytest.approx(line["loss"], abs=1e-6)
     for side, name in enumerate(("chosen", "rejected")):
-        assert fmean(pair.rewards[side] for pair in made.pairs) == pytest.approx(
+        assert fmean(pair.rewards[side] for pair in replayed.pairs) == pytest.approx(
             line[f"rewards/{name}"], abs=1e-5
         )
-        assert fmean(pair.logps[side] for pair in made.pairs) == pytest.approx(
+        assert fmean(pair.logps[side] for pair in replayed.pairs) == pytest.approx(
             line[f"logps/{name}"], abs=1e-3
         )
-    assert made.logged == {"loss": line["loss"], "grad_norm": line["grad_norm"]}
+    assert replayed.logged == {"loss": line["loss"], "grad_norm": line["grad_norm"]}
 
 
 def test_a_step_of_two_ranks_while_someone_owns_the_run(run_dir: RunDir) -> None:
     with run_dir.owned():
         before = {path: path.stat().st_mtime_ns for path in run_dir.path.rglob("*")}
-        made = replay(run_dir, 7)
+        replayed = replay(run_dir, 7)
         assert {path: path.stat().st_mtime_ns for path in run_dir.path.rglob("*")} == before
-    check(run_dir, made)
-    assert made.found == run_dir.checkpoints / "step_00000006"
-    assert [pair.loss for pair in made.pairs] == sorted(
-        (pair.loss for pair in made.pairs), reverse=True
+    check(run_dir, replayed)
+    assert replayed.found == run_dir.checkpoints / "step_00000006"
+    assert [pair.loss for pair in replayed.pairs] == sorted(
+        (pair.loss for pair in replayed.pairs), reverse=True
     )
     batch = permutation(32, 7, 1)[16:24]  # the third of the second epoch
-    assert {pair.row for pair in made.pairs} == set(batch + 1)
+    assert {pair.row for pair in replayed.pairs} == set(batch + 1)
     source = random_rows(32)
-    for pair in made.pairs:
+    for pair in replayed.pairs:
         row = source[pair.row - 1]
         assert (pair.prompt, pair.chosen.split("<|")[0]) == (row["prompt"], row["chosen"])
         assert pair.rejected.startswith(row["rejected"])
 
 
 def test_steps_between_are_redone_and_all_is_printed(run_dir: RunDir) -> None:
-    said = finish_debug(run_dir.path, "--replay-step", "5", "batch.micro_batch_size=4")
-    assert "step 5 of tiny on cpu, after repeating 1 step from step_00000003" in said
-    assert said.count("\nrow ") == 8
-    assert said.count(", reference ") == 16
-    assert any(word in said for word in WORDS)
+    output = finish_debug(run_dir.path, "--replay-step", "5", "batch.micro_batch_size=4")
+    assert "step 5 of tiny on cpu, after repeating 1 step from step_00000003" in output
+    assert output.count("\nrow ") == 8
+    assert output.count(", reference ") == 16
+    assert any(word in output for word in WORDS)
     line = logged(run_dir, 5)
-    numbers = {words[0]: words for words in map(str.split, said.splitlines()[-2:])}
+    numbers = {words[0]: words for words in map(str.split, output.splitlines()[-2:])}
     assert float(numbers["loss"][1].strip(",")) == pytest.approx(line["loss"], abs=1e-6)
     assert numbers["loss"][-1] == f"{line['loss']:.9f}"
 
@@ -89,12 +89,12 @@ def test_steps_between_are_redone_and_all_is_printed(run_dir: RunDir) -> None:
 def test_without_an_older_checkpoint_it_begins_at_the_start(
     run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = replay(run_dir, 2, [f"data.cache_dir={tmp_path}"])
+    replayed = replay(run_dir, 2, [f"data.cache_dir={tmp_path}"])
     assert not list(
         tmp_path.rglob("*.logps")
     )  # nothing is added to what the run knows of its reference
-    check(run_dir, made)
-    assert made.found is None
+    check(run_dir, replayed)
+    assert replayed.found is None
     assert (
         "after repeating 1 step from the start, as there is no older checkpoint"
         in capsys.readouterr().out
@@ -135,11 +135,11 @@ def test_a_step_of_other_engines_and_references(tmp_path: Path, blocks: dict[str
     settings = write_settings(tmp_path, **{**STEPS, **blocks, "checkpoint": {"every_steps": 5}})
     finish_debug(settings, ranks=2)
     run_dir = RunDir(tmp_path / "runs" / "tiny")
-    said = finish_debug(
+    output = finish_debug(
         run_dir.path, "--replay-step", "8"
     )  # after steps 6 and 7, between which the reference moves
     line = logged(run_dir, 8)
-    numbers = {words[0]: words for words in map(str.split, said.splitlines()[-2:])}
+    numbers = {words[0]: words for words in map(str.split, output.splitlines()[-2:])}
     assert float(numbers["loss"][1].strip(",")) == pytest.approx(line["loss"], abs=1e-6)
 
 

@@ -91,13 +91,13 @@ def test_what_is_shown_is_what_a_batch_holds(settings: dict[str, Any], tmp_path:
         {**TEXT, "prompt": "p" * 60},
         {**TEXT, "chosen": "vw"},
     ]
-    made = shown(tmp_path, content, **settings)
+    actual = shown(tmp_path, content, **settings)
     data = data_spec(train=str(tmp_path / "train.jsonl"), **settings)
     pairs = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")
 
-    assert [row.place.row for row in made if row.dropped is None] == pairs.pair_ids.tolist()
+    assert [row.place.row for row in actual if row.dropped is None] == pairs.pair_ids.tolist()
     assert len(pairs) > 3
-    for index, row in enumerate(row for row in made if row.dropped is None):
+    for index, row in enumerate(row for row in actual if row.dropped is None):
         batch = PackedCollator(data)([pairs[index]])
         assert batch.segments is not None
         span, fed = batch.segments.spans[0], batch.input_ids[0].tolist()
@@ -116,22 +116,25 @@ def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) 
         {name: text.strip() for name, text in row.items()} for row in random_rows(40, longest=5)
     ]  # no ties when cut
     data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), **settings)
-    (made,) = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache").sets
-    uncut = made.uncut_lengths
-    found = lengths(uncut, data, made.dropped, made.unread)
-    json.dumps(found)
+    (pairs,) = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache").sets
+    uncut = pairs.uncut_lengths
+    token_lengths = lengths(uncut, data, pairs.dropped, pairs.unread)
+    json.dumps(token_lengths)
 
-    assert found["rows"] == 40
-    assert found["dropped"] == made.dropped
+    assert token_lengths["rows"] == 40
+    assert token_lengths["dropped"] == pairs.dropped
     for name, of in zip(("prompt", "chosen", "rejected"), uncut.T, strict=True):
-        assert found["tokens"][name]["min"] == of.min()
-        assert found["tokens"][name]["50%"] in of
-        assert (of <= found["tokens"][name]["90%"]).mean() >= 0.9
-        edges = found["histogram_edges"]
+        assert token_lengths["tokens"][name]["min"] == of.min()
+        assert token_lengths["tokens"][name]["50%"] in of
+        assert (of <= token_lengths["tokens"][name]["90%"]).mean() >= 0.9
+        edges = token_lengths["histogram_edges"]
         counted = [int(((of >= low) & (of < high)).sum()) for low, high in pairwise(edges)]
-        assert found["histogram"][name] == counted
+        assert token_lengths["histogram"][name] == counted
         assert sum(counted) == 40
-    assert found["tokens"]["longer_sequence"]["max"] == (uncut[:, 0] + uncut[:, 1:].max(1)).max()
+    assert (
+        token_lengths["tokens"]["longer_sequence"]["max"]
+        == (uncut[:, 0] + uncut[:, 1:].max(1)).max()
+    )
 
     without = {**settings, "max_length": None}
     whole = data_spec(train=data.train, **without)
@@ -141,13 +144,13 @@ def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) 
     shorter = (
         fed_lengths(after.lengths, data.keep_last).sum(1) < before.lengths[kept].sum(1)
     ).sum()
-    assert found["cut"]["max_length"] == shorter
+    assert token_lengths["cut"]["max_length"] == shorter
     assert (
-        found["cut"]["max_prompt_length"]
+        token_lengths["cut"]["max_prompt_length"]
         == (uncut[:, 0] > settings.get("max_prompt_length", 999)).sum()
     )
     assert (
-        found["cut"]["max_completion_length"]
+        token_lengths["cut"]["max_completion_length"]
         == (uncut[:, 1:].max(1) > settings.get("max_completion_length", 999)).sum()
     )
 
@@ -173,12 +176,12 @@ def test_a_row_on_a_terminal(tmp_path: Path) -> None:
 
 def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
     merging = {"prompt": "xa", "chosen": "b", "rejected": "c "}
-    made = shown(
+    actual = shown(
         tmp_path, [merging, {**TEXT, "chosen": "vw"}, {**TEXT, "prompt": ""}, 5], max_length=20
     )
     lines = [
         line.replace(f" of {tmp_path}/train.jsonl", "")
-        for row in made
+        for row in actual
         for line in row_lines(row, tokenizer(), False)
     ]
     assert lines == [
@@ -211,10 +214,10 @@ def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
         == "training pairs that repeat an earlier one: 1; evaluation pairs that are also "
         "training pairs: 2"
     )
-    found = facts(spec, 1)
-    assert list(found["repeats"].values()) == [1, 2]
-    assert found["lengths"]["data.train"]["unread_columns"] == {"score": 7}
-    json.dumps(found)
+    actual = facts(spec, 1)
+    assert list(actual["repeats"].values()) == [1, 2]
+    assert actual["lengths"]["data.train"]["unread_columns"] == {"score": 7}
+    json.dumps(actual)
 
 
 def test_a_users_collator_is_named(tmp_path: Path) -> None:

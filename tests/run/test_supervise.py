@@ -34,8 +34,8 @@ def test_what_comes_next(
     max_failures: int, attempts: list[tuple[str, int]], expected: list[Next]
 ) -> None:
     supervisor = Supervisor(max_failures)
-    found = [supervisor.after(Attempt(outcome, newest_step)) for outcome, newest_step in attempts]  # pyright: ignore
-    assert found == expected
+    actual = [supervisor.after(Attempt(outcome, newest_step)) for outcome, newest_step in attempts]  # pyright: ignore
+    assert actual == expected
 
 
 def test_waiting_grows_with_deaths_in_a_row_and_starts_over() -> None:

@@ -532,10 +532,10 @@ def names_in(file: str, block: str) -> set[str]:
     """Keys of a dict, or fields and aliases of a class, in DeepSpeed's source: to import it takes
     seconds.
     """
-    found = find_spec("deepspeed")
-    assert found is not None
-    assert found.origin is not None
-    for node in ast.parse((Path(found.origin).parent / "runtime" / file).read_text()).body:
+    actual = find_spec("deepspeed")
+    assert actual is not None
+    assert actual.origin is not None
+    for node in ast.parse((Path(actual.origin).parent / "runtime" / file).read_text()).body:
         if (
             isinstance(node, ast.Assign)
             and ast.unparse(node.targets[0]) == block

@@ -66,10 +66,10 @@ def test_a_float_without_a_dot_is_a_float(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_overrides_are_yaml(tmp_path: Path, override: str, key: str, value: Any) -> None:
-    found: Any = load_spec(write_settings(tmp_path), [override]).model_dump()
+    actual: Any = load_spec(write_settings(tmp_path), [override]).model_dump()
     for part in key.split("."):
-        found = found[part]
-    assert found == value
+        actual = actual[part]
+    assert actual == value
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_relative_paths_become_absolute_and_hub_names_stay(
     (cwd / "present" / "here").mkdir(parents=True)
     monkeypatch.chdir(cwd)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    found = paths_in(load_spec(path, [f"{key}={value}"]), [key])
-    assert found[key] == expected.format(cwd=cwd, parent=tmp_path, home=tmp_path / "home")
+    actual = paths_in(load_spec(path, [f"{key}={value}"]), [key])
+    assert actual[key] == expected.format(cwd=cwd, parent=tmp_path, home=tmp_path / "home")
 
 
 def test_each_evaluation_set_has_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

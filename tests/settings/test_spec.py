@@ -125,10 +125,10 @@ def test_which_settings_may_change_on_resume(tmp_path: Path) -> None:
 def test_a_chat_template_is_kept_as_its_text(tmp_path: Path, form: str) -> None:
     text = "{% for m in messages %}${{ m.content }}\n{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(text)
-    given = {"file": str(tmp_path / "chat_template.jinja"), "folder": str(tmp_path), "text": text}[
+    values = {"file": str(tmp_path / "chat_template.jinja"), "folder": str(tmp_path), "text": text}[
         form
     ]
-    assert tiny_spec(tmp_path, data={"chat_template": given}).data.chat_template == text
+    assert tiny_spec(tmp_path, data={"chat_template": values}).data.chat_template == text
 
 
 def test_changes_are_named_with_both_values(tmp_path: Path) -> None:
@@ -197,12 +197,12 @@ def test_which_zero_stage_runs(tmp_path: Path) -> None:
 def test_losses_and_their_weights(
     tmp_path: Path, dpo: dict[str, Any], losses: list[tuple[str, float]]
 ) -> None:
-    made = tiny_spec(tmp_path, dpo=dpo).dpo
-    assert list(zip(made.loss_types, made.weights, strict=True)) == losses
+    spec = tiny_spec(tmp_path, dpo=dpo).dpo
+    assert list(zip(spec.loss_types, spec.weights, strict=True)) == losses
 
 
 def test_a_loss_in_a_list_of_one_resumes_a_run_that_named_it(tmp_path: Path) -> None:
-    named, listed = (tiny_spec(tmp_path, dpo={"loss_type": given}) for given in ("ipo", ["ipo"]))
+    named, listed = (tiny_spec(tmp_path, dpo={"loss_type": value}) for value in ("ipo", ["ipo"]))
     assert changed_on_resume(named, listed) == []
     several = tiny_spec(tmp_path, dpo={"loss_type": ["ipo", "sft"], "loss_weights": [1, 0.5]})
     assert [key for key, *_ in changed_on_resume(named, several)] == [
@@ -212,12 +212,12 @@ def test_a_loss_in_a_list_of_one_resumes_a_run_that_named_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("given", "fewest", "most"), [(3, 3, 3), ([1, 4], 1, 4), ([2, 2], 2, 2), ("2", 2, 2)]
+    ("value", "fewest", "most"), [(3, 3, 3), ([1, 4], 1, 4), ([2, 2], 2, 2), ("2", 2, 2)]
 )
 def test_workers_are_a_number_or_a_range(
-    tmp_path: Path, given: Any, fewest: int, most: int
+    tmp_path: Path, value: Any, fewest: int, most: int
 ) -> None:
-    cluster = tiny_spec(tmp_path, cluster={"num_workers": given}).cluster
+    cluster = tiny_spec(tmp_path, cluster={"num_workers": value}).cluster
     assert (cluster.min_workers, cluster.max_workers) == (fewest, most)
 
 
@@ -269,7 +269,7 @@ def test_the_model_of_other_tests_is_a_setting_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "time", "seconds"),
+    ("value", "time", "seconds"),
     [
         (86400, "24:00:00", 86400),  # how YAML reads 24:00:00
         ("24:00:00", "24:00:00", 86400),
@@ -280,8 +280,8 @@ def test_the_model_of_other_tests_is_a_setting_too(tmp_path: Path) -> None:
         (None, None, None),
     ],
 )
-def test_a_time_of_slurm(tmp_path: Path, given: Any, time: str | None, seconds: int | None) -> None:
-    slurm = tiny_spec(tmp_path, slurm={"time": given}).slurm
+def test_a_time_of_slurm(tmp_path: Path, value: Any, time: str | None, seconds: int | None) -> None:
+    slurm = tiny_spec(tmp_path, slurm={"time": value}).slurm
     assert (slurm.time, slurm.time_s) == (time, seconds)
 
 

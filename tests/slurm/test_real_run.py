@@ -50,8 +50,8 @@ def finish(job: Job) -> None:
     """Wait until it is done; the key of W&B is in no log of Slurm or Ray either."""
     ended = job.ended(400)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log()
-    found = [path for path in job.slurm.folder.glob("*.log") if CANARY in path.read_text()]
-    assert found == []
+    values = [path for path in job.slurm.folder.glob("*.log") if CANARY in path.read_text()]
+    assert values == []
     for node in job.slurm.nodes.names:
         assert job.slurm.nodes.run(node, "grep", "-rlF", CANARY, "/tmp/ray").stdout == ""
 

@@ -27,7 +27,7 @@ def flags(folder: Path, cluster: dict[str, Any], **slurm: Any) -> dict[str, str]
 
 
 def test_flags_follow_from_the_settings(tmp_path: Path) -> None:
-    made = flags(
+    sbatch_flags = flags(
         tmp_path,
         SIXTEEN,
         workers_per_node=8,
@@ -37,7 +37,7 @@ def test_flags_follow_from_the_settings(tmp_path: Path) -> None:
         qos="q",
         signal_s=60,
     )
-    assert made == {
+    assert sbatch_flags == {
         "job-name": "tiny",
         "nodes": "2",
         "gpus-per-node": "8",
@@ -66,9 +66,9 @@ def test_flags_follow_from_the_settings(tmp_path: Path) -> None:
 def test_nodes_and_gpus(
     tmp_path: Path, cluster: dict[str, Any], slurm: dict[str, Any], nodes: str, gpus: str
 ) -> None:
-    made = flags(tmp_path, {"resources": {"GPU": 1}} | cluster, **slurm)
-    assert (made["nodes"], made["gpus-per-node"]) == (nodes, gpus)
-    assert "cpus-per-task" not in made
+    sbatch_flags = flags(tmp_path, {"resources": {"GPU": 1}} | cluster, **slurm)
+    assert (sbatch_flags["nodes"], sbatch_flags["gpus-per-node"]) == (nodes, gpus)
+    assert "cpus-per-task" not in sbatch_flags
 
 
 def test_further_flags_stand_last(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_further_flags_stand_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "said"),
+    ("cluster", "message"),
     [
         (
             SIXTEEN,
@@ -95,10 +95,12 @@ def test_further_flags_stand_last(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_left_open_is_refused(tmp_path: Path, cluster: dict[str, Any], said: str) -> None:
+def test_what_is_left_open_is_refused(
+    tmp_path: Path, cluster: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as refused:
         flags(tmp_path, cluster)
-    assert str(refused.value).startswith(said)
+    assert str(refused.value).startswith(message)
 
 
 def test_without_slurm(tmp_path: Path) -> None:
@@ -113,18 +115,18 @@ def test_without_slurm(tmp_path: Path) -> None:
 
 def test_a_slurm_that_does_not_answer(tmp_path: Path) -> None:
     settings = write_settings(tmp_path, cluster={"resources": {"CPU": 1}})
-    said = (
+    message = (
         "sbatch: error: Batch job submission failed: Unable to contact slurm controller "
         "(connect failure)"
     )
     sbatch = tmp_path / "sbatch"  # a stub: the real one tries for nine seconds
-    sbatch.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    sbatch.write_text(f"#!/bin/sh\necho '{message}' >&2\nexit 1\n")
     sbatch.chmod(0o755)
     failed = orchestrator(
         "submit", "--to", "slurm", settings, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     )
     assert failed.returncode == 1  # the settings are not to blame
-    assert failed.stderr == f"error: {said.replace('sbatch: error:', 'sbatch:')}\n"
+    assert failed.stderr == f"error: {message.replace('sbatch: error:', 'sbatch:')}\n"
 
 
 def submit(slurm: Slurm, *words: str | Path) -> CompletedProcess[str]:
@@ -142,10 +144,10 @@ def test_slurm_takes_it(slurm: Slurm, tmp_path: Path) -> None:
     )
     submitted = submit(slurm, settings, "optimizer.lr=2e-3")
     assert submitted.returncode == 0, submitted.stderr
-    said = dict(line.split(maxsplit=1) for line in submitted.stdout.splitlines()[-4:])
-    run_dir, number = tmp_path / "runs/tiny", said["job"]
-    assert said["follow"] == f"tail -F {run_dir}/logs/slurm-{number}.log"
-    assert said["stop"] == f"orchestrator stop {run_dir}"
+    output = dict(line.split(maxsplit=1) for line in submitted.stdout.splitlines()[-4:])
+    run_dir, number = tmp_path / "runs/tiny", output["job"]
+    assert output["follow"] == f"tail -F {run_dir}/logs/slurm-{number}.log"
+    assert output["stop"] == f"orchestrator stop {run_dir}"
     job = slurm.job(int(number))
     assert (job["JobName"], job["NumNodes"], job["TimeLimit"]) == ("tiny", "2-2", "1-00:00:00")
     assert (job["NumCPUs"], job["StdOut"]) == ("120", f"{run_dir}/logs/slurm-{number}.log")

@@ -24,10 +24,10 @@ def submit(slurm: Slurm, tmp_path: Path) -> Submit:
     environment.
     """
 
-    def submitted(**given: object) -> Job:
-        env = {name: str(value) for name, value in given.items() if name.isupper()}
+    def submitted(**options: object) -> Job:
+        env = {name: str(value) for name, value in options.items() if name.isupper()}
         settings = {"run_dir": str(tmp_path / "run")} | {
-            n: v for n, v in given.items() if not n.isupper()
+            n: v for n, v in options.items() if not n.isupper()
         }
         return submit_stubbed(
             slurm, tmp_path, "train.sbatch", *BOTH_NODES, settings=settings, **env

@@ -145,21 +145,21 @@ def checked(model_type: str, folder: Path, **more: Any) -> Row:
     if row.not_built:
         return row
     expected = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    spec, keep, said = make_spec(settings(folder, **more)), _Keep(), StringIO()
+    spec, keep, output = make_spec(settings(folder, **more)), _Keep(), StringIO()
     run_dir = RunDir(spec.run_dir)
     try:
         run_dir.begin(spec)
-        with redirect_stdout(said):
+        with redirect_stdout(output):
             run(
                 spec,
                 World(0, 1, 0, torch.device("cpu")),
                 NothingToSave(),
-                wrap_callbacks=lambda made: [*made, keep],
+                wrap_callbacks=lambda callbacks: [*callbacks, keep],
             )
     except UserError as error:
         row.refusal = str(error)
         return row
-    padded = [line for line in said.getvalue().splitlines() if line.startswith(PADDED)]
+    padded = [line for line in output.getvalue().splitlines() if line.startswith(PADDED)]
     row.layout = f"padded: {padded[0].removeprefix(PADDED)}" if padded else "packed"
     lines = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -172,7 +172,7 @@ def checked(model_type: str, folder: Path, **more: Any) -> Row:
     row.weights = _of_weights(keep.model, expected, start)
     row.export = _of_logits(keep.model, AutoModelForCausalLM.from_pretrained(run_dir.model))
     row.notes = " | ".join(
-        line for line in said.getvalue().splitlines() if "frozen" in line or "noise" in line
+        line for line in output.getvalue().splitlines() if "frozen" in line or "noise" in line
     )
     return row
 

@@ -155,20 +155,20 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
         name: value for name, value in lists.items() if len(set(map(str, value))) < layers
     }  # not layers' numbers
     few = _layers_to_show(lists)
-    made: dict[str, Any] = {}
+    small: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(sub := vars(config).get(name), PretrainedConfig):
-            made[name] = {"model_type": sub.model_type, **_shrunk(sub)}
+            small[name] = {"model_type": sub.model_type, **_shrunk(sub)}
         elif name in lists:
-            made[name] = [_element(name, value[index]) for index in few]
+            small[name] = [_element(name, value[index]) for index in few]
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            made |= _by_rule(name, value, len(few) if lists else LAYERS)
+            small |= _by_rule(name, value, len(few) if lists else LAYERS)
     if (
-        "kv_lora_rank" in made and "num_key_value_heads" in made
+        "kv_lora_rank" in small and "num_key_value_heads" in small
     ):  # multi-head latent attention has no groups
-        made["num_key_value_heads"] = HEADS
-        made["head_dim"] = made.get("qk_rope_head_dim", 4)
-    return made | OVERRIDES.get(config.model_type, {})
+        small["num_key_value_heads"] = HEADS
+        small["head_dim"] = small.get("qk_rope_head_dim", 4)
+    return small | OVERRIDES.get(config.model_type, {})
 
 
 def _element(name: str, value: Any) -> Any:

@@ -224,8 +224,8 @@ class Nodes:
                 check=True,
             )
         assert holder.stdout is not None
-        said = holder.stdout.readline()
-        assert said == "ready\n", (name, (self.folder / f"{name}.log").read_text())
+        output = holder.stdout.readline()
+        assert output == "ready\n", (name, (self.folder / f"{name}.log").read_text())
 
 
 class RayCluster:

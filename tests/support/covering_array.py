@@ -38,16 +38,16 @@ def covering(
             missing.pop(pair, None)
     rows: list[Row] = []
     while missing:
-        wanted = next(iter(missing))
-        found = [
+        pair = next(iter(missing))
+        candidates = [
             row
             for _ in range(CANDIDATES)
-            if (row := _completed(dict(wanted), parts, refused, missing, draw))
+            if (row := _completed(dict(pair), parts, refused, missing, draw))
         ]
-        if not found:
-            del missing[wanted]  # the two cannot be together
+        if not candidates:
+            del missing[pair]  # the two cannot be together
             continue
-        rows.append(max(found, key=lambda row: len(pairs_of(row) & missing.keys())))
+        rows.append(max(candidates, key=lambda row: len(pairs_of(row) & missing.keys())))
         for pair in pairs_of(rows[-1]):
             missing.pop(pair, None)
     return [{part: row[part] for part in parts} for row in rows]

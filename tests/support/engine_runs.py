@@ -96,19 +96,19 @@ def engine_of(case: Case, world: World, seed: int = 0, factories: Any = None) ->
     resume it.
     """
     spec = EngineSpec(**{**ENGINES[case.engine], **case.settings})
-    made = engine_class(spec)(
+    engine = engine_class(spec)(
         spec, world, case.precision, case.max_grad_norm, case.optimizer.get("weight_decay", 0.0)
     )
     step = pair_step(case, seed)
     if world.device.type == "cuda":
         _onto_gpu(step, case, world.device)
-    made.wrap(step, *(factories or case.factories))
+    engine.wrap(step, *(factories or case.factories))
     # as assemble.py does: with three ranks or more DDP groups its gradients anew after the first,
     # and sums otherwise
     filler = collator(packed=True)(pair_rows(1), is_filler=True).to(world.device)
-    made.micro_step(filler, Counts(1, 1), last=True)
-    made.drop_gradients()
-    return made
+    engine.micro_step(filler, Counts(1, 1), last=True)
+    engine.drop_gradients()
+    return engine
 
 
 def _onto_gpu(step: PairStep, case: Case, device: torch.device) -> None:
@@ -128,10 +128,10 @@ def micro_batches(case: Case, step: int, world: World) -> list[PairBatch]:
     """This rank's pairs in micro-batches, with fillers up to as many as the first rank has."""
     rows = pair_rows(case.pairs, seed=1000 + step)
     own, most = rows[world.rank :: world.size], rows[:: world.size]
-    made = [collator(packed=True)(own[at : at + MICRO]) for at in range(0, len(own), MICRO)]
-    missing = -(-len(most) // MICRO) - len(made)
-    made += [collator(packed=True)(rows[:1], is_filler=True)] * missing
-    return [batch.to(world.device) for batch in made]
+    batches = [collator(packed=True)(own[at : at + MICRO]) for at in range(0, len(own), MICRO)]
+    missing = -(-len(most) // MICRO) - len(batches)
+    batches += [collator(packed=True)(rows[:1], is_filler=True)] * missing
+    return [batch.to(world.device) for batch in batches]
 
 
 def take_step(engine: Engine, case: Case, step: int, world: World) -> tuple[float, StepResult]:
@@ -182,13 +182,13 @@ def run(world: World, case: Case, folder: Path, steps: int, factories: Any = Non
     return with_weights(train(engine, case, world, range(steps)), engine, world, folder)
 
 
-def with_weights(made: Made, engine: Engine, world: World, folder: Path) -> Made:
+def with_weights(trained: Made, engine: Engine, world: World, folder: Path) -> Made:
     """With what the engine holds now, by way of a checkpoint: there is no other to have it
     whole.
     """
-    checkpoint = kept(engine, world, folder, len(made.losses))
+    checkpoint = kept(engine, world, folder, len(trained.losses))
     weights, state = content(checkpoint) if world.is_main else ({}, {})
-    return made._replace(weights=weights, state=state)
+    return trained._replace(weights=weights, state=state)
 
 
 # --- the oracle -----------------------------------------------------------------------------------
@@ -211,26 +211,30 @@ def oracle(case: Case, steps: Iterable[int], optimizer: Any = None, schedule: An
     ]
     if optimizer is None:
         kind = getattr(torch.optim, case.optimizer["name"].rpartition(".")[2])
-        made = kind(groups, lr=case.optimizer["lr"], **case.optimizer.get("kwargs", {}))
+        built = kind(groups, lr=case.optimizer["lr"], **case.optimizer.get("kwargs", {}))
     else:
-        made = optimizer(groups)
-    scheduler = (schedule or case.factories[1])(made)
+        built = optimizer(groups)
+    scheduler = (schedule or case.factories[1])(built)
     losses, norms, rates = [], [], []
     for number in steps:
         batch = collator(packed=True)(pair_rows(case.pairs, seed=1000 + number))
         loss = step(batch, Counts(case.pairs, 1)).loss
-        made.zero_grad()
+        built.zero_grad()
         loss.backward()
         norms.append(
             float(nn.utils.clip_grad_norm_(named.values(), case.max_grad_norm or float("inf")))
         )
         rates.append(scheduler.get_last_lr()[0])
-        made.step()
+        built.step()
         scheduler.step()
         losses.append(loss.item())
     weights = {n: p.detach().clone() for n, p in step.policy.named_parameters()}
     return Made(
-        losses, norms, rates, weights, {n: made.state[p] for n, p in named.items() if made.state[p]}
+        losses,
+        norms,
+        rates,
+        weights,
+        {n: built.state[p] for n, p in named.items() if built.state[p]},
     )
 
 
@@ -295,15 +299,15 @@ BIG = Case(pairs=4, model={"vocab_size": 512, "hidden_size": 64, "intermediate_s
 
 def bytes_held(world: World, of: Case = BIG) -> dict[str, tuple[int, int]]:
     """Bytes of optimizer state and of weights on this rank between steps, by engine."""
-    found = {}
+    values = {}
     for name in ENGINES:
         case = replace(of, engine=name)
         engine = engine_of(case, world)
         train(engine, case, world, range(1))
         state = [t for kept in engine._keeper().state.values() for t in kept.values() if t.ndim]
         weights = [getattr(p, "ds_tensor", p) for p in engine.step.policy.parameters()]
-        found[name] = tuple(sum(_local(t).nbytes for t in tensors) for tensors in (state, weights))
-    return found
+        values[name] = tuple(sum(_local(t).nbytes for t in tensors) for tensors in (state, weights))
+    return values
 
 
 def _local(tensor: Any) -> torch.Tensor:
@@ -320,56 +324,58 @@ def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
     oneDNN answers as on a CPU without AVX512-FP16, where DeepSpeed would refuse fp16.
     """
     torch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: False
-    found = {}
+    values = {}
     for precision, steps in (("bf16", 4), ("fp16", 12)):
         case = Case(engine=engine, precision=precision)
-        made = engine_of(case, world)
+        built = engine_of(case, world)
         if precision == "fp16":
-            made.scale.value = OVERFLOWING
-        taken = [take_step(made, case, step, world) for step in range(steps)]
+            built.scale.value = OVERFLOWING
+        taken = [take_step(built, case, step, world) for step in range(steps)]
         losses, updated = [loss for loss, _ in taken], [u for _, u in taken]
-        found[precision] = (
+        values[precision] = (
             Made(losses, [], [u.lr for u in updated], {}),
             [u.skipped for u in updated],
         )
-    return found
+    return values
 
 
 def scales_that_fit(world: World) -> dict[str, float]:
     """By engine, the loss scale at which a step of one pair, which is the first rank's, overflows
     no more.
     """
-    found = {}
+    values = {}
     for engine in ENGINES:
         case = Case(engine=engine, pairs=1, precision="fp16")
-        made = engine_of(case, world)
-        made.scale.value = OVERFLOWING
-        while take_step(made, case, 0, world)[1].skipped:
+        built = engine_of(case, world)
+        built.scale.value = OVERFLOWING
+        while take_step(built, case, 0, world)[1].skipped:
             pass
-        found[engine] = made.scale.value
-        made.close()
-    return found
+        values[engine] = built.scale.value
+        built.close()
+    return values
 
 
 def types(world: World, engine: str) -> dict[str, tuple[Types, list[set[torch.dtype]]]]:
     """By precision, what an engine says it holds and adds in, and what it does: weights, gradients,
     state.
     """
-    found = {}
+    values = {}
     for precision in ("fp32", "bf16"):
         case = Case(engine=engine, precision=precision)
-        made = engine_of(case, world)
-        take_step(made, case, 0, world)
+        built = engine_of(case, world)
+        take_step(built, case, 0, world)
         for number, batch in enumerate(batches := micro_batches(case, 1, world)):
-            made.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1)
-        gradients = {gradient.dtype for gradient in made._gradients()}
+            built.micro_step(batch, Counts(case.pairs, 1), last=number == len(batches) - 1)
+        gradients = {gradient.dtype for gradient in built._gradients()}
         weights = {
-            fragment.weight.dtype for fragment in made._fragments() if fragment.holder is not None
+            fragment.weight.dtype for fragment in built._fragments() if fragment.holder is not None
         }
-        state = {t.dtype for kept in made._keeper().state.values() for t in kept.values() if t.ndim}
-        found[precision] = made.types, [weights, gradients, state]
-        made.close()
-    return found
+        state = {
+            t.dtype for kept in built._keeper().state.values() for t in kept.values() if t.ndim
+        }
+        values[precision] = built.types, [weights, gradients, state]
+        built.close()
+    return values
 
 
 def offloaded(world: World, engine: str, offload: str, folder: Path) -> tuple[Made, Made]:
@@ -387,14 +393,14 @@ def offloaded(world: World, engine: str, offload: str, folder: Path) -> tuple[Ma
 
 def twice(world: World, engine: str) -> list[list[float]]:
     """The losses of two runs of one process, as a debugger or a notebook makes them."""
-    found, linear = [], nn.functional.linear
+    values, linear = [], nn.functional.linear
     for _ in range(2):
-        made = engine_of(Case(engine=engine), world)
-        found.append(train(made, Case(engine=engine), world, range(2)).losses)
-        made.close()
+        built = engine_of(Case(engine=engine), world)
+        values.append(train(built, Case(engine=engine), world, range(2)).losses)
+        built.close()
         world.leave()
         assert nn.functional.linear is linear
-    return found
+    return values
 
 
 SEED_STEPS, MOVES_AT = 5, 3
@@ -421,16 +427,20 @@ SEEDS: dict[str, tuple[Case, Any, Any]] = {  # settings, and the same as a Pytho
 
 def seeds(world: World, engine: str, folder: Path) -> dict[str, Made]:
     """The seed's optimizer examples by settings and by functions."""
-    found = {}
+    values = {}
     for name, (case, optimizer, schedule) in SEEDS.items():
         case = replace(case, engine=engine, total_steps=SEED_STEPS)
         spec = tiny_spec(
             folder, optimizer=case.optimizer, scheduler=case.scheduler, engine=ENGINES[engine]
         )
         for by, functions in (("YAML", None), ("Python", (optimizer, schedule))):
-            made = optim.factories(spec, tiny_model(), SEED_STEPS, world.device, functions)
-            found[f"{name} by {by}"] = run(world, case, folder / f"{name} {by}", SEED_STEPS, made)
-    return found
+            built_functions = optim.factories(
+                spec, tiny_model(), SEED_STEPS, world.device, functions
+            )
+            values[f"{name} by {by}"] = run(
+                world, case, folder / f"{name} {by}", SEED_STEPS, built_functions
+            )
+    return values
 
 
 # --- on every rank, for tests/training/test_compute_metrics.py ------------------------------------
@@ -445,15 +455,15 @@ def handed_over(world: World, engine: str, folder: Path, batch_size: int) -> lis
     """What compute_metrics gets of the rows in a folder, on rank zero: the columns of pairs, then
     logits and labels.
     """
-    made = engine_of(Case(engine=engine), world)
+    built = engine_of(Case(engine=engine), world)
     pairs = tokenized_pairs(
         data_spec(train=str(folder / "train.jsonl")), "train", tokenizer(), folder
     )
-    found: list[Any] = []
+    values: list[Any] = []
 
     def keep(eval_preds: Any) -> dict[str, float]:
         predictions, labels = eval_preds
-        found.extend((predictions, labels) if isinstance(predictions, np.ndarray) else predictions)
+        values.extend((predictions, labels) if isinstance(predictions, np.ndarray) else predictions)
         return {}
 
     for logits in (False, True):
@@ -461,5 +471,5 @@ def handed_over(world: World, engine: str, folder: Path, batch_size: int) -> lis
         user = UserMetrics(
             keep, "keep", logits, batched=False, batch_size=batch_size, padded=padded
         )
-        evaluate(made, loader(pairs, world, packed=True), world, 0, user=user)
-    return found if world.is_main else None
+        evaluate(built, loader(pairs, world, packed=True), world, 0, user=user)
+    return values if world.is_main else None

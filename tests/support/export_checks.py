@@ -57,8 +57,8 @@ def export_error(folder: Path, base: Path, world: World = ALONE, **settings: Any
     )
     assert not report["missing_keys"], report
     assert not report["unexpected_keys"], report
-    found = logits(exported)
-    return ((found - policy).abs().max() / policy.abs().max().clamp(min=1)).item()
+    actual = logits(exported)
+    return ((actual - policy).abs().max() / policy.abs().max().clamp(min=1)).item()
 
 
 def trained_logits(
@@ -83,19 +83,19 @@ def trained_logits(
         trainer.fit()
         policy = trainer.engine.step.policy
         with _plain_attention(policy):
-            said = trainer.engine.run_in_forward(lambda: logits(policy))
+            output = trainer.engine.run_in_forward(lambda: logits(policy))
     if world.is_main:
         export(run_dir, run_dir.model)
-    return said, run_dir
+    return output, run_dir
 
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     """Return what a model says of two made-up rows."""
     training = model.training
-    found = model.eval()(input_ids=IDS.to(model.device), use_cache=False).logits.float().cpu()
+    actual = model.eval()(input_ids=IDS.to(model.device), use_cache=False).logits.float().cpu()
     model.train(training)
-    return found
+    return actual
 
 
 def changed_file(folder: Path, **tensors: torch.Tensor | None) -> None:

@@ -113,9 +113,9 @@ def _rank(pipe: Any, env: dict[str, str]) -> None:
             os._exit(0)
         try:
             world = world or World.join(scaled_timeout(60), use_gpu=False)
-            made = False, run(world, *args)
+            actual = False, run(world, *args)
         except BaseException:
-            made = True, traceback.format_exc()
+            actual = True, traceback.format_exc()
         pipe.send_bytes(
-            pickle.dumps(made)
+            pickle.dumps(actual)
         )  # by send, tensors would go through memory that ends with this process

@@ -31,9 +31,9 @@ def ledger_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The pair ledger up to the newest checkpoint: each pair of a step once, in the order of steps,
     and no other row in the folder.
     """
-    made = read(RunDir(run_dir))[1].to_pylist()
-    keys = [(row["step"], row["pair_id"]) for row in made]
+    rows = read(RunDir(run_dir))[1].to_pylist()
+    keys = [(row["step"], row["pair_id"]) for row in rows]
     assert keys == sorted(set(keys))
     whole = pq.read_table(run_dir / "pairs.parquet").to_pylist()
-    assert sorted(whole, key=lambda row: (row["step"], row["pair_id"])) == made
-    return made
+    assert sorted(whole, key=lambda row: (row["step"], row["pair_id"])) == rows
+    return rows

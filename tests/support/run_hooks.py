@@ -54,19 +54,19 @@ def notes_pairs() -> None:
     step was skipped. The loss scale of fp16 is too large at first.
     """
     micro_steps, optimizer_step = Trainer.micro_steps, DdpEngine.optimizer_step
-    given: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
     notes: list[Path] = []
 
-    def noted(trainer: Any, made: Any) -> Any:
+    def noted(trainer: Any, value: Any) -> Any:
         if trainer.engine.scale.enabled and not trainer.pairs_seen:
             trainer.engine.scale.value = 2.0**24
-        outputs = micro_steps(trainer, made)
+        outputs = micro_steps(trainer, value)
         for batch, output in outputs:
             columns = {"pair_id": batch.pair_ids, "loss": output.losses}
             for name, both in (("", output.logps), ("ref_", output.ref_logps)):
                 columns[f"{name}chosen_logps"], columns[f"{name}rejected_logps"] = both.chunk(2)
             for i in batch.pair_weights.nonzero().flatten().tolist():
-                given.append(
+                values.append(
                     {
                         "step": trainer.step + 1,
                         **{name: column[i].item() for name, column in columns.items()},
@@ -75,13 +75,13 @@ def notes_pairs() -> None:
         notes[:] = [trainer.run_dir.path / f"given{trainer.world.rank}.jsonl"]
         return outputs
 
-    def told(engine: Any, apply: bool) -> Any:
+    def write_pairs(engine: Any, apply: bool) -> Any:
         with open(notes[0], "a") as file:
-            file.writelines(json.dumps({**pair, "skipped": not apply}) + "\n" for pair in given)
-        given.clear()
+            file.writelines(json.dumps({**pair, "skipped": not apply}) + "\n" for pair in values)
+        values.clear()
         return optimizer_step(engine, apply)
 
-    Trainer.micro_steps, DdpEngine.optimizer_step = noted, told
+    Trainer.micro_steps, DdpEngine.optimizer_step = noted, write_pairs
 
 
 def sha256(*tensors: torch.Tensor) -> str:
@@ -108,10 +108,10 @@ def dies_filling(question: int) -> None:
     """SIGKILL at the so many-th question that a fill of the cache asks the reference, on every
     rank.
     """
-    ask, asked = DdpEngine.reference_logps, count(1)
+    ask, requests = DdpEngine.reference_logps, count(1)
 
     def dying(engine: Any, batch: Any) -> torch.Tensor:
-        if next(asked) == question:
+        if next(requests) == question:
             os.kill(os.getpid(), signal.SIGKILL)
         return ask(engine, batch)
 

@@ -180,8 +180,8 @@ class Slurm:
 
     def job(self, number: int) -> dict[str, str]:
         """What scontrol says of a job: JobState, ExitCode ("code:signal"), Restarts, Reason, ..."""
-        said = self.run("scontrol", "-o", "show", "job", str(number)).stdout
-        return dict(re.findall(r"(\w+)=(\S*)", said))
+        output = self.run("scontrol", "-o", "show", "job", str(number)).stdout
+        return dict(re.findall(r"(\w+)=(\S*)", output))
 
     def ended(self, number: int, seconds: float = 240) -> dict[str, str]:
         """Wait until a job has ended and none of its processes is left; what scontrol then says."""

@@ -28,8 +28,12 @@ class Job:
 
     def drivers(self) -> list[dict[str, Any]]:
         """What each stub of a driver so far said of itself."""
-        said = self.run_dir / "drivers.jsonl"
-        return [json.loads(line) for line in said.read_text().splitlines()] if said.exists() else []
+        output = self.run_dir / "drivers.jsonl"
+        return (
+            [json.loads(line) for line in output.read_text().splitlines()]
+            if output.exists()
+            else []
+        )
 
     def started(self, count: int = 1) -> dict[str, Any]:
         """Wait until that many stubs of a driver have started; the last of them."""
@@ -42,13 +46,13 @@ class Job:
 
     def signal(self, name: str) -> None:
         """As Slurm does it before the time is up: to the batch script alone."""
-        said = self.slurm.run("scancel", "--batch", f"--signal={name}", str(self.number))
-        assert said.returncode == 0, said.stderr
+        done = self.slurm.run("scancel", "--batch", f"--signal={name}", str(self.number))
+        assert done.returncode == 0, done.stderr
 
     def cancel(self) -> None:
         """As its user does it."""
-        said = self.slurm.run("scancel", str(self.number))
-        assert said.returncode == 0, said.stderr
+        done = self.slurm.run("scancel", str(self.number))
+        assert done.returncode == 0, done.stderr
 
     def state(self) -> str:
         """JobState of scontrol."""
@@ -83,11 +87,11 @@ def slurm_commands(block: int) -> list[str]:
 
 def give(slurm: Slurm, command: str, folder: Path, run_dir: Path, **env: str) -> Job:
     """A command that submits, as it stands, on the login node; env is all of its environment."""
-    given = slurm.run("bash", "-c", command, env=env, cwd=folder)
-    assert given.returncode == 0, given.stderr
-    found = re.search(r"^(?:job +|Submitted batch job )(\d+)$", given.stdout, re.MULTILINE)
-    assert found is not None, given.stdout
-    number = int(found[1])
+    done = slurm.run("bash", "-c", command, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    match = re.search(r"^(?:job +|Submitted batch job )(\d+)$", done.stdout, re.MULTILINE)
+    assert match is not None, done.stdout
+    number = int(match[1])
     return Job(slurm, number, run_dir, Path(slurm.job(number)["StdOut"]))
 
 

@@ -16,11 +16,11 @@ def test_every_pair_that_can_be_is_there_in_few_rows() -> None:
     possible = set[frozenset[tuple[str, str]]]().union(
         *(pairs_of(row) for row in rows if not refused(row))
     )
-    made = covering(PARTS, refused)
-    assert set().union(*map(pairs_of, made)) == possible
-    assert not any(map(refused, made))
-    assert len(made) <= 12 < sum(not refused(row) for row in rows)
-    assert covering(PARTS, refused) == made
+    actual = covering(PARTS, refused)
+    assert set().union(*map(pairs_of, actual)) == possible
+    assert not any(map(refused, actual))
+    assert len(actual) <= 12 < sum(not refused(row) for row in rows)
+    assert covering(PARTS, refused) == actual
 
 
 def test_rows_that_are_there_are_not_made_again() -> None:

@@ -50,9 +50,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
     backend.decoder = decoders.ByteLevel()  # pyright: ignore
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
-    made.chat_template = CHAT
-    return made
+    tokenizer_of_bytes = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<pad>"
+    )
+    tokenizer_of_bytes.chat_template = CHAT
+    return tokenizer_of_bytes
 
 
 def ids(text: str) -> list[int]:
@@ -82,14 +84,14 @@ def tiny_model(
 
     packed: it takes packed batches too.
     """
-    wanted = {**TINY_MODEL, "vocab_size": 300, "initializer_range": 0.2, **config}
+    values = {**TINY_MODEL, "vocab_size": 300, "initializer_range": 0.2, **config}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = AutoModelForCausalLM.from_config(Qwen2Config(**wanted), dtype=dtype).train()
-    fuse(made)
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**values), dtype=dtype).train()
+    fuse(model)
     if packed:
-        use_packed_attention(made, "cpu")
-    return made
+        use_packed_attention(model, "cpu")
+    return model
 
 
 def save_adapter(base: Path, out: Path) -> None:

@@ -44,11 +44,11 @@ def random_rows(
     def text() -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(1, longest)))
 
-    made: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
     for number in range(count):
         prompt, chosen, rejected = f"Say {text()}", f" good {text()} {number}", f" bad {text()}"
         if conversational:
-            made.append(
+            values.append(
                 {
                     "prompt": [{"role": "user", "content": prompt}],
                     "chosen": [{"role": "assistant", "content": chosen}],
@@ -56,13 +56,13 @@ def random_rows(
                 }
             )
         else:
-            made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return made
+            values.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return values
 
 
-def write_jsonl(path: Path, made: list[Any]) -> Path:
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
     """One JSON value a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

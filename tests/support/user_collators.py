@@ -24,14 +24,14 @@ def plain(rows: Rows) -> dict[str, torch.Tensor]:
         * 8
     )
     keys = ("input_ids", "attention_mask", "completion_mask")
-    made = {key: torch.zeros(2 * len(rows), width, dtype=torch.long) for key in keys}
+    values = {key: torch.zeros(2 * len(rows), width, dtype=torch.long) for key in keys}
     for half, side in enumerate(("chosen_ids", "rejected_ids")):
         for i, row in enumerate(rows):
             ids = row["prompt_ids"] + row[side]
-            made["input_ids"][half * len(rows) + i, : len(ids)] = torch.tensor(ids)
-            made["attention_mask"][half * len(rows) + i, : len(ids)] = 1
-            made["completion_mask"][half * len(rows) + i, len(row["prompt_ids"]) : len(ids)] = 1
-    return made
+            values["input_ids"][half * len(rows) + i, : len(ids)] = torch.tensor(ids)
+            values["attention_mask"][half * len(rows) + i, : len(ids)] = 1
+            values["completion_mask"][half * len(rows) + i, len(row["prompt_ids"]) : len(ids)] = 1
+    return values
 
 
 def aware(rows: Rows, context: CollateContext) -> dict[str, torch.Tensor]:

@@ -13,8 +13,8 @@ def demanding(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
         terms.chosen_logps - terms.ref_chosen_logps,
         terms.rejected_logps - terms.ref_rejected_logps,
     )
-    wanted = 1 if terms.margins is None else 1 + terms.margins
-    return -logsigmoid(dpo.beta * (chosen - rejected) - wanted)
+    options = 1 if terms.margins is None else 1 + terms.margins
+    return -logsigmoid(dpo.beta * (chosen - rejected) - options)
 
 
 # --- each one of TRL's as well: see parity/test_losses.py

@@ -30,23 +30,23 @@ CUTS = {  # the pairs of each micro-batch of each rank; none: a filler
 
 
 def made_engine() -> DdpEngine:
-    made = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)  # pyright: ignore[reportCallIssue]
+    ddp = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)  # pyright: ignore[reportCallIssue]
     policy, judge = tiny_model(0, torch.float64, True), tiny_model(1, torch.float64, True)
     optimizer, schedule = OptimizerSpec(), SchedulerSpec()  # pyright: ignore[reportCallIssue]
     factories = optimizer_factory(optimizer), scheduler_factory(schedule, 1)
-    made.wrap(PairStep(policy, Reference(judge), DPO), *factories)
-    return made
+    ddp.wrap(PairStep(policy, Reference(judge), DPO), *factories)
+    return ddp
 
 
 def sequence_logps(model: Any) -> torch.Tensor:
     """[2, B] from the model's own logits, one sequence at a time."""
-    found: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     for side in ("chosen_ids", "rejected_ids"):
         for row in pair_rows(PAIRS):
             ids, start = torch.tensor(row["prompt_ids"] + row[side]), len(row["prompt_ids"])
             log_probs = model(input_ids=ids[None]).logits[0, start - 1 : -1].log_softmax(-1)
-            found.append(log_probs.gather(1, ids[start:, None]).sum())
-    return torch.stack(found).view(2, -1)
+            values.append(log_probs.gather(1, ids[start:, None]).sum())
+    return torch.stack(values).view(2, -1)
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:
@@ -86,14 +86,14 @@ def test_loss_and_gradient_are_those_of_the_sorted_global_batch(
 ) -> None:
     ranks = CUTS[cut]
     engines = [made_engine() for _ in ranks]
-    asked = [0] * len(ranks)
+    values = [0] * len(ranks)
 
     def step(world: World) -> tuple[float, float, torch.Tensor]:
         engine = engines[world.rank]
         ask = engine.step.reference_logps
 
         def counted(*args: Any) -> torch.Tensor:
-            asked[world.rank] += 1
+            values[world.rank] += 1
             return ask(*args)
 
         engine.step.reference_logps = counted
@@ -112,10 +112,12 @@ def test_loss_and_gradient_are_those_of_the_sorted_global_batch(
         assert logged == pytest.approx(by_pair, rel=1e-12)
         return sum(float(output.loss) for output in outputs), by_pair / PAIRS, gradient(engine.step)
 
-    found = on_ranks(len(ranks), step)
-    for total in (sum(loss for loss, _, _ in found), sum(by_pair for _, by_pair, _ in found)):
+    by_rank = on_ranks(len(ranks), step)
+    for total in (sum(loss for loss, _, _ in by_rank), sum(by_pair for _, by_pair, _ in by_rank)):
         assert total == pytest.approx(expected[0], rel=1e-12)
-    assert (sum(slopes for *_, slopes in found) - expected[1]).norm() <= 1e-11 * expected[1].norm()
-    assert asked == [
+    assert (sum(slopes for *_, slopes in by_rank) - expected[1]).norm() <= 1e-11 * expected[
+        1
+    ].norm()
+    assert values == [
         len(micro_batches) for micro_batches in ranks
     ]  # the reference runs in the first pass alone

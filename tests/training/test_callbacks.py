@@ -78,10 +78,10 @@ class Asking(TrainerCallback):
         return control
 
 
-def callbacks(folder: Path, *given: TrainerCallback, **objects: Any) -> Callbacks:
+def callbacks(folder: Path, *added: TrainerCallback, **objects: Any) -> Callbacks:
     spec = tiny_spec(folder)
     args = training_args(spec, RunDir(spec.run_dir), 4, 1.0, ALONE, "fp32")
-    return Callbacks(list(given), args, objects)
+    return Callbacks(list(added), args, objects)
 
 
 @pytest.fixture
@@ -93,13 +93,13 @@ def user_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_every_callback_is_called_in_order_with_all_objects(tmp_path: Path) -> None:
     log: list[Any] = []
-    made = callbacks(
+    handler = callbacks(
         tmp_path, Recording(log), Recording(log), model="the model", optimizer="the optimizer"
     )
-    made.fire("on_step_end", metrics=3)
+    handler.fire("on_step_end", metrics=3)
     assert len(log) == 2
     args, state, control, kwargs = log[0]
-    assert (args, state, control) == (made.args, made.state, made.control)
+    assert (args, state, control) == (handler.args, handler.state, handler.control)
     assert kwargs == {"model": "the model", "optimizer": "the optimizer", "metrics": 3}
 
 
@@ -107,13 +107,13 @@ def test_one_that_raises_is_dropped_and_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     raising, recording = Raising(), Recording()
-    made = callbacks(tmp_path, raising, recording)
+    handler = callbacks(tmp_path, raising, recording)
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
-            made.fire("on_step_end")
+            handler.fire("on_step_end")
     assert raising.calls == 1
     assert len(recording.log) == 3
-    assert made.callbacks == [recording]
+    assert handler.callbacks == [recording]
     [record] = caplog.records
     assert record.getMessage() == "Raising raised in on_step_end and is dropped; training continues"
     assert record.exc_info is not None
@@ -130,33 +130,33 @@ def test_an_essential_one_that_raises_ends_training(tmp_path: Path) -> None:
     "names", [[], ["should_save"], ["should_training_stop", "should_log"], list(REQUESTS)]
 )
 def test_requests_are_collected_once(tmp_path: Path, names: list[str]) -> None:
-    made = callbacks(tmp_path, Asking(*names[:1]), Asking(*names[1:]))
-    made.fire("on_step_end")
-    assert made.take_requests() == [int(name in names) for name in REQUESTS]
-    assert made.take_requests() == [0] * len(REQUESTS)
+    handler = callbacks(tmp_path, Asking(*names[:1]), Asking(*names[1:]))
+    handler.fire("on_step_end")
+    assert handler.take_requests() == [int(name in names) for name in REQUESTS]
+    assert handler.take_requests() == [0] * len(REQUESTS)
 
 
 def test_what_the_schedule_does_is_shown_and_not_asked(tmp_path: Path) -> None:
     recording = Recording()
-    made = callbacks(tmp_path, Asking("should_save"), recording)
+    handler = callbacks(tmp_path, Asking("should_save"), recording)
     shown: list[dict[str, bool]] = []
     recording.on_step_end = lambda args, state, control, **_: shown.append(dict(vars(control)))  # type: ignore
-    made.end_step(log=True, evaluate=False, save=False, stop=True)
+    handler.end_step(log=True, evaluate=False, save=False, stop=True)
     assert [name for name in REQUESTS if shown[0][name]] == [
         "should_training_stop",
         "should_save",
         "should_log",
     ]
-    assert made.take_requests() == [int(name == "should_save") for name in REQUESTS]
+    assert handler.take_requests() == [int(name == "should_save") for name in REQUESTS]
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_end_of_an_epoch_is_asked_of_that_epoch_alone(tmp_path: Path, resumed: bool) -> None:
-    made = callbacks(tmp_path, Asking("should_epoch_stop", "should_log"))
-    made.fire("on_step_end")
+    handler = callbacks(tmp_path, Asking("should_epoch_stop", "should_log"))
+    handler.fire("on_step_end")
     other = callbacks(tmp_path)
     other.restore(
-        json.loads(json.dumps(made.exported()))
+        json.loads(json.dumps(handler.exported()))
     )  # what was asked is not lost when the process dies
     other.begin_epoch(resumed)
     assert other.take_requests() == [0, int(resumed), 0, 0, 1]
@@ -165,10 +165,10 @@ def test_the_end_of_an_epoch_is_asked_of_that_epoch_alone(tmp_path: Path, resume
 def test_states_come_back_to_the_callbacks_of_their_class_in_order(tmp_path: Path) -> None:
     stopping = EarlyStoppingCallback(early_stopping_patience=3)
     stopping.early_stopping_patience_counter = 2
-    made = callbacks(tmp_path, Counting(5), Recording(), stopping, Counting(6))
-    made.state.best_metric, made.state.best_global_step = 0.25, 3
-    made.state.log_history = [{"loss": 0.5, "step": 1}]
-    exported = json.loads(json.dumps(made.exported()))
+    handler = callbacks(tmp_path, Counting(5), Recording(), stopping, Counting(6))
+    handler.state.best_metric, handler.state.best_global_step = 0.25, 3
+    handler.state.log_history = [{"loss": 0.5, "step": 1}]
+    exported = json.loads(json.dumps(handler.exported()))
 
     first, second, fresh = Counting(), Counting(), EarlyStoppingCallback(early_stopping_patience=3)
     other = callbacks(tmp_path, fresh, first, second, Counting(-1))
@@ -339,10 +339,10 @@ def test_arguments_say_what_is_saved(
 def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> None:
     user_module.Counting = Counting  # type: ignore[attr-defined]
     user_module.ready = Recording()  # type: ignore[attr-defined]
-    given = ["a_users_module:ready", {"path": "a_users_module:Counting", "kwargs": {"start": 4}}]
-    spec = tiny_spec(tmp_path, callbacks=given, wandb={"mode": "offline"})
-    made = build_callbacks(spec, RunDir(spec.run_dir), [Counting(5), Counting])
-    assert [type(callback) for callback in made] == [
+    value = ["a_users_module:ready", {"path": "a_users_module:Counting", "kwargs": {"start": 4}}]
+    spec = tiny_spec(tmp_path, callbacks=value, wandb={"mode": "offline"})
+    built = build_callbacks(spec, RunDir(spec.run_dir), [Counting(5), Counting])
+    assert [type(callback) for callback in built] == [
         ConsoleCallback,
         JsonlCallback,
         WandbCallback,
@@ -351,7 +351,7 @@ def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> 
         Counting,
         Counting,
     ]
-    assert [callback.count for callback in made[-3:]] == [4, 5, 0]  # type: ignore[attr-defined]
+    assert [callback.count for callback in built[-3:]] == [4, 5, 0]  # type: ignore[attr-defined]
     spec = tiny_spec(tmp_path, wandb={"mode": "disabled"})
     assert WandbCallback not in [
         type(callback) for callback in build_callbacks(spec, RunDir(spec.run_dir))
@@ -385,7 +385,7 @@ def test_a_wrong_callback_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("value", "words"),
     [
         (
             print,
@@ -398,9 +398,9 @@ def test_a_wrong_callback_is_refused(
         (EarlyStoppingCallback(3), "EarlyStoppingCallback needs it"),
     ],
 )
-def test_a_wrong_callback_in_python_is_refused(tmp_path: Path, given: Any, words: str) -> None:
+def test_a_wrong_callback_in_python_is_refused(tmp_path: Path, value: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_callbacks(tiny_spec(tmp_path), [given])
+        check_callbacks(tiny_spec(tmp_path), [value])
 
 
 def test_the_key_of_wandb_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,11 +425,11 @@ def test_the_key_of_wandb_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.M
 
 def test_no_secret_goes_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "the-secret-value")
-    given = {
+    values = {
         "model": {"path": "hub/the-secret-value/x", "pad_token": "<pad>"},
         "callbacks": [{"kwargs": {"api_key": "short", "rate": 3}}],
     }
-    assert without_secrets(given) == {
+    assert without_secrets(values) == {
         "model": {"path": "hub/***/x", "pad_token": "<pad>"},
         "callbacks": [{"kwargs": {"api_key": "***", "rate": 3}}],
     }
@@ -438,16 +438,16 @@ def test_no_secret_goes_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_console_says_where_the_run_stands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = callbacks(tmp_path, console := ConsoleCallback())
-    made.fire("on_train_begin")
-    made.state.global_step = 3
-    made.fire("on_log", logs={"loss": 0.51234, "rewards/accuracies": 0.75, "num_tokens": 100.0})
-    made.fire("on_log", logs={"eval_loss": 0.4, "eval_rewards/accuracies": 1.0})
-    made.fire("on_log", logs={"eval_odd_loss": 0.5, "eval_odd_rewards/accuracies": 0.25})
-    made.fire("on_save")
-    made.fire("on_train_end")
+    handler = callbacks(tmp_path, console := ConsoleCallback())
+    handler.fire("on_train_begin")
+    handler.state.global_step = 3
+    handler.fire("on_log", logs={"loss": 0.51234, "rewards/accuracies": 0.75, "num_tokens": 100.0})
+    handler.fire("on_log", logs={"eval_loss": 0.4, "eval_rewards/accuracies": 1.0})
+    handler.fire("on_log", logs={"eval_odd_loss": 0.5, "eval_odd_rewards/accuracies": 0.25})
+    handler.fire("on_save")
+    handler.fire("on_train_end")
     lines = capsys.readouterr().out.splitlines()
-    assert made.callbacks == [console]  # it did not raise
+    assert handler.callbacks == [console]  # it did not raise
     assert lines[0].startswith("step 3/4: loss 0.5123, accuracy 0.750")
     assert lines[1:] == [
         "evaluation after step 3: loss 0.4000, accuracy 1.000",

@@ -110,11 +110,11 @@ def test_numbers_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
         dtype
     )
     values[:3] = torch.tensor([float("inf"), -0.0, float("nan")]).to(dtype)
-    found = Reader(
+    actual = Reader(
         save(tmp_path, 1, [Shard("a", (40,), 0, 40, {"param": values})], {}, ALONE)
     ).parameter("a")
-    assert found.dtype == dtype
-    assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
+    assert actual.dtype == dtype
+    assert torch.equal(actual.view(torch.uint8), values.view(torch.uint8))
 
 
 def test_scalars_and_empty_parameters(tmp_path: Path) -> None:
@@ -237,8 +237,8 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_is_used(
     BREAKS[broken](newer)
     assert verify(older) == []
     assert verify(newer)
-    for found, complaints in on_ranks(ranks, lambda world: newest_valid(tmp_path, world)):
-        assert found == older
+    for actual, complaints in on_ranks(ranks, lambda world: newest_valid(tmp_path, world)):
+        assert actual == older
         assert complaints
         assert all("step_00000003" in line for line in complaints)
 
@@ -287,8 +287,8 @@ def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pat
 def test_nothing_valid_is_nothing(tmp_path: Path) -> None:
     assert newest_valid(tmp_path / "nowhere", ALONE) == (None, [])
     flip(saved(tmp_path, 1))
-    found, complaints = newest_valid(tmp_path, ALONE)
-    assert found is None
+    actual, complaints = newest_valid(tmp_path, ALONE)
+    assert actual is None
     assert len(complaints) == 1
 
 
@@ -605,7 +605,9 @@ def test_a_record_that_never_appears_is_waited_for_as_long_as_a_collective_takes
 ) -> None:
     record = module._Draft.record
     monkeypatch.setattr(
-        module._Draft, "record", lambda draft, made: draft.world.rank or record(draft, made)
+        module._Draft,
+        "record",
+        lambda draft, optimizer: draft.world.rank or record(draft, optimizer),
     )
 
     def work(world: World) -> None:
@@ -724,12 +726,12 @@ def test_each_rank_has_its_own_random_state(tmp_path: Path) -> None:
 
 
 def test_another_world_size_draws_anew_from_seed_step_and_rank(tmp_path: Path) -> None:
-    found = []
+    values = []
     for step, seed, rank in ((1, 7, 0), (1, 7, 1), (1, 80, 0), (2, 7, 0), (1, 7, 0)):
         Reader(saved(tmp_path, step)).restore_rng(World(rank, 2, rank, ALONE.device), seed)
-        found.append(tuple(draws()))
-    assert found[0] == found[-1]
-    assert len(set(found)) == 4
+        values.append(tuple(draws()))
+    assert values[0] == values[-1]
+    assert len(set(values)) == 4
 
 
 def test_a_corrupt_newest_checkpoint_does_not_make_new_ones_go(tmp_path: Path) -> None:
@@ -737,9 +739,9 @@ def test_a_corrupt_newest_checkpoint_does_not_make_new_ones_go(tmp_path: Path) -
     (newer / "meta.json").write_text("{}")
     assert newest_valid(tmp_path, ALONE)[0] == older
     set_aside(tmp_path, older)
-    made = saved(tmp_path, 5)
+    checkpoint = saved(tmp_path, 5)
     retain(tmp_path, 1)
-    assert committed(tmp_path) == [made]
+    assert committed(tmp_path) == [checkpoint]
     assert not newer.exists()  # swept with the leftovers of crashes
 
 
@@ -749,9 +751,9 @@ def test_an_unreadable_manifest_is_no_proof_against_the_files(tmp_path: Path, br
     BREAKS[broken](newer)
     assert newest_valid(tmp_path, ALONE)[0] == older
     set_aside(tmp_path, older)
-    made = saved(tmp_path, 5)
+    checkpoint = saved(tmp_path, 5)
     retain(tmp_path, 1)
-    assert committed(tmp_path) == [made]  # it does not count, so that new ones stay
+    assert committed(tmp_path) == [checkpoint]  # it does not count, so that new ones stay
     assert (newer / "rank_00000.safetensors").exists()
     assert saved(tmp_path, 20) == newer
     retain(tmp_path, 1)
@@ -799,8 +801,8 @@ def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, ranks: int) -
     saved(checkpoints, 2)
     unreadable(checkpoints)
     assert all(
-        isinstance(found, ReadFailed)
-        for found in on_ranks(ranks, lambda world: newest_valid(checkpoints, world))
+        isinstance(actual, ReadFailed)
+        for actual in on_ranks(ranks, lambda world: newest_valid(checkpoints, world))
     )
 
 

@@ -48,15 +48,15 @@ class Keeps:
 
 
 def user(function: Any, **settings: Any) -> UserMetrics:
-    wanted = {"logits": False, "batched": False, "batch_size": BATCH, **settings}
-    return UserMetrics(function, "mine", **wanted, padded=PreferenceCollator(PAD, data_spec()))
+    values = {"logits": False, "batched": False, "batch_size": BATCH, **settings}
+    return UserMetrics(function, "mine", **values, padded=PreferenceCollator(PAD, data_spec()))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("pairs")
-    write_jsonl(made / "train.jsonl", random_rows(COUNT, longest=4))
-    return made
+    root = tmp_path_factory.mktemp("pairs")
+    write_jsonl(root / "train.jsonl", random_rows(COUNT, longest=4))
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -79,40 +79,40 @@ def handed(
     """What the function was handed on so many ranks; every rank has its number, and the others were
     never asked.
     """
-    asked = [Keeps() for _ in range(ranks)]
+    values = [Keeps() for _ in range(ranks)]
 
     def on(world: World) -> dict[str, float]:
         loader = engine_runs.loader(pairs, world, packed)
         return evaluate(
-            engines[world.rank], loader, world, 3, user=user(asked[world.rank], **settings)
+            engines[world.rank], loader, world, 3, user=user(values[world.rank], **settings)
         )
 
-    for found in on_ranks(ranks, on):
-        assert not isinstance(found, Exception), found
-        assert found["eval_calls"] == len(asked[0].handed)
-    assert not any(other.handed for other in asked[1:])
-    return asked[0]
+    for actual in on_ranks(ranks, on):
+        assert not isinstance(actual, Exception), actual
+        assert actual["eval_calls"] == len(values[0].handed)
+    assert not any(other.handed for other in values[1:])
+    return values[0]
 
 
 @pytest.fixture(scope="module")
 def by_hand(engines: list[Any], pairs: Pairs) -> Predictions:
     """One sequence at a time, with nothing of ours but the models."""
-    made: dict[str, list[list[float]]] = {"logps": [], "ref_logps": [], "lengths": []}
+    by_name: dict[str, list[list[float]]] = {"logps": [], "ref_logps": [], "lengths": []}
     models = {"logps": engines[0].step.policy, "ref_logps": engines[0].step.reference.model}
     for row in (pairs[index] for index in range(COUNT)):
         sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")]
-        made["lengths"].append([len(completion) for _, completion in sides])
+        by_name["lengths"].append([len(completion) for _, completion in sides])
         for name, model in models.items():
-            found = []
+            collected = []
             for prompt, completion in sides:
                 ids = torch.tensor([prompt + completion])
                 with torch.no_grad():
                     logps = model(input_ids=ids).logits[0].double().log_softmax(-1)
-                found.append(
+                collected.append(
                     logps[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum().item()
                 )
-            made[name].append(found)
-    arrays = {name: np.array(values) for name, values in made.items()}
+            by_name[name].append(collected)
+    arrays = {name: np.array(values) for name, values in by_name.items()}
     beta = engines[0].step.dpo.beta
     return Predictions(**arrays, rewards=beta * (arrays["logps"] - arrays["ref_logps"]))
 
@@ -131,7 +131,7 @@ def test_each_pair_is_a_row_in_the_order_of_the_set(
 
 def padded_batches(engines: list[Any], pairs: Pairs) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Logits and input_ids of whole padded batches, by the model as transformers calls it."""
-    made = []
+    values = []
     for start in range(0, COUNT, BATCH):
         batch = PreferenceCollator(PAD, data_spec())(
             [pairs[i] for i in range(start, min(start + BATCH, COUNT))]
@@ -139,8 +139,8 @@ def padded_batches(engines: list[Any], pairs: Pairs) -> list[tuple[torch.Tensor,
         with torch.no_grad():
             model = engines[0].step.policy.eval()
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        made.append((logits, batch.input_ids))
-    return made
+        values.append((logits, batch.input_ids))
+    return values
 
 
 @pytest.mark.parametrize(("ranks", "packed"), [(1, True), (2, False), (3, True)])
@@ -151,9 +151,9 @@ def test_logits_are_those_of_padded_batches(
     [(logits, labels, _)] = handed(engines, pairs, ranks, packed, logits=True).handed
     width, at = max(ids.shape[1] for _, ids in expected), 0
     assert logits.shape == (2 * COUNT, width, 300)
-    for made, ids in expected:
+    for built, ids in expected:
         here, used = slice(at, at + len(ids)), ids.shape[1]
-        np.testing.assert_allclose(logits[here, :used], made, **FP32)
+        np.testing.assert_allclose(logits[here, :used], built, **FP32)
         np.testing.assert_array_equal(labels[here, :used], ids)
         assert (logits[here, used:] == PADDING).all()
         assert (labels[here, used:] == PADDING).all()
@@ -180,10 +180,10 @@ def test_batches_come_one_at_a_time(
     monkeypatch.setattr(module, "CHUNK_LOGITS", 2000)  # a few positions at a time
     called = handed(engines, pairs, ranks, logits=True, batched=True).handed
     assert [is_last for _, _, is_last in called] == [False, False, True]
-    for (logits, labels, _), (made, ids) in zip(
+    for (logits, labels, _), (built, ids) in zip(
         called, padded_batches(engines, pairs), strict=True
     ):
-        torch.testing.assert_close(logits, made, **FP32)
+        torch.testing.assert_close(logits, built, **FP32)
         assert torch.equal(labels, ids)
     called = handed(engines, pairs, ranks, batched=True).handed
     assert [len(part.logps) for part, _, _ in called] == [3, 3, 1]
@@ -196,19 +196,19 @@ def test_batches_come_one_at_a_time(
 def test_an_engine_that_shards_weights_hands_over_the_same(
     engines: list[Any], pairs: Pairs, folder: Path, engine: str
 ) -> None:
-    found, nothing = on_gloo(2, engine_runs.handed_over, engine, folder, BATCH)
+    by_rank, nothing = on_gloo(2, engine_runs.handed_over, engine, folder, BATCH)
     assert nothing is None
     [(predictions, _, _)] = handed(engines, pairs).handed
     [(logits, labels, _)] = handed(engines, pairs, logits=True).handed
-    for made, expected in zip(found, (*predictions, logits, labels), strict=True):
-        np.testing.assert_allclose(made, expected, **FP32)
+    for built, expected in zip(by_rank, (*predictions, logits, labels), strict=True):
+        np.testing.assert_allclose(built, expected, **FP32)
 
 
 # --- what it may say ------------------------------------------------------------------------------
 
 
 def test_numbers_of_any_kind_are_numbers(engines: list[Any], pairs: Pairs) -> None:
-    made = {
+    actual = {
         "a": 1,
         "b": 0.5,
         "c": np.float32(2),
@@ -217,9 +217,9 @@ def test_numbers_of_any_kind_are_numbers(engines: list[Any], pairs: Pairs) -> No
         "eval_odd_f": True,
     }
     loader = engine_runs.loader(pairs, ALONE, True)
-    found = evaluate(engines[0], loader, ALONE, 3, name="odd", user=user(lambda _: made))
+    metrics = evaluate(engines[0], loader, ALONE, 3, name="odd", user=user(lambda _: actual))
     expected = {"a": 1.0, "b": 0.5, "c": 2.0, "d": 3.0, "eval_e": 4.0, "f": 1.0}
-    assert {name: found[f"eval_odd_{name}"] for name in expected} == expected
+    assert {name: metrics[f"eval_odd_{name}"] for name in expected} == expected
 
 
 def raising(_: Any) -> dict[str, float]:
@@ -267,7 +267,7 @@ def test_anything_else_ends_every_rank_with_the_same_line(
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "given", "key", "says"),
+    ("evaluation", "objects", "key", "says"),
     [
         (
             {"logits": True},
@@ -299,11 +299,11 @@ def test_anything_else_ends_every_rank_with_the_same_line(
     ],
 )
 def test_a_function_that_cannot_be_asked_is_refused(
-    tmp_path: Path, evaluation: dict[str, Any], given: UserObjects, key: str, says: str
+    tmp_path: Path, evaluation: dict[str, Any], objects: UserObjects, key: str, says: str
 ) -> None:
     data = {"data": {"eval": None}} if evaluation.pop("without_pairs", False) else {}
     with pytest.raises(UserError) as caught:
-        user_metrics(tiny_spec(tmp_path, evaluation=evaluation, **data), given, PAD)
+        user_metrics(tiny_spec(tmp_path, evaluation=evaluation, **data), objects, PAD)
     assert caught.value.key == key
     assert says in str(caught.value)
 
@@ -313,10 +313,10 @@ def test_a_class_is_built_and_batches_are_micro_batches(
 ) -> None:
     monkeypatch.setattr("math.Keeps", Keeps, raising=False)
     evaluation = {"compute_metrics": "math:Keeps", "batch_eval_metrics": True}
-    made = user_metrics(tiny_spec(tmp_path, evaluation=evaluation), NOTHING, PAD)
-    assert made is not None
-    assert isinstance(made.function, Keeps)
-    assert (made.batch_size, made.batched, made.logits) == (2, True, False)
+    actual = user_metrics(tiny_spec(tmp_path, evaluation=evaluation), NOTHING, PAD)
+    assert actual is not None
+    assert isinstance(actual.function, Keeps)
+    assert (actual.batch_size, actual.batched, actual.logits) == (2, True, False)
 
 
 def test_more_logits_than_there_may_be_are_refused_with_the_cure(

@@ -38,12 +38,12 @@ def loader(pairs: Pairs, world: World, micro_batch_size: int, packed: bool = Tru
 
 
 def made_engine(loss_type: LossType = "sigmoid") -> DdpEngine:
-    made = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)  # pyright: ignore[reportCallIssue]
+    ddp = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)  # pyright: ignore[reportCallIssue]
     policy, judge = tiny_model(0, torch.float64, True), tiny_model(1, torch.float64, True)
     step = PairStep(policy, Reference(judge), DpoSpec(loss_type=loss_type))  # pyright: ignore[reportCallIssue]
     optimizer, schedule = OptimizerSpec(), SchedulerSpec()  # pyright: ignore[reportCallIssue]
-    made.wrap(step, optimizer_factory(optimizer), scheduler_factory(schedule, 1))
-    return made
+    ddp.wrap(step, optimizer_factory(optimizer), scheduler_factory(schedule, 1))
+    return ddp
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +73,15 @@ def test_metrics_have_their_names(whole: dict[str, float]) -> None:
 def test_micro_batches_and_layout_change_nothing(
     engine: DdpEngine, pairs: Pairs, whole: dict[str, float], micro_batch_size: int, packed: bool
 ) -> None:
-    found = evaluated(engine, pairs, ALONE, micro_batch_size, packed)
-    assert without_times(found) == pytest.approx(without_times(whole), rel=1e-10)
+    metrics = evaluated(engine, pairs, ALONE, micro_batch_size, packed)
+    assert without_times(metrics) == pytest.approx(without_times(whole), rel=1e-10)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 16])
 def test_ranks_change_nothing(pairs: Pairs, whole: dict[str, float], ranks: int) -> None:
     engines = [made_engine() for _ in range(ranks)]  # a model runs one forward at a time
-    for found in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
-        assert without_times(found) == pytest.approx(without_times(whole), rel=1e-10)
+    for actual in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
+        assert without_times(actual) == pytest.approx(without_times(whole), rel=1e-10)
 
 
 def test_each_micro_batch_is_announced(engine: DdpEngine, pairs: Pairs) -> None:
@@ -106,13 +106,13 @@ def first_three_scored(rows: list[Any]) -> dict[str, torch.Tensor]:
 
 def token_mean(pairs: Pairs, at_most: int) -> float:
     """The negative log-prob of a chosen token, a mean over all, one sequence at a time."""
-    model, found = tiny_model(0, torch.float64), []
+    model, values = tiny_model(0, torch.float64), []
     for row in (pairs[index] for index in range(COUNT)):
         ids, start = torch.tensor([row["prompt_ids"] + row["chosen_ids"]]), len(row["prompt_ids"])
         with torch.no_grad():
             log_probs = model(input_ids=ids).logits[0].log_softmax(-1)[start - 1 : -1]
-        found += (-log_probs.gather(1, ids[0, start:, None])[:at_most, 0]).tolist()
-    return sum(found) / len(found)
+        values += (-log_probs.gather(1, ids[0, start:, None])[:at_most, 0]).tolist()
+    return sum(values) / len(values)
 
 
 def sorted_loss(pairs: Pairs) -> float:
@@ -130,8 +130,8 @@ def sorted_loss(pairs: Pairs) -> float:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_where_a_loss_sorts_pairs_the_whole_set_is_the_batch(pairs: Pairs, ranks: int) -> None:
     engines = [made_engine("aot") for _ in range(ranks)]
-    for found in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
-        assert found["eval_loss"] == pytest.approx(sorted_loss(pairs), rel=1e-10)
+    for actual in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
+        assert actual["eval_loss"] == pytest.approx(sorted_loss(pairs), rel=1e-10)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -142,11 +142,11 @@ def test_a_mean_over_tokens_is_one_over_all_of_them(
     engines = [made_engine("sft") for _ in range(ranks)]
 
     def on(world: World) -> dict[str, float]:
-        made = loader(pairs, world, 2, packed=not by_user)
+        step_loader = loader(pairs, world, 2, packed=not by_user)
         if by_user:
-            made = Loader(pairs, made.order, AdaptedCollator(first_three_scored, PAD))
-        return evaluate(engines[world.rank], made, world, 3, by_token=True)
+            step_loader = Loader(pairs, step_loader.order, AdaptedCollator(first_three_scored, PAD))
+        return evaluate(engines[world.rank], step_loader, world, 3, by_token=True)
 
     expected = token_mean(pairs, at_most=3 if by_user else 999)
-    for found in on_ranks(ranks, on):
-        assert found["eval_loss"] == pytest.approx(expected, rel=1e-10)
+    for actual in on_ranks(ranks, on):
+        assert actual["eval_loss"] == pytest.approx(expected, rel=1e-10)

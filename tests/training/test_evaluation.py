@@ -48,7 +48,7 @@ class Run(NamedTuple):
     """A run that has ended."""
 
     dir: Path
-    said: str
+    output: str
 
     @property
     def evaluated(self) -> list[dict[str, Any]]:
@@ -72,8 +72,8 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("sets")
     easy, all_rows = random_rows(3, seed=5), random_rows(3, seed=5) + random_rows(4, seed=6)
     sets = {
-        name: str(write_jsonl(folder / f"{name}.jsonl", made))
-        for name, made in (("easy", easy), ("all", all_rows))
+        name: str(write_jsonl(folder / f"{name}.jsonl", built))
+        for name, built in (("easy", easy), ("all", all_rows))
     }
     return run(
         folder,
@@ -94,13 +94,13 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_each_set_has_its_metrics_at_the_end_of_each_epoch(two_sets: Run) -> None:
     lines = {line["step"]: line for line in metric_lines(two_sets.dir) if "eval_easy_loss" in line}
     assert list(lines) == [4, 8]
-    wanted = {
+    values = {
         f"eval_{name}_{metric}"
         for name in ("easy", "all")
         for metric in (*EVALUATED, "margin", "pairs")
     }
     for line in lines.values():
-        assert {name for name in line if name.startswith("eval_")} == wanted
+        assert {name for name in line if name.startswith("eval_")} == values
     assert lines[8]["eval_easy_loss"] != lines[8]["eval_all_loss"]
 
 
@@ -113,8 +113,8 @@ def test_callbacks_hear_of_each_set_and_of_the_best_so_far(two_sets: Run) -> Non
         (8, 2.0),
     ]
     for call, name in zip(heard, ["easy", "all"] * 2, strict=True):
-        said = {f"eval_{name}_{metric}" for metric in (*EVALUATED, "margin", "pairs")}
-        assert set(call["metrics"]) == {"epoch", *said}
+        values = {f"eval_{name}_{metric}" for metric in (*EVALUATED, "margin", "pairs")}
+        assert set(call["metrics"]) == {"epoch", *values}
     assert [call["best"] for call in heard] == [None, None, *[lines[4]["eval_all_margin"]] * 2]
 
 
@@ -139,7 +139,7 @@ def test_what_is_said_names_the_set(two_sets: Run) -> None:
         "reference cache: 7 all evaluation pairs in ",  # whose answers are its own
         "evaluation of easy after step 4: loss ",
     ):
-        assert words in two_sets.said
+        assert words in two_sets.output
 
 
 def test_a_checkpoint_at_the_end_of_an_epoch_knows_its_evaluation(two_sets: Run) -> None:

@@ -39,17 +39,17 @@ def checkpoint(run_dir: RunDir, step: int, model: Any) -> Path:
 def run_dir(tmp_path: Path) -> RunDir:
     """A run with two checkpoints, of which the second holds MODEL."""
     spec = tiny_spec(tmp_path)
-    made = RunDir(spec.run_dir)
-    made.begin(spec)
-    tokenizer().save_pretrained(made.tokenizer)
-    MODEL.config.save_pretrained(made.tokenizer)
-    made.metrics.write_text(
+    directory = RunDir(spec.run_dir)
+    directory.begin(spec)
+    tokenizer().save_pretrained(directory.tokenizer)
+    MODEL.config.save_pretrained(directory.tokenizer)
+    directory.metrics.write_text(
         '{"step": 1, "loss": 0.9}\n'
         '{"step": 2, "loss": 0.25, "eval_odd_loss": 0.125, "eval_odd_rewards/accuracies": 1}\n'
     )
-    checkpoint(made, 1, tiny_model(seed=9))
-    checkpoint(made, 2, MODEL)
-    return made
+    checkpoint(directory, 1, tiny_model(seed=9))
+    checkpoint(directory, 2, MODEL)
+    return directory
 
 
 def weights(model: Any) -> torch.Tensor:
@@ -202,15 +202,15 @@ def trained(base: Path, reference: dict[str, Any], **model: Any) -> RunDir:
 @torch.no_grad()
 def logps(model: Any) -> torch.Tensor:
     """What KeepsLogps keeps, one sequence at a time by transformers alone."""
-    pairs, found = pair_rows(KeepsLogps.PAIRS), []
+    pairs, values = pair_rows(KeepsLogps.PAIRS), []
     for side in ("chosen_ids", "rejected_ids"):
         for pair in pairs:
             tokens = torch.tensor([pair["prompt_ids"] + pair[side]])
             of_each = (
                 model(tokens).logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])
             )
-            found.append(of_each[len(pair["prompt_ids"]) - 1 :].sum())
-    return torch.stack(found)
+            values.append(of_each[len(pair["prompt_ids"]) - 1 :].sum())
+    return torch.stack(values)
 
 
 def assert_says_what_the_policy_said(run_dir: RunDir, base: Path, tolerance: float = 1e-5) -> Any:
@@ -221,8 +221,8 @@ def assert_says_what_the_policy_said(run_dir: RunDir, base: Path, tolerance: flo
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     policy = torch.load(run_dir.path / "logps.pt")
-    said = logps(AutoModelForCausalLM.from_pretrained(base))
-    assert (said - policy).abs().max() > max(0.5, 5 * tolerance)
+    output = logps(AutoModelForCausalLM.from_pretrained(base))
+    assert (output - policy).abs().max() > max(0.5, 5 * tolerance)
     assert (logps(exported) - policy).abs().max() < tolerance
     return exported
 

@@ -224,10 +224,10 @@ def test_a_language_model_that_is_loaded_alone_is_exported_alone_and_said_so(
     AutoModelForImageTextToText.from_config(whole).save_pretrained(base)
     tokenizer().save_pretrained(base)
     assert export_error(tmp_path, base) <= TOLERANCE
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "qwen3_5: only its language model (Qwen3_5ForCausalLM) is loaded, trained and exported"
-        in said
+        in output
     )
 
 
@@ -329,9 +329,9 @@ def test_a_resumed_policy_has_the_buffers_of_the_run(tmp_path: Path, is_old: boo
     with assembled(
         RunContext(spec, ALONE, NothingToSave(), run_dir), prepare(spec), checkpoint=checkpoint
     ) as trainer:
-        found = persistent_buffers(trainer.engine.step.policy)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], buffer) for name, buffer in expected.items())
+        actual = persistent_buffers(trainer.engine.step.policy)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], buffer) for name, buffer in expected.items())
 
 
 def test_router_biases_stay_in_fp32_in_a_16_bit_export(tmp_path: Path) -> None:
@@ -348,11 +348,11 @@ def test_router_biases_stay_in_fp32_in_a_16_bit_export(tmp_path: Path) -> None:
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
-    base, made = random_base(tmp_path / "base", config("llama")), tiny_spec(tmp_path)
+    base, spec = random_base(tmp_path / "base", config("llama")), tiny_spec(tmp_path)
     before = os.umask(0o027)
     try:
         trained_logits(tmp_path, base)
-        made_weights(made, load_tokenizer(made))
+        made_weights(spec, load_tokenizer(spec))
     finally:
         os.umask(before)
     files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]

@@ -33,19 +33,19 @@ time.sleep(60)
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
-    made = RunDir(tmp_path)
-    made.logs.mkdir()
-    return made
+    directory = RunDir(tmp_path)
+    directory.logs.mkdir()
+    return directory
 
 
 @pytest.fixture
 def session(run_dir: RunDir) -> LocalSession:
     """A session that leaves this process's signal handlers alone."""
-    made: list[LocalSession] = []
-    thread = threading.Thread(target=lambda: made.append(LocalSession(run_dir, 3)))
+    values: list[LocalSession] = []
+    thread = threading.Thread(target=lambda: values.append(LocalSession(run_dir, 3)))
     thread.start()
     thread.join()
-    return made[0]
+    return values[0]
 
 
 def test_the_heartbeat_says_who_is_where(run_dir: RunDir, session: LocalSession) -> None:

@@ -51,8 +51,8 @@ def test_rows_are_what_the_step_saw_without_fillers() -> None:
     seen.add(7, 1, list(zip(batches, outputs, strict=True)))
     seen.add(8, 1, [(batches[2], outputs[2])])  # a rank may have nothing but fillers
     seen.add(9, 2, [(batches[0], outputs[0])])
-    made = seen.take()
-    assert made.schema == SCHEMA
+    actual = seen.take()
+    assert actual.schema == SCHEMA
     expected = []
     for step, epoch, number in ((7, 1, 0), (7, 1, 1), (9, 2, 0)):
         batch, numbers = batches[number], outputs[number]
@@ -74,7 +74,7 @@ def test_rows_are_what_the_step_saw_without_fillers() -> None:
                 *tokens,
             )
             expected.append((pair, step, epoch, *of))
-    assert [tuple(row.values()) for row in made.to_pylist()] == expected
+    assert [tuple(row.values()) for row in actual.to_pylist()] == expected
     assert seen.take().num_rows == 0
 
 
@@ -85,10 +85,10 @@ def test_rows_are_what_the_step_saw_without_fillers() -> None:
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """Of a run with settings, whose tails become parts at 8 rows."""
     monkeypatch.setattr(ledger, "PART_ROWS", 8)
-    made = RunDir(tmp_path / "run")
-    made.path.mkdir()
-    save_spec(tiny_spec(tmp_path), made.config)
-    return made
+    directory = RunDir(tmp_path / "run")
+    directory.path.mkdir()
+    save_spec(tiny_spec(tmp_path), directory.config)
+    return directory
 
 
 def seen(steps: range, ranks: int = 1, rank: int = 0, pairs: int = 4) -> pa.Table:
@@ -101,12 +101,12 @@ def seen(steps: range, ranks: int = 1, rank: int = 0, pairs: int = 4) -> pa.Tabl
 
 
 def goes_on(
-    run_dir: RunDir, found: int | None = None, world: World = ALONE, keep: int = 2
+    run_dir: RunDir, actual: int | None = None, world: World = ALONE, keep: int = 2
 ) -> Saver:
     """What saves a run that begins, or resumes after step `found`."""
     kept = Ledger(run_dir.pairs) if world.is_main else None
     if kept is not None:
-        kept.go_on(None if found is None else step_folder(run_dir.checkpoints, found))
+        kept.go_on(None if actual is None else step_folder(run_dir.checkpoints, actual))
     return Saver(run_dir.checkpoints, world, keep, 60, kept)
 
 
@@ -118,10 +118,10 @@ def save(saves: Saver, after: int, step: int, in_background: bool = False) -> No
 
 def steps(run_dir: RunDir) -> list[int]:
     """Those in the ledger, each of which has its four rows once."""
-    made = ledger_rows(run_dir.path)
-    assert [row["loss"] for row in made] == [10.0 * row["step"] + row["pair_id"] for row in made]
-    assert [row["pair_id"] for row in made] == [0, 1, 2, 3] * (len(made) // 4)
-    return [row["step"] for row in made[::4]]
+    rows = ledger_rows(run_dir.path)
+    assert [row["loss"] for row in rows] == [10.0 * row["step"] + row["pair_id"] for row in rows]
+    assert [row["pair_id"] for row in rows] == [0, 1, 2, 3] * (len(rows) // 4)
+    return [row["step"] for row in rows[::4]]
 
 
 def parts(run_dir: RunDir) -> list[str]:
@@ -132,13 +132,13 @@ def parts(run_dir: RunDir) -> list[str]:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_parts_stay_when_checkpoints_go(run_dir: RunDir, ranks: int, in_background: bool) -> None:
     def work(world: World) -> list[list[int]]:
-        saves, found = goes_on(run_dir, world=world), []
+        saves, values = goes_on(run_dir, world=world), []
         for step in range(1, 8):
             save(saves, step - 1, step, in_background)
             saves.wait()
-            found.append(steps(run_dir) if world.is_main else [])
+            values.append(steps(run_dir) if world.is_main else [])
             world.gather(None)  # nobody saves while rank zero looks
-        return found
+        return values
 
     assert on_ranks(ranks, work)[0] == [list(range(1, step + 1)) for step in range(1, 8)]
     assert parts(run_dir) == [
@@ -169,20 +169,20 @@ def test_a_pair_that_a_step_saw_twice_is_one_row(run_dir: RunDir) -> None:
     assert steps(run_dir) == [1, 2]
 
 
-@pytest.mark.parametrize("found", [4, 5, 6])
+@pytest.mark.parametrize("actual", [4, 5, 6])
 def test_what_came_after_the_checkpoint_that_is_resumed_is_forgotten(
-    run_dir: RunDir, found: int
+    run_dir: RunDir, actual: int
 ) -> None:
     saves = goes_on(run_dir, keep=9)
     for step in range(1, 8):
         save(saves, step - 1, step)
-    set_aside(run_dir.checkpoints, step_folder(run_dir.checkpoints, found))
+    set_aside(run_dir.checkpoints, step_folder(run_dir.checkpoints, actual))
     (run_dir.pairs / ".steps_of_a_crash.partial").touch()
 
-    again = goes_on(run_dir, found)
-    assert steps(run_dir) == list(range(1, found + 1))
+    again = goes_on(run_dir, actual)
+    assert steps(run_dir) == list(range(1, actual + 1))
     assert not list(run_dir.pairs.glob(".*"))
-    save(again, found, 9)
+    save(again, actual, 9)
     assert steps(run_dir) == list(range(1, 10))
 
 
@@ -298,21 +298,21 @@ def test_a_run_keeps_what_its_steps_gave(tmp_path: Path, precision: str, ranks: 
     words = [f"precision={precision}", "checkpoint.every_steps=4"]
     finish_debug(settings, *words, ranks=ranks, hook=notes_pairs)
     run_dir = tmp_path / "runs" / "tiny"
-    given = [
+    values = [
         json.loads(line)
         for path in run_dir.glob("given*.jsonl")
         for line in path.read_text().splitlines()
     ]
-    applied = {(pair["step"], pair["pair_id"]): pair for pair in given if not pair.pop("skipped")}
-    assert (len(applied) < len(given)) == (precision == "fp16")
-    made = ledger_rows(run_dir)
-    assert [(row["step"], row["pair_id"]) for row in made] == sorted(applied)
-    assert all(applied[row["step"], row["pair_id"]].items() <= row.items() for row in made)
-    assert len({row["epoch"] for row in made}) > 1
+    applied = {(pair["step"], pair["pair_id"]): pair for pair in values if not pair.pop("skipped")}
+    assert (len(applied) < len(values)) == (precision == "fp16")
+    rows = ledger_rows(run_dir)
+    assert [(row["step"], row["pair_id"]) for row in rows] == sorted(applied)
+    assert all(applied[row["step"], row["pair_id"]].items() <= row.items() for row in rows)
+    assert len({row["epoch"] for row in rows}) > 1
 
     means = {"loss": "loss", "margin": "rewards/margins", "chosen_logps": "logps/chosen"}
     for line in metric_lines(run_dir):
-        of_step = [row for row in made if row["step"] == line["step"]]
+        of_step = [row for row in rows if row["step"] == line["step"]]
         for column, name in means.items():
             assert sum(row[column] for row in of_step) / len(of_step) == pytest.approx(
                 line[name], rel=1e-12

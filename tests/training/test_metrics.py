@@ -33,17 +33,17 @@ def test_sums_and_counts_add_up() -> None:
 def test_means_divide_by_counts_and_tokens_stay_a_sum() -> None:
     totals = [[6.0, 4.0] for _ in METRICS]
     totals[METRICS.index("num_tokens")] = [500.0, 7.0]
-    found = means(totals)
-    assert tuple(found) == METRICS
-    assert found.pop("num_tokens") == 500.0
-    assert set(found.values()) == {1.5}
+    metrics = means(totals)
+    assert tuple(metrics) == METRICS
+    assert metrics.pop("num_tokens") == 500.0
+    assert set(metrics.values()) == {1.5}
     assert METRICS[0] == "loss"
 
 
 def test_nothing_counted_is_zero_and_what_was_switched_off_is_left_out() -> None:
-    found = means([[0.0, 0.0] for _ in METRICS])
-    assert set(found) == set(METRICS) - set(TOKEN_METRICS)
-    assert set(found.values()) == {0.0}
+    metrics = means([[0.0, 0.0] for _ in METRICS])
+    assert set(metrics) == set(METRICS) - set(TOKEN_METRICS)
+    assert set(metrics.values()) == {0.0}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -95,12 +95,12 @@ def test_a_step_trains_on_its_part_of_the_epoch_and_an_evaluation_on_what_is_hel
     train, held_out = prepared.train, prepared.eval[""]
     order = epoch_order(train.shares, SEED, 1)
     step = -(-len(order) // BATCH) + 2
-    made = replay(RunDir(whole), step, ["callbacks=[]"])
+    replayed = replay(RunDir(whole), step, ["callbacks=[]"])
     places = [train.place(train.pair_ids[index]) for index in order[BATCH : 2 * BATCH]]
-    assert sorted((pair.source, pair.row) for pair in made.pairs) == sorted(
+    assert sorted((pair.source, pair.row) for pair in replayed.pairs) == sorted(
         (place.source, place.row) for place in places
     )
-    assert made.loss == pytest.approx(losses(whole)[step], abs=1e-6)
+    assert replayed.loss == pytest.approx(losses(whole)[step], abs=1e-6)
     prompts = [
         {str(pairs[index]["prompt_ids"]) for index in range(len(pairs))}
         for pairs in (train, held_out)
@@ -109,15 +109,15 @@ def test_a_step_trains_on_its_part_of_the_epoch_and_an_evaluation_on_what_is_hel
 
 
 def test_known_log_probs_of_the_reference_give_the_same_losses(settings: Path, whole: Path) -> None:
-    said = finish_debug(
+    output = finish_debug(
         settings, "run.name=known", "reference.kind=precomputed", cwd=settings.parent
     )
-    assert "reference cache: 21 training pairs" in said
+    assert "reference cache: 21 training pairs" in output
     assert (
-        "reference cache: 7" not in said
+        "reference cache: 7" not in output
     )  # the first run has kept what it said of those that are evaluated
-    found = losses(settings.parent / "runs" / "known")
-    assert found == pytest.approx(losses(whole), abs=1e-5)
+    curve = losses(settings.parent / "runs" / "known")
+    assert curve == pytest.approx(losses(whole), abs=1e-5)
 
 
 def test_a_run_that_was_killed_goes_on_with_the_same_pairs(settings: Path, whole: Path) -> None:

@@ -36,21 +36,21 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     killed = run_debug(settings, hook=partial(dies_saving, "begun", 0, KILLED))
     assert killed.codes == [-9], killed.log
-    said = finish_debug(settings)
-    assert "is dropped" not in killed.log + said
-    assert f"resumed after step {SAVED}" in said
+    output = finish_debug(settings)
+    assert "is dropped" not in killed.log + output
+    assert f"resumed after step {SAVED}" in output
     return settings.parent / "runs" / "tiny"
 
 
 def test_tensorboard_shows_each_step_once(run_dir: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(run_dir / "logs" / "tensorboard"))
-    found.Reload()
-    scalars = {event.step: event.value for event in found.Scalars("train/loss")}
-    assert len(found.Scalars("train/loss")) == len(scalars)
+    actual = EventAccumulator(str(run_dir / "logs" / "tensorboard"))
+    actual.Reload()
+    scalars = {event.step: event.value for event in actual.Scalars("train/loss")}
+    assert len(actual.Scalars("train/loss")) == len(scalars)
     assert scalars == pytest.approx(losses(run_dir))
-    assert [event.step for event in found.Scalars("eval/loss")] == [0, STEPS]
+    assert [event.step for event in actual.Scalars("eval/loss")] == [0, STEPS]
 
 
 def test_mlflow_has_one_run_across_a_kill(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,19 +49,19 @@ class Padding:
             for row in rows
         ]
         width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-        made: dict[str, list[list[int]]] = {
+        values: dict[str, list[list[int]]] = {
             "input_ids": [],
             "attention_mask": [],
             "completion_mask": [],
         }
         for prompt, completion in pairs:
             used = len(prompt) + len(completion)
-            made["input_ids"].append(prompt + completion + [PAD] * (width - used))
-            made["attention_mask"].append([1] * used + [0] * (width - used))
-            made["completion_mask"].append(
+            values["input_ids"].append(prompt + completion + [PAD] * (width - used))
+            values["attention_mask"].append([1] * used + [0] * (width - used))
+            values["completion_mask"].append(
                 [0] * len(prompt) + [1] * len(completion) + [0] * (width - used)
             )
-        return {name: torch.tensor(value) for name, value in made.items()}
+        return {name: torch.tensor(value) for name, value in values.items()}
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -
 
 
 @pytest.mark.parametrize("call", [debug, train])
-@pytest.mark.parametrize("given", ["run.yaml", {"run": {"name": "a"}}])
-def test_what_are_no_settings_is_refused(call: Any, given: Any) -> None:
+@pytest.mark.parametrize("value", ["run.yaml", {"run": {"name": "a"}}])
+def test_what_are_no_settings_is_refused(call: Any, value: Any) -> None:
     with pytest.raises(
-        UserError, match=f"is of type {type(given).__name__}, not a RunSpec; pass load_spec"
+        UserError, match=f"is of type {type(value).__name__}, not a RunSpec; pass load_spec"
     ):
-        call(given)
+        call(value)
 
 
 @pytest.mark.parametrize("call", [debug, train])
@@ -131,9 +131,9 @@ def test_callbacks_and_a_collator_act_as_those_of_the_settings(tmp_path: Path) -
     padded = tiny_spec(tmp_path, run={"name": "padded"}, model={"attention": "padded"})
     debug(padded)
     counting, padding = Counting(), Padding()
-    given = tiny_spec(tmp_path, run={"name": "given"})
-    debug(given, callbacks=[counting], data_collator=padding)
-    assert losses(given.run_dir) == losses(padded.run_dir)
+    spec = tiny_spec(tmp_path, run={"name": "given"})
+    debug(spec, callbacks=[counting], data_collator=padding)
+    assert losses(spec.run_dir) == losses(padded.run_dir)
     assert counting.seen == {
         name: {"on_step_end": 4, "on_log": 7, "on_evaluate": 2}.get(name, 1) for name in EVENTS
     }
