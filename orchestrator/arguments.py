@@ -120,7 +120,7 @@ def _add_verbs_of_settings(add: Add) -> None:
     debug = add("debug", "train in this process, without Ray; breakpoints work")
     _takes_settings(debug)
     _add_debug_flags(debug)
-    plan = add("plan", "validate the settings and print the batch arithmetic")
+    plan = add("plan", "check settings, data and models, and print what the run would do")
     _takes_settings(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     shown = (

@@ -1,4 +1,8 @@
-"""Implement the verbs of the command line: each calls one function and prints the outcome."""
+"""Implement the verbs of the command line: each calls one function and prints the outcome.
+
+A verb imports inside its function what loads torch, ray, numpy or pyarrow, which take seconds: help
+and refused settings need none of them.
+"""
 
 import argparse
 import json
@@ -7,23 +11,27 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator import terminal
 from orchestrator.arguments import files_and_overrides, parse
+from orchestrator.data.sources import raw_rows
+from orchestrator.insight.summary import summary
+from orchestrator.run.supervise import RunDied
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import RunSpec, UserError
-
-if TYPE_CHECKING:
-    from orchestrator.training.result import RunResult
+from orchestrator.training import manifest
+from orchestrator.training.errors import TrainingError
+from orchestrator.training.result import RunResult, finished_already, finished_line, last_result
+from orchestrator.training.rundir import RunDir
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code: 0 done, 2 settings or data are wrong, 3 stopped and
-    resumable, 1 else.
+    """Run one verb and return its exit code.
 
+    It is 0 for done, 2 for wrong settings or data, 3 for stopped and resumable, 1 for all else.
     Without argv, the words are those of sys.argv, and the standard streams of the process are
     prepared.
     """
@@ -45,45 +53,40 @@ def _run(words: Sequence[str]) -> int:
     try:
         args = parse(words)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-        sys.path.insert(
-            0, os.getcwd()
-        )  # to import the user's callbacks and collators, as `python -m` does
+        # to import the user's callbacks and collators, as `python -m` does
+        sys.path.insert(0, os.getcwd())
         return VERBS[args.verb](args)
     except UserError as error:
-        _complain(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}")
+        _print_error(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}")
         return WRONG
     except KeyboardInterrupt:
-        _complain("aborted")
+        _print_error("aborted")
         return FAILED
     except OSError as error:  # a full disk, a folder without write permission
-        _complain(f"error: {error}")
+        _print_error(f"error: {error}")
         return FAILED
-    except Exception as error:
-        if type(error).__name__ in (
-            "TrainingError",
-            "RunDied",
-        ):  # by name: importing them here would import torch
-            _complain(f"error: {' '.join(str(error).split())}")
-            return FAILED
-        raise
+    except (TrainingError, RunDied) as error:
+        _print_error(f"error: {' '.join(str(error).split())}")
+        return FAILED
 
 
-def _complain(line: str) -> None:
-    """Write a line to stderr in one call: ranks share stderr, and print writes the line break
-    separately.
-    """
+def _print_error(line: str) -> None:
+    """Write a line to stderr in one call: ranks share it, and print writes the end separately."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+# --- train and debug ------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> int:
     """Train on Ray."""
     spec = _spec(args)
-    if (done := _finished_already(spec)) is not None:
-        return _say_how_it_ended(spec, done)
+    if (done := _print_if_finished(spec)) is not None:
+        return _print_end(spec, done)
     from orchestrator.run.ray import driver
 
-    return _say_how_it_ended(spec, driver.train(spec))
+    return _print_end(spec, driver.train(spec))
 
 
 def debug(args: argparse.Namespace) -> int:
@@ -92,49 +95,40 @@ def debug(args: argparse.Namespace) -> int:
     if args.replay_step is not None:
         return _replay(args)
     spec = _spec(args)
-    from orchestrator.training.result import last_result
-    from orchestrator.training.rundir import RunDir
     from orchestrator.world import is_one_of_many
 
-    leaves_nothing = args.overfit or args.dry_run
-    looks_at_steps = leaves_nothing or args.profile is not None
-    if (
-        not looks_at_steps
-        and not is_one_of_many()
-        and (done := _finished_already(spec)) is not None
-    ):
-        return _say_how_it_ended(spec, done)
-    from orchestrator.run.local import debug as here
-
-    if args.nproc > 1 and not is_one_of_many():
-        command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings, *_flags(args)]
-        code = here.debug_ranks(
-            spec, args.nproc, command, args.profile, keeps_run=not leaves_nothing
-        )
-        result = (
-            last_result(RunDir(spec.run_dir))
-            if code in (DONE, STOPPED) and not leaves_nothing
-            else None
-        )
-        return _say_how_it_ended(spec, result) if result else code
-    if leaves_nothing:
+    is_rank = is_one_of_many()
+    keeps_run = not (args.overfit or args.dry_run)
+    only_trains = keeps_run and args.profile is None and not is_rank
+    if only_trains and (done := _print_if_finished(spec)) is not None:
+        return _print_end(spec, done)
+    if args.nproc > 1 and not is_rank:
+        return _debug_ranks(args, spec, keeps_run)
+    if not keeps_run:
         from orchestrator.run.local import trial
 
         (trial.overfit if args.overfit else trial.dry_run)(spec, post_mortem=args.pdb)
         return DONE
-    result = here.debug(spec, post_mortem=args.pdb, profile=args.profile)
-    if is_one_of_many():  # the process that started this rank prints the outcome
+    from orchestrator.run.local import debug as local
+
+    result = local.run_here(spec, post_mortem=args.pdb, profile=args.profile)
+    if is_rank:  # the process that started this rank prints the outcome
         return STOPPED if result.status == "stopped" else DONE
-    return _say_how_it_ended(spec, result)
+    return _print_end(spec, result)
 
 
-def _finished_already(spec: RunSpec) -> "RunResult | None":
-    """Print and return the result of a run that has finished already; this needs neither torch nor
-    ray.
-    """
-    from orchestrator.training.result import finished_already, finished_line
-    from orchestrator.training.rundir import RunDir
+def _debug_ranks(args: argparse.Namespace, spec: RunSpec, keeps_run: bool) -> int:
+    """Run the same command as several ranks of this machine."""
+    from orchestrator.run.local.ranks import start_ranks
 
+    command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings, *_flags(args)]
+    code = start_ranks(spec, args.nproc, command, args.profile, keeps_run)
+    result = last_result(RunDir(spec.run_dir)) if keeps_run and code in (DONE, STOPPED) else None
+    return _print_end(spec, result) if result else code
+
+
+def _print_if_finished(spec: RunSpec) -> RunResult | None:
+    """Print and return the result of a run that has finished already; None for other runs."""
     run_dir = RunDir(spec.run_dir)
     done = finished_already(run_dir)
     if done is not None:
@@ -159,59 +153,49 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _refuse_beside(flag: str, value: object, others: dict[str, bool]) -> None:
     for other, is_set in others.items():
         if is_set:
-            raise UserError(
-                flag, value, f"cannot be combined with {other}", f"remove {other} or {flag}"
-            )
+            rule = f"cannot be combined with {other}"
+            raise UserError(flag, value, rule, f"remove {other} or {flag}")
 
 
 def _flags(args: argparse.Namespace) -> list[str]:
     """Return the flags of `debug` that are passed to each rank."""
-    flags = [
-        flag
-        for flag in ("--pdb", "--overfit", "--dry-run")
-        if getattr(args, flag[2:].replace("-", "_"))
-    ]
+    values = {"--pdb": args.pdb, "--overfit": args.overfit, "--dry-run": args.dry_run}
+    flags = [flag for flag, is_set in values.items() if is_set]
     if args.profile is not None:
         flags.append("--profile=" + ":".join(map(str, args.profile)))
     return flags
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from orchestrator.run.local.replay import lines, replay
-    from orchestrator.training.rundir import RunDir
-
     folders, overrides = files_and_overrides(args.settings)
     if len(folders) != 1:
-        raise UserError(
-            "RUN_DIR",
-            " ".join(folders),
-            "exactly one run can be replayed",
-            "use the folder run.dir/run.name",
-        )
-    print(
-        "\n".join(lines(replay(RunDir.existing(folders[0]), args.replay_step, overrides, args.pdb)))
-    )
+        rule = "exactly one run can be replayed"
+        raise UserError("RUN_DIR", " ".join(folders), rule, "use the folder run.dir/run.name")
+    from orchestrator.run.local.replay import replay, replay_lines
+
+    replayed = replay(RunDir.existing(folders[0]), args.replay_step, overrides, args.pdb)
+    print("\n".join(replay_lines(replayed)))
     return DONE
+
+
+# --- before a run ---------------------------------------------------------------------------------
 
 
 def plan(args: argparse.Namespace) -> int:
     """Print what a run would do, without starting it."""
-    from orchestrator.run.plan import planned
-
     spec = _spec(args)
-    facts = planned(spec)
+    facts = _planned(spec)
     if not args.json:
         _print_facts(facts)
     if args.show_rows:
         from orchestrator.run import rows
 
         if args.json:
-            facts |= rows.facts(spec, args.show_rows)
+            facts |= rows.as_json(spec, args.show_rows)
         else:
+            colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
             print()
-            for line in rows.lines(
-                spec, args.show_rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ
-            ):
+            for line in rows.as_lines(spec, args.show_rows, colour):
                 print(line, flush=True)
     if args.json:
         print(json.dumps(facts))
@@ -232,122 +216,49 @@ def submit(args: argparse.Namespace) -> int:
 
 
 def _submit_to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
-    from orchestrator.run.plan import counted
-    from orchestrator.run.ray.submit import not_on_this_machine
-    from orchestrator.run.ray.submit import submit as submit_job
+    from orchestrator.run.facts import Outlook, row_counts, run_facts
+    from orchestrator.run.ray.submit import not_on_this_machine, submit_job
 
     if elsewhere := not_on_this_machine(spec):
         print(f"{elsewhere} is not on this machine: its rows are checked where the run starts")
     else:
-        _print_facts(counted(spec))
+        _print_facts(run_facts(spec, Outlook(row_counts(spec))))
     return submit_job(spec, address, wait)
 
 
 def _submit_to_slurm(spec: RunSpec) -> int:
-    from orchestrator.run.plan import planned
-    from orchestrator.run.slurm import submit as submit_job
+    from orchestrator.run.slurm import submit_job
 
-    _print_facts(planned(spec, starts_here=False))
+    _print_facts(_planned(spec, starts_here=False))
     return submit_job(spec)
 
 
-def stop(args: argparse.Namespace) -> int:
-    """Signal a run, on any machine, to save and stop."""
-    from orchestrator.training.rundir import RunDir
+def _planned(spec: RunSpec, starts_here: bool = True) -> dict[str, Any]:
+    """Check the start of a run and return facts about it, as `planned` does."""
+    from orchestrator.run.facts import check_names
 
-    run_dir = RunDir(Path(args.run_dir))
-    if (owner := run_dir.owner()) is None:
-        print(f"{RunDir.existing(args.run_dir).path} is not running")
-        return DONE
-    run_dir.stop.write_text("orchestrator stop")
-    print(f"signalled {owner}: it saves after the current step and exits with code {STOPPED}")
-    return DONE
+    check_names(spec)  # before torch is loaded: a wrong name is refused at once
+    from orchestrator.run.plan import planned
+
+    return planned(spec, starts_here)
 
 
 def doctor(args: argparse.Namespace) -> int:
     """Check every node that would train."""
     spec = _spec(args) if args.settings else None
     from orchestrator.run.checks.report import refusal, table
-    from orchestrator.run.ray.node_checks import doctor as check_nodes
+    from orchestrator.run.ray.node_checks import check_cluster
 
-    checks = check_nodes(spec)
+    checks = check_cluster(spec)
     print(table(checks))
     return WRONG if refusal(checks) else DONE
-
-
-def verify(args: argparse.Namespace) -> int:
-    """Check every file of all checkpoints and of the pair ledger against its manifest."""
-    from orchestrator.training import ledger
-    from orchestrator.training.manifest import committed
-    from orchestrator.training.manifest import verify as check
-    from orchestrator.training.rundir import RunDir
-
-    run_dir = RunDir.existing(args.run_dir)
-    folders, bad = committed(run_dir.checkpoints), 0
-    for folder in folders:
-        try:
-            wrong = check(folder)
-        except (UserError, OSError) as error:  # of this checkpoint; the others are still checked
-            wrong = [str(error)]
-        bad += bool(wrong)
-        print(f"{folder.name}: {'; '.join(wrong) or 'whole'}")
-    if (wrong := ledger.verify(run_dir)) is not None:
-        bad += bool(wrong)
-        print(f"{run_dir.pairs.name}: {'; '.join(wrong) or 'whole'}")
-    if not folders:
-        print("no checkpoint")
-    return FAILED if bad or not folders else DONE
-
-
-def pairs(args: argparse.Namespace) -> int:
-    """Print how each pair was learned."""
-    from orchestrator.data.sources import raw_rows
-    from orchestrator.insight import pairs as insight
-    from orchestrator.training import ledger
-    from orchestrator.training.rundir import RunDir
-
-    run_dir = RunDir.existing(args.run_dir)
-    step, rows = ledger.read(run_dir)
-    if not rows.num_rows:
-        cure = "continue training with training.pair_ledger=true"
-        raise UserError(
-            "RUN_DIR", args.run_dir, f"has no record of its pairs up to step {step}", cure
-        )
-    found = insight.findings(step, rows)
-    try:
-        texts = raw_rows(load_spec(run_dir.config).data, "train", found.shown(args.top))
-    except UserError as error:  # for example the data moved; the numbers are still printed
-        print(f"texts are not available: {error}", file=sys.stderr)
-        texts = {}
-    if args.json:
-        print(json.dumps(insight.as_json(found, args.top, texts)))
-    else:
-        print("\n".join(insight.lines(found, args.top, texts)))
-    return DONE
-
-
-def export(args: argparse.Namespace) -> int:
-    """Write a checkpoint as a Hugging Face folder."""
-    from orchestrator.training.export import export as write
-    from orchestrator.training.prepare import quiet
-    from orchestrator.training.rundir import RunDir
-
-    quiet()
-    print(
-        "model: "
-        f"{write(RunDir.existing(args.run_dir), Path(args.out), args.dtype, which=args.checkpoint)}"
-    )
-    return DONE
 
 
 def _spec(args: argparse.Namespace) -> RunSpec:
     files, overrides = files_and_overrides(args.settings)
     spec = load_spec(files, overrides)
-    if (
-        len(files) == 1
-        and os.path.isdir(files[0])
-        and not any(word.startswith("run.") for word in overrides)
-    ):
+    is_run_dir = len(files) == 1 and os.path.isdir(files[0])
+    if is_run_dir and not any(word.startswith("run.") for word in overrides):
         _check_not_moved(files[0], spec)
     return spec
 
@@ -360,31 +271,98 @@ def _check_not_moved(folder: str, spec: RunSpec) -> None:
         raise UserError("RUN_DIR", folder, rule, f"add run.dir={path.parent} run.name={path.name}")
 
 
+# --- runs that exist ------------------------------------------------------------------------------
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Signal a run, on any machine, to save and stop."""
+    run_dir = RunDir(Path(args.run_dir))
+    if (owner := run_dir.owner()) is None:
+        print(f"{RunDir.existing(args.run_dir).path} is not running")
+        return DONE
+    run_dir.stop.write_text("orchestrator stop")
+    print(f"signalled {owner}: it saves after the current step and exits with code {STOPPED}")
+    return DONE
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Check every file of all checkpoints and of the pair ledger against its manifest."""
+    from orchestrator.training import ledger
+
+    run_dir = RunDir.existing(args.run_dir)
+    folders = manifest.committed(run_dir.checkpoints)
+    problems: dict[str, list[str]] = {}
+    for folder in folders:
+        try:
+            problems[folder.name] = manifest.verify(folder)
+        except (UserError, OSError) as error:  # of this checkpoint; the others are still checked
+            problems[folder.name] = [str(error)]
+        print(f"{folder.name}: {'; '.join(problems[folder.name]) or 'complete'}")
+    if (in_ledger := ledger.verify(run_dir)) is not None:
+        problems[run_dir.pairs.name] = in_ledger
+        print(f"{run_dir.pairs.name}: {'; '.join(in_ledger) or 'complete'}")
+    if not folders:
+        print("no checkpoint")
+    return FAILED if any(problems.values()) or not folders else DONE
+
+
+def pairs(args: argparse.Namespace) -> int:
+    """Print how each pair was learned."""
+    from orchestrator.insight import pairs as insight
+    from orchestrator.training import ledger
+
+    run_dir = RunDir.existing(args.run_dir)
+    step, rows = ledger.read(run_dir)
+    if not rows.num_rows:
+        rule = f"has no record of its pairs up to step {step}"
+        cure = "continue training with training.pair_ledger=true"
+        raise UserError("RUN_DIR", args.run_dir, rule, cure)
+    findings = insight.analyse(step, rows)
+    try:
+        texts = raw_rows(load_spec(run_dir.config).data, "train", findings.first_ids(args.top))
+    except UserError as error:  # for example the data moved; the numbers are still printed
+        print(f"texts are not available: {error}", file=sys.stderr)
+        texts = {}
+    if args.json:
+        print(json.dumps(insight.as_json(findings, args.top, texts)))
+    else:
+        print("\n".join(insight.as_lines(findings, args.top, texts)))
+    return DONE
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a checkpoint as a Hugging Face folder."""
+    from orchestrator.training.export import export as export_model
+    from orchestrator.training.prepare import quiet
+
+    quiet()
+    run_dir, out = RunDir.existing(args.run_dir), Path(args.out)
+    print(f"model: {export_model(run_dir, out, args.dtype, which=args.checkpoint)}")
+    return DONE
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
 def _print_facts(facts: dict[str, Any]) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         if name == "notes":
             continue
         for entry in value if isinstance(value, list) and isinstance(value[0], dict) else [value]:
-            text = (
-                ", ".join(f"{key} {each}" for key, each in entry.items())
-                if isinstance(entry, dict)
-                else entry
-            )
-            print(f"{name:<{width}}  {text}")
+            if isinstance(entry, dict):
+                entry = ", ".join(f"{key} {each}" for key, each in entry.items())
+            print(f"{name:<{width}}  {entry}")
     for line in facts["notes"]:
         print(f"note: {line}")
 
 
-def _say_how_it_ended(spec: RunSpec, result: "RunResult") -> int:
+def _print_end(spec: RunSpec, result: RunResult) -> int:
+    """Print how a run ended and return the exit code."""
     if result.status == "stopped":
-        print(
-            f"stopped after step {result.step} ({result.reason}) and saved; the same command "
-            "resumes"
-        )
+        how = f"stopped after step {result.step} ({result.reason}) and saved"
+        print(f"{how}; the same command resumes")
         return STOPPED
-    from orchestrator.insight.summary import summary
-
     print("\n" + "\n".join(summary(spec, result)))
     return DONE
 

@@ -3,14 +3,12 @@ WORLD_SIZE.
 """
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -21,39 +19,6 @@ A_WEEK = timedelta(days=7)  # in effect no time-out; an infinite one overflows
 def is_one_of_many() -> bool:
     """Return whether torchrun or `debug --nproc` started this process as one rank of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def interface_towards(address: str) -> str:
-    """Return the network interface through which this machine reaches an IP address.
-
-    Raises:
-        OSError: there is no route to it.
-    """
-    family, kind, _, _, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(where)  # on a datagram socket this looks up the route and sends nothing
-        own = probe.getsockname()[0]
-    of_interface = psutil.net_if_addrs().items()
-    return next(
-        name for name, addresses in of_interface if own in (each.address for each in addresses)
-    )
-
-
-def use_interface(name: str | None, head: str) -> None:
-    """Set the network interface of later process groups, which may otherwise resolve the host name
-    to loopback.
-
-    name: None keeps GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; those not set become the interface
-    towards `head`.
-    """
-    variables = {
-        "GLOO_SOCKET_IFNAME": "",
-        "NCCL_SOCKET_IFNAME": "=",
-    }  # "=": exact name, else NCCL treats it as prefix
-    unset = [variable for variable in variables if name or variable not in os.environ]
-    if unset:
-        chosen = name or interface_towards(head)
-        os.environ.update({variable: variables[variable] + chosen for variable in unset})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator import __version__, cli
-from orchestrator.run.local import debug as here
+from orchestrator.run.local import debug as local
 from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import save
 from orchestrator.training.errors import TrainingError
@@ -82,7 +82,7 @@ def test_how_a_run_ends_decides_the_exit_code(
     code: int,
     words: str,
 ) -> None:
-    monkeypatch.setattr(here, "debug", ending_with(outcome))
+    monkeypatch.setattr(local, "run_here", ending_with(outcome))
     assert cli.main(["debug", str(write_settings(tmp_path))]) == code
     captured = capsys.readouterr()
     assert words in captured.out + captured.err
@@ -99,7 +99,7 @@ def test_a_finished_run_says_what_it_reached(
     ]
     run_dir.metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"loss": 1}]))
     result = RunResult("finished", "every step was taken", 4, "", "the/model", 4)
-    monkeypatch.setattr(here, "debug", ending_with(result))
+    monkeypatch.setattr(local, "run_here", ending_with(result))
     assert cli.main(["debug", str(write_settings(tmp_path))]) == 0
     out = capsys.readouterr().out
     assert "finished after step 4 (every step was taken)" in out
@@ -108,7 +108,7 @@ def test_a_finished_run_says_what_it_reached(
     assert "model    the/model\n" in out
     assert "W&B" not in out  # it is disabled
     monkeypatch.setattr(
-        here, "debug", ending_with(replace(result, model_step=2, best_step=2, best_metric=0.6))
+        local, "run_here", ending_with(replace(result, model_step=2, best_step=2, best_metric=0.6))
     )
     assert (
         cli.main(["debug", str(write_settings(tmp_path, evaluation={"metric_for_best": "loss"}))])
@@ -123,7 +123,7 @@ def test_a_finished_run_says_what_it_reached(
 
 
 def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(here, "debug", ending_with(ZeroDivisionError("a bug")))
+    monkeypatch.setattr(local, "run_here", ending_with(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         cli.main(["debug", str(write_settings(tmp_path))])
 
@@ -292,11 +292,12 @@ def test_files_and_overrides_may_stand_in_any_order(tmp_path: Path, capsys: Outp
 
 def test_verify_looks_at_every_checkpoint(run_dir: RunDir, capsys: Output) -> None:
     assert cli.main(["verify", str(run_dir.path)]) == 0
-    assert capsys.readouterr().out.splitlines() == ["step_00000002: whole", "step_00000001: whole"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["step_00000002: complete", "step_00000001: complete"]
     (run_dir.checkpoints / "step_00000001" / "meta.json").write_text("{}")
     assert cli.main(["verify", str(run_dir.path)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step_00000002: whole"
+    assert lines[0] == "step_00000002: complete"
     assert "meta.json: its content is not what was written" in lines[1]
     (run_dir.checkpoints / "step_00000002" / "manifest.json").write_text('{"format": 99}')
     assert cli.main(["verify", str(run_dir.path)]) == 1

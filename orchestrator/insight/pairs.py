@@ -1,5 +1,4 @@
-"""Analyse the pair ledger: pairs never learned, pairs that look mislabelled, and the effect of
-length.
+"""Analyse the pair ledger: which pairs were learned or look mislabelled, and the effect of length.
 
 Shapes: V visits (rows of the ledger), N pairs, K bins. A margin is beta times nats; all numbers of
 a visit are from before its own update.
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.order import Integers
 from orchestrator.data.sources import RawRow, in_one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Integers = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 SIDES = ("prompt", "chosen", "rejected")
 
@@ -42,10 +41,8 @@ def histories(rows: "pa.Table") -> Histories:
     of = {name: column[order] for name, column in of.items()}
     pair_id, first, visits = np.unique(of["pair_id"], return_index=True, return_counts=True)
     last = first + visits - 1
-    margin, tokens = (
-        of["margin"],
-        {side: np.maximum(of[f"{side}_tokens"][last], 1) for side in ("chosen", "rejected")},
-    )
+    margin = of["margin"]
+    tokens = {side: np.maximum(of[f"{side}_tokens"][last], 1) for side in ("chosen", "rejected")}
 
     visit = np.arange(len(margin)) - np.repeat(first, visits)
     centred = visit - np.repeat((visits - 1) / 2, visits)
@@ -53,37 +50,32 @@ def histories(rows: "pa.Table") -> Histories:
         trend = np.add.reduceat(centred * margin, first) / np.add.reduceat(centred**2, first)
 
     def preferred(which: str) -> Numbers:
-        chosen, rejected = (
-            of[f"{which}{side}_logps"][last] / tokens[side] for side in ("chosen", "rejected")
-        )
-        return chosen - rejected
+        per_token = {side: of[f"{which}{side}_logps"][last] / tokens[side] for side in tokens}
+        return per_token["chosen"] - per_token["rejected"]
 
-    longer = of["chosen_tokens"][last].astype(np.int64) - of["rejected_tokens"][last]
     return Histories(
-        pair_id,
-        visits,
-        margin[first],
-        margin[last],
-        trend,
-        preferred(""),
-        preferred("ref_"),
-        longer,
+        pair_id=pair_id,
+        visits=visits,
+        first_margin=margin[first],
+        margin=margin[last],
+        trend=trend,
+        preferred=preferred(""),
+        ref_preferred=preferred("ref_"),
+        longer=of["chosen_tokens"][last].astype(np.int64) - of["rejected_tokens"][last],
     )
 
 
 def never_learned(pairs: Histories) -> Integers:
-    """Return the indices of pairs whose margin was not above 0 at the last visit, the lowest
-    first.
-    """
-    found = np.flatnonzero(pairs.margin <= 0)
-    return found[np.argsort(pairs.margin[found], kind="stable")]
+    """Return the indices of pairs with a last margin of at most 0, the lowest first."""
+    indices = np.flatnonzero(pairs.margin <= 0)
+    return indices[np.argsort(pairs.margin[indices], kind="stable")]
 
 
 def disagreement(pairs: Histories) -> Numbers:
-    """Return [N] nats per token by which both reference and policy prefer the rejected completion,
-    the smaller of both.
+    """Return [N] nats per token by which both models prefer the rejected completion.
 
-    Below 0 if one of them does not prefer it. Per token, because sums over more tokens are lower:
+    The models are reference and policy, and the number is the smaller of both; it is below 0 if one
+    of them does not prefer that completion. Per token, because sums over more tokens are lower:
     by sums, every longer completion would look dispreferred. The smaller, because a label is
     doubtful only if both models contradict it.
     """
@@ -91,12 +83,13 @@ def disagreement(pairs: Histories) -> Numbers:
 
 
 def mislabelled(pairs: Histories) -> Integers:
-    """Return the indices of pairs whose rejected completion reference and trained policy both
-    prefer, the strongest `disagreement` first.
+    """Return the indices of pairs whose rejected completion both models prefer.
+
+    The strongest `disagreement` comes first.
     """
     by = disagreement(pairs)
-    found = np.flatnonzero(by > 0)
-    return found[np.argsort(-by[found], kind="stable")]
+    indices = np.flatnonzero(by > 0)
+    return indices[np.argsort(-by[indices], kind="stable")]
 
 
 def accuracies(rows: "pa.Table") -> dict[int, float]:
@@ -106,8 +99,9 @@ def accuracies(rows: "pa.Table") -> dict[int, float]:
 
 
 def rank_correlation(left: NDArray[Any], right: NDArray[Any]) -> float | None:
-    """Return Spearman's rank correlation, with mean ranks for ties; None if all values of a side
-    are equal.
+    """Return Spearman's rank correlation, with mean ranks for ties.
+
+    It is None if all values of a side are equal.
     """
     ranks = [_ranks(side) for side in (left, right)]
     centred = [rank - rank.mean() for rank in ranks]
@@ -131,24 +125,18 @@ class LengthBin(NamedTuple):
 
 
 def by_length(pairs: Histories) -> list[LengthBin]:
-    """Return [K] bins by difference in length: two halves each of shorter and longer chosen ones,
-    and equal ones.
+    """Return [K] bins by difference in length.
+
+    There are two halves each of shorter and of longer chosen completions, and the equal ones.
     """
-    halves = [
-        np.median(side)
-        for side in (pairs.longer[pairs.longer < 0], pairs.longer[pairs.longer > 0])
-        if len(side)
-    ]
+    sides = (pairs.longer[pairs.longer < 0], pairs.longer[pairs.longer > 0])
+    halves = [np.median(side) for side in sides if len(side)]
     place = np.searchsorted(np.sort([-1, 0, *halves]), pairs.longer)
     bins: list[LengthBin] = []
     for number in np.unique(place):
         longer, margin = pairs.longer[place == number], pairs.margin[place == number]
-        share = float((margin > 0).mean())
-        bins.append(
-            LengthBin(
-                int(longer.min()), int(longer.max()), len(longer), float(margin.mean()), share
-            )
-        )
+        least, most, learned = int(longer.min()), int(longer.max()), float((margin > 0).mean())
+        bins.append(LengthBin(least, most, len(longer), float(margin.mean()), learned))
     return bins
 
 
@@ -166,49 +154,48 @@ class Findings(NamedTuple):
     mislabelled: Integers  # indices of pairs
     length_correlation: float | None
 
-    def shown(self, top: int) -> list[int]:
+    def first_ids(self, top: int) -> list[int]:
         """Return the ids of the first pairs of both lists."""
         return self.pairs.pair_id[[*self.never_learned[:top], *self.mislabelled[:top]]].tolist()
 
 
-def findings(step: int, rows: "pa.Table") -> Findings:
+def analyse(step: int, rows: "pa.Table") -> Findings:
     """Analyse the V rows of a ledger up to a step; V is at least 1."""
     pairs = histories(rows)
-    correlation = rank_correlation(pairs.longer, pairs.margin)
     return Findings(
-        step,
-        rows.num_rows,
-        accuracies(rows),
-        pairs,
-        never_learned(pairs),
-        mislabelled(pairs),
-        correlation,
+        step=step,
+        visits=rows.num_rows,
+        accuracies=accuracies(rows),
+        pairs=pairs,
+        never_learned=never_learned(pairs),
+        mislabelled=mislabelled(pairs),
+        length_correlation=rank_correlation(pairs.longer, pairs.margin),
     )
 
 
-def as_json(found: Findings, top: int, texts: Mapping[int, RawRow]) -> dict[str, Any]:
+def as_json(findings: Findings, top: int, texts: Mapping[int, RawRow]) -> dict[str, Any]:
     """Return all findings as JSON types, with full texts."""
 
     def shown(indices: Integers) -> list[dict[str, Any]]:
-        return [_as_json(found.pairs, index, texts) for index in indices[:top]]
+        return [_pair_as_json(findings.pairs, index, texts) for index in indices[:top]]
 
-    pairs = found.pairs
+    pairs, never, mislabelled = findings.pairs, findings.never_learned, findings.mislabelled
     return {
-        "step": found.step,
-        "visits": found.visits,
+        "step": findings.step,
+        "visits": findings.visits,
         "pairs": len(pairs.pair_id),
         "learned": float((pairs.margin > 0).mean()),
-        "accuracies": found.accuracies,
-        "never_learned": {"pairs": len(found.never_learned), "lowest": shown(found.never_learned)},
-        "mislabelled": {"pairs": len(found.mislabelled), "strongest": shown(found.mislabelled)},
+        "accuracies": findings.accuracies,
+        "never_learned": {"pairs": len(never), "lowest": shown(never)},
+        "mislabelled": {"pairs": len(mislabelled), "strongest": shown(mislabelled)},
         "length": {
-            "rank_correlation": found.length_correlation,
+            "rank_correlation": findings.length_correlation,
             "bins": [b._asdict() for b in by_length(pairs)],
         },
     }
 
 
-def _as_json(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> dict[str, Any]:
+def _pair_as_json(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> dict[str, Any]:
     of = {name: column[index].item() for name, column in pairs._asdict().items()}
     raw = texts.get(of["pair_id"])
     if of["visits"] == 1:
@@ -223,54 +210,42 @@ def _as_json(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> dict[
     }
 
 
-def lines(found: Findings, top: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
-    """Yield the findings, and the first `top` pairs of each list with their numbers and shortened
-    texts.
-    """
-    pairs, count = found.pairs, len(found.pairs.pair_id)
+def as_lines(findings: Findings, top: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
+    """Yield the findings; of both lists the first `top` pairs with numbers and shortened texts."""
+    pairs, count = findings.pairs, len(findings.pairs.pair_id)
     learned = int((pairs.margin > 0).sum())
-    yield f"{found.visits} visits of {count} pairs up to step {found.step}"
+    yield f"{findings.visits} visits of {count} pairs up to step {findings.step}"
     yield f"learned {learned} ({learned / count:.1%}): margin above 0 at the last visit"
-    yield (
-        "rewards/accuracies by epoch: "
-        f"{', '.join(f'{share:.3f}' for share in found.accuracies.values())}"
-    )
-    if found.visits == count:
-        yield (
-            "each pair was seen once, before its own update: its margin comes from updates on "
-            "other pairs"
-        )
-    yield from _lengths(found)
+    by_epoch = ", ".join(f"{share:.3f}" for share in findings.accuracies.values())
+    yield f"rewards/accuracies by epoch: {by_epoch}"
+    if findings.visits == count:
+        once = "each pair was seen once, before its own update"
+        yield f"{once}: its margin comes from updates on other pairs"
+    yield from _length_lines(findings)
     if len(sources := {raw.source for raw in texts.values()}) == 1:
         yield f"\nrows are from {sources.pop()}"
-    if len(found.never_learned):
-        yield f"\nnever learned: {len(found.never_learned)} pairs, the lowest margin first"
-    for index in found.never_learned[:top]:
+    if len(findings.never_learned):
+        yield f"\nnever learned: {len(findings.never_learned)} pairs, the lowest margin first"
+    for index in findings.never_learned[:top]:
         yield f"{_name(pairs, index, texts)}: {_margins(pairs, index)}"
         yield from _texts(pairs, index, texts)
-    if number := len(found.mislabelled):
-        yield (
-            f"\nlook mislabelled: {number} pairs whose rejected completion both models prefer, "
-            "in nats per token"
-        )
-    for index in found.mislabelled[:top]:
-        by = (
-            f"reference by {-pairs.ref_preferred[index]:.3f}, policy by "
-            f"{-pairs.preferred[index]:.3f}"
-        )
+    if number := len(findings.mislabelled):
+        both = "whose rejected completion both models prefer"
+        yield f"\nlook mislabelled: {number} pairs {both}, in nats per token"
+    for index in findings.mislabelled[:top]:
+        reference, policy = -pairs.ref_preferred[index], -pairs.preferred[index]
+        by = f"reference by {reference:.3f}, policy by {policy:.3f}"
         yield f"{_name(pairs, index, texts)}: {by}; {_margins(pairs, index)}"
         yield from _texts(pairs, index, texts)
 
 
-def _lengths(found: Findings) -> Iterator[str]:
-    if found.length_correlation is None:
+def _length_lines(findings: Findings) -> Iterator[str]:
+    if findings.length_correlation is None:
         return
-    yield (
-        "\nlength: rank correlation of chosen minus rejected tokens with the margin "
-        f"{found.length_correlation:+.3f}"
-    )
+    correlation = "rank correlation of chosen minus rejected tokens with the margin"
+    yield f"\nlength: {correlation} {findings.length_correlation:+.3f}"
     yield "       tokens       pairs  mean margin  learned"
-    for least, most, count, margin, learned in by_length(found.pairs):
+    for least, most, count, margin, learned in by_length(findings.pairs):
         yield f"{least:>8} to {most:<6} {count:>6}  {margin:>+11.4f}  {learned:>7.1%}"
 
 
@@ -292,10 +267,10 @@ def _margins(pairs: Histories, index: int) -> str:
 def _texts(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
     if (raw := texts.get(int(pairs.pair_id[index]))) is not None:
         for side in SIDES:
-            yield f"  {side:<8}  {in_one_line(_said(raw.row[side]))}"
+            yield f"  {side:<8}  {in_one_line(_message_text(raw.row[side]))}"
 
 
-def _said(part: str | list[dict[str, Any]]) -> str:
+def _message_text(part: str | list[dict[str, Any]]) -> str:
     """Return a text, or the contents of messages, with roles if there are several."""
     if isinstance(part, str):
         return part

@@ -1,6 +1,4 @@
-"""Print training rows as the model sees them, and the lengths of all rows, for `orchestrator plan
---show-rows`.
-"""
+"""Show training rows as the model sees them, and the lengths of all rows (`plan --show-rows`)."""
 
 import re
 from collections.abc import Iterator
@@ -32,7 +30,7 @@ LEGEND = (
 CUT_TEXT = 60  # maximum characters shown of truncated text
 
 
-def facts(spec: RunSpec, count: int) -> dict[str, Any]:
+def as_json(spec: RunSpec, count: int) -> dict[str, Any]:
     """Return the first `count` training rows and the lengths of every set, as JSON types.
 
     Raises:
@@ -45,7 +43,7 @@ def facts(spec: RunSpec, count: int) -> dict[str, Any]:
     return {"rows": shown, "lengths": sets, "repeats": repeat_counts(train, held_out)}
 
 
-def lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
+def as_lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
     """Yield the same facts as lines for a terminal, as soon as they are known."""
     tokenizer = _tokenizer(spec)
     yield LEGEND
@@ -55,9 +53,9 @@ def lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
         yield ""
         yield from row_lines(shown, tokenizer, colour)
     train, held_out = _pairs_of_sets(spec, tokenizer)
-    for key, found in _lengths_of_sets([train, *held_out.values()], spec.data):
+    for key, statistics in _lengths_of_sets([train, *held_out.values()], spec.data):
         yield ""
-        yield from length_lines(key, found, spec.data)
+        yield from length_lines(key, statistics, spec.data)
     for line in repeat_lines(train, held_out):
         yield ""
         yield line
@@ -127,31 +125,22 @@ def shown_rows(
     """
     for place, row in first_rows(data, count):
         try:
-            whole, left_out = tokenize_pair(row, tokenizer, data)
-            kept = truncated(whole, data)
+            uncut, left_out = tokenize_pair(row, tokenizer, data)
+            cut = truncated(uncut, data)
         except BadRow as bad:
             yield ShownRow(place, f"{bad.kind}: {bad.reason}", "", None, None)
             continue
-        fed = fed_sequences(kept._asdict(), data.keep_last)
-        sides = zip(
-            (whole.chosen_ids, whole.rejected_ids),
-            (kept.chosen_ids, kept.rejected_ids),
-            fed,
-            strict=True,
-        )
-        shown = []
-        for completion, kept_completion, sequence in sides:
-            uncut, prompt = whole.prompt_ids + completion, len(whole.prompt_ids)
-            stop = prompt + len(kept_completion)
+        fed = fed_sequences(cut._asdict(), data.keep_last)
+        before = (uncut.chosen_ids, uncut.rejected_ids)
+        after = (cut.chosen_ids, cut.rejected_ids)
+        sides = []
+        for completion, kept, sequence in zip(before, after, fed, strict=True):
+            ids, prompt = uncut.prompt_ids + completion, len(uncut.prompt_ids)
+            stop = prompt + len(kept)
             start = stop - len(sequence.ids)
-            pieces = (
-                uncut[:start],
-                uncut[start:prompt],
-                uncut[max(start, prompt) : stop],
-                uncut[stop:],
-            )
-            shown.append(ShownSide(*_parts(tokenizer, pieces), scored=len(sequence.labels)))
-        yield ShownRow(place, None, _text(tokenizer, left_out), *shown)
+            pieces = ids[:start], ids[start:prompt], ids[max(start, prompt) : stop], ids[stop:]
+            sides.append(ShownSide(*_parts(tokenizer, pieces), scored=len(sequence.labels)))
+        yield ShownRow(place, None, _text(tokenizer, left_out), *sides)
 
 
 def json_row(shown: ShownRow) -> dict[str, Any]:
@@ -160,25 +149,23 @@ def json_row(shown: ShownRow) -> dict[str, Any]:
     del row["place"]
     for side in ("chosen", "rejected"):
         if (of := row[side]) is not None:
+            parts = of._asdict().items()
             row[side] = {
-                name: part._asdict() if isinstance(part, Part) else part
-                for name, part in of._asdict().items()
+                name: part._asdict() if isinstance(part, Part) else part for name, part in parts
             }
     return row
 
 
 def _parts(tokenizer: "PreTrainedTokenizerBase", pieces: tuple[list[int], ...]) -> Iterator[Part]:
-    """Yield the parts of one sequence, decoded together: a piece decoded alone may lose its first
-    space.
-    """
+    """Yield the parts of a sequence, decoded together: alone, one may lose its first space."""
     ids: list[int] = []
     before = ""
     for piece in pieces:
         ids = ids + piece
-        whole = _text(tokenizer, ids)
-        text = whole[len(before) :] if whole.startswith(before) else _text(tokenizer, piece)
+        so_far = _text(tokenizer, ids)
+        text = so_far[len(before) :] if so_far.startswith(before) else _text(tokenizer, piece)
         yield Part(piece, text if piece else "")
-        before = whole
+        before = so_far
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
@@ -200,8 +187,8 @@ def lengths(
     edges = np.arange(0, beyond + width, width)
     prompt = np.minimum(uncut[:, 0], data.max_prompt_length or uncut.max())
     completions = np.minimum(uncut[:, 1:], data.max_completion_length or uncut.max())
-    whole = data.max_length or np.inf
-    fills = (prompt >= whole) & (data.truncation == "keep_start")
+    limit = data.max_length or np.inf
+    fills = (prompt >= limit) & (data.truncation == "keep_start")
     return {
         "rows": len(uncut),
         "tokens": {
@@ -213,7 +200,7 @@ def lengths(
         "cut": {
             "max_prompt_length": int((prompt < uncut[:, 0]).sum()),
             "max_completion_length": int((completions < uncut[:, 1:]).any(axis=1).sum()),
-            "max_length": int(((prompt + completions.max(axis=1) > whole) & ~fills).sum()),
+            "max_length": int(((prompt + completions.max(axis=1) > limit) & ~fills).sum()),
         },
         "dropped": dropped,
         "unread": unread,
@@ -235,17 +222,15 @@ def row_lines(shown: ShownRow, tokenizer: "PreTrainedTokenizerBase", colour: boo
         differs = "followed by a completion it does not, so the completion starts earlier"
         yield f"  tokenised alone the prompt ends with {shown.left_out!r}; {differs}"
     paint = _Paint(tokenizer, colour)
-    is_shared = (shown.chosen.cut_before, shown.chosen.prompt) == (
-        shown.rejected.cut_before,
-        shown.rejected.prompt,
-    )
+    prompts = [
+        paint.cut(of.cut_before, at_end=False) + paint(of.prompt, "") for of in sides.values()
+    ]
+    one, other = ((of.cut_before, of.prompt) for of in sides.values())
+    is_shared = one == other
     if is_shared:
-        yield from _block(
-            "prompt",
-            paint.cut(shown.chosen.cut_before, at_end=False) + paint(shown.chosen.prompt, ""),
-        )
-    for (side, of), code in zip(sides.items(), ("32", "31"), strict=True):
-        before = "" if is_shared else paint.cut(of.cut_before, at_end=False) + paint(of.prompt, "")
+        yield from _block("prompt", prompts[0])
+    for (side, of), prompt, code in zip(sides.items(), prompts, ("32", "31"), strict=True):
+        before = "" if is_shared else prompt
         completion = paint(of.completion, code).removesuffix("\n")
         yield from _block(side, f"{before}⟦{completion}⟧{paint.cut(of.cut_after, at_end=True)}")
         if of.scored < len(of.completion.ids):
@@ -265,10 +250,10 @@ class _Paint:
         text = _visible(part.text)
         if not self.colour:
             return text
-        text = self._special.sub(lambda found: f"\x1b[1m{found[0]}\x1b[22m", text)
-        return "\n".join(
-            f"\x1b[{code}m{line}\x1b[0m" if code and line else line for line in text.split("\n")
-        )
+        text = self._special.sub(lambda token: f"\x1b[1m{token[0]}\x1b[22m", text)
+        if not code:
+            return text
+        return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
     def cut(self, part: Part, at_end: bool) -> str:
         """Return a mark for cut tokens: their number, and the text next to the kept part."""
@@ -282,40 +267,38 @@ class _Paint:
 
 
 def _visible(text: str) -> str:
-    """Return text with symbols for line breaks, spaces at the end of a line and control
-    characters.
-    """
-    return re.sub(
-        r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), printable(text, keep="\n")
-    ).replace("\n", "⏎\n")
+    """Return text with symbols for line breaks, spaces at line ends and control characters."""
+    text = printable(text, keep="\n")
+    text = re.sub(r" +(?=\n|\Z)", lambda blanks: "␣" * len(blanks[0]), text)
+    return text.replace("\n", "⏎\n")
 
 
 def _block(name: str, text: str) -> Iterator[str]:
-    for label, line in zip(
-        chain([name], repeat("")), text.removesuffix("\n").split("\n"), strict=False
-    ):
+    """Yield lines of text beside the name of the block."""
+    labels = chain([name], repeat(""))
+    for label, line in zip(labels, text.removesuffix("\n").split("\n"), strict=False):
         yield f"  {label:<10}{line}"
 
 
-def length_lines(key: str, found: dict[str, Any], data: DataSpec) -> Iterator[str]:
+def length_lines(key: str, statistics: dict[str, Any], data: DataSpec) -> Iterator[str]:
     """Yield the result of `lengths` for the data set of a setting, as lines for a terminal."""
-    names = {name: name.replace("_", " ") for name in found["tokens"]}
+    names = {name: name.replace("_", " ") for name in statistics["tokens"]}
     width = max(map(len, names.values()))
-    last = found["histogram_edges"][-1] - 1
-    yield f"{key}: tokens of {found['rows']} rows before truncation"
+    last = statistics["histogram_edges"][-1] - 1
+    yield f"{key}: tokens of {statistics['rows']} rows before truncation"
     yield f"{'':<{width}}  " + "".join(f"{name:>7}" for name in QUANTILES) + f"   0 to {last}"
     for name, label in names.items():
-        numbers = "".join(f"{found['tokens'][name][quantile]:>7}" for quantile in QUANTILES)
-        yield f"{label:<{width}}  {numbers}   {_bars(found['histogram'][name])}".rstrip()
-    for limit, rows in found["cut"].items():
+        numbers = "".join(f"{statistics['tokens'][name][quantile]:>7}" for quantile in QUANTILES)
+        yield f"{label:<{width}}  {numbers}   {_bars(statistics['histogram'][name])}".rstrip()
+    for limit, rows in statistics["cut"].items():
         if (value := getattr(data, limit)) is not None:
             how = f" ({data.truncation})" if limit == "max_length" else ""
             yield f"rows cut by data.{limit}={value}{how}: {rows}"
-    for reason, rows in found["dropped"].items():
+    for reason, rows in statistics["dropped"].items():
         yield f"rows dropped, {reason}: {rows}"
-    for variable, rows in found["unread"].items():
+    for variable, rows in statistics["unread"].items():
         yield f"rows with {variable}, which the chat template does not read: {rows}"
-    yield from note_lines(found.get("unread_columns", {}), found.get("notes", {}))
+    yield from note_lines(statistics.get("unread_columns", {}), statistics.get("notes", {}))
 
 
 def _bars(counts: list[int]) -> str:

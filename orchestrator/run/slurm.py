@@ -19,7 +19,7 @@ BATCH_SCRIPTS = (
 )
 
 
-def submit(spec: RunSpec) -> int:
+def submit_job(spec: RunSpec) -> int:
     """Submit the run with sbatch, with its size as flags; return 0 as soon as the job is queued.
 
     Raises:

@@ -8,19 +8,23 @@ Next = Literal["done", "refuse", "retry", "give up"]
 BACKOFF_S = (1.0, 5.0, 30.0)  # seconds before the first, second and every further retry in a row
 
 
+class RunDied(Exception):
+    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint."""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """Outcome of one fit()."""
 
-    outcome: Literal[
-        "ended", "refused", "failed", "died"
-    ]  # failed: training cannot continue; died: anything unexpected
+    # failed: training cannot continue; died: anything unexpected
+    outcome: Literal["ended", "refused", "failed", "died"]
     newest_step: int  # of the newest committed checkpoint, -1 without one
 
 
 class Supervisor:
-    """Counter of deaths since the last new checkpoint: a run that progresses between deaths is
-    never given up.
+    """Counter of deaths since the last new checkpoint.
+
+    A run that progresses between deaths is never given up.
     """
 
     def __init__(self, max_failures: int) -> None:

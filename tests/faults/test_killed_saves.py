@@ -128,7 +128,7 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
     assert cli.main(["verify", str(run_dir)]) == cli.DONE
     assert (
         capsys.readouterr().out
-        == "step_00000005: whole\nstep_00000004: whole\npairs.parquet: whole\n"
+        == "step_00000005: complete\nstep_00000004: complete\npairs.parquet: complete\n"
     )
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "step_00000004",

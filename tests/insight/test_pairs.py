@@ -13,12 +13,12 @@ from orchestrator import cli
 from orchestrator.data.sources import RawRow
 from orchestrator.insight.pairs import (
     accuracies,
+    analyse,
     as_json,
+    as_lines,
     by_length,
     disagreement,
-    findings,
     histories,
-    lines,
     mislabelled,
     never_learned,
     rank_correlation,
@@ -144,10 +144,10 @@ def test_lengths_are_halved_on_either_side_of_0() -> None:
 
 
 def test_the_lines_name_what_was_found() -> None:
-    actual = findings(22, THREE)
-    assert actual.shown(1) == [5]
+    actual = analyse(22, THREE)
+    assert actual.first_ids(1) == [5]
     texts = {5: RawRow("a.jsonl", 5, {"prompt": "Say\nit", "chosen": "x" * 300, "rejected": "ü"})}
-    output = list(lines(actual, 5, texts))
+    output = list(as_lines(actual, 5, texts))
     assert output[:3] == [
         "6 visits of 3 pairs up to step 22",
         "learned 1 (33.3%): margin above 0 at the last visit",
@@ -166,7 +166,7 @@ def test_the_lines_name_what_was_found() -> None:
 
 
 def test_messages_are_shown_by_what_they_say() -> None:
-    actual = findings(
+    actual = analyse(
         1, ledger(preferring(1, (-8, -4), (-6, -5), (2, 2)), preferring(2, (0, 0), (0, 0), (9, 2)))
     )
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello."}]
@@ -176,7 +176,7 @@ def test_messages_are_shown_by_what_they_say() -> None:
         "chosen": [{"role": "assistant", "content": "Hi."}],
         "rejected": [{"role": "assistant", "tool_calls": calls}],
     }
-    output = list(lines(actual, 1, {1: RawRow("a", 1, row), 2: RawRow("b", 4, row)}))
+    output = list(as_lines(actual, 1, {1: RawRow("a", 1, row), 2: RawRow("b", 4, row)}))
     assert (
         "each pair was seen once, before its own update: its margin comes from updates on other "
         "pairs" in output
@@ -192,7 +192,7 @@ def test_messages_are_shown_by_what_they_say() -> None:
 def test_as_json_it_has_no_nan_and_whole_texts() -> None:
     row = {"prompt": "p", "chosen": "c" * 300, "rejected": "r"}
     actual = json.loads(
-        json.dumps(as_json(findings(22, THREE), 2, {7: RawRow("a.jsonl", 6, row)}), allow_nan=False)
+        json.dumps(as_json(analyse(22, THREE), 2, {7: RawRow("a.jsonl", 6, row)}), allow_nan=False)
     )
     assert actual["accuracies"] == {"0": pytest.approx(1 / 3), "1": 0.5, "2": 0.0}
     assert actual["never_learned"]["pairs"] == 2

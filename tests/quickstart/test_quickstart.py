@@ -126,7 +126,7 @@ def test_verify_and_export(
     monkeypatch.setattr(sys, "path", list(sys.path))  # to which main() adds the current folder
     run_dir, _ = finished
     assert main(["verify", str(run_dir)]) == DONE
-    assert capsys.readouterr().out.count(": whole") == 2
+    assert capsys.readouterr().out.count(": complete") == 2
     assert main(["export", str(run_dir), str(tmp_path / "out"), "--dtype", "bf16"]) == DONE
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 1_000_000
 

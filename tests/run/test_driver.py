@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from orchestrator.run.ray import capacity, driver, elastic
 from orchestrator.run.ray.cluster import check_head
 from orchestrator.run.ray.objects import pickled_objects, unpickled_objects
+from orchestrator.run.supervise import RunDied
 from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects
@@ -82,7 +83,7 @@ def test_a_run_that_lost_a_node_waits_for_another_and_then_says_how_to_go_on(
         return OSError("a node is gone")
 
     with pytest.raises(
-        driver.RunDied,
+        RunDied,
         match=r"cluster\.num_workers = 2.* the same command continues from the start",
     ):
         driver.run_attempts(spec, run_dir, fit)

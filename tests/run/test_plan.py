@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orchestrator.run import plan
-from orchestrator.run.checks import hub as reach
+from orchestrator.run.checks import hub
 from orchestrator.run.plan import planned
 from orchestrator.settings.spec import UserError
 from support.tiny_settings import random_rows, tiny_spec, write_jsonl
@@ -106,7 +106,7 @@ def test_rows_on_the_hub_are_left_to_the_start_of_the_run(
     spec = tiny_spec(tmp_path, data={"train": train, "eval": None})
     with pytest.raises(UserError, match=r"data\.train.* = 'org/dataset'"):
         planned(spec)  # HF_HUB_OFFLINE: the run could not read it either
-    monkeypatch.setattr(reach, "_is_offline", lambda: False)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
     facts = planned(spec)
     assert facts["train_rows"] is None
     assert "steps" not in facts
@@ -203,8 +203,8 @@ def test_a_plan_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_models_that_the_hub_would_have_are_not_looked_at_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reach, "_is_offline", lambda: False)
-    monkeypatch.setattr(reach, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     facts = planned(tiny_spec(tmp_path, model={"init": None, "path": "org/model"}))
     assert any(line.startswith("model.path = org/model: is not checked") for line in facts["notes"])
     with pytest.raises(UserError, match=r"model\.path = 'nonexistent': is not a folder"):

@@ -396,7 +396,7 @@ def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatc
             UserError,
             match=r"RAY_ADDRESS = .*: no Ray answers there \(Connection refused\); start the",
         ):
-            node_checks.doctor(None)
+            node_checks.check_cluster(None)
 
 
 # --- room for checkpoints -------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_a_step_of_two_ranks_while_someone_owns_the_run(run_dir: RunDir) -> None
         replayed = replay(run_dir, 7)
         assert {path: path.stat().st_mtime_ns for path in run_dir.path.rglob("*")} == before
     check(run_dir, replayed)
-    assert replayed.found == run_dir.checkpoints / "step_00000006"
+    assert replayed.checkpoint == run_dir.checkpoints / "step_00000006"
     assert [pair.loss for pair in replayed.pairs] == sorted(
         (pair.loss for pair in replayed.pairs), reverse=True
     )
@@ -94,7 +94,7 @@ def test_without_an_older_checkpoint_it_begins_at_the_start(
         tmp_path.rglob("*.logps")
     )  # nothing is added to what the run knows of its reference
     check(run_dir, replayed)
-    assert replayed.found is None
+    assert replayed.checkpoint is None
     assert (
         "after repeating 1 step from the start, as there is no older checkpoint"
         in capsys.readouterr().out

@@ -15,11 +15,11 @@ from orchestrator.data.pairs import tokenized_pairs
 from orchestrator.run.rows import (
     Part,
     ShownRow,
-    facts,
+    as_json,
+    as_lines,
     json_row,
     length_lines,
     lengths,
-    lines,
     row_lines,
     shown_rows,
 )
@@ -207,14 +207,14 @@ def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "eval.jsonl", [*random_rows(2), *random_rows(2, seed=1)])
     write_jsonl(tmp_path / "train.jsonl", [*content, content[0]])
     spec = tiny_spec(tmp_path)
-    shown_lines = list(lines(spec, 1, colour=False))
+    shown_lines = list(as_lines(spec, 1, colour=False))
     assert shown_lines.count("columns not read: score") == 1
     assert (
         shown_lines[-1]
         == "training pairs that repeat an earlier one: 1; evaluation pairs that are also "
         "training pairs: 2"
     )
-    actual = facts(spec, 1)
+    actual = as_json(spec, 1)
     assert list(actual["repeats"].values()) == [1, 2]
     assert actual["lengths"]["data.train"]["unread_columns"] == {"score": 7}
     json.dumps(actual)
@@ -222,7 +222,7 @@ def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
 
 def test_a_users_collator_is_named(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, data={"collator": "support.user_collators:plain"})
-    assert "data.collator support.user_collators:plain may lay them out differently" in lines(
+    assert "data.collator support.user_collators:plain may lay them out differently" in as_lines(
         spec, 1, colour=False
     )
 

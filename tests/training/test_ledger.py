@@ -250,7 +250,7 @@ def test_a_broken_part_is_named(run_dir: RunDir, capsys: pytest.CaptureFixture[s
     for step in (2, 4):
         save(saves, step - 2, step)
     assert cli.main(["verify", str(run_dir.path)]) == cli.DONE
-    assert capsys.readouterr().out == "step_00000004: whole\npairs.parquet: whole\n"
+    assert capsys.readouterr().out == "step_00000004: complete\npairs.parquet: complete\n"
     part = next(run_dir.pairs.glob("steps_*"))
     broken(part)
     assert cli.main(["verify", str(run_dir.path)]) == cli.FAILED

@@ -12,14 +12,15 @@ TIMEOUT_S = 3.0  # the hub's client tries for 46 s per name
 
 
 def unreachable_models(spec: RunSpec) -> dict[str, str]:
-    """Return the hub names of models and tokenizers, by setting, that are not cached here, if the
-    hub does not answer.
+    """Return the hub names of models and tokenizers that cannot be loaded here, by setting.
+
+    They are not cached, and the hub does not answer.
 
     With HF_HUB_OFFLINE there are none: a run started here would not contact the hub either.
     """
     names = {key: name for key, name in paths_in(spec, MODEL_KEYS).items() if not looks_local(name)}
     names = {key: name for key, name in names.items() if not _is_cached(name)}
-    return {} if not names or _is_offline() or _hub_answers() else names
+    return {} if not names or is_offline() or hub_answers() else names
 
 
 def unread_sources(spec: RunSpec) -> dict[str, str]:
@@ -28,10 +29,11 @@ def unread_sources(spec: RunSpec) -> dict[str, str]:
     With HF_HUB_OFFLINE there are none: nothing would be downloaded, so they can be read here.
     """
     sources = paths_in(spec, DATA_KEYS).items()
-    return {} if _is_offline() else {key: name for key, name in sources if not looks_local(name)}
+    return {} if is_offline() else {key: name for key, name in sources if not looks_local(name)}
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
@@ -47,7 +49,7 @@ def _is_cached(name: str) -> bool:
         return True  # not a hub name; loading it raises the error
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Return whether the hub's host accepts connections; with a proxy, assume so."""
     from huggingface_hub import constants
 

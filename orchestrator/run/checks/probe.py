@@ -20,6 +20,7 @@ from typing import Any
 
 from orchestrator.data.sources import check_source
 from orchestrator.run.checks.parallel import failures, one_line, side_by_side
+from orchestrator.run.network import use_interface
 from orchestrator.settings.spec import UserError
 
 # Libraries whose versions must match: another one may change results or be unable to communicate.
@@ -201,9 +202,6 @@ class Probe:
         """
         import torch
         import torch.distributed as dist
-
-        # imports torch, which takes seconds, and only this test needs it
-        from orchestrator.world import use_interface
 
         use_interface(interface, towards)
         timeout = timedelta(seconds=ALL_REDUCE_S)

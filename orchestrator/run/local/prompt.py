@@ -52,36 +52,37 @@ def debugger(world: World, post_mortem: bool) -> Iterator[None]:
         ConsoleCallback.give_way()
     hook = sys.breakpointhook
     if "PYTHONBREAKPOINT" not in os.environ:
-        sys.breakpointhook = _at_breakpoint
+        sys.breakpointhook = _open_prompt
     try:
         yield
     except BdbQuit:
         raise KeyboardInterrupt from None
     except Exception as error:
         if post_mortem:
-            _look_at(error, world)
+            _examine(error, world)
         raise
     finally:
         sys.breakpointhook = hook
 
 
-def _at_breakpoint(*, header: str | None = None) -> None:
+def _open_prompt(*, header: str | None = None) -> None:
     prompt = Prompt()
     if header is not None:
         prompt.message(header)
     prompt.set_trace(sys._getframe().f_back)
 
 
-def _look_at(error: Exception, world: World) -> None:
-    """Open a prompt at the line that raised, on the first rank that failed: others fail because of
-    it, or alike.
+def _examine(error: Exception, world: World) -> None:
+    """Open a prompt at the line that raised, on the first rank that failed.
+
+    The others fail because of it, or alike.
     """
     with world.first_to_arrive("failure") as is_first:
-        looked_at = error.__cause__ if isinstance(error, UserError) else error
-        if not is_first or looked_at is None:
+        examined = error.__cause__ if isinstance(error, UserError) else error
+        if not is_first or examined is None:
             return
         prompt = Prompt()
         rank = f"rank {world.rank}: " if world.size > 1 else ""
-        prompt.message(f"\n{rank}{type(looked_at).__name__}: {looked_at}")
+        prompt.message(f"\n{rank}{type(examined).__name__}: {examined}")
         prompt.reset()
-        prompt.interaction(None, looked_at.__traceback__)
+        prompt.interaction(None, examined.__traceback__)

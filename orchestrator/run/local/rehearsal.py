@@ -1,6 +1,4 @@
-"""Build the parts of a small run on the CPU and run one step, so that `plan` raises the run's
-errors.
-"""
+"""Run one step of a small run on the CPU, so that `plan` raises the run's errors."""
 
 import io
 import os
@@ -41,8 +39,7 @@ def is_small(spec: RunSpec, config: Any) -> bool:
 
 
 def rehearse(spec: RunSpec, prepared: PreparedRun) -> list[str]:
-    """Build policy, reference, optimizer and collator, evaluate and run one step, on a few of the
-    shortest pairs.
+    """Build all parts of a run, evaluate and run one step, on a few of the shortest pairs.
 
     It always uses a single process on the CPU: the errors found here do not depend on the engine.
     Nothing is written, and no callback is called. Returns a line if this fails because of this
@@ -62,9 +59,8 @@ def rehearse(spec: RunSpec, prepared: PreparedRun) -> list[str]:
             _try_a_step(spec, few, world)
     except (UserError, TrainingError):
         raise
-    except (
-        Exception
-    ) as error:  # the machine of the run may have a kernel or library that is missing here
+    # the machine of the run may have a kernel or library that is missing here
+    except Exception as error:
         reason = " ".join(str(error).split())[:160]
         return [f"a trial step on this machine's CPU failed ({type(error).__name__}: {reason})"]
     finally:
@@ -86,9 +82,7 @@ def _try_a_step(spec: RunSpec, few: PreparedRun, world: World) -> None:
 
 
 def _on_cpu(spec: RunSpec, pairs: int) -> RunSpec:
-    """Return the settings without those that need a GPU, an engine's library or the length of the
-    run.
-    """
+    """Return the settings without those that need a GPU, an engine's library or a length."""
     updates: dict[str, Any] = {
         "engine": EngineSpec(shard_optimizer=spec.engine.deals_parameters),  # pyright: ignore
         "scheduler": SchedulerSpec(),
@@ -99,9 +93,8 @@ def _on_cpu(spec: RunSpec, pairs: int) -> RunSpec:
     if spec.model.attention in ("varlen", "cpu"):
         updates["model"] = spec.model.model_copy(update={"attention": "auto"})
     if spec.optimizer.compiles_kernels:
-        updates["optimizer"] = spec.optimizer.model_copy(
-            update={"name": "torch.optim.AdamW", "kwargs": {}}
-        )
+        adamw = {"name": "torch.optim.AdamW", "kwargs": {}}
+        updates["optimizer"] = spec.optimizer.model_copy(update=adamw)
     return spec.model_copy(update=updates)
 
 
@@ -116,21 +109,15 @@ def _bytes_of_weights(folder: str) -> int:
 
 
 def _bytes_of_config(config: Any) -> int:
-    """Return the fp32 bytes of a model built from a config; 0 if it cannot be built without
-    memory.
-    """
+    """Return the fp32 bytes of a model of a config; 0 if it cannot be built without memory."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
-    except (
-        ValueError,
-        RuntimeError,
-        TypeError,
-        ArithmeticError,
-    ):  # the rehearsal reports the error
+    # the rehearsal reports the error
+    except (ValueError, RuntimeError, TypeError, ArithmeticError):
         return 0
     return 4 * sum(parameter.numel() for parameter in model.parameters())
 

@@ -1,6 +1,4 @@
-"""Replay a step of a run in one process, from the newest checkpoint before it, and show every pair
-of its batch.
-"""
+"""Replay a step of a run in one process, and show every pair of its batch."""
 
 import json
 import logging
@@ -32,7 +30,7 @@ from orchestrator.training.assemble import assembled
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.context import RunContext
 from orchestrator.training.manifest import committed, step_of, verify
-from orchestrator.training.prepare import prepare
+from orchestrator.training.prepare import PreparedRun, prepare
 from orchestrator.training.result import last_result
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
@@ -40,6 +38,9 @@ from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.world import World, is_one_of_many
 
 logger = logging.getLogger(__name__)
+
+Outputs = list[tuple[PairBatch, StepOutput]]
+"""The micro-batches of a step and their outputs."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ReplayResult:
     """Results of a step before its update."""
 
     step: int
-    found: Path | None  # the checkpoint it started from; None: the start of the run
+    checkpoint: Path | None  # the one it started from; None: the start of the run
     epoch: int  # from 0
     pairs: list[ReplayedPair]  # those without a finite loss first, then the largest loss
     loss: float  # mean over the global batch
@@ -75,17 +76,16 @@ def replay(
     step: int,
     overrides: Sequence[str] = (),
     post_mortem: bool = False,
-    given: UserObjects = NOTHING,
+    user: UserObjects = NOTHING,
 ) -> ReplayResult:
-    """Run the steps between the newest complete checkpoint and `step`, then the forward and
-    backward pass of `step`.
+    """Run the forward and backward pass of a step, from the newest complete checkpoint before it.
 
     This uses one process, whatever engine and number of ranks the run has. The run may continue
     meanwhile: it is only read, and its callbacks are not called.
 
     overrides: key=value for settings that may change on resume.
     post_mortem: stop at a breakpoint before the step, and when an exception is raised.
-    given: objects with which the run was started in Python; callbacks are not called.
+    user: objects with which the run was started in Python; callbacks are not called.
 
     Raises:
         UserError: the run has not reached that step, or cannot be resumed here.
@@ -93,70 +93,66 @@ def replay(
     """
     if is_one_of_many():
         raise UserError("--replay-step", step, "runs in one process", "start it without torchrun")
-    spec = _spec_of(run_dir, overrides)
+    spec = _settings_of(run_dir, overrides)
     _check_reached(run_dir, spec, step)
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
-        prepared = prepare(spec, given)
-        total = run_length(
-            prepared.train.pairs_per_epoch, spec.batch.global_batch_size, spec.training
-        ).steps
-        if step > total:
-            raise UserError(
-                "--replay-step", step, f"the run has {counted(total, 'step')}", f"use 1 to {total}"
-            )
-        found = _newest_before(run_dir, step)
-        if found is not None:
-            _check_readable(Reader(found).meta, step, world)
-        _say(spec, step, found, world)
-        with (
-            scratch_run(spec) as (bare, folder),
-            assembled(
-                RunContext(bare, world, NothingToSave(), folder), prepared, given, found
-            ) as trainer,
-        ):
-            if trainer.loader.cache is not None:
-                trainer.loader.cache.only_read()  # it belongs to the run, which may be running
-            _check_epochs(run_dir, trainer.step, step)
-            with closing(trainer.loader.steps(trainer.pairs_seen, trainer.step)) as steps:
-                trainer.train(steps, upto=step - 1)
-                if trainer.step < step - 1:
-                    rule = f"training ended after step {trainer.step}"
-                    raise UserError("--replay-step", step, rule, "use a step of the run")
-                batches, outputs, grad_norm = _taken(trainer, steps, post_mortem)
-            pairs = [
-                pair
-                for indices, (batch, output) in zip(batches.indices, outputs, strict=True)
-                for pair in _pairs(trainer, indices.tolist(), output, batch.completion_tokens)
-            ]
-            pairs.sort(key=lambda pair: (math.isfinite(pair.loss), -pair.loss))
-            loss = sum(float(output.loss) for _, output in outputs)
-            return ReplayResult(
-                step, found, batches.epoch, pairs, loss, grad_norm, _logged(run_dir, step)
-            )
+        prepared = prepare(spec, user)
+        _check_within(spec, prepared, step)
+        checkpoint = _newest_before(run_dir, step)
+        if checkpoint is not None:
+            _check_readable(Reader(checkpoint).meta, step, world)
+        _print_start(spec, step, checkpoint, world)
+        with scratch_run(spec) as (bare, folder):
+            context = RunContext(bare, world, NothingToSave(), folder)
+            with assembled(context, prepared, user, checkpoint) as trainer:
+                if trainer.loader.cache is not None:
+                    trainer.loader.cache.only_read()  # it belongs to the run, which may be running
+                _check_epochs(run_dir, trainer.step, step)
+                with closing(trainer.loader.steps(trainer.pairs_seen, trainer.step)) as steps:
+                    _repeat_steps(trainer, steps, step - 1)
+                    batches, outputs, grad_norm = _run_step(trainer, steps, post_mortem)
+                pairs, loss = _replayed_pairs(trainer, batches, outputs)
+    logged = _logged(run_dir, step)
+    return ReplayResult(step, checkpoint, batches.epoch, pairs, loss, grad_norm, logged)
 
 
-def _say(spec: RunSpec, step: int, found: Path | None, world: World) -> None:
-    taken = step_of(found) if found else 0
-    where = found.name if found else "the start, as there is no older checkpoint"
+def _check_within(spec: RunSpec, prepared: PreparedRun, step: int) -> None:
+    """Check that the run has the step at all."""
+    per_epoch = prepared.train.pairs_per_epoch
+    last = run_length(per_epoch, spec.batch.global_batch_size, spec.training).steps
+    if step > last:
+        rule = f"the run has {counted(last, 'step')}"
+        raise UserError("--replay-step", step, rule, f"use 1 to {last}")
+
+
+def _print_start(spec: RunSpec, step: int, checkpoint: Path | None, world: World) -> None:
+    taken = step_of(checkpoint) if checkpoint else 0
+    where = checkpoint.name if checkpoint else "the start, as there is no older checkpoint"
     repeated = f"after repeating {counted(step - 1 - taken, 'step')} from {where}"
     print(f"step {step} of {spec.run.name} on {world.device.type}, {repeated}", flush=True)
 
 
-def _taken(
+def _repeat_steps(trainer: Trainer, steps: Iterator[StepBatches], last: int) -> None:
+    """Train up to the step before the one to replay."""
+    trainer.train(steps, upto=last)
+    if trainer.step < last:
+        rule = f"training ended after step {trainer.step}"
+        raise UserError("--replay-step", last + 1, rule, "use a step of the run")
+
+
+def _run_step(
     trainer: Trainer, steps: Iterator[StepBatches], stops: bool
-) -> tuple[StepBatches, list[tuple[PairBatch, StepOutput]], float]:
-    """Return the batches of the next step, its outputs, and the gradient norm, after batches that
-    fp16 skips.
+) -> tuple[StepBatches, Outputs, float]:
+    """Run the forward and backward pass of the next step, after batches that fp16 skips.
+
+    Returns its batches, its outputs and the gradient norm. stops: at a breakpoint before it.
     """
     scales_loss = PRECISION_TRAITS[trainer.context.precision].scales_loss
     for skipped in count():
         batches = next(steps)
         if stops:
-            print(
-                "the next line runs the step: `batches` are its micro-batches, `trainer` is the "
-                "trainer",
-                flush=True,
-            )
+            names = "`batches` are its micro-batches, `trainer` is the trainer"
+            print(f"the next line runs the step: {names}", flush=True)
             breakpoint()
         outputs = trainer.micro_steps(batches)
         is_finite = bool(trainer.engine.grads_finite())
@@ -166,16 +162,28 @@ def _taken(
     raise AssertionError  # not reached: count() is endless
 
 
-def _pairs(
+def _replayed_pairs(
+    trainer: Trainer, batches: StepBatches, outputs: Outputs
+) -> tuple[list[ReplayedPair], float]:
+    """Return the pairs of a step, the worst first, and its loss."""
+    pairs = [
+        pair
+        for indices, (batch, output) in zip(batches.indices, outputs, strict=True)
+        for pair in _pairs_of_batch(trainer, indices.tolist(), output, batch.completion_tokens)
+    ]
+    pairs.sort(key=lambda pair: (math.isfinite(pair.loss), -pair.loss))
+    return pairs, sum(float(output.loss) for _, output in outputs)
+
+
+def _pairs_of_batch(
     trainer: Trainer, indices: list[int], output: StepOutput, tokens: torch.Tensor
 ) -> Iterator[ReplayedPair]:
     """Yield the results of the pairs at these indices. tokens: [2B] tokens of their completions."""
     tokenizer = trainer.callbacks.objects["processing_class"]
     split = PairTerms.split(output.logps.cpu(), output.ref_logps.cpu(), tokens.cpu())
     numbers = (output.losses, *rewards(split, trainer.spec.dpo), *split[:4])
-    for index, loss, chosen, rejected, *logps in zip(
-        indices, *(number.tolist() for number in numbers), strict=True
-    ):
+    lists = (number.tolist() for number in numbers)
+    for index, loss, chosen, rejected, *logps in zip(indices, *lists, strict=True):
         row = trainer.loader.pairs[index]
         texts = (tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
         place = trainer.loader.pairs.place(row["pair_id"])
@@ -184,7 +192,7 @@ def _pairs(
         )
 
 
-def lines(replayed: ReplayResult) -> Iterator[str]:
+def replay_lines(replayed: ReplayResult) -> Iterator[str]:
     """Yield lines for a terminal: each pair with its numbers and shortened texts, then the step."""
     for pair in replayed.pairs:
         yield f"row {pair.row} of {pair.source}: loss {pair.loss:.6f}"
@@ -201,7 +209,7 @@ def lines(replayed: ReplayResult) -> Iterator[str]:
 # --- the run that is read -------------------------------------------------------------------------
 
 
-def _spec_of(run_dir: RunDir, overrides: Sequence[str]) -> RunSpec:
+def _settings_of(run_dir: RunDir, overrides: Sequence[str]) -> RunSpec:
     """Return the run's settings with overrides of those that may change on resume.
 
     Raises:
@@ -220,11 +228,12 @@ def _check_reached(run_dir: RunDir, spec: RunSpec, step: int) -> None:
         reached = ended.step
     else:
         saved = [step_of(folder) for folder in committed(run_dir.checkpoints)]
-        logged = [int(line["step"]) + spec.training.logging_steps for line in _metrics(run_dir)]
-        beats = [
-            json.loads(path.read_text())["step"] for path in run_dir.logs.glob("heartbeat_*.json")
+        logged = [
+            int(line["step"]) + spec.training.logging_steps for line in _training_lines(run_dir)
         ]
-        reached = max((1, *(taken + 1 for taken in saved + beats), *logged))
+        heartbeats = run_dir.logs.glob("heartbeat_*.json")
+        taken = saved + [json.loads(path.read_text())["step"] for path in heartbeats]
+        reached = max((1, *(each + 1 for each in taken), *logged))
     if step > reached:
         rule = f"the run in {run_dir.path} has reached at most step {reached}"
         raise UserError("--replay-step", step, rule, f"use 1 to {reached}")
@@ -235,9 +244,9 @@ def _newest_before(run_dir: RunDir, step: int) -> Path | None:
     for folder in committed(run_dir.checkpoints):
         if step_of(folder) >= step:
             continue
-        if not (wrong := verify(folder)):
+        if not (problems := verify(folder)):
             return folder
-        logger.warning("%s; an older checkpoint is used", wrong[0])
+        logger.warning("%s; an older checkpoint is used", problems[0])
     return None
 
 
@@ -246,15 +255,12 @@ def _check_readable(meta: dict[str, Any], step: int, world: World) -> None:
     name, ranks = meta["made_by"]["optimizer"], meta["world_size"]
     if optimizer_kind(name) != "elementwise" and ranks != world.size:
         rule = f"one rank cannot read the state of {name} of {ranks} ranks"
-        raise UserError(
-            "--replay-step", step, rule, "replay a run with one rank, or with torch.optim.AdamW"
-        )
+        cure = "replay a run with one rank, or with torch.optim.AdamW"
+        raise UserError("--replay-step", step, rule, cure)
 
 
 def _check_epochs(run_dir: RunDir, taken: int, step: int) -> None:
-    """Check that no callback ended an epoch early since the checkpoint: callbacks are not called in
-    a replay.
-    """
+    """Check that no callback ended an epoch early since the checkpoint: a replay calls none."""
     saved = committed(run_dir.checkpoints)
     ended = Reader(saved[0]).meta["epochs_ended"] if saved else []
     if cut := [after for after in ended if taken <= after < step]:
@@ -262,22 +268,16 @@ def _check_epochs(run_dir: RunDir, taken: int, step: int) -> None:
         raise UserError("--replay-step", step, rule, f"use a step up to {cut[0]}")
 
 
-def _metrics(run_dir: RunDir) -> list[dict[str, Any]]:
-    if not run_dir.metrics.is_file():
-        return []
-    found: list[dict[str, Any]] = []
-    for line in run_dir.metrics.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # an incomplete line that is being written
-            continue
-    return [line for line in found if "loss" in line]
+def _training_lines(run_dir: RunDir) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl that log training."""
+    return [line for line in run_dir.metric_lines() if "loss" in line]
 
 
 def _logged(run_dir: RunDir, step: int) -> dict[str, float]:
-    """Return the logged values of this step; its loss only if the logged mean contains no earlier
-    step.
+    """Return the logged values of this step.
+
+    Its loss is among them only if the logged mean contains no earlier step.
     """
-    of = {int(line["step"]): line for line in _metrics(run_dir)}
-    names = ["grad_norm", *(["loss"] if step == 1 or step - 1 in of else [])]
-    return {name: of[step][name] for name in names if step in of}
+    lines = {int(line["step"]): line for line in _training_lines(run_dir)}
+    names = ["grad_norm", *(["loss"] if step == 1 or step - 1 in lines else [])]
+    return {name: lines[step][name] for name in names if step in lines}

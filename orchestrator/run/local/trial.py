@@ -39,10 +39,9 @@ class NothingToSave:
 
 @contextmanager
 def scratch_run(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
-    """Yield settings without evaluation, checkpoints, user callbacks and W&B, and a temporary run
-    directory.
+    """Yield settings with which a trainer can only run steps, and a temporary run directory.
 
-    A trainer with these can only run steps.
+    They are without evaluation, checkpoints, user callbacks and W&B.
     """
     updates = {
         "evaluation": EvaluationSpec(),  # pyright: ignore[reportCallIssue]
@@ -56,29 +55,23 @@ def scratch_run(spec: RunSpec) -> Iterator[tuple[RunSpec, RunDir]]:
 
 
 @contextmanager
-def _on_first_batch(
-    spec: RunSpec,
-    world: World,
-    given: UserObjects,
-    shown: Sequence[TrainerCallback] = (),
+def _trainer_on_first_batch(
+    spec: RunSpec, world: World, user: UserObjects, callbacks: Sequence[TrainerCallback] = ()
 ) -> Iterator[Trainer]:
-    """Yield a trainer at the start of the run whose only data is the first global batch; shown:
-    callbacks.
-    """
+    """Yield a trainer at the start of the run whose only data is the first global batch."""
     if spec.reference_cache == "lazy":
         # cached log-probs would make a step cheaper than those of the first epoch, and new ones
         # must not be written
-        spec = spec.model_copy(
-            update={"reference": spec.reference.model_copy(update={"cache": "off"})}
-        )
-    prepared = prepare(spec, given)
+        reference = spec.reference.model_copy(update={"cache": "off"})
+        spec = spec.model_copy(update={"reference": reference})
+    prepared = prepare(spec, user)
     with (
         scratch_run(spec) as (bare, run_dir),
         assembled(
             RunContext(bare, world, NothingToSave(), run_dir),
             prepared,
-            given,
-            callbacks=shown,
+            user,
+            callbacks=callbacks,
             first_batch_only=True,
         ) as trainer,
     ):
@@ -94,27 +87,22 @@ class OverfitResult(NamedTuple):
     last: float
 
 
-def overfit(
-    spec: RunSpec,
-    given: UserObjects = NOTHING,
-    post_mortem: bool = False,
-) -> OverfitResult:
+def overfit(spec: RunSpec, user: UserObjects = NOTHING, post_mortem: bool = False) -> OverfitResult:
     """Run all steps on the first global batch: a working setup brings the loss near 0.
 
     It starts at the start of the run and writes nothing.
 
-    given: objects of a Python user; callbacks are not called.
+    user: objects of a Python user; callbacks are not called.
 
     Raises:
         UserError: the settings or the data are wrong.
         TrainingError: training cannot continue.
     """
-    spec = spec.model_copy(
-        update={"training": spec.training.model_copy(update={"logging_steps": 1})}
-    )
+    training = spec.training.model_copy(update={"logging_steps": 1})
+    spec = spec.model_copy(update={"training": training})
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
-        shown = [ConsoleCallback()] if world.is_main else []
-        with _on_first_batch(spec, world, given, shown) as trainer:
+        callbacks = [ConsoleCallback()] if world.is_main else []
+        with _trainer_on_first_batch(spec, world, user, callbacks) as trainer:
             # end by steps: some batches of a run are smaller than this one
             trainer.length = trainer.length._replace(pairs=None)
             trainer.callbacks.fire("on_train_begin")
@@ -141,17 +129,12 @@ class DryRunResult(NamedTuple):
     where: str
 
 
-def dry_run(
-    spec: RunSpec,
-    given: UserObjects = NOTHING,
-    post_mortem: bool = False,
-) -> DryRunResult:
-    """Build everything as for a run, and run one forward and backward pass of its first global
-    batch; no update.
+def dry_run(spec: RunSpec, user: UserObjects = NOTHING, post_mortem: bool = False) -> DryRunResult:
+    """Build everything, and run a forward and backward pass of the first global batch; no update.
 
     Only caches are written.
 
-    given: objects of a Python user; callbacks are not called.
+    user: objects of a Python user; callbacks are not called.
 
     Raises:
         UserError: the settings or the data are wrong.
@@ -159,7 +142,7 @@ def dry_run(
     with (
         joined(spec, post_mortem) as world,
         debugger(world, post_mortem),
-        _on_first_batch(spec, world, given) as trainer,
+        _trainer_on_first_batch(spec, world, user) as trainer,
         closing(trainer.loader.steps(0, 0)) as steps,
     ):
         began = time.monotonic()
@@ -170,29 +153,24 @@ def dry_run(
         sums = MetricSums(world)
         for _, output in outputs:
             sums.add(output.metric_sums)
-        result = DryRunResult(
-            len(trainer.loader.pairs), means(sums.totals()), grad_norm, seconds, *_peak(world)
-        )
+        pairs, metrics = len(trainer.loader.pairs), means(sums.totals())
+        result = DryRunResult(pairs, metrics, grad_norm, seconds, *_peak_memory(world))
         if world.is_main:
-            _say(result)
+            _print_result(result)
         return result
 
 
-def _say(result: DryRunResult) -> None:
-    print(
-        f"forward and backward pass of the first {counted(result.pairs, 'pair')}: "
-        f"{result.seconds:.2f} s"
-    )
+def _print_result(result: DryRunResult) -> None:
+    pairs = counted(result.pairs, "pair")
+    print(f"forward and backward pass of the first {pairs}: {result.seconds:.2f} s")
     print(f"loss {result.metrics['loss']:.6f}, gradient norm {result.grad_norm:.6g}")
-    print(
-        f"peak memory {result.peak_bytes / 2**20:,.0f} MB {result.where}, before the first update "
-        "creates the ",
-        end="",
-    )
-    print("optimizer state; nothing was kept", flush=True)
+    peak = f"peak memory {result.peak_bytes / 2**20:,.0f} MB {result.where}"
+    later = "before the first update creates the optimizer state"
+    print(f"{peak}, {later}; nothing was kept", flush=True)
 
 
-def _peak(world: World) -> tuple[int, str]:
+def _peak_memory(world: World) -> tuple[int, str]:
+    """Return the largest peak over ranks, and of what it is."""
     if world.device.type == "cuda":
         peak, where = torch.cuda.max_memory_allocated(world.device), "of GPU memory"
     else:

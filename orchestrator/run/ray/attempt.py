@@ -5,13 +5,13 @@ import threading
 import time
 from typing import Any
 
+from orchestrator.run.network import use_interface
 from orchestrator.run.ray import capacity, elastic
 from orchestrator.run.ray.cluster import is_joined
 from orchestrator.run.ray.node_checks import check_new_nodes
 from orchestrator.run.ray.worker import worker_loop
 from orchestrator.settings.spec import RunSpec
 from orchestrator.training.rundir import RunDir
-from orchestrator.world import use_interface
 
 
 def run_attempt(

@@ -23,7 +23,7 @@ from orchestrator.run.ray.cluster import entered
 from orchestrator.run.ray.deaths import reason_of_death
 from orchestrator.run.ray.logs import following, rank_log
 from orchestrator.run.ray.objects import pickled_objects
-from orchestrator.run.supervise import Attempt, Supervisor
+from orchestrator.run.supervise import Attempt, RunDied, Supervisor
 from orchestrator.settings.spec import RunSpec, UserError
 from orchestrator.training.errors import TrainingError
 from orchestrator.training.health import STOP_SIGNALS
@@ -50,10 +50,6 @@ OUTCOMES: dict[str, Literal["ended", "refused", "failed"]] = {
 """Outcome of an attempt by the status in RUN_DIR/result.json."""
 
 
-class RunDied(Exception):
-    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint."""
-
-
 def train(
     spec: RunSpec,
     *,
@@ -77,8 +73,8 @@ def train(
     """
     check_spec(spec)
     check_arguments(others)
-    user_objects = UserObjects(ref_model, optimizers, callbacks, compute_metrics, data_collator)
-    pickled = pickled_objects(spec, user_objects)
+    user = UserObjects(ref_model, optimizers, callbacks, compute_metrics, data_collator)
+    pickled = pickled_objects(spec, user)
     if spec.cluster.preflight:
         disk.check_answers(spec)
     run_dir = RunDir(spec.run_dir)
@@ -91,7 +87,7 @@ def train(
         if spec.cluster.preflight:
             space = disk.space_checks(spec, own_optimizer=optimizers is not None)
             raise_failed(preflight.check_here(spec) + space)
-        prepare(spec, user_objects)  # raises errors of settings and data before Ray starts
+        prepare(spec, user)  # raises errors of settings and data before Ray starts
         run_dir.begin(spec)
         checked_nodes = set[str]()
         with entered(spec), _stop_on_signal(run_dir), following(rank_log(run_dir, 0)):

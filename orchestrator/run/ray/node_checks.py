@@ -15,7 +15,7 @@ from orchestrator.run.ray.cluster import entered, is_joined
 from orchestrator.settings.spec import RunSpec, UserError
 
 
-def doctor(spec: RunSpec | None) -> list[Check]:
+def check_cluster(spec: RunSpec | None) -> list[Check]:
     """Check this machine and, if RAY_ADDRESS names a cluster, every node that could train.
 
     Raises:

@@ -9,19 +9,19 @@ from orchestrator.training.user_objects import UserObjects
 from orchestrator.world import World
 
 
-def pickled_objects(spec: RunSpec, user_objects: UserObjects) -> dict[str, bytes]:
+def pickled_objects(spec: RunSpec, user: UserObjects) -> dict[str, bytes]:
     """Return the user's objects as bytes, which workers read when their modules can be imported.
 
     Raises:
         UserError: an object cannot be pickled.
     """
-    if not user_objects.parts:
+    if not user.parts:
         return {}
     authenticate(spec)
     from ray import cloudpickle
 
     pickled: dict[str, bytes] = {}
-    for name, part in user_objects.parts.items():
+    for name, part in user.parts.items():
         try:
             pickled[name] = cloudpickle.dumps(part)  # pyright: ignore[reportPrivateImportUsage]
         except Exception as error:  # any object inside may raise any exception

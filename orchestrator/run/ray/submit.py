@@ -30,7 +30,7 @@ SILENCE_S = 30.0
 AWAY_S = 600.0  # seconds that a job server may be unreachable
 
 
-def submit(spec: RunSpec, address: str | None, wait: bool) -> int:
+def submit_job(spec: RunSpec, address: str | None, wait: bool) -> int:
     """Submit the run with the working directory, print its log to the end; return its exit code.
 
     address: of the job server, http://HEAD:8265; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this

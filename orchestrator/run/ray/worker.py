@@ -43,8 +43,8 @@ def worker_loop(config: dict[str, Any]) -> None:
             # Checkpoints are not reported to Ray: it accepts only those in its own folder, waits up
             # to 2 s for each report, and can lose its record of them in a crash. Manifests record
             # which exist.
-            user_objects = unpickled_objects(config["objects"], world)
-            run(spec, world, LocalSession(run_dir, world.rank), user_objects)
+            user = unpickled_objects(config["objects"], world)
+            run(spec, world, LocalSession(run_dir, world.rank), user)
         except UserError as error:
             parts = [error.key, error.value, error.rule, error.cure]
             run_dir.write_result({"status": "refused", "error": parts})
