@@ -6,10 +6,11 @@ machine's load, and skipped tests are listed by reason at the end.
 import gc
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 
+from support.shared_ray import started_ray
 from support.timeouts import scaled_timeout
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,16 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests are about the CPU unless marked gpu
 
 RAY = "ray"
+
+
+@pytest.fixture(scope="session")
+def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment of a command that joins the one Ray of this session instead of starting its own.
+
+    For tests of one node that leave Ray as it is.
+    """
+    with started_ray(tmp_path_factory.mktemp("ray") / "head.log") as address:
+        yield {"RAY_ADDRESS": address}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

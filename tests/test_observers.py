@@ -11,7 +11,6 @@ import pytest
 from orchestrator.run.local.replay import replay
 from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
-from support.command_line import orchestrator
 from support.debug_runs import finish_debug, run_debug
 from support.run_files import losses, metric_lines
 from support.run_hooks import dies_saving
@@ -81,8 +80,7 @@ def test_wandb_offline_file_holds_every_step_once_and_no_secret(tmp_path: Path) 
         "class Takes(TrainerCallback):\n"
         "    def __init__(self, api_key, note): pass\n"
     )
-    ended = orchestrator("debug", settings, cwd=tmp_path, env={"WANDB_API_KEY": canary})
-    assert ended.returncode == 0, ended.stderr
+    finish_debug(settings, cwd=tmp_path, env={"WANDB_API_KEY": canary})
     run_dir = tmp_path / "runs" / "tiny"
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     run = read_run(file)
@@ -122,11 +120,10 @@ def test_the_seeds_callbacks_work_as_they_are(tmp_path: Path) -> None:
             },
         ],
     )
-    ended = orchestrator("debug", settings, "--nproc", "2", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert "Step 1: {'loss': " in ended.stdout
-    assert "refused to write" in ended.stdout
-    assert "looked 12 0.1" in ended.stdout
+    output = finish_debug(settings, ranks=2, cwd=tmp_path)
+    assert "Step 1: {'loss': " in output
+    assert "refused to write" in output
+    assert "looked 12 0.1" in output
     run_dir = tmp_path / "runs" / "tiny"
     # evaluated at 0, where nothing was trained, 2 (the best), 4 and 6: twice no better
     assert max(losses(run_dir)) == 6

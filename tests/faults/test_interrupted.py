@@ -98,8 +98,9 @@ def undisturbed(settings: Path) -> Path:
 @pytest.mark.ray
 @pytest.mark.timeout(600)  # two starts of Ray beside another worker of the tests
 def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(
-    settings: Path, undisturbed: Path
+    settings: Path, undisturbed: Path, shared_ray: dict[str, str]
 ) -> None:
+    """It starts its own Ray, which Ctrl-C ends too, and goes on in another one."""
     run_dir = settings.parent / "runs" / "on-ray"
     with started("train", settings, "run.name=on-ray") as process:
         wait_for_step(run_dir, 2 * EVERY + 5, process)
@@ -113,7 +114,7 @@ def test_a_run_on_ray_outlives_a_killed_worker_and_ctrl_c(
     assert f"resumed after step {2 * EVERY}" in out
     assert "the same command resumes" in out
     assert 3 * EVERY < max(losses(run_dir)) < STEPS
-    again = orchestrator("train", settings, "run.name=on-ray")
+    again = orchestrator("train", settings, "run.name=on-ray", env=shared_ray)
     assert again.returncode == 0, again.stderr
     assert "resumed after step" in again.stdout
     assert_same_run(run_dir, undisturbed)

@@ -507,7 +507,9 @@ IN_SETTINGS = {
 
 
 @pytest.mark.ray
-def test_functions_of_the_users_own_module_reach_the_workers(home: Home, tmp_path: Path) -> None:
+def test_functions_of_the_users_own_module_reach_the_workers(
+    home: Home, tmp_path: Path, shared_ray: dict[str, str]
+) -> None:
     """Under an engine that shards what they are given."""
     (tmp_path / "my_parts.py").write_text(USERS_MODULE)
     assert (
@@ -518,7 +520,7 @@ def test_functions_of_the_users_own_module_reach_the_workers(home: Home, tmp_pat
     ended = subprocess.run(
         [sys.executable, "-c", USERS_PROGRAM],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **shared_ray, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=scaled_timeout(240),

@@ -21,14 +21,16 @@ from support.run_files import metric_lines
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, shared_ray: dict[str, str]
+) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("quickstart")
     words = [
         ROOT / "configs/quickstart.yaml",
         ROOT / "configs/place/ray-local.yaml",
         f"run.dir={folder}",
     ]
-    ended = orchestrator("train", *words, cwd=ROOT)
+    ended = orchestrator("train", *words, cwd=ROOT, env=shared_ray)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     return folder / "quickstart", ended.stdout
@@ -100,16 +102,17 @@ def test_the_model_answers_prompts_it_has_not_seen_with_the_chosen_completion(
 
 
 @pytest.mark.ray
-def test_the_same_command_again_does_nothing(finished: tuple[Path, str]) -> None:
+def test_the_same_command_again_does_nothing(
+    finished: tuple[Path, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which main() adds the current folder
+    monkeypatch.chdir(ROOT)
     run_dir, out = finished
-    words = [
-        ROOT / "configs/quickstart.yaml",
-        ROOT / "configs/place/ray-local.yaml",
-        f"run.dir={run_dir.parent}",
-    ]
-    again = orchestrator("train", *words, cwd=ROOT, timeout=120)
-    assert again.returncode == 0
-    output, _, summary = again.stdout.partition("\n\n")
+    files = ["configs/quickstart.yaml", "configs/place/ray-local.yaml"]
+    assert main(["train", *files, f"run.dir={run_dir.parent}"]) == DONE
+    output, _, summary = capsys.readouterr().out.partition("\n\n")
     assert re.fullmatch(
         r"quickstart has finished already, on [-\d]+ [:\d]+: nothing to do; .*", output
     )

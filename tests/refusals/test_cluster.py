@@ -42,10 +42,10 @@ def test_a_request_for_no_resources_is_refused(tmp_path: Path, run_here: Run) ->
 
 
 @pytest.mark.ray
-def test_a_cluster_that_is_too_small_is_refused(tmp_path: Path) -> None:
+def test_a_cluster_that_is_too_small_is_refused(tmp_path: Path, shared_ray: dict[str, str]) -> None:
     write_input(tmp_path, UserInput())
     words = ("train", "run.yaml", "cluster.resources.GPU=64")
-    code, _, stderr = run_in_process(tmp_path, *words, limit=RAY_LIMIT_S)
+    code, _, stderr = run_in_process(tmp_path, *words, limit=RAY_LIMIT_S, env=shared_ray)
     rule = "workers need 64 GPU each, placed PACK, but the nodes of the cluster can hold"
     assert_refused(
         code, stderr, Refusal("cluster.num_workers", "1", rule, "lower cluster.resources")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.cluster_nodes import wait_until
-from support.command_line import orchestrator
+from support.debug_runs import finish_debug
 from support.repository import ROOT
 from support.run_files import losses, metric_lines
 from support.slurm_cluster import Slurm
@@ -75,10 +75,7 @@ def test_every_way_gives_the_losses_of_debug(slurm: Slurm, tmp_path: Path) -> No
     finish(torchrun)
     assert hosts(torchrun.run_dir) == ["n1", "n1"]
 
-    assert (
-        orchestrator("debug", "configs/quickstart.yaml", "run.name=here", cwd=folder).returncode
-        == 0
-    )
+    finish_debug(folder / "configs/quickstart.yaml", "run.name=here", cwd=folder)
     here = losses(folder / "runs/here")
     assert sorted(here) == list(range(1, 22))
     assert losses(over_two_nodes.run_dir) == pytest.approx(here, abs=1e-5)

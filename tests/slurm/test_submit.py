@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.cli import main
 from orchestrator.run.slurm import slurm_flags
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.spec import UserError
-from support.command_line import orchestrator
 from support.repository import ROOT
 from support.slurm_cluster import Slurm
 from support.tiny_settings import tiny_spec, write_settings
@@ -103,17 +103,31 @@ def test_what_is_left_open_is_refused(
     assert str(refused.value).startswith(message)
 
 
-def test_without_slurm(tmp_path: Path) -> None:
+def submit_here(
+    settings: Path, path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Submit in this process with this PATH; return the exit code and stderr."""
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which main() adds the current folder
+    code = main(["submit", "--to", "slurm", str(settings)])
+    return code, capsys.readouterr().err
+
+
+def test_without_sbatch_on_path_a_submission_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = write_settings(tmp_path, cluster={"resources": {"CPU": 1}})
-    refused = orchestrator("submit", "--to", "slurm", settings, env={"PATH": str(tmp_path)})
-    assert refused.returncode == 2
-    assert refused.stderr == (
+    code, stderr = submit_here(settings, str(tmp_path), monkeypatch, capsys)
+    assert code == 2
+    assert stderr == (
         "error: --to = 'slurm': there is no sbatch on PATH; "
         "submit on a machine with Slurm's commands, such as a login node of the cluster\n"
     )
 
 
-def test_a_slurm_that_does_not_answer(tmp_path: Path) -> None:
+def test_a_controller_that_does_not_answer_is_an_error_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = write_settings(tmp_path, cluster={"resources": {"CPU": 1}})
     message = (
         "sbatch: error: Batch job submission failed: Unable to contact slurm controller "
@@ -122,11 +136,10 @@ def test_a_slurm_that_does_not_answer(tmp_path: Path) -> None:
     sbatch = tmp_path / "sbatch"  # a stub: the real one tries for nine seconds
     sbatch.write_text(f"#!/bin/sh\necho '{message}' >&2\nexit 1\n")
     sbatch.chmod(0o755)
-    failed = orchestrator(
-        "submit", "--to", "slurm", settings, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    )
-    assert failed.returncode == 1  # the settings are not to blame
-    assert failed.stderr == f"error: {message.replace('sbatch: error:', 'sbatch:')}\n"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    code, stderr = submit_here(settings, path, monkeypatch, capsys)
+    assert code == 1  # the settings are not to blame
+    assert stderr == f"error: {message.replace('sbatch: error:', 'sbatch:')}\n"
 
 
 def submit(slurm: Slurm, *words: str | Path) -> CompletedProcess[str]:

@@ -107,13 +107,17 @@ def environment(path: Path) -> list[bytes]:
         return []
 
 
-def run_in_process(folder: Path, *words: str, limit: float = LIMIT_S) -> tuple[int, str, str]:
+def run_in_process(
+    folder: Path, *words: str, limit: float = LIMIT_S, env: dict[str, str] | None = None
+) -> tuple[int, str, str]:
     """Run `orchestrator WORDS` in `folder`; return its exit code, stdout and stderr.
 
     Fails when the command is slow or leaves a process behind.
     """
     mark = uuid.uuid4().hex
-    done = orchestrator(*words, cwd=folder, env={**OFFLINE, MARK: mark}, timeout=limit)
+    done = orchestrator(
+        *words, cwd=folder, env={**OFFLINE, **(env or {}), MARK: mark}, timeout=limit
+    )
     assert_nothing_runs(mark)
     return done.returncode, done.stdout, done.stderr
 
