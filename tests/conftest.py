@@ -58,7 +58,7 @@ def pytest_collection_finish() -> None:
 
 
 def shares_a_fixture(item: pytest.Item) -> bool:
-    """Whether a fixture that the test asks for is made once for its module."""
+    """Return whether the test uses a fixture that is built once for its module."""
     by_name = item._fixtureinfo.name2fixturedefs.values()  # pyright: ignore[reportAttributeAccessIssue]
     return any(fixture.scope == "module" for fixtures in by_name for fixture in fixtures)
 

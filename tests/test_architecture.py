@@ -1,5 +1,5 @@
-"""What the code as a whole promises: its layers, how little its settings load and cost, and that it
-explains itself.
+"""Promises of the code as a whole: its layers, light settings, and a docstring for every public
+name.
 """
 
 import ast
@@ -18,7 +18,7 @@ HEAVY = {"torch", "ray", "transformers", "datasets", "wandb", "numpy", "deepspee
 
 
 def python(code: str) -> str:
-    """What a fresh Python prints for some code."""
+    """Return the output of some code in a fresh Python."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )

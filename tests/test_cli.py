@@ -74,7 +74,7 @@ def ending_with(outcome: Any) -> Callable[..., RunResult]:
         (KeyboardInterrupt(), 1, "aborted"),
     ],
 )
-def test_how_a_run_ends_decides_the_exit_code(
+def test_the_outcome_of_a_run_decides_the_exit_code(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Output,
@@ -89,7 +89,7 @@ def test_how_a_run_ends_decides_the_exit_code(
     assert "Traceback" not in captured.out + captured.err
 
 
-def test_a_finished_run_says_what_it_reached(
+def test_a_finished_run_prints_its_results(
     run_dir: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
     losses = {0: 0.7, 2: 0.6, 4: 0.25}
@@ -211,7 +211,7 @@ def test_a_run_directory_is_planned_by_its_own_settings(
         ("runs/tinny", "did you mean runs/tiny?"),
     ],
 )
-def test_what_is_not_a_run_directory_is_answered_with_it(
+def test_a_wrong_run_directory_is_answered_with_the_nearest_one(
     run_dir: RunDir,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -324,7 +324,7 @@ def test_export_of_a_folder_that_is_no_run_ends_with_2(tmp_path: Path, capsys: O
 @pytest.mark.parametrize(
     ("flags", "named"), [(["--no-wait"], "--no-wait"), (["--address", "http://h:1"], "--address")]
 )
-def test_flags_of_a_job_server_mean_nothing_to_slurm(
+def test_job_server_flags_are_refused_for_slurm(
     tmp_path: Path, capsys: Output, flags: list[str], named: str
 ) -> None:
     assert cli.main(["submit", "--to", "slurm", str(write_settings(tmp_path)), *flags]) == 2
@@ -334,7 +334,7 @@ def test_flags_of_a_job_server_mean_nothing_to_slurm(
     )
 
 
-def test_a_run_is_asked_to_stop_while_someone_holds_it(tmp_path: Path, capsys: Output) -> None:
+def test_stop_signals_the_process_that_owns_the_run(tmp_path: Path, capsys: Output) -> None:
     run_dir = RunDir(tmp_path / "run")
     assert cli.main(["stop", str(run_dir.path)]) == 2
     assert "does not exist" in capsys.readouterr().err

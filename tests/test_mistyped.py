@@ -1,4 +1,4 @@
-"""What a person types by mistake is answered in one line with what to type instead."""
+"""A mistake at the command line is answered in one line with what to type instead."""
 
 import sys
 from pathlib import Path

@@ -102,7 +102,7 @@ def test_wandb_offline_file_holds_every_step_once_and_no_secret(tmp_path: Path) 
             assert b"a-users-own-key" not in content, path
 
 
-def test_the_seeds_callbacks_work_as_they_are(tmp_path: Path) -> None:
+def test_transformers_callbacks_work_unchanged(tmp_path: Path) -> None:
     (tmp_path / "my_callbacks.py").write_text(CALLBACKS)
     settings = write_settings(
         tmp_path,
@@ -131,7 +131,7 @@ def test_the_seeds_callbacks_work_as_they_are(tmp_path: Path) -> None:
     assert (run_dir / "model" / "model.safetensors").is_file()
 
 
-def test_what_a_callback_asks_happens_on_all_ranks(tmp_path: Path) -> None:
+def test_requests_of_callbacks_act_on_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "my_callbacks.py").write_text(CALLBACKS)
     settings = write_settings(
         tmp_path,

@@ -20,7 +20,7 @@ from orchestrator.user_code import source_hash, user_attribute
     ],
     ids=["raises", "no_python", "lacks"],
 )
-def test_a_module_that_raises_is_said_in_a_line(
+def test_an_import_error_of_user_code_is_one_line(
     source: str,
     message: str,
     tmp_path: Path,
@@ -41,7 +41,7 @@ def test_a_module_that_raises_is_said_in_a_line(
         ("orchestrator.data.collate:nothing", "has no nothing"),
     ],
 )
-def test_user_code_that_is_not_there_is_refused(path: str, rule: str) -> None:
+def test_missing_user_code_is_refused(path: str, rule: str) -> None:
     with pytest.raises(UserError, match=rule) as caught:
         user_attribute("callbacks", path)
     assert caught.value.key == "callbacks"

@@ -1,5 +1,5 @@
-"""What each engine holds on each rank between steps, and how long its step takes beside DDP's: two
-tables.
+"""Print two tables: the memory each engine holds per rank between steps, and its step time beside
+DDP's.
 
 The model is a Qwen2 of 6 layers, hidden 256 and a vocabulary of 8192 (random weights, fp32), AdamW,
 real gloo ranks of this machine. Bytes are counted in the tensors themselves. Times are of engines

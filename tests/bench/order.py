@@ -1,5 +1,5 @@
-"""What the order of data costs: seconds and memory by number of pairs, ranks and pairs a step, and
-how even it deals.
+"""Measure the data order: seconds and memory by number of pairs, ranks and pairs a step, and how
+evenly it deals.
 
     python tests/bench/order.py
     python tests/bench/order.py --pairs 300000,10000000 --ranks 8,512 --batch 512,8192 --json

@@ -1,5 +1,5 @@
-"""What the whole program costs over a bare loop around the same step, start-up and the end left
-out.
+"""Measure what the whole program costs over a bare loop around the same step, without start-up and
+end.
 
     python tests/bench/overhead.py
     python tests/bench/overhead.py --data pairs.jsonl --steps 40 --json overhead.json

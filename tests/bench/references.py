@@ -133,7 +133,7 @@ HEADS = (
 
 
 class Contender(NamedTuple):
-    """What is timed, and what is known of it before."""
+    """A reference to time, and the facts known of it beforehand."""
 
     step: Step
     policy: Any
@@ -167,7 +167,9 @@ def _ours(kind: Ours, bench: Bench) -> Contender:
 
 @torch.no_grad()
 def error_of(reference: Reference, policy: Any, bench: Bench) -> LogpError:
-    """How far a reference is from the policy's start, for which it stands, over all pairs."""
+    """Return the distance of a reference from the policy's start, for which it stands, over all
+    pairs.
+    """
     collate, exact = PackedCollator(bench.spec.data), PolicyStart(policy)
     batches = [collate([row]) for row in bench.rows]
     # [pairs, 2]

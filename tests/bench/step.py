@@ -125,7 +125,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 
 
 class Bench(NamedTuple):
-    """What every contender is given."""
+    """The inputs that every contender gets."""
 
     args: argparse.Namespace
     spec: RunSpec

@@ -233,7 +233,7 @@ def twin(folder: Path, row: Row) -> dict[str, Any]:
 # --- what cannot be -------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_is_refused_with_its_reason_and_nothing_else_is(tmp_path: Path) -> None:
+def test_impossible_combinations_are_refused_with_a_reason_and_no_others(tmp_path: Path) -> None:
     """Before anything is built. The loss and what becomes of it have no part in what else is
     refused, a layout in nothing.
     """
@@ -320,11 +320,13 @@ def every(rows: list[Row]) -> Callable[..., Any]:
 
 
 @every(FIRST)
-def test_what_can_be_trains_like_its_twin(pools: Pools, folder: Path, row: Row) -> None:
+def test_allowed_combinations_train_like_their_twins(pools: Pools, folder: Path, row: Row) -> None:
     assert_trains_like_its_twin(pools, folder, row)
 
 
 @pytest.mark.slow
 @every(REST)
-def test_and_so_it_does_with_every_loss(pools: Pools, folder: Path, row: Row) -> None:
+def test_every_loss_trains_like_its_twin_in_each_combination(
+    pools: Pools, folder: Path, row: Row
+) -> None:
     assert_trains_like_its_twin(pools, folder, row)

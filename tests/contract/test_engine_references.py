@@ -118,13 +118,15 @@ def test_the_curve_is_that_of_ddp(curve: Any, engine: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in RESUMED if KINDS[kind].twin is None])
-def test_the_kinds_differ(curve: Any, kind: str) -> None:
+def test_curves_of_the_reference_kinds_differ(curve: Any, kind: str) -> None:
     """Else it would say little that a curve is its twin's."""
     copy = curve("ddp", "copy")
     assert max(abs(loss - copy[step]) for step, loss in curve("ddp", kind).items()) > 1e-4
 
 
 @pytest.mark.parametrize(("engine", "kind"), REFUSED)
-def test_the_others_are_refused(folder: Path, engine: str, kind: str) -> None:
+def test_other_references_are_refused_by_engines_that_shard(
+    folder: Path, engine: str, kind: str
+) -> None:
     with pytest.raises(UserError, match=REFUSED[engine, kind]):
         load_spec(settings_of(folder, engine, kind))

@@ -25,8 +25,8 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 class Group:
-    """What one engine on so many ranks has done: all in one set of processes, as starting them
-    takes longest.
+    """Results of one engine on a number of ranks: all from one set of processes, whose start takes
+    longest.
     """
 
     def __init__(self, engine: str, size: int, folder: Path, canonical: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_checkpoint_is_what_plain_torch_holds(groups: Any, engine: str, size: 
 
 @every_engine
 @every_size
-def test_it_goes_on_from_a_checkpoint_of_another_along_the_same_curve(
+def test_every_engine_resumes_a_ddp_checkpoint_on_the_same_curve(
     groups: Any, engine: str, size: int
 ) -> None:
     assert_alike(groups(engine, size).from_canonical, oracle("plain"), slice(SAVED, STEPS))
@@ -121,7 +121,7 @@ def test_it_goes_on_from_a_checkpoint_of_another_along_the_same_curve(
 
 @every_engine
 @every_size
-def test_it_goes_on_from_its_own_bit_for_bit(groups: Any, engine: str, size: int) -> None:
+def test_resume_on_the_same_engine_is_bitwise(groups: Any, engine: str, size: int) -> None:
     """Weights and state of every rank were compared there."""
     group = groups(engine, size)
     assert group.resumed == group.gone_on
@@ -134,7 +134,7 @@ PAIRS = random.Random(5).sample(
 
 
 @pytest.mark.parametrize(("writer", "reader"), PAIRS, ids=lambda end: f"{end[0]}x{end[1]}")
-def test_what_one_has_written_another_goes_on_from(groups: Any, writer: Any, reader: Any) -> None:
+def test_engines_resume_each_others_checkpoints(groups: Any, writer: Any, reader: Any) -> None:
     wrote = groups(*writer)
     [rank_zero, *_] = on_gloo(
         reader[1], engine_runs.gone_on, Case(engine=reader[0]), wrote.checkpoint
@@ -189,7 +189,7 @@ def test_bf16_is_near_fp32(in_16_bits: Any, engine: str) -> None:
 
 
 @every_engine
-def test_a_skipped_fp16_step_counts_nowhere(in_16_bits: Any, engine: str) -> None:
+def test_a_skipped_fp16_step_is_not_counted(in_16_bits: Any, engine: str) -> None:
     """The rate is a function of the steps that were taken, as with torch's GradScaler."""
     actual, skipped = in_16_bits(engine)["fp16"]
     assert 3 < sum(skipped) < 9
@@ -222,7 +222,7 @@ SAID = {
 
 
 @every_engine
-def test_what_is_said_of_types_is_so(engine: str) -> None:
+def test_reported_types_are_those_held_and_reduced(engine: str) -> None:
     [rank_zero] = on_gloo(1, engine_runs.types, engine)
     assert rank_zero["fp32"][0] == Types("fp32", "fp32", "fp32", "fp32")
     assert rank_zero["bf16"][0] == SAID[engine]
@@ -263,7 +263,7 @@ def test_the_seeds_optimizers_by_settings_and_by_functions(engine: str, tmp_path
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_file_for_deepspeed_is_taken(stage: int, tmp_path: Path) -> None:
+def test_a_deepspeed_file_sets_up_the_engine(stage: int, tmp_path: Path) -> None:
     """Those that are shipped, in which "auto" stands as users of transformers write it."""
     preset = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
     case = Case(engine=f"zero{stage}", settings={"deepspeed_config": str(preset)})

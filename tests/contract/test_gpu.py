@@ -95,7 +95,7 @@ def test_products_are_in_tf32_only_where_that_was_asked_for() -> None:
 
 @every_engine
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_goes_on_from_its_own_bit_for_bit(
+def test_resume_on_the_same_engine_is_bitwise(
     alone: World, deterministic: None, tmp_path: Path, engine: str, precision: Precision
 ) -> None:
     needs(engine)
@@ -165,7 +165,7 @@ def test_the_loss_in_the_head_is_that_of_a_cpu_in_fp64(
         assert (on_gpu - exact).abs().max() <= 1e-4 * exact.abs().max()
 
 
-def test_a_run_goes_on_bit_for_bit(deterministic: None, tmp_path: Path) -> None:
+def test_a_resumed_run_on_a_gpu_is_bitwise(deterministic: None, tmp_path: Path) -> None:
     """`orchestrator debug`, in bf16, stopped and resumed."""
     settings = write_settings(
         tmp_path, precision="bf16", training={"max_steps": 6}, evaluation={"every_steps": 2}

@@ -122,7 +122,7 @@ OF_THE_GLOBAL_BATCH = {
 
 
 @pytest.mark.parametrize("loss", OF_THE_GLOBAL_BATCH)
-def test_what_is_of_a_micro_batch_in_trl_is_of_the_global_batch(settings: Path, loss: str) -> None:
+def test_token_means_and_sorting_cover_the_global_batch(settings: Path, loss: str) -> None:
     """A mean over tokens, and the sorting of pairs.
 
     Five steps of 8 and 6 pairs, evaluated before, within and after.
@@ -215,9 +215,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_loss_and_what_changes_it_is_that_of_the_global_batch(
-    curves: Curves, name: str
-) -> None:
+def test_every_loss_is_equal_for_any_ranks_and_layout(curves: Curves, name: str) -> None:
     expected = curves[1, "packed", name]
     assert len(set(expected)) == 3
     for ranks in RANKS:
@@ -228,7 +226,7 @@ def test_every_loss_and_what_changes_it_is_that_of_the_global_batch(
 # --- collators ------------------------------------------------------------------------------------
 
 
-def test_collators_know_the_distribution(settings: Path, tmp_path: Path) -> None:
+def test_collators_get_rank_world_step_and_global_counts(settings: Path, tmp_path: Path) -> None:
     """2 ranks x 2 micro-batches: each call sees its rank, the world, the step, and the global
     batch's counts.
     """

@@ -70,7 +70,7 @@ def of_all(terms, dpo):
 """
 
 
-def test_a_loss_of_a_users_trains_as_its_twin(tmp_path: Path) -> None:
+def test_a_users_loss_trains_as_the_built_in_one(tmp_path: Path) -> None:
     (tmp_path / "my_losses.py").write_text(MINE)
     settings = write_settings(
         tmp_path, data={"eval": None}, training={"max_steps": 3, "logging_steps": 1}

@@ -124,7 +124,7 @@ LN2 = math.log(2)
 
 
 class Run(NamedTuple):
-    """What a run leaves."""
+    """Numbers that a run leaves."""
 
     losses: list[float]
     kept: int  # pairs whose log-probs are on disk
@@ -188,7 +188,7 @@ def twin_of(combination: Combination) -> tuple[Combination, int | None]:
 
 
 @pytest.mark.parametrize("combination", filter(refusal_of, MATRIX), ids="-".join)
-def test_what_cannot_be_is_refused_with_its_reason_and_what_to_use_instead(
+def test_impossible_combinations_are_refused_with_a_reason_and_a_fix(
     tmp_path: Path, combination: Combination
 ) -> None:
     refusal = refusal_of(combination)
@@ -208,7 +208,7 @@ def sharing(combination: Combination) -> Any:
 
 @pytest.mark.slow  # test_combinations.py has every two of these together
 @pytest.mark.parametrize("combination", [sharing(c) for c in MATRIX if not refusal_of(c)])
-def test_what_can_be_trains_like_its_twin(
+def test_allowed_combinations_train_like_their_twins(
     trained: Callable[..., Run], combination: Combination
 ) -> None:
     run, twin = trained(combination), trained(*twin_of(combination))
@@ -226,7 +226,7 @@ def test_what_can_be_trains_like_its_twin(
 
 
 @pytest.mark.parametrize("refusal", REFUSED, ids=lambda refusal: refusal.rule)
-def test_each_cure_leads_on(refusal: Refusal) -> None:
+def test_each_fix_leads_to_settings_that_are_accepted(refusal: Refusal) -> None:
     """To something that runs, or to a later rule; and there is something that the refusal is
     about.
     """

@@ -85,7 +85,7 @@ class Run(NamedTuple):
     log: str  # of the last attempt
 
     def watched(self, rank: int) -> list[dict[str, Any]]:
-        """What watch has written; a step twice where the run was resumed."""
+        """Return the lines that `watch` wrote; a step appears twice where the run was resumed."""
         return [
             json.loads(line)
             for line in (self.folder / f"watched{rank}.jsonl").read_text().splitlines()
@@ -163,7 +163,7 @@ def test_the_curve_is_that_of_a_copy_on_one_rank(runs: Runs, kind: str, ranks: i
 @pytest.mark.parametrize(
     "kind", [params(name) for name, kind in KINDS.items() if name != "copy" and not kind.twin]
 )
-def test_the_curves_of_twins_are_far_from_one_another(runs: Runs, kind: str) -> None:
+def test_curves_of_different_references_are_far_apart(runs: Runs, kind: str) -> None:
     """Else it would say little that a curve is its twin's."""
     plain = curve(runs("copy", 1))
     assert max(abs(loss - plain[key]) for key, loss in curve(runs(kind, 1)).items()) > 5e-4
@@ -177,7 +177,7 @@ def test_a_run_begins_at_ln_2(runs: Runs, kind: str, ranks: int) -> None:
 
 @any_ranks
 @pytest.mark.parametrize("kind", [params("int8"), params("nf4")])
-def test_a_quantised_one_begins_within_its_measured_error(
+def test_a_quantised_reference_starts_within_its_measured_error(
     runs: Runs, kind: str, ranks: int
 ) -> None:
     run = runs(kind, ranks)
@@ -193,7 +193,7 @@ def test_a_quantised_one_begins_within_its_measured_error(
 
 
 @every_kind
-def test_resumed_in_the_middle_it_is_bitwise_the_undisturbed_run(runs: Runs, kind: str) -> None:
+def test_a_run_resumed_in_the_middle_is_bitwise_the_undisturbed_one(runs: Runs, kind: str) -> None:
     whole, resumed = runs(kind, RESUMED), runs(kind, RESUMED, stopped=True)
     assert f"resumed after step {STOP}" in resumed.log
     assert curve(resumed) == curve(whole)
@@ -218,7 +218,7 @@ def is_frozen(kind: Kind, parameter: str) -> bool:
 
 
 @every_kind
-def test_what_is_frozen_stays_and_the_rest_moves(runs: Runs, kind: str) -> None:
+def test_only_weights_that_are_not_frozen_change(runs: Runs, kind: str) -> None:
     whole, resumed = runs(kind, RESUMED), runs(kind, RESUMED, stopped=True)
     lines = resumed.watched(0)
     assert [line["step"] for line in lines] == [*range(STOP + 1), *range(STOP, STEPS + 1)]

@@ -60,7 +60,7 @@ def settings(folder: Path, engine: str) -> dict[str, Any]:
     "engine",
     ["ddp", *[pytest.param(each, marks=pytest.mark.slow) for each in ENGINES if each != "ddp"]],
 )
-def test_text_alone_trains_on_two_ranks_as_on_one(
+def test_the_text_part_of_a_multimodal_model_trains_equally_on_two_ranks(
     pools: tuple[Ranks, Ranks], folder: Path, engine: str
 ) -> None:
     losses = pools[0].call(curve, settings(folder, engine))[0]

@@ -30,7 +30,7 @@ CONTEXT = CollateContext(rank=1, world_size=3, step=5, global_pairs=16, global_t
 
 
 def trl_shaped(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """What TRL's DataCollatorForPreference makes."""
+    """Return a batch in the form of TRL's DataCollatorForPreference."""
     sequences = [
         (row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows
     ]
@@ -136,7 +136,7 @@ def test_the_packed_example_of_the_docstring() -> None:
         "nothing is scored",
     ],
 )
-def test_what_both_sequences_begin_with_is_laid_down_once(
+def test_a_common_beginning_is_stored_once(
     prompt: Any, chosen: Any, rejected: Any, input_ids: Any, index: Any, labels: Any, span: Any
 ) -> None:
     row = {"pair_id": 1, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
@@ -322,7 +322,7 @@ def test_a_batch_moves_whole(packed: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("is_filler", [False, True])
-def test_a_trl_shaped_dict_becomes_the_same_batch_as_ours(seed: int, is_filler: bool) -> None:
+def test_a_batch_in_trls_form_equals_ours(seed: int, is_filler: bool) -> None:
     rows = pair_rows(5, seed)
     theirs = AdaptedCollator(trl_shaped, PAD)(rows, CONTEXT, is_filler=is_filler)
     assert_same(theirs, PreferenceCollator(PAD, data_spec())(rows, is_filler=is_filler))
@@ -406,7 +406,7 @@ def test_a_users_reference_log_probs_are_taken() -> None:
         "no dict",
     ],
 )
-def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
+def test_a_wrong_shape_is_refused_and_shown(broken: str) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         columns = trl_shaped(rows[:1] if broken == "half the rows" else rows)
         if broken == "no mask":
@@ -430,7 +430,9 @@ def test_a_wrong_shape_is_refused_with_what_came(broken: str) -> None:
     ("ids", "message"),
     [((-100, torch.int64), "int64 with minimum -100"), ((1, torch.float32), "float32")],
 )
-def test_ids_that_are_none_are_refused(ids: tuple[int, torch.dtype], message: str) -> None:
+def test_values_that_are_not_token_ids_are_refused(
+    ids: tuple[int, torch.dtype], message: str
+) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         columns = trl_shaped(rows)
         return columns | {
@@ -463,9 +465,7 @@ def test_a_collator_may_sort_its_rows_and_take_out_keys() -> None:
     assert batch.margins.tolist() == [2, 1]
 
 
-def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_not_its_fault() -> (
-    None
-):
+def test_an_exception_of_a_collator_is_one_line_unless_the_machine_caused_it() -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
         raise raised
 
@@ -482,7 +482,7 @@ def test_a_collator_that_raises_is_said_in_a_line_but_what_the_machine_does_is_n
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
 
 
-def test_a_collator_that_raises_after_it_took_the_ids_out_is_said_with_them() -> None:
+def test_an_exception_of_a_collator_names_pairs_whose_ids_it_removed() -> None:
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for row in rows:
             del row["pair_id"]

@@ -307,7 +307,9 @@ def test_the_tokens_of_a_pair_are_those_of_both_sequences_in_either_layout() -> 
         (PairCost(100, 1000, 3), False, 2700 + 7000 + 3 * 182),
     ],
 )
-def test_what_a_pair_costs(cost: PairCost, packed: bool, expected: int) -> None:
+def test_pair_cost_counts_body_head_and_attention(
+    cost: PairCost, packed: bool, expected: int
+) -> None:
     assert cost.of(np.array([[10, 3, 4]]), packed).tolist() == [expected]
     assert orders(1, 1, 1, lengths=np.array([[10, 3, 4]]), packed=packed, cost=cost)[
         0
@@ -315,7 +317,7 @@ def test_what_a_pair_costs(cost: PairCost, packed: bool, expected: int) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_cost_of_attention_is_what_is_seen(packed: bool) -> None:
+def test_attention_cost_counts_the_tokens_attended_to(packed: bool) -> None:
     prompt, chosen, rejected = 70, 110, 40
     tokens = prompt + chosen + rejected if packed else 2 * prompt + chosen + rejected
     branch = prompt + chosen
@@ -371,7 +373,7 @@ def test_both_limits_hold_together() -> None:
     assert {pairs for pairs, _ in sizes} == {1, 2, 3}
 
 
-def test_micro_batches_hold_no_more_pairs_than_asked() -> None:
+def test_micro_batches_hold_at_most_micro_batch_size_pairs() -> None:
     sizes = [
         len(m.pairs)
         for o in orders(3, 50, 20, micro=3)
@@ -392,7 +394,9 @@ def test_micro_batches_hold_no_more_pairs_than_asked() -> None:
         (2, [[0, 2, 2], [0, 2, 2]]),
     ],
 )
-def test_lengths_as_they_are_fed(keep_last: int | None, expected: list[list[int]]) -> None:
+def test_fed_lengths_are_those_after_truncation(
+    keep_last: int | None, expected: list[list[int]]
+) -> None:
     actual = fed_lengths(np.array([[10, 3, 4], [2, 9, 1]]), keep_last)
     assert actual.tolist() == expected
 
@@ -408,7 +412,7 @@ def test_a_block_of_batches_is_dealt_as_each_batch_alone() -> None:
 
 
 @pytest.mark.parametrize(("batches", "size"), [(500, 2000), (20_000, 50)])
-def test_a_million_pairs_on_512_ranks_take_memory_for_the_pairs_alone(
+def test_dealing_a_million_pairs_on_512_ranks_needs_memory_only_per_pair(
     batches: int, size: int
 ) -> None:
     costs = np.random.default_rng(3).integers(1, 4000, (batches, size))

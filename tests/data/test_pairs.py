@@ -58,7 +58,7 @@ GOOD, TIE, MALFORMED = TEXT_ROW, {**TEXT_ROW, "chosen": " no"}, {"prompt": "no a
         ([GOOD, GOOD, TIE], "error", "row 3", None),
     ],
 )
-def test_what_happens_to_unusable_rows(
+def test_on_bad_row_drops_or_refuses_unusable_rows(
     tmp_path: Path,
     content: list[Any],
     on_bad_row: str | None,
@@ -80,7 +80,7 @@ def test_no_pair_left_is_refused(tmp_path: Path, content: list[Any]) -> None:
         pairs_of(tmp_path, content)
 
 
-def test_pairs_are_read_back_as_a_collator_takes_them(tmp_path: Path) -> None:
+def test_cached_pairs_are_read_back_in_the_collators_form(tmp_path: Path) -> None:
     content = random_rows(20)
     pairs = pairs_of(tmp_path, content)
     assert len(pairs) == 20
@@ -164,7 +164,7 @@ def test_a_pair_of_several_sets_leads_to_its_row(tmp_path: Path) -> None:
     assert raw_rows(data, "train", {6, 1, 4, 8, 99}).keys() == {6, 1, 4}
 
 
-def test_some_pairs_of_several_sets(tmp_path: Path) -> None:
+def test_a_subset_of_several_sets_has_the_right_pairs(tmp_path: Path) -> None:
     _, actual = several(tmp_path, SETS, on_bad_row="drop")
     few = actual.only(np.array([7, 0, 5]))
     assert [few[index] for index in range(3)] == [actual[index] for index in (0, 5, 7)]
@@ -245,7 +245,7 @@ def test_a_fraction_is_held_out_by_prompt(fifty: Pairs, fraction: float, seed: i
     assert not np.array_equal(other.pair_ids, held_out.pair_ids)
 
 
-def test_what_is_held_out_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+def test_the_held_out_part_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     prompts = [f"prompt {number}" for number in range(12)]
     values = [
         without_held_out(of_prompts(tmp_path, built), 0.25, 7)[1]
@@ -284,7 +284,7 @@ def test_a_fraction_that_leaves_nothing_is_refused(
         without_held_out(of_prompts(tmp_path, *sets), fraction, 7)
 
 
-def test_rows_that_are_held_out_are_found(tmp_path: Path) -> None:
+def test_held_out_rows_are_read_back(tmp_path: Path) -> None:
     data, actual = several(tmp_path, SETS, on_bad_row="drop", eval_fraction=0.3)
     _, held_out = without_held_out(actual, 0.3, 7)
     raw = raw_rows(data, "eval", held_out.pair_ids.tolist())
@@ -402,7 +402,7 @@ def test_the_cache_is_used_until_a_setting_that_matters_changes(
     assert len(builds) == 1 + is_new
 
 
-def test_a_cache_of_conversations_knows_what_their_template_was_given(
+def test_the_cache_key_covers_the_arguments_of_the_chat_template(
     tmp_path: Path, builds: list[Path]
 ) -> None:
     for settings in (

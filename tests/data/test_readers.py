@@ -115,7 +115,7 @@ def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
     ],
     ids=range(16),
 )
-def test_what_is_wrong_in_a_file_is_one_line(
+def test_a_damaged_file_is_one_line(
     tmp_path: Path, name: str, content: str | bytes, words: str
 ) -> None:
     path = tmp_path / name

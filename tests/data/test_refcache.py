@@ -73,7 +73,7 @@ def known(cache: RefCache) -> list[int]:
 # --- round trip -----------------------------------------------------------------------------------
 
 
-def test_answers_come_back_bit_by_bit_in_any_order(tmp_path: Path, pairs: Pairs) -> None:
+def test_log_probs_are_read_back_bitwise_in_any_order(tmp_path: Path, pairs: Pairs) -> None:
     first = cache(tmp_path, pairs)
     add(first, pairs, np.array([7, 2, 5]))
     add(first, pairs, np.array([0]))
@@ -85,7 +85,7 @@ def test_answers_come_back_bit_by_bit_in_any_order(tmp_path: Path, pairs: Pairs)
         assert torch.equal(value, answers(pairs, options))
 
 
-def test_known_is_all_or_nothing(tmp_path: Path, pairs: Pairs) -> None:
+def test_cached_log_probs_are_returned_for_all_rows_or_none(tmp_path: Path, pairs: Pairs) -> None:
     ref_cache = cache(tmp_path, pairs)
     assert ref_cache.known(np.array([0])) is None
     assert ref_cache.unknown().tolist() == ALL.tolist()
@@ -95,7 +95,7 @@ def test_known_is_all_or_nothing(tmp_path: Path, pairs: Pairs) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_an_answer_that_is_no_number_is_never_known(
+def test_a_log_prob_that_is_not_finite_is_never_cached(
     tmp_path: Path, pairs: Pairs, side: int
 ) -> None:
     ref_cache, answer = cache(tmp_path, pairs), torch.tensor([-2.0, -1.0], dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_an_answer_that_is_no_number_is_never_known(
         assert 3 in each.unknown()
 
 
-def test_what_another_process_wrote_is_found_at_the_next_reading(
+def test_log_probs_of_another_process_are_read_at_the_next_step(
     tmp_path: Path, pairs: Pairs
 ) -> None:
     ours, theirs = cache(tmp_path, pairs), cache(tmp_path, pairs)
@@ -136,7 +136,7 @@ def test_a_torn_record_is_lost_and_the_others_are_not(tmp_path: Path, pairs: Pai
     assert known(cache(tmp_path, pairs)) == [4, 5, 6]
 
 
-def test_a_flipped_bit_is_never_believed(tmp_path: Path, pairs: Pairs) -> None:
+def test_a_record_with_a_flipped_bit_is_ignored(tmp_path: Path, pairs: Pairs) -> None:
     add(cache(tmp_path, pairs), pairs, np.array([4, 5]))
     [path] = files(tmp_path)
     whole = bytearray(path.read_bytes())
@@ -150,7 +150,7 @@ def test_a_flipped_bit_is_never_believed(tmp_path: Path, pairs: Pairs) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 400, b"\xff" * 400, b"nonsense" * 77])
-def test_a_file_of_rubbish_says_nothing(tmp_path: Path, pairs: Pairs, content: bytes) -> None:
+def test_a_file_of_random_bytes_is_ignored(tmp_path: Path, pairs: Pairs, content: bytes) -> None:
     (tmp_path / "0.logps").write_bytes(content)
     assert known(cache(tmp_path, pairs)) == []
 
@@ -158,7 +158,7 @@ def test_a_file_of_rubbish_says_nothing(tmp_path: Path, pairs: Pairs, content: b
 # --- what makes a question ------------------------------------------------------------------------
 
 
-def test_rows_of_the_same_tokens_have_answers_of_their_own(tmp_path: Path) -> None:
+def test_rows_with_equal_tokens_have_their_own_log_probs(tmp_path: Path) -> None:
     twins = made_pairs(tmp_path, [*random_rows(3), *random_rows(3)])
     reopened = cache(tmp_path / "cache", twins)
     add(reopened, twins, np.array([1]))
@@ -171,9 +171,7 @@ def test_rows_of_the_same_tokens_have_answers_of_their_own(tmp_path: Path) -> No
     assert torch.equal(ref_cache, answers(twins, np.array([1, 4])))
 
 
-def test_neither_row_numbers_nor_the_order_of_rows_are_part_of_the_question(
-    tmp_path: Path, pairs: Pairs
-) -> None:
+def test_cache_keys_do_not_depend_on_row_numbers_or_order(tmp_path: Path, pairs: Pairs) -> None:
     add(cache(tmp_path / "cache", pairs), pairs, ALL)
     other = made_pairs(tmp_path, [*random_rows(2, seed=9), *random_rows(COUNT)[::-1]])
     ref_cache = cache(tmp_path / "cache", other)
@@ -195,7 +193,7 @@ def _evaluation(folder: Path, pairs: Pairs) -> RefCache:
     return cache(folder, pairs, "eval")
 
 
-def test_the_window_and_the_split_are_part_of_the_question(tmp_path: Path, pairs: Pairs) -> None:
+def test_cache_keys_cover_truncation_and_split(tmp_path: Path, pairs: Pairs) -> None:
     kinds: list[Callable[[Path, Pairs], RefCache]] = [
         cache,
         _keep_last,
@@ -210,7 +208,7 @@ def test_the_window_and_the_split_are_part_of_the_question(tmp_path: Path, pairs
         ]
 
 
-def test_every_token_and_where_the_completions_begin_are_part_of_the_question(
+def test_cache_keys_cover_every_token_and_the_start_of_completions(
     tmp_path: Path, pairs: Pairs
 ) -> None:
     add(cache(tmp_path, pairs), pairs, ALL)
@@ -301,7 +299,7 @@ def test_the_identity_changes_with_two_weights_exchanged() -> None:
     [{"rms_norm_eps": 1e-5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}],
     ids=str,
 )
-def test_the_identity_changes_with_the_config_and_not_with_where_it_lies(
+def test_the_identity_depends_on_the_config_but_not_on_its_path(
     change: dict[str, Any],
 ) -> None:
     base, other = tiny_model(), tiny_model(**change)
@@ -336,7 +334,9 @@ def remember(loader: Loader, pairs: Pairs, step: StepBatches) -> None:
 @pytest.mark.parametrize(
     "global_batch", [4, COUNT]
 )  # with one step an epoch, the next is made before this is due
-def test_the_second_epoch_knows_all(tmp_path: Path, pairs: Pairs, global_batch: int) -> None:
+def test_the_second_epoch_has_all_log_probs(
+    tmp_path: Path, pairs: Pairs, global_batch: int
+) -> None:
     ours = loader(pairs, tmp_path, global_batch)
     per_epoch = -(-COUNT // global_batch)
     steps = ours.steps(0, 0)
@@ -354,7 +354,7 @@ def test_the_second_epoch_knows_all(tmp_path: Path, pairs: Pairs, global_batch: 
     ]  # each once
 
 
-def test_in_the_second_epoch_what_other_ranks_said_is_known(tmp_path: Path, pairs: Pairs) -> None:
+def test_the_second_epoch_has_log_probs_of_other_ranks(tmp_path: Path, pairs: Pairs) -> None:
     ranks = [loader(pairs, tmp_path, rank=rank, ranks=2) for rank in range(2)]
     steps = [each.steps(0, 0) for each in ranks]
     for number in range(2 * -(-COUNT // 4)):
@@ -380,7 +380,7 @@ def test_a_filler_is_not_remembered(tmp_path: Path, pairs: Pairs) -> None:
     assert len(last.cache.unknown()) == COUNT
 
 
-def test_an_evaluation_is_answered_once(tmp_path: Path, pairs: Pairs) -> None:
+def test_evaluation_log_probs_are_computed_once(tmp_path: Path, pairs: Pairs) -> None:
     ours = loader(pairs, tmp_path)
     for is_first in (True, False):
         micro_batches, make = ours.whole(0)
@@ -415,7 +415,7 @@ def test_a_disk_that_takes_no_more_does_not_end_the_run(
     assert known(cache(tmp_path, pairs)) == []
 
 
-def test_of_two_answers_the_older_stays(tmp_path: Path, pairs: Pairs) -> None:
+def test_the_first_cached_log_prob_is_kept(tmp_path: Path, pairs: Pairs) -> None:
     first, second = cache(tmp_path, pairs), cache(tmp_path, pairs)
     second.add(torch.from_numpy(pairs.pair_ids[[0]]), torch.tensor([-7.0, -8.0]))
     add(first, pairs, np.array([0]))

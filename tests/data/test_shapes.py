@@ -110,7 +110,7 @@ def test_a_prompt_that_one_side_repeats_is_not_trained_twice(side: str) -> None:
         assert "remove the prompt column" in bad.cure
 
 
-def test_a_prompt_text_that_text_answers_repeat_is_said() -> None:
+def test_a_prompt_repeated_by_its_completions_is_reported() -> None:
     row = {
         "prompt": "How do you do?",
         "chosen": "How do you do? Well.",
@@ -352,7 +352,7 @@ def test_columns_that_the_prompt_contains_or_that_say_nothing_are_only_named() -
     assert checked({**TEXT_ROW, "tools": [TOOL]}, data_spec()).unread == ("tools",)
 
 
-def test_what_is_not_read_is_counted_of_all_rows(tmp_path: Path) -> None:
+def test_unread_columns_are_counted_over_all_rows(tmp_path: Path) -> None:
     content = [
         {**TEXT_ROW, "score": 1},
         {**TEXT_ROW, "score": 2, "prompt": ""},
@@ -443,7 +443,7 @@ def test_a_shape_of_another_trainer_is_named_with_what_to_do(
     assert bool(cure) == bool(bad.cure)
 
 
-def test_the_first_row_is_answered_for_the_whole_file_and_a_later_one_for_itself(
+def test_an_error_in_the_first_row_concerns_the_file_and_in_a_later_one_that_row(
     tmp_path: Path,
 ) -> None:
     odd = {"chosen_answer": "a", "rejected_answer": "b"}

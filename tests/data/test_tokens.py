@@ -211,7 +211,7 @@ def test_keep_end_is_left_to_the_collator() -> None:
         ({**CHAT_ROW, "chosen": []}, "empty completions", "chosen has no token of its own"),
     ],
 )
-def test_an_unusable_row_says_why(row: Any, kind: str, reason: str) -> None:
+def test_an_unusable_row_is_refused_with_its_reason(row: Any, kind: str, reason: str) -> None:
     with pytest.raises(BadRow) as caught:
         tokenized(row, max_length=40)
     assert caught.value.kind == kind
@@ -269,7 +269,7 @@ def test_a_setting_that_the_template_does_not_read_is_refused() -> None:
         ("{{ messages }}", BadRow, "has tools, not read by the chat template"),
     ],
 )
-def test_a_template_that_does_not_do_is_refused(
+def test_a_template_without_a_clear_completion_is_refused(
     template: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer(), "chat_template", template)

@@ -91,7 +91,7 @@ def test_rewards_are_beta_times_the_log_ratio() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 2.0])
-def test_sigmoid(beta: float) -> None:
+def test_sigmoid_is_the_logistic_loss_of_the_margin(beta: float) -> None:
     logps = LOGPS.clone().requires_grad_()
     losses = LOSSES["sigmoid"](PairTerms.split(logps, REFERENCE, TOKENS), spec(beta))
     margins = [beta * 3, -beta * 3, 0.0]
@@ -377,7 +377,7 @@ def test_a_users_loss_is_given_margins_where_the_data_have_them(
         (lambda terms, _: (terms.chosen_logps * 0).sqrt(), "has the gradient .*(nan|inf)"),
     ],
 )
-def test_a_users_loss_that_is_none_is_refused_before_training(
+def test_a_users_loss_of_a_wrong_shape_is_refused_before_training(
     monkeypatch: pytest.MonkeyPatch, loss: Any, complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint) as caught:
@@ -386,7 +386,7 @@ def test_a_users_loss_that_is_none_is_refused_before_training(
     assert "\n" not in str(caught.value)
 
 
-def test_a_users_loss_that_raises_later_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_of_a_users_loss_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(terms: PairTerms, _: DpoSpec) -> torch.Tensor:
         raise ValueError("not\nthese")
 
@@ -449,7 +449,7 @@ def test_the_losses_of_sorted_pairs_have_value_and_slope_of_their_mean() -> None
         assert torch.allclose(values[:, column] / 7, slope, rtol=1e-12)
 
 
-def test_it_does_not_matter_in_which_order_pairs_come() -> None:
+def test_batch_losses_do_not_depend_on_the_order_of_pairs() -> None:
     terms, weights = random_terms(7), torch.tensor([1, 2, 0.5, 1, 1, 3, 1], dtype=torch.float64)
     order = [3, 1, 6, 0, 5, 2, 4]
     values = batch_losses(picked(terms, order), EVERY_BATCH_LOSS, weights[order])

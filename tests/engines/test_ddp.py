@@ -139,7 +139,7 @@ def test_the_schedule_moves_with_applied_steps_only() -> None:
 
 
 @both_layouts
-def test_the_reference_alone_says_what_it_says_in_a_step(packed: bool) -> None:
+def test_reference_log_probs_alone_equal_those_of_a_step(packed: bool) -> None:
     ddp, batch = engine(SGD), pair_batch(4, packed=packed)
     actual = ddp.reference_logps(batch)
     assert not actual.requires_grad
@@ -148,7 +148,7 @@ def test_the_reference_alone_says_what_it_says_in_a_step(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_seen(value: float) -> None:
+def test_a_non_finite_gradient_is_detected(value: float) -> None:
     ddp = engine(SGD)
     ddp.micro_step(pair_batch(4), COUNTS, last=True)
     grad = ddp.saved["model.layers.1.mlp.up_proj.weight"].grad

@@ -383,7 +383,7 @@ def test_an_optimizer_of_whole_parameters_moves_weights(name: str) -> None:
     assert name_of(built) == name
 
 
-def test_muon_takes_matrices_alone(tmp_path: Path) -> None:
+def test_muon_refuses_weights_that_are_not_2d(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, optimizer={"name": "torch.optim.Muon"})
     check_optim(spec.optimizer, spec.scheduler)
     with pytest.raises(
@@ -431,7 +431,7 @@ def flat(params: Any) -> list[nn.Parameter]:
     ],
     ids=["one", "tuple-of-one", "optimizer", "schedule"],
 )
-def test_only_two_functions_are_taken(optimizers: Any, tmp_path: Path) -> None:
+def test_optimizers_must_be_a_pair_of_functions(optimizers: Any, tmp_path: Path) -> None:
     for refuses in (check_functions, lambda value: debug(tiny_spec(tmp_path), optimizers=value)):
         with pytest.raises(
             UserError, match=r"optimizers = .*; use \(params -> optimizer, optimizer -> schedule\)"
@@ -463,7 +463,7 @@ def test_only_two_functions_are_taken(optimizers: Any, tmp_path: Path) -> None:
         (lambda params: torch.optim.SGD(flat(params)[:1]), WHOLE, "other parameter groups"),
     ],
 )
-def test_what_a_function_built_needs_an_engine_that_leaves_its_maths(
+def test_a_users_optimizer_needs_an_engine_that_keeps_its_maths(
     make: Any, engine: EngineSpec, words: str
 ) -> None:
     groups = param_groups(Small(), 0.1)
@@ -491,7 +491,7 @@ def test_what_a_function_built_needs_an_engine_that_leaves_its_maths(
         ),
     ],
 )
-def test_what_a_function_does_wrong_is_said_in_a_line(
+def test_errors_of_a_users_optimizer_function_are_one_line(
     optimizers: Any, words: str, tmp_path: Path
 ) -> None:
     make, schedule = factories(tiny_spec(tmp_path), Small(), 4, ALONE.device, optimizers)
@@ -499,7 +499,7 @@ def test_what_a_function_does_wrong_is_said_in_a_line(
         schedule(make(param_groups(Small(), 0.1)))
 
 
-def test_the_settings_say_what_no_function_says(tmp_path: Path) -> None:
+def test_settings_apply_where_a_function_is_none(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, optimizer={"lr": 0.5}, scheduler={"name": "constant"})
     for optimizers, lr, kind in (
         ((lambda params: torch.optim.SGD(params, lr=0.25), None), 0.25, torch.optim.SGD),
@@ -543,7 +543,7 @@ def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_p
 # --- what goes on from a checkpoint ---------------------------------------------------------------
 
 
-def test_state_that_is_not_elementwise_stays_where_it_was_made() -> None:
+def test_optimizer_state_that_is_not_elementwise_stays_on_its_rank() -> None:
     adamw, adafactor = optimizer(name="torch.optim.AdamW"), optimizer(name="torch.optim.Adafactor")
     steady = [lr_scheduler.StepLR(built, 30) for built in (adamw, adafactor)]
     check_resumable(made_by(adamw, steady[0], ZERO, 2), made_by(adamw, steady[0], DEALT, 3))

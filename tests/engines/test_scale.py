@@ -7,7 +7,7 @@ from orchestrator.engines.scale import LossScale
 
 
 @pytest.mark.parametrize("overflows", [set(), {0}, {2, 3}, {1, 5, 6, 11}], ids=str)
-def test_it_moves_as_that_of_torch(overflows: set[int]) -> None:
+def test_the_loss_scale_changes_as_torchs_grad_scaler(overflows: set[int]) -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=0.0)
     expected, actual = torch.amp.GradScaler("cpu", growth_interval=3), LossScale(enabled=True)
@@ -22,7 +22,7 @@ def test_it_moves_as_that_of_torch(overflows: set[int]) -> None:
         assert actual.value == expected.get_scale()
 
 
-def test_other_precisions_have_none() -> None:
+def test_only_fp16_has_a_loss_scale() -> None:
     actual, loss = LossScale(enabled=False), torch.tensor(3.0)
     actual.update(applied=False)
     actual.set_state({"value": 4.0, "good_steps": 2})  # of a run that was in fp16

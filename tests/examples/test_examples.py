@@ -157,7 +157,9 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_on_ray_it_is_that_curve_too(example: str, place: Place, ray_address: str) -> None:
+def test_examples_on_ray_have_the_curve_of_debug(
+    example: str, place: Place, ray_address: str
+) -> None:
     if example == "collator":
         need_trl()
     assert ray_address

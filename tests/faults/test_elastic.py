@@ -99,7 +99,7 @@ def print_workers(ray: Any) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_goes_on_with_the_workers_that_there_is_room_for(tmp_path: Path) -> None:
+def test_an_elastic_run_continues_with_the_workers_that_fit(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(CALLBACKS)
     settings = write_settings(
         tmp_path,

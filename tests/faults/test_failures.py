@@ -1,5 +1,5 @@
-"""What cannot be survived ends in one line and an exit code, never in a hang or a silent wrong
-result.
+"""A failure that cannot be survived ends in one line and an exit code, never in a hang or a silent
+wrong result.
 """
 
 import json
@@ -158,7 +158,7 @@ def collate(rows):
 """
 
 
-def test_code_that_was_edited_and_a_step_that_scores_nothing_are_said(tmp_path: Path) -> None:
+def test_edited_code_and_steps_without_scored_tokens_are_reported(tmp_path: Path) -> None:
     settings = write_settings(
         tmp_path, data={"collator": "my_collator:collate"}, training={"max_steps": 2}
     )

@@ -144,7 +144,7 @@ def noted_saves(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "saves.jsonl").read_text().splitlines()]
 
 
-def test_callbacks_hear_of_each_save_when_it_is_there(
+def test_on_save_fires_after_each_commit(
     settings: Path, undisturbed: Callable[[int], Path]
 ) -> None:
     words = ["run.name=told", NOTED, BACKGROUND, "checkpoint.keep=9"]
@@ -166,7 +166,7 @@ def test_callbacks_hear_of_each_save_when_it_is_there(
     assert weights(run_dir) == weights(twin)
 
 
-def test_a_save_that_the_last_evaluation_asks_for_is_waited_for(settings: Path) -> None:
+def test_a_save_requested_by_the_last_evaluation_completes(settings: Path) -> None:
     words = ["run.name=asked", f"data.eval={settings.parent / 'eval.jsonl'}", NOTED, BACKGROUND]
     finish_debug(settings, *words, hook=partial(slow_saves, 0.1))
     assert [line["step"] for line in noted_saves(folder_of(settings, "asked"))] == [0, 2, 4, 5]

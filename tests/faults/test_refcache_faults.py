@@ -90,7 +90,7 @@ class Question(NamedTuple):
 
 
 class Run(NamedTuple):
-    """How a run ended, and what it asked the reference."""
+    """The end of a run, and the questions that it asked the reference."""
 
     folder: Path
     codes: list[int]
@@ -193,7 +193,7 @@ def assert_each_once(pairs: Counter[tuple[int, int]]) -> None:
     )
 
 
-def test_the_second_epoch_asks_nothing(lazy: Run) -> None:
+def test_the_second_epoch_reads_every_reference_log_prob_from_the_cache(lazy: Run) -> None:
     assert len(losses(lazy.folder)) == 2 * TRAIN // 8
     assert_each_once(lazy.pairs)
     assert sorted(row for row, _ in lazy.pairs_in_steps) == list(range(1, TRAIN + 1))
@@ -207,12 +207,12 @@ def test_a_cached_answer_gives_the_loss_of_a_fresh_one(runner: Runner, lazy: Run
     assert not list((off.folder.parent / ".cache").glob("reference_logps/*/*.logps"))
 
 
-def test_off_needs_no_quotes(runner: Runner) -> None:
+def test_cache_off_is_valid_yaml_without_quotes(runner: Runner) -> None:
     """YAML reads a bare off as false."""
     assert runner("without", "bare", "reference.cache=off", "training.epochs=0.1").codes == [0]
 
 
-def test_full_asks_about_each_pair_once_over_all_ranks_before_the_first_step(
+def test_a_full_cache_runs_the_reference_once_per_pair_before_the_first_step(
     full: Run, lazy: Run
 ) -> None:
     assert_each_once(full.pairs)
@@ -223,7 +223,7 @@ def test_full_asks_about_each_pair_once_over_all_ranks_before_the_first_step(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_another_run_of_the_same_question_asks_nothing(
+def test_another_run_with_the_same_reference_and_data_reuses_the_cache(
     runner: Runner, full: Run, ranks: int
 ) -> None:
     again = runner.finished(
@@ -233,7 +233,7 @@ def test_another_run_of_the_same_question_asks_nothing(
     assert "reference cache:" not in again.log
 
 
-def test_a_kill_during_the_fill_costs_only_what_was_under_way(runner: Runner) -> None:
+def test_a_kill_during_the_fill_loses_only_the_batches_in_progress(runner: Runner) -> None:
     words = ("killed", "killed", "reference.cache=full", "training.epochs=0.5")
     dead = runner(*words, DIES_AT_QUESTION='{"0": 6}')
     assert dead.codes == [-9]
@@ -245,9 +245,7 @@ def test_a_kill_during_the_fill_costs_only_what_was_under_way(runner: Runner) ->
 
 
 def test_a_kill_during_the_fill_leaves_no_trace_in_the_weights(runner: Runner) -> None:
-    """What is left to ask must be asked in the same micro-batches, or answers differ in the last
-    bit.
-    """
+    """The rest must be asked in the same micro-batches, or answers differ in the last bit."""
     words = ("reference.cache=full", "batch.micro_batch_size=3", "training.epochs=1", *LARGER)
     whole = runner.finished("unkilled", "run", *words, ranks=2)
     assert (
@@ -270,7 +268,7 @@ def losses_so_far(run: Run) -> dict[int, float]:
     return losses(run.folder) if (run.folder / "metrics.jsonl").exists() else {}
 
 
-def test_another_reference_never_takes_the_first_ones_answers(runner: Runner, lazy: Run) -> None:
+def test_another_reference_does_not_reuse_cached_log_probs(runner: Runner, lazy: Run) -> None:
     """Nor do log-probs that are summed otherwise."""
     for name, word in (("other", "run.seed=8"), ("desensitised", "dpo.ld_alpha=0.5")):
         assert_each_once(runner.finished("lazy", name, word, "training.epochs=1").pairs)

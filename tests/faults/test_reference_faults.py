@@ -61,7 +61,7 @@ def settings_of(folder: Path, model: dict[str, Any] | None = None, **reference: 
 
 
 def errors(ended: Ended) -> list[str]:
-    """What is wrong, in one line of each rank that says it."""
+    """Return the error line of each rank that prints one."""
     assert "Traceback" not in ended.log, ended.log
     lines = [line for line in ended.log.splitlines() if line.startswith("error")]
     assert len(lines) == sum(code != 0 for code in ended.codes), ended.log
@@ -133,7 +133,7 @@ def other_template(folder: Path, name: str) -> None:
         (GOES_ON, ADAPTER_OFF, other_alpha, "adapter", ["reference."]),
     ],
 )
-def test_another_reference_is_refused_at_resume_and_named(
+def test_resume_refuses_another_reference_by_name(
     folder: Path,
     model: dict[str, Any],
     reference: dict[str, Any],
@@ -190,7 +190,7 @@ def shift_records(folder: Path, by: float) -> int:
     "reference", [{}, {"cache": "full"}, PRECOMPUTED], ids=["lazy", "full", "precomputed"]
 )
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_edited_log_probs_are_found_at_the_first_step(
+def test_edited_reference_log_probs_are_detected_at_the_first_step(
     folder: Path, reference: dict[str, Any], ranks: int
 ) -> None:
     settings = settings_of(folder, **reference)
@@ -273,9 +273,7 @@ def test_a_disk_that_is_full_during_the_fill_costs_one_rank_nothing(folder: Path
 def test_a_disk_that_is_full_during_the_fill_ends_two_ranks_before_the_first_step(
     folder: Path,
 ) -> None:
-    """What one rank could not write the other would miss, at whatever step it comes to that
-    pair.
-    """
+    """Log-probs that one rank could not write would be missing on the other at some later step."""
     settings = settings_of(folder, **PRECOMPUTED)
     full = run_debug(settings, ranks=2, hook=partial(disk_full_after, 2))
     assert full.codes == [2, 2], full.log
@@ -304,7 +302,7 @@ def test_a_disk_that_is_full_during_the_fill_ends_two_ranks_before_the_first_ste
     ],
     ids=["int8", "nf4", "bf16", "int8 of an adapter", "int8 of another model"],
 )
-def test_a_reference_may_change_rewards_by_so_much_and_no_more(
+def test_max_reward_error_limits_the_error_of_a_reference(
     folder: Path, model: dict[str, Any], reference: dict[str, Any], ranks: int
 ) -> None:
     settings = settings_of(folder, model, **reference)

@@ -35,7 +35,7 @@ def golden_run(folder: Path) -> list[dict[str, Any]]:
     return [without_times(line) for line in lines]
 
 
-def test_golden(tmp_path: Path) -> None:
+def test_twenty_steps_equal_the_golden_run(tmp_path: Path) -> None:
     expected = json.loads(GOLDEN.read_text())
     actual = golden_run(tmp_path)
     assert [line["step"] for line in actual] == list(range(21))

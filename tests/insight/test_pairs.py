@@ -1,4 +1,4 @@
-"""What the pair ledger says, on numbers that can be checked by hand."""
+"""The pair ledger's findings, on numbers that can be checked by hand."""
 
 import json
 import subprocess
@@ -143,7 +143,7 @@ def test_lengths_are_halved_on_either_side_of_0() -> None:
 # --- what a user reads ----------------------------------------------------------------------------
 
 
-def test_the_lines_name_what_was_found() -> None:
+def test_report_lines_name_the_findings() -> None:
     actual = analyse(22, THREE)
     assert actual.first_ids(1) == [5]
     texts = {5: RawRow("a.jsonl", 5, {"prompt": "Say\nit", "chosen": "x" * 300, "rejected": "ü"})}
@@ -165,7 +165,7 @@ def test_the_lines_name_what_was_found() -> None:
     assert len(output) == at + 6
 
 
-def test_messages_are_shown_by_what_they_say() -> None:
+def test_conversations_are_shown_by_their_text() -> None:
     actual = analyse(
         1, ledger(preferring(1, (-8, -4), (-6, -5), (2, 2)), preferring(2, (0, 0), (0, 0), (9, 2)))
     )
@@ -250,7 +250,9 @@ def test_without_its_data_a_run_still_has_numbers(
     assert "texts are not available: data.train = " in shown.err
 
 
-def test_a_run_without_rows_is_told_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_ledger_rows_is_refused(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Saver(run_dir / "checkpoints", ALONE, 2, 60).save(2, [], {})
     assert cli.main(["pairs", str(run_dir)]) == cli.WRONG
     assert (

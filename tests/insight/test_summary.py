@@ -56,13 +56,15 @@ def test_an_offline_run_says_how_to_upload_it(tmp_path: Path) -> None:
     ("blocks", "word"),
     [({}, "your own model and pairs"), ({"training": {"pair_ledger": False}}, "")],
 )
-def test_it_says_what_to_do_next(tmp_path: Path, blocks: dict[str, Any], word: str) -> None:
+def test_the_summary_names_the_next_commands(
+    tmp_path: Path, blocks: dict[str, Any], word: str
+) -> None:
     shown = "\n".join(lines_of(tmp_path, **blocks))
     assert word in shown
     assert ("orchestrator pairs" in shown) is not bool(blocks)
 
 
-def test_damaged_metrics_hide_nothing_else(tmp_path: Path) -> None:
+def test_damaged_metrics_do_not_hide_the_rest_of_the_summary(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path)
     spec.run_dir.mkdir(parents=True)
     line = {"step": 0, "eval_loss": 0.5, "eval_rewards/accuracies": 0.25}
@@ -74,7 +76,7 @@ def test_damaged_metrics_hide_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "null", '{"status": "finished"}', '{"status": "died", "reason": ""}']
 )
-def test_a_damaged_result_is_that_of_no_run(tmp_path: Path, content: str) -> None:
+def test_a_damaged_result_counts_as_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "result.json").write_text(content)
     assert last_result(RunDir(tmp_path)) is None
 

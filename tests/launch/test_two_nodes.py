@@ -87,7 +87,7 @@ class Place(NamedTuple):
     ray: RayCluster
 
     def env(self, **more: str) -> dict[str, str]:
-        """Of who submits; the key is at hand here too."""
+        """Return the environment of whoever submits; the W&B key is in it too."""
         return self.ray.env(
             RAY_API_SERVER_ADDRESS=self.ray.jobs_address, WANDB_API_KEY=CANARY, **more
         )
@@ -182,14 +182,16 @@ def test_a_run_crashes_is_submitted_again_loses_a_node_and_is_stopped(place: Pla
     assert sorted(losses(run_dir)) == list(range(1, max(losses(run_dir)) + 1))
 
 
-def test_what_is_wrong_with_a_run_is_its_exit_code_2(place: Place) -> None:
+def test_a_submitted_run_with_wrong_settings_exits_with_2(place: Place) -> None:
     wrong = place.submit("callbacks=[users_code:Nobody]", "run.name=wrong")
     log = output_of(wrong)
     assert wrong.returncode == 2, log
     assert "error: callbacks = 'users_code:Nobody'" in log
 
 
-def test_who_is_not_let_in_is_told_so(place: Place, tmp_path: Path) -> None:
+def test_a_wrong_token_or_address_of_the_job_server_is_refused(
+    place: Place, tmp_path: Path
+) -> None:
     token = tmp_path / "token"
     token.write_text("0" * 64)
     words = ["orchestrator", "submit", "--to", "ray", "run.yaml"]
@@ -206,7 +208,7 @@ def test_who_is_not_let_in_is_told_so(place: Place, tmp_path: Path) -> None:
     assert "no job server accepts us" in nobody.stderr
 
 
-def test_the_key_of_wandb_is_nowhere(place: Place) -> None:
+def test_the_wandb_key_is_in_no_file_or_job(place: Place) -> None:
     listed = (
         "import json, sys; from ray.job_submission import JobSubmissionClient as Client;"
         "print([str(job) for job in Client().list_jobs()])"

@@ -469,7 +469,7 @@ def test_varlen_on_a_gpu_is_near_padded(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CHECKED)
-def test_whatever_is_not_packed_is_as_before(kind: str) -> None:
+def test_padded_batches_use_transformers_own_attention(kind: str) -> None:
     plain, ours = (twin(random_model(kind, torch.float32, 0)).eval() for _ in range(2))
     use_packed_attention(ours, "cpu")
     body_hidden(ours, both(EDGES)[1])  # leaves nothing behind
@@ -545,7 +545,9 @@ LONG_ROPE = {
         ("gemma", {"use_bidirectional_attention": True}, "is bidirectional"),
     ],
 )
-def test_what_would_not_be_exact_is_named(kind: str, changes: dict[str, Any], reason: str) -> None:
+def test_a_model_that_packing_would_change_is_named(
+    kind: str, changes: dict[str, Any], reason: str
+) -> None:
     assert reason in str(not_exact(config_of(kind, **changes), 9))
 
 

@@ -1,4 +1,4 @@
-"""What a model does is found by small forward passes: noise, causality, padding, weights without a
+"""Small forward passes detect a model's behaviour: noise, causality, padding, weights without a
 gradient.
 """
 
@@ -50,7 +50,7 @@ def multimodal() -> PreTrainedModel:
 
 
 def twice(model: PreTrainedModel) -> bool:
-    """Whether two forward passes in training mode agree to the last bit."""
+    """Return whether two forward passes in training mode agree to the last bit."""
     ids = torch.arange(40)[None] % 90
     torch.manual_seed(1)
     first = model(input_ids=ids).logits

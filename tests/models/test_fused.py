@@ -39,7 +39,7 @@ def loss_and_gradients(built: PreTrainedModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_as_transformers_own(kind: str) -> None:
+def test_fused_layers_equal_those_of_transformers(kind: str) -> None:
     plain = model(kind, torch.float32)
     fused = copy.deepcopy(plain)
     fuse(fused)
@@ -50,7 +50,7 @@ def test_the_same_as_transformers_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp64_is_fp64_throughout(kind: str) -> None:
+def test_fused_layers_keep_fp64(kind: str) -> None:
     built = model(kind, torch.float64)
     fuse(built)
     for module in (m for m in built.modules() if type(m).__name__ in NORMS):

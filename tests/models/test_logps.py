@@ -47,7 +47,7 @@ def made_model(plain: bool = True, dtype: torch.dtype = FP64, **config: Any) -> 
 
 
 def pair_losses(pairs: slice, sums: PairSums) -> torch.Tensor:
-    """Of both log-probs, not linear, and another one for every pair."""
+    """A loss of both log-probs that is not linear and differs for every pair."""
     chosen, rejected = sums.logps.unbind(1)
     weights = torch.linspace(0.2, 1.3, 100, dtype=FP64)[pairs][: len(chosen)]
     return weights * softplus(1.1 * rejected - 0.9 * chosen + 3)
@@ -153,7 +153,7 @@ def test_chunks_change_neither_value_nor_gradient(
 
 
 @both_layouts
-def test_company_and_padding_do_not_matter(packed: bool) -> None:
+def test_log_probs_do_not_depend_on_other_pairs_or_padding(packed: bool) -> None:
     model, rows = made_model(), pair_rows(4)
     together = sequence_logps(model, collator(packed)(rows)).view(2, 4)
     for index, row in enumerate(rows):
@@ -163,7 +163,7 @@ def test_company_and_padding_do_not_matter(packed: bool) -> None:
 
 @both_layouts
 @both_heads
-def test_a_batch_without_scored_tokens_gives_nothing(packed: bool, plain: bool) -> None:
+def test_a_batch_without_scored_tokens_has_zero_log_probs(packed: bool, plain: bool) -> None:
     model = made_model(plain)
     batch = collator(packed)(
         [{"pair_id": 1, "prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]}]
@@ -236,7 +236,9 @@ def test_half_precision_logits_are_normalised_in_fp32(plain: bool) -> None:
         ("gemma2", {"head_dim": 8, "final_logit_softcapping": 0.5}),
     ],
 )
-def test_what_a_model_does_to_its_logits_is_done(model_type: str, config: dict[str, Any]) -> None:
+def test_scaled_and_capped_logits_equal_the_models_own(
+    model_type: str, config: dict[str, Any]
+) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {

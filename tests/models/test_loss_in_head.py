@@ -252,7 +252,7 @@ def test_sixteen_bits_are_near_even_where_a_pair_counts_little(
 @DTYPES
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("frozen", ["head", "body"])
-def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(
+def test_frozen_parts_get_no_gradient_and_the_rest_is_unchanged(
     frozen: str, size: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
@@ -301,7 +301,7 @@ def test_no_more_logits_than_allowed_are_made(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_without_gradient_the_same_value_and_no_work_for_one(
+def test_without_gradients_the_value_is_equal_and_none_is_formed(
     size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, hidden = tiny_model(dtype=torch.float64), random_hidden(torch.float64).requires_grad_()
@@ -320,12 +320,12 @@ def test_without_gradient_the_same_value_and_no_work_for_one(
     assert weight not in watched.shapes, "a gradient of the weight was made room for"
 
 
-def test_log_probs_of_a_trainable_model_can_be_asked_for() -> None:
+def test_log_probs_of_a_trainable_model_carry_no_gradient() -> None:
     trainable, frozen = tiny_model(), tiny_model().requires_grad_(False)
     assert torch.equal(sequence_logps(trainable, BATCH), sequence_logps(frozen, BATCH))
 
 
-def test_metrics_are_left_out_where_nobody_wants_them() -> None:
+def test_metrics_are_not_computed_without_a_reader() -> None:
     model, hidden = tiny_model(dtype=torch.float64), random_hidden(torch.float64).requires_grad_()
     expected = in_head(model, hidden)
     scored = loss_in_head(model, hidden, BATCH, pair_losses, False)

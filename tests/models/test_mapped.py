@@ -70,7 +70,7 @@ def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies in memory that is a safetensors file."""
+    """Return whether a tensor lies in memory that is a safetensors file."""
     with open("/proc/self/maps") as maps:
         for line in maps:
             first, _, last = line.split(maxsplit=1)[0].partition("-")
@@ -268,7 +268,7 @@ def test_a_quantised_checkpoint_is_loaded_in_the_ordinary_way(tmp_path: Path) ->
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_made_model_is_made_once_and_the_same(
+def test_a_model_built_from_a_config_is_built_once_and_equal(
     tmp_path: Path, dtype: torch.dtype, tied: bool
 ) -> None:
     spec = tiny_spec(
@@ -286,7 +286,7 @@ def test_a_made_model_is_made_once_and_the_same(
     check_same(ordinary, mapped, dtype)
 
 
-def test_other_settings_make_other_weights(tmp_path: Path) -> None:
+def test_other_settings_build_other_weights(tmp_path: Path) -> None:
     def folder(dtype: torch.dtype = torch.float32, seed: int = 7, **config: Any) -> Path:
         spec = tiny_spec(
             tmp_path, run={"seed": seed}, model={"init": {"config": {**TINY_MODEL, **config}}}
@@ -331,7 +331,7 @@ def test_adapters_on_a_mapped_base_are_those_on_an_ordinary_one(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("base", ["fp16", "int8"])
-def test_a_base_of_another_type_is_made_in_the_ordinary_way(tmp_path: Path, base: str) -> None:
+def test_a_base_in_another_dtype_is_loaded_without_mapping(tmp_path: Path, base: str) -> None:
     saved(tmp_path, tiny_model())
     ordinary, mapped = both(from_path(tmp_path, lora={"r": 4, "base": base}))
     assert [p.dtype for p in mapped.parameters()] == [p.dtype for p in ordinary.parameters()]

@@ -63,7 +63,7 @@ def saved_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_a_tokenizer_is_made_from_the_data_and_kept(tmp_path: Path) -> None:
+def test_a_tokenizer_is_trained_on_the_data_and_saved(tmp_path: Path) -> None:
     spec = with_model(tmp_path)
     first = load_tokenizer(spec)
     [folder] = (spec.cache_dir / "tokenizers").glob("*/")
@@ -156,7 +156,7 @@ def test_a_tokenizer_that_is_not_there_is_refused(
     ],
     ids=["no such architecture", "wrong type", "heads that do not divide"],
 )
-def test_a_config_that_makes_no_model_is_refused(
+def test_a_config_without_a_causal_lm_is_refused(
     tmp_path: Path, init: dict[str, Any], config: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -164,7 +164,7 @@ def test_a_config_that_makes_no_model_is_refused(
     assert caught.value.key.startswith("model.init")
 
 
-def test_weights_made_on_the_spot_depend_on_the_seed_alone(tmp_path: Path) -> None:
+def test_random_weights_depend_only_on_the_seed(tmp_path: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = weights(policy(with_model(tmp_path)))
@@ -175,7 +175,7 @@ def test_weights_made_on_the_spot_depend_on_the_seed_alone(tmp_path: Path) -> No
     assert not torch.equal(weights(policy(other)), first)
 
 
-def test_made_and_loaded_models_have_the_type_asked_for_and_train(tmp_path: Path) -> None:
+def test_built_and_loaded_models_have_the_requested_type_and_train(tmp_path: Path) -> None:
     model = policy(with_model(tmp_path))
     model.save_pretrained(tmp_path / "model")
     spec = tiny_spec(tmp_path, model={"init": None, "path": str(tmp_path / "model")})
@@ -188,7 +188,7 @@ def test_made_and_loaded_models_have_the_type_asked_for_and_train(tmp_path: Path
     assert torch.equal(weights(loaded).float(), weights(model))
 
 
-def test_a_made_model_knows_the_tokenizer(tmp_path: Path) -> None:
+def test_a_model_built_from_a_config_gets_the_tokenizers_ids(tmp_path: Path) -> None:
     config = load_config(with_model(tmp_path), tokenizer())
     assert config.vocab_size == len(tokenizer())
     assert (config.eos_token_id, config.pad_token_id) == (
@@ -200,7 +200,7 @@ def test_a_made_model_knows_the_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("disable", [True, False])
 @pytest.mark.parametrize("is_loaded", [False, True])
-def test_dropout_is_off_unless_asked_for(tmp_path: Path, disable: bool, is_loaded: bool) -> None:
+def test_dropout_is_off_by_default(tmp_path: Path, disable: bool, is_loaded: bool) -> None:
     small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
     model: dict[str, Any] = {
         "init": {"model_type": "gpt2", "config": small},

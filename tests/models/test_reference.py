@@ -73,7 +73,7 @@ def built(
 
 
 def step_logps(policy: PreTrainedModel, reference: Reference, batch: PairBatch) -> torch.Tensor:
-    """What the reference says within a step, after the policy's body."""
+    """Return the reference's log-probs within a step, after the policy's body."""
     return PairStep(policy, reference, DPO)(batch, Counts(4, 1)).ref_logps
 
 
@@ -107,7 +107,7 @@ def test_a_copy_is_frozen_and_shares_nothing(spec_of: Callable[..., RunSpec]) ->
 
 
 @both_layouts
-def test_its_log_probs_are_to_the_last_bit_those_of_the_same_policy_without_gradient(
+def test_reference_log_probs_are_bitwise_those_of_the_policy_without_gradient(
     spec_of: Callable[..., RunSpec], packed: bool
 ) -> None:
     policy, reference = built(spec_of(), packed)
@@ -127,7 +127,9 @@ def test_its_log_probs_are_to_the_last_bit_those_of_the_same_policy_without_grad
     assert torch.equal(actual, expected.logps)
 
 
-def test_another_model_can_judge(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
+def test_another_model_can_be_the_reference(
+    spec_of: Callable[..., RunSpec], tmp_path: Path
+) -> None:
     tiny_model(seed=5, **SIZES).save_pretrained(tmp_path / "other")
     _, reference = built(spec_of(path=str(tmp_path / "other")), packed=False, dtype=torch.float64)
     expected = Reference(tiny_model(seed=5, **SIZES).double())
@@ -153,7 +155,7 @@ def test_a_copy_can_have_a_type_of_its_own(
 
 
 @both_layouts
-def test_an_offloaded_copy_says_the_same_and_keeps_nothing_on_the_device(
+def test_an_offloaded_copy_has_equal_log_probs_and_keeps_nothing_on_the_device(
     spec_of: Callable[..., RunSpec], packed: bool
 ) -> None:
     batch = pair_batch(4, packed=packed)
@@ -218,7 +220,9 @@ def test_a_shared_layer_runs_once_per_micro_batch(
 
 
 @both_layouts
-def test_shared_layers_say_what_a_copy_says(spec_of: Callable[..., RunSpec], packed: bool) -> None:
+def test_shared_layers_have_the_log_probs_of_a_copy(
+    spec_of: Callable[..., RunSpec], packed: bool
+) -> None:
     batch = pair_batch(4, packed=packed)
     for k in range(1, LAYERS):
         policy, reference = built(spec_of(kind="shared_layers", num_shared_layers=k), packed)
@@ -383,7 +387,7 @@ def test_every_kind_sums_a_sequence_as_the_policy_does(
 
 
 @both_layouts
-def test_without_its_adapter_the_policy_is_its_base(
+def test_the_policy_with_its_adapter_off_equals_its_base(
     spec_of: Callable[..., RunSpec], packed: bool
 ) -> None:
     batch = pair_batch(4, packed=packed)
@@ -399,7 +403,9 @@ def test_without_its_adapter_the_policy_is_its_base(
     assert [name for name, p in policy.named_parameters() if p.requires_grad] == trained
 
 
-def test_an_adapter_is_on_again_when_judging_fails(spec_of: Callable[..., RunSpec]) -> None:
+def test_the_adapter_is_on_again_after_a_failed_reference_pass(
+    spec_of: Callable[..., RunSpec],
+) -> None:
     policy, reference = built(spec_of(LORA, kind="adapter_off"))
     moved(policy)
     expected = sequence_logps(policy, pair_batch(3, packed=True))
@@ -419,7 +425,7 @@ def adapter(spec_of: Callable[..., RunSpec], tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["adapter_off", "copy", "precomputed"])
-def test_a_policy_that_goes_on_from_an_adapter_is_judged_by_it_not_by_the_bare_base(
+def test_the_reference_of_a_continued_adapter_is_that_adapter(
     spec_of: Callable[..., RunSpec], adapter: dict[str, Any], kind: str
 ) -> None:
     batch = pair_batch(4, packed=True)
@@ -606,7 +612,7 @@ def test_a_model_whose_linear_layers_are_transposed_is_quantised(tmp_path: Path)
         ({}, {"kind": "nf4"}, 1e-2),
     ],
 )
-def test_on_a_gpu_it_says_what_it_says_on_a_cpu(
+def test_reference_log_probs_on_a_gpu_equal_those_on_a_cpu(
     spec_of: Callable[..., RunSpec], model: dict[str, Any], reference: dict[str, Any], most: float
 ) -> None:
     spec, gpu = spec_of(model, **reference), torch.device("cuda")
@@ -622,7 +628,9 @@ def test_on_a_gpu_it_says_what_it_says_on_a_cpu(
 # --- a Python user's own function -----------------------------------------------------------------
 
 
-def test_a_function_can_make_the_reference(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
+def test_a_users_function_can_build_the_reference(
+    spec_of: Callable[..., RunSpec], tmp_path: Path
+) -> None:
     batch = pair_batch(4, packed=True)
 
     def load(policy: PreTrainedModel) -> PreTrainedModel:
@@ -693,7 +701,7 @@ def test_shared_layers_that_a_function_made_are_recognised(
     assert not passes["reference 0"]
 
 
-def test_what_a_function_returns_is_checked(spec_of: Callable[..., RunSpec]) -> None:
+def test_a_reference_built_by_a_function_is_checked(spec_of: Callable[..., RunSpec]) -> None:
     def refused(function: Any, **reference: Any) -> str:
         with pytest.raises(UserError) as caught:
             built(spec_of(**reference), ref_model=function)
@@ -792,7 +800,7 @@ def test_create_reference_model_refuses_what_it_cannot_share() -> None:
 @pytest.mark.parametrize(
     "sharing", [{}, {"kind": "shared_layers", "num_shared_layers": 2}], ids=["copy", "shared"]
 )
-def test_sync_mixes_what_is_the_references_own(
+def test_sync_updates_only_weights_the_reference_owns(
     spec_of: Callable[..., RunSpec], sharing: dict[str, Any]
 ) -> None:
     policy, reference = built(spec_of(sync_every=1, sync_alpha=0.25, **sharing))
@@ -828,7 +836,9 @@ def test_a_reference_of_another_shape_cannot_move(
 # --- refused at the start -------------------------------------------------------------------------
 
 
-def test_another_vocabulary_is_refused(spec_of: Callable[..., RunSpec], tmp_path: Path) -> None:
+def test_a_reference_with_another_vocabulary_is_refused(
+    spec_of: Callable[..., RunSpec], tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     tiny_model(vocab_size=310).save_pretrained(other)
     with pytest.raises(UserError, match="vocabulary of 310 tokens, the policy of 300"):
@@ -837,7 +847,7 @@ def test_another_vocabulary_is_refused(spec_of: Callable[..., RunSpec], tmp_path
     check_reference(spec_of(), tiny_model().config, tokenizer())
 
 
-def test_another_tokenizer_is_refused_by_a_token(
+def test_a_reference_with_another_tokenizer_is_refused_naming_a_token(
     spec_of: Callable[..., RunSpec], tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -864,7 +874,7 @@ def test_a_model_that_is_not_there_is_refused(spec_of: Callable[..., RunSpec]) -
         built(spec_of(path="/no/such/model"))
 
 
-def test_an_absent_reference_says_which_rows_are_missing() -> None:
+def test_an_absent_reference_names_the_rows_without_log_probs() -> None:
     rows = [{**row, "pair_id": number} for row, number in zip(pair_rows(2), (17, 4), strict=True)]
     with pytest.raises(
         UserError, match=r"the log-probs of pairs \[17, 4\] are not all in the cache"
@@ -875,7 +885,7 @@ def test_an_absent_reference_says_which_rows_are_missing() -> None:
 # --- identity -------------------------------------------------------------------------------------
 
 
-def test_its_identity_is_its_weights_and_config_whatever_the_ranks() -> None:
+def test_the_identity_covers_weights_and_config_on_any_number_of_ranks() -> None:
     def identity(model: PreTrainedModel, world: Any = ALONE) -> dict[str, Any]:
         return identity_of(Reference(model).tensors(), model.config, world)
 
@@ -894,7 +904,7 @@ def test_its_identity_is_its_weights_and_config_whatever_the_ranks() -> None:
 
 
 @pytest.mark.parametrize("model", [{}, {"tied_head": "freeze"}], ids=["untied", "tied"])
-def test_whoever_judges_by_the_same_weights_has_the_same_identity(
+def test_references_with_equal_weights_have_equal_identities(
     spec_of: Callable[..., RunSpec], model: dict[str, Any]
 ) -> None:
     def weights(spec: RunSpec) -> str:

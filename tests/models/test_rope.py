@@ -97,7 +97,7 @@ def alone(kind: str, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_hidden_states_that_it_has_alone(kind: str) -> None:
+def test_a_rows_hidden_states_do_not_depend_on_other_rows(kind: str) -> None:
     model = model_of(kind)
     plain = hidden(model, SHORT, LONG)[0, :SHORT]
     assert not torch.allclose(

@@ -30,7 +30,7 @@ def test_missing_weights_are_counted_and_the_first_named() -> None:
     assert "use a complete checkpoint of a Qwen2ForCausalLM" in line
 
 
-def test_a_fix_of_the_caller_replaces_that_for_a_whole_model() -> None:
+def test_a_callers_fix_replaces_the_default_one() -> None:
     for differences in (WeightDifferences(["a"], [], []), WeightDifferences([], ["a"], [])):
         with pytest.raises(UserError, match="; train it again") as caught:
             check_complete(KEY, "/model", differences, MODEL, fix="train it again")

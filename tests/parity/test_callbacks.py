@@ -26,7 +26,7 @@ EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
 class Heard(NamedTuple):
-    """What a callback is told at an event."""
+    """The arguments of a callback at one event."""
 
     event: str
     step: int

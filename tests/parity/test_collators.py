@@ -18,7 +18,7 @@ CUT = {"max_length": LIMIT, "truncation_mode": "keep_end"}
 
 
 @pytest.mark.parametrize("cut", [{}, CUT], ids=["whole", "keep_end"])
-def test_a_run_with_it_is_our_padded_run(
+def test_trls_collator_gives_the_losses_of_padded_batches(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], cut: dict[str, Any]
 ) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForPreference

@@ -197,7 +197,7 @@ def named(kind: Kind, dpo: DpoSpec) -> str:
 
 
 def is_trls(kind: Kind, dpo: DpoSpec) -> bool:
-    """Whether TRL can say what the loss is."""
+    """Return whether TRL can compute the loss."""
     beyond = {*NOT_TRLS, *(NOT_WEIGHTED_BY_TRL if dpo.use_weighting else ())}
     return kind != "margin" and beyond.isdisjoint(dpo.loss_types)
 
@@ -208,7 +208,7 @@ def in_trl(dpo: DpoSpec) -> list[str]:
 
 
 def remark(kind: Kind, dpo: DpoSpec) -> str:
-    """What the table says of TRL besides numbers."""
+    """Return the table's remark about TRL besides numbers."""
     if kind == "margin":
         return "TRL has no margins"
     if dpo.use_weighting and not set(NOT_WEIGHTED_BY_TRL).isdisjoint(dpo.loss_types):
@@ -224,7 +224,7 @@ def remark(kind: Kind, dpo: DpoSpec) -> str:
 
 
 class Seen(NamedTuple):
-    """What a model in fp64 says of the case's sequences, all chosen first."""
+    """Outputs of a model in fp64 for the case's sequences, all chosen first."""
 
     # [2B, 2] log-probs of as many tokens as both completions of the pair have, and of the rest
     parts: Tensor
@@ -444,7 +444,7 @@ def truth(case: Case, dpo: DpoSpec, parts: Tensor) -> Tensor:
 
 
 def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
-    """What is logged besides the loss and its gradient."""
+    """Return the metrics that are logged besides the loss and its gradient."""
     logps, ratios = log_ratios(case, dpo, case.policy.parts)
     (w, x), (r_w, r_x) = logps.chunk(2), (dpo.beta * ratios).chunk(2)
     ones, entropy, logits, top1 = (
@@ -472,7 +472,7 @@ def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
 
 
 class Found(NamedTuple):
-    """What one side says of the case."""
+    """Results of one side for the case."""
 
     metrics: dict[str, float]  # with the loss
     gradient: Tensor  # of all parameters
@@ -514,7 +514,9 @@ class OneRowAStep(TrainerCallback):
         self.gradients.append(flat_gradient(options["model"]))
 
     def results(self, log_history: list[dict[str, float]]) -> list[Found]:
-        """Of each step; what is counted from the start of training, for a step."""
+        """Return the results of each step; counts since the start of training become counts of a
+        step.
+        """
         lines = [line for line in log_history if "loss" in line]
         values: list[Found] = []
         for line, gradient in zip(lines, self.gradients, strict=True):
@@ -632,8 +634,8 @@ def our_steps(
 
 
 class Distances(NamedTuple):
-    """How far two are from each other: values by max(1, |truth|), gradients and their logged norm
-    by the truth's norm, the other metrics as values, the one that is farthest.
+    """Distances between two results: values relative to max(1, |truth|), gradients and their logged
+    norm relative to the truth's norm, the other metrics as values; the largest of each.
     """
 
     loss: float
@@ -733,7 +735,7 @@ def table(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Table:
 # --- the tests ------------------------------------------------------------------------------------
 
 
-def test_the_rows_hold_what_matters(case: Case) -> None:
+def test_parity_rows_cover_the_cases_that_matter(case: Case) -> None:
     assert {name for dpo in TABLE["plain"] for name in in_trl(dpo)} == {*LOSSES, *BATCH_LOSSES}
     assert any(
         not row["prompt_ids"] for row in case.rows

@@ -22,13 +22,15 @@ NAMES = sorted(
 OURS = {name for block in Block.__subclasses__() for name in block.model_fields}
 
 
-def test_every_setting_of_trl_is_answered() -> None:
+def test_every_setting_of_trl_has_an_answer() -> None:
     assert {name for name in NAMES if name not in TRL_NAMES and name not in NOT_NEEDED} == set()
     assert not TRL_NAMES.keys() & NOT_NEEDED.keys()
     assert NOT_NEEDED.keys() <= set(NAMES)  # no name that TRL has given up
 
 
 @pytest.mark.parametrize("name", ["padding_free", "push_to_hub", "lora_dropout"])
-def test_what_is_not_needed_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+def test_trl_settings_without_a_counterpart_are_refused_with_the_reason(
+    tmp_path: Path, name: str
+) -> None:
     error = refused(tmp_path, training={name: True})
     assert str(error) == f"training.{name} = True: is not a setting; remove it: {NOT_NEEDED[name]}"

@@ -236,7 +236,7 @@ class StopAfter(TrainerCallback):
 @pytest.mark.parametrize(
     ("every", "alpha", "other"), [(2, 0.6, False), (3, 0.25, False), (3, 0.9, True)]
 )
-def test_sync_is_trls(home: Home, every: int, alpha: float, other: bool) -> None:
+def test_reference_sync_equals_trl(home: Home, every: int, alpha: float, other: bool) -> None:
     path = home.folder / "other"
     model_of(home.tokenizer, seed=6).save_pretrained(path)
     reference = {"sync_every": every, "path": str(path) if other else None}
@@ -344,8 +344,8 @@ def test_lora_without_its_adapter_is_lora_with_a_copy_and_trls(
     assert worst(trained_factors(spec), theirs) < WEIGHTS_TOLERANCE
 
 
-def test_going_on_from_an_adapter_is_trls(home: Home) -> None:
-    """Of which TRL makes a second one, named ref: the reference is not the bare base."""
+def test_continuing_an_adapter_equals_trl(home: Home) -> None:
+    """TRL makes a second adapter, named ref: the reference is not the bare base."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     config = LoraConfig(
@@ -392,7 +392,7 @@ def of_ours(policy: PreTrainedModel) -> PreTrainedModel:
     return create_reference_model(policy, num_shared_layers=SHARED)
 
 
-def test_shared_layers_are_trls_whoever_makes_them(home: Home) -> None:
+def test_shared_layers_by_settings_and_by_function_equal_trl(home: Home) -> None:
     def sharing(count: int) -> RunSpec:
         return home.spec(
             f"shared_{count}", reference={"kind": "shared_layers", "num_shared_layers": count}

@@ -189,7 +189,7 @@ def ours(folder: Path, rows: list[Row], tokenizer: Any, data: DataSpec) -> Pairs
 
 
 def theirs(rows: list[Row], tokenizer: Any, max_length: int | None = None) -> list[Row]:
-    """What TRL makes of a table of these rows."""
+    """Return the rows that TRL makes of a table."""
     from datasets import Dataset
 
     return trl_tokens(Dataset.from_list(rows), tokenizer, max_length)
@@ -239,7 +239,7 @@ def assert_packed_as(batch: PairBatch, expected: dict[str, torch.Tensor]) -> Non
 @pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", [24, 1024, None])
 @pytest.mark.parametrize("name", ROWS)
-def test_ids_and_masks_are_trls(
+def test_ids_and_masks_equal_trls(
     name: str, max_length: int | None, truncation: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -282,7 +282,7 @@ def test_ids_and_masks_are_trls(
 
 
 @pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
-def test_what_is_called_trls_here_is_what_its_trainer_trains_on(
+def test_trl_tokens_are_those_its_trainer_trains_on(
     truncation: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -165,7 +165,7 @@ def exact_model(path: Path) -> Any:
 
 
 def exact_terms(model: Any, rows: list[Row], side: str) -> tuple[torch.Tensor, dict[str, float]]:
-    """What one side of all pairs gives: log-probs [pairs], and sums over tokens.
+    """Return log-probs [pairs] of one side of all pairs, and sums over tokens.
 
     Each sequence alone: no padding.
     """
@@ -330,8 +330,8 @@ def worst(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> floa
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """How many threads share a sum decides its rounding; and for tensors this small they only wait
-    for each other.
+    """The number of threads that share a sum decides its rounding; for tensors this small they only
+    wait for each other.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

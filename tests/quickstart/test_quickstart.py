@@ -37,7 +37,7 @@ def finished(
 
 
 @pytest.mark.ray
-def test_it_learns(finished: tuple[Path, str]) -> None:
+def test_quickstart_learns(finished: tuple[Path, str]) -> None:
     run_dir, _ = finished
     lines = metric_lines(run_dir)
     before, after = lines[0], lines[-1]
@@ -48,7 +48,7 @@ def test_it_learns(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.ray
-def test_it_says_where_everything_is(finished: tuple[Path, str]) -> None:
+def test_quickstart_prints_where_its_files_are(finished: tuple[Path, str]) -> None:
     run_dir, out = finished
     for place in ("model", "metrics.jsonl", "wandb"):
         assert str(run_dir / place) in out

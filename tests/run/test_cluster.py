@@ -1,4 +1,4 @@
-"""How a Ray on this machine starts where the environment is hard on it, and the line where it
+"""Ray starts on this machine where the environment is hard on it, or one line says why it
 cannot.
 """
 
@@ -21,7 +21,7 @@ LONG = "a-scratch-folder-of-a-user-with-a-rather-long-name/slurm-job-12345678/an
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `entered` writes into the environment ends with the test."""
+    """Undo after the test whatever `entered` writes into the environment."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", cluster.TRAIN_V2):
         os.environ.pop(name, None)

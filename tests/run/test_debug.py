@@ -1,5 +1,5 @@
-"""What each flag of `orchestrator debug` does, seen from outside: files, weights, and a person at
-the terminal.
+"""The flags of `orchestrator debug`, seen from outside: files, weights, and a person at the
+terminal.
 """
 
 import json
@@ -172,7 +172,7 @@ def test_a_trace_of_chosen_steps_on_each_rank(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_flags_that_say_nothing_are_refused(
+def test_debug_flags_without_effect_are_refused(
     finished: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     file = write_settings(finished)
@@ -240,7 +240,7 @@ def test_a_breakpoint_has_the_terminal_and_an_exception_its_line(tmp_path: Path)
     assert child.exitstatus == 1
 
 
-def test_who_leaves_the_debugger_leaves_the_run(
+def test_quitting_the_debugger_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -254,7 +254,7 @@ def test_who_leaves_the_debugger_leaves_the_run(
     assert output.err == "aborted\n"
 
 
-def test_of_two_ranks_that_fail_one_has_the_terminal(tmp_path: Path) -> None:
+def test_only_one_of_two_failing_ranks_gets_the_terminal(tmp_path: Path) -> None:
     words = ["--nproc", "2", "--pdb", "optimizer.name=mine:Sgd", "engine.shard_optimizer=false"]
     with typing(tmp_path, *words) as child:
         child.expect("rank ([01]): ZeroDivisionError: in the second step")

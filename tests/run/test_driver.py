@@ -1,4 +1,4 @@
-"""What the driver decides without starting Ray; whole runs on Ray are in tests/quickstart and
+"""The driver's decisions without starting Ray; whole runs on Ray are in tests/quickstart and
 tests/faults.
 """
 
@@ -37,7 +37,7 @@ class Counting(TrainerCallback):
     count: Any = 0
 
 
-def test_what_a_python_user_gives_travels_by_value(
+def test_user_objects_of_a_script_are_pickled_by_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere")  # so that no token is made
@@ -99,9 +99,7 @@ def test_a_cluster_that_was_never_large_enough_is_refused(tmp_path: Path, run_di
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_who_asks_a_waiting_run_to_stop_does_not_wait_with_it(
-    tmp_path: Path, run_dir: RunDir, saved: bool
-) -> None:
+def test_a_stop_request_ends_a_waiting_run(tmp_path: Path, run_dir: RunDir, saved: bool) -> None:
     attempts: list[float] = []
 
     def fit(wait_s: float) -> Exception:
@@ -287,7 +285,7 @@ def run_dir(tmp_path: Path) -> RunDir:
     ("placement", "places", "grows"),
     [("PACK", 1, True), ("PACK", 0, False), ("STRICT_SPREAD", 1, False)],
 )
-def test_a_run_is_saved_when_it_can_have_more_workers(
+def test_a_run_saves_before_it_grows(
     tmp_path: Path,
     run_dir: RunDir,
     room: Callable[..., None],
@@ -314,7 +312,7 @@ def test_a_run_is_saved_when_it_can_have_more_workers(
     assert not elastic.is_growth_request(run_dir)
 
 
-def test_growth_never_takes_the_place_of_a_users_request(run_dir: RunDir) -> None:
+def test_growing_does_not_replace_a_users_stop_request(run_dir: RunDir) -> None:
     run_dir.stop.write_text("orchestrator stop")
     elastic.request_growth(run_dir)
     assert not elastic.is_growth_request(run_dir)

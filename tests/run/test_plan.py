@@ -187,7 +187,9 @@ def test_dropped_rows_do_not_count_in_the_steps(tmp_path: Path) -> None:
         ({"reference": {"path": "./nonexistent"}}, "reference.path"),
     ],
 )
-def test_what_the_run_refuses_is_refused(tmp_path: Path, blocks: dict[str, Any], key: str) -> None:
+def test_plan_refuses_what_the_run_refuses(
+    tmp_path: Path, blocks: dict[str, Any], key: str
+) -> None:
     with pytest.raises(UserError) as caught:
         planned(tiny_spec(tmp_path, **blocks))
     assert caught.value.key == key
@@ -242,7 +244,7 @@ def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
-def test_what_needs_a_gpu_is_refused_where_the_run_would_have_none(
+def test_settings_that_need_a_gpu_are_refused_without_one(
     tmp_path: Path, blocks: dict[str, Any], key: str
 ) -> None:
     with pytest.raises(UserError) as caught:

@@ -1,5 +1,5 @@
-"""What nodes say of themselves becomes checks with cures; and what this machine says is true. Real
-clusters that are broken are in tests/faults.
+"""Answers of nodes become checks with fixes, and this machine's answers are true. Real clusters
+that are broken are in tests/faults.
 """
 
 import os
@@ -91,7 +91,7 @@ def test_a_driver_without_gpus_may_have_another_build_of_torch() -> None:
     ]
 
 
-def test_what_is_nowhere_is_missed_by_nobody() -> None:
+def test_a_package_missing_on_every_node_is_not_a_difference() -> None:
     facts = {"n1": having(peft="missing"), "n2": having(peft="missing")}
     assert wrong(version_checks(facts)) == []
     facts["n3"] = FACTS
@@ -226,7 +226,7 @@ def test_ports_that_are_blocked_name_both_ends_and_the_range() -> None:
     assert checks[1].cure.startswith("allow TCP to its ports 32768-60999 ")
 
 
-def test_the_rest_of_what_nodes_say() -> None:
+def test_remaining_answers_of_nodes_become_checks() -> None:
     assert [check.value for check in bandwidth_checks({"n1": 2e9, "n2": 1.5e9})] == [
         "1.5 GB/s, 16.8 MB over 2 nodes"
     ] * 2
@@ -239,7 +239,7 @@ def test_the_rest_of_what_nodes_say() -> None:
     assert "set cluster.network_interface" in apart.cure
 
 
-def test_the_table_has_the_cure_beside_what_is_wrong() -> None:
+def test_the_table_prints_each_fix_beside_its_failure() -> None:
     nodes = ["driver", *(f"n{number}" for number in range(1, 6))]
     checks = [Check("torch", node, "2.13.0") for node in nodes]
     checks += [
@@ -269,7 +269,7 @@ def test_the_table_has_the_cure_beside_what_is_wrong() -> None:
 # --- this machine ---------------------------------------------------------------------------------
 
 
-def test_this_machine_is_well_and_nothing_is_left_of_the_look(tmp_path: Path) -> None:
+def test_checks_of_this_machine_pass_and_leave_no_files(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, data={"cache_dir": str(tmp_path / "a" / "b")})
     before = sorted(tmp_path.iterdir())
     checks = check_here(spec) + space_checks(spec)
@@ -291,7 +291,7 @@ def test_this_machine_is_well_and_nothing_is_left_of_the_look(tmp_path: Path) ->
     assert list((tmp_path / "a").iterdir()) == []  # what was there stays
 
 
-def test_what_is_wrong_here_is_said(tmp_path: Path) -> None:
+def test_failed_checks_of_this_machine_are_reported(tmp_path: Path) -> None:
     hub_or_here = {"path": "/nowhere/model", "init": None}
     spec = tiny_spec(
         tmp_path, run={"dir": "/proc/runs"}, data={"train": "/nowhere.jsonl"}, model=hub_or_here
@@ -388,7 +388,7 @@ def test_nodes_reach_each_other_or_say_why_not() -> None:
     assert actual == {"n2": "Connection refused"}
 
 
-def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
@@ -412,7 +412,7 @@ def test_an_address_at_which_no_ray_is_is_refused(monkeypatch: pytest.MonkeyPatc
     ],
     ids=["AdamW", "SGD with momentum", "frozen layers", "LoRA"],
 )
-def test_what_a_run_writes_is_known_beforehand(tmp_path: Path, blocks: dict[str, Any]) -> None:
+def test_the_disk_use_of_a_run_is_predicted(tmp_path: Path, blocks: dict[str, Any]) -> None:
     blocks = {"data": {"eval": None}, "training": {"max_steps": 1}, **blocks}
     settings = write_settings(tmp_path, **blocks)
     finish_debug(settings)
@@ -444,7 +444,7 @@ def test_an_optimizer_of_unknown_state_counts_with_its_weights(tmp_path: Path) -
         (None, 100, 2, "loss", 4),
     ],
 )
-def test_checkpoints_at_once(
+def test_the_number_of_checkpoints_on_disk_at_once_is_predicted(
     tmp_path: Path, every: int | None, steps: int | None, keep: int, best: str | None, at_once: int
 ) -> None:
     blocks = {
@@ -469,7 +469,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path) -> None
     )
 
 
-def test_what_is_written_already_needs_no_room(tmp_path: Path) -> None:
+def test_files_that_exist_already_need_no_further_space(tmp_path: Path) -> None:
     spec = tiny_spec(
         tmp_path, checkpoint={"every_steps": 1, "keep": 10}, training={"max_steps": None}
     )

@@ -112,7 +112,7 @@ def test_without_an_older_checkpoint_it_begins_at_the_start(
         ),
     ],
 )
-def test_what_cannot_be_replayed_is_refused(
+def test_steps_that_cannot_be_replayed_are_refused(
     run_dir: RunDir, step: int, overrides: list[str], expected: str
 ) -> None:
     with pytest.raises(UserError, match=expected):
@@ -143,7 +143,7 @@ def test_a_step_of_other_engines_and_references(tmp_path: Path, blocks: dict[str
     assert float(numbers["loss"][1].strip(",")) == pytest.approx(line["loss"], abs=1e-6)
 
 
-def test_what_fp16_skipped_is_skipped_again(
+def test_replay_skips_the_steps_that_fp16_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scale, "START", 2.0**40)

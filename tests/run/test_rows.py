@@ -74,7 +74,7 @@ def texts(side: Any) -> tuple[str, ...]:
         ),
     ],
 )
-def test_what_truncation_takes_is_shown(
+def test_truncated_tokens_are_shown(
     settings: dict[str, Any], chosen: tuple[str, ...], rejected: tuple[str, ...], tmp_path: Path
 ) -> None:
     (row,) = shown(tmp_path, [TEXT], **settings)
@@ -84,7 +84,7 @@ def test_what_truncation_takes_is_shown(
 
 
 @pytest.mark.parametrize("settings", CUTS, ids=str)
-def test_what_is_shown_is_what_a_batch_holds(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_shown_tokens_are_those_of_a_batch(settings: dict[str, Any], tmp_path: Path) -> None:
     content = [
         *random_rows(20, longest=4),
         {**TEXT, "prompt": ""},
@@ -155,7 +155,7 @@ def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) 
     )
 
 
-def test_a_row_on_a_terminal(tmp_path: Path) -> None:
+def test_one_row_is_printed_on_a_terminal(tmp_path: Path) -> None:
     (row,) = shown(tmp_path, [ODD], max_length=18)
     plain, coloured = (list(row_lines(row, tokenizer(), colour)) for colour in (False, True))
     assert plain == [
@@ -202,7 +202,7 @@ def test_rows_of_all_kinds_on_a_terminal(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_not_read_and_what_repeats_is_shown(tmp_path: Path) -> None:
+def test_unread_columns_and_repeated_rows_are_shown(tmp_path: Path) -> None:
     content = [{**row, "score": 1} for row in random_rows(6)]
     write_jsonl(tmp_path / "eval.jsonl", [*random_rows(2), *random_rows(2, seed=1)])
     write_jsonl(tmp_path / "train.jsonl", [*content, content[0]])
@@ -236,7 +236,7 @@ def test_special_tokens_are_bold_where_there_are_colours(tmp_path: Path) -> None
     )
 
 
-def test_lengths_on_a_terminal() -> None:
+def test_token_lengths_are_printed_on_a_terminal() -> None:
     uncut = np.array([[2, 1, 3], [4, 9, 1], [30, 1, 1], [3, 2, 2]])
     data = data_spec(max_length=20, max_completion_length=8)
     assert list(

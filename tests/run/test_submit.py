@@ -1,4 +1,4 @@
-"""What is handed to a cluster; real clusters are in tests/launch and tests/slurm."""
+"""Jobs that are handed to a cluster; real clusters are in tests/launch and tests/slurm."""
 
 import asyncio
 import os
@@ -64,7 +64,7 @@ def test_code_is_taken_along_and_data_models_outputs_and_secrets_are_not(project
     }
 
 
-def test_what_git_ignores_stays_as_well(project: Path) -> None:
+def test_files_ignored_by_git_are_not_packaged(project: Path) -> None:
     (project / ".git/config").unlink()
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
     (project / ".gitignore").write_text("big/\n*.tmp\n")
@@ -85,7 +85,7 @@ def test_a_git_that_does_not_answer_is_not_taken_for_one_that_ignores_nothing(
         staged(project)
 
 
-def test_what_is_left_out_has_no_second_way_in(project: Path) -> None:
+def test_files_left_out_of_the_package_are_not_added_through_links(project: Path) -> None:
     """By a link, or where the settings name another path to it."""
     (project / "config.txt").symlink_to(".env")
     (project / "rows.jsonl").symlink_to("train.jsonl")
@@ -212,7 +212,7 @@ def test_a_log_that_went_with_its_node_is_not_waited_for(
     )
 
 
-def test_a_connection_that_is_dead_and_does_not_say_so(
+def test_a_silent_connection_is_reopened(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit, "SILENCE_S", 0.05)

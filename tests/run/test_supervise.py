@@ -1,4 +1,4 @@
-"""How an attempt ended decides what comes next: deaths count since the last new commit."""
+"""The end of an attempt decides the next one: deaths count since the last new commit."""
 
 import pytest
 
@@ -30,7 +30,7 @@ from orchestrator.run.supervise import BACKOFF_S, Attempt, Next, Supervisor
         (1, [("died", -1), ("died", 0), ("died", 0)], ["retry", "retry", "give up"]),
     ],
 )
-def test_what_comes_next(
+def test_outcomes_decide_whether_a_run_restarts(
     max_failures: int, attempts: list[tuple[str, int]], expected: list[Next]
 ) -> None:
     supervisor = Supervisor(max_failures)

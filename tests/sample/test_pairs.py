@@ -98,7 +98,7 @@ def test_committed_files_are_what_the_script_writes(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes(), name
 
 
-def test_sizes() -> None:
+def test_the_sample_has_the_documented_sizes() -> None:
     assert len(TRAIN) >= 512
     assert len(EVAL) >= 128
     for prompt, chosen, rejected in TRAIN + EVAL:

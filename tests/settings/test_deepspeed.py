@@ -94,7 +94,7 @@ def refusal(folder: Path, file: Any, **blocks: Any) -> UserError:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_presets_are_taken(tmp_path: Path, stage: int) -> None:
+def test_deepspeed_presets_are_accepted(tmp_path: Path, stage: int) -> None:
     preset = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
     engine = {"kind": "deepspeed", "deepspeed_config": str(preset)}
     for offload in ("none", "optimizer"):
@@ -190,7 +190,9 @@ AGREED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("file", "blocks"), AGREED)
-def test_what_agrees_is_taken(tmp_path: Path, file: dict[str, Any], blocks: dict[str, Any]) -> None:
+def test_a_deepspeed_file_that_agrees_with_the_settings_is_accepted(
+    tmp_path: Path, file: dict[str, Any], blocks: dict[str, Any]
+) -> None:
     assert with_file(tmp_path, file, **blocks).engine.deepspeed_config == file
 
 
@@ -510,7 +512,7 @@ ASKING = {  # a value that asks for the feature, where True does not
 
 
 @pytest.mark.parametrize("path", FEATURES)
-def test_what_would_change_the_numbers_is_refused(tmp_path: Path, path: str) -> None:
+def test_deepspeed_options_that_change_numbers_are_refused(tmp_path: Path, path: str) -> None:
     feature = FEATURES[path]
     for value in (None, "auto", *(feature.may_be or (False, {}))):
         assert with_file(tmp_path, nested(path, value)).engine.kind == "deepspeed"
@@ -520,7 +522,7 @@ def test_what_would_change_the_numbers_is_refused(tmp_path: Path, path: str) -> 
 
 
 @pytest.mark.parametrize("path", GONE)
-def test_what_deepspeed_raises_for_is_refused_even_where_it_is_off(
+def test_deepspeed_options_that_it_rejects_are_refused_even_when_off(
     tmp_path: Path, path: str
 ) -> None:
     error = refusal(tmp_path, nested(path, False))
@@ -552,7 +554,7 @@ def names_in(file: str, block: str) -> set[str]:
     raise AssertionError(f"{file} has no {block}")
 
 
-def test_deepspeed_has_the_names_that_are_looked_for() -> None:
+def test_deepspeed_has_the_private_names_we_use() -> None:
     gone = names_in("config.py", "_REMOVED_ZERO_CONFIG_KEYS")
     assert set(GONE) == names_in("config.py", "_REMOVED_TOP_LEVEL_CONFIG_KEYS") | {
         f"{ZERO}.{key}" for key in gone
@@ -576,7 +578,9 @@ def test_the_file_is_read_once_and_kept_with_the_settings(tmp_path: Path) -> Non
         ("[]", "is not a JSON object"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str | None, rule: str) -> None:
+def test_a_file_that_is_not_a_deepspeed_configuration_is_refused(
+    tmp_path: Path, text: str | None, rule: str
+) -> None:
     path = tmp_path / "ds.json"
     if text is not None:
         path.write_text(text)

@@ -36,7 +36,7 @@ def test_files_merge_left_to_right_then_overrides(tmp_path: Path) -> None:
     assert load_spec([base], ["dpo.beta=0.3", "dpo.beta=0.4"]).dpo.beta == 0.4
 
 
-def test_one_path_is_as_good_as_a_list(tmp_path: Path) -> None:
+def test_a_single_path_equals_a_list_of_one(tmp_path: Path) -> None:
     path = write_settings(tmp_path)
     assert load_spec(path) == load_spec(str(path)) == load_spec([path])
 
@@ -163,7 +163,7 @@ def test_the_default_run_folder_is_absolute_too(
         ("org/a", False),
     ],
 )
-def test_what_names_a_local_file(source: str, expected: bool) -> None:
+def test_paths_and_hub_names_are_told_apart_by_their_form(source: str, expected: bool) -> None:
     assert looks_local(source) is expected
 
 
@@ -202,7 +202,7 @@ def test_saved_settings_load_as_they_were(tmp_path: Path, blocks: dict[str, Any]
     assert not path.with_name("config.yaml.tmp").exists()
 
 
-def test_saved_settings_may_hold_what_looks_like_an_interpolation(tmp_path: Path) -> None:
+def test_saved_settings_keep_text_that_looks_like_an_interpolation(tmp_path: Path) -> None:
     spec, path = tiny_spec(tmp_path, wandb={"group": "${team}"}), tmp_path / "config.yaml"
     save_spec(spec, path)
     assert load_spec(path) == spec

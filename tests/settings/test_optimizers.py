@@ -55,7 +55,7 @@ def test_each_optimizer_runs_where_its_maths_survives(
             assert tiny_spec(tmp_path, **blocks).optimizer.name == name
 
 
-def test_what_an_optimizer_reads() -> None:
+def test_each_optimizer_has_a_kind_of_maths() -> None:
     kinds = {
         name: optimizer_kind(name) for name in (ADAMW, FUSED, MUON, ADAFACTOR, EIGHT_BIT, MINE)
     }

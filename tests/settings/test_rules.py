@@ -790,7 +790,7 @@ SETS = {"easy": "a.jsonl", 2024: "b.jsonl"}  # as YAML reads a bare number
         ),
     ],
 )
-def test_what_is_best_is_one_of_the_metrics(
+def test_metric_for_best_must_be_an_evaluated_metric(
     tmp_path: Path, best: str, sets: Any, has_more: bool, says: str | None
 ) -> None:
     data = {"data": {"eval": sets}} if sets else {}

@@ -158,7 +158,7 @@ def test_a_block_that_was_not_there_is_a_change(tmp_path: Path) -> None:
     assert [key for key, *_ in changed_on_resume(before, after)] == ["model.path", "model.init"]
 
 
-def test_which_zero_stage_runs(tmp_path: Path) -> None:
+def test_the_zero_stage_defaults_follow_the_settings(tmp_path: Path) -> None:
     def stage(**engine: Any) -> int:
         return tiny_spec(tmp_path, engine={"kind": "deepspeed", **engine}).engine.stage
 
@@ -262,7 +262,7 @@ def test_a_long_value_is_shortened() -> None:
     assert len(str(UserError("key", "x" * 5000, "rule", "cure"))) < 200
 
 
-def test_the_model_of_other_tests_is_a_setting_too(tmp_path: Path) -> None:
+def test_tiny_settings_are_valid_settings(tmp_path: Path) -> None:
     init = tiny_spec(tmp_path).model.init
     assert init is not None
     assert init.config == TINY_MODEL
@@ -280,7 +280,9 @@ def test_the_model_of_other_tests_is_a_setting_too(tmp_path: Path) -> None:
         (None, None, None),
     ],
 )
-def test_a_time_of_slurm(tmp_path: Path, value: Any, time: str | None, seconds: int | None) -> None:
+def test_slurm_times_are_parsed_to_seconds(
+    tmp_path: Path, value: Any, time: str | None, seconds: int | None
+) -> None:
     slurm = tiny_spec(tmp_path, slurm={"time": value}).slurm
     assert (slurm.time, slurm.time_s) == (time, seconds)
 

@@ -57,7 +57,7 @@ def finish(job: Job) -> None:
 
 
 def hosts(run_dir: Path) -> list[str]:
-    """Of each rank."""
+    """Return the host of each rank."""
     beats = (run_dir / "logs").glob("heartbeat_*.json")
     return sorted(json.loads(beat.read_text())["host"] for beat in beats)
 

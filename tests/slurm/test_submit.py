@@ -95,7 +95,7 @@ def test_further_flags_stand_last(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_left_open_is_refused(
+def test_missing_slurm_settings_are_refused(
     tmp_path: Path, cluster: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as refused:
@@ -149,7 +149,7 @@ def submit(slurm: Slurm, *words: str | Path) -> CompletedProcess[str]:
 
 
 @pytest.mark.slurm
-def test_slurm_takes_it(slurm: Slurm, tmp_path: Path) -> None:
+def test_sbatch_accepts_a_submission(slurm: Slurm, tmp_path: Path) -> None:
     settings = write_settings(
         tmp_path,
         cluster=SIXTEEN,
@@ -170,7 +170,7 @@ def test_slurm_takes_it(slurm: Slurm, tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_slurm_refuses_it(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_rejection_by_sbatch_is_one_line_with_a_fix(slurm: Slurm, tmp_path: Path) -> None:
     settings = write_settings(
         tmp_path, cluster=SIXTEEN, slurm={"workers_per_node": 8, "partition": "nowhere"}
     )

@@ -44,7 +44,7 @@ ROWS = [
 
 @dataclass
 class Row:
-    """What the table says of one model type; an error is the largest difference."""
+    """One model type's row of the table; an error is the largest difference."""
 
     model_type: str
     model_class: str = ""
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def is_right(self) -> bool:
-        """Whether it trains with the right numbers, or one line refuses it, or there is no
+        """Return whether it trains with the right numbers, or one line refuses it, or there is no
         model.
         """
         trains = self.start < 1e-6 and self.reward == 0 and self.steps < 2e-4 and self.export < 1e-6
@@ -192,7 +192,7 @@ def _sequences() -> list[tuple[list[int], list[int], list[int]]]:
 
 
 def _logp(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """Of one sequence alone, by the model's own whole forward."""
+    """Return the log-prob of one sequence alone, by the model's own whole forward."""
     tokens = torch.tensor([prompt + answer])
     logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return log_softmax(logits.double(), -1).gather(-1, torch.tensor(answer)[:, None]).sum()

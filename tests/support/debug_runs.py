@@ -21,7 +21,7 @@ TIMEOUT_S = 120.0
 
 
 class Ended(NamedTuple):
-    """How each rank ended, and what all of them said."""
+    """Exit code of each rank, and the output of all of them."""
 
     codes: list[int]
     stdout: str

@@ -72,7 +72,7 @@ class Case:
 
 
 class Made(NamedTuple):
-    """What a run has shown."""
+    """Numbers and weights of a run."""
 
     losses: list[float]  # of the global batch, before each step
     norms: list[float]
@@ -452,8 +452,8 @@ def loader(pairs: Pairs, world: World, packed: bool) -> Loader:
 
 
 def handed_over(world: World, engine: str, folder: Path, batch_size: int) -> list[Any] | None:
-    """What compute_metrics gets of the rows in a folder, on rank zero: the columns of pairs, then
-    logits and labels.
+    """Return on rank 0 what compute_metrics gets for the rows in a folder: the columns of pairs,
+    then logits and labels.
     """
     built = engine_of(Case(engine=engine), world)
     pairs = tokenized_pairs(

@@ -1,4 +1,4 @@
-"""What each forked run would make anew, made once for all by the process that they are forks of."""
+"""Compute once, in the process that ranks are forks of, what each of them would compute anew."""
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

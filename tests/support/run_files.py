@@ -16,7 +16,7 @@ def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
-    """What is the same whenever a run is repeated."""
+    """Return the values of a line that are the same whenever a run is repeated."""
     return {
         name: value for name, value in line.items() if not name.endswith(("runtime", "_per_second"))
     }

@@ -85,7 +85,7 @@ def notes_pairs() -> None:
 
 
 def sha256(*tensors: torch.Tensor) -> str:
-    """Of their content."""
+    """Return the hash of their content."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())

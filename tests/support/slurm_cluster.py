@@ -179,7 +179,9 @@ class Slurm:
         return int(done.stdout.split(";")[0])
 
     def job(self, number: int) -> dict[str, str]:
-        """What scontrol says of a job: JobState, ExitCode ("code:signal"), Restarts, Reason, ..."""
+        """Return scontrol's view of a job: JobState, ExitCode ("code:signal"), Restarts, Reason,
+        ...
+        """
         output = self.run("scontrol", "-o", "show", "job", str(number)).stdout
         return dict(re.findall(r"(\w+)=(\S*)", output))
 

@@ -27,7 +27,7 @@ class Job:
     log_file: Path
 
     def drivers(self) -> list[dict[str, Any]]:
-        """What each stub of a driver so far said of itself."""
+        """Return the line of each stub of a driver so far."""
         output = self.run_dir / "drivers.jsonl"
         return (
             [json.loads(line) for line in output.read_text().splitlines()]
@@ -76,7 +76,7 @@ class Job:
         return job
 
     def log(self) -> str:
-        """What the batch script has printed, over all starts."""
+        """Return the output of the batch script, over all starts."""
         return self.log_file.read_text() if self.log_file.exists() else ""
 
 

@@ -1,4 +1,4 @@
-"""How long tests wait for something that must happen: longer on a busy machine."""
+"""Waiting times of tests for what must happen: longer on a busy machine."""
 
 import os
 

@@ -63,7 +63,7 @@ def ids(text: str) -> list[int]:
 
 
 def tokenized(row: dict[str, Any], **settings: Any) -> TokenizedPair:
-    """What is left of a row, with other settings of `data` perhaps."""
+    """Return the truncated tokens of a row under settings of `data`."""
     data = data_spec(**settings)
     return truncated(tokenize_pair(row, tokenizer(), data)[0], data)
 

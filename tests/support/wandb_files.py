@@ -18,7 +18,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 class OfflineRun(NamedTuple):
-    """What one run file holds.
+    """Content of one run file.
 
     `config` leaves out W&B's own `_wandb` entry. `history` has one dict for each record
     in the file, in file order and not merged by step, with W&B's `_step`, `_timestamp`

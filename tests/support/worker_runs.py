@@ -38,13 +38,13 @@ TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2, "int8": 3e-
 
 
 def tolerance(precision: str, reference: str, lora: str) -> float:
-    """How far the losses of a run may be from its twin's; lora: a key of LORA."""
+    """Return by how much the losses of a run may differ from its twin's; lora: a key of LORA."""
     parts = {precision, reference, (LORA[lora] or {}).get("base")}
     return max(TOLERANCE[part] for part in parts & TOLERANCE.keys())
 
 
 class Left(NamedTuple):
-    """What a run leaves."""
+    """Numbers that a run leaves."""
 
     losses: list[float]  # by step
     kept: int  # pairs whose reference log-probs are on disk

@@ -91,7 +91,7 @@ def user_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_every_callback_is_called_in_order_with_all_objects(tmp_path: Path) -> None:
+def test_callbacks_are_called_in_order_with_all_objects(tmp_path: Path) -> None:
     log: list[Any] = []
     handler = callbacks(
         tmp_path, Recording(log), Recording(log), model="the model", optimizer="the optimizer"
@@ -103,7 +103,7 @@ def test_every_callback_is_called_in_order_with_all_objects(tmp_path: Path) -> N
     assert kwargs == {"model": "the model", "optimizer": "the optimizer", "metrics": 3}
 
 
-def test_one_that_raises_is_dropped_and_reported_once(
+def test_a_callback_that_raises_is_reported_once_and_dropped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     raising, recording = Raising(), Recording()
@@ -119,7 +119,7 @@ def test_one_that_raises_is_dropped_and_reported_once(
     assert record.exc_info is not None
 
 
-def test_an_essential_one_that_raises_ends_training(tmp_path: Path) -> None:
+def test_an_essential_callback_that_raises_ends_training(tmp_path: Path) -> None:
     raising = Raising()
     raising.essential = True  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="cannot"):
@@ -136,7 +136,7 @@ def test_requests_are_collected_once(tmp_path: Path, names: list[str]) -> None:
     assert handler.take_requests() == [0] * len(REQUESTS)
 
 
-def test_what_the_schedule_does_is_shown_and_not_asked(tmp_path: Path) -> None:
+def test_actions_of_the_schedule_show_in_control_but_are_no_requests(tmp_path: Path) -> None:
     recording = Recording()
     handler = callbacks(tmp_path, Asking("should_save"), recording)
     shown: list[dict[str, bool]] = []
@@ -151,7 +151,7 @@ def test_what_the_schedule_does_is_shown_and_not_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_the_end_of_an_epoch_is_asked_of_that_epoch_alone(tmp_path: Path, resumed: bool) -> None:
+def test_a_request_to_end_an_epoch_holds_for_that_epoch_only(tmp_path: Path, resumed: bool) -> None:
     handler = callbacks(tmp_path, Asking("should_epoch_stop", "should_log"))
     handler.fire("on_step_end")
     other = callbacks(tmp_path)
@@ -262,7 +262,7 @@ def test_arguments_have_all_that_transformers_trackers_read(tmp_path: Path) -> N
     assert {type(value) for value in args.to_sanitized_dict().values()} == {bool, int, float, str}
 
 
-def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
+def test_training_arguments_equal_the_settings(tmp_path: Path) -> None:
     spec = tiny_spec(
         tmp_path,
         training={"max_grad_norm": None},
@@ -307,7 +307,7 @@ def test_arguments_say_what_the_settings_say(tmp_path: Path) -> None:
         (None, "no", None, False),
     ],
 )
-def test_arguments_say_when_the_run_evaluates(
+def test_training_arguments_hold_the_evaluation_schedule(
     tmp_path: Path,
     evaluation: dict[str, Any] | None,
     strategy: str,
@@ -328,7 +328,7 @@ def test_arguments_say_when_the_run_evaluates(
         ("loss", {"every_steps": 2, "export": "best"}, "steps", True),
     ],
 )
-def test_arguments_say_what_is_saved(
+def test_training_arguments_hold_the_save_schedule(
     tmp_path: Path, best: str | None, checkpoint: dict[str, Any], strategy: str, loads: bool
 ) -> None:
     spec = tiny_spec(tmp_path, evaluation={"metric_for_best": best}, checkpoint=checkpoint)
@@ -336,7 +336,7 @@ def test_arguments_say_what_is_saved(
     assert (args.save_strategy, args.load_best_model_at_end) == (strategy, loads)
 
 
-def test_ours_come_before_the_users(tmp_path: Path, user_module: ModuleType) -> None:
+def test_built_in_callbacks_run_before_the_users(tmp_path: Path, user_module: ModuleType) -> None:
     user_module.Counting = Counting  # type: ignore[attr-defined]
     user_module.ready = Recording()  # type: ignore[attr-defined]
     value = ["a_users_module:ready", {"path": "a_users_module:Counting", "kwargs": {"start": 4}}]
@@ -435,7 +435,7 @@ def test_no_secret_goes_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_the_console_says_where_the_run_stands(
+def test_the_console_prints_step_epoch_and_losses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handler = callbacks(tmp_path, console := ConsoleCallback())
@@ -456,7 +456,7 @@ def test_the_console_says_where_the_run_stands(
     ]
 
 
-def test_online_without_a_key_says_how_to_give_one_and_records_offline(
+def test_wandb_online_without_a_key_records_offline_and_prints_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     modes: list[str] = []

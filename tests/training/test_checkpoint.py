@@ -90,7 +90,7 @@ def full_disk(limit: int) -> Iterator[None]:
 # --- writing and reading --------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     folder = saved(tmp_path, 7)
     assert folder == tmp_path / "step_00000007"
     assert verify(folder) == []
@@ -224,7 +224,7 @@ def unreadable(path: Path) -> None:
 
 
 def readable(path: Path) -> None:
-    """What `unreadable` did is over."""
+    """Undo `unreadable`."""
     path.with_suffix(".kept").rename(path)
 
 
@@ -268,7 +268,7 @@ def test_a_half_written_folder_is_ignored_and_written_over(tmp_path: Path) -> No
     assert sorted(tmp_path.iterdir()) == [older, newer]
 
 
-def test_what_a_rank_of_a_dead_attempt_still_writes_lands_nowhere(tmp_path: Path) -> None:
+def test_late_writes_of_a_dead_attempt_do_not_reach_a_checkpoint(tmp_path: Path) -> None:
     dead = module._Draft(tmp_path, 3, META, ALONE)
     draft = module._Draft(tmp_path, 3, META, ALONE)
     with pytest.raises((OSError, SafetensorError)):
@@ -284,7 +284,7 @@ def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pat
     assert verify(again) == []
 
 
-def test_nothing_valid_is_nothing(tmp_path: Path) -> None:
+def test_without_a_valid_checkpoint_none_is_returned(tmp_path: Path) -> None:
     assert newest_valid(tmp_path / "nowhere", ALONE) == (None, [])
     flip(saved(tmp_path, 1))
     actual, complaints = newest_valid(tmp_path, ALONE)
@@ -322,7 +322,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert committed(tmp_path) == [folders[3]]
 
 
-def test_a_checkpoint_that_is_being_deleted_is_none(
+def test_a_checkpoint_under_deletion_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [saved(tmp_path, step) for step in (1, 2)]
@@ -421,11 +421,11 @@ def begin(saves: Saver, step: int) -> None:
 
 
 def is_alone() -> bool:
-    """Whether no thread of a save is left."""
+    """Return whether no thread of a save is left."""
     return all(thread.name != "checkpoint" for thread in threading.enumerate())
 
 
-def test_what_changes_after_a_save_has_begun_does_not_reach_it(
+def test_changes_after_the_start_of_a_save_do_not_reach_it(
     tmp_path: Path, gate: threading.Event
 ) -> None:
     storage, history, saves = torch.arange(24.0), [1], saver(tmp_path)
@@ -455,7 +455,7 @@ def test_what_changes_after_a_save_has_begun_does_not_reach_it(
     assert draws() == expected
 
 
-def test_in_the_background_the_same_files_are_written(tmp_path: Path) -> None:
+def test_background_saves_write_the_same_files(tmp_path: Path) -> None:
     def work(world: World) -> None:
         seed_everything(3)
         mine = (
@@ -734,7 +734,7 @@ def test_another_world_size_draws_anew_from_seed_step_and_rank(tmp_path: Path) -
     assert len(set(values)) == 4
 
 
-def test_a_corrupt_newest_checkpoint_does_not_make_new_ones_go(tmp_path: Path) -> None:
+def test_new_saves_outlive_a_corrupt_checkpoint_of_a_later_step(tmp_path: Path) -> None:
     older, newer = saved(tmp_path, 2), saved(tmp_path, 20)
     (newer / "meta.json").write_text("{}")
     assert newest_valid(tmp_path, ALONE)[0] == older

@@ -1,5 +1,5 @@
-"""What a user's compute_metrics is handed does not depend on ranks, layout or engine; what it may
-say.
+"""A user's compute_metrics gets the same arguments for any ranks, layout or engine; its return
+value is checked.
 """
 
 import math
@@ -76,8 +76,8 @@ def engines() -> list[Any]:
 def handed(
     engines: list[Any], pairs: Pairs, ranks: int = 1, packed: bool = True, **settings: Any
 ) -> Keeps:
-    """What the function was handed on so many ranks; every rank has its number, and the others were
-    never asked.
+    """Return the function's arguments on so many ranks; every rank has its result, and only rank 0
+    calls it.
     """
     values = [Keeps() for _ in range(ranks)]
 
@@ -170,7 +170,7 @@ def test_the_logits_are_the_same_to_the_last_bit_on_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_batches_come_one_at_a_time(
+def test_compute_metrics_gets_batches_one_at_a_time(
     engines: list[Any],
     pairs: Pairs,
     by_hand: Predictions,
@@ -207,7 +207,7 @@ def test_an_engine_that_shards_weights_hands_over_the_same(
 # --- what it may say ------------------------------------------------------------------------------
 
 
-def test_numbers_of_any_kind_are_numbers(engines: list[Any], pairs: Pairs) -> None:
+def test_returned_numbers_of_any_type_are_metrics(engines: list[Any], pairs: Pairs) -> None:
     actual = {
         "a": 1,
         "b": 0.5,
@@ -242,7 +242,7 @@ def raising(_: Any) -> dict[str, float]:
     ],
 )
 @pytest.mark.parametrize("logits", [False, True])
-def test_anything_else_ends_every_rank_with_the_same_line(
+def test_a_return_value_without_numbers_ends_every_rank_with_the_same_line(
     engines: list[Any], pairs: Pairs, function: Any, says: str, logits: bool
 ) -> None:
     def on(world: World) -> Any:
@@ -298,7 +298,7 @@ def test_anything_else_ends_every_rank_with_the_same_line(
         ),
     ],
 )
-def test_a_function_that_cannot_be_asked_is_refused(
+def test_compute_metrics_that_cannot_be_called_is_refused(
     tmp_path: Path, evaluation: dict[str, Any], objects: UserObjects, key: str, says: str
 ) -> None:
     data = {"data": {"eval": None}} if evaluation.pop("without_pairs", False) else {}

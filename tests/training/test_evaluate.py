@@ -62,7 +62,7 @@ def whole(engine: DdpEngine, pairs: Pairs) -> dict[str, float]:
     return evaluated(engine, pairs, ALONE, COUNT)
 
 
-def test_metrics_have_their_names(whole: dict[str, float]) -> None:
+def test_evaluation_metrics_have_the_names_of_training_metrics(whole: dict[str, float]) -> None:
     assert set(without_times(whole)) == {f"eval_{name}" for name in METRICS if name != "num_tokens"}
     assert whole["eval_runtime"] > 0
     assert whole["eval_samples_per_second"] == pytest.approx(COUNT / whole["eval_runtime"])
@@ -70,7 +70,7 @@ def test_metrics_have_their_names(whole: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
 @both_layouts
-def test_micro_batches_and_layout_change_nothing(
+def test_evaluation_is_equal_for_any_micro_batch_and_layout(
     engine: DdpEngine, pairs: Pairs, whole: dict[str, float], micro_batch_size: int, packed: bool
 ) -> None:
     metrics = evaluated(engine, pairs, ALONE, micro_batch_size, packed)
@@ -78,7 +78,9 @@ def test_micro_batches_and_layout_change_nothing(
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 16])
-def test_ranks_change_nothing(pairs: Pairs, whole: dict[str, float], ranks: int) -> None:
+def test_evaluation_is_equal_on_any_number_of_ranks(
+    pairs: Pairs, whole: dict[str, float], ranks: int
+) -> None:
     engines = [made_engine() for _ in range(ranks)]  # a model runs one forward at a time
     for actual in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
         assert without_times(actual) == pytest.approx(without_times(whole), rel=1e-10)
@@ -128,7 +130,7 @@ def sorted_loss(pairs: Pairs) -> float:
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_where_a_loss_sorts_pairs_the_whole_set_is_the_batch(pairs: Pairs, ranks: int) -> None:
+def test_batch_losses_sort_the_whole_evaluation_set(pairs: Pairs, ranks: int) -> None:
     engines = [made_engine("aot") for _ in range(ranks)]
     for actual in on_ranks(ranks, lambda world: evaluated(engines[world.rank], pairs, world, 2)):
         assert actual["eval_loss"] == pytest.approx(sorted_loss(pairs), rel=1e-10)
@@ -136,7 +138,7 @@ def test_where_a_loss_sorts_pairs_the_whole_set_is_the_batch(pairs: Pairs, ranks
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("by_user", [False, True], ids=["ours", "a user's collator"])
-def test_a_mean_over_tokens_is_one_over_all_of_them(
+def test_token_means_divide_by_the_tokens_of_the_whole_set(
     pairs: Pairs, ranks: int, by_user: bool
 ) -> None:
     engines = [made_engine("sft") for _ in range(ranks)]

@@ -1,6 +1,4 @@
-"""What a run evaluates, and when; which step was the best, what becomes of it, and an end that
-comes early.
-"""
+"""Evaluations of a run: which sets and when, the best step and its checkpoint, and an early end."""
 
 import json
 from pathlib import Path
@@ -52,7 +50,7 @@ class Run(NamedTuple):
 
     @property
     def evaluated(self) -> list[dict[str, Any]]:
-        """What each call of on_evaluate was given."""
+        """Return the arguments of each call of on_evaluate."""
         return [
             json.loads(line) for line in (self.dir / "evaluations.jsonl").read_text().splitlines()
         ]
@@ -118,7 +116,7 @@ def test_callbacks_hear_of_each_set_and_of_the_best_so_far(two_sets: Run) -> Non
     assert [call["best"] for call in heard] == [None, None, *[lines[4]["eval_all_margin"]] * 2]
 
 
-def test_a_users_metrics_are_of_all_pairs_of_a_set_and_decide_what_is_best(two_sets: Run) -> None:
+def test_a_users_metrics_cover_the_whole_set_and_can_choose_the_best_step(two_sets: Run) -> None:
     lines = {line["step"]: line for line in metric_lines(two_sets.dir) if "eval_easy_loss" in line}
     for line in lines.values():
         assert (line["eval_easy_pairs"], line["eval_all_pairs"]) == (3, 7)
@@ -131,7 +129,7 @@ def test_a_users_metrics_are_of_all_pairs_of_a_set_and_decide_what_is_best(two_s
     assert (result["best_step"], result["best_metric"]) == (best, lines[best]["eval_all_margin"])
 
 
-def test_what_is_said_names_the_set(two_sets: Run) -> None:
+def test_output_of_an_evaluation_names_its_set(two_sets: Run) -> None:
     for words in (
         "3 easy evaluation pairs, ",
         "7 all evaluation pairs, ",
@@ -148,7 +146,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_knows_its_evaluation(two_sets: Run)
     assert meta["callbacks"]["best_global_step"] == 4
 
 
-def test_the_settings_know_the_names_of_the_metrics() -> None:
+def test_metric_for_best_accepts_the_metrics_of_the_run() -> None:
     assert set(EVALUATED) == {*METRICS, "runtime", "samples_per_second", "steps_per_second"} - {
         "num_tokens"
     }
@@ -177,7 +175,7 @@ def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder / "runs" / "tiny", finish_debug(settings, ranks=2, cwd=folder))
 
 
-def test_an_early_end_is_an_end_and_its_count_survives_a_kill(stopped_early: Run) -> None:
+def test_early_stopping_finishes_the_run_and_its_count_survives_a_kill(stopped_early: Run) -> None:
     result = json.loads((stopped_early.dir / "result.json").read_text())
     lines = {
         line["step"]: line["eval_loss"]
@@ -225,7 +223,7 @@ def test_where_no_evaluation_had_a_number_the_last_is_exported_and_a_line_says_s
     )
 
 
-def test_what_the_export_verb_writes_can_be_chosen(stopped_early: Run, tmp_path: Path) -> None:
+def test_the_export_verb_takes_a_step_or_the_best(stopped_early: Run, tmp_path: Path) -> None:
     for which, step in ((None, 2), ("best", 2), ("last", 8)):
         out = export(RunDir(stopped_early.dir), tmp_path / f"{which}", which=which)
         assert f"| Optimizer steps | {step} |" in (out / "README.md").read_text()

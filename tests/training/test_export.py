@@ -57,7 +57,7 @@ def weights(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_newest_checkpoint_becomes_a_model(
+def test_export_writes_the_newest_checkpoint(
     run_dir: RunDir, dtype: str, expected: torch.dtype
 ) -> None:
     out = run_dir.path / "out"
@@ -70,7 +70,7 @@ def test_the_newest_checkpoint_becomes_a_model(
     assert not (run_dir.path / ".out.partial").exists()
 
 
-def test_one_checkpoint_can_be_chosen(run_dir: RunDir) -> None:
+def test_export_writes_a_chosen_checkpoint(run_dir: RunDir) -> None:
     out = export(run_dir, run_dir.path / "out", checkpoint=step_folder(run_dir.checkpoints, 1))
     assert torch.equal(
         weights(AutoModelForCausalLM.from_pretrained(out)), weights(tiny_model(seed=9))
@@ -133,7 +133,7 @@ def test_a_folder_with_other_things_is_left_alone(run_dir: RunDir, tmp_path: Pat
     assert (out / "notes.txt").read_text() == "precious"
 
 
-def test_a_model_that_is_no_export_is_left_alone(run_dir: RunDir, tmp_path: Path) -> None:
+def test_export_does_not_replace_a_model_it_did_not_write(run_dir: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "base"
     tiny_model(seed=1).save_pretrained(out)
     with pytest.raises(UserError, match="OUT"):
@@ -201,7 +201,7 @@ def trained(base: Path, reference: dict[str, Any], **model: Any) -> RunDir:
 
 @torch.no_grad()
 def logps(model: Any) -> torch.Tensor:
-    """What KeepsLogps keeps, one sequence at a time by transformers alone."""
+    """Return the log-probs that KeepsLogps keeps, one sequence at a time by transformers alone."""
     pairs, values = pair_rows(KeepsLogps.PAIRS), []
     for side in ("chosen_ids", "rejected_ids"):
         for pair in pairs:
@@ -214,7 +214,9 @@ def logps(model: Any) -> torch.Tensor:
 
 
 def assert_says_what_the_policy_said(run_dir: RunDir, base: Path, tolerance: float = 1e-5) -> Any:
-    """Of the exported model, which is returned; far from the base, or it would say little."""
+    """Compare the exported model, which is returned, with the policy; it must be far from the
+    base.
+    """
     exported, loading = AutoModelForCausalLM.from_pretrained(
         run_dir.model, output_loading_info=True
     )
@@ -238,7 +240,7 @@ def test_a_new_adapter_is_merged(base: Path, kind: str) -> None:
 
 @tied_or_not
 @pytest.mark.parametrize("kind", ["adapter_off", "copy"])
-def test_an_adapter_that_was_gone_on_from_is_merged_as_it_is_now(
+def test_export_merges_a_continued_adapter_with_its_new_weights(
     base: Path, adapter: dict[str, Any], kind: str
 ) -> None:
     assert_says_what_the_policy_said(trained(base, {"kind": kind}, lora=adapter), base)

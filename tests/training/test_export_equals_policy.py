@@ -374,7 +374,7 @@ def test_the_config_is_exported_as_it_was_loaded(tmp_path: Path) -> None:
     assert exported == loaded
 
 
-def test_what_stands_beside_a_base_is_exported(tmp_path: Path) -> None:
+def test_files_beside_the_base_weights_are_exported(tmp_path: Path) -> None:
     base = random_base(tmp_path / "base", config("llama"))
     sampling = {
         "do_sample": False,

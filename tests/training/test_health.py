@@ -48,7 +48,7 @@ def session(run_dir: RunDir) -> LocalSession:
     return values[0]
 
 
-def test_the_heartbeat_says_who_is_where(run_dir: RunDir, session: LocalSession) -> None:
+def test_the_heartbeat_names_rank_host_and_process(run_dir: RunDir, session: LocalSession) -> None:
     before = time.time()
     session.heartbeat(5, "train")
     beat = json.loads((run_dir.logs / "heartbeat_00003.json").read_text())
@@ -94,7 +94,9 @@ def test_the_stop_file_is_read_by_rank_zero(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_asks_and_a_second_one_ends(tmp_path: Path, number: signal.Signals) -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_ends_the_process(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WAITING, tmp_path], stdout=subprocess.PIPE, text=True
     ) as process:

@@ -36,7 +36,7 @@ BETA = 0.5
 
 
 def output(pairs: int, offset: float) -> StepOutput:
-    """What a step might give: numbers that are all different."""
+    """Return a possible output of a step: numbers that are all different."""
     numbers = torch.arange(5.0 * pairs, dtype=torch.float64) + offset
     logps, ref_logps, losses = numbers.split([2 * pairs, 2 * pairs, pairs])
     return StepOutput(
@@ -44,7 +44,7 @@ def output(pairs: int, offset: float) -> StepOutput:
     )
 
 
-def test_rows_are_what_the_step_saw_without_fillers() -> None:
+def test_ledger_rows_hold_the_pairs_of_a_step_without_fillers() -> None:
     seen = SeenPairs(DpoSpec(beta=BETA))  # pyright: ignore[reportCallIssue]
     batches = [pair_batch(3), pair_batch(2, seed=1), pair_batch(1, is_filler=True)]
     outputs = [output(len(batch.pair_ids), 100.0 * n) for n, batch in enumerate(batches)]
@@ -83,7 +83,7 @@ def test_rows_are_what_the_step_saw_without_fillers() -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """Of a run with settings, whose tails become parts at 8 rows."""
+    """Return the directory of a run with settings, whose tails become parts at 8 rows."""
     monkeypatch.setattr(ledger, "PART_ROWS", 8)
     directory = RunDir(tmp_path / "run")
     directory.path.mkdir()
@@ -103,7 +103,7 @@ def seen(steps: range, ranks: int = 1, rank: int = 0, pairs: int = 4) -> pa.Tabl
 def goes_on(
     run_dir: RunDir, actual: int | None = None, world: World = ALONE, keep: int = 2
 ) -> Saver:
-    """What saves a run that begins, or resumes after step `found`."""
+    """Return the saver of a run that begins, or resumes after step `newest_step`."""
     kept = Ledger(run_dir.pairs) if world.is_main else None
     if kept is not None:
         kept.go_on(None if actual is None else step_folder(run_dir.checkpoints, actual))
@@ -170,9 +170,7 @@ def test_a_pair_that_a_step_saw_twice_is_one_row(run_dir: RunDir) -> None:
 
 
 @pytest.mark.parametrize("actual", [4, 5, 6])
-def test_what_came_after_the_checkpoint_that_is_resumed_is_forgotten(
-    run_dir: RunDir, actual: int
-) -> None:
+def test_resume_forgets_rows_after_its_checkpoint(run_dir: RunDir, actual: int) -> None:
     saves = goes_on(run_dir, keep=9)
     for step in range(1, 8):
         save(saves, step - 1, step)
@@ -186,7 +184,7 @@ def test_what_came_after_the_checkpoint_that_is_resumed_is_forgotten(
     assert steps(run_dir) == list(range(1, 10))
 
 
-def test_without_a_checkpoint_nothing_counts(run_dir: RunDir) -> None:
+def test_without_a_checkpoint_the_ledger_is_empty(run_dir: RunDir) -> None:
     save(goes_on(run_dir), 0, 3)
     for folder in run_dir.checkpoints.iterdir():
         folder.rename(run_dir.path / "away")
@@ -259,7 +257,7 @@ def test_a_broken_part_is_named(run_dir: RunDir, capsys: pytest.CaptureFixture[s
         read(run_dir)
 
 
-def test_where_the_newest_checkpoint_cannot_be_read_an_older_one_is(run_dir: RunDir) -> None:
+def test_an_unreadable_newest_checkpoint_falls_back_to_an_older_one(run_dir: RunDir) -> None:
     saves = goes_on(run_dir)
     for step in (1, 2):
         save(saves, step - 1, step)
@@ -267,7 +265,7 @@ def test_where_the_newest_checkpoint_cannot_be_read_an_older_one_is(run_dir: Run
     assert read(run_dir)[0] == 1
 
 
-def test_a_checkpoint_that_is_deleted_while_it_is_read_is_no_matter(
+def test_reading_survives_the_deletion_of_a_checkpoint(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saves = goes_on(run_dir, keep=1)
@@ -289,7 +287,9 @@ STEPS = 6  # of 8 of 20 pairs: two epochs
 
 
 @pytest.mark.parametrize(("precision", "ranks"), [("fp32", 2), ("fp16", 1)])
-def test_a_run_keeps_what_its_steps_gave(tmp_path: Path, precision: str, ranks: int) -> None:
+def test_the_ledger_of_a_run_equals_the_outputs_of_its_steps(
+    tmp_path: Path, precision: str, ranks: int
+) -> None:
     """With fillers, a batch of another size, two epochs and, in fp16, steps that were skipped."""
     pairs = write_jsonl(tmp_path / "few.jsonl", random_rows(20))
     settings = write_settings(
@@ -322,6 +322,6 @@ def test_a_run_keeps_what_its_steps_gave(tmp_path: Path, precision: str, ranks: 
         )
 
 
-def test_it_can_be_switched_off(tmp_path: Path) -> None:
+def test_the_ledger_can_be_switched_off(tmp_path: Path) -> None:
     finish_debug(write_settings(tmp_path), "training.max_steps=1", "training.pair_ledger=false")
     assert not (tmp_path / "runs" / "tiny" / "pairs.parquet").exists()

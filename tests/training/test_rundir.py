@@ -63,7 +63,9 @@ def test_another_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
         (False, {"dpo": {"beta": 0.5}}),
     ],
 )
-def test_what_may_change_may(tmp_path: Path, is_trained: bool, change: dict[str, Any]) -> None:
+def test_settings_that_may_change_do_not_block_a_resume(
+    tmp_path: Path, is_trained: bool, change: dict[str, Any]
+) -> None:
     begun(tmp_path, is_trained).check(tiny_spec(tmp_path, **change))
 
 
@@ -77,7 +79,7 @@ def test_two_drivers_on_one_run_are_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_a_request_to_stop_is_one_of_the_process_that_holds_the_run(tmp_path: Path) -> None:
+def test_a_stop_request_goes_to_the_process_that_owns_the_run(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     assert run_dir.owner() is None
     with run_dir.owned():

@@ -1,5 +1,5 @@
-"""What a run trains on and evaluates: several sets with weights, less a part that is held out, also
-after a kill.
+"""Training and evaluation sets of a run: several with weights, less a held-out part, also after a
+kill.
 """
 
 import json
@@ -66,7 +66,7 @@ def whole(settings: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(settings: Path, whole: Path) -> PreparedRun:
-    """What its ranks have made ready."""
+    """Return the data that its ranks prepare."""
     return prepare(load_spec(settings, ["callbacks=[]"]))
 
 

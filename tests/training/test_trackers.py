@@ -70,11 +70,11 @@ def test_mlflow_has_one_run_across_a_kill(run_dir: Path, monkeypatch: pytest.Mon
     assert history == {step: {value} for step, value in losses(run_dir).items()}
 
 
-def test_the_names_are_those_of_transformers() -> None:
+def test_tracker_names_are_those_of_transformers() -> None:
     assert TRACKERS.keys() == INTEGRATION_TO_CALLBACK.keys() - {"wandb"}
 
 
-def test_one_whose_package_is_missing_is_refused(
+def test_a_tracker_without_its_package_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
@@ -97,6 +97,6 @@ def test_one_whose_package_is_missing_is_refused(
         ("something", "is not of the form module:attr"),
     ],
 )
-def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str, words: Any) -> None:
+def test_an_unknown_tracker_name_is_refused(tmp_path: Path, name: str, words: Any) -> None:
     with pytest.raises(UserError, match=words):
         tiny_spec(tmp_path, callbacks=[name])

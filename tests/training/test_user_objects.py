@@ -1,5 +1,5 @@
-"""What a Python user gives: what is refused of it, and that a run is the one of the settings that
-say the same.
+"""Objects of a Python user: wrong ones are refused, and a run with them equals that of the same
+settings.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "
 
 
 class Counting(TrainerCallback):
-    """How often each event came."""
+    """Counts of each event."""
 
     def __init__(self) -> None:
         self.seen: dict[str, int] = {}
@@ -86,14 +86,14 @@ class Padding:
         ({"optimizers": torch.optim.SGD}, "optimizers = 'type': is not a pair of functions"),
     ],
 )
-def test_what_is_of_another_kind_is_refused(parts: dict[str, Any], words: str) -> None:
+def test_user_objects_of_a_wrong_type_are_refused(parts: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         UserObjects(**parts)
 
 
 @pytest.mark.parametrize("call", [debug, train])
 @pytest.mark.parametrize("value", ["run.yaml", {"run": {"name": "a"}}])
-def test_what_are_no_settings_is_refused(call: Any, value: Any) -> None:
+def test_settings_of_a_wrong_type_are_refused(call: Any, value: Any) -> None:
     with pytest.raises(
         UserError, match=f"is of type {type(value).__name__}, not a RunSpec; pass load_spec"
     ):
@@ -110,7 +110,7 @@ def test_arguments_of_trl_are_answered_with_the_setting(tmp_path: Path, call: An
         call(tiny_spec(tmp_path), callback=[])
 
 
-def test_a_collator_of_python_and_one_of_the_settings_contradict(tmp_path: Path) -> None:
+def test_a_collator_in_python_and_in_the_settings_is_refused(tmp_path: Path) -> None:
     for settings, line in (
         (
             {"data": {"collator": "math:prod"}},
