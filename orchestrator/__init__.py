@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from orchestrator.models.build_reference import create_reference_model
     from orchestrator.run.local.debug import debug
     from orchestrator.run.ray.driver import train
+    from orchestrator.settings.errors import UserError
     from orchestrator.settings.load import load_spec
-    from orchestrator.settings.spec import RunSpec, UserError
+    from orchestrator.settings.run import RunSpec
 
 _HOMES = {
-    "RunSpec": "orchestrator.settings.spec",
-    "UserError": "orchestrator.settings.spec",
+    "RunSpec": "orchestrator.settings.run",
+    "UserError": "orchestrator.settings.errors",
     "create_reference_model": "orchestrator.models.build_reference",
     "debug": "orchestrator.run.local.debug",
     "load_spec": "orchestrator.settings.load",

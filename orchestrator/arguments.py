@@ -10,7 +10,8 @@ from typing import NoReturn, get_args
 from orchestrator import __version__
 from orchestrator.mistyped import Verbs, is_file, wrong_flag, wrong_help, wrong_verb, wrong_word
 from orchestrator.settings.catalogue import described
-from orchestrator.settings.spec import Exported, UserError
+from orchestrator.settings.checkpoint import Exported
+from orchestrator.settings.errors import UserError
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -18,8 +18,9 @@ from orchestrator.arguments import files_and_overrides, parse
 from orchestrator.data.sources import raw_rows
 from orchestrator.insight.summary import summary
 from orchestrator.run.supervise import RunDied
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training import manifest
 from orchestrator.training.errors import TrainingError
 from orchestrator.training.result import RunResult, finished_already, finished_line, last_result

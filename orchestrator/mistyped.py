@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.settings.catalogue import by_last_name, settings
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.explain import meant_by
 from orchestrator.settings.near import folded, nearest
 from orchestrator.settings.other_names import OTHER_NAMES
-from orchestrator.settings.spec import UserError
 from orchestrator.settings.trl_names import TRL_NAMES
 from orchestrator.settings.wrong_file import folder_error, is_data, missing_file, yaml_files
 

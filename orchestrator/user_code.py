@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
 """Exceptions from user code that are not its fault: a quit debugger, or a machine failure, which a

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator import __version__, cli
 from orchestrator.run.local import debug as local
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.checkpoint import save
 from orchestrator.training.errors import TrainingError
 from orchestrator.training.manifest import FORMAT

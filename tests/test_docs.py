@@ -11,9 +11,9 @@ import pytest
 
 from orchestrator.arguments import parse
 from orchestrator.data.sources import check_rows
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.markdown import page
-from orchestrator.settings.spec import UserError
 from support.repository import ROOT
 from support.tiny_settings import random_rows, tiny_spec, write_jsonl, write_settings
 

@@ -90,10 +90,7 @@ KNOWN: set[tuple[str, str]] = {
     ("vague_names", "orchestrator/training/trainer.py"),
     ("vague_names", "orchestrator/training/user_objects.py"),
 }
-KNOWN_CIRCLES = [
-    "orchestrator.settings.deepspeed <-> orchestrator.settings.optimizers <->"
-    " orchestrator.settings.rules <-> orchestrator.settings.spec"
-]
+KNOWN_CIRCLES: list[str] = []
 
 
 @dataclass(frozen=True)

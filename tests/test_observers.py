@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.run.local.replay import replay
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.rundir import RunDir
 from support.debug_runs import finish_debug, run_debug
 from support.run_files import losses, metric_lines

@@ -16,7 +16,9 @@ import torch
 
 from orchestrator.data.order import Integers
 from orchestrator.data.tokens import common_prefix
-from orchestrator.settings.spec import DataSpec, UserCodeSpec, UserError
+from orchestrator.settings.base import UserCodeSpec
+from orchestrator.settings.data import DataSpec
+from orchestrator.settings.errors import UserError
 from orchestrator.user_code import call_user_code, user_attribute
 
 Row = dict[str, Any]

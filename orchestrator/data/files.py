@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs"
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.settings.spec import TrainingSpec
+from orchestrator.settings.training import TrainingSpec
 
 Integers = NDArray[np.int64]
 

@@ -35,7 +35,8 @@ from orchestrator.data.tokens import (
     truncated,
     unread_variables,
 )
-from orchestrator.settings.spec import DataSpec, Split, TrainingSetSpec, UserError
+from orchestrator.settings.data import DataSpec, Split, TrainingSetSpec
+from orchestrator.settings.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,8 @@ from itertools import chain
 from typing import IO, Any
 
 from orchestrator.data.shapes import CONTEXT, PAIR
-from orchestrator.settings.spec import COMPRESSIONS, DATA_SUFFIXES, TEXT_SUFFIXES, UserError
+from orchestrator.settings.data import COMPRESSIONS, DATA_SUFFIXES, TEXT_SUFFIXES
+from orchestrator.settings.errors import UserError
 
 LARGEST_CELL = 2**31 - 1  # bytes; the default limit of the csv module is 128 kB
 BLANK = " \t\r\n"

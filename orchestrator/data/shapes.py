@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from orchestrator.settings.spec import TEMPLATE_CALL, DataSpec
+from orchestrator.settings.data import TEMPLATE_CALL, DataSpec
 
 Row = dict[str, Any]
 DropReason = Literal[

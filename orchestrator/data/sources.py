@@ -23,8 +23,9 @@ from orchestrator.data.readers import (
     text_rows,
 )
 from orchestrator.data.shapes import BadRow, Row, checked, numbers_of, printable, without_nulls
+from orchestrator.settings.data import DATA_SUFFIXES, DataSpec, SourceSpec, Split
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import looks_local, scheme_of
-from orchestrator.settings.spec import DATA_SUFFIXES, DataSpec, SourceSpec, Split, UserError
 
 READABLE = (
     "use a JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a saved "

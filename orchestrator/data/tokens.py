@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from orchestrator.data.shapes import BadRow, Row, checked, template_arguments
-from orchestrator.settings.spec import DataSpec, UserError
+from orchestrator.settings.data import DataSpec
+from orchestrator.settings.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from orchestrator.data.collate import Counts
-from orchestrator.settings.spec import DpoSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.loss import DpoSpec
 from orchestrator.user_code import call_user_code, user_attribute
 
 MAX_EXPONENT = 80.0

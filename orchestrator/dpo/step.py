@@ -19,7 +19,7 @@ from orchestrator.models.logps import body_hidden
 from orchestrator.models.reference import Reference
 from orchestrator.models.storage import stored_tensors
 from orchestrator.models.sums import PairSums, sequence_sums
-from orchestrator.settings.spec import DpoSpec
+from orchestrator.settings.loss import DpoSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,7 +3,7 @@ is selected.
 """
 
 from orchestrator.engines.stepping import SteppingEngine
-from orchestrator.settings.spec import EngineSpec
+from orchestrator.settings.engine import EngineSpec
 
 
 def engine_class(settings: EngineSpec) -> type[SteppingEngine]:

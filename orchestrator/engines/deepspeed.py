@@ -22,7 +22,8 @@ from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
 from orchestrator.engines.precision import Types, device_name, dtype_of, is_16_bit
 from orchestrator.engines.stepping import Fragment, SteppingEngine
-from orchestrator.settings.spec import Precision, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.precision import Precision
 from orchestrator.world import World
 
 

@@ -23,8 +23,16 @@ from orchestrator.engines.base import (
     SchedulerFactory,
 )
 from orchestrator.settings.counts import counted
-from orchestrator.settings.optimizers import OPTIMIZERS, check_optimizer, optimizer_kind
-from orchestrator.settings.spec import EngineSpec, OptimizerSpec, RunSpec, SchedulerSpec, UserError
+from orchestrator.settings.engine import EngineSpec
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.optim import (
+    OPTIMIZERS,
+    OptimizerSpec,
+    SchedulerSpec,
+    check_optimizer,
+    optimizer_kind,
+)
+from orchestrator.settings.run import RunSpec
 from orchestrator.user_code import user_attribute
 
 Optimizers = tuple[OptimizerFactory | None, SchedulerFactory | None]

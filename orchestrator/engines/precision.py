@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from orchestrator.models.dtypes import DTYPES
-from orchestrator.settings.precision import PRECISION_TRAITS
-from orchestrator.settings.spec import Precision, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.precision import PRECISION_TRAITS, Precision
 
 
 class Types(NamedTuple):

@@ -29,8 +29,8 @@ from orchestrator.engines.precision import Types, dtype_held, is_16_bit
 from orchestrator.engines.scale import LossScale
 from orchestrator.models.dtypes import dtype_name
 from orchestrator.models.storage import persistent_buffers
-from orchestrator.settings.precision import PRECISION_TRAITS
-from orchestrator.settings.spec import EngineSpec, Precision
+from orchestrator.settings.engine import EngineSpec
+from orchestrator.settings.precision import PRECISION_TRAITS, Precision
 from orchestrator.world import World
 
 

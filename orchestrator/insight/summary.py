@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.result import RunResult, evaluated_sets
 from orchestrator.training.rundir import RunDir

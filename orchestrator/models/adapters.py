@@ -16,8 +16,9 @@ from torch import nn
 from orchestrator.models.model_files import ADAPTER_FILES, check_files
 from orchestrator.models.quantized import unquantized
 from orchestrator.models.weight_checks import WeightDifferences, check_complete, check_finite
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import looks_local
-from orchestrator.settings.spec import LoraSpec, UserError
+from orchestrator.settings.model import LoraSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

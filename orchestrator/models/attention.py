@@ -19,8 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from orchestrator.data.collate import PairSpan, Segments
 from orchestrator.models.layers import decoder_layers
 from orchestrator.models.rope import fixed_up_to
-from orchestrator.settings.precision import PRECISION_TRAITS
-from orchestrator.settings.spec import AttentionName, Precision, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.model import AttentionName
+from orchestrator.settings.precision import PRECISION_TRAITS, Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from orchestrator.models.layers import body_of
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

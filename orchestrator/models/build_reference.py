@@ -15,7 +15,8 @@ from orchestrator.models.policy import cast_to, load_model
 from orchestrator.models.quantized import quantized
 from orchestrator.models.reference import AdapterOff, PolicyStart, Reference, SharedLayers
 from orchestrator.models.reference_function import RefModel, reference_of_function
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

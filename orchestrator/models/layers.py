@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

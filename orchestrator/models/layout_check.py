@@ -8,7 +8,7 @@ import torch
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
 from orchestrator.models.head import scored_hidden
 from orchestrator.models.logps import body_hidden
-from orchestrator.settings.spec import DataSpec
+from orchestrator.settings.data import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

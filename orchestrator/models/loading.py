@@ -14,8 +14,8 @@ from orchestrator.models.model_files import (
     check_weight_files,
 )
 from orchestrator.models.weight_checks import WeightDifferences, check_complete, check_finite
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import looks_local
-from orchestrator.settings.spec import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

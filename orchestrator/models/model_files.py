@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.data.files import check_no_lfs_pointer
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (

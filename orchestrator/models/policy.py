@@ -27,14 +27,10 @@ from orchestrator.models.mapped import load_made, save_made, weights_aside
 from orchestrator.models.quantized import quantized
 from orchestrator.models.rope import most_positions
 from orchestrator.settings.counts import counted
-from orchestrator.settings.spec import (
-    DpoSpec,
-    Dtype,
-    InitSpec,
-    LoraSpec,
-    RunSpec,
-    UserError,
-)
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.loss import DpoSpec
+from orchestrator.settings.model import Dtype, InitSpec, LoraSpec
+from orchestrator.settings.run import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orchestrator.settings.spec import Quantized
+from orchestrator.settings.model import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

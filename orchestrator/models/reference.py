@@ -21,7 +21,7 @@ from orchestrator.models.adapters import (
 from orchestrator.models.layers import UpperLayers, captured_at, decoder_layers, lowest
 from orchestrator.models.layout_check import small_batches
 from orchestrator.models.logps import body_hidden, layout_of, sequence_logps
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,8 @@ from orchestrator.models.layers import decoder_layers, lowest
 from orchestrator.models.policy import check_head
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import Reference, SharedLayers
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

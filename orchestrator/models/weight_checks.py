@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 Shape = tuple[int, ...]
 

@@ -7,7 +7,7 @@ from orchestrator.data.order import Share, run_length
 from orchestrator.data.sources import check_source, count_rows
 from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.notes import Known, notes
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 
 
 class Outlook(NamedTuple):

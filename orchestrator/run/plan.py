@@ -14,7 +14,7 @@ from orchestrator.data.sources import check_rows
 from orchestrator.run.checks.hub import unreachable_models, unread_sources
 from orchestrator.run.facts import Outlook, check_names, row_counts, run_facts, total
 from orchestrator.run.local.rehearsal import is_small, rehearse, scratch_cache
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.prepare import Parts, check_code, check_device, load_parts, tokenize
 
 SMALL_ROWS = 2048  # total rows up to which all are tokenised, and a small model runs a trial step

@@ -15,7 +15,8 @@ from orchestrator.data.shapes import BadRow, note_lines, printable
 from orchestrator.data.sources import Place, first_rows
 from orchestrator.data.tokens import tokenize_pair, truncated
 from orchestrator.models.policy import load_tokenizer
-from orchestrator.settings.spec import DataSpec, RunSpec
+from orchestrator.settings.data import DataSpec
+from orchestrator.settings.run import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import save_spec
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.rundir import RunDir
 
 SETTINGS = "submitted.yaml"  # the resolved settings of the run, in its directory

@@ -6,8 +6,9 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from orchestrator.settings.base import Block
 from orchestrator.settings.near import folded
-from orchestrator.settings.spec import Block, RunSpec
+from orchestrator.settings.run import RunSpec
 
 
 @cache

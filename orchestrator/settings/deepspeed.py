@@ -1,17 +1,38 @@
-"""Compare a DeepSpeed JSON with the settings: find contradictions and features that are not
-supported.
-"""
+"""Compare a DeepSpeed config with the settings: find contradictions and unsupported features."""
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.batch import BatchSpec
+from orchestrator.settings.cluster import ClusterSpec
+from orchestrator.settings.deepspeed_keys import BLOCKS, FEATURES, GONE, REMOVE, ZERO_KEYS
+from orchestrator.settings.engine import EngineSpec
+from orchestrator.settings.optim import OptimizerSpec, SchedulerSpec
+from orchestrator.settings.precision import Precision
+from orchestrator.settings.training import TrainingSpec
 
 AUTO = "auto"  # value in the file for what the settings, or DeepSpeed, decide
 AGREE = 'make them equal, or set "auto" in the file'
-REMOVE = "remove it from the file"
+
+
+class ComparedSettings(Protocol):
+    """The blocks of a RunSpec that a DeepSpeed config also defines."""
+
+    @property
+    def batch(self) -> BatchSpec: ...  # noqa: D102
+    @property
+    def cluster(self) -> ClusterSpec: ...  # noqa: D102
+    @property
+    def engine(self) -> EngineSpec: ...  # noqa: D102
+    @property
+    def optimizer(self) -> OptimizerSpec: ...  # noqa: D102
+    @property
+    def precision(self) -> Precision: ...  # noqa: D102
+    @property
+    def scheduler(self) -> SchedulerSpec: ...  # noqa: D102
+    @property
+    def training(self) -> TrainingSpec: ...  # noqa: D102
 
 
 class Contradiction(NamedTuple):
@@ -22,138 +43,6 @@ class Contradiction(NamedTuple):
     rule: str
     cure: str
 
-
-class _Feature(NamedTuple):
-    """A DeepSpeed feature that is not supported: it would change results, or the work of code
-    outside the engine.
-    """
-
-    why: str
-    cure: str = REMOVE
-    may_be: tuple[
-        object, ...
-    ] = ()  # values that have no effect; when empty, those that switch it off
-
-
-_COUNTED = "the loss is divided once, by the count of the global batch"
-_ZERO_PLUS_PLUS = "sends weights or gradients in fewer bits, or stores weights twice"
-_CPU_ADAM = "needs DeepSpeed's own optimizer, with part of its state on the device"
-_BATCHES = "only run.seed decides which pairs are in a step"
-FEATURES = {
-    "activation_checkpointing": _Feature(
-        "works only with models that call it",
-        "set training.gradient_checkpointing=true, and remove it from the file",
-    ),
-    "bfloat16": _Feature("was renamed", 'use "bf16"'),
-    "compile": _Feature("compiles other hooks into the model"),
-    "data_efficiency": _Feature(_BATCHES),
-    "data_types.buffer_dtype": _Feature("buffers keep their dtype"),
-    "data_types.grad_accum_dtype": _Feature(
-        "gradients are added in fp32, or bf16 to save memory", may_be=("fp32", "bf16")
-    ),
-    "data_types.keep_in_fp32_modules": _Feature("precision decides what computes in 16 bits"),
-    "data_types.param_dtype": _Feature(
-        "precision decides it", "set precision, and remove it from the file"
-    ),
-    "dataloader_drop_last": _Feature("every pair is used once per epoch"),
-    "expert_parallel": _Feature("expert parallelism is not supported; only ZeRO shards experts"),
-    "fp16.auto_cast": _Feature("precision decides what is computed in 16 bits"),
-    "fp16.fp16_master_weights_and_grads": _Feature(
-        "the weights that the optimizer updates are kept in fp32"
-    ),
-    "bf16.bf16_master_weights_and_grads": _Feature(
-        "the weights that the optimizer updates are kept in fp32"
-    ),
-    "bf16.bf16_optimizer_states": _Feature("the state of the optimizer is kept in fp32"),
-    "bf16.check_grad_overflow": _Feature(
-        "a gradient that is not finite is never applied", may_be=(True,)
-    ),
-    "gradient_allreduce_op": _Feature(_COUNTED, may_be=("mean",)),
-    "gradient_predivide_factor": _Feature(_COUNTED, may_be=(1,)),
-    "hybrid_engine": _Feature("no text is generated during training"),
-    "managed_gradient_accumulation": _Feature(
-        "the trainer tells the engine which micro-batch is the last", may_be=(True,)
-    ),
-    "pipeline": _Feature("pipeline parallelism is not supported"),
-    "prescale_gradients": _Feature(_COUNTED),
-    "sequence_parallel_size": _Feature("sequence parallelism is not supported", may_be=(1,)),
-    "tensor_parallel.autotp_size": _Feature(
-        "tensor parallelism is not supported; only ZeRO shards layers", may_be=(0, 1)
-    ),
-    "torch_autocast": _Feature(
-        "precision decides it", "set precision=bf16, and remove it from the file"
-    ),
-    "wandb": _Feature(
-        "the run reports to W&B itself", "use the block wandb, and remove it from the file"
-    ),
-    "weight_quantization": _Feature("trainable weights are not quantised"),
-    "zero_force_ds_cpu_optimizer": _Feature(
-        "optimizer.name decides which optimizer runs",
-        "set it to false, and, for DeepSpeed's, optimizer.name=deepspeed.ops.adam.DeepSpeedCPUAdam",
-    ),
-    "zero_optimization.cpu_offload": _Feature(
-        "was renamed", 'use "offload_optimizer": {"device": "cpu"}'
-    ),
-    "zero_optimization.cpu_offload_param": _Feature(
-        "was renamed", 'use "offload_param": {"device": "cpu"}'
-    ),
-    "zero_optimization.legacy_stage1": _Feature("shards the state in another layout"),
-    "zero_optimization.offload_optimizer.ratio": _Feature(_CPU_ADAM, may_be=(1,)),
-    "zero_optimization.offload_optimizer.super_offload": _Feature(_CPU_ADAM),
-    "zero_optimization.zenflow": _Feature("delays part of the gradient by some steps"),
-    "zero_optimization.zero_hpz_partition_size": _Feature(_ZERO_PLUS_PLUS, may_be=(0, 1)),
-    "zero_optimization.zero_quantized_gradients": _Feature(_ZERO_PLUS_PLUS),
-    "zero_optimization.zero_quantized_nontrainable_weights": _Feature(_ZERO_PLUS_PLUS),
-    "zero_optimization.zero_quantized_weights": _Feature(_ZERO_PLUS_PLUS),
-}
-
-# Keys that DeepSpeed has removed; it raises for any value.
-GONE = (
-    "amp",
-    "compression_training",
-    "curriculum_learning",
-    "eigenvalue",
-    "elasticity",
-    "graph_harvesting",
-    "nebula",
-    "progressive_layer_drop",
-    "quantize_training",
-    "sparse_attention",
-    "sparse_gradients",
-    "zero_optimization.mics_hierarchical_params_gather",
-    "zero_optimization.mics_shard_size",
-    "zero_optimization.zeropp_loco_param",
-)
-
-# Keys of zero_optimization; DeepSpeed raises for any other.
-ZERO_KEYS = """
-    allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm
-    contiguous_gradients cpu_offload cpu_offload_param cpu_offload_use_pin_memory
-    elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save
-    ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights
-    log_trace_cache_warnings max_live_parameters max_reuse_distance memory_efficient_linear
-    model_persistence_threshold module_granularity_threshold offload_optimizer offload_param
-    overlap_comm override_module_apply param_persistence_threshold parameter_alignment
-    pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter
-    round_robin_gradients save_muon_momentum_buffer_in_memory stage stage3_allgather_sequential
-    stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save
-    stage3_max_live_parameters stage3_max_reuse_distance stage3_model_persistence_threshold
-    stage3_module_granularity_threshold stage3_param_persistence_threshold
-    stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size
-    use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce zenflow
-    zero_hpz_partition_size zero_quantized_gradients zero_quantized_nontrainable_weights
-    zero_quantized_weights
-""".split()  # noqa: SIM905 - one a line would be a page
-
-BLOCKS = (
-    "bf16",
-    "data_types",
-    "fp16",
-    "optimizer",
-    "scheduler",
-    "tensor_parallel",
-    "zero_optimization",
-)
 
 # Values of the loss scale used here, and DeepSpeed's defaults: a file with these values changes
 # nothing.
@@ -182,7 +71,7 @@ SCHEDULES = {
 }
 
 
-def contradictions(spec: "RunSpec") -> Iterator[Contradiction]:
+def contradictions(spec: ComparedSettings) -> Iterator[Contradiction]:
     """Yield every key of engine.deepspeed_config that contradicts the settings or is not
     supported.
     """
@@ -206,7 +95,7 @@ def contradictions(spec: "RunSpec") -> Iterator[Contradiction]:
         yield from look(file, spec)
 
 
-def _at(file: dict[str, Any], path: str) -> Any:
+def _value_at(file: dict[str, Any], path: str) -> Any:
     """Return the value at a dotted path; None for "auto", null and missing keys."""
     value: Any = file
     for key in path.split("."):
@@ -215,7 +104,7 @@ def _at(file: dict[str, Any], path: str) -> Any:
 
 
 def _block(file: dict[str, Any], path: str) -> dict[str, Any]:
-    value = _at(file, path)
+    value = _value_at(file, path)
     return value if isinstance(value, dict) else {}
 
 
@@ -225,12 +114,12 @@ def _is_off(value: Any) -> bool:
     return value == AUTO or not value
 
 
-def _features(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
+def _features(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     for path in GONE:
-        if (value := _at(file, path)) is not None:
+        if (value := _value_at(file, path)) is not None:
             yield Contradiction(path, value, "is no longer supported by DeepSpeed", REMOVE)
     for path, feature in FEATURES.items():
-        value = _at(file, path)
+        value = _value_at(file, path)
         if value is not None and not (
             value in feature.may_be if feature.may_be else _is_off(value)
         ):
@@ -242,9 +131,9 @@ def _features(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
             yield Contradiction(f"zero_optimization.{name}", value, "is not a DeepSpeed key", cure)
 
 
-def _stage(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
+def _stage(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     path = "zero_optimization.stage"
-    stage = _at(file, path)
+    stage = _value_at(file, path)
     if stage == 0:
         yield Contradiction(
             path, stage, "shards nothing", "set engine.kind=ddp, or stage 1, 2 or 3 in the file"
@@ -257,10 +146,10 @@ def _stage(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
         )
 
 
-def _offload(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
+def _offload(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     offload = spec.engine.offload
     ours = {"offload_optimizer": offload != "none", "offload_param": offload == "parameters"}
-    devices = {name: _at(file, f"zero_optimization.{name}.device") for name in ours}
+    devices = {name: _value_at(file, f"zero_optimization.{name}.device") for name in ours}
     to_host = {
         name: ours[name] if device is None else device != "none" for name, device in devices.items()
     }
@@ -292,7 +181,7 @@ def _offload(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
             yield Contradiction(path, device, f"contradicts engine.offload = {offload}", cure)
 
 
-def _sizes(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
+def _sizes(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     """Compare the numbers and switches that both the file and the settings have."""
     batch, engine, norm = spec.batch, spec.engine, spec.training.max_grad_norm
     tokens, pairs = "batch.max_tokens_per_microbatch", batch.micro_batch_size
@@ -310,7 +199,7 @@ def _sizes(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     if engine.overlap_comm is not None:
         sides["zero_optimization.overlap_comm"] = ("engine.overlap_comm", engine.overlap_comm)
     for path, (key, ours) in sides.items():
-        in_file = _at(file, path)
+        in_file = _value_at(file, path)
         if in_file is not None and (
             in_file != (ours or 0) or key == tokens
         ):  # DeepSpeed's 0: no clipping
@@ -320,9 +209,9 @@ def _sizes(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
     yield from _accumulation(file, spec)
 
 
-def _accumulation(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
+def _accumulation(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     path, cluster = "gradient_accumulation_steps", spec.cluster
-    in_file, ours = _at(file, path), spec.batch.grad_accum(cluster.max_workers)
+    in_file, ours = _value_at(file, path), spec.batch.grad_accum(cluster.max_workers)
     if in_file is None:
         return
     if ours is None or cluster.min_workers != cluster.max_workers:
@@ -337,8 +226,8 @@ def _accumulation(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradicti
         yield Contradiction(path, in_file, rule, f'set "auto" or {ours} in the file')
 
 
-def _precision(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
-    switches = {name: _at(file, f"{name}.enabled") for name in ("bf16", "fp16")}
+def _precision(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
+    switches = {name: _value_at(file, f"{name}.enabled") for name in ("bf16", "fp16")}
     on = [name for name, enabled in switches.items() if enabled]
     off = [name for name, enabled in switches.items() if enabled is False]
     rule = f"contradicts precision = {spec.precision}"
@@ -365,7 +254,7 @@ def _precision(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]
         yield Contradiction(
             "bf16.enabled", False, rule, 'set precision=fp32, or "auto" in the file'
         )
-    sent = _at(file, "communication_data_type")
+    sent = _value_at(file, "communication_data_type")
     if sent not in (None, "fp32") and spec.precision not in ("bf16", "fp16"):
         rule = f"would send gradients in {sent}, but precision is {spec.precision}"
         yield Contradiction(
@@ -373,11 +262,11 @@ def _precision(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]
         )
 
 
-def _loss_scale(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
+def _loss_scale(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     if spec.precision != "fp16":
         return
     for name, may_be in LOSS_SCALE.items():
-        value = _at(file, f"fp16.{name}")
+        value = _value_at(file, f"fp16.{name}")
         if value is not None and value not in may_be:
             rule = (
                 "all engines use the same loss scale: it starts at 65536, halves at each "
@@ -388,8 +277,8 @@ def _loss_scale(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction
             )
 
 
-def _optimizer(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
-    ours, kind = spec.optimizer, _at(file, "optimizer.type")
+def _optimizer(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
+    ours, kind = spec.optimizer, _value_at(file, "optimizer.type")
     params: dict[str, Any] = dict(_block(file, "optimizer.params"))
     params.pop("torch_adam", None)  # selects the implementation, which optimizer.name decides
     decays_weights = (
@@ -415,8 +304,8 @@ def _optimizer(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]
             yield Contradiction(f"optimizer.params.{name}", in_file, rule, AGREE)
 
 
-def _schedule(file: dict[str, Any], spec: "RunSpec") -> Iterator[Contradiction]:
-    kind, name = _at(file, "scheduler.type"), spec.scheduler.name
+def _schedule(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
+    kind, name = _value_at(file, "scheduler.type"), spec.scheduler.name
     for param, value in _block(file, "scheduler.params").items():
         if value not in (AUTO, None):
             cure = (

@@ -6,10 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.settings.base import Block
 from orchestrator.settings.catalogue import block_at, by_last_name, settings
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.near import folded, nearest
 from orchestrator.settings.other_names import NO_COUNTERPART, OTHER_NAMES, OTHER_VALUES
-from orchestrator.settings.spec import Block, RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.settings.trl_names import NOT_NEEDED, TRL_NAMES
 
 # Setting that is meant when a plain value replaces a whole block; the first that accepts the value.
@@ -64,7 +66,7 @@ def _explain_one(details: Any) -> UserError:
     described = (
         f"it is: {field.description}"
         if field and field.description
-        else "see orchestrator/settings/spec.py"
+        else "`orchestrator help settings` describes it"
     )
     if kind == "missing" or (value is None and field and field.is_required()):
         return UserError(key, None, "is required", described)

@@ -11,8 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
+from orchestrator.settings.data import DATA_SUFFIXES, Split
+from orchestrator.settings.errors import SettingsError, UserError
 from orchestrator.settings.explain import explain
-from orchestrator.settings.spec import DATA_SUFFIXES, RunSpec, Split, UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.settings.wrong_file import (
     folder_error,
     missing_file,
@@ -30,20 +32,6 @@ MODEL_KEYS = ("model.path", "model.tokenizer", "model.lora.adapter_path", "refer
 PATH_KEYS = (*MODEL_KEYS, *DATA_KEYS)
 WITHOUT_OWNER = ("ctrl", "distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
 """Causal LMs that the hub still serves under old names without an owner."""
-
-
-class SettingsError(UserError):
-    """One or more settings are wrong; `str` gives one line for each."""
-
-    def __init__(self, errors: list[UserError]) -> None:
-        super().__init__(errors[0].key, errors[0].value, errors[0].rule, errors[0].cure)
-        self.errors = errors
-
-    def __str__(self) -> str:
-        return "\n".join(str(error) for error in self.errors)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.errors,)
 
 
 SettingsSource = str | Path | Mapping[str, Any]
@@ -137,10 +125,10 @@ def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
     """Return {dotted key: path} for those keys that are set; keys of data sources are those of
     DataSpec.sources.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for dotted in keys:
         if dotted in DATA_KEYS:
-            found |= {
+            paths |= {
                 key: source.path for key, source in spec.data.sources(DATA_KEYS[dotted]).items()
             }
             continue
@@ -148,8 +136,8 @@ def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
         for name in dotted.split("."):
             value = getattr(value, name, None)
         if isinstance(value, str):
-            found[dotted] = value
-    return found
+            paths[dotted] = value
+    return paths
 
 
 def scheme_of(path: str) -> str:

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from orchestrator.settings.base import FREE, Block
 from orchestrator.settings.catalogue import block_of
-from orchestrator.settings.spec import FREE, Block, RunSpec
+from orchestrator.settings.run import RunSpec
 
 INTRODUCTION = """\
 # Settings

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from orchestrator.settings.counts import counted
-from orchestrator.settings.spec import RunSpec, SourceSpec
+from orchestrator.settings.data import SourceSpec
+from orchestrator.settings.run import RunSpec
 
 # Highest usual learning rate, by the last part of the optimizer's name; optimizers not listed are
 # like Adam.

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.near import nearest
-from orchestrator.settings.spec import UserError
 
 SHOWN = 5  # files that a message names
 ROWS = (".jsonl", ".parquet", ".csv", ".tsv", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".txt")
@@ -71,13 +71,11 @@ def folder_error(path: str | Path) -> UserError:
 def run_around(path: Path) -> Path | None:
     """Return the run directory that contains a path, or None."""
     absolute = path.absolute()
-    holders = (each for each in absolute.parents if (each / "config.yaml").is_file())
-    found = next(holders, None)
-    return (
-        found
-        if found is None or not found.is_relative_to(Path.cwd())
-        else found.relative_to(Path.cwd())
-    )
+    for folder in absolute.parents:
+        if (folder / "config.yaml").is_file():
+            cwd = Path.cwd()
+            return folder.relative_to(cwd) if folder.is_relative_to(cwd) else folder
+    return None
 
 
 def is_data(path: Path) -> bool:

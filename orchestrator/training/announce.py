@@ -16,8 +16,8 @@ from orchestrator.models.quantized import is_int8, is_quantized
 from orchestrator.models.reference import PolicyStart, Reference
 from orchestrator.settings.counts import counted
 from orchestrator.settings.notes import Known, notes
-from orchestrator.settings.precision import PRECISION_TRAITS
-from orchestrator.settings.spec import Precision, RunSpec
+from orchestrator.settings.precision import PRECISION_TRAITS, Precision
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.compute_metrics import bytes_together
 from orchestrator.training.prepare import PreparedRun, evaluation_named
 from orchestrator.world import World

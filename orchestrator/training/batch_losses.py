@@ -11,7 +11,7 @@ from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.losses import PairTerms, batch_losses
 from orchestrator.dpo.step import METRICS, StepOutput
 from orchestrator.engines.base import Engine
-from orchestrator.settings.spec import DpoSpec
+from orchestrator.settings.loss import DpoSpec
 from orchestrator.world import World
 
 

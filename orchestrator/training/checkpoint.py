@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from orchestrator.engines.base import SCALAR, Shard
 from orchestrator.models.storage import save_tensors
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.ledger import Ledger, write_rows
 from orchestrator.training.manifest import (
     FORMAT,

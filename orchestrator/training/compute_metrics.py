@@ -28,7 +28,10 @@ from orchestrator.engines.precision import dtype_held
 from orchestrator.models.head import Head
 from orchestrator.models.layers import body_of
 from orchestrator.models.plain_head import CHUNK_LOGITS
-from orchestrator.settings.spec import EVALUATED, DpoSpec, RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.evaluation import EVALUATED
+from orchestrator.settings.loss import DpoSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.user_code import MEND, raised_by_user, user_attribute
 from orchestrator.world import World

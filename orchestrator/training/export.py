@@ -21,9 +21,13 @@ from orchestrator.models.policy import build_policy, cast_to
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import PolicyStart
 from orchestrator.models.storage import persistent_buffers, stored_tensors
+from orchestrator.settings.checkpoint import Exported
 from orchestrator.settings.counts import counted
+from orchestrator.settings.data import SourceSpec
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import Dtype, Exported, RunSpec, SourceSpec, UserError
+from orchestrator.settings.model import Dtype
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.checkpoint import Reader, newest_valid
 from orchestrator.training.manifest import step_folder, verify
 from orchestrator.training.result import evaluated_sets

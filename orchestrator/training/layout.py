@@ -12,7 +12,9 @@ from orchestrator.models.behaviour import padding_error
 from orchestrator.models.layout_check import packed_error
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.rope import fixed_up_to, use_own_lengths
-from orchestrator.settings.spec import AttentionName, Precision, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.model import AttentionName
+from orchestrator.settings.precision import Precision
 from orchestrator.training.context import RunContext
 from orchestrator.training.prepare import PreparedRun
 

@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestrator.settings.spec import DpoSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.loss import DpoSpec
 from orchestrator.training.manifest import (
     ManifestFiles,
     ReadFailed,

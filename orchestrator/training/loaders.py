@@ -9,7 +9,7 @@ from orchestrator.data.collate import PackedCollator, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_lengths
 from orchestrator.data.pairs import Pairs
-from orchestrator.settings.spec import AttentionName
+from orchestrator.settings.model import AttentionName
 from orchestrator.training.context import RunContext
 from orchestrator.training.prepare import PreparedRun, evaluation_named, pad_id
 

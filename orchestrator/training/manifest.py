@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 FORMAT = 4
 MANIFEST = "manifest.json"

@@ -28,9 +28,9 @@ from orchestrator.models.policy import (
     load_tokenizer,
     made_weights,
 )
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
-from orchestrator.settings.rules import check_cache_with_collator, check_metric_for_best
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks import check_callbacks
 from orchestrator.training.compute_metrics import UserMetrics, check_memory, user_metrics
 from orchestrator.training.user_objects import NOTHING, UserObjects
@@ -122,7 +122,7 @@ def load_parts(spec: RunSpec, given: UserObjects = NOTHING) -> Parts:
     config = load_config(spec, tokenizer)
     collator = _user_collator(spec, given, tokenizer, config)
     metrics = user_metrics(spec, given, pad_id(tokenizer, config))
-    check_metric_for_best(spec, has_more=metrics is not None)
+    spec.evaluation.check_metric_for_best(spec.data.eval_sets, has_more=metrics is not None)
     check_frozen(config, spec)
     check_router(config, spec.dpo)
     if spec.model.lora is not None:
@@ -177,7 +177,7 @@ def _user_collator(
             "remove one of the two",
         )
     if collator is not None:
-        check_cache_with_collator(spec.reference, "data_collator")
+        spec.reference.check_collator("data_collator")
     found = named if collator is None else collator
     vocabulary = config.get_text_config().vocab_size
     return None if found is None else AdaptedCollator(found, pad_id(tokenizer, config), vocabulary)

@@ -10,7 +10,8 @@ from orchestrator.data.loader import Loader
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.engines.base import Engine
 from orchestrator.settings.counts import counted
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.context import RunContext
 from orchestrator.training.loaders import Loaders
 from orchestrator.world import World

@@ -13,7 +13,8 @@ from orchestrator.models.identity import identity_of
 from orchestrator.models.mapped import types_when_cut
 from orchestrator.models.reference import PolicyStart, Reference
 from orchestrator.models.rope import fixed_up_to
-from orchestrator.settings.spec import AttentionName, RunSpec
+from orchestrator.settings.model import AttentionName
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.context import RunContext
 from orchestrator.training.prepare import PreparedRun
 

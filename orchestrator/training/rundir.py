@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec, save_spec
 from orchestrator.settings.near import nearest
-from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
+from orchestrator.settings.run import RunSpec, changed_on_resume
 from orchestrator.settings.wrong_file import run_around
 
 

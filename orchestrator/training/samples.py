@@ -8,7 +8,7 @@ import torch
 from orchestrator.data.pairs import Pairs
 from orchestrator.data.sources import raw_rows
 from orchestrator.models.policy import build_policy
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.prepare import PreparedRun
 from orchestrator.training.rundir import RunDir
 

@@ -15,7 +15,8 @@ from orchestrator.engines.precision import autocast
 from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.quantized import is_int8
 from orchestrator.settings.counts import counted
-from orchestrator.settings.spec import Precision, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.precision import Precision
 from orchestrator.training.context import RunContext
 from orchestrator.training.errors import TrainingError
 from orchestrator.world import World

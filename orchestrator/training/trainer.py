@@ -18,8 +18,9 @@ from orchestrator.data.order import RunLength
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine, StepResult
 from orchestrator.engines.optim import check_resumable, made_by
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.precision import PRECISION_TRAITS
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training import checkpoint
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.callbacks import Callbacks

@@ -8,7 +8,8 @@ from orchestrator.callback_api import TrainerCallback
 from orchestrator.data.collate import UserCollator
 from orchestrator.engines.optim import Optimizers, check_functions
 from orchestrator.models.reference_function import RefModel, check_function
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 
 GivenCallback = TrainerCallback | type[TrainerCallback]
 ComputeMetrics = Callable[[Any], Mapping[str, float]]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from orchestrator.callback_api import TrainerCallback
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.assemble import assembled
 from orchestrator.training.callbacks import build_callbacks
 from orchestrator.training.checkpoint import newest_to_resume

@@ -53,7 +53,7 @@ from orchestrator.models.attention import choose_kernel, use_packed_attention
 from orchestrator.models.policy import build_policy, load_tokenizer, pair_cost
 from orchestrator.models.reference import Reference
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.loaders import CPU_ROW
 from orchestrator.world import World
 

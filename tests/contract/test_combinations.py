@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import OF_BATCH, OF_SCORES, LossType, UserError
+from orchestrator.settings.loss import OF_BATCH, OF_SCORES, LossType
 from support.covering_array import Row, covering
 from support.engine_runs import ENGINES
 from support.gloo_ranks import Ranks

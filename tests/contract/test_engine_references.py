@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import UserError
 from support.debug_runs import finish_debug, run_debug
 from support.engine_runs import ENGINES
 from support.run_callbacks import stops_at

@@ -17,7 +17,7 @@ from orchestrator.models import plain_head
 from orchestrator.models.head import loss_in_head
 from orchestrator.models.logps import body_hidden
 from orchestrator.models.sums import PairSums
-from orchestrator.settings.spec import Precision
+from orchestrator.settings.precision import Precision
 from orchestrator.training.ledger import SeenPairs
 from orchestrator.world import World
 from support import engine_runs

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 from safetensors.torch import load_file
 
-from orchestrator.settings.spec import LossType
+from orchestrator.settings.loss import LossType
 from support import worker_runs
 from support.debug_runs import finish_debug
 from support.gloo_ranks import Ranks

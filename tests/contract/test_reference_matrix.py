@@ -13,7 +13,10 @@ import pytest
 
 from orchestrator.data.refcache import RECORD
 from orchestrator.run.local.debug import debug
-from orchestrator.settings.spec import CacheMode, Quantized, ReferenceKind, RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.model import Quantized
+from orchestrator.settings.reference import CacheMode, ReferenceKind
+from orchestrator.settings.run import RunSpec
 from support.run_files import losses
 from support.tiny_settings import TINY_MODEL, random_rows, tiny_spec, write_jsonl
 from support.worker_runs import LORA, PRECISIONS, QUANTISED_BASE, WITH_LORA, tolerance
@@ -55,8 +58,15 @@ class Refusal(NamedTuple):
     instead: dict[str, str]  # the parts after the cure
 
 
-# In the order of the rules in rules.py: of several the first speaks.
+# In the order of the rules of the settings: of several the first speaks.
 REFUSED = [
+    Refusal(
+        {"kind": {"precomputed"}, "cache": {"off"}},
+        "reference.cache",
+        "kind precomputed stores its log-probs in the cache",
+        "remove reference.cache",
+        {"cache": "lazy"},
+    ),
     Refusal(
         {"precision": {"fp64"}, "lora": {"lora on bf16"} | QUANTISED_BASE},
         "model.lora.base",
@@ -91,13 +101,6 @@ REFUSED = [
         "computes in 16 or 32 bits",
         "set precision=fp32",
         {"precision": "fp32"},
-    ),
-    Refusal(
-        {"kind": {"precomputed"}, "cache": {"off"}},
-        "reference.cache",
-        "kind precomputed stores its log-probs in the cache",
-        "remove reference.cache",
-        {"cache": "lazy"},
     ),
 ]
 

@@ -19,7 +19,8 @@ from orchestrator.data.collate import (
     PreferenceCollator,
     Segments,
 )
-from orchestrator.settings.spec import UserCodeSpec, UserError
+from orchestrator.settings.base import UserCodeSpec
+from orchestrator.settings.errors import UserError
 from support.tiny_parts import PAD, both_layouts, collator, data_spec, pair_rows
 
 EXAMPLE = [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.data.files import check_no_lfs_pointer, is_lfs_pointer
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n"
 

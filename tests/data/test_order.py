@@ -24,7 +24,7 @@ from orchestrator.data.order import (
     permutation,
     run_length,
 )
-from orchestrator.settings.spec import TrainingSpec
+from orchestrator.settings.training import TrainingSpec
 
 WORLDS = [1, 2, 3, 5, 8]
 

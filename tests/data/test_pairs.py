@@ -19,7 +19,8 @@ from orchestrator.data import pairs as module
 from orchestrator.data.order import Share
 from orchestrator.data.pairs import Pairs, build_once, tokenized_pairs, without_held_out
 from orchestrator.data.sources import raw_rows, training_texts
-from orchestrator.settings.spec import DataSpec, UserError
+from orchestrator.settings.data import DataSpec
+from orchestrator.settings.errors import UserError
 from support.timeouts import scaled_timeout
 from support.tiny_parts import CHAT_ROW, TEXT_ROW, data_spec, pairs_of, tokenized, tokenizer
 from support.tiny_settings import random_rows, write_jsonl

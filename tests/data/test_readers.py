@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from orchestrator.data.readers import rows_in_file, text_rows
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from support.tiny_parts import TEXT_ROW
 
 ROWS = [TEXT_ROW, {"prompt": 'a "b",\nc', "chosen": "", "rejected": "ü"}]

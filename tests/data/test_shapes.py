@@ -19,7 +19,7 @@ from orchestrator.data.shapes import (
     note_lines,
     without_nulls,
 )
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from support.tiny_parts import CHAT_ROW, EOS, TEXT_ROW, data_spec, ids, pairs_of, tokenized
 
 Row = dict[str, Any]

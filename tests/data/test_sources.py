@@ -21,8 +21,9 @@ from orchestrator.data.sources import (
     raw_rows,
     training_texts,
 )
+from orchestrator.settings.data import SourceSpec
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import SourceSpec, UserError
 from support.tiny_parts import CHAT_ROW, TEXT_ROW, data_spec, tokenized, tokenizer
 from support.tiny_settings import random_rows, raw_settings, write_jsonl
 

@@ -23,7 +23,8 @@ from orchestrator.dpo.losses import (
     pair_losses,
     rewards,
 )
-from orchestrator.settings.spec import (
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.loss import (
     OF_BATCH,
     OF_SCORES,
     SMOOTHED,
@@ -31,7 +32,6 @@ from orchestrator.settings.spec import (
     DpoSpec,
     FDivergence,
     LossType,
-    UserError,
 )
 
 LOGPS = torch.tensor([-10.0, -20.0, -7.0, -11.0, -18.0, -7.0], dtype=torch.float64)

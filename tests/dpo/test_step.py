@@ -11,7 +11,7 @@ import torch
 from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.dpo.step import METRICS, TOKEN_METRICS, PairStep, StepOutput
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import DpoSpec, LossType
+from orchestrator.settings.loss import DpoSpec, LossType
 from orchestrator.training.metrics import means
 from support.tiny_parts import both_layouts, collator, pair_batch, pair_rows, tiny_model
 

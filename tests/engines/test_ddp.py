@@ -16,8 +16,10 @@ from orchestrator.engines.base import Shard, StepResult
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.reference import Reference
-from orchestrator.settings.optimizers import ELEMENTWISE_OPTIMIZERS
-from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
+from orchestrator.settings.engine import EngineSpec
+from orchestrator.settings.loss import DpoSpec
+from orchestrator.settings.optim import ELEMENTWISE_OPTIMIZERS, OptimizerSpec, SchedulerSpec
+from orchestrator.settings.precision import Precision
 from orchestrator.training.checkpoint import Reader, save
 from support.tiny_parts import ALONE, both_layouts
 from support.tiny_parts import pair_batch as made_batch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.engines import deepspeed
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 
 def test_fp16_is_refused_on_a_gpu_for_which_deepspeed_refuses_it(

@@ -33,14 +33,15 @@ from orchestrator.engines.optim import (
 )
 from orchestrator.models.reference import Reference
 from orchestrator.run.local.debug import debug
-from orchestrator.settings.optimizers import ELEMENTWISE_OPTIMIZERS, OPTIMIZERS
-from orchestrator.settings.spec import (
-    DpoSpec,
-    EngineSpec,
+from orchestrator.settings.engine import EngineSpec
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.loss import DpoSpec
+from orchestrator.settings.optim import (
+    ELEMENTWISE_OPTIMIZERS,
+    OPTIMIZERS,
     OptimizerSpec,
     SchedulerName,
     SchedulerSpec,
-    UserError,
 )
 from orchestrator.training.checkpoint import Reader, save
 from support.run_files import losses

@@ -10,7 +10,8 @@ import torch
 
 from orchestrator.engines.precision import dtype_held, resolved, tf32_switched
 from orchestrator.models.dtypes import dtype_name
-from orchestrator.settings.spec import Precision, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.precision import Precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

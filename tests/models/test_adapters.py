@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from orchestrator.models.adapters import add_adapter, check_adapter
 from orchestrator.models.loading import check_weights, config_at
-from orchestrator.settings.spec import LoraSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.model import LoraSpec
 from support.tiny_parts import (
     change_weights,
     save_adapter,

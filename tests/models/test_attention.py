@@ -31,7 +31,9 @@ from orchestrator.models.fused import fuse
 from orchestrator.models.layout_check import packed_error
 from orchestrator.models.logps import body_hidden
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import AttentionName, DpoSpec, LossType, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.loss import DpoSpec, LossType
+from orchestrator.settings.model import AttentionName
 from orchestrator.training.layout import PACKED_TOLERANCE
 from support.tiny_parts import PAD, data_spec, pair_rows
 

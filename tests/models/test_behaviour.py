@@ -19,7 +19,7 @@ from orchestrator.models.behaviour import (
 )
 from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.quantized import quantized
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from support.tiny_parts import tiny_model
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orchestrator.models.loading import check_weights, config_at, read_model, tokenizer_at
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.prepare import pad_id
 from support.tiny_parts import change_weights, tiny_model, with_third_layer, without_layer
 

@@ -25,7 +25,8 @@ from orchestrator.models.logps import sequence_logps
 from orchestrator.models.mapped import mapped_twin, types_when_cut
 from orchestrator.models.policy import build_policy, load_model, made_weights
 from orchestrator.models.reference import PolicyStart, Reference
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 from support.tiny_parts import ALONE, pair_batch, save_adapter, tiny_model, tokenizer
 from support.tiny_settings import TINY_MODEL, tiny_spec
 

@@ -13,7 +13,7 @@ from orchestrator.models.model_files import (
     check_files,
     check_weight_files,
 )
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 KEY = "model.path"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n"

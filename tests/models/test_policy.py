@@ -21,7 +21,8 @@ from orchestrator.models.policy import (
     load_tokenizer,
     pair_cost,
 )
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 from support.tiny_parts import both_layouts, pair_batch, tiny_model, tokenizer
 from support.tiny_settings import TINY_MODEL, tiny_spec
 

@@ -26,7 +26,9 @@ from orchestrator.models.logps import body_hidden, sequence_logps
 from orchestrator.models.policy import build_policy
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import Absent, Reference, SharedLayers
-from orchestrator.settings.spec import DpoSpec, RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.loss import DpoSpec
+from orchestrator.settings.run import RunSpec
 from support.thread_ranks import on_ranks
 from support.tiny_parts import (
     ALONE,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.models.weight_checks import WeightDifferences, check_complete, check_finite
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 KEY, MODEL = "model.path", "a Qwen2ForCausalLM"
 

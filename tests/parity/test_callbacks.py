@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from orchestrator.models.policy import build_policy, load_tokenizer
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training import worker
 from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir

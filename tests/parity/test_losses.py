@@ -34,16 +34,9 @@ from orchestrator.data.collate import Row
 from orchestrator.dpo.losses import BATCH_LOSSES, LOSSES, PairTerms
 from orchestrator.dpo.step import METRICS
 from orchestrator.models.policy import load_tokenizer
-from orchestrator.settings.spec import (
-    OF_BATCH,
-    OF_SCORES,
-    SMOOTHED,
-    WITH_MARGIN,
-    AttentionName,
-    DpoSpec,
-    LossType,
-    Precision,
-)
+from orchestrator.settings.loss import OF_BATCH, OF_SCORES, SMOOTHED, WITH_MARGIN, DpoSpec, LossType
+from orchestrator.settings.model import AttentionName
+from orchestrator.settings.precision import Precision
 from orchestrator.training.assemble import assembled
 from orchestrator.training.context import RunContext
 from orchestrator.training.health import LocalSession

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.settings.spec import Block
+from orchestrator.settings.base import Block
 from orchestrator.settings.trl_names import NOT_NEEDED, TRL_NAMES
 from support.tiny_settings import refused
 from support.trl_trainer import need_trl

@@ -25,8 +25,9 @@ from orchestrator import create_reference_model
 from orchestrator.models.policy import build_policy, load_tokenizer
 from orchestrator.models.reference_function import RefModel
 from orchestrator.run.local.debug import debug
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training import worker
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import step_folder

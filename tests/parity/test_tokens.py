@@ -30,7 +30,7 @@ from orchestrator.data.pairs import Pairs, tokenized_pairs
 from orchestrator.data.sources import BadRow
 from orchestrator.data.tokens import tokenize_pair
 from orchestrator.models.policy import CHAT_TEMPLATE, load_tokenizer
-from orchestrator.settings.spec import DataSpec
+from orchestrator.settings.data import DataSpec
 from support.tiny_settings import random_rows, tiny_spec, write_jsonl
 from support.trl_trainer import need_trl, trl_tokens, trl_trainer
 

@@ -22,7 +22,7 @@ from orchestrator.models import plain_head
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.build_reference import build_reference
 from orchestrator.models.policy import build_policy, load_tokenizer
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training import worker
 from orchestrator.training.health import LocalSession
 from orchestrator.training.prepare import prepare

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from orchestrator.run.ray import cluster
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from support.tiny_settings import tiny_spec
 
 LONG = "a-scratch-folder-of-a-user-with-a-rather-long-name/slurm-job-12345678/and-one-more-level"

@@ -9,7 +9,7 @@ import torch
 from orchestrator.run import plan
 from orchestrator.run.checks import hub
 from orchestrator.run.plan import planned
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from support.tiny_settings import random_rows, tiny_spec, write_jsonl
 
 

@@ -30,7 +30,7 @@ from orchestrator.run.checks.preflight import Node, check_here, check_nodes, thi
 from orchestrator.run.checks.probe import NOT_SEEN, Card, Facts, Gpus, Probe
 from orchestrator.run.checks.report import Check, refusal, table
 from orchestrator.run.ray import node_checks
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from support.debug_runs import finish_debug
 from support.tiny_settings import tiny_spec, write_settings
 

@@ -12,7 +12,7 @@ from orchestrator.data.order import permutation
 from orchestrator.engines import scale
 from orchestrator.run.local.debug import debug
 from orchestrator.run.local.replay import ReplayResult, replay
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import committed
 from orchestrator.training.rundir import RunDir

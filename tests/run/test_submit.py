@@ -12,7 +12,8 @@ import pytest
 import requests
 
 from orchestrator.run.ray import stage, submit
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 from support.tiny_settings import tiny_spec
 
 

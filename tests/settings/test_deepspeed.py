@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.settings.deepspeed import FEATURES, GONE, ZERO_KEYS, contradictions
+from orchestrator.settings.deepspeed import contradictions
+from orchestrator.settings.deepspeed_keys import FEATURES, GONE, ZERO_KEYS
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec, save_spec
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 from support.repository import ROOT
 from support.tiny_settings import tiny_spec
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from orchestrator.settings.catalogue import described, settings
-from orchestrator.settings.load import SettingsError, load_spec, make_spec
+from orchestrator.settings.errors import SettingsError, UserError
+from orchestrator.settings.load import load_spec, make_spec
 from orchestrator.settings.near import folded
 from orchestrator.settings.other_names import NO_COUNTERPART, OTHER_NAMES, OTHER_VALUES
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.settings.trl_names import NOT_NEEDED, TRL_NAMES
 from support.tiny_settings import raw_settings, refused, write_settings
 

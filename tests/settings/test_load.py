@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 
+from orchestrator.settings.errors import SettingsError, UserError
 from orchestrator.settings.load import (
     DATA_KEYS,
-    SettingsError,
     load_spec,
     looks_local,
     make_spec,
     paths_in,
     save_spec,
 )
-from orchestrator.settings.spec import UserError
 from support.tiny_settings import raw_settings, tiny_spec, write_settings
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.settings.optimizers import optimizer_kind
+from orchestrator.settings.optim import optimizer_kind
 from support.tiny_settings import refused, tiny_spec
 
 MUON, ADAFACTOR, EIGHT_BIT = (

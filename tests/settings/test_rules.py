@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.settings.rules import check_metric_for_best
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from support.repository import ROOT
 from support.tiny_settings import refused, tiny_spec
 
@@ -796,9 +795,9 @@ def test_metric_for_best_must_be_an_evaluated_metric(
     data = {"data": {"eval": sets}} if sets else {}
     spec = tiny_spec(tmp_path, evaluation={"metric_for_best": best}, **data)
     if says is None:
-        check_metric_for_best(spec, has_more)
+        spec.evaluation.check_metric_for_best(spec.data.eval_sets, has_more)
         return
     with pytest.raises(UserError) as caught:
-        check_metric_for_best(spec, has_more)
+        spec.evaluation.check_metric_for_best(spec.data.eval_sets, has_more)
     assert caught.value.key == "evaluation.metric_for_best"
     assert says in str(caught.value)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.settings.load import SettingsError
-from orchestrator.settings.spec import Block, RunSpec, UserError, changed_on_resume
+from orchestrator.settings.base import Block
+from orchestrator.settings.errors import SettingsError, UserError
+from orchestrator.settings.run import RunSpec, changed_on_resume
 from support.tiny_settings import TINY_MODEL, refused, tiny_spec
 
 MAY_CHANGE_ON_RESUME = {

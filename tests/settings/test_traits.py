@@ -4,18 +4,10 @@ from typing import Any, get_args
 
 import pytest
 
+from orchestrator.settings.engine import ENGINE_TRAITS, EngineKind, EngineSpec
+from orchestrator.settings.loss import LOSS_TRAITS, USERS_LOSS, DpoSpec, LossType
 from orchestrator.settings.precision import PRECISION_TRAITS, Precision
-from orchestrator.settings.spec import (
-    ENGINE_TRAITS,
-    LOSS_TRAITS,
-    REFERENCE_TRAITS,
-    USERS_LOSS,
-    DpoSpec,
-    EngineKind,
-    EngineSpec,
-    LossType,
-    ReferenceKind,
-)
+from orchestrator.settings.reference import REFERENCE_TRAITS, ReferenceKind
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.run.slurm import slurm_flags
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import UserError
 from support.repository import ROOT
 from support.slurm_cluster import Slurm
 from support.tiny_settings import tiny_spec, write_settings

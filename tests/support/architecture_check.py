@@ -14,8 +14,8 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from orchestrator.run.local.trial import NothingToSave
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import UserError
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.worker import run
 from orchestrator.world import World

@@ -25,7 +25,10 @@ from orchestrator.engines.precision import Types, dtype_of, is_16_bit
 from orchestrator.models.attention import choose_kernel, use_packed_attention
 from orchestrator.models.layers import freeze_lowest
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, Precision, SchedulerSpec
+from orchestrator.settings.engine import EngineSpec
+from orchestrator.settings.loss import DpoSpec
+from orchestrator.settings.optim import OptimizerSpec, SchedulerSpec
+from orchestrator.settings.precision import Precision
 from orchestrator.training.checkpoint import Reader, save
 from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.evaluate import evaluate

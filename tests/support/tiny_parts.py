@@ -16,7 +16,7 @@ from orchestrator.data.pairs import Pairs, tokenized_pairs
 from orchestrator.data.tokens import TokenizedPair, tokenize_pair, truncated
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.fused import fuse
-from orchestrator.settings.spec import DataSpec
+from orchestrator.settings.data import DataSpec
 from orchestrator.world import World
 from support.tiny_settings import TINY_MODEL, write_jsonl
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 
 WORDS = [
     "red",

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from orchestrator.dpo.losses import PairTerms
-from orchestrator.settings.spec import DpoSpec
+from orchestrator.settings.loss import DpoSpec
 
 
 def demanding(terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, get_args
 from orchestrator.data.refcache import RECORD
 from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import Precision, RunSpec
+from orchestrator.settings.precision import Precision
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.assemble import assembled
 from orchestrator.training.context import RunContext
 from orchestrator.training.prepare import prepare

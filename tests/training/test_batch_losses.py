@@ -12,7 +12,9 @@ from orchestrator.dpo.step import PairStep
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import DpoSpec, EngineSpec, OptimizerSpec, SchedulerSpec
+from orchestrator.settings.engine import EngineSpec
+from orchestrator.settings.loss import DpoSpec
+from orchestrator.settings.optim import OptimizerSpec, SchedulerSpec
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.world import World
 from support.thread_ranks import on_ranks

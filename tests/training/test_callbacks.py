@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.integrations import integration_utils
 from transformers.trainer_callback import ExportableState
 
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.callbacks import (
     REQUESTS,
     Callbacks,

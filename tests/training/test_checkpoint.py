@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from orchestrator.engines.base import Shard
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training import checkpoint as module
 from orchestrator.training.checkpoint import (
     CorruptCheckpoint,

@@ -12,7 +12,7 @@ import torch
 
 from orchestrator.data.collate import PreferenceCollator
 from orchestrator.data.pairs import Pairs, tokenized_pairs
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training import compute_metrics as module
 from orchestrator.training.compute_metrics import (
     KEY,

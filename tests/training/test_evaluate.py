@@ -14,7 +14,9 @@ from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory
 from orchestrator.models.logps import sequence_logps
 from orchestrator.models.reference import Reference
-from orchestrator.settings.spec import DpoSpec, EngineSpec, LossType, OptimizerSpec, SchedulerSpec
+from orchestrator.settings.engine import EngineSpec
+from orchestrator.settings.loss import DpoSpec, LossType
+from orchestrator.settings.optim import OptimizerSpec, SchedulerSpec
 from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World
 from support.run_files import without_times

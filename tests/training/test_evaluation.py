@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.dpo.step import METRICS
-from orchestrator.settings.spec import EVALUATED, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.evaluation import EVALUATED
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.export import export
 from orchestrator.training.rundir import RunDir

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.engines.base import Shard
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.checkpoint import Reader, save
 from orchestrator.training.export import export
 from orchestrator.training.manifest import step_folder

@@ -21,8 +21,8 @@ from transformers import (
 from orchestrator.models.policy import load_tokenizer, made_weights
 from orchestrator.models.storage import persistent_buffers
 from orchestrator.run.local.trial import NothingToSave
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import make_spec
-from orchestrator.settings.spec import UserError
 from orchestrator.training.assemble import assembled
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.context import RunContext

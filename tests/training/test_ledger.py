@@ -14,8 +14,9 @@ import torch
 
 from orchestrator import cli
 from orchestrator.dpo.step import StepOutput
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import save_spec
-from orchestrator.settings.spec import DpoSpec, UserError
+from orchestrator.settings.loss import DpoSpec
 from orchestrator.training import checkpoint, ledger
 from orchestrator.training.checkpoint import SaveFailed, Saver
 from orchestrator.training.ledger import COPY, SCHEMA, TAIL, Ledger, SeenPairs, read, verify

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.spec import UserError
 from orchestrator.training.checkpoint import save
 from orchestrator.training.rundir import RunDir, write_atomically
 from support.tiny_parts import ALONE

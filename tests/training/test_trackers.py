@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from orchestrator.settings.spec import TRACKERS, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.trackers import TRACKERS
 from orchestrator.training.callbacks import check_callbacks, trackers
 from orchestrator.training.callbacks.trackers import tracker
 from support.debug_runs import finish_debug, run_debug

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from orchestrator.data.collate import CollateContext
 from orchestrator.run.local.debug import debug
 from orchestrator.run.ray.driver import train
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.user_objects import UserObjects
 from support.run_files import losses
 from support.tiny_parts import PAD

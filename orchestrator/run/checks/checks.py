@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.run.checks.probe import BANDWIDTH_BYTES, MISSING, NOT_SEEN, PACKAGES, Facts
 from orchestrator.run.checks.report import Check, listed, size_text
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 MAX_SKEW_S = 3.0  # seconds by which a clock may differ from the others
 BUSY = 0.1  # fraction of a GPU's memory that a driver and a desktop may use

@@ -17,9 +17,10 @@ from orchestrator.models.loading import config_at
 from orchestrator.run.checks.parallel import one_line, side_by_side
 from orchestrator.run.checks.probe import IMPORT_S, READ_S, bytes_at
 from orchestrator.run.checks.report import Check, size_text
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import PATH_KEYS, looks_local, paths_in
-from orchestrator.settings.optimizers import optimizer_kind
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.optim import optimizer_kind
+from orchestrator.settings.run import RunSpec
 
 FULL = 2**20  # free bytes below which a run cannot start
 

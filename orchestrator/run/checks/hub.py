@@ -5,7 +5,7 @@ import socket
 from urllib.parse import urlsplit
 
 from orchestrator.settings.load import DATA_KEYS, MODEL_KEYS, looks_local, paths_in
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 
 CACHED_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 TIMEOUT_S = 3.0  # the hub's client tries for 46 s per name

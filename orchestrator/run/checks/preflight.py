@@ -36,7 +36,7 @@ from orchestrator.run.checks.probe import (
     Probe,
 )
 from orchestrator.run.checks.report import Check
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 
 DEADLINE_S = 40.0  # seconds after which waiting for nodes ends
 START_S = 25.0  # seconds for a node's first answer, which includes the start of its process

@@ -21,7 +21,7 @@ from typing import Any
 from orchestrator.data.sources import check_source
 from orchestrator.run.checks.parallel import failures, one_line, side_by_side
 from orchestrator.run.network import use_interface
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 
 # Libraries whose versions must match: another one may change results or be unable to communicate.
 PACKAGES = (

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from orchestrator.settings.load import SettingsError
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import SettingsError, UserError
 
 
 @dataclass(frozen=True)

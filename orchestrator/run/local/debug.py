@@ -13,7 +13,7 @@ from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference_function import RefModel
 from orchestrator.run.local.profile import Steps, nothing_to_profile, steps_to_profile
 from orchestrator.run.local.prompt import debugger
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.profiler import ProfilerCallback
 from orchestrator.training.health import LocalSession
 from orchestrator.training.prepare import prepare

@@ -1,7 +1,8 @@
 """Choose the steps of a run to profile."""
 
 from orchestrator.data.order import run_length
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir

@@ -9,7 +9,7 @@ from bdb import BdbQuit
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from orchestrator.settings.spec import UserError
+from orchestrator.settings.errors import UserError
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.world import World
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from orchestrator.run.local.debug import OWNED, print_if_finished
 from orchestrator.run.local.profile import Steps, steps_to_profile
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 

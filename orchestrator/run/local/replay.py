@@ -22,10 +22,11 @@ from orchestrator.run.local.debug import joined
 from orchestrator.run.local.prompt import debugger
 from orchestrator.run.local.trial import NothingToSave, scratch_run
 from orchestrator.settings.counts import counted
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
-from orchestrator.settings.optimizers import optimizer_kind
+from orchestrator.settings.optim import optimizer_kind
 from orchestrator.settings.precision import PRECISION_TRAITS
-from orchestrator.settings.spec import RunSpec, UserError, changed_on_resume
+from orchestrator.settings.run import RunSpec, changed_on_resume
 from orchestrator.training.assemble import assembled
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.context import RunContext

@@ -13,8 +13,11 @@ import torch
 from orchestrator.callback_api import TrainerCallback
 from orchestrator.run.local.debug import joined
 from orchestrator.run.local.prompt import debugger
+from orchestrator.settings.checkpoint import CheckpointSpec
 from orchestrator.settings.counts import counted
-from orchestrator.settings.spec import CheckpointSpec, EvaluationSpec, RunSpec, WandbSpec
+from orchestrator.settings.evaluation import EvaluationSpec
+from orchestrator.settings.run import RunSpec
+from orchestrator.settings.trackers import WandbSpec
 from orchestrator.training.assemble import assembled
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.context import RunContext

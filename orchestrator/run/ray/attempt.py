@@ -10,7 +10,7 @@ from orchestrator.run.ray import capacity, elastic
 from orchestrator.run.ray.cluster import is_joined
 from orchestrator.run.ray.node_checks import check_new_nodes
 from orchestrator.run.ray.worker import worker_loop
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.rundir import RunDir
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from orchestrator.run.checks.report import listed
 from orchestrator.run.ray.cluster import is_joined, usable_cores
 from orchestrator.settings.counts import counted
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.rundir import RunDir
 
 POLL_S = 0.2

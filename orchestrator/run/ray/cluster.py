@@ -18,7 +18,8 @@ from typing import Any
 
 from orchestrator.run.checks.parallel import one_line
 from orchestrator.run.checks.probe import CONNECT_S
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 
 # Ray's default is 30 % of the memory, and it fails to start if /dev/shm is smaller (64 MB in a
 # container). Runs send only settings and small objects through Ray; the rest spills to disk.

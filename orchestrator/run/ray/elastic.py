@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from orchestrator.run.ray import capacity
 from orchestrator.run.ray.cluster import is_joined
-from orchestrator.settings.spec import RunSpec
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.rundir import RunDir
 
 GROWTH_WAIT_S = 30.0  # seconds in which further nodes may join before an elastic run uses the first

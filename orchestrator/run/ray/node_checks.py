@@ -12,7 +12,8 @@ from orchestrator.run.checks.probe import Probe
 from orchestrator.run.checks.report import Check, raise_failed
 from orchestrator.run.ray import capacity
 from orchestrator.run.ray.cluster import entered, is_joined
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 
 
 def check_cluster(spec: RunSpec | None) -> list[Check]:

@@ -4,7 +4,8 @@ import pickle
 from typing import Any
 
 from orchestrator.run.ray.cluster import authenticate
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.world import World
 

@@ -7,8 +7,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import FOLDER_KEYS, PATH_KEYS, paths_in
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 
 # Not copied, besides what the settings name and git ignores: files that no job needs, secrets, and
 # .gitignore, which Ray would apply and might then omit the settings.

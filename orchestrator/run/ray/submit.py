@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from orchestrator.run.checks.parallel import one_line
 from orchestrator.run.ray.stage import stage
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import DATA_KEYS, paths_in, save_spec
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.run import RunSpec
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

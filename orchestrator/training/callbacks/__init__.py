@@ -21,7 +21,10 @@ from orchestrator.callback_api import (
     TrainerControl,
     TrainerState,
 )
-from orchestrator.settings.spec import TRACKERS, Precision, RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.precision import Precision
+from orchestrator.settings.run import RunSpec
+from orchestrator.settings.trackers import TRACKERS
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from orchestrator.callback_api import TrainerCallback
-from orchestrator.settings.spec import EVALUATED
+from orchestrator.settings.evaluation import EVALUATED
 from orchestrator.training.result import evaluated_sets
 
 

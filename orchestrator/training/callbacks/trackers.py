@@ -14,7 +14,8 @@ from transformers.integrations.integration_utils import (
 )
 
 from orchestrator.callback_api import TrainerCallback
-from orchestrator.settings.spec import TRACKERS, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.trackers import TRACKERS
 from orchestrator.training.rundir import RunDir
 
 IMPORTED = {

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.callback_api import TrainerCallback
-from orchestrator.settings.spec import RunSpec, UserError
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
 from orchestrator.training.rundir import RunDir
 
 logger = logging.getLogger(__name__)

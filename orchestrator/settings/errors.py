@@ -1,0 +1,36 @@
+"""Errors that end a run, each printed in lines of key, value, rule and fix."""
+
+from typing import Any
+
+
+class UserError(Exception):
+    """Error of the user's input, printed as one line with key, value, rule and fix. Exit code 2.
+
+    `key` is a setting ("batch.micro_batch_size") or a place in the data ("pairs.jsonl row 17").
+    """
+
+    def __init__(self, key: str, value: object, rule: str, cure: str) -> None:
+        super().__init__(
+            key, value, rule, cure
+        )  # all four in args: errors are pickled between processes
+        self.key, self.value, self.rule, self.cure = key, value, rule, cure
+
+    def __str__(self) -> str:
+        value = "(not set)" if self.value is None else repr(self.value)
+        if len(value) > 120:
+            value = value[:117] + "..."
+        return " ".join(f"{self.key} = {value}: {self.rule}; {self.cure}".split())
+
+
+class SettingsError(UserError):
+    """One or more settings are wrong; `str` gives one line for each."""
+
+    def __init__(self, errors: list[UserError]) -> None:
+        super().__init__(errors[0].key, errors[0].value, errors[0].rule, errors[0].cure)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.errors,)
