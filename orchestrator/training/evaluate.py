@@ -1,4 +1,4 @@
-"""Evaluate every pair of a set once, sharded over ranks."""
+"""Evaluate every pair of each set once, sharded over ranks."""
 
 import time
 from collections.abc import Callable
@@ -9,10 +9,48 @@ import torch
 from orchestrator.data.collate import AdaptedCollator, Counts
 from orchestrator.data.loader import Loader
 from orchestrator.engines.base import Engine
+from orchestrator.settings.errors import UserError
 from orchestrator.training.batch_losses import GlobalBatch
 from orchestrator.training.compute_metrics import PairTable, UserMetrics
+from orchestrator.training.context import RunContext
 from orchestrator.training.metrics import MetricSums, means
+from orchestrator.training.reporter import Reporter
 from orchestrator.world import World
+
+
+def evaluate_sets(
+    context: RunContext,
+    engine: Engine,
+    loaders: dict[str, Loader],
+    reporter: Reporter,
+    user: UserMetrics | None,
+) -> dict[str, float]:
+    """Evaluate each set, report its metrics, and return those of all. Collective.
+
+    loaders: by the name of the set.
+
+    Raises:
+        UserError: two sets have a metric of the same name, or the user's compute_metrics fails.
+    """
+    step = reporter.progress.step
+
+    def beat() -> None:
+        context.session.heartbeat(step, "evaluate")
+
+    def after_batch() -> None:
+        beat()
+        reporter.callbacks.fire("on_prediction_step")
+
+    beat()
+    metrics: dict[str, float] = {}
+    for name, loader in loaders.items():
+        of_set = evaluate(engine, loader, context.world, step, after_batch, name, user)
+        if twice := metrics.keys() & of_set.keys():
+            rule = f"two evaluation sets have a metric {min(twice)}"
+            raise UserError("data.eval", name, rule, "rename that set")
+        reporter.callbacks.fire("on_evaluate", metrics=reporter.report(of_set))
+        metrics |= of_set
+    return metrics
 
 
 def evaluate(
@@ -20,8 +58,7 @@ def evaluate(
     loader: Loader,
     world: World,
     step: int,
-    each: Callable[[], None] = lambda: None,
-    by_token: bool = False,
+    after_batch: Callable[[], None] = lambda: None,
     name: str = "",
     user: UserMetrics | None = None,
 ) -> dict[str, float]:
@@ -29,55 +66,73 @@ def evaluate(
 
     They are exact for any world size, because fillers have weight 0.
 
-    each: called after each micro-batch. by_token: a loss is a mean over tokens, whose number a
-    user's collator defines. name: name of the set, or "". user: the user's compute_metrics.
+    after_batch: called after each micro-batch. name: name of the set, or "". user: the user's
+    compute_metrics.
     """
     prefix = f"eval_{name}_" if name else "eval_"
     began = time.monotonic()
-    micro_batches, make = loader.whole(step)
-    counts = loader.counts_of(np.arange(len(loader.pairs)))
-    if by_token and isinstance(loader.collator, AdaptedCollator):
-        counts = over_ranks(world, Counts.total(make(micro).counts for micro in micro_batches))
-    sums, dpo = MetricSums(world), engine.step.dpo
-    seen = GlobalBatch(world) if dpo.needs_whole_batch else None
-    table = PairTable(dpo) if user is not None and not user.logits else None
-    cached = loader.cache
-    known = cached is not None and all(
-        cached.known(micro.pairs) is not None for micro in micro_batches
-    )
-    ask_all = engine.forward_is_collective and not world.all(known)
-    for micro in micro_batches:
-        batch = make(micro)
-        if ask_all and cached is not None:
-            batch = batch._replace(ref_logps=None)
-        on_device = batch.to(world.device)
-        output = engine.evaluate(on_device, counts)
-        sums.add(output.metric_sums)
-        if seen is not None:
-            seen.add(on_device, output)
-        if table is not None and not micro.is_filler:
-            table.add(micro.pairs, batch, output)
-        loader.remember(batch, output.ref_logps)
-        each()
-    if seen is not None:
-        sums.add(seen.metric_sums(dpo))
-    metrics = means(sums.totals())
-    del metrics["num_tokens"]  # counts training only
+    table = PairTable(engine.step.dpo) if user is not None and not user.logits else None
+    metrics, micro_batches = _forward(engine, loader, world, step, after_batch, table)
     numbers: dict[str, float] = {}
     if user is not None:
         if table is None:
-            handed = user.of_logits(engine, loader, world, step, each)
+            calls = user.of_logits(engine, loader, world, step, after_batch)
         else:
-            handed = user.of_pairs(table, world, len(loader.pairs))
+            calls = user.of_pairs(table, world, len(loader.pairs))
         where = f"evaluation{f' of {name}' * bool(name)} after step {step}"
-        numbers = user.numbers(world, handed, prefix, where)
+        numbers = user.numbers(world, calls, prefix, where)
     seconds = time.monotonic() - began
     timing = {
         "runtime": seconds,
         "samples_per_second": len(loader.pairs) / seconds,
-        "steps_per_second": len(micro_batches) / seconds,
+        "steps_per_second": micro_batches / seconds,
     }
     return {f"{prefix}{metric}": value for metric, value in {**metrics, **timing}.items()} | numbers
+
+
+def _forward(
+    engine: Engine,
+    loader: Loader,
+    world: World,
+    step: int,
+    after_batch: Callable[[], None],
+    table: PairTable | None,
+) -> tuple[dict[str, float], int]:
+    """Run all pairs of a set, and return the means of the metrics and the number of micro-batches.
+    Collective.
+
+    table: gets the output of each pair.
+    """
+    dpo, cache = engine.step.dpo, loader.cache
+    micro_batches, make = loader.whole(step)
+    counts = loader.counts_of(np.arange(len(loader.pairs)))
+    is_mean_over_tokens = any(traits.is_token_mean for traits in dpo.traits)
+    if is_mean_over_tokens and isinstance(loader.collator, AdaptedCollator):
+        # a user's collator defines the number of tokens
+        counts = over_ranks(world, Counts.total(make(micro).counts for micro in micro_batches))
+    sums, whole_set = MetricSums(world), GlobalBatch(world) if dpo.needs_whole_batch else None
+    is_cached = cache is not None and all(
+        cache.known(micro.pairs) is not None for micro in micro_batches
+    )
+    runs_everywhere = engine.forward_is_collective and not world.all(is_cached)
+    for micro in micro_batches:
+        batch = make(micro)
+        if runs_everywhere and cache is not None:
+            batch = batch._replace(ref_logps=None)
+        on_device = batch.to(world.device)
+        output = engine.evaluate(on_device, counts)
+        sums.add(output.metric_sums)
+        if whole_set is not None:
+            whole_set.add(on_device, output)
+        if table is not None and not micro.is_filler:
+            table.add(micro.pairs, batch, output)
+        loader.remember(batch, output.ref_logps)
+        after_batch()
+    if whole_set is not None:
+        sums.add(whole_set.metric_sums(dpo))
+    metrics = means(sums.totals())
+    del metrics["num_tokens"]  # counts training only
+    return metrics, len(micro_batches)
 
 
 def over_ranks(world: World, counts: Counts) -> Counts:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from orchestrator.data.collate import PairBatch
 from orchestrator.data.loader import Loader
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.engines.base import Engine
@@ -95,3 +96,13 @@ def fill_cache(
     world.gather(None)  # every rank has written
     loader.cache.read()
     return unknown, time.monotonic() - began
+
+
+def cached_on_all_ranks(world: World, loader: Loader, batches: list[PairBatch]) -> list[PairBatch]:
+    """Drop the cached log-probs of a step's micro-batches if one rank lacks its own: a forward pass
+    that gathers weights must run on all ranks. Collective.
+    """
+    has_all = all(batch.ref_logps is not None for batch in batches)
+    if world.all(has_all) or loader.cache is None:
+        return batches
+    return [batch._replace(ref_logps=None) for batch in batches]

@@ -93,19 +93,28 @@ def reference_error(
 
 
 def check_start(
-    context: RunContext, outputs: Sequence[tuple[PairBatch, StepOutput]], tolerance: Tolerance
+    context: RunContext,
+    outputs: Sequence[tuple[PairBatch, StepOutput]],
+    tolerance: Tolerance,
+    by_user: bool,
 ) -> None:
     """Check that the policy equals its reference before the first update, where every reward is 0
     and the sigmoid loss ln 2. Collective.
 
-    outputs: some of the micro-batches of this rank, on the host, with their outputs.
+    outputs: the micro-batches of this rank, on the host, with their outputs.
+    by_user: log-probs in a batch may be the user's, and are not compared.
 
     Raises:
         TrainingError: it does not.
     """
     world = context.world
+    compared = [
+        (batch, output)
+        for batch, output in outputs
+        if batch.pair_weights.any() and not (by_user and batch.ref_logps is not None)
+    ]
     apart = [torch.zeros(1, dtype=torch.float64, device=world.device)]
-    for batch, output in outputs:
+    for batch, output in compared[:MEASURED]:
         rounding = tolerance.token * batch.completion_tokens.to(world.device).double().sqrt()
         apart.append((output.logps - output.ref_logps).abs() - rounding)
     worst = world.max(torch.cat(apart).amax().view(1)).item()

@@ -70,14 +70,14 @@ class Alternating(Trainer):
         self.start_tolerance = (
             None  # the bare loop moves the policy before the first step is counted
         )
-        last = self.max_steps
+        last = self.length.steps
         bare_loop(self, 2)  # warm both
-        kept = self.seen
-        while self.step < last:
+        kept = self.checkpointer.seen
+        while self.progress.step < last:
             if self.of_ledger:
-                self.seen = None
+                self.checkpointer.seen = None
                 bare = self.turn()
-                self.seen = kept
+                self.checkpointer.seen = kept
             else:
                 bare = bare_loop(self, self.steps_per_turn)
             Alternating.turns.append((bare, self.turn()))
@@ -88,15 +88,16 @@ class Alternating(Trainer):
     def turn(self) -> float:
         """CPU seconds of so many steps of its own."""
         Clock.began = 0.0
-        self.max_steps = self.step + self.steps_per_turn
-        with contextlib.closing(self.loader.steps(self.pairs_seen, self.step)) as steps:
+        last = self.progress.step + self.steps_per_turn
+        self.length = self.length._replace(steps=last)
+        with contextlib.closing(self.steps()) as steps:
             self.train(steps)
         return Clock.took
 
 
 def bare_loop(trainer: Trainer, steps: int) -> float:
     """CPU seconds of so many steps from the trainer's position on; the position stays."""
-    engine, loader, seen = trainer.engine, trainer.loader, trainer.pairs_seen
+    engine, loader, seen = trainer.engine, trainer.loaders.train, trainer.progress.pairs_seen
     assert loader.cache is not None
     began = time.process_time()
     for _ in range(steps):

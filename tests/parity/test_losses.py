@@ -571,8 +571,8 @@ def their_steps(
 
 
 def set_in_ours(trainer: Trainer, dpo: DpoSpec) -> None:
-    spec = trainer.spec.model_copy(update={"dpo": dpo})
-    trainer.spec, trainer.context = spec, replace(trainer.context, spec=spec)
+    spec = trainer.context.spec.model_copy(update={"dpo": dpo})
+    trainer.context = replace(trainer.context, spec=spec)
     step = trainer.engine.step
     step.dpo, step.reference.ld_alpha = dpo, dpo.ld_alpha
 

@@ -103,14 +103,14 @@ def test_a_dry_run_leaves_weights_and_runs_as_they_are(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, seen = content(finished / "runs" / "tiny"), []
-    micro_steps = Trainer.micro_steps
+    forward_backward = Trainer.forward_backward
 
     def watched(trainer: Trainer, built: Any) -> Any:
         weights = trainer.engine.step.policy.state_dict()
         seen.append((weights, {name: value.clone() for name, value in weights.items()}))
-        return micro_steps(trainer, built)
+        return forward_backward(trainer, built)
 
-    monkeypatch.setattr(Trainer, "micro_steps", watched)
+    monkeypatch.setattr(Trainer, "forward_backward", watched)
     tried = dry_run(
         tiny_spec(finished, optimizer={"lr": 1.0})
     )  # with which that run could not go on

@@ -25,42 +25,44 @@ def watch() -> None:
     """Write RUN_DIR/watched{rank}.jsonl: hashes of reference and policy before training or going
     on, and after each step.
     """
-    fit, after_update = Trainer.fit, Trainer._after_update
+    fit, count_step = Trainer.fit, Trainer._count_step
 
     def note(trainer: Any) -> None:
         step = trainer.engine.step
         reference = None if isinstance(step.reference, Absent) else step.reference.tensors()
         line = {
-            "step": trainer.step,
+            "step": trainer.progress.step,
             "reference": reference and sha256(*(value for _, value in sorted(reference.items()))),
             "policy": {name: sha256(p) for name, p in step.policy.named_parameters()},
         }
-        with open(trainer.run_dir.path / f"watched{trainer.world.rank}.jsonl", "a") as file:
+        context = trainer.context
+        with open(context.run_dir.path / f"watched{context.world.rank}.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def watched_fit(trainer: Any) -> Any:
         note(trainer)
         return fit(trainer)
 
-    def watched_update(trainer: Any, outputs: Any) -> None:
-        after_update(trainer, outputs)
+    def watched_update(trainer: Any, batches: Any, outputs: Any) -> Any:
+        due = count_step(trainer, batches, outputs)
         note(trainer)
+        return due
 
-    Trainer.fit, Trainer._after_update = watched_fit, watched_update
+    Trainer.fit, Trainer._count_step = watched_fit, watched_update
 
 
 def notes_pairs() -> None:
     """Write RUN_DIR/given{rank}.jsonl: what each batch gave of each of its pairs, and whether its
     step was skipped. The loss scale of fp16 is too large at first.
     """
-    micro_steps, optimizer_step = Trainer.micro_steps, DdpEngine.optimizer_step
+    forward_backward, optimizer_step = Trainer.forward_backward, DdpEngine.optimizer_step
     values: list[dict[str, Any]] = []
     notes: list[Path] = []
 
     def noted(trainer: Any, value: Any) -> Any:
-        if trainer.engine.scale.enabled and not trainer.pairs_seen:
+        if trainer.engine.scale.enabled and not trainer.progress.pairs_seen:
             trainer.engine.scale.value = 2.0**24
-        outputs = micro_steps(trainer, value)
+        outputs = forward_backward(trainer, value)
         for batch, output in outputs:
             columns = {"pair_id": batch.pair_ids, "loss": output.losses}
             for name, both in (("", output.logps), ("ref_", output.ref_logps)):
@@ -68,11 +70,11 @@ def notes_pairs() -> None:
             for i in batch.pair_weights.nonzero().flatten().tolist():
                 values.append(
                     {
-                        "step": trainer.step + 1,
+                        "step": trainer.progress.step + 1,
                         **{name: column[i].item() for name, column in columns.items()},
                     }
                 )
-        notes[:] = [trainer.run_dir.path / f"given{trainer.world.rank}.jsonl"]
+        notes[:] = [trainer.context.run_dir.path / f"given{trainer.context.world.rank}.jsonl"]
         return outputs
 
     def write_pairs(engine: Any, apply: bool) -> Any:
@@ -81,7 +83,7 @@ def notes_pairs() -> None:
         values.clear()
         return optimizer_step(engine, apply)
 
-    Trainer.micro_steps, DdpEngine.optimizer_step = noted, write_pairs
+    Trainer.forward_backward, DdpEngine.optimizer_step = noted, write_pairs
 
 
 def sha256(*tensors: torch.Tensor) -> str:
@@ -94,14 +96,15 @@ def sha256(*tensors: torch.Tensor) -> str:
 
 def at_step(step: int, number: int) -> None:
     """Every rank sends itself a signal when it has taken that step."""
-    after_update = Trainer._after_update
+    count_step = Trainer._count_step
 
-    def interrupted(trainer: Any, outputs: Any) -> None:
-        after_update(trainer, outputs)
-        if trainer.step == step:
+    def interrupted(trainer: Any, batches: Any, outputs: Any) -> Any:
+        due = count_step(trainer, batches, outputs)
+        if trainer.progress.step == step:
             os.kill(os.getpid(), number)
+        return due
 
-    Trainer._after_update = interrupted
+    Trainer._count_step = interrupted
 
 
 def dies_filling(question: int) -> None:

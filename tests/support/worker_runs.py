@@ -68,7 +68,7 @@ def curve(world: World, raw: dict[str, Any]) -> list[float]:
     with (
         begun(world, raw) as (spec, run_dir),
         assembled(RunContext(spec, world, NothingToSave(), run_dir), prepare(spec)) as trainer,
-        closing(trainer.loader.steps(0, 0)) as steps,
+        closing(trainer.steps()) as steps,
     ):
         trainer.callbacks.fire("on_train_begin")
         trainer.train(steps)

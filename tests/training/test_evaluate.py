@@ -149,7 +149,7 @@ def test_token_means_divide_by_the_tokens_of_the_whole_set(
         step_loader = loader(pairs, world, 2, packed=not by_user)
         if by_user:
             step_loader = Loader(pairs, step_loader.order, AdaptedCollator(first_three_scored, PAD))
-        return evaluate(engines[world.rank], step_loader, world, 3, by_token=True)
+        return evaluate(engines[world.rank], step_loader, world, 3)
 
     expected = token_mean(pairs, at_most=3 if by_user else 999)
     for actual in on_ranks(ranks, on):

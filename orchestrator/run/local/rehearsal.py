@@ -76,10 +76,10 @@ def _try_a_step(spec: RunSpec, few: PreparedRun, world: World) -> None:
         bare = _on_cpu(bare.model_copy(update={"evaluation": spec.evaluation}), len(few.train))
         with (
             assembled(RunContext(bare, world, NothingToSave(), run_dir), few) as trainer,
-            closing(trainer.loader.steps(0, 0)) as steps,
+            closing(trainer.steps()) as steps,
         ):
             trainer.evaluate()
-            trainer.micro_steps(next(steps))
+            trainer.forward_backward(next(steps))
             trainer.engine.grads_finite()
             trainer.engine.optimizer_step(apply=False)
 

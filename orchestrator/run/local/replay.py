@@ -106,10 +106,10 @@ def replay(
         with scratch_run(spec) as (bare, folder):
             context = RunContext(bare, world, NothingToSave(), folder)
             with assembled(context, prepared, user, checkpoint) as trainer:
-                if trainer.loader.cache is not None:
-                    trainer.loader.cache.only_read()  # it belongs to the run, which may be running
-                _check_epochs(run_dir, trainer.step, step)
-                with closing(trainer.loader.steps(trainer.pairs_seen, trainer.step)) as steps:
+                if (cache := trainer.loaders.train.cache) is not None:
+                    cache.only_read()  # it belongs to the run, which may be running
+                _check_epochs(run_dir, trainer.progress.step, step)
+                with closing(trainer.steps()) as steps:
                     _repeat_steps(trainer, steps, step - 1)
                     batches, outputs, grad_norm = _run_step(trainer, steps, post_mortem)
                 pairs, loss = _replayed_pairs(trainer, batches, outputs)
@@ -136,8 +136,8 @@ def _print_start(spec: RunSpec, step: int, checkpoint: Path | None, world: World
 def _repeat_steps(trainer: Trainer, steps: Iterator[StepBatches], last: int) -> None:
     """Train up to the step before the one to replay."""
     trainer.train(steps, upto=last)
-    if trainer.step < last:
-        rule = f"training ended after step {trainer.step}"
+    if trainer.progress.step < last:
+        rule = f"training ended after step {trainer.progress.step}"
         raise UserError("--replay-step", last + 1, rule, "use a step of the run")
 
 
@@ -155,7 +155,7 @@ def _run_step(
             names = "`batches` are its micro-batches, `trainer` is the trainer"
             print(f"the next line runs the step: {names}", flush=True)
             breakpoint()
-        outputs = trainer.micro_steps(batches)
+        outputs = trainer.forward_backward(batches)
         is_finite = bool(trainer.engine.grads_finite())
         grad_norm = float(trainer.engine.optimizer_step(apply=False).grad_norm)
         if is_finite or not scales_loss or skipped == MAX_SKIPPED_IN_A_ROW:
@@ -180,14 +180,14 @@ def _pairs_of_batch(
     trainer: Trainer, indices: list[int], output: StepOutput, tokens: torch.Tensor
 ) -> Iterator[ReplayedPair]:
     """Yield the results of the pairs at these indices. tokens: [2B] tokens of their completions."""
-    tokenizer = trainer.callbacks.objects["processing_class"]
+    tokenizer, pairs = trainer.callbacks.objects["processing_class"], trainer.loaders.train.pairs
     split = PairTerms.split(output.logps.cpu(), output.ref_logps.cpu(), tokens.cpu())
-    numbers = (output.losses, *rewards(split, trainer.spec.dpo), *split[:4])
+    numbers = (output.losses, *rewards(split, trainer.context.spec.dpo), *split[:4])
     lists = (number.tolist() for number in numbers)
     for index, loss, chosen, rejected, *logps in zip(indices, *lists, strict=True):
-        row = trainer.loader.pairs[index]
+        row = pairs[index]
         texts = (tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
-        place = trainer.loader.pairs.place(row["pair_id"])
+        place = pairs.place(row["pair_id"])
         yield ReplayedPair(
             place.source, place.row, loss, (chosen, rejected), (*logps[:2],), (*logps[2:],), *texts
         )

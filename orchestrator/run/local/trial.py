@@ -109,11 +109,12 @@ def overfit(spec: RunSpec, user: UserObjects = NOTHING, post_mortem: bool = Fals
             # end by steps: some batches of a run are smaller than this one
             trainer.length = trainer.length._replace(pairs=None)
             trainer.callbacks.fire("on_train_begin")
-            with closing(trainer.loader.steps(0, 0)) as steps:
+            with closing(trainer.steps()) as steps:
                 trainer.train(steps)
             trainer.callbacks.fire("on_train_end")
             losses = [logs["loss"] for logs in world.gather(trainer.callbacks.state.log_history)[0]]
-            result = OverfitResult(trainer.step, len(trainer.loader.pairs), losses[0], losses[-1])
+            batch_size = len(trainer.loaders.train.pairs)
+            result = OverfitResult(trainer.progress.step, batch_size, losses[0], losses[-1])
             if world.is_main:
                 steps_taken, pairs = counted(result.steps, "step"), counted(result.pairs, "pair")
                 after = f"after {steps_taken} on the same {pairs}; nothing was kept"
@@ -146,17 +147,17 @@ def dry_run(spec: RunSpec, user: UserObjects = NOTHING, post_mortem: bool = Fals
         joined(spec, post_mortem) as world,
         debugger(world, post_mortem),
         _trainer_on_first_batch(spec, world, user) as trainer,
-        closing(trainer.loader.steps(0, 0)) as steps,
+        closing(trainer.steps()) as steps,
     ):
         began = time.monotonic()
-        outputs = trainer.micro_steps(next(steps))
+        outputs = trainer.forward_backward(next(steps))
         trainer.engine.grads_finite()
         grad_norm = float(trainer.engine.optimizer_step(apply=False).grad_norm)
         seconds = time.monotonic() - began
         sums = MetricSums(world)
         for _, output in outputs:
             sums.add(output.metric_sums)
-        pairs, metrics = len(trainer.loader.pairs), means(sums.totals())
+        pairs, metrics = len(trainer.loaders.train.pairs), means(sums.totals())
         result = DryRunResult(pairs, metrics, grad_norm, seconds, *_peak_memory(world))
         if world.is_main:
             _print_result(result)

@@ -1,0 +1,172 @@
+"""Save the parts of a trainer, and restore them when a run resumes."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.collate import PairBatch
+from orchestrator.data.loader import Loader
+from orchestrator.dpo.step import StepOutput
+from orchestrator.engines.base import Engine
+from orchestrator.engines.optim import check_resumable, made_by
+from orchestrator.settings.errors import UserError
+from orchestrator.settings.run import RunSpec
+from orchestrator.training.best import find_best
+from orchestrator.training.checkpoint import Reader, RngState, Saver
+from orchestrator.training.context import RunContext
+from orchestrator.training.ledger import Ledger, SeenPairs
+from orchestrator.training.manifest import step_folder
+from orchestrator.training.reporter import Reporter
+from orchestrator.training.run_identity import differences
+from orchestrator.user_code import source_hash
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves and restores engine, position, metrics, callbacks and pair ledger of one trainer."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        engine: Engine,
+        loader: Loader,
+        reporter: Reporter,
+        identity: dict[str, Any],
+    ) -> None:
+        self.context, self.engine, self.loader, self.reporter = context, engine, loader, reporter
+        self.identity = identity
+        # at the start: a file that is edited later is not the code that runs
+        self.sources = _sources(context.spec)
+        self.seen = SeenPairs(context.spec.dpo) if context.spec.training.pair_ledger else None
+        self.ledger = Ledger(context.run_dir.pairs) if context.world.is_main else None
+        self.saver = Saver(
+            context.run_dir.checkpoints,
+            context.world,
+            context.spec.checkpoint.keep,
+            context.spec.cluster.collective_timeout_s,
+            self.ledger,
+        )
+        self._resumed_from: Path | None = None
+        self._saved = (-1, 0.0)  # step and epoch of the last save
+
+    def resume(self, reader: Reader) -> None:
+        """Restore a checkpoint of any engine and world size. Collective.
+
+        Raises:
+            UserError: the checkpoint was written with another reference, base or tokenizer, or with
+                other pairs, or its optimizer state can only be resumed with the engine and world
+                size that wrote it.
+        """
+        meta, reporter = reader.meta, self.reporter
+        self._check_same_run(meta)
+        self.engine.load_shards(reader.read, reader.keys)
+        self.engine.set_state(meta["engine"])
+        reporter.progress.restore(meta)
+        reporter.window.restore(meta["window"])
+        reporter.callbacks.restore(meta["callbacks"])
+        find_best(self.context, reporter.callbacks)
+        reporter.show_position()
+        self._resumed_from, self._saved = reader.folder, (meta["step"], 0.0)
+        reader.restore_rng(self.context.world, self.context.spec.run.seed)
+
+    def begin(self) -> None:
+        """Continue the pair ledger from the position of the run."""
+        if self.ledger is not None:
+            self.ledger.go_on(self._resumed_from)
+
+    def add_pairs(
+        self, step: int, epoch: int, outputs: Sequence[tuple[PairBatch, StepOutput]]
+    ) -> None:
+        """Keep the pairs of a step for the ledger, which the next save writes."""
+        if self.seen is not None:
+            self.seen.add(step, epoch, list(outputs))
+
+    def save(self, rng: RngState | None, in_background: bool) -> None:
+        """Save a checkpoint of this step, once. Collective.
+
+        rng: this rank's random state to save; default: the current one. A save in the background is
+        committed at the latest when the next save begins or training ends. on_save follows the
+        commit, on this thread: at once, or for one in the background on rank 0 before the first
+        step after the commit, and on other ranks when the next save begins or training ends.
+
+        Raises:
+            SaveFailed: on every rank, for this save or the previous one.
+        """
+        progress, callbacks = self.reporter.progress, self.reporter.callbacks
+        if self._saved[0] == progress.step:
+            return
+        self.context.session.heartbeat(progress.step, "save")
+        self.wait()
+        meta = {
+            **progress.to_json(),
+            "engine": self.engine.state(),
+            "made_by": self._made_by,
+            "sources": self.sources,
+            "window": self.reporter.window.per_rank(),
+            "callbacks": callbacks.exported(),
+            "data": self.loader.pairs.identity,
+            "identity": self.identity,
+            "spec": self.context.spec.model_dump(mode="json"),
+        }
+        seen = self.seen.take() if self.seen is not None else None
+        best = callbacks.state.best_global_step
+        folder = None if best is None else step_folder(self.context.run_dir.checkpoints, best)
+        shards = self.engine.iter_shards()
+        self.saver.save(progress.step, shards, meta, rng, in_background, folder, seen)
+        self._saved = progress.step, callbacks.state.epoch
+        self.notify_saved()
+
+    def wait(self) -> None:
+        """Wait for the save in the background, if any. Collective."""
+        self.saver.wait()
+        self.notify_saved()
+
+    def notify_saved(self) -> None:
+        """Notify callbacks of a newly committed save. They see its step and epoch."""
+        if (path := self.saver.pop_committed()) is None:
+            return
+        state = self.reporter.callbacks.state
+        if state.best_global_step == self._saved[0]:
+            state.best_model_checkpoint = str(path)
+        present = state.global_step, state.epoch
+        state.global_step, state.epoch = self._saved
+        self.reporter.callbacks.fire("on_save")
+        state.global_step, state.epoch = present
+
+    def close(self) -> None:
+        """Join the thread of a save in the background."""
+        self.saver.close()
+
+    @property
+    def _made_by(self) -> dict[str, Any]:
+        """Return the origin of the optimizer state."""
+        size = self.context.world.size
+        return made_by(self.engine.optimizer, self.engine.scheduler, self.context.spec.engine, size)
+
+    def _check_same_run(self, meta: dict[str, Any]) -> None:
+        """Check that the run of a checkpoint had the same models, tokenizer, pairs and optimizer;
+        warn if user code was edited.
+        """
+        spec, cure = self.context.spec, "restore them to resume it, or choose another run.name"
+        if changes := list(differences(meta["identity"], self.identity)):
+            rule = "is a run that was started with other models or another tokenizer: "
+            raise UserError("run.name", spec.run.name, rule + ", ".join(changes), cure)
+        if meta["data"] != self.loader.pairs.identity:
+            paths = ", ".join(source.path for source in spec.data.train)
+            rule = "its rows or the tokenizer have changed since this run was started"
+            raise UserError("data.train", paths, rule, cure)
+        check_resumable(meta["made_by"], self._made_by)
+        before = meta.get("sources", self.sources)
+        for name in self.sources.keys() & before.keys():
+            if self.context.world.is_main and self.sources[name] != before[name]:
+                message = "%s was edited since this run started: steps after %d use the new code"
+                logger.warning(message, name, meta["step"])
+
+
+def _sources(spec: RunSpec) -> dict[str, str]:
+    """Return a hash of each user file that affects the results, by its module:attr."""
+    collator = spec.data.collator.path if spec.data.collator else ""
+    names = [*spec.dpo.own_losses, spec.optimizer.name, collator]
+    return {name: source_hash(name) for name in names if ":" in name}
