@@ -59,7 +59,7 @@ def pytest_collection_finish() -> None:
 
 def shares_a_fixture(item: pytest.Item) -> bool:
     """Return whether the test uses a fixture that is built once for its module."""
-    by_name = item._fixtureinfo.name2fixturedefs.values()  # pyright: ignore[reportAttributeAccessIssue]
+    by_name = item._fixtureinfo.name2fixturedefs.values()
     return any(fixture.scope == "module" for fixtures in by_name for fixture in fixtures)
 
 

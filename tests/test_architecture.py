@@ -29,8 +29,8 @@ def public(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef 
     """The functions and classes of a module that others may use."""
     for node in tree.body:
         is_one = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        if is_one and not node.name.startswith("_"):  # pyright: ignore[reportAttributeAccessIssue]
-            yield node  # pyright: ignore[reportReturnType]
+        if is_one and not node.name.startswith("_"):
+            yield node
 
 
 def test_a_file_imports_only_what_stands_above_it() -> None:

@@ -35,7 +35,7 @@ def test_transformers_still_recognises_models_of_peft() -> None:
     plain = nn.Sequential(nn.Linear(2, 2))
     assert not trainer_utils._is_peft_model(plain)
     assert not isinstance(plain, callback_api.PeftModel | callback_api.PeftMixedModel)
-    adapted = get_peft_model(plain, LoraConfig(target_modules=["0"]))  # pyright: ignore[reportArgumentType]
+    adapted = get_peft_model(plain, LoraConfig(target_modules=["0"]))
     assert trainer_utils._is_peft_model(adapted)
     assert isinstance(adapted, callback_api.PeftModel)
     assert not isinstance(adapted, callback_api.PeftMixedModel)

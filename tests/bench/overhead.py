@@ -105,7 +105,7 @@ def bare_loop(trainer: Trainer, steps: int) -> float:
         seen += len(plan.global_pairs)
         counts = Counts(len(plan.global_pairs), 1)
         for number, micro in enumerate(plan.micro_batches):
-            batch = loader.collator([loader.pairs[int(index)] for index in micro.pairs])  # pyright: ignore
+            batch = loader.collator([loader.pairs[int(index)] for index in micro.pairs])
             batch = batch._replace(ref_logps=loader.cache.known(micro.pairs))
             engine.micro_step(batch, counts, last=number == len(plan.micro_batches) - 1)
         engine.grads_finite().item()

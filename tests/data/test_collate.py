@@ -365,13 +365,13 @@ def test_a_collator_is_made_with_its_arguments_and_the_tokenizers_padding(
             for name, value in trl_shaped(rows).items()
         }
 
-    user_module.Padding, user_module.padded = Padding, padded  # type: ignore[attr-defined]
+    user_module.Padding, user_module.padded = Padding, padded
 
     def by_settings(name: str, **kwargs: Any) -> AdaptedCollator:
         return AdaptedCollator(UserCodeSpec(path=f"a_users_module:{name}", kwargs=kwargs), PAD)
 
     for collate, fed in (
-        (AdaptedCollator(Padding, PAD), (5, PAD)),  # pyright: ignore[reportArgumentType]
+        (AdaptedCollator(Padding, PAD), (5, PAD)),
         (by_settings("Padding"), (5, PAD)),
         (by_settings("Padding", multiple_of=4), (8, PAD)),
         (by_settings("Padding", multiple_of=4, pad_token_id=9), (8, 9)),
@@ -417,8 +417,8 @@ def test_a_wrong_shape_is_refused_and_shown(broken: str) -> None:
         if broken == "log-probs of one side twice":
             columns["ref_chosen_logps"] = columns["ref_rejected_logps"] = torch.zeros(4)
         if broken == "an array":
-            columns["attention_mask"] = columns["attention_mask"].numpy()  # type: ignore[assignment]
-        return list(columns.values()) if broken == "no dict" else columns  # type: ignore[return-value]
+            columns["attention_mask"] = columns["attention_mask"].numpy()
+        return list(columns.values()) if broken == "no dict" else columns
 
     with pytest.raises(
         UserError,

@@ -166,7 +166,7 @@ def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
     assert (
         len(values) == 3 + 3 + 2 + 3
     )  # micro-batches of the step taken, of two that are ready, of one in hand
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
 
 
 def test_an_error_while_collating_is_raised_where_the_step_is_taken(pairs: Pairs) -> None:
@@ -184,6 +184,6 @@ def test_the_thread_ends_with_its_use(pairs: Pairs) -> None:
     next(steps)
     [thread] = [thread for thread in loader_threads() if thread not in before]
     assert thread.daemon
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     thread.join(timeout=scaled_timeout(5))
     assert not thread.is_alive()

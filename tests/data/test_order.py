@@ -450,7 +450,7 @@ def test_run_length(pairs: int, batch: int, training: dict[str, Any], expected: 
 
 
 def test_a_run_by_epochs_always_has_a_step() -> None:
-    assert run_length(100, 10, TrainingSpec(epochs=0.001)).steps == 1  # pyright: ignore[reportCallIssue]
+    assert run_length(100, 10, TrainingSpec(epochs=0.001)).steps == 1
 
 
 def test_very_many_pairs_are_dealt_evenly_at_once() -> None:

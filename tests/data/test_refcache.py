@@ -287,7 +287,7 @@ def test_the_identity_changes_with_any_weight(ranks: int) -> None:
 def test_the_identity_changes_with_two_weights_exchanged() -> None:
     model = tiny_model(tie_word_embeddings=False)
     before = identity(model)["weights"]
-    first, second = (layer.mlp.up_proj.weight.data for layer in model.model.layers)  # pyright: ignore
+    first, second = (layer.mlp.up_proj.weight.data for layer in model.model.layers)
     kept = first.clone()
     first.copy_(second)
     second.copy_(kept)
@@ -420,7 +420,7 @@ def test_the_first_cached_log_prob_is_kept(tmp_path: Path, pairs: Pairs) -> None
     second.add(torch.from_numpy(pairs.pair_ids[[0]]), torch.tensor([-7.0, -8.0]))
     add(first, pairs, np.array([0]))
     for actual in (first, cache(tmp_path, pairs)):
-        assert torch.equal(actual.known(np.array([0])), answers(pairs, np.array([0])))  # pyright: ignore
+        assert torch.equal(actual.known(np.array([0])), answers(pairs, np.array([0])))
 
 
 def test_reading_again_reads_only_what_is_new(

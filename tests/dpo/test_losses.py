@@ -327,7 +327,7 @@ def test_a_margin_is_what_the_chosen_is_to_win_by_in_rewards(name: LossType) -> 
 def users(monkeypatch: pytest.MonkeyPatch, loss: Any) -> DpoSpec:
     """Settings that name a function of a user's beside another loss."""
     module = ModuleType("a_users_losses")
-    module.mine = loss  # type: ignore[attr-defined]
+    module.mine = loss
     monkeypatch.setitem(sys.modules, "a_users_losses", module)
     return spec(loss_type=["a_users_losses:mine", "sigmoid"], loss_weights=[2, 0.5])
 
@@ -425,7 +425,7 @@ def random_terms(pairs: int, seed: int = 0) -> PairTerms:
 
 
 def picked(terms: PairTerms, pairs: list[int]) -> PairTerms:
-    return PairTerms(*(None if term is None else term[pairs] for term in terms))  # pyright: ignore
+    return PairTerms(*(None if term is None else term[pairs] for term in terms))
 
 
 def by_sorting(terms: PairTerms) -> torch.Tensor:

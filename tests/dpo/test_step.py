@@ -15,7 +15,7 @@ from orchestrator.settings.loss import DpoSpec, LossType
 from orchestrator.training.metrics import means
 from support.tiny_parts import both_layouts, collator, pair_batch, pair_rows, tiny_model
 
-DPO = DpoSpec(beta=0.3)  # pyright: ignore[reportCallIssue]
+DPO = DpoSpec(beta=0.3)
 PAIRS = 12
 COUNTS = Counts(PAIRS, 1)
 CUTS = [[12], [1] * 12, [2] * 6, [5, 4, 3], [1, 11]]
@@ -110,7 +110,7 @@ def test_the_gradient_is_that_of_the_mean_loss(loss_type: LossType) -> None:
     step = made_step(dpo=DpoSpec(loss_type=loss_type, beta=0.3))
     [batch] = micro_batches([12])
     run(step, [batch])
-    head = step.policy.lm_head.weight  # pyright: ignore
+    head = step.policy.lm_head.weight
     assert isinstance(head, torch.nn.Parameter)
     assert head.grad is not None
     grad, direction = (
@@ -261,7 +261,7 @@ def test_known_reference_log_probs_are_taken_instead_of_the_reference() -> None:
     step = made_step()
     [batch] = micro_batches([12])
     known = torch.linspace(-5, -1, 2 * PAIRS, dtype=torch.float64)
-    step.reference = None  # pyright: ignore[reportAttributeAccessIssue]
+    step.reference = None
     assert torch.equal(step(batch._replace(ref_logps=known), COUNTS).ref_logps, known)
 
 

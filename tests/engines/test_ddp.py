@@ -39,9 +39,9 @@ def engine(
     max_grad_norm: float | None = None,
     model: Any = None,
 ) -> DdpEngine:
-    ddp = DdpEngine(EngineSpec(), ALONE, precision, max_grad_norm, 0.01)  # pyright: ignore[reportCallIssue]
+    ddp = DdpEngine(EngineSpec(), ALONE, precision, max_grad_norm, 0.01)
     policy = tiny_model(seed) if model is None else model
-    step = PairStep(policy, Reference(tiny_model(1)), DpoSpec(beta=2.0))  # pyright: ignore[reportCallIssue]
+    step = PairStep(policy, Reference(tiny_model(1)), DpoSpec(beta=2.0))
     spec = SchedulerSpec(**(schedule or CONSTANT))
     ddp.wrap(step, optimizer_factory(OptimizerSpec(**optimizer)), scheduler_factory(spec, 10))
     return ddp
@@ -259,7 +259,7 @@ def test_a_state_from_before_the_first_step_is_whole(tmp_path: Path) -> None:
 
 def test_every_parameter_is_owned_once_whole_under_its_name() -> None:
     policy = tiny_model(tie_word_embeddings=False)
-    policy.model.embed_tokens.weight.requires_grad_(False)  # pyright: ignore
+    policy.model.embed_tokens.weight.requires_grad_(False)
     ddp = engine({"name": "torch.optim.AdamW"}, model=policy)
     train(ddp)
     owned = {part.name: part for part in ddp.iter_shards()}
@@ -277,7 +277,7 @@ def test_every_parameter_is_owned_once_whole_under_its_name() -> None:
 def test_a_frozen_parameter_is_restored_too(tmp_path: Path) -> None:
     def frozen(seed: int) -> DdpEngine:
         policy = tiny_model(seed, tie_word_embeddings=False)
-        policy.model.embed_tokens.weight.requires_grad_(False)  # pyright: ignore
+        policy.model.embed_tokens.weight.requires_grad_(False)
         return engine({"name": "torch.optim.AdamW"}, model=policy)
 
     ddp = frozen(0)

@@ -155,7 +155,7 @@ def test_a_wrong_optimizer_is_refused_before_it_is_built(
 def test_decay_where_the_optimizer_has_none_is_refused() -> None:
     assert optimizer(name="torch.optim.Rprop")
     with pytest.raises(UserError, match=r"optimizer.weight_decay = 0.1: .*does not support it"):
-        check_optim(OptimizerSpec(name="torch.optim.Rprop", weight_decay=0.1), SchedulerSpec())  # pyright: ignore
+        check_optim(OptimizerSpec(name="torch.optim.Rprop", weight_decay=0.1), SchedulerSpec())
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_schedule_of_torch() -> None:
 )
 def test_a_wrong_schedule_is_refused(name: str, kwargs: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_optim(OptimizerSpec(), SchedulerSpec(name=name, kwargs=kwargs))  # pyright: ignore[reportCallIssue]
+        check_optim(OptimizerSpec(), SchedulerSpec(name=name, kwargs=kwargs))
     assert caught.value.key == key
     assert "\n" not in str(caught.value)
 
@@ -293,10 +293,10 @@ def test_every_schedule_under_an_engine_is_plain_torch(
     schedule: dict[str, Any], tmp_path: Path
 ) -> None:
     def built(seed: int) -> Any:
-        dealt = EngineSpec()  # pyright: ignore[reportCallIssue]
+        dealt = EngineSpec()
         engine = engine_class(dealt)(dealt, ALONE, "fp32", None, 0.1)
-        step = PairStep(tiny_model(seed), Reference(tiny_model(1)), DpoSpec())  # pyright: ignore[reportCallIssue]
-        adamw = OptimizerSpec(lr=PEAK)  # pyright: ignore[reportCallIssue]
+        step = PairStep(tiny_model(seed), Reference(tiny_model(1)), DpoSpec())
+        adamw = OptimizerSpec(lr=PEAK)
         engine.wrap(
             step, optimizer_factory(adamw), scheduler_factory(SchedulerSpec(**schedule), STEPS)
         )
@@ -343,8 +343,8 @@ def lone_group() -> Iterator[None]:
 def test_schedules_find_the_peak_and_the_momentum_of_a_sharded_optimizer() -> None:
     for schedule in SCHEDULES:
         sharded, whole = Small(), Small()
-        make = optimizer_factory(OptimizerSpec(lr=PEAK))  # pyright: ignore[reportCallIssue]
-        dealt = ZeroRedundancyOptimizer(param_groups(sharded, 0.1), optimizer_class=make)  # pyright: ignore
+        make = optimizer_factory(OptimizerSpec(lr=PEAK))
+        dealt = ZeroRedundancyOptimizer(param_groups(sharded, 0.1), optimizer_class=make)
         adamw = torch.optim.AdamW(param_groups(whole, 0.1), lr=PEAK, fused=True)
         ours, plain = (
             scheduler_factory(SchedulerSpec(**schedule), STEPS)(dealt),
@@ -375,8 +375,8 @@ def test_schedules_find_the_peak_and_the_momentum_of_a_sharded_optimizer() -> No
 def test_an_optimizer_of_whole_parameters_moves_weights(name: str) -> None:
     weight = nn.Parameter(torch.ones(80, 80))
     groups = [{"params": [weight], "weight_decay": 0.1}]
-    check_optim(OptimizerSpec(name=name), SchedulerSpec())  # pyright: ignore[reportCallIssue]
-    built = optimizer_factory(OptimizerSpec(name=name, lr=1e-2))(groups)  # pyright: ignore[reportCallIssue]
+    check_optim(OptimizerSpec(name=name), SchedulerSpec())
+    built = optimizer_factory(OptimizerSpec(name=name, lr=1e-2))(groups)
     weight.grad = torch.randn(80, 80)
     built.step()
     assert not torch.equal(weight, torch.ones(80, 80))
@@ -410,8 +410,8 @@ def test_deepspeeds_own_are_not_compiled_on_a_cpu(tmp_path: Path) -> None:
 
 # --- a Python user's own --------------------------------------------------------------------------
 
-WHOLE = EngineSpec(shard_optimizer=False)  # pyright: ignore[reportCallIssue]
-DEALT, ZERO = EngineSpec(), EngineSpec(kind="deepspeed")  # pyright: ignore[reportCallIssue]
+WHOLE = EngineSpec(shard_optimizer=False)
+DEALT, ZERO = EngineSpec(), EngineSpec(kind="deepspeed")
 
 
 class Mine(torch.optim.SGD):
@@ -578,6 +578,6 @@ def test_callbacks_cannot_change_the_optimizer() -> None:
     assert [group["lr"] for group in seen.param_groups] == [0.5, 0.5]
     assert all("params" not in group for group in seen.param_groups)
     with pytest.raises(TypeError, match="does not support item assignment"):
-        seen.param_groups[0]["lr"] = 9.0  # pyright: ignore[reportIndexIssue]
+        seen.param_groups[0]["lr"] = 9.0
     assert built.param_groups[0]["lr"] == 0.5
     assert not hasattr(seen, "step")

@@ -52,7 +52,7 @@ def test_weights_are_named_as_in_the_settings() -> None:
 def switches() -> list[Any]:
     """All that torch has for it, by both of its sets of names."""
     cuda, cudnn, host = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    new: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, host.matmul]  # pyright: ignore
+    new: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, host.matmul]
     values: list[Any] = [each.fp32_precision for each in new]
     for old in (
         torch.get_float32_matmul_precision,
@@ -75,15 +75,15 @@ def in_16_bits_on_the_host() -> None:
 
 
 def as_transformers_does() -> None:
-    torch.backends.fp32_precision = "tf32"  # pyright: ignore
+    torch.backends.fp32_precision = "tf32"
 
 
 @pytest.fixture
 def unset() -> Iterator[None]:
     yield
-    torch.backends.fp32_precision = "none"  # pyright: ignore
+    torch.backends.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
-    for each in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # pyright: ignore
+    for each in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
         each.fp32_precision = "none"
 
 

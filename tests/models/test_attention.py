@@ -100,7 +100,7 @@ def step_of(
     if recompute:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.disable_input_require_grads()
-    return PairStep(policy, Reference(reference), DpoSpec(beta=0.3, loss_type=loss))  # pyright: ignore[reportArgumentType]
+    return PairStep(policy, Reference(reference), DpoSpec(beta=0.3, loss_type=loss))
 
 
 kept_step = lru_cache(maxsize=256)(step_of)
@@ -371,7 +371,7 @@ def test_the_last_layer_computes_only_what_is_read(kind: str) -> None:
     step, (_, packed) = step_of(kind, torch.float32, "cpu"), both(pair_rows(4, longest=20))
     seen: list[int] = []
     for layer in layers(step.policy):
-        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2]))  # pyright: ignore
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2]))
     run(step, packed)
     assert packed.segments is not None
     scoring = len(packed.segments.scoring)
@@ -457,7 +457,7 @@ def test_varlen_on_a_gpu_is_near_padded(kind: str) -> None:
         ("padded", "varlen"), both([*EDGES, *pair_rows(3, longest=60)]), strict=True
     ):
         step = step_of(kind, torch.float32, kernel).to(GPU)
-        step.reference.model.to(GPU)  # pyright: ignore[reportArgumentType]
+        step.reference.model.to(GPU)
         with autocast(GPU, "bf16"):
             output = step(batch.to(GPU), Counts(7, 1))
         output.loss.backward()
@@ -488,7 +488,7 @@ def test_padded_batches_use_transformers_own_attention(kind: str) -> None:
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
-        )  # pyright: ignore
+        )
         for model in (plain, ours)
     )
     assert torch.equal(actual.sequences, expected.sequences)

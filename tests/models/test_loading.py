@@ -167,8 +167,8 @@ def test_a_pad_token_that_the_model_lacks_is_replaced() -> None:
         pad_token_id, eos_token_id = 300, 257
 
     config = tiny_model().config
-    assert pad_id(Padded, config) == 257  # pyright: ignore[reportArgumentType]
+    assert pad_id(Padded, config) == 257
     config.vocab_size = 301
-    assert pad_id(Padded, config) == 300  # pyright: ignore[reportArgumentType]
+    assert pad_id(Padded, config) == 300
     config.vocab_size = 200
-    assert pad_id(Padded, config) == 0  # pyright: ignore[reportArgumentType]
+    assert pad_id(Padded, config) == 0

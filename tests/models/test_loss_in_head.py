@@ -199,7 +199,7 @@ def test_tokens_that_weigh_less_and_how_the_policy_would_have_written_them(
     for built in (actual, unlearned):
         assert built.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
         for name, each, right in zip(PairSums._fields, built.sums, expected.sums, strict=True):
-            assert torch.allclose(each, right, rtol=1e-12), name  # pyright: ignore[reportArgumentType]
+            assert torch.allclose(each, right, rtol=1e-12), name
 
 
 def test_pairs_are_cut_as_the_sizes_above_say() -> None:
@@ -257,7 +257,7 @@ def test_frozen_parts_get_no_gradient_and_the_rest_is_unchanged(
 ) -> None:
     monkeypatch.setattr(plain_head, "CHUNK_LOGITS", SIZES[size])
     model, hidden = tiny_model(dtype=dtype), random_hidden(dtype).requires_grad_(frozen == "head")
-    model.get_output_embeddings().weight.requires_grad_(frozen == "body")  # pyright: ignore
+    model.get_output_embeddings().weight.requires_grad_(frozen == "body")
     actual, expected = in_head(model, hidden), naive(model, hidden)
     assert [built is None for built in actual.gradients] == [frozen == "body", frozen == "head"]
     assert_near(actual, expected, tolerance)
@@ -316,7 +316,7 @@ def test_without_gradients_the_value_is_equal_and_none_is_formed(
         expected,
         1e-12,
     )
-    weight = tuple(Head.of(model).module.weight.shape)  # pyright: ignore
+    weight = tuple(Head.of(model).module.weight.shape)
     assert weight not in watched.shapes, "a gradient of the weight was made room for"
 
 

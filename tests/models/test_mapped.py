@@ -361,7 +361,7 @@ def test_a_head_in_16_bits_is_judged_as_exactly(
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         actual = original(self, *args, **options)
-        actual.logits = 1.01 * actual.logits  # pyright: ignore[reportOperatorIssue]
+        actual.logits = 1.01 * actual.logits
         return actual
 
     monkeypatch.setattr(Gemma2ForCausalLM, "forward", forward)

@@ -272,7 +272,7 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         actual = original(self, *args, **options)
-        actual.logits = 1.01 * actual.logits  # pyright: ignore[reportOperatorIssue]
+        actual.logits = 1.01 * actual.logits
         return actual
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", forward)

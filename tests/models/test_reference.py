@@ -44,7 +44,7 @@ from support.tiny_settings import TINY_MODEL, tiny_spec
 
 LAYERS = 4
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64}
-DPO = DpoSpec(beta=0.3)  # pyright: ignore[reportCallIssue]
+DPO = DpoSpec(beta=0.3)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def counters(policy: PreTrainedModel, reference: Reference) -> Counter[str]:
     def count(name: str, module: nn.Module) -> None:
         # forward itself, not a hook: gradient checkpointing runs a layer again without its hooks
         inner = module.input_layernorm.forward
-        module.input_layernorm.forward = lambda *args: passes.update([name]) or inner(*args)  # pyright: ignore
+        module.input_layernorm.forward = lambda *args: passes.update([name]) or inner(*args)
 
     policys = {id(m): f"policy {i}" for i, m in enumerate(decoder_layers(policy))}
     for number, layer in enumerate(decoder_layers(policy)):
@@ -375,7 +375,7 @@ LORA = {"lora": {"r": 4}}
 def test_every_kind_sums_a_sequence_as_the_policy_does(
     spec_of: Callable[..., RunSpec], kind: str
 ) -> None:
-    dpo, batch = DpoSpec(ld_alpha=0.3), pair_batch(4, packed=True)  # pyright: ignore[reportCallIssue]
+    dpo, batch = DpoSpec(ld_alpha=0.3), pair_batch(4, packed=True)
     shared = {"num_shared_layers": 2} if kind == "shared_layers" else {}
     spec = spec_of(LORA if kind == "adapter_off" else None, kind=kind, **shared)
     policy, reference = built(spec.model_copy(update={"dpo": dpo}))
@@ -485,7 +485,7 @@ def test_an_adapter_that_was_started_from_the_base_leaves_the_base_alone(
         packed=False,
     )
     batch = pair_batch(4)
-    expected = sequence_logps(bare, batch)  # pyright: ignore[reportArgumentType]
+    expected = sequence_logps(bare, batch)
     for actual in (sequence_logps(policy, batch), reference.logps(batch)):
         assert torch.allclose(actual, expected, atol=1e-4)
 
@@ -576,7 +576,7 @@ def test_it_is_quantised_as_transformers_does_it(
     batch = pair_batch(4, packed=True)
     for module in theirs.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+            module.support_avx512bf16_for_cpu = False
     assert (reference.logps(batch) - sequence_logps(theirs, batch)).abs().max() < 1e-3
     held = {name: value.data_ptr() for name, value in reference.model.named_parameters()}
     first = reference.logps(batch)
@@ -619,7 +619,7 @@ def test_reference_log_probs_on_a_gpu_equal_those_on_a_cpu(
 ) -> None:
     spec, gpu = spec_of(model, **reference), torch.device("cuda")
     expected = step_logps(*built(spec), pair_batch(4, packed=True))
-    policy = build_policy(spec, tokenizer(), torch.float32).to(gpu)  # pyright: ignore[reportArgumentType]
+    policy = build_policy(spec, tokenizer(), torch.float32).to(gpu)
     judge = build_reference(spec, policy, torch.float32)
     for each in {policy, judge.model}:
         use_packed_attention(each, "sdpa")
@@ -679,7 +679,7 @@ def with_pattern(policy: PreTrainedModel) -> PreTrainedModel:
 def trls(policy: PreTrainedModel) -> PreTrainedModel:
     from trl.experimental.utils import create_reference_model as of_trl
 
-    return of_trl(policy, num_shared_layers=2)  # pyright: ignore[reportReturnType]
+    return of_trl(policy, num_shared_layers=2)
 
 
 @pytest.mark.parametrize("function", [ours, with_pattern, trls])
@@ -812,7 +812,7 @@ def test_sync_updates_only_weights_the_reference_owns(
     ours = policy.state_dict()
     for name, value in reference.model.state_dict().items():
         assert torch.allclose(value, 0.75 * before[name] + 0.25 * ours[name], atol=1e-7), name
-    assert reference.model.lm_head.weight.data_ptr() != policy.lm_head.weight.data_ptr()  # pyright: ignore
+    assert reference.model.lm_head.weight.data_ptr() != policy.lm_head.weight.data_ptr()
     kept = PairStep(policy, reference, DPO).saved()
     own = {name for name in kept if name.startswith("reference.")}
     if sharing:

@@ -804,7 +804,7 @@ def test_simpo_is_that_of_trls_cpo_trainer(case: Case, smoothing: float) -> None
         "alpha": 0.0,
     }
     trainer: Any = SimpleNamespace(**settings, accelerator=SimpleNamespace(device="cpu"))
-    expected, *_ = CPOTrainer.cpo_loss(trainer, *(case.logps / case.tokens).chunk(2))  # pyright: ignore
+    expected, *_ = CPOTrainer.cpo_loss(trainer, *(case.logps / case.tokens).chunk(2))
     actual = LOSSES["simpo"](PairTerms.split(case.logps, case.ref_logps, case.tokens), dpo)
     assert torch.allclose(actual, expected, rtol=1e-12)
 
@@ -814,7 +814,7 @@ def test_the_odds_ratio_of_orpo_is_that_of_trls_orpo_trainer(case: Case) -> None
 
     trainer: Any = SimpleNamespace(beta=BETA, accelerator=SimpleNamespace(device="cpu"))
     chosen, rejected = (case.logps / case.tokens).chunk(2)
-    expected, *_ = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)  # pyright: ignore
+    expected, *_ = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)
     actual = LOSSES["orpo"](PairTerms.split(case.logps, case.ref_logps, case.tokens), plain("orpo"))
     assert torch.allclose(actual + chosen, -expected.double(), rtol=1e-5)
 

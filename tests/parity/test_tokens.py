@@ -489,7 +489,7 @@ def _untrained(kind: str) -> tuple[Any, Any]:
 @cache
 def template_of(name: str) -> str:
     """One of those that TRL brings along."""
-    (trl,) = importlib.util.find_spec("trl").submodule_search_locations  # pyright: ignore
+    (trl,) = importlib.util.find_spec("trl").submodule_search_locations
     return (Path(trl) / "chat_templates" / f"{name}.jinja").read_text()
 
 

@@ -160,7 +160,7 @@ def exact_model(path: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(exact_norm, module)  # pyright: ignore[reportAttributeAccessIssue]
+            module.forward = partial(exact_norm, module)
     return model
 
 

@@ -167,7 +167,7 @@ def test_a_train_v1_that_the_users_program_has_imported_is_one_line(
     class Old:
         ScalingConfig: Any = type("ScalingConfig", (), {"__module__": "ray.air.config"})
 
-    monkeypatch.setitem(sys.modules, "ray.train", Old)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(sys.modules, "ray.train", Old)
     os.environ[cluster.TRAIN_V2] = "0"
     with pytest.raises(
         UserError, match=r"RAY_TRAIN_V2_ENABLED = '0': .* unset RAY_TRAIN_V2_ENABLED"

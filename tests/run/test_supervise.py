@@ -34,7 +34,7 @@ def test_outcomes_decide_whether_a_run_restarts(
     max_failures: int, attempts: list[tuple[str, int]], expected: list[Next]
 ) -> None:
     supervisor = Supervisor(max_failures)
-    actual = [supervisor.after(Attempt(outcome, newest_step)) for outcome, newest_step in attempts]  # pyright: ignore
+    actual = [supervisor.after(Attempt(outcome, newest_step)) for outcome, newest_step in attempts]
     assert actual == expected
 
 

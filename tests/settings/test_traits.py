@@ -31,6 +31,6 @@ def test_settings_of_one_kind_are_settings_of_its_block() -> None:
 
 
 def test_a_users_loss_may_use_every_setting() -> None:
-    [traits] = DpoSpec(loss_type="my_losses:mine").traits  # pyright: ignore
+    [traits] = DpoSpec(loss_type="my_losses:mine").traits
     assert traits is USERS_LOSS
     assert not traits.needs_whole_batch

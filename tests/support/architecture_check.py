@@ -188,7 +188,7 @@ def _sequences() -> list[tuple[list[int], list[int], list[int]]]:
             *[[*ids(row[k])["input_ids"], ids.eos_token_id] for k in ("chosen", "rejected")],
         )
         for row in ROWS
-    ]  # pyright: ignore
+    ]
 
 
 def _logp(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:

@@ -90,7 +90,7 @@ def pair_step(case: Case, seed: int = 0) -> PairStep:
     policy = tiny_model(seed, packed=True, **case.model)
     if case.frozen:
         freeze_lowest(policy, case.frozen)
-    dpo = DpoSpec(beta=0.5)  # pyright: ignore[reportCallIssue]
+    dpo = DpoSpec(beta=0.5)
     return PairStep(policy, Reference(tiny_model(1, packed=True, **case.model)), dpo)
 
 
@@ -122,7 +122,7 @@ def _onto_gpu(step: PairStep, case: Case, device: torch.device) -> None:
     for model in (step.policy, reference.model):
         use_packed_attention(model, choose_kernel("auto", device, case.precision))
     if case.engine == "ddp":
-        step.policy.to(device)  # pyright: ignore[reportArgumentType]
+        step.policy.to(device)
     casts = is_16_bit(case.precision) and case.engine != "ddp"
     step.place_reference(device, dtype_of(case.precision) if casts else None)
 

@@ -77,7 +77,7 @@ def on_ranks(size: int, run: Callable[[World], Any]) -> list[Any]:
         try:
             results[rank] = run(ThreadWorld(rank, size, rank, torch.device("cpu"), meeting=meeting))
         except Exception as error:
-            results[rank] = error  # pyright: ignore[reportCallIssue, reportArgumentType]
+            results[rank] = error
         finally:
             meeting.end(rank)
 

@@ -48,8 +48,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         "ab": 258,
     }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     tokenizer_of_bytes = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<end>", pad_token="<pad>"
     )
@@ -59,7 +59,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def ids(text: str) -> list[int]:
     """The tokens of a text."""
-    return tokenizer()(text)["input_ids"]  # pyright: ignore[reportReturnType]
+    return tokenizer()(text)["input_ids"]
 
 
 def tokenized(row: dict[str, Any], **settings: Any) -> TokenizedPair:

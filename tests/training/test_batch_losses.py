@@ -32,9 +32,9 @@ CUTS = {  # the pairs of each micro-batch of each rank; none: a filler
 
 
 def made_engine() -> DdpEngine:
-    ddp = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)  # pyright: ignore[reportCallIssue]
+    ddp = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)
     policy, judge = tiny_model(0, torch.float64, True), tiny_model(1, torch.float64, True)
-    optimizer, schedule = OptimizerSpec(), SchedulerSpec()  # pyright: ignore[reportCallIssue]
+    optimizer, schedule = OptimizerSpec(), SchedulerSpec()
     factories = optimizer_factory(optimizer), scheduler_factory(schedule, 1)
     ddp.wrap(PairStep(policy, Reference(judge), DPO), *factories)
     return ddp

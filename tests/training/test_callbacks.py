@@ -121,7 +121,7 @@ def test_a_callback_that_raises_is_reported_once_and_dropped(
 
 def test_an_essential_callback_that_raises_ends_training(tmp_path: Path) -> None:
     raising = Raising()
-    raising.essential = True  # type: ignore[attr-defined]
+    raising.essential = True
     with pytest.raises(ValueError, match="cannot"):
         callbacks(tmp_path, raising).fire("on_step_end")
 
@@ -140,7 +140,7 @@ def test_actions_of_the_schedule_show_in_control_but_are_no_requests(tmp_path: P
     recording = Recording()
     handler = callbacks(tmp_path, Asking("should_save"), recording)
     shown: list[dict[str, bool]] = []
-    recording.on_step_end = lambda args, state, control, **_: shown.append(dict(vars(control)))  # type: ignore
+    recording.on_step_end = lambda args, state, control, **_: shown.append(dict(vars(control)))
     handler.end_step(log=True, evaluate=False, save=False, stop=True)
     assert [name for name in REQUESTS if shown[0][name]] == [
         "should_training_stop",
@@ -174,7 +174,7 @@ def test_states_come_back_to_the_callbacks_of_their_class_in_order(tmp_path: Pat
     other = callbacks(tmp_path, fresh, first, second, Counting(-1))
     other.restore(exported)
     assert (first.count, second.count, fresh.early_stopping_patience_counter) == (5, 6, 2)
-    assert other.callbacks[-1].count == -1  # type: ignore[attr-defined]
+    assert other.callbacks[-1].count == -1
     assert (other.state.best_metric, other.state.best_global_step) == (0.25, 3)
     assert other.state.log_history == [{"loss": 0.5, "step": 1}]
 
@@ -230,7 +230,7 @@ def test_a_patience_changed_in_the_settings_holds_in_a_resumed_run(tmp_path: Pat
 def test_arguments_are_frozen_and_named_as_transformers_names_them(tmp_path: Path) -> None:
     args = callbacks(tmp_path).args
     with pytest.raises(dataclasses.FrozenInstanceError):
-        args.learning_rate = 3.0  # type: ignore[misc]
+        args.learning_rate = 3.0
     ours = {"max_length", "beta", "loss_type"}  # of TRL's DPOConfig
     theirs = set(dir(TrainingArguments)) | {
         field.name for field in dataclasses.fields(TrainingArguments)
@@ -337,8 +337,8 @@ def test_training_arguments_hold_the_save_schedule(
 
 
 def test_built_in_callbacks_run_before_the_users(tmp_path: Path, user_module: ModuleType) -> None:
-    user_module.Counting = Counting  # type: ignore[attr-defined]
-    user_module.ready = Recording()  # type: ignore[attr-defined]
+    user_module.Counting = Counting
+    user_module.ready = Recording()
     value = ["a_users_module:ready", {"path": "a_users_module:Counting", "kwargs": {"start": 4}}]
     spec = tiny_spec(tmp_path, callbacks=value, wandb={"mode": "offline"})
     built = build_callbacks(spec, RunDir(spec.run_dir), [Counting(5), Counting])
@@ -351,7 +351,7 @@ def test_built_in_callbacks_run_before_the_users(tmp_path: Path, user_module: Mo
         Counting,
         Counting,
     ]
-    assert [callback.count for callback in built[-3:]] == [4, 5, 0]  # type: ignore[attr-defined]
+    assert [callback.count for callback in built[-3:]] == [4, 5, 0]
     spec = tiny_spec(tmp_path, wandb={"mode": "disabled"})
     assert WandbCallback not in [
         type(callback) for callback in build_callbacks(spec, RunDir(spec.run_dir))
@@ -378,7 +378,7 @@ def test_built_in_callbacks_run_before_the_users(tmp_path: Path, user_module: Mo
 def test_a_wrong_callback_is_refused(
     tmp_path: Path, user_module: ModuleType, entry: Any, key: str, words: str
 ) -> None:
-    user_module.Counting, user_module.Other = Counting, dict  # type: ignore[attr-defined]
+    user_module.Counting, user_module.Other = Counting, dict
     with pytest.raises(UserError, match=words) as caught:
         check_callbacks(tiny_spec(tmp_path, callbacks=[entry]))
     assert caught.value.key == key

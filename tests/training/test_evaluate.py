@@ -40,10 +40,10 @@ def loader(pairs: Pairs, world: World, micro_batch_size: int, packed: bool = Tru
 
 
 def made_engine(loss_type: LossType = "sigmoid") -> DdpEngine:
-    ddp = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)  # pyright: ignore[reportCallIssue]
+    ddp = DdpEngine(EngineSpec(), ALONE, "fp64", None, 0.0)
     policy, judge = tiny_model(0, torch.float64, True), tiny_model(1, torch.float64, True)
-    step = PairStep(policy, Reference(judge), DpoSpec(loss_type=loss_type))  # pyright: ignore[reportCallIssue]
-    optimizer, schedule = OptimizerSpec(), SchedulerSpec()  # pyright: ignore[reportCallIssue]
+    step = PairStep(policy, Reference(judge), DpoSpec(loss_type=loss_type))
+    optimizer, schedule = OptimizerSpec(), SchedulerSpec()
     ddp.wrap(step, optimizer_factory(optimizer), scheduler_factory(schedule, 1))
     return ddp
 

@@ -46,7 +46,7 @@ def output(pairs: int, offset: float) -> StepOutput:
 
 
 def test_ledger_rows_hold_the_pairs_of_a_step_without_fillers() -> None:
-    seen = SeenPairs(DpoSpec(beta=BETA))  # pyright: ignore[reportCallIssue]
+    seen = SeenPairs(DpoSpec(beta=BETA))
     batches = [pair_batch(3), pair_batch(2, seed=1), pair_batch(1, is_filler=True)]
     outputs = [output(len(batch.pair_ids), 100.0 * n) for n, batch in enumerate(batches)]
     seen.add(7, 1, list(zip(batches, outputs, strict=True)))
