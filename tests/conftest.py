@@ -29,8 +29,8 @@ def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
 
     For tests of one node that leave Ray as it is.
     """
-    with started_ray(tmp_path_factory.mktemp("ray") / "head.log") as address:
-        yield {"RAY_ADDRESS": address}
+    with started_ray(tmp_path_factory.mktemp("ray") / "head.log") as env:
+        yield env
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -1,6 +1,7 @@
 """Run a command in this process, and damaged models for it."""
 
 import json
+import os
 import shutil
 import sys
 import uuid
@@ -22,6 +23,7 @@ def run_here(
 ) -> Iterator[Run]:
     """Run commands in this process, which has loaded torch already, in tmp_path."""
     mark = uuid.uuid4().hex
+    environment = dict(os.environ)  # to which `train` adds for Ray
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name, value in {**OFFLINE, MARK: mark}.items():
@@ -35,6 +37,8 @@ def run_here(
         return code, stdout, stderr
 
     yield run
+    os.environ.clear()
+    os.environ.update(environment)
     assert_nothing_runs(mark)
 
 

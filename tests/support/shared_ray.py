@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,11 +18,20 @@ START_S = 60.0
 
 
 @contextlib.contextmanager
-def started_ray(log: Path) -> Iterator[str]:
-    """Start a head without a dashboard, yield its address, and end it by its process group."""
+def started_ray(log: Path) -> Iterator[dict[str, str]]:
+    """Start a head without a dashboard, and end it by its process group.
+
+    Yields:
+        The environment of a command that joins it.
+    """
     port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    env |= access | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     # a folder of its own, with a short name: the sockets in it have long ones
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
@@ -43,7 +53,7 @@ def started_ray(log: Path) -> Iterator[str]:
                 assert head.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.05)
-            yield f"127.0.0.1:{port}"
+            yield access | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
             head.terminate()  # it ends what it has started
             with contextlib.suppress(subprocess.TimeoutExpired):
