@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ import numpy as np
 import pytest
 
 from orchestrator.data import pairs as module
-from orchestrator.data.order import Share
-from orchestrator.data.pairs import Pairs, build_once, tokenized_pairs, without_held_out
-from orchestrator.data.sources import raw_rows, training_texts
-from orchestrator.settings.data import DataSpec
+from orchestrator.data.pairs import build_once, tokenized_pairs
 from orchestrator.settings.errors import UserError
+from support.pair_sets import GOOD, MALFORMED, TIE
 from support.timeouts import scaled_timeout
-from support.tiny_parts import CHAT_ROW, TEXT_ROW, data_spec, pairs_of, tokenized, tokenizer
+from support.tiny_parts import data_spec, pairs_of, tokenized, tokenizer
 from support.tiny_settings import random_rows, write_jsonl
 
 BUILDER = """
@@ -47,7 +44,6 @@ def builder(folder: Path, log: Path, seconds: float) -> subprocess.Popen[bytes]:
 # --- rows -----------------------------------------------------------------------------------------
 
 GONE: Any = object()
-GOOD, TIE, MALFORMED = TEXT_ROW, {**TEXT_ROW, "chosen": " no"}, {"prompt": "no answers"}
 
 
 @pytest.mark.parametrize(
@@ -109,188 +105,6 @@ def test_the_lengths_before_truncation_are_kept_of_dropped_rows_too(tmp_path: Pa
     assert pairs.lengths.tolist() == [[9, 2, 2]]
     assert pairs.sets[0].dropped == pairs.dropped
     assert pairs.sets[0].uncut_lengths.tolist() == [[9, 31, 4], [7, 4, 4], [20, 5, 4]]
-
-
-# --- several training sets ------------------------------------------------------------------------
-
-SETS = [
-    [TIE, GOOD, GOOD, TIE],
-    random_rows(3, conversational=True),
-    [MALFORMED, *random_rows(4, seed=1)],
-]
-
-
-def several(folder: Path, contents: list[list[Any]], **settings: Any) -> tuple[DataSpec, Pairs]:
-    """The pairs of a JSONL file for each list of rows, of weights 1, 2, 3, ..."""
-    paths = [
-        write_jsonl(folder / f"{number}.jsonl", content) for number, content in enumerate(contents)
-    ]
-    sets = [{"path": str(path), "weight": weight} for weight, path in enumerate(paths, 1)]
-    data = data_spec(train=sets, **settings)
-    return data, tokenized_pairs(data, "train", tokenizer(), folder / "cache")
-
-
-def test_the_pairs_of_several_sets_are_those_of_each(tmp_path: Path) -> None:
-    data, actual = several(tmp_path, SETS, on_bad_row="drop")
-    alone = [
-        tokenized_pairs(
-            data_spec(train=each.path, on_bad_row="drop"), "train", tokenizer(), tmp_path / "cache"
-        )
-        for each in data.train
-    ]
-    assert actual.pair_ids.tolist() == [2, 3, 5, 6, 7, 9, 10, 11, 12]
-    before = iter([0, 0, 4, 4, 4, 7, 7, 7, 7])
-    rows_of = [pairs[index] for pairs in alone for index in range(len(pairs))]
-    assert [actual[index] for index in range(9)] == [
-        {**row, "pair_id": row["pair_id"] + next(before)} for row in rows_of
-    ]
-    assert np.array_equal(actual.hashes, np.concatenate([pairs.hashes for pairs in alone]))
-    assert actual.dropped == {"ties": 2, "malformed rows": 1}
-    assert actual.shares == (Share(2, 2), Share(3, 6), Share(4, 12))
-    assert actual.pairs_per_epoch == 20
-    assert all(isinstance(tokens, np.memmap) for tokens in actual._tokens)
-
-
-def test_a_pair_of_several_sets_leads_to_its_row(tmp_path: Path) -> None:
-    data, actual = several(tmp_path, SETS, on_bad_row="drop")
-    raw = raw_rows(data, "train", actual.pair_ids.tolist())
-    assert list(raw) == actual.pair_ids.tolist()
-    for pair_id, (source, number, row) in raw.items():
-        key, path, place = actual.place(pair_id)
-        assert (path, place) == (source, number)
-        which = int(key.removeprefix("data.train."))
-        assert data.train[which].path == path
-        assert row == SETS[which][place - 1]
-    assert str(actual.place(9)) == "data.train.2 row 2"
-    assert raw_rows(data, "train", {6, 1, 4, 8, 99}).keys() == {6, 1, 4}
-
-
-def test_a_subset_of_several_sets_has_the_right_pairs(tmp_path: Path) -> None:
-    _, actual = several(tmp_path, SETS, on_bad_row="drop")
-    few = actual.only(np.array([7, 0, 5]))
-    assert [few[index] for index in range(3)] == [actual[index] for index in (0, 5, 7)]
-    assert few.shares == (Share(1, 1), Share(0, 0), Share(2, 6))
-
-
-def test_the_identity_of_several_sets_is_of_all_of_them(tmp_path: Path) -> None:
-    first, second, third = ([GOOD], [GOOD, GOOD], random_rows(3))
-    values = [
-        several(tmp_path, contents)[1]
-        for contents in ([first, second], [second, first], [first, third], [first])
-    ]
-    assert len({pairs.identity for pairs in values}) == 4
-    assert values[3].identity == values[3].sets[0].folder.name
-
-
-def test_a_bad_row_of_several_sets_is_named_with_its_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.train\.1 row 2 = .*; fix that row of \S+/1\.jsonl"):
-        several(tmp_path, [[GOOD], [GOOD, MALFORMED]])
-    with pytest.raises(UserError, match=r"data\.train\.1 = .*/1\.jsonl': leaves no pair"):
-        several(tmp_path, [[GOOD], [TIE]])
-
-
-def test_a_tokenizer_is_trained_on_all_sets(tmp_path: Path) -> None:
-    data, _ = several(tmp_path, [[TEXT_ROW], [CHAT_ROW]])
-    texts, identity = training_texts(data)
-    assert list(texts()) == ["Say it.", " yes", " no", "Say it.", "yes", "no"]
-    assert identity not in {training_texts(data_spec(train=each.path))[1] for each in data.train}
-
-
-# --- a part that is held out ----------------------------------------------------------------------
-
-
-def of_prompts(folder: Path, *sets: list[str], **settings: Any) -> Pairs:
-    """Pairs with these prompts, no two of them alike."""
-    numbers = count()
-    contents = [
-        [{"prompt": prompt, "chosen": f" {next(numbers)}", "rejected": " no"} for prompt in each]
-        for each in sets
-    ]
-    return several(folder, contents, **settings)[1]
-
-
-def prompts_of(pairs: Pairs) -> list[str]:
-    return [bytes(pairs[index]["prompt_ids"]).decode("latin-1") for index in range(len(pairs))]
-
-
-@pytest.fixture(scope="module")
-def fifty(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    """50 pairs of 20 prompts, which have 1 to 4 pairs each, in both of two sets where they can."""
-    prompts = [
-        letter * 3
-        for place, letter in enumerate("cdefghijklmnopqrstuv")
-        for _ in range(1 + place % 4)
-    ]
-    return of_prompts(tmp_path_factory.mktemp("fifty"), prompts[::2], prompts[1::2])
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.9])
-def test_a_fraction_is_held_out_by_prompt(fifty: Pairs, fraction: float, seed: int) -> None:
-    train, held_out = without_held_out(fifty, fraction, seed)
-    assert set(prompts_of(train)).isdisjoint(prompts_of(held_out))
-    assert sorted([*train.pair_ids, *held_out.pair_ids]) == fifty.pair_ids.tolist()
-    assert abs(len(held_out) - fraction * len(fifty)) <= 4 / 2  # half of the largest prompt
-    for part in (train, held_out):
-        whole = {int(pair_id): fifty[index] for index, pair_id in enumerate(fifty.pair_ids)}
-        assert [part[index] for index in range(len(part))] == [
-            whole[int(pair_id)] for pair_id in part.pair_ids
-        ]
-    assert [share.pairs for share in train.shares] == [
-        sum(fifty.place(pair_id).key == each.key for pair_id in train.pair_ids)
-        for each in fifty.sets
-    ]
-    again = without_held_out(fifty, fraction, seed)[1]
-    assert np.array_equal(again.pair_ids, held_out.pair_ids)
-    other = without_held_out(fifty, fraction, seed + 99)[1]
-    assert not np.array_equal(other.pair_ids, held_out.pair_ids)
-
-
-def test_the_held_out_part_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
-    prompts = [f"prompt {number}" for number in range(12)]
-    values = [
-        without_held_out(of_prompts(tmp_path, built), 0.25, 7)[1]
-        for built in (prompts, prompts[::-1])
-    ]
-    assert set(prompts_of(values[0])) == set(prompts_of(values[1]))
-
-
-def test_a_large_prompt_is_left_where_others_come_nearer(tmp_path: Path) -> None:
-    actual = of_prompts(tmp_path, ["large"] * 6 + ["a", "b", "c", "d"])
-    for seed in range(5):
-        assert "large" not in prompts_of(without_held_out(actual, 0.2, seed)[1])
-        assert len(without_held_out(actual, 0.2, seed)[1]) == 2
-
-
-@pytest.mark.parametrize(
-    ("sets", "fraction", "words"),
-    [
-        ([["a"] * 5 + ["b"] * 5], 0.1, "holds out none, of 10 pairs with 2 prompts; raise it"),
-        (
-            [["a"] * 5],
-            0.9,
-            r"holds out every pair of \S+/0.jsonl, of 5 pairs with 1 prompts; lower it",
-        ),
-        (
-            [["a"], ["a"] * 3 + ["b"]],
-            0.9,
-            r"holds out every pair of \S+/0.jsonl, of 5 pairs with 2 prompts; lower it",
-        ),
-    ],
-)
-def test_a_fraction_that_leaves_nothing_is_refused(
-    tmp_path: Path, sets: list[list[str]], fraction: float, words: str
-) -> None:
-    with pytest.raises(UserError, match=rf"^data\.eval_fraction = {fraction}: {words}"):
-        without_held_out(of_prompts(tmp_path, *sets), fraction, 7)
-
-
-def test_held_out_rows_are_read_back(tmp_path: Path) -> None:
-    data, actual = several(tmp_path, SETS, on_bad_row="drop", eval_fraction=0.3)
-    _, held_out = without_held_out(actual, 0.3, 7)
-    raw = raw_rows(data, "eval", held_out.pair_ids.tolist())
-    assert list(raw) == held_out.pair_ids.tolist()
-    assert {(row.source, row.number) for row in raw.values()} == {actual.place(i)[1:] for i in raw}
 
 
 # --- weights and margins --------------------------------------------------------------------------

@@ -14,41 +14,23 @@ from orchestrator.data.shapes import (
     NO_PROMPT,
     NULLS,
     TWICE,
-    BadRow,
     checked,
     note_lines,
     without_nulls,
 )
 from orchestrator.settings.errors import UserError
+from support.row_shapes import NO, QUESTION, SYSTEM, YES, Row, refusal, turn
 from support.tiny_parts import CHAT_ROW, EOS, TEXT_ROW, data_spec, ids, pairs_of, tokenized
 
-Row = dict[str, Any]
 ANSWERS = {"chosen": " yes", "rejected": " no"}
-
-
-def turn(role: str, content: Any) -> Row:
-    return {"role": role, "content": content}
 
 
 def part(text: str, kind: str = "text") -> Row:
     return {"type": kind, "text": text}
 
 
-SYSTEM, ASKED, YES, NO = (
-    turn("system", "Be kind."),
-    turn("user", "Say it."),
-    turn("assistant", "yes"),
-    turn("assistant", "no"),
-)
-WHOLE = {"chosen": [ASKED, YES], "rejected": [ASKED, NO]}
-FOLLOWED_UP = [ASKED, turn("assistant", "What?"), turn("user", "It.")]
-
-
-def refusal(row: Any, **settings: Any) -> BadRow:
-    with pytest.raises(BadRow) as caught:
-        checked(row, data_spec(**settings))
-    assert caught.value.kind == "malformed rows"
-    return caught.value
+WHOLE = {"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}
+FOLLOWED_UP = [QUESTION, turn("assistant", "What?"), turn("user", "It.")]
 
 
 # --- shapes that are read -------------------------------------------------------------------------
@@ -59,21 +41,25 @@ def refusal(row: Any, **settings: Any) -> BadRow:
     [
         {"prompt": "Say it.", **WHOLE},  # as in ultrafeedback_binarized
         {"prompt": " Say it.\n", **WHOLE, "messages": WHOLE["chosen"]},
-        {"prompt": [ASKED], **WHOLE},
+        {"prompt": [QUESTION], **WHOLE},
         {"prompt": "Say it.", "chosen": [YES], "rejected": [NO]},
         {"prompt": "Say it.", "chosen": YES, "rejected": NO},
-        {"prompt": [ASKED], "chosen": YES, "rejected": NO},
-        {"prompt": ASKED, "chosen": [YES], "rejected": [NO]},
-        {"prompt": [ASKED], "chosen": "yes", "rejected": "no"},
+        {"prompt": [QUESTION], "chosen": YES, "rejected": NO},
+        {"prompt": QUESTION, "chosen": [YES], "rejected": [NO]},
+        {"prompt": [QUESTION], "chosen": "yes", "rejected": "no"},
         {"prompt": [turn("user", [part("Say "), part("it.")])], "chosen": [YES], "rejected": [NO]},
         {
-            "prompt": [ASKED],
+            "prompt": [QUESTION],
             "chosen": [turn("assistant", [part("yes", "output_text")])],
             "rejected": NO,
         },
-        {"prompt": None, "chosen": [turn("user", [part("Say it.")]), YES], "rejected": [ASKED, NO]},
         {
-            "prompt": [{**ASKED, "name": None, "tool_calls": None}],
+            "prompt": None,
+            "chosen": [turn("user", [part("Say it.")]), YES],
+            "rejected": [QUESTION, NO],
+        },
+        {
+            "prompt": [{**QUESTION, "name": None, "tool_calls": None}],
             "chosen": [YES],
             "rejected": [NO],
             "tools": None,
@@ -103,8 +89,8 @@ def test_a_prompt_text_may_be_any_question_of_the_conversation_before_the_answer
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_prompt_that_one_side_repeats_is_not_trained_twice(side: str) -> None:
-    row = {"prompt": [SYSTEM, ASKED], "chosen": [YES], "rejected": [NO]}
-    for repeated in ([SYSTEM, ASKED], [ASKED], [SYSTEM], [turn("system", "Another.")]):
+    row = {"prompt": [SYSTEM, QUESTION], "chosen": [YES], "rejected": [NO]}
+    for repeated in ([SYSTEM, QUESTION], [QUESTION], [SYSTEM], [turn("system", "Another.")]):
         bad = refusal({**row, side: [*repeated, *row[side]]})
         assert f"{side} starts with a {repeated[0]['role']} message" in bad.reason
         assert "remove the prompt column" in bad.cure
@@ -343,7 +329,7 @@ def test_columns_that_the_prompt_contains_or_that_say_nothing_are_only_named() -
     assert checked(row, data_spec()).unread == ("question", "score", "source")
     row = {
         **CHAT_ROW,
-        "messages": [ASKED, YES],
+        "messages": [QUESTION, YES],
         "tools": [TOOL],
         "w": 1.0,
         "chat_template_kwargs": {"mood": 1},
@@ -365,99 +351,3 @@ def test_unread_columns_are_counted_over_all_rows(tmp_path: Path) -> None:
         "columns not read: score, id",
         f"rows that {NO_PROMPT}: 1",
     ]
-
-
-# --- shapes of other trainers ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("row", "what", "cure"),
-    [
-        (
-            {"prompt": "What?", "completion": "It.", "label": True},
-            "unpaired answers (KTO)",
-            "a good and a bad completion",
-        ),
-        (
-            {
-                "input": {"messages": [ASKED]},
-                "preferred_output": [YES],
-                "non_preferred_output": [NO],
-            },
-            "OpenAI",
-            "input.messages",
-        ),
-        (
-            {"history": "What?", "human_ref_A": "It.", "human_ref_B": "No.", "labels": 1},
-            "SHP",
-            "history as prompt",
-        ),
-        (
-            {"prompt": "What?", "responses": ["a", "b"], "scores": [1, 2]},
-            "several answers",
-            "a worse one as rejected",
-        ),
-        (
-            {"prompt": "What?", "response_0": "a", "response_1": "b", "better": 0},
-            "several answers",
-            "rejected",
-        ),
-        (
-            {"instruction": "What?", "completions": [{"response": "a"}, {"response": "b"}]},
-            "several answers",
-            "rejected",
-        ),
-        (
-            {"data": [TEXT_ROW, TEXT_ROW]},
-            "one object that wraps rows under 'data'",
-            "write only the list under 'data'",
-        ),
-        ({"question": ["a"], "answer": ["b"]}, "an object of columns", "one object per row"),
-        ({"messages": [ASKED, YES]}, "one answer, not a pair", "use pairs"),
-        ({"prompt": "What?", "completion": "It."}, "one answer, not a pair", "use pairs"),
-        (
-            {"prompt": "a", "chosen_response": "b", "rejected_response": "c"},
-            "has no column 'chosen'",
-            "rename 'chosen_response' to 'chosen' and 'rejected_response' to 'rejected'",
-        ),
-        ({"a": "b"}, "its columns are 'a'", "rename its columns to prompt, chosen and rejected"),
-        ({"prompt": "a", "rejected": "b"}, "its columns are 'prompt', 'rejected'", ""),
-        (
-            {f"column{number}": "x" * 99 for number in range(40)},
-            "'column11', and 28 more",
-            "rename its columns",
-        ),
-        (
-            {"conversations": [ASKED], "chosen": {"from": "gpt", "value": "a"}, "rejected": NO},
-            "(ShareGPT)",
-            "human: user",
-        ),
-    ],
-)
-def test_a_shape_of_another_trainer_is_named_with_what_to_do(
-    row: Row, what: str, cure: str
-) -> None:
-    bad = refusal(row)
-    assert what in bad.reason
-    assert cure in bad.cure
-    assert bool(cure) == bool(bad.cure)
-
-
-def test_an_error_in_the_first_row_concerns_the_file_and_in_a_later_one_that_row(
-    tmp_path: Path,
-) -> None:
-    odd = {"chosen_answer": "a", "rejected_answer": "b"}
-    with pytest.raises(
-        UserError,
-        match=r"data\.train row 1 = .*; rename 'chosen_answer' to 'chosen' [^;]*'rejected'$",
-    ):
-        pairs_of(tmp_path, [odd, TEXT_ROW])
-    with pytest.raises(
-        UserError, match=r"row 2 = .*; rename .*, or fix that row of .*data\.on_bad_row=drop"
-    ):
-        pairs_of(tmp_path, [TEXT_ROW, odd])
-    with pytest.raises(
-        UserError,
-        match=r"leaves no pair .*\(2 malformed rows\); fix them: row 1 has no column 'chosen'",
-    ):
-        pairs_of(tmp_path, [odd, odd], on_bad_row="drop")

@@ -3,11 +3,8 @@ extreme.
 """
 
 import math
-import re
-import sys
 from itertools import product
-from types import ModuleType
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -17,13 +14,9 @@ from orchestrator.dpo.losses import (
     BATCH_LOSSES,
     LOSSES,
     PairTerms,
-    as_known,
-    batch_losses,
-    check_losses,
     pair_losses,
     rewards,
 )
-from orchestrator.settings.errors import UserError
 from orchestrator.settings.loss import (
     OF_BATCH,
     OF_SCORES,
@@ -33,19 +26,9 @@ from orchestrator.settings.loss import (
     FDivergence,
     LossType,
 )
+from support.loss_terms import EPSILON, LOGPS, REFERENCE, TOKENS, of, spec
 
-LOGPS = torch.tensor([-10.0, -20.0, -7.0, -11.0, -18.0, -7.0], dtype=torch.float64)
-REFERENCE = torch.tensor([-12.0, -19.0, -7.0, -10.0, -20.0, -7.0], dtype=torch.float64)
-TOKENS = torch.tensor([4, 1, 3, 2, 5, 3])
-
-
-EPSILON = 0.1
 NAMES = pytest.mark.parametrize("name", LOSSES)
-
-
-def spec(beta: float = 0.1, **settings: Any) -> DpoSpec:
-    """With some label smoothing, which exo_pair cannot do without."""
-    return DpoSpec(**{"beta": beta, "label_smoothing": EPSILON, **settings})
 
 
 def slopes(
@@ -218,13 +201,6 @@ def test_an_f_divergence_acts_where_the_settings_say(
     assert acts == (name in OF_SCORES and name != "sft")  # which has none, and takes any
 
 
-# --- limits ---------------------------------------------------------------------------------------
-
-
-def of(name: LossType, **settings: Any) -> list[float]:
-    return LOSSES[name](PairTerms.split(LOGPS, REFERENCE, TOKENS), spec(**settings)).tolist()
-
-
 @pytest.mark.parametrize("name", ["robust", "cdpo"])
 def test_labels_that_are_never_wrong_give_dpo(name: LossType) -> None:
     assert of(name, label_smoothing=0.0) == of("sigmoid")
@@ -319,160 +295,6 @@ def test_a_margin_is_what_the_chosen_is_to_win_by_in_rewards(name: LossType) -> 
     per_token = terms.chosen_tokens if name in ("sigmoid_norm", "simpo") else 1
     lower = terms._replace(chosen_logps=terms.chosen_logps - margins / 0.3 * per_token)
     assert torch.allclose(values, LOSSES[name](lower, dpo), rtol=1e-13)
-
-
-# --- a user's own ---------------------------------------------------------------------------------
-
-
-def users(monkeypatch: pytest.MonkeyPatch, loss: Any) -> DpoSpec:
-    """Settings that name a function of a user's beside another loss."""
-    module = ModuleType("a_users_losses")
-    module.mine = loss
-    monkeypatch.setitem(sys.modules, "a_users_losses", module)
-    return spec(loss_type=["a_users_losses:mine", "sigmoid"], loss_weights=[2, 0.5])
-
-
-def test_a_users_loss_stands_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    dpo = users(monkeypatch, lambda terms, dpo: dpo.label_smoothing * terms.chosen_logps**2)
-    check_losses(dpo, with_margins=False)
-    actual = pair_losses(PairTerms.split(LOGPS, REFERENCE, TOKENS), dpo, Counts(3, 9))
-    expected = [
-        2 * EPSILON * logp**2 + 0.5 * loss
-        for logp, loss in zip([10, 20, 7], of("sigmoid"), strict=True)
-    ]
-    assert actual.tolist() == pytest.approx(expected, rel=1e-14)
-
-
-def test_a_users_loss_is_given_what_weighting_needs_where_that_is_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    dpo = users(monkeypatch, lambda terms, _: -terms.on_policy * terms.chosen_logps)
-    check_losses(dpo.model_copy(update={"use_weighting": True}), with_margins=False)
-    with pytest.raises(UserError, match="raises TypeError"):
-        check_losses(dpo, with_margins=False)
-
-
-def test_a_users_loss_is_given_margins_where_the_data_have_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    dpo = users(monkeypatch, lambda terms, _: terms.margins - terms.chosen_logps)
-    check_losses(dpo, with_margins=True)
-    with pytest.raises(UserError, match="raises TypeError"):
-        check_losses(dpo, with_margins=False)
-
-
-@pytest.mark.parametrize(
-    ("loss", "complaint"),
-    [
-        (lambda terms, _: (-terms.chosen_logps).mean(), r"returns \(\) for 3 synthetic pairs"),
-        (lambda terms, _: terms.chosen_logps * 1j, "returns torch.complex128 for"),
-        (lambda _, __: 1.0, "returns float for 3 synthetic pairs"),
-        (lambda terms, _: terms.chosen_logps.log(), "nan.*not finite"),
-        (lambda terms, _: terms.chosen_logps.detach(), "without a gradient"),
-        (
-            lambda terms, _: terms.chosen_logps - terms.chosen_logps.mean(),
-            "but .* for one at a time",
-        ),
-        (lambda terms: terms.chosen_logps, "raises TypeError"),
-        (lambda terms, _: (terms.chosen_logps * 0).sqrt(), "has the gradient .*(nan|inf)"),
-    ],
-)
-def test_a_users_loss_of_a_wrong_shape_is_refused_before_training(
-    monkeypatch: pytest.MonkeyPatch, loss: Any, complaint: str
-) -> None:
-    with pytest.raises(UserError, match=complaint) as caught:
-        check_losses(users(monkeypatch, loss), with_margins=False)
-    assert str(caught.value).startswith("dpo.loss_type = 'a_users_losses:mine': ")
-    assert "\n" not in str(caught.value)
-
-
-def test_an_exception_of_a_users_loss_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loss(terms: PairTerms, _: DpoSpec) -> torch.Tensor:
-        raise ValueError("not\nthese")
-
-    line = (
-        r"dpo.loss_type = 'a_users_losses:mine': raised ValueError: not these "
-        r"\(test_losses.py line \d+; for 3 pairs\)"
-    )
-    with pytest.raises(UserError) as caught:
-        pair_losses(
-            PairTerms.split(LOGPS, REFERENCE, TOKENS), users(monkeypatch, loss), Counts(3, 9)
-        )
-    assert re.match(line, str(caught.value))
-    assert isinstance(caught.value.__cause__, ValueError)
-
-
-def test_a_users_loss_that_is_not_there_is_refused() -> None:
-    for name, complaint in (
-        ("nowhere_at_all:loss", "cannot be imported"),
-        ("math:loss", "module math has no loss"),
-    ):
-        with pytest.raises(UserError, match=complaint):
-            check_losses(spec(loss_type=name), with_margins=False)
-
-
-# --- over the whole global batch ------------------------------------------------------------------
-
-EVERY_BATCH_LOSS = spec(0.3, loss_type=list(BATCH_LOSSES), loss_weights=[0.5, 2])
-
-
-def random_terms(pairs: int, seed: int = 0) -> PairTerms:
-    draw = torch.Generator().manual_seed(seed)
-    logps, ref_logps = (
-        -20 * torch.rand(2 * pairs, generator=draw, dtype=torch.float64) for _ in range(2)
-    )
-    return PairTerms.split(logps, ref_logps, torch.ones(2 * pairs, dtype=torch.int64))
-
-
-def picked(terms: PairTerms, pairs: list[int]) -> PairTerms:
-    return PairTerms(*(None if term is None else term[pairs] for term in terms))
-
-
-def by_sorting(terms: PairTerms) -> torch.Tensor:
-    """The mean of EVERY_BATCH_LOSS, as the paper has it."""
-    w, x, ref_w, ref_x = terms[:4]
-    margins = [0.3 * ((w - x).sort().values - (ref_w - ref_x).sort().values)]
-    margins.append(0.3 * ((w - ref_w).sort().values - (x - ref_x).sort().values))
-    paired, unpaired = (
-        -(1 - EPSILON) * m.sigmoid().log() - EPSILON * (-m).sigmoid().log() for m in margins
-    )
-    return (0.5 * paired + 2 * unpaired).mean()
-
-
-def test_the_losses_of_sorted_pairs_have_value_and_slope_of_their_mean() -> None:
-    terms = random_terms(7)
-    leaves = [logps.clone().requires_grad_() for logps in terms[:2]]
-    mean = by_sorting(PairTerms(*leaves, *terms[2:]))
-    values = batch_losses(terms, EVERY_BATCH_LOSS, torch.ones(7, dtype=torch.float64))
-    assert values[:, 0].mean().item() == pytest.approx(mean.item(), rel=1e-14)
-    for column, slope in enumerate(torch.autograd.grad(mean, leaves), start=1):
-        assert torch.allclose(values[:, column] / 7, slope, rtol=1e-12)
-
-
-def test_batch_losses_do_not_depend_on_the_order_of_pairs() -> None:
-    terms, weights = random_terms(7), torch.tensor([1, 2, 0.5, 1, 1, 3, 1], dtype=torch.float64)
-    order = [3, 1, 6, 0, 5, 2, 4]
-    values = batch_losses(picked(terms, order), EVERY_BATCH_LOSS, weights[order])
-    assert torch.allclose(values, batch_losses(terms, EVERY_BATCH_LOSS, weights)[order], rtol=1e-13)
-
-
-def test_a_weight_of_two_is_the_pair_twice_also_where_losses_sort_pairs() -> None:
-    terms, ones = random_terms(5), torch.ones(7, dtype=torch.float64)
-    weights, rows = torch.tensor([1, 2, 1, 1, 2], dtype=torch.float64), [0, 1, 1, 2, 3, 4, 4]
-    values = batch_losses(terms, EVERY_BATCH_LOSS, weights)
-    repeated = batch_losses(picked(terms, rows), EVERY_BATCH_LOSS, ones)
-    means = torch.zeros_like(values).index_add(0, torch.tensor(rows), repeated) / weights[:, None]
-    assert torch.allclose(values, means, rtol=1e-13)
-    thirds = batch_losses(terms, EVERY_BATCH_LOSS, weights / 3)  # only their ratios count
-    assert torch.allclose(values, thirds, rtol=1e-13)
-
-
-def test_a_known_loss_has_its_value_and_its_slopes() -> None:
-    of_batch = torch.tensor([[3.0, -0.5, 0.25], [7.0, 2.0, 1.0]], dtype=torch.float64)
-    logps = torch.tensor([[-8.0, -9.0], [-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
-    losses = as_known(of_batch, logps)
-    assert losses.tolist() == [3, 7]
-    assert torch.equal(torch.autograd.grad(losses.sum(), logps)[0], of_batch[:, 1:])
 
 
 # --- numerical extremes ---------------------------------------------------------------------------

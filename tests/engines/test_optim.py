@@ -3,62 +3,32 @@ refused.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.optim import lr_scheduler
-from transformers import get_scheduler
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from orchestrator.dpo.step import PairStep
-from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import (
-    ReadOnlyOptimizer,
-    check_built,
-    check_functions,
     check_optim,
-    check_resumable,
     factories,
-    made_by,
     name_of,
     optimizer_factory,
     param_groups,
     scheduler_factory,
 )
-from orchestrator.models.reference import Reference
-from orchestrator.run.local.debug import debug
-from orchestrator.settings.engine import EngineSpec
 from orchestrator.settings.errors import UserError
-from orchestrator.settings.loss import DpoSpec
 from orchestrator.settings.optim import (
     ELEMENTWISE_OPTIMIZERS,
     OPTIMIZERS,
     OptimizerSpec,
-    SchedulerName,
     SchedulerSpec,
 )
-from orchestrator.training.checkpoint import Reader, save
-from support.run_files import losses
-from support.tiny_parts import ALONE, tiny_model
+from support.optimizers import Small, optimizer
+from support.tiny_parts import ALONE
 from support.tiny_settings import tiny_spec
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-        self.norm = nn.LayerNorm(2)
-        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
-
-
-def optimizer(**settings: Any) -> torch.optim.Optimizer:
-    return optimizer_factory(OptimizerSpec(**settings))(param_groups(Small(), 0.1))
 
 
 def rates(spec: SchedulerSpec, steps: int, lr: float = 1.0) -> list[float]:
@@ -215,153 +185,6 @@ def test_a_schedule_that_ends_before_the_run_is_refused() -> None:
     assert scheduler_factory(spec, 9)(optimizer(name="torch.optim.AdamW"))
 
 
-# --- every schedule under an engine ---------------------------------------------------------------
-
-STEPS, PEAK = 9, 1e-2
-SPECIFIC: dict[str, dict[str, Any]] = {
-    "cosine_with_restarts": {"num_cycles": 2},
-    "cosine_with_min_lr": {"min_lr": 1e-3},
-    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
-    "polynomial": {"power": 2.0, "lr_end": 1e-4},
-    "inverse_sqrt": {"timescale": 3},
-    "warmup_stable_decay": {"num_decay_steps": 3},
-    "wsd": {"num_decay_steps": 3},
-}
-OF_TORCH: dict[str, dict[str, Any]] = {
-    "StepLR": {"step_size": 2, "gamma": 0.1},
-    "MultiStepLR": {"milestones": [2, 4, 4, 6], "gamma": 0.5},
-    "ConstantLR": {"factor": 0.5, "total_iters": 4},
-    "LinearLR": {"total_iters": 6},
-    "ExponentialLR": {"gamma": 0.9},
-    "CosineAnnealingLR": {"T_max": 5},
-    "CosineAnnealingWarmRestarts": {"T_0": 3},
-    "CyclicLR": {"base_lr": 1e-3, "max_lr": 1e-2, "step_size_up": 2},
-    "OneCycleLR": {"max_lr": 1e-2, "total_steps": STEPS},
-    "PolynomialLR": {"total_iters": 6},
-}
-NOT_BY_NAME = {
-    "LRScheduler",
-    "ReduceLROnPlateau",
-    "SequentialLR",
-    "ChainedScheduler",
-    "LambdaLR",
-    "MultiplicativeLR",
-}
-SCHEDULES = [
-    *(
-        {"name": name, "warmup_steps": 2, "kwargs": SPECIFIC.get(name, {})}
-        for name in get_args(SchedulerName)
-    ),
-    *(
-        {"name": f"torch.optim.lr_scheduler.{name}", "kwargs": kwargs}
-        for name, kwargs in OF_TORCH.items()
-    ),
-]
-
-
-def plain_schedule(
-    built: torch.optim.Optimizer, name: str, kwargs: dict[str, Any], warmup_steps: int = 0
-) -> Any:
-    """As a user of torch or transformers writes it."""
-    if name.startswith("torch."):
-        return getattr(lr_scheduler, name.rpartition(".")[2])(built, **kwargs)
-    name = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}.get(name, name)
-    return get_scheduler(name, built, warmup_steps, STEPS, kwargs)
-
-
-def stepped(weights: list[nn.Parameter], update: Callable[[], Any], seed: int) -> None:
-    """One update, by a gradient that is made up."""
-    draw = torch.Generator().manual_seed(seed)
-    for p in weights:
-        p.grad = torch.randn(p.shape, generator=draw)
-    update()
-
-
-def test_the_names_of_schedules_are_those_of_transformers_and_torch() -> None:
-    of_transformers = {name.value for name in TYPE_TO_SCHEDULER_FUNCTION} - {
-        "reduce_lr_on_plateau",
-        "greedy",
-    }
-    assert set(get_args(SchedulerName)) - {"wsd"} == of_transformers
-    assert set(lr_scheduler.__all__) - NOT_BY_NAME == set(OF_TORCH)
-
-
-@pytest.mark.parametrize(
-    "schedule", SCHEDULES, ids=lambda schedule: schedule["name"].rpartition(".")[2]
-)
-def test_every_schedule_under_an_engine_is_plain_torch(
-    schedule: dict[str, Any], tmp_path: Path
-) -> None:
-    def built(seed: int) -> Any:
-        dealt = EngineSpec()
-        engine = engine_class(dealt)(dealt, ALONE, "fp32", None, 0.1)
-        step = PairStep(tiny_model(seed), Reference(tiny_model(1)), DpoSpec())
-        adamw = OptimizerSpec(lr=PEAK)
-        engine.wrap(
-            step, optimizer_factory(adamw), scheduler_factory(SchedulerSpec(**schedule), STEPS)
-        )
-        return engine
-
-    policy = tiny_model(0)
-    weights = [p for group in param_groups(policy, 0.1) for p in group["params"]]
-    adamw = torch.optim.AdamW(param_groups(policy, 0.1), lr=PEAK, fused=True)
-    plain, expected = plain_schedule(adamw, **schedule), []
-    for number in range(STEPS):
-        expected.append(adamw.param_groups[0]["lr"])
-        stepped(weights, adamw.step, number)
-        plain.step()
-    assert len(set(expected)) > 1
-
-    engine, actual = built(0), []
-    for number in range(STEPS):
-        if number == 3:  # a gradient that is not finite counts nowhere
-            engine.trainable[0].grad = torch.full_like(engine.trainable[0], float("nan"))
-            assert not bool(engine.grads_finite())
-            assert engine.optimizer_step(apply=False).lr == expected[3]
-        if number == 5:
-            reader = Reader(
-                save(tmp_path, 1, engine.iter_shards(), {"engine": engine.state()}, ALONE)
-            )
-            engine = built(2)
-            engine.load_shards(reader.read, reader.keys)
-            engine.set_state(reader.meta["engine"])
-        in_order = [p for group in engine.optimizer.param_groups for p in group["params"]]
-        stepped(in_order, engine.grads_finite, number)
-        actual.append(engine.optimizer_step(apply=True).lr)
-    assert actual == expected
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(in_order, weights, strict=True))
-
-
-@pytest.fixture
-def lone_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("lone_group")
-def test_schedules_find_the_peak_and_the_momentum_of_a_sharded_optimizer() -> None:
-    for schedule in SCHEDULES:
-        sharded, whole = Small(), Small()
-        make = optimizer_factory(OptimizerSpec(lr=PEAK))
-        dealt = ZeroRedundancyOptimizer(param_groups(sharded, 0.1), optimizer_class=make)
-        adamw = torch.optim.AdamW(param_groups(whole, 0.1), lr=PEAK, fused=True)
-        ours, plain = (
-            scheduler_factory(SchedulerSpec(**schedule), STEPS)(dealt),
-            plain_schedule(adamw, **schedule),
-        )
-        for _ in range(STEPS):
-            for each, after in ((dealt, ours), (adamw, plain)):
-                each.step()
-                after.step()
-            seen = [
-                [(group["lr"], tuple(group["betas"])) for group in each.param_groups]
-                for each in (dealt, adamw)
-            ]
-            assert seen[0] == seen[1]
-    assert name_of(dealt) == "torch.optim.AdamW"
-
-
 # --- optimizers that are not elementwise ----------------------------------------------------------
 
 
@@ -406,178 +229,3 @@ def test_deepspeeds_own_are_not_compiled_on_a_cpu(tmp_path: Path) -> None:
             match=f"optimizer.name = .*{name}': takes minutes to compile.*torch.optim.AdamW",
         ):
             factories(spec, Small(), 4, ALONE.device)
-
-
-# --- a Python user's own --------------------------------------------------------------------------
-
-WHOLE = EngineSpec(shard_optimizer=False)
-DEALT, ZERO = EngineSpec(), EngineSpec(kind="deepspeed")
-
-
-class Mine(torch.optim.SGD):
-    """Code of a user's, whatever it derives from."""
-
-
-def flat(params: Any) -> list[nn.Parameter]:
-    return [p for group in params for p in group["params"]]
-
-
-@pytest.mark.parametrize(
-    "optimizers",
-    [
-        torch.optim.SGD,
-        (torch.optim.SGD,),
-        (torch.optim.SGD([nn.Parameter(torch.ones(1))]), None),
-        (None, lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), 30)),
-    ],
-    ids=["one", "tuple-of-one", "optimizer", "schedule"],
-)
-def test_optimizers_must_be_a_pair_of_functions(optimizers: Any, tmp_path: Path) -> None:
-    for refuses in (check_functions, lambda value: debug(tiny_spec(tmp_path), optimizers=value)):
-        with pytest.raises(
-            UserError, match=r"optimizers = .*; use \(params -> optimizer, optimizer -> schedule\)"
-        ):
-            refuses(optimizers)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("make", "engine", "words"),
-    [
-        (torch.optim.SGD, ZERO, ""),
-        (torch.optim.Adafactor, DEALT, ""),
-        (torch.optim.Adafactor, ZERO, "torch.optim.Adafactor.*deepspeed flattens into one vector"),
-        (
-            lambda params: torch.optim.LBFGS(flat(params)),
-            WHOLE,
-            "torch.optim.LBFGS.*needs a closure",
-        ),
-        (Mine, WHOLE, ""),
-        (Mine, DEALT, "test_optim:Mine.*set engine.kind=ddp and engine.shard_optimizer=false"),
-        (lambda params: None, DEALT, "NoneType.*is not a torch optimizer"),
-        (lambda params: torch.optim.SGD(flat(params)), WHOLE, ""),
-        (
-            lambda params: torch.optim.SGD(flat(params)),
-            DEALT,
-            "other parameter groups than the 2.*unchanged",
-        ),
-        (lambda params: torch.optim.SGD(flat(params)[:1]), WHOLE, "other parameter groups"),
-    ],
-)
-def test_a_users_optimizer_needs_an_engine_that_keeps_its_maths(
-    make: Any, engine: EngineSpec, words: str
-) -> None:
-    groups = param_groups(Small(), 0.1)
-    actual = make([dict(group) for group in groups])
-    if not words:
-        assert check_built(actual, groups, engine) is actual
-        return
-    with pytest.raises(UserError, match=words) as caught:
-        check_built(actual, groups, engine)
-    assert caught.value.key == "optimizers"
-
-
-@pytest.mark.parametrize(
-    ("optimizers", "words"),
-    [
-        ((lambda params: {}["lr"], None), "'<lambda>': raised KeyError: 'lr'"),
-        ((None, lambda made: None), "'NoneType': is not a torch schedule"),
-        (
-            (None, lr_scheduler.ReduceLROnPlateau),
-            "'ReduceLROnPlateau': is not a torch schedule that depends only on",
-        ),
-        (
-            (None, lambda made: lr_scheduler.OneCycleLR(made, 1.0, 3)),
-            "total_steps = 3: OneCycleLR ends there",
-        ),
-    ],
-)
-def test_errors_of_a_users_optimizer_function_are_one_line(
-    optimizers: Any, words: str, tmp_path: Path
-) -> None:
-    make, schedule = factories(tiny_spec(tmp_path), Small(), 4, ALONE.device, optimizers)
-    with pytest.raises(UserError, match=words):
-        schedule(make(param_groups(Small(), 0.1)))
-
-
-def test_settings_apply_where_a_function_is_none(tmp_path: Path) -> None:
-    spec = tiny_spec(tmp_path, optimizer={"lr": 0.5}, scheduler={"name": "constant"})
-    for optimizers, lr, kind in (
-        ((lambda params: torch.optim.SGD(params, lr=0.25), None), 0.25, torch.optim.SGD),
-        ((None, lambda built: lr_scheduler.StepLR(built, 30)), 0.5, torch.optim.AdamW),
-        (None, 0.5, torch.optim.AdamW),
-    ):
-        make, schedule = factories(spec, Small(), 4, ALONE.device, optimizers)
-        actual = make(param_groups(Small(), 0.1))
-        assert type(actual) is kind
-        assert [(group["lr"], group["weight_decay"]) for group in actual.param_groups] == [
-            (lr, 0.1),
-            (lr, 0.0),
-        ]
-        assert isinstance(schedule(actual), lr_scheduler.StepLR) is bool(
-            optimizers and optimizers[1]
-        )
-
-
-def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_path: Path) -> None:
-    optimizer = {
-        "name": "torch.optim.SGD",
-        "lr": 0.5,
-        "weight_decay": 0.1,
-        "kwargs": {"momentum": 0.9},
-    }
-    schedule = {"name": "torch.optim.lr_scheduler.StepLR", "kwargs": {"step_size": 2, "gamma": 0.1}}
-    by_name = tiny_spec(tmp_path, run={"name": "by-name"}, optimizer=optimizer, scheduler=schedule)
-    by_function = tiny_spec(tmp_path, run={"name": "by-function"}, optimizer={"weight_decay": 0.1})
-    debug(by_name)
-    debug(
-        by_function,
-        optimizers=(
-            lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
-            lambda built: lr_scheduler.StepLR(built, 2, 0.1),
-        ),
-    )
-    assert losses(by_function.run_dir) == losses(by_name.run_dir)
-    assert len(set(losses(by_name.run_dir).values())) == 4
-
-
-# --- what goes on from a checkpoint ---------------------------------------------------------------
-
-
-def test_optimizer_state_that_is_not_elementwise_stays_on_its_rank() -> None:
-    adamw, adafactor = optimizer(name="torch.optim.AdamW"), optimizer(name="torch.optim.Adafactor")
-    steady = [lr_scheduler.StepLR(built, 30) for built in (adamw, adafactor)]
-    check_resumable(made_by(adamw, steady[0], ZERO, 2), made_by(adamw, steady[0], DEALT, 3))
-    before = made_by(adafactor, steady[1], DEALT, 2)
-    check_resumable(before, made_by(adafactor, steady[1], DEALT, 2))
-    message = (
-        "cluster.num_workers = 3: the state of torch.optim.Adafactor is not elementwise, "
-        ".*written with 2; set clu.*=2"
-    )
-    with pytest.raises(UserError, match=message):
-        check_resumable(before, made_by(adafactor, steady[1], DEALT, 3))
-    with pytest.raises(
-        UserError, match=r"engine.kind = 'deepspeed': .*written with ddp; set engine.kind=ddp"
-    ):
-        check_resumable(before, made_by(adafactor, steady[1], ZERO, 2))
-    with pytest.raises(
-        UserError,
-        match=r"optimizer = 'torch.optim.AdamW': the run was started with torch.*Adafactor",
-    ):
-        check_resumable(before, made_by(adamw, steady[0], DEALT, 2))
-    cosine = get_scheduler("cosine", adafactor, 0, 4)
-    with pytest.raises(
-        UserError, match=r"scheduler = .*LambdaLR': the run was started with .*StepLR; use the same"
-    ):
-        check_resumable(before, made_by(adafactor, cosine, DEALT, 2))
-
-
-def test_callbacks_cannot_change_the_optimizer() -> None:
-    built = optimizer(name="torch.optim.SGD", lr=0.5)
-    seen = ReadOnlyOptimizer(built)
-    assert [group["lr"] for group in seen.param_groups] == [0.5, 0.5]
-    assert all("params" not in group for group in seen.param_groups)
-    with pytest.raises(TypeError, match="does not support item assignment"):
-        seen.param_groups[0]["lr"] = 9.0
-    assert built.param_groups[0]["lr"] == 0.5
-    assert not hasattr(seen, "step")
