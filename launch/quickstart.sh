@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A fresh machine to a finished run: makes .venv, installs, trains configs/quickstart.yaml on Ray with two workers.
-# Words given are handed on: bash launch/quickstart.sh run.name=again
+# From a fresh machine to a finished run: create .venv, install, and train configs/quickstart.yaml
+# on Ray with two workers. Arguments are passed on: bash launch/quickstart.sh run.name=again
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/install.sh

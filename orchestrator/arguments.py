@@ -19,7 +19,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     Help is printed here and ends the process.
 
-    Other than in plain argparse, settings may precede and follow flags, and may follow a --profile
+    Unlike with plain argparse, settings may precede and follow flags, and may follow a --profile
     without a range.
 
     Raises:
@@ -43,12 +43,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if unknown := [word for word in rest if word.startswith("-")]:
         raise wrong_flag(words, unknown[0], verbs)
     if rest and not hasattr(args, "settings"):
-        raise UserError(
-            args.verb,
-            " ".join(rest),
-            "is an unexpected argument",
-            f"see orchestrator help {args.verb}",
-        )
+        fix = f"see orchestrator help {args.verb}"
+        raise UserError(args.verb, " ".join(rest), "is an unexpected argument", fix)
     if rest:
         args.settings += rest
     return args
@@ -124,30 +120,26 @@ def _add_verbs_of_settings(add: Add) -> None:
     plan = add("plan", "check settings, data and models, and print what the run would do")
     _takes_settings(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    shown = (
-        "print the first N training rows as the model sees them, and the lengths of all "
-        "rows; tokenises the data"
-    )
-    plan.add_argument(
-        "--show-rows", type=_whole("a number of rows, 1 or more"), metavar="N", help=shown
-    )
-    submit = add(
-        "submit", "check the run here, then submit it to a Ray cluster's job server or to Slurm"
-    )
+    lengths = "the lengths of all rows; tokenises the data"
+    show = f"print the first N training rows as the model sees them, and {lengths}"
+    rows = _integer_from_1("a number of rows, 1 or more")
+    plan.add_argument("--show-rows", type=rows, metavar="N", help=show)
+    clusters = "a Ray cluster's job server or to Slurm"
+    submit = add("submit", f"check the run here, then submit it to {clusters}")
     _takes_settings(submit)
-    submit.add_argument("--to", choices=("ray", "slurm"), help="where to submit the run")
-    submit.add_argument(
-        "--address",
-        metavar="URL",
-        help="Ray's job server (http://HEAD:8265); default: RAY_API_SERVER_ADDRESS",
-    )
-    no_wait = "Ray: do not follow the log until the run exits"
-    submit.add_argument("--no-wait", dest="wait", action="store_false", help=no_wait)
-    doctor = add(
-        "doctor", "check every node of the cluster at RAY_ADDRESS, or this machine, as before a run"
-    )
+    _add_submit_flags(submit)
+    nodes = "every node of the cluster at RAY_ADDRESS, or this machine"
+    doctor = add("doctor", f"check {nodes}, as before a run")
     without = "settings of the run to check; without them, only the checks that need no settings"
     doctor.add_argument("settings", nargs="*", metavar="FILE|key=value", help=without)
+
+
+def _add_submit_flags(submit: argparse.ArgumentParser) -> None:
+    submit.add_argument("--to", choices=("ray", "slurm"), help="where to submit the run")
+    server = "Ray's job server (http://HEAD:8265); default: RAY_API_SERVER_ADDRESS"
+    submit.add_argument("--address", metavar="URL", help=server)
+    no_wait = "Ray: do not follow the log until the run exits"
+    submit.add_argument("--no-wait", dest="wait", action="store_false", help=no_wait)
 
 
 def _takes_settings(verb: argparse.ArgumentParser) -> None:
@@ -157,20 +149,15 @@ def _takes_settings(verb: argparse.ArgumentParser) -> None:
 
 def _add_verbs_of_runs(add: Add) -> None:
     """Add the verbs with a run directory as argument."""
-    add("stop", "save and stop a run; the command that started it resumes it").add_argument(
-        "run_dir", metavar="RUN_DIR"
-    )
+    stop = add("stop", "save and stop a run; the command that started it resumes it")
+    stop.add_argument("run_dir", metavar="RUN_DIR")
     checks = "check every file of all checkpoints and of the pair ledger against its manifest"
     add("verify", checks).add_argument("run_dir", metavar="RUN_DIR")
-    pairs = add(
-        "pairs",
-        "show which pairs a run never learned, which look mislabelled, and the effect of length",
-    )
+    which = "which pairs a run never learned, which look mislabelled"
+    pairs = add("pairs", f"show {which}, and the effect of length")
     pairs.add_argument("run_dir", metavar="RUN_DIR")
-    number = _whole("a number of pairs")
-    pairs.add_argument(
-        "--top", type=number, default=5, metavar="N", help="pairs to show of each kind"
-    )
+    number, top = _integer_from_1("a number of pairs"), "pairs to show of each kind"
+    pairs.add_argument("--top", type=number, default=5, metavar="N", help=top)
     pairs.add_argument("--json", action="store_true", help="print one JSON object, with full texts")
     export = add("export", "write a checkpoint as a Hugging Face model folder")
     export.add_argument("run_dir", metavar="RUN_DIR")
@@ -182,27 +169,24 @@ def _add_verbs_of_runs(add: Add) -> None:
 
 
 def _add_debug_flags(debug: argparse.ArgumentParser) -> None:
-    ranks = _whole("a number of processes, 1 or more")
-    debug.add_argument(
-        "--nproc", type=ranks, default=1, metavar="N", help="number of ranks, one process each"
-    )
-    debug.add_argument(
-        "--pdb", action="store_true", help="start a debugger when an exception is raised"
-    )
-    debug.add_argument(
-        "--overfit", action="store_true", help="overfit the first global batch; keep nothing"
-    )
+    ranks = _integer_from_1("a number of processes, 1 or more")
+    nproc = "number of ranks, one process each"
+    debug.add_argument("--nproc", type=ranks, default=1, metavar="N", help=nproc)
+    pdb = "start a debugger when an exception is raised"
+    debug.add_argument("--pdb", action="store_true", help=pdb)
+    overfit = "overfit the first global batch; keep nothing"
+    debug.add_argument("--overfit", action="store_true", help=overfit)
     dry_run = "build everything and run one forward and backward pass; keep nothing"
     debug.add_argument("--dry-run", action="store_true", help=dry_run)
     trace = "write a trace of these steps (default 3:5) to RUN_DIR/profile"
-    debug.add_argument("--profile", type=_steps, nargs="?", metavar="FIRST:LAST", help=trace)
-    step = _whole("a step, counted from 1")
+    debug.add_argument("--profile", type=_step_range, nargs="?", metavar="FIRST:LAST", help=trace)
+    step = _integer_from_1("a step, counted from 1")
     replay = "replay step N of the run whose directory is FILE, and print every pair"
     debug.add_argument("--replay-step", type=step, metavar="N", help=replay)
 
 
-def _whole(what: str) -> Callable[[str], int]:
-    """Return a parser of integers of 1 or more. what: description of the number, for the error."""
+def _integer_from_1(what: str) -> Callable[[str], int]:
+    """Return a parser of integers of 1 or more. what: a description of the number for errors."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
@@ -212,10 +196,10 @@ def _whole(what: str) -> Callable[[str], int]:
     return read
 
 
-def _steps(text: str) -> tuple[int, ...]:
+def _step_range(text: str) -> tuple[int, ...]:
+    """Parse FIRST:LAST or FIRST; nothing is an empty range."""
     ends = [int(end) if end.isdecimal() else 0 for end in text.split(":") if text]
     if len(ends) > 2 or 0 in ends or ends != sorted(ends):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a range of steps, counted from 1; for example 3:5"
-        )
+        rule = "is not a range of steps, counted from 1; for example 3:5"
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
     return tuple(ends)

@@ -57,9 +57,8 @@ def wrong_word(before: str, word: str, following: Sequence[str]) -> UserError:
             "override", word, "is not of the form key=value", "for example optimizer.lr=1e-6"
         )
     if before.endswith("="):  # key= value
-        return UserError(
-            "override", f"{before} {word}", "has a space after =", f"write {before}{word}"
-        )
+        fix = f"write {before}{word}"
+        return UserError("override", f"{before} {word}", "has a space after =", fix)
     if os.path.isdir(word):
         return folder_error(word)
     if is_data(Path(word)):
@@ -73,44 +72,31 @@ def wrong_word(before: str, word: str, following: Sequence[str]) -> UserError:
 
 
 def wrong_flag(words: Sequence[str], flag: str, verbs: Verbs) -> UserError:
-    """Return the error for a flag that the verb does not have, which is often a setting written as
-    a flag.
-    """
+    """Return the error for a flag that the verb does not have: often it is a setting."""
     verb = next((word for word in words if word in verbs), "orchestrator")
     name, has_value, value = flag.partition("=")
     if verb in verbs and name in flags_of(verbs[verb]):
-        return UserError(
-            "VERB",
-            flag,
-            "is a flag, which must follow its verb",
-            f"write orchestrator {verb} {flag}",
-        )
+        rule = "is a flag, which must follow its verb"
+        return UserError("VERB", flag, rule, f"write orchestrator {verb} {flag}")
     if not has_value and flag in words:
         following = [*words[words.index(flag) + 1 :], ""][0]
-        value = (
-            "" if "=" in following or following.startswith("-") or is_file(following) else following
-        )
-    return UserError(
-        name,
-        value or None,
-        f"is not a flag of {verb}",
-        _meant_by_flag(name, value or "VALUE", verb, verbs),
-    )
+        is_value = "=" not in following and not following.startswith("-")
+        value = following if is_value and not is_file(following) else ""
+    fix = _meant_by_flag(name, value or "VALUE", verb, verbs)
+    return UserError(name, value or None, f"is not a flag of {verb}", fix)
 
 
 def _meant_by_flag(name: str, value: str, verb: str, verbs: Verbs) -> str:
+    """Return what was probably meant by a wrong flag: another flag, a setting or another verb."""
     if verb in verbs and (near := nearest(name, flags_of(verbs[verb]), cutoff=0.75)):
         return f"did you mean {near}?"
     bare = folded(name.lstrip("-"))
     owners = [other for other in verbs if name in flags_of(verbs[other])]
     also = f"; {name} is a flag of {' and '.join(owners)}" if owners else ""
     homes = by_last_name().get(bare, [])
-    candidates = [
-        bare,
-        TRL_NAMES.get(bare),
-        OTHER_NAMES.get(bare),
-        *(homes if len(homes) == 1 else []),
-    ]
+    candidates = [bare, TRL_NAMES.get(bare), OTHER_NAMES.get(bare)]
+    if len(homes) == 1:
+        candidates += homes
     if setting := next((each for each in candidates if each in settings()), None):
         return f"write {setting}={value}: settings have no dashes{also}"
     if answer := TRL_NAMES.get(bare) or OTHER_NAMES.get(bare):

@@ -16,12 +16,11 @@ FALLBACKS |= {bar: str(height) for height, bar in enumerate("▁▂▃▄▅▆�
 
 
 def prepare(keeps_going: bool) -> None:
-    """Replace the standard streams of this process with ones that survive unknown symbols and
-    closed pipes.
+    """Make the standard streams of this process survive unknown symbols and closed pipes.
 
     keeps_going: True: a closed pipe ends only the output; False: it ends the process, as usual.
     """
-    codecs.register_error(PLAIN_SYMBOLS, _plain_symbols)
+    codecs.register_error(PLAIN_SYMBOLS, plain_symbols)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the parent process; print() then does nothing
@@ -59,10 +58,8 @@ def _discard(descriptor: int) -> None:
     os.close(nowhere)
 
 
-def _plain_symbols(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that the encoding lacks: with a symbol's fallback, or an escape
-    sequence.
-    """
+def plain_symbols(error: UnicodeError) -> tuple[str, int]:
+    """Replace characters that the encoding lacks by a fallback or an escape sequence."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]

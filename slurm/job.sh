@@ -1,17 +1,17 @@
-# What a batch script does around its program: finds it, waits while signals are served, ends or requeues the job.
-# Sourced by the scripts beside it, which define ask_to_stop SIGNAL.
+# The part that batch scripts share: find the program, wait for it while handling signals, end or
+# requeue the job. Sourced by the scripts beside it, which define ask_to_stop SIGNAL.
 # shellcheck shell=bash
 
 run_dir=            # set by plan
-declare -a received # signals so far, in order; the scripts note them before they have found this file
-STOPPED=3           # the exit code of a run that was saved and resumes
+declare -a received # signals so far, in order; scripts record them before they source this file
+STOPPED=3           # exit code of a run that was saved and can resume
 
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
 
 say() { echo "[$(date +%T) $HOSTNAME, start $((${SLURM_RESTART_COUNT:-0} + 1))] $*"; }
 
-# Ends the job: fail KEY VALUE RULE CURE
+# End the job with an error: fail KEY VALUE RULE CURE
 fail() {
   echo "error: $1 = $2: $3; $4" >&2
   exit 1
@@ -20,13 +20,13 @@ fail() {
 on_signal() {
   received+=("$1")
   say "received $1"
-  ask_to_stop "$1" || true # there may be nothing to ask yet
+  ask_to_stop "$1" || true # the program may not have started yet
 }
 
 has_received() { [[ " ${received[*]} " == *" $1 "* ]]; }
 
-# The exit code of a process in the background, however often a signal interrupts: bash serves traps only here and
-# between commands, so that nothing long may run in the foreground.
+# Return the exit code of a background process, however often a signal interrupts. bash runs traps
+# only in `wait` and between commands, so nothing that takes long may run in the foreground.
 await() {
   local seen code
   while :; do
@@ -39,11 +39,12 @@ await() {
 find_orchestrator() {
   [ -z "${VIRTUAL_ENV:-}" ] || PATH=$VIRTUAL_ENV/bin:$PATH
   command -v orchestrator >/dev/null ||
-    fail VIRTUAL_ENV "${VIRTUAL_ENV:-(not set)}" "node $HOSTNAME finds no orchestrator in its bin, nor on PATH" \
+    fail VIRTUAL_ENV "${VIRTUAL_ENV:-(not set)}" \
+      "node $HOSTNAME finds no orchestrator in its bin, nor on PATH" \
       "submit with the virtual environment active, and have it where every node sees it"
 }
 
-# Refuses wrong settings before any node is used, and learns the run directory from the right ones.
+# Reject wrong settings before any node is used, and set run_dir.
 plan() {
   local facts code=0
   facts=$(mktemp)
@@ -55,20 +56,21 @@ plan() {
   mkdir -p "$run_dir/logs"
 }
 
-# Ends the job with the program's exit code, or by a requeue where time was running out and the run can go on.
+# End the job with the exit code of the program, or requeue it if its time was up and the run can
+# continue.
 conclude() {
   local code=$1 signal
   for signal in "${received[@]}"; do
-    # killed by the signal that it was sent, it was not listening yet: there was nothing to save
+    # killed by the signal that was passed on: it had no handler yet, so there was nothing to save
     [ "$code" != $((128 + $(kill -l "$signal"))) ] || code=$STOPPED
   done
-  # not after TERM: Slurm would let a cancelled job come back
+  # not after TERM: Slurm would restart a cancelled job
   if [ "$code" = "$STOPPED" ] && has_received USR1 && ! has_received TERM; then requeue; fi
   say "exit code $code"
   exit "$code"
 }
 
-# Returns where the job may not be requeued.
+# Requeue the job and exit; return if it must not be requeued.
 requeue() {
   local newest=none each starts=$run_dir/logs/requeues-$SLURM_JOB_ID
   for each in "$run_dir"/checkpoints/step_*/manifest.json; do
@@ -76,12 +78,13 @@ requeue() {
   done
   echo "$newest" >>"$starts"
   if [ "$(tail -n 3 "$starts" | grep -cxF "$newest")" = 3 ]; then
-    echo "error: --time = $(squeue -h -j "$SLURM_JOB_ID" -o %l): three starts in a row have made no new checkpoint" \
-      "(newest: $newest), so that the job is not requeued; lengthen it, or lower checkpoint.every_steps" >&2
+    echo "error: --time = $(squeue -h -j "$SLURM_JOB_ID" -o %l):" \
+      "three starts in a row wrote no new checkpoint (newest: $newest)," \
+      "so the job is not requeued; lengthen it, or lower checkpoint.every_steps" >&2
     return 0
   fi
-  trap '' TERM # which the requeue sends
-  [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || return 0 # cancelled meanwhile
-  say "requeued, to go on from checkpoint: $newest"
+  trap '' TERM # the requeue sends it
+  [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] || return 0 # it was cancelled
+  say "requeued, to continue from checkpoint: $newest"
   if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
 }

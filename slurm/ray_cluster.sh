@@ -1,12 +1,13 @@
-# A Ray cluster over the nodes of a job, for as long as the job lasts: start_ray, stop_ray.
+# Start and stop a Ray cluster on the nodes of a job: start_ray, stop_ray.
 # Sourced by train.sbatch, after job.sh.
-# shellcheck shell=bash disable=SC2154 # run_dir and received are of job.sh
+# shellcheck shell=bash disable=SC2154 # run_dir and received are set in job.sh
 
 : "${NODES_TIMEOUT_S:=300}" # seconds that all nodes have to join
-declare -A steps=()         # by node: the srun that holds Ray there
-token=                      # the file with which this job's Ray is entered
+declare -A steps=()         # node -> process of the srun that runs Ray there
+token=                      # file with the token that this job's Ray requires
 
-# Returns when all nodes have joined RAY_ADDRESS, or a signal has come; ends the job where a node does not join.
+# Return when all nodes have joined RAY_ADDRESS or a signal has arrived; end the job if one does not
+# join.
 start_ray() {
   local nodes node head address base deadline=$((SECONDS + NODES_TIMEOUT_S))
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -15,20 +16,24 @@ start_ray() {
   base=$(first_port)
   export RAY_ADDRESS=$address:$base
   export RAY_USAGE_STATS_ENABLED=0
-  export RAY_worker_niceness="${RAY_worker_niceness:-0}" # 15 by default: whatever else runs on a node would go first
+  # default 15: any other process on the node would go first
+  export RAY_worker_niceness="${RAY_worker_niceness:-0}"
   export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # else TERM takes 30 s
   make_token
   local options=(
     --block --disable-usage-stats --log-color=false
-    --object-store-memory=500000000 # nothing large goes through it
-    --node-manager-port=$((base + 1)) --object-manager-port=$((base + 2)) --runtime-env-agent-port=$((base + 3))
+    --object-store-memory=500000000 # nothing large is stored in it
+    --node-manager-port=$((base + 1)) --object-manager-port=$((base + 2))
+    --runtime-env-agent-port=$((base + 3))
     --dashboard-agent-grpc-port=$((base + 4)) --dashboard-agent-listen-port=$((base + 5))
-    --metrics-export-port=$((base + 6)) --min-worker-port=$((base + 20)) --max-worker-port=$((base + 499))
+    --metrics-export-port=$((base + 6))
+    --min-worker-port=$((base + 20)) --max-worker-port=$((base + 499))
   )
   say "head $RAY_ADDRESS, nodes ${nodes[*]}"
-  # a folder of its own: on a node that several users share, /tmp/ray belongs to the first
-  hold_ray "$head" --head --node-ip-address="$address" --port="$base" --ray-client-server-port=$((base + 7)) \
-    --include-dashboard=false --temp-dir="${RAY_TMPDIR:-/tmp}/ray-$SLURM_JOB_ID" "${options[@]}"
+  # a separate folder: on a node that several users share, /tmp/ray belongs to the first
+  hold_ray "$head" --head --node-ip-address="$address" --port="$base" \
+    --ray-client-server-port=$((base + 7)) --include-dashboard=false \
+    --temp-dir="${RAY_TMPDIR:-/tmp}/ray-$SLURM_JOB_ID" "${options[@]}"
   joined "$deadline" "$head" || return 0
   for node in "${nodes[@]:1}"; do hold_ray "$node" --address="$RAY_ADDRESS" "${options[@]}"; done
   joined "$deadline" "${nodes[@]:1}" || return 0
@@ -38,13 +43,13 @@ stop_ray() {
   local node patience=$((SECONDS + 10))
   signal_steps USR2 || true # to on_node
   while signal_steps 0 && [ "$SECONDS" -lt "$patience" ]; do sleep 0.1; done
-  signal_steps TERM || true # to srun itself, where a node does not answer
+  signal_steps TERM || true # to srun itself, if a node does not answer
   for node in "${!steps[@]}"; do await "${steps[$node]}" 2>/dev/null || true; done
   steps=()
   [ -z "$token" ] || rm -f "$token"
 }
 
-# Whether any step is still there: signal_steps SIGNAL
+# Signal all steps, and return 0 if any is still running: signal_steps SIGNAL
 signal_steps() {
   local pid alive=1
   for pid in "${steps[@]}"; do
@@ -55,7 +60,7 @@ signal_steps() {
 
 log_of() { echo "$run_dir/logs/ray-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$1.log"; }
 
-# This node's address on its way to another one. Its own name may well stand for a loopback address.
+# Print the address of this node on the route to another one. Its host name may resolve to loopback.
 address_towards() {
   local other
   other=$(scontrol -o show node "$1" | grep -o 'NodeAddr=[^ ]*')
@@ -66,8 +71,9 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
     print(probe.getsockname()[0])' "${other#NodeAddr=}"
 }
 
-# The first of 500 ports, below the ephemeral ones, where anyone could take one between its choice and its use. Each job
-# has its own 500, by its number; where another one has them already on this node, the next 500 that are free.
+# Print the first of 500 ports below the ephemeral ones, any of which a process could take before
+# Ray does. The job's number selects the 500; if they are in use on this node, the next free ones
+# are used.
 first_port() {
   python3 -c '
 import socket, sys
@@ -84,7 +90,8 @@ bases = [10000 + (int(sys.argv[1]) + n) % 40 * 500 for n in range(40)]
 print(next(filter(is_free, bases), bases[0]))' "$SLURM_JOB_ID"
 }
 
-# Every node sees the run directory; nobody else may read the file, or its text in an environment.
+# Create the token in the run directory, which every node sees. Other users can read neither the
+# file nor, in an environment, its text.
 make_token() {
   token=$run_dir/logs/.ray-token-$SLURM_JOB_ID
   rm -f "$token"
@@ -93,7 +100,7 @@ make_token() {
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
 }
 
-# Starts Ray on a node: hold_ray NODE OPTION...
+# Run Ray on a node: hold_ray NODE OPTION...
 hold_ray() {
   local node=$1
   shift
@@ -102,10 +109,11 @@ hold_ray() {
   steps[$node]=$!
 }
 
-# Runs on the node itself. scancel sends TERM to this shell alone, which lets Ray be until the run is saved.
+# Runs on the node itself. scancel sends TERM only to this shell, which ignores it, so Ray runs
+# until the run is saved.
 on_node() {
   trap : TERM
-  trap 'exit 0' USR2 # and Slurm kills what is left of the step
+  trap 'exit 0' USR2 # Slurm then kills the rest of the step
   local try began code ray
   for try in 1 2 3; do
     began=$SECONDS
@@ -114,9 +122,10 @@ on_node() {
     while :; do
       code=0
       wait "$ray" || code=$?
-      kill -0 "$ray" 2>/dev/null || break # else it was a signal that ended the wait
+      kill -0 "$ray" 2>/dev/null || break # otherwise a signal ended the wait
     done
-    # one that dies young is started again: on a busy node its parts may wait too short for each other (ray#65983)
+    # restart a Ray that ends early: on a busy node its parts may not wait long enough for each
+    # other (ray#65983)
     if [ $((SECONDS - began)) -gt 60 ] || [ "$code" = 0 ] || [ "$code" = 127 ]; then break; fi
     echo "Ray ended with code $code at its start, try $try"
     sleep 1
@@ -124,7 +133,8 @@ on_node() {
   return "$code"
 }
 
-# Whether these nodes have joined, as soon as they have or a signal has come: joined DEADLINE NODE...
+# Wait until these nodes have joined (return 0) or a signal has arrived (return 1): joined DEADLINE
+# NODE...
 joined() {
   local deadline=$1 node late
   shift
@@ -143,12 +153,13 @@ joined() {
   done
 }
 
-# Ends the job: absent REASON NODE...
+# End the job with an error: absent REASON NODE...
 absent() {
   local reason=$1 node names logs=()
   shift
   for node in "$@"; do logs+=("$(log_of "$node")"); done
   names=$(IFS=,; echo "$*")
-  fail node "$names" "$reason, and training wants every node of the job" \
-    "look into ${logs[*]}; then submit again with --exclude=$names, or with a longer NODES_TIMEOUT_S"
+  local again="submit again with --exclude=$names, or with a longer NODES_TIMEOUT_S"
+  fail node "$names" "$reason, but training needs every node of the job" \
+    "look into ${logs[*]}; then $again"
 }

@@ -17,7 +17,7 @@ from support.tiny_settings import write_settings
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_every_symbol_has_something_to_stand_for_it(encoding: str) -> None:
-    codecs.register_error(terminal.PLAIN_SYMBOLS, terminal._plain_symbols)
+    codecs.register_error(terminal.PLAIN_SYMBOLS, terminal.plain_symbols)
     out = io.BytesIO()
     with io.TextIOWrapper(out, encoding, terminal.PLAIN_SYMBOLS, write_through=True) as stream:
         stream.write(f"{rows.LEGEND} {rows.BARS} \u00e9 \u4e2d \udc80")

@@ -10,7 +10,7 @@ from orchestrator.training.manifest import step_folder
 from orchestrator.training.result import RunResult, evaluated_sets
 from orchestrator.training.rundir import RunDir
 
-SHOWN = 100  # maximum characters of a printed answer
+ANSWER_LENGTH = 100  # maximum characters of a printed answer
 
 
 def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
@@ -20,10 +20,8 @@ def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
     yield from _evaluations(run_dir.metric_lines())
     if result.best_step is not None:
         best = step_folder(run_dir.checkpoints, result.best_step)
-        yield (
-            f"best     {spec.evaluation.best_metric} {result.best_metric:.6f} after step "
-            f"{result.best_step}, {best}"
-        )
+        value = f"{spec.evaluation.best_metric} {result.best_metric:.6f}"
+        yield f"best     {value} after step {result.best_step}, {best}"
     yield from _answers(result.samples)
     of_step = f", of step {result.model_step}" if result.best_step is not None else ""
     yield f"model    {_short(result.model)}{of_step}"
@@ -34,29 +32,24 @@ def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
 
 
 def _evaluations(lines: list[dict[str, Any]]) -> Iterator[str]:
-    for name, prefix in evaluated_sets(
-        dict.fromkeys(key for line in lines for key in line)
-    ).items():
+    """Yield the first and the last results of every evaluation set."""
+    logged = dict.fromkeys(key for line in lines for key in line)
+    for name, prefix in evaluated_sets(logged).items():
         evaluations = [line for line in lines if f"{prefix}loss" in line]
-        before = [line for line in evaluations if not line["step"]]
-        for when, line in zip(
-            ["before"] * len(before) + ["after"], [*before, evaluations[-1]], strict=True
-        ):
-            facts = (
-                f"loss {line[f'{prefix}loss']:.6f}, rewards/accuracies "
-                f"{line[f'{prefix}rewards/accuracies']:.3f}"
-            )
-            yield f"evaluation {when:<6}  {facts}{f' ({name})' * bool(name)}"
+        shown = [("before", line) for line in evaluations if not line["step"]]
+        for when, line in [*shown, ("after", evaluations[-1])]:
+            loss = f"loss {line[f'{prefix}loss']:.6f}"
+            accuracy = f"rewards/accuracies {line[f'{prefix}rewards/accuracies']:.3f}"
+            yield f"evaluation {when:<6}  {loss}, {accuracy}{f' ({name})' * bool(name)}"
 
 
 def _answers(samples: list[dict[str, str]]) -> Iterator[str]:
     for sample in samples:
         yield ""
         for part in ("prompt", "before", "after"):
-            text = "".join(
-                letter for letter in sample[part] if letter.isprintable() or letter.isspace()
-            )
-            yield f"{part:<8} {shorten(text, SHOWN, placeholder=' ...') or '(nothing)'}"
+            letters = (each for each in sample[part] if each.isprintable() or each.isspace())
+            text = "".join(letters)
+            yield f"{part:<8} {shorten(text, ANSWER_LENGTH, placeholder=' ...') or '(nothing)'}"
     if samples:
         yield ""
 
@@ -70,15 +63,11 @@ def _wandb(run_dir: RunDir) -> str:
 
 
 def _next(spec: RunSpec, result: RunResult) -> Iterator[str]:
-    """Yield how to use the result and, after a run with model.init, how to continue with a real
-    model.
-    """
+    """Yield how to use the result and, after model.init, how to continue with a real model."""
     yield f"use it   transformers.pipeline('text-generation', '{_short(result.model)}')"
     if spec.training.pair_ledger:
-        yield (
-            f"look     orchestrator pairs {_short(spec.run_dir)}   # which pairs were learned, "
-            "which look mislabelled"
-        )
+        purpose = "which pairs were learned, which look mislabelled"
+        yield f"look     orchestrator pairs {_short(spec.run_dir)}   # {purpose}"
     if spec.model.init is not None:
         yield "next     your own model and pairs: docs/get-started.md"
 

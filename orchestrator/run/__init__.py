@@ -1,3 +1,1 @@
-"""Start and supervise workers: in this process, on Ray and on Slurm; the only folder that imports
-ray.
-"""
+"""Start and supervise workers: in this process or on this machine, on Ray and on Slurm."""

@@ -84,7 +84,7 @@ def test_usr1_saves_and_requeues(submit: Submit) -> None:
     ended = job.ended()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
     assert "stub: stopped by SIGUSR1 and saved" in job.log()
-    assert "requeued, to go on from checkpoint: step_000000001" in job.log()
+    assert "requeued, to continue from checkpoint: step_000000001" in job.log()
 
 
 def test_usr1_before_the_driver_listens(submit: Submit) -> None:
@@ -94,7 +94,7 @@ def test_usr1_before_the_driver_listens(submit: Submit) -> None:
     job.requeued()
     job.cancel()
     assert job.ended()["JobState"] == "CANCELLED"
-    assert "requeued, to go on from checkpoint: none" in job.log()
+    assert "requeued, to continue from checkpoint: none" in job.log()
 
 
 def test_usr1_before_anything_has_started(submit: Submit, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(submit: Submit) -> Non
     job.signal("USR1")
     ended = job.ended()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "0")
-    assert "error: --time = 10:00: three starts in a row have made no new checkpoint" in job.log()
+    assert "error: --time = 10:00: three starts in a row wrote no new checkpoint" in job.log()
 
 
 def test_preemption_requeues(submit: Submit) -> None:
@@ -171,7 +171,7 @@ def test_a_node_that_never_comes_up(submit: Submit) -> None:
     log = job.run_dir / f"logs/ray-{job.number}-0-n2.log"
     errors = [line for line in job.log().splitlines() if line.startswith("error")]
     assert errors == [
-        "error: node = n2: no Ray there after 2 s, and training wants every node of the job; "
+        "error: node = n2: no Ray there after 2 s, but training needs every node of the job; "
         f"look into {log}; then submit again with --exclude=n2, or with a longer NODES_TIMEOUT_S"
     ]
     assert job.drivers() == []

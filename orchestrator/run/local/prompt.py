@@ -15,9 +15,7 @@ from orchestrator.world import World
 
 
 class Prompt(pdb.Pdb):
-    """pdb with the terminal to itself: no progress bar, and Ctrl-C ends the current command instead
-    of the run.
-    """
+    """pdb with the terminal to itself: no progress bar, and Ctrl-C ends a command, not the run."""
 
     def __init__(self) -> None:
         ConsoleCallback.give_way()  # first: a progress bar has replaced sys.stdout
