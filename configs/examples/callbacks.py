@@ -1,4 +1,4 @@
-"""Add custom callbacks: transformers.TrainerCallbacks, called on rank zero."""
+"""Add custom callbacks: transformers.TrainerCallbacks, called on rank 0."""
 
 import sys
 

@@ -2,11 +2,8 @@
 
 import sys
 
-from orchestrator import (
-    debug,
-    load_spec,
-    train,
-)  # first: it quiets what bitsandbytes says when TRL imports it
+# first: it silences the log of bitsandbytes, which TRL imports
+from orchestrator import debug, load_spec, train
 
 # isort: split
 from trl.trainer.dpo_trainer import DataCollatorForPreference

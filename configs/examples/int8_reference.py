@@ -1,4 +1,4 @@
-"""Pass 8-bit reference models: whatever from_pretrained loads can be the reference."""
+"""Use an 8-bit reference model: any model that from_pretrained loads can be the reference."""
 
 import sys
 import tempfile
@@ -9,8 +9,7 @@ from orchestrator import debug, load_spec, train
 
 
 def in_8_bits(policy):
-    # a model from the hub is loaded by its name; this policy was made on the spot and is not in any
-    # folder yet
+    # a model of the hub is loaded by its name; this policy was just created and is in no folder
     with tempfile.TemporaryDirectory() as folder:
         policy.save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Add custom evaluation metrics: a function of what TRL's takes."""
+"""Add custom evaluation metrics: a function with the arguments of TRL's."""
 
 import sys
 
@@ -6,10 +6,8 @@ from orchestrator import debug, load_spec, train
 
 
 def compute_metrics(eval_preds):
-    logits, labels = (
-        # [sequences, tokens, vocabulary] and [sequences, tokens], -100 behind a shorter batch
-        eval_preds
-    )
+    # [sequences, tokens, vocabulary] and [sequences, tokens], -100 behind a shorter batch
+    logits, labels = eval_preds
     guesses, tokens = logits[:, :-1].argmax(-1), labels[:, 1:]
     return {"guessed_tokens": float((guesses == tokens)[tokens != -100].mean())}
 

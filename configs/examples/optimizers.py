@@ -1,6 +1,4 @@
-"""Use different optimizers and schedulers: functions, called on every rank with the parameters that
-are its own.
-"""
+"""Use different optimizers and schedulers: functions called on every rank with its parameters."""
 
 import sys
 
@@ -13,7 +11,7 @@ overrides = [word for word in sys.argv if "=" in word]
 spec = load_spec("configs/examples/base.yaml", ["run.name=optimizers-python", *overrides])
 run(
     spec,
-    optimizers=(  # None in place of either leaves it to the settings
+    optimizers=(  # None for one of them uses the settings
         lambda params: optim.SGD(params, lr=0.1),
         lambda optimizer: optim.lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.5),
     ),

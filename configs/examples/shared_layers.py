@@ -1,6 +1,4 @@
-"""Memory efficient fine-tuning by sharing layers: what shares them is made on every rank, of the
-policy there.
-"""
+"""Memory-efficient fine-tuning with shared layers: each rank builds its reference."""
 
 import sys
 
