@@ -17,12 +17,10 @@ from orchestrator import terminal
 from orchestrator.arguments import files_and_overrides, parse
 from orchestrator.data.sources import raw_rows
 from orchestrator.insight.summary import summary
-from orchestrator.run.supervise import RunDied
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.run import RunSpec
 from orchestrator.training import manifest
-from orchestrator.training.errors import TrainingError
 from orchestrator.training.result import RunResult, finished_already, finished_line, last_result
 from orchestrator.training.rundir import RunDir
 

@@ -13,9 +13,8 @@ import pytest
 
 from orchestrator import __version__, cli
 from orchestrator.run.local import debug as local
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.training.checkpoint import save
-from orchestrator.training.errors import TrainingError
 from orchestrator.training.manifest import FORMAT
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir

@@ -8,10 +8,6 @@ Next = Literal["done", "refuse", "retry", "give up"]
 BACKOFF_S = (1.0, 5.0, 30.0)  # seconds before the first, second and every further retry in a row
 
 
-class RunDied(Exception):
-    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint."""
-
-
 @dataclass(frozen=True)
 class Attempt:
     """Outcome of one fit()."""

@@ -1,4 +1,4 @@
-"""Errors that end a run, each printed in lines of key, value, rule and fix."""
+"""The errors that end a run, each printed as one line (cli.py turns them into exit codes)."""
 
 from typing import Any
 
@@ -34,3 +34,14 @@ class SettingsError(UserError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.errors,)
+
+
+class TrainingError(Exception):
+    """Error of a training that cannot continue: one line with rank, step and fix. Exit code 1."""
+
+
+class RunDied(Exception):
+    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint.
+
+    Exit code 1.
+    """

@@ -15,10 +15,9 @@ from orchestrator.engines.precision import autocast
 from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.quantized import is_int8
 from orchestrator.settings.counts import counted
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.precision import Precision
 from orchestrator.training.context import RunContext
-from orchestrator.training.errors import TrainingError
 from orchestrator.world import World
 
 MEASURED = 4  # micro-batches of the first step on each rank that are compared

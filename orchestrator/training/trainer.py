@@ -14,6 +14,7 @@ from orchestrator.data.loader import StepBatches
 from orchestrator.data.order import RunLength
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine
+from orchestrator.settings.errors import TrainingError
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.best import save_if_best
@@ -23,7 +24,6 @@ from orchestrator.training.checkpointer import Checkpointer
 from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.context import RunContext
 from orchestrator.training.decisions import Decisions, agree, due_after
-from orchestrator.training.errors import TrainingError
 from orchestrator.training.evaluate import evaluate_sets, over_ranks
 from orchestrator.training.loaders import Loaders
 from orchestrator.training.manifest import step_folder

@@ -16,8 +16,7 @@ from transformers import TrainerCallback
 from orchestrator.run.ray import capacity, driver, elastic
 from orchestrator.run.ray.cluster import check_head
 from orchestrator.run.ray.objects import pickled_objects, unpickled_objects
-from orchestrator.run.supervise import RunDied
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import RunDied, UserError
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects
 from support.timeouts import scaled_timeout

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 
 from orchestrator.run.local.debug import debug
 from orchestrator.run.plan import planned
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.load import make_spec
-from orchestrator.training.errors import TrainingError
 from orchestrator.world import World
 from support.tiny_parts import ALONE, tiny_model, tokenizer
 from support.tiny_settings import TINY_MODEL, random_rows

@@ -16,14 +16,13 @@ from orchestrator.data.order import Integers
 from orchestrator.data.pairs import Pairs
 from orchestrator.run.local.trial import NothingToSave, scratch_run
 from orchestrator.settings.engine import EngineSpec
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.optim import SchedulerSpec
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.assemble import assembled
 from orchestrator.training.context import RunContext
-from orchestrator.training.errors import TrainingError
 from orchestrator.training.prepare import PreparedRun
 from orchestrator.world import World
 

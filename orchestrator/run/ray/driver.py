@@ -23,10 +23,9 @@ from orchestrator.run.ray.cluster import entered
 from orchestrator.run.ray.deaths import reason_of_death
 from orchestrator.run.ray.logs import following, rank_log
 from orchestrator.run.ray.objects import pickled_objects
-from orchestrator.run.supervise import Attempt, RunDied, Supervisor
-from orchestrator.settings.errors import UserError
+from orchestrator.run.supervise import Attempt, Supervisor
+from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.errors import TrainingError
 from orchestrator.training.health import STOP_SIGNALS
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare

@@ -9,10 +9,9 @@ from typing import Any
 
 from orchestrator.run.ray.logs import rank_log
 from orchestrator.run.ray.objects import unpickled_objects
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.load import make_spec
 from orchestrator.training.checkpoint import SaveFailed
-from orchestrator.training.errors import TrainingError
 from orchestrator.training.health import LocalSession
 from orchestrator.training.manifest import ReadFailed
 from orchestrator.training.rundir import RunDir
