@@ -16,8 +16,8 @@ from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.world import World
-from parity.test_training import kept_signals
 from support.tiny_settings import random_rows, tiny_spec, write_jsonl
+from support.training_parity import kept_signals
 from support.trl_trainer import need_trl, trl_trainer
 
 need_trl()
