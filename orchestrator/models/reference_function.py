@@ -45,10 +45,6 @@ def reference_of_function(
             train with the policy.
     """
     settings, name = spec.reference, getattr(ref_model, "__name__", type(ref_model).__name__)
-    if not settings.traits.is_copy or settings.path is not None or settings.dtype is not None:
-        rule = "the settings define the reference too"
-        fix = "remove reference.kind, reference.path and reference.dtype"
-        raise UserError(KEY, name, rule, fix)
     model: Any = ref_model(policy)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # unwraps peft's model, and keeps the adapter layers

@@ -163,6 +163,19 @@ class ReferenceSpec(Block):
         if rule:
             raise UserError("reference.sync_every", self.sync_every, rule, cure)
 
+    def check_ref_model(self, function: str) -> None:
+        """Check that the settings do not define the reference that a user's function returns.
+
+        function: its name, for the error.
+
+        Raises:
+            UserError: they do.
+        """
+        if not self.traits.is_copy or self.path is not None or self.dtype is not None:
+            rule = "the settings define the reference too"
+            cure = "remove reference.kind, reference.path and reference.dtype"
+            raise UserError("ref_model", function, rule, cure)
+
     def check_collator(self, collator: str) -> None:
         """Check that no log-probs are computed before the user's collator runs.
 

@@ -90,6 +90,9 @@ def check_code(spec: RunSpec, given: UserObjects = NOTHING) -> None:
     check_model_names(spec)
     for key, source in paths_in(spec, DATA_KEYS).items():
         check_source(key, source)
+    if given.ref_model is not None:
+        name = getattr(given.ref_model, "__name__", type(given.ref_model).__name__)
+        spec.reference.check_ref_model(name)
     check_callbacks(spec, given.callbacks)
     check_optim(spec.optimizer, spec.scheduler)
     check_losses(spec.dpo, with_margins=spec.data.margin_column is not None)

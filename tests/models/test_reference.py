@@ -717,7 +717,6 @@ def test_a_reference_built_by_a_function_is_checked(spec_of: Callable[..., RunSp
     assert "vocabulary of 310 tokens, the policy has 300" in refused(
         lambda _: tiny_model(vocab_size=310)
     )
-    assert "the settings define the reference too" in refused(copy.deepcopy, kind="int8")
 
 
 def load_in_8bit(policy: PreTrainedModel) -> PreTrainedModel:

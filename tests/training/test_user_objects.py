@@ -13,6 +13,7 @@ from orchestrator.data.collate import CollateContext
 from orchestrator.run.local.debug import debug
 from orchestrator.run.ray.driver import train
 from orchestrator.settings.errors import UserError
+from orchestrator.training.prepare import check_code
 from orchestrator.training.user_objects import UserObjects
 from support.run_files import losses
 from support.tiny_parts import PAD
@@ -108,6 +109,17 @@ def test_arguments_of_trl_are_answered_with_the_setting(tmp_path: Path, call: An
         call(tiny_spec(tmp_path), train_dataset=[])
     with pytest.raises(TypeError, match="unexpected keyword argument 'callback'"):
         call(tiny_spec(tmp_path), callback=[])
+
+
+def test_a_reference_in_python_and_in_the_settings_is_refused_before_a_model_is_built(
+    tmp_path: Path,
+) -> None:
+    def never_called(policy: Any) -> Any:
+        raise AssertionError
+
+    spec = tiny_spec(tmp_path, reference={"kind": "int8"})
+    with pytest.raises(UserError, match="ref_model = 'never_called': the settings define the ref"):
+        check_code(spec, UserObjects(ref_model=never_called))
 
 
 def test_a_collator_in_python_and_in_the_settings_is_refused(tmp_path: Path) -> None:
