@@ -119,12 +119,12 @@ def of_trl(spec: RunSpec, folder: Path) -> list[Heard]:
     recording, tokenizer = Recording(), load_tokenizer(spec)
     build_policy(spec, tokenizer, torch.float32).save_pretrained(folder / "model")
     trainer = trl_trainer(
-        folder,
         AutoModelForCausalLM.from_pretrained(folder / "model"),
         tokenizer,
         TRAINED,
         eval_dataset=Dataset.from_list(HELD_OUT),
         callbacks=[recording],
+        output_dir=str(folder),
         per_device_train_batch_size=MICRO,
         per_device_eval_batch_size=MICRO,
         gradient_accumulation_steps=PAIRS // MICRO,

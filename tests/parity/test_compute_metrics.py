@@ -54,7 +54,9 @@ def test_logits_and_labels_are_those_of_trl(folder: Path, batched: bool) -> None
         "batch_eval_metrics": batched,
         "max_length": MAX_LENGTH,
     }
-    trainer = trl_trainer(folder / "trl", str(folder / "model"), tokenizer(), TRAIN, **settings)
+    trainer = trl_trainer(
+        str(folder / "model"), tokenizer(), TRAIN, output_dir=str(folder / "trl"), **settings
+    )
     trainer.compute_metrics = keeping(theirs)
     with pytest.warns(FutureWarning, match="return_outputs"):
         expected = trainer.evaluate(trainer.train_dataset.from_list(EVAL))

@@ -46,6 +46,7 @@ from support.loss_cases import (
 )
 from support.loss_parity import (
     Distances,
+    Start,
     Table,
     exactly,
     our_steps,
@@ -176,15 +177,15 @@ STEPS_TAKEN = [dpo for dpo in TRAINED for _ in range(STEPS)]
 
 def test_three_steps_are_trls(case: Case) -> None:
     """From the reference, which is where TRL begins."""
-    begun = {"policy": "reference", "rate": LR, "restart": STEPS}
+    start = Start("reference", LR, restart=STEPS)
     trl, exact = (
-        their_steps(case, STEPS_TAKEN, **begun),
-        our_steps(case, STEPS_TAKEN, "fp64", **begun),
+        their_steps(case, STEPS_TAKEN, start),
+        our_steps(case, STEPS_TAKEN, "fp64", start=start),
     )
     for i in range(0, len(trl), STEPS):
         assert trl[i + STEPS - 1].metrics["loss"] < 0.95 * trl[i].metrics["loss"]
     for attention in ("auto", "padded"):
-        actual = our_steps(case, STEPS_TAKEN, "fp32", attention=attention, **begun)
+        actual = our_steps(case, STEPS_TAKEN, "fp32", start=start, attention=attention)
         for step, sides in enumerate(zip(actual, trl, exact, strict=True)):
             for name in (*LOGGED, "learning_rate"):
                 ours, theirs, true = (side.metrics[name] for side in sides)

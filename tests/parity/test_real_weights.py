@@ -67,10 +67,10 @@ def test_three_steps_are_those_of_trl(tmp_path: Path, model: Path) -> None:
         map(json.loads, (ROOT / "configs/sample/train.jsonl").read_text().splitlines()[:PAIRS])
     )
     trainer = trl_trainer(
-        tmp_path / "trl",
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         AutoTokenizer.from_pretrained(model),
         pairs,
+        output_dir=str(tmp_path / "trl"),
         max_steps=STEPS,
         per_device_train_batch_size=PAIRS,
         learning_rate=LR,

@@ -136,11 +136,11 @@ def test_trl_tokens_are_those_its_trainer_trains_on(
         AutoModelForCausalLM.from_config(config) for _ in range(2)
     )  # nothing here runs them
     trainer = trl_trainer(
-        tmp_path,
         policy,
         tokenizer,
         LONG_CHATS,
         ref_model=reference,
+        output_dir=str(tmp_path),
         max_length=24,
         truncation_mode=truncation,
     )

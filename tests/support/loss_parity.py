@@ -113,11 +113,11 @@ class OneRowAStep(TrainerCallback):
 
 def their_trainer(case: Case, policy: str = "policy", **settings: Any) -> Any:
     return trl_trainer(
-        case.folder / "trl",
         case.loaded(policy),
         AutoTokenizer.from_pretrained(case.folder / "policy"),
         case.texts,
-        case.loaded("reference"),
+        ref_model=case.loaded("reference"),
+        output_dir=str(case.folder / "trl"),
         **{"loss_type": ["sigmoid"], "beta": BETA, "max_length": MAX_LENGTH, **settings},
     )
 
@@ -135,26 +135,35 @@ def set_in_theirs(trainer: Any, dpo: DpoSpec) -> None:
     trainer.use_weighting, trainer.args.discopop_tau = dpo.use_weighting, dpo.discopop_tau
 
 
+class Start(NamedTuple):
+    """The weights that training starts from, its learning rate, and the steps between restarts."""
+
+    policy: str = "policy"
+    rate: float = NO_RATE
+    restart: int = 0
+
+
+FROM_POLICY = Start()
+
+
 def their_steps(
     case: Case,
     table: list[DpoSpec],
-    policy: str = "policy",
-    rate: float = NO_RATE,
-    restart: int = 0,
+    start: Start = FROM_POLICY,
 ) -> list[Found]:
     trainer = their_trainer(
         case,
-        policy,
+        start.policy,
         per_device_train_batch_size=len(case.texts),
         max_steps=len(table),
-        learning_rate=rate,
+        learning_rate=start.rate,
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=NO_CLIPPING,
         use_weighting=True,  # so that its head makes what the rows with it need
         router_aux_loss_coef=table[0].router_aux_loss_coef,
     )
-    steps = OneRowAStep(table, partial(set_in_theirs, trainer), restart)
+    steps = OneRowAStep(table, partial(set_in_theirs, trainer), start.restart)
     trainer.add_callback(steps)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -173,16 +182,14 @@ def our_steps(
     table: list[DpoSpec],
     precision: Precision,
     kind: Kind = "plain",
-    policy: str = "policy",
-    rate: float = NO_RATE,
-    restart: int = 0,
+    start: Start = FROM_POLICY,
     attention: AttentionName = "auto",
 ) -> list[Found]:
     columns = {f"{kind}_column": kind} if kind in ("margin", "weight") else {}
     spec = tiny_spec(
         case.folder,
         run={"dir": tempfile.mkdtemp(dir=case.folder), "name": kind},
-        model={"init": None, "path": str(case.folder / policy), "attention": attention},
+        model={"init": None, "path": str(case.folder / start.policy), "attention": attention},
         data={
             "train": str(case.folder / "pairs.jsonl"),
             "eval": None,
@@ -192,7 +199,7 @@ def our_steps(
         dpo=table[0].model_dump(exclude_defaults=True),
         reference={"path": str(case.folder / "reference"), "cache": "off"},
         batch={"global_batch_size": PAIRS, "micro_batch_size": PAIRS},
-        optimizer={"name": "torch.optim.SGD", "lr": rate},
+        optimizer={"name": "torch.optim.SGD", "lr": start.rate},
         scheduler={"name": "constant"},
         training={
             "max_steps": len(table),
@@ -205,7 +212,7 @@ def our_steps(
     run_dir = RunDir(spec.run_dir)
     run_dir.begin(spec)
     trainer: Any = None
-    steps = OneRowAStep(table, lambda dpo: set_in_ours(trainer, dpo), restart)
+    steps = OneRowAStep(table, lambda dpo: set_in_ours(trainer, dpo), start.restart)
     with kept_signals():
         parts = assembled(
             RunContext(spec, ALONE, LocalSession(run_dir, 0), run_dir),

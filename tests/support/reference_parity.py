@@ -88,10 +88,10 @@ class Home(NamedTuple):
     def trl(self, model: Any, lr: float = LR, **settings: Any) -> Any:
         """A trainer of TRL, yet to be started."""
         return trl_trainer(
-            self.folder / "trl",
             model,
             self.tokenizer,
             self.rows,
+            output_dir=str(self.folder / "trl"),
             max_steps=STEPS,
             per_device_train_batch_size=PAIRS,
             learning_rate=lr,

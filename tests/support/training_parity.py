@@ -247,10 +247,10 @@ def trl_side(
     from transformers import AutoModelForCausalLM
 
     trainer = trl_trainer(
-        folder,
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
         tokenizer,
         rows,
+        output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=PAIRS,
         learning_rate=LR,

@@ -1,6 +1,5 @@
 """TRL's DPOTrainer on our rows, model and tokenizer: the other side of every parity test."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +16,10 @@ def need_trl() -> None:
 
 
 def trl_trainer(
-    folder: Path,
     model: Any,
     tokenizer: Any,
     rows: list[dict[str, Any]],
+    *,
     ref_model: Any = None,
     peft_config: Any = None,
     eval_dataset: Any = None,
@@ -28,8 +27,6 @@ def trl_trainer(
     **settings: Any,
 ) -> Any:
     """A DPOTrainer on the CPU in fp32 that logs every step and saves nothing.
-
-    `folder` is for what it writes.
 
     Without a ref_model TRL loads the folder or hub name that `model` was loaded from.
     """
@@ -39,7 +36,6 @@ def trl_trainer(
 
     config = DPOConfig(
         **{
-            "output_dir": str(folder),
             "use_cpu": True,
             "bf16": False,
             "gradient_checkpointing": False,

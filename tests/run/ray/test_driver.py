@@ -159,14 +159,14 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    ("ends", "placement", "held", "places", "workers"),
+    ("ends", "placement", "cluster", "workers"),
     [
-        ((2,), "PACK", 4, 2, 2),
-        ((2,), "STRICT_PACK", 4, 0, 2),  # Ray waits
-        ((1, 4), "PACK", 8, 8, 4),
-        ((1, 4), "PACK", 3, 3, 3),
-        ((1, 4), "SPREAD", 8, 2, 2),  # others hold the rest
-        ((1, 4), "STRICT_PACK", 3, 9, 3),
+        ((2,), "PACK", (4, 2), 2),
+        ((2,), "STRICT_PACK", (4, 0), 2),  # Ray waits
+        ((1, 4), "PACK", (8, 8), 4),
+        ((1, 4), "PACK", (3, 3), 3),
+        ((1, 4), "SPREAD", (8, 2), 2),  # others hold the rest
+        ((1, 4), "STRICT_PACK", (3, 9), 3),
     ],
 )
 def test_an_attempt_takes_the_workers_that_there_is_room_for(
@@ -175,10 +175,10 @@ def test_an_attempt_takes_the_workers_that_there_is_room_for(
     room: Callable[..., None],
     ends: tuple[int, ...],
     placement: str,
-    held: int,
-    places: int,
+    cluster: tuple[int, int],
     workers: int,
 ) -> None:
+    held, places = cluster  # places that the nodes have, and that are free
     room(places)
     monkeypatch.setattr(capacity, "wait_for_capacity", lambda *_: held)
     assert elastic.count_workers(elastic_spec(tmp_path, *ends, placement=placement), 0.0) == workers
