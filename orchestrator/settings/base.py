@@ -6,20 +6,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from orchestrator.settings.errors import UserError
 
-MOST = 10**12  # limit of every count; larger numbers would overflow in tensors
+# Limit of every count: larger numbers would overflow in tensors.
+MOST = 10**12
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 NonNegative = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[
-    int, Field(ge=0, le=2**63 - 1)
-]  # torch allows 64 bits, and each rank adds its rank
+# torch allows 64 bits, and each rank adds its rank
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 FREE: dict[str, Any] = {"resume": "free"}
 """Marks a field that may change on resume: it does not affect the results of the run."""
 
 
 class Block(BaseModel):
-    """Frozen group of settings without unknown keys; the docstring under a field is its
-    description.
-    """
+    """Frozen group of settings; the docstring under a field is its description."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -47,7 +45,7 @@ class UserCodeSpec(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _path_alone(cls, value: Any) -> Any:
+    def _wrap_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
 

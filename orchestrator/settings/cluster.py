@@ -66,7 +66,7 @@ class ClusterSpec(Block):
 
     @field_validator("num_workers", mode="before")
     @classmethod
-    def _one_or_two_numbers(cls, value: Any) -> Any:
+    def _check_range(cls, value: Any) -> Any:
         is_range = isinstance(value, list | tuple)
         ends = [
             int(end) if str(end).isdecimal() else 0 for end in (value if is_range else [value] * 2)

@@ -51,7 +51,7 @@ class SourceSpec(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _path_alone(cls, value: Any) -> Any:
+    def _wrap_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
 
@@ -137,29 +137,28 @@ class DataSpec(Block):
 
     @field_validator("chat_template", mode="before")
     @classmethod
-    def _template_is_read(cls, value: Any) -> Any:
+    def _read_template(cls, value: Any) -> Any:
         return jinja_template(value) if isinstance(value, str) else value
 
     @field_validator("train", mode="before")
     @classmethod
-    def _one_or_several_training_sets(cls, value: Any) -> Any:
+    def _wrap_training_set(cls, value: Any) -> Any:
         return value if isinstance(value, list | tuple) else [value]
 
     @field_validator("eval", mode="before")
     @classmethod
-    def _one_or_several_sets(cls, value: Any) -> Any:
+    def _name_sets(cls, value: Any) -> Any:
         if value is None:
             return {}
         if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
             return {"": value}
         if not value or not isinstance(value, dict):
             raise PydanticCustomError("sets", "must be one source, or {NAME: source}")
-        return {
-            str(name): source for name, source in value.items()
-        }  # YAML reads a bare 2024 as a number
+        # YAML reads a bare 2024 as a number
+        return {str(name): source for name, source in value.items()}
 
     @field_serializer("eval")
-    def _one_set_has_no_name(self, value: dict[str, SourceSpec]) -> Any:
+    def _unwrap_single_set(self, value: dict[str, SourceSpec]) -> Any:
         sets = {name: source.model_dump() for name, source in value.items()}
         return sets.get("", sets or None)
 

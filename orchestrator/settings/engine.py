@@ -23,6 +23,8 @@ class EngineTraits:
 
     own_settings: tuple[str, ...]
     """Settings of the block engine that only this engine uses."""
+    shards_weights: bool = False
+    """Can hold only a shard of each weight between forward passes (deepspeed: at stage 3)."""
     holds_16_bit_weights: bool = False
     """In a 16-bit precision it computes with weights of that type, not under autocast."""
     moves_weights: bool = False
@@ -33,18 +35,30 @@ class EngineTraits:
     """Accumulates gradients and updates weights in fp32, whatever the precision."""
     casts_sharded_reference: bool = False
     """In a 16-bit precision it stores the shards of a reference in that type."""
+    offloads_optimizer: bool = False
+    """Can keep the optimizer's state in host memory, and the weights on the device."""
+    has_buckets: bool = False
+    """Reduces gradients in buckets of engine.bucket_size elements."""
 
 
 ENGINE_TRAITS: dict[EngineKind, EngineTraits] = {
-    "ddp": EngineTraits(("shard_optimizer",), keeps_parameters_whole=True),
+    "ddp": EngineTraits(("shard_optimizer",), keeps_parameters_whole=True, has_buckets=True),
     "deepspeed": EngineTraits(
         ("zero_stage", "deepspeed_config", "overlap_comm"),
+        shards_weights=True,
         holds_16_bit_weights=True,
         moves_weights=True,
         updates_in_fp32=True,
         casts_sharded_reference=True,
+        offloads_optimizer=True,
+        has_buckets=True,
     ),
-    "fsdp": EngineTraits(("reshard_after_forward",), holds_16_bit_weights=True, moves_weights=True),
+    "fsdp": EngineTraits(
+        ("reshard_after_forward",),
+        shards_weights=True,
+        holds_16_bit_weights=True,
+        moves_weights=True,
+    ),
 }
 
 
@@ -87,7 +101,7 @@ class EngineSpec(Block):
 
     @field_validator("deepspeed_config", mode="before")
     @classmethod
-    def _file_is_read(cls, value: Any) -> Any:
+    def _read_file(cls, value: Any) -> Any:
         return deepspeed_json(value) if isinstance(value, str) else value
 
     @property
@@ -107,7 +121,7 @@ class EngineSpec(Block):
     @property
     def shards_weights(self) -> bool:
         """Return whether a rank holds only a shard of each weight between forward passes."""
-        return self.kind == "fsdp" or (self.kind == "deepspeed" and self.stage == 3)
+        return self.traits.shards_weights and (self.kind != "deepspeed" or self.stage == 3)
 
     @property
     def deals_parameters(self) -> bool:
@@ -116,8 +130,10 @@ class EngineSpec(Block):
 
     @property
     def label(self) -> str:
-        """Return the engine's name in printed lines; empty for ddp, the default."""
-        return {"ddp": "", "fsdp": "fsdp", "deepspeed": f"ZeRO-{self.stage}"}[self.kind]
+        """Return the engine's name in printed lines: ZeRO-2, fsdp; empty for ddp, the default."""
+        if self.kind == "deepspeed":
+            return f"ZeRO-{self.stage}"
+        return "" if self.kind == "ddp" else self.kind
 
     @property
     def name_and_stage(self) -> str:
@@ -133,8 +149,8 @@ class EngineSpec(Block):
                     rule = f"is not used by engine.kind {self.kind}"
                     cure = f"set engine.kind={owner}, or remove it"
                     raise UserError(f"engine.{name}", value, rule, cure)
-        if self.kind == "fsdp" and self.bucket_size is not None:
-            rule = "is not used by engine.kind fsdp, which reduces gradients layer by layer"
+        if self.bucket_size is not None and not self.traits.has_buckets:
+            rule = f"is not used by engine.kind {self.kind}, which reduces gradients layer by layer"
             raise UserError("engine.bucket_size", self.bucket_size, rule, "remove it")
         _check_offload(self)
 
@@ -157,11 +173,12 @@ class EngineSpec(Block):
 
 def _check_offload(engine: EngineSpec) -> None:
     key, offload, kind = "engine.offload", engine.offload, engine.kind
-    if offload == "optimizer" and kind == "fsdp":
-        rule = "under fsdp the state is stored with the weights"
-        raise UserError(key, offload, rule, "set engine.offload=parameters")
-    if offload == "optimizer" and kind == "ddp":
-        raise UserError(key, offload, "ddp does not support offload", "set engine.kind=deepspeed")
+    if offload == "optimizer" and not engine.traits.offloads_optimizer:
+        rule, cure = f"{kind} does not support offload", "set engine.kind=deepspeed"
+        if engine.shards_weights:
+            rule = f"under {kind} the state is stored with the weights"
+            cure = "set engine.offload=parameters"
+        raise UserError(key, offload, rule, cure)
     if offload == "parameters" and not engine.shards_weights:
         rule = f"{engine.name_and_stage} keeps the whole weights on every rank's device"
         cure = "set engine.kind=fsdp, or engine.kind=deepspeed and engine.zero_stage=3"

@@ -10,9 +10,8 @@ class UserError(Exception):
     """
 
     def __init__(self, key: str, value: object, rule: str, cure: str) -> None:
-        super().__init__(
-            key, value, rule, cure
-        )  # all four in args: errors are pickled between processes
+        # all four are args, because errors are pickled between processes
+        super().__init__(key, value, rule, cure)
         self.key, self.value, self.rule, self.cure = key, value, rule, cure
 
     def __str__(self) -> str:

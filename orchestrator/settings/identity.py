@@ -24,7 +24,7 @@ class IdentitySpec(Block):
 
     @field_validator("name")
     @classmethod
-    def _names_a_folder(cls, value: str) -> str:
+    def _check_folder_name(cls, value: str) -> str:
         if not re.fullmatch(
             r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value
         ):  # excludes .., .cache and flags

@@ -145,16 +145,15 @@ class DpoSpec(Block):
 
     @field_validator("loss_type", mode="before")
     @classmethod
-    def _one_or_several_losses(cls, value: Any) -> Any:
+    def _check_names(cls, value: Any) -> Any:
         names = list(value) if isinstance(value, list | tuple) else [value]
         own = [name for name in names if isinstance(name, str) and ":" in name]
         if not names or any(name not in (*get_args(LossType), *own) for name in names):
             raise PydanticKnownError(
                 "literal_error", {"expected": ", ".join(map(repr, get_args(LossType)))}
             )
-        return (
-            names[0] if len(names) == 1 else names
-        )  # a list of one equals its entry, also on resume
+        # a list of one equals its entry, also on resume
+        return names[0] if len(names) == 1 else names
 
     @property
     def loss_types(self) -> list[str]:

@@ -118,17 +118,24 @@ class ModelSpec(Block):
             self.lora.check()
 
     def check_precision(self, precision: Precision) -> None:
-        """Check that the precision suits the base of an adapter and the attention kernel.
+        """Check that the base of an adapter is not rounded for a more exact precision.
+
+        Raises:
+            UserError: it is.
+        """
+        base = self.lora.base if self.lora else None
+        if base is not None and PRECISION_TRAITS[precision].weights == "fp64":
+            rule = "precision fp64 would compute with weights rounded to this type"
+            raise UserError("model.lora.base", base, rule, "remove it, or set precision=fp32")
+
+    def check_attention(self, precision: Precision) -> None:
+        """Check that the attention kernel supports the precision.
 
         Raises:
             UserError: it does not.
         """
-        base = self.lora.base if self.lora else None
-        traits = PRECISION_TRAITS[precision]
-        if base is not None and traits.weights == "fp64":
-            rule = "precision fp64 would compute with weights rounded to this type"
-            raise UserError("model.lora.base", base, rule, "remove it, or set precision=fp32")
-        if self.attention == "varlen" and precision != "auto" and not traits.is_16_bit:
+        is_16_bit = precision == "auto" or PRECISION_TRAITS[precision].is_16_bit
+        if self.attention == "varlen" and not is_16_bit:
             rule = f"needs a GPU from Ampere on and precision bf16 or fp16, not {precision}"
             cure = "set precision=bf16, or model.attention=auto"
             raise UserError("model.attention", self.attention, rule, cure)

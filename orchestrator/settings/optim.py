@@ -144,7 +144,7 @@ class OptimizerSpec(Block):
         if ":" in self.name:
             check_user_code("optimizer.name", self.name)
         else:
-            _check_known(self.name)
+            _check_known_optimizer(self.name)
         for key in {"lr", "weight_decay"} & self.kwargs.keys():
             rule, cure = "has its own setting", f"set optimizer.{key} instead"
             raise UserError(f"optimizer.kwargs.{key}", self.kwargs[key], rule, cure)
@@ -202,7 +202,7 @@ def optimizer_kind(name: str) -> OptimizerKind:
     return "whole" if module in OPTIMIZERS else "unknown"
 
 
-def _check_known(name: str) -> None:
+def _check_known_optimizer(name: str) -> None:
     module, _, last = name.rpartition(".")
     if last in OPTIMIZERS.get(module, ()) or name in USELESS_OPTIMIZERS:
         return
@@ -236,9 +236,8 @@ def check_optimizer(key: str, name: str, engine: EngineSpec) -> None:
         raise UserError(key, name, rule, f"{cure}, or use deepspeed.ops.adam.FusedAdam")
     if last == "FusedAdam" and engine.offload != "none":
         rule = f"updates weights on the GPU, but engine.offload is {engine.offload}"
-        raise UserError(
-            key, name, rule, "use deepspeed.ops.adam.DeepSpeedCPUAdam or torch.optim.AdamW"
-        )
+        cure = "use deepspeed.ops.adam.DeepSpeedCPUAdam or torch.optim.AdamW"
+        raise UserError(key, name, rule, cure)
 
 
 def _check_shards(key: str, name: str, engine: EngineSpec) -> None:
@@ -250,7 +249,8 @@ def _check_shards(key: str, name: str, engine: EngineSpec) -> None:
         cure = "set engine.kind=ddp and engine.shard_optimizer=false"
         raise UserError(key, name, rule, cure)
     if kind == "whole" and not is_whole:
-        rule = "works on whole matrices, and under fsdp a rank holds only some rows of each"
+        rule = f"works on whole matrices, and under {engine.kind} a rank holds only some rows of "
+        rule += "each"
         if name.startswith("bitsandbytes."):
             rule = f"keeps its state in 8-bit blocks or pages, which the shards of {engine.kind} "
             rule += "would split"
@@ -284,8 +284,6 @@ def _check_warmup(scheduler: SchedulerSpec) -> None:
         raise UserError("scheduler.warmup_ratio", ratio, rule, "remove one of the two")
     key, value = ("warmup_steps", steps) if ratio is None else ("warmup_ratio", ratio)
     if value and scheduler.name.startswith("torch.optim.lr_scheduler."):
-        rule, cure = (
-            f"is not used by {scheduler.name}",
-            "remove it, or use linear, cosine or constant",
-        )
+        rule = f"is not used by {scheduler.name}"
+        cure = "remove it, or use linear, cosine or constant"
         raise UserError(f"scheduler.{key}", value, rule, cure)

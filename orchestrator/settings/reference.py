@@ -97,7 +97,7 @@ class ReferenceSpec(Block):
 
     @field_validator("cache", mode="before")
     @classmethod
-    def _off_is_no_boolean(cls, value: Any) -> Any:
+    def _accept_off(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare off as False
 
     def check(self) -> None:

@@ -118,8 +118,9 @@ class RunSpec(Block):
 
     def _check_models(self) -> None:
         """Check losses, engine and reference against what they work on."""
-        if self.data.collator is None:
-            self.model.check_precision(self.precision)
+        self.model.check_precision(self.precision)
+        if self.data.collator is None:  # its rows are padded
+            self.model.check_attention(self.precision)
         self.dpo.check_model_and_data(self.model, self.data)
         self.engine.check_model(self.model, self.precision)
         self.reference.check_model(self.model, self.precision)

@@ -41,7 +41,7 @@ class SlurmSpec(Block):
 
     @field_validator("time", mode="before")
     @classmethod
-    def _seconds_are_a_time(cls, value: Any) -> Any:
+    def _format_seconds(cls, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
         if value is not None and not re.fullmatch(

@@ -407,6 +407,15 @@ from support.tiny_settings import refused, tiny_spec
             ["= 2", "in 16 bits, as precision=auto may choose, loses", "precision=fp32"],
         ),
         (
+            {
+                "model": {"lora": {"base": "bf16"}},
+                "data": {"collator": "my_code:collate"},
+                "precision": "fp64",
+            },
+            "model.lora.base",
+            ["= 'bf16'", "precision fp64 would compute with weights rounded to this type"],
+        ),
+        (
             {"model": {"attention": "varlen"}, "precision": "tf32"},
             "model.attention",
             ["= 'varlen'", "precision bf16 or fp16, not tf32", "precision=bf16", "attention=auto"],
