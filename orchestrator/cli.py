@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepared.
     """
     if argv is not None:
-        return _run(argv)
+        return _run_verb(argv)
     words = sys.argv[1:]
     terminal.prepare(keeps_going=words[:1] in (["train"], ["debug"]))
-    code = _run(words)
+    code = _run_verb(words)
     try:
         terminal.flush()
     except OSError as error:  # a full disk
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(words: Sequence[str]) -> int:
+def _run_verb(words: Sequence[str]) -> int:
     try:
         args = parse(words)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -246,9 +246,9 @@ def doctor(args: argparse.Namespace) -> int:
     """Check every node that would train."""
     spec = _spec(args) if args.settings else None
     from orchestrator.run.checks.report import refusal, table
-    from orchestrator.run.ray.node_checks import check_cluster
+    from orchestrator.run.ray.node_checks import check_all_nodes
 
-    checks = check_cluster(spec)
+    checks = check_all_nodes(spec)
     print(table(checks))
     return WRONG if refusal(checks) else DONE
 

@@ -228,7 +228,7 @@ def as_lines(findings: Findings, top: int, texts: Mapping[int, RawRow]) -> Itera
         yield f"\nnever learned: {len(findings.never_learned)} pairs, the lowest margin first"
     for index in findings.never_learned[:top]:
         yield f"{_name(pairs, index, texts)}: {_margins(pairs, index)}"
-        yield from _texts(pairs, index, texts)
+        yield from _pair_texts(pairs, index, texts)
     if number := len(findings.mislabelled):
         both = "whose rejected completion both models prefer"
         yield f"\nlook mislabelled: {number} pairs {both}, in nats per token"
@@ -236,7 +236,7 @@ def as_lines(findings: Findings, top: int, texts: Mapping[int, RawRow]) -> Itera
         reference, policy = -pairs.ref_preferred[index], -pairs.preferred[index]
         by = f"reference by {reference:.3f}, policy by {policy:.3f}"
         yield f"{_name(pairs, index, texts)}: {by}; {_margins(pairs, index)}"
-        yield from _texts(pairs, index, texts)
+        yield from _pair_texts(pairs, index, texts)
 
 
 def _length_lines(findings: Findings) -> Iterator[str]:
@@ -264,7 +264,7 @@ def _margins(pairs: Histories, index: int) -> str:
     return f"{margin} after {visits} visits, {first:+.3f} at first, {trend:+.3f} per visit"
 
 
-def _texts(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
+def _pair_texts(pairs: Histories, index: int, texts: Mapping[int, RawRow]) -> Iterator[str]:
     if (raw := texts.get(int(pairs.pair_id[index]))) is not None:
         for side in SIDES:
             yield f"  {side:<8}  {in_one_line(_message_text(raw.row[side]))}"

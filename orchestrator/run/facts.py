@@ -60,7 +60,7 @@ def run_facts(spec: RunSpec, outlook: Outlook) -> dict[str, Any]:
         facts |= {"train_sets": sets, "rows_per_epoch": per_epoch}
     if outlook.per_epoch not in (None, per_epoch):
         per_epoch = facts["pairs_per_epoch"] = outlook.per_epoch
-    length = _length(spec, per_epoch) if per_epoch else {}
+    length = _length_facts(spec, per_epoch) if per_epoch else {}
     known = Known(
         length.get("steps"), per_epoch, length.get("epochs"), outlook.positions, outlook.gpus
     )
@@ -84,7 +84,7 @@ def _batches(spec: RunSpec) -> dict[str, Any]:
     return facts | {name: each if is_elastic else each[0] for name, each in by_ranks.items()}
 
 
-def _length(spec: RunSpec, per_epoch: int) -> dict[str, Any]:
+def _length_facts(spec: RunSpec, per_epoch: int) -> dict[str, Any]:
     """Return the length of a run with so many pairs per epoch.
 
     It includes the numbers of evaluations and checkpoints.

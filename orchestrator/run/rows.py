@@ -37,7 +37,7 @@ def as_json(spec: RunSpec, count: int) -> dict[str, Any]:
     Raises:
         UserError: the data or the tokenizer are wrong.
     """
-    tokenizer = _tokenizer(spec)
+    tokenizer = _quiet_tokenizer(spec)
     shown = [json_row(row) for row in shown_rows(spec.data, tokenizer, count)]
     train, held_out = _pairs_of_sets(spec, tokenizer)
     sets = dict(_lengths_of_sets([train, *held_out.values()], spec.data))
@@ -46,7 +46,7 @@ def as_json(spec: RunSpec, count: int) -> dict[str, Any]:
 
 def as_lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
     """Yield the same facts as lines for a terminal, as soon as they are known."""
-    tokenizer = _tokenizer(spec)
+    tokenizer = _quiet_tokenizer(spec)
     yield LEGEND
     if spec.data.collator:
         yield f"data.collator {spec.data.collator.path} may lay them out differently"
@@ -62,7 +62,7 @@ def as_lines(spec: RunSpec, count: int, colour: bool) -> Iterator[str]:
         yield line
 
 
-def _tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
+def _quiet_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     from transformers import logging
 
     logging.set_verbosity_error()
@@ -141,7 +141,7 @@ def shown_rows(
             start = stop - len(sequence.ids)
             pieces = ids[:start], ids[start:prompt], ids[max(start, prompt) : stop], ids[stop:]
             sides.append(ShownSide(*_parts(tokenizer, pieces), scored=len(sequence.labels)))
-        yield ShownRow(place, None, _text(tokenizer, left_out), *sides)
+        yield ShownRow(place, None, _decoded(tokenizer, left_out), *sides)
 
 
 def json_row(shown: ShownRow) -> dict[str, Any]:
@@ -163,13 +163,13 @@ def _parts(tokenizer: "PreTrainedTokenizerBase", pieces: tuple[list[int], ...]) 
     before = ""
     for piece in pieces:
         ids = ids + piece
-        so_far = _text(tokenizer, ids)
-        text = so_far[len(before) :] if so_far.startswith(before) else _text(tokenizer, piece)
+        so_far = _decoded(tokenizer, ids)
+        text = so_far[len(before) :] if so_far.startswith(before) else _decoded(tokenizer, piece)
         yield Part(piece, text if piece else "")
         before = so_far
 
 
-def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+def _decoded(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 

@@ -94,7 +94,7 @@ def replay(
     """
     if is_one_of_many():
         raise UserError("--replay-step", step, "runs in one process", "start it without torchrun")
-    spec = _settings_of(run_dir, overrides)
+    spec = _run_settings(run_dir, overrides)
     _check_reached(run_dir, spec, step)
     with joined(spec, post_mortem) as world, debugger(world, post_mortem):
         prepared = prepare(spec, user)
@@ -210,7 +210,7 @@ def replay_lines(replayed: ReplayResult) -> Iterator[str]:
 # --- the run that is read -------------------------------------------------------------------------
 
 
-def _settings_of(run_dir: RunDir, overrides: Sequence[str]) -> RunSpec:
+def _run_settings(run_dir: RunDir, overrides: Sequence[str]) -> RunSpec:
     """Return the run's settings with overrides of those that may change on resume.
 
     Raises:

@@ -52,7 +52,7 @@ def entered(spec: RunSpec | None) -> Iterator[None]:
     authenticate(spec)
     # else Ray warns that its default will change
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    check_head()
+    check_ray_address()
     # Ray starts workers at nice 15: beside two busy processes on two cores ranks got 3 % of a core
     os.environ.setdefault("RAY_worker_niceness", "0")
     use_train_v2()
@@ -179,7 +179,7 @@ def _token_file() -> Path:
     return token
 
 
-def check_head() -> None:
+def check_ray_address() -> None:
     """Check that something listens at RAY_ADDRESS: Ray would try for minutes.
 
     Raises:

@@ -16,7 +16,7 @@ from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
 
 
-def check_cluster(spec: RunSpec | None) -> list[Check]:
+def check_all_nodes(spec: RunSpec | None) -> list[Check]:
     """Check this machine and, if RAY_ADDRESS names a cluster, every node that could train.
 
     Raises:

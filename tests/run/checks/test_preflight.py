@@ -391,7 +391,7 @@ def test_an_address_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
             UserError,
             match=r"RAY_ADDRESS = .*: no Ray answers there \(Connection refused\); start the",
         ):
-            node_checks.check_cluster(None)
+            node_checks.check_all_nodes(None)
 
 
 # --- the verb -------------------------------------------------------------------------------------

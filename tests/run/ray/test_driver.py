@@ -14,7 +14,7 @@ import pytest
 from transformers import TrainerCallback
 
 from orchestrator.run.ray import capacity, driver, elastic
-from orchestrator.run.ray.cluster import check_head
+from orchestrator.run.ray.cluster import check_ray_address
 from orchestrator.run.ray.objects import pickled_objects, unpickled_objects
 from orchestrator.settings.errors import RunDied, UserError
 from orchestrator.training.rundir import RunDir
@@ -126,7 +126,7 @@ def test_the_address_of_a_job_server_is_not_that_of_a_cluster(
         UserError,
         match=r"is the address of a job server, .* orchestrator submit --to ray --address",
     ):
-        check_head()
+        check_ray_address()
 
 
 # --- elastic runs ---------------------------------------------------------------------------------
