@@ -71,6 +71,13 @@ def _types_in(annotation: Any) -> Iterator[type]:
         yield from _types_in(part)
 
 
+def _default_of(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    return "not set" if default is None else repr(default)
+
+
 def described(name: str) -> list[str]:
     """Return lines with default and description of a setting or of all settings of a block; name ""
     means all.
@@ -83,13 +90,5 @@ def described(name: str) -> list[str]:
         if block_of(field) and not _is_container(field):
             lines += ["", f"{dotted}: {text}"]
         else:
-            default = field.get_default(call_default_factory=True)
-            shown = (
-                "required"
-                if field.is_required()
-                else "not set"
-                if default is None
-                else repr(default)
-            )
-            lines.append(f"  {dotted} ({shown})  {text}")
+            lines.append(f"  {dotted} ({_default_of(field)})  {text}")
     return lines[1:] if lines and not lines[0] else lines

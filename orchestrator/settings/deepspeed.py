@@ -9,7 +9,7 @@ from orchestrator.settings.cluster import ClusterSpec
 from orchestrator.settings.deepspeed_keys import BLOCKS, FEATURES, GONE, REMOVE, ZERO_KEYS
 from orchestrator.settings.engine import EngineSpec
 from orchestrator.settings.optim import OptimizerSpec, SchedulerSpec
-from orchestrator.settings.precision import Precision
+from orchestrator.settings.precision import PRECISION_TRAITS, Precision
 from orchestrator.settings.training import TrainingSpec
 
 AUTO = "auto"  # value in the file for what the settings, or DeepSpeed, decide
@@ -72,9 +72,7 @@ SCHEDULES = {
 
 
 def contradictions(spec: ComparedSettings) -> Iterator[Contradiction]:
-    """Yield every key of engine.deepspeed_config that contradicts the settings or is not
-    supported.
-    """
+    """Yield each key of engine.deepspeed_config that contradicts the settings or is unsupported."""
     file = spec.engine.deepspeed_config
     if not file:
         return
@@ -82,17 +80,9 @@ def contradictions(spec: ComparedSettings) -> Iterator[Contradiction]:
         if not isinstance(file.get(block, {}), dict) and file[block] != AUTO:
             yield Contradiction(block, file[block], "must be a block of keys", REMOVE)
             return
-    for look in (
-        _features,
-        _stage,
-        _offload,
-        _sizes,
-        _precision,
-        _loss_scale,
-        _optimizer,
-        _schedule,
-    ):
-        yield from look(file, spec)
+    yield from _features(file)
+    for compare in (_stage, _offload, _sizes, _precision, _loss_scale, _optimizer, _schedule):
+        yield from compare(file, spec)
 
 
 def _value_at(file: dict[str, Any], path: str) -> Any:
@@ -114,15 +104,14 @@ def _is_off(value: Any) -> bool:
     return value == AUTO or not value
 
 
-def _features(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
+def _features(file: dict[str, Any]) -> Iterator[Contradiction]:
     for path in GONE:
         if (value := _value_at(file, path)) is not None:
             yield Contradiction(path, value, "is no longer supported by DeepSpeed", REMOVE)
     for path, feature in FEATURES.items():
         value = _value_at(file, path)
-        if value is not None and not (
-            value in feature.may_be if feature.may_be else _is_off(value)
-        ):
+        has_no_effect = value in feature.may_be if feature.may_be else _is_off(value)
+        if value is not None and not has_no_effect:
             yield Contradiction(path, value, feature.why, feature.cure)
     for name, value in _block(file, "zero_optimization").items():
         if name not in ZERO_KEYS and value != AUTO:
@@ -135,64 +124,49 @@ def _stage(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradicti
     path = "zero_optimization.stage"
     stage = _value_at(file, path)
     if stage == 0:
-        yield Contradiction(
-            path, stage, "shards nothing", "set engine.kind=ddp, or stage 1, 2 or 3 in the file"
-        )
+        cure = "set engine.kind=ddp, or stage 1, 2 or 3 in the file"
+        yield Contradiction(path, stage, "shards nothing", cure)
     elif stage not in (None, 1, 2, 3):
         yield Contradiction(path, stage, "is not a ZeRO stage", "set 1, 2 or 3 in the file")
     elif stage not in (None, spec.engine.stage):
-        yield Contradiction(
-            path, stage, f"contradicts engine.zero_stage = {spec.engine.zero_stage}", AGREE
-        )
+        rule = f"contradicts engine.zero_stage = {spec.engine.zero_stage}"
+        yield Contradiction(path, stage, rule, AGREE)
 
 
 def _offload(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     offload = spec.engine.offload
     ours = {"offload_optimizer": offload != "none", "offload_param": offload == "parameters"}
     devices = {name: _value_at(file, f"zero_optimization.{name}.device") for name in ours}
-    to_host = {
-        name: ours[name] if device is None else device != "none" for name, device in devices.items()
-    }
-    meant = (
-        "parameters"
-        if to_host["offload_param"]
-        else "optimizer"
-        if to_host["offload_optimizer"]
-        else "none"
-    )
-    cure = (
-        f'set engine.offload={meant}, or "auto" in the file'
-        if meant != offload
-        else 'set "cpu" in the file'
-    )
+    to_host = dict(ours)
+    to_host |= {name: device != "none" for name, device in devices.items() if device is not None}
+    meant = "optimizer" if to_host["offload_optimizer"] else "none"
+    meant = "parameters" if to_host["offload_param"] else meant
+    cure = f'set engine.offload={meant}, or "auto" in the file'
+    if meant == offload:
+        cure = 'set "cpu" in the file'
     for name, device in devices.items():
         path = f"zero_optimization.{name}.device"
         if device == "nvme":
             rule = "is not supported: checkpoints are written from memory"
             yield Contradiction(path, device, rule, 'set "cpu" in the file, and engine.offload')
         elif device not in (None, "none", "cpu"):
-            yield Contradiction(
-                path,
-                device,
-                "is not a device that DeepSpeed knows",
-                'set "cpu" or "none" in the file',
-            )
+            rule = "is not a device that DeepSpeed knows"
+            yield Contradiction(path, device, rule, 'set "cpu" or "none" in the file')
         elif to_host[name] != ours[name]:
             yield Contradiction(path, device, f"contradicts engine.offload = {offload}", cure)
 
 
 def _sizes(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     """Compare the numbers and switches that both the file and the settings have."""
-    batch, engine, norm = spec.batch, spec.engine, spec.training.max_grad_norm
-    tokens, pairs = "batch.max_tokens_per_microbatch", batch.micro_batch_size
+    batch, engine = spec.batch, spec.engine
+    tokens = "batch.max_tokens_per_microbatch"
+    micro_batch: tuple[str, Any] = ("batch.micro_batch_size", batch.micro_batch_size)
+    if not batch.micro_batch_size:
+        micro_batch = (tokens, batch.max_tokens_per_microbatch)
     sides: dict[str, tuple[str, Any]] = {
-        "gradient_clipping": ("training.max_grad_norm", norm),
+        "gradient_clipping": ("training.max_grad_norm", spec.training.max_grad_norm),
         "train_batch_size": ("batch.global_batch_size", batch.global_batch_size),
-        "train_micro_batch_size_per_gpu": (
-            ("batch.micro_batch_size", pairs)
-            if pairs
-            else (tokens, batch.max_tokens_per_microbatch)
-        ),
+        "train_micro_batch_size_per_gpu": micro_batch,
     }
     if engine.bucket_size is not None:
         sides["zero_optimization.reduce_bucket_size"] = ("engine.bucket_size", engine.bucket_size)
@@ -200,12 +174,10 @@ def _sizes(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradicti
         sides["zero_optimization.overlap_comm"] = ("engine.overlap_comm", engine.overlap_comm)
     for path, (key, ours) in sides.items():
         in_file = _value_at(file, path)
-        if in_file is not None and (
-            in_file != (ours or 0) or key == tokens
-        ):  # DeepSpeed's 0: no clipping
-            yield Contradiction(
-                path, in_file, f"contradicts {key} = {'null' if ours is None else ours}", AGREE
-            )
+        differs = in_file != (ours or 0) or key == tokens  # DeepSpeed's 0: no clipping
+        if in_file is not None and differs:
+            rule = f"contradicts {key} = {'null' if ours is None else ours}"
+            yield Contradiction(path, in_file, rule, AGREE)
     yield from _accumulation(file, spec)
 
 
@@ -220,9 +192,8 @@ def _accumulation(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Cont
     elif in_file != ours:
         rule = (
             f"{cluster.max_workers} ranks with micro-batches of {spec.batch.micro_batch_size} "
-            f"need {ours} for "
+            f"need {ours} for batch.global_batch_size = {spec.batch.global_batch_size}"
         )
-        rule += f"batch.global_batch_size = {spec.batch.global_batch_size}"
         yield Contradiction(path, in_file, rule, f'set "auto" or {ours} in the file')
 
 
@@ -230,70 +201,48 @@ def _precision(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contrad
     switches = {name: _value_at(file, f"{name}.enabled") for name in ("bf16", "fp16")}
     on = [name for name, enabled in switches.items() if enabled]
     off = [name for name, enabled in switches.items() if enabled is False]
-    rule = f"contradicts precision = {spec.precision}"
+    rule, auto = f"contradicts precision = {spec.precision}", 'or "auto" in the file'
     if len(on) == 2:
-        yield Contradiction(
-            "fp16.enabled",
-            switches["fp16"],
-            "bf16.enabled is also true",
-            "enable only one of the two",
-        )
+        also, cure = "bf16.enabled is also true", "enable only one of the two"
+        yield Contradiction("fp16.enabled", switches["fp16"], also, cure)
     elif on and on[0] != spec.precision:
-        yield Contradiction(
-            f"{on[0]}.enabled",
-            switches[on[0]],
-            rule,
-            f'set precision={on[0]}, or "auto" in the file',
-        )
+        cure = f"set precision={on[0]}, {auto}"
+        yield Contradiction(f"{on[0]}.enabled", switches[on[0]], rule, cure)
     elif spec.precision in off:
-        yield Contradiction(
-            f"{spec.precision}.enabled", False, rule, 'set another precision, or "auto" in the file'
-        )
+        cure = f"set another precision, {auto}"
+        yield Contradiction(f"{spec.precision}.enabled", False, rule, cure)
     elif len(off) == 2 and spec.precision not in ("fp32", "tf32"):
         rule += ": with fp16.enabled = false it means fp32"
-        yield Contradiction(
-            "bf16.enabled", False, rule, 'set precision=fp32, or "auto" in the file'
-        )
-    sent = _value_at(file, "communication_data_type")
-    if sent not in (None, "fp32") and spec.precision not in ("bf16", "fp16"):
+        yield Contradiction("bf16.enabled", False, rule, f"set precision=fp32, {auto}")
+    path = "communication_data_type"
+    sent = _value_at(file, path)
+    if sent not in (None, "fp32") and not PRECISION_TRAITS[spec.precision].is_16_bit:
         rule = f"would send gradients in {sent}, but precision is {spec.precision}"
-        yield Contradiction(
-            "communication_data_type", sent, rule, f"set precision=bf16, or {REMOVE}"
-        )
+        yield Contradiction(path, sent, rule, f"set precision=bf16, or {REMOVE}")
 
 
 def _loss_scale(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
-    if spec.precision != "fp16":
+    if not PRECISION_TRAITS[spec.precision].scales_loss:
         return
+    rule = (
+        "all engines use the same loss scale: it starts at 65536, halves at each overflow and "
+        "doubles after 2000 steps without one"
+    )
     for name, may_be in LOSS_SCALE.items():
         value = _value_at(file, f"fp16.{name}")
         if value is not None and value not in may_be:
-            rule = (
-                "all engines use the same loss scale: it starts at 65536, halves at each "
-                "overflow and doubles "
-            )
-            yield Contradiction(
-                f"fp16.{name}", value, rule + "after 2000 steps without one", REMOVE
-            )
+            yield Contradiction(f"fp16.{name}", value, rule, REMOVE)
 
 
 def _optimizer(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     ours, kind = spec.optimizer, _value_at(file, "optimizer.type")
     params: dict[str, Any] = dict(_block(file, "optimizer.params"))
     params.pop("torch_adam", None)  # selects the implementation, which optimizer.name decides
-    decays_weights = (
-        params.pop("adam_w_mode", True) is not False
-    )  # DeepSpeed's Adam is AdamW by default
-    last = ours.name.replace(":", ".").rpartition(".")[2]
-    last = DEEPSPEEDS_OWN.get(last, last)
-    if kind is not None:
-        same = {"adam": "adamw" if decays_weights else "adam", "adamw": "adamw"}
-        meant, has = str(kind).lower(), last.lower()
-        is_adam = not ours.weight_decay and {meant, has} <= same.keys()  # the same without decay
-        if same.get(meant, meant) != has and not is_adam:
-            yield Contradiction(
-                "optimizer.type", kind, f"contradicts optimizer.name = {ours.name}", AGREE
-            )
+    # DeepSpeed's Adam is AdamW by default
+    decays_weights = params.pop("adam_w_mode", True) is not False
+    if kind is not None and not _is_optimizer(str(kind).lower(), ours, decays_weights):
+        rule = f"contradicts optimizer.name = {ours.name}"
+        yield Contradiction("optimizer.type", kind, rule, AGREE)
     for name, in_file in params.items():
         own = name in ("lr", "weight_decay")
         value = getattr(ours, name) if own else ours.kwargs.get(name, OPTIMIZER_DEFAULTS.get(name))
@@ -304,21 +253,30 @@ def _optimizer(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contrad
             yield Contradiction(f"optimizer.params.{name}", in_file, rule, AGREE)
 
 
+def _is_optimizer(kind: str, ours: OptimizerSpec, decays_weights: bool) -> bool:
+    """Return whether a type of DeepSpeed's is the optimizer of the settings.
+
+    decays_weights: whether DeepSpeed's Adam is AdamW.
+    """
+    last = ours.name.replace(":", ".").rpartition(".")[2]
+    name = DEEPSPEEDS_OWN.get(last, last).lower()
+    same = {"adam": "adamw" if decays_weights else "adam", "adamw": "adamw"}
+    if not ours.weight_decay and {kind, name} <= same.keys():  # the same without decay
+        return True
+    return same.get(kind, kind) == name
+
+
 def _schedule(file: dict[str, Any], spec: ComparedSettings) -> Iterator[Contradiction]:
     kind, name = _value_at(file, "scheduler.type"), spec.scheduler.name
+    rule = "the settings define the schedule"
+    cure = (
+        'set "auto" in the file, and set scheduler.warmup_steps, scheduler.kwargs or optimizer.lr'
+    )
     for param, value in _block(file, "scheduler.params").items():
         if value not in (AUTO, None):
-            cure = (
-                'set "auto" in the file, and set scheduler.warmup_steps, '
-                "scheduler.kwargs or optimizer.lr"
-            )
-            yield Contradiction(
-                f"scheduler.params.{param}", value, "the settings define the schedule", cure
-            )
+            yield Contradiction(f"scheduler.params.{param}", value, rule, cure)
     same = SCHEDULES.get(str(kind), ())
     if kind is not None and name not in same:
         cure = f"set scheduler.name={same[0]}, or " if same else ""
-        rule = f"contradicts scheduler.name = {name}"
-        yield Contradiction(
-            "scheduler.type", kind, rule, f"{cure}remove the block scheduler from the file"
-        )
+        cure += "remove the block scheduler from the file"
+        yield Contradiction("scheduler.type", kind, f"contradicts scheduler.name = {name}", cure)

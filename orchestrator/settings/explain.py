@@ -1,6 +1,4 @@
-"""Translate pydantic's validation errors into UserErrors: one line per key, with a suggested
-fix.
-"""
+"""Translate pydantic's validation errors into UserErrors: one line per key, with a fix."""
 
 from typing import Any
 
@@ -48,9 +46,7 @@ FREE_TEXT = (
 
 
 def explain(error: ValidationError) -> list[UserError]:
-    """Return pydantic's validation errors as UserErrors, one per key, each with its rule and
-    fix.
-    """
+    """Return pydantic's validation errors as UserErrors, one per key."""
     return [_explain_one(details) for details in error.errors()]
 
 
@@ -63,31 +59,24 @@ def _explain_one(details: Any) -> UserError:
         return UserError(key, value, "is not a setting", meant_by(location, block))
     if kind == "model_type" and (inner := block_at(location)):
         return _explain_block(location, value, inner)
-    described = (
-        f"it is: {field.description}"
-        if field and field.description
-        else "`orchestrator help settings` describes it"
-    )
+    described = "`orchestrator help settings` describes it"
+    if field and field.description:
+        described = f"it is: {field.description}"
     if kind == "missing" or (value is None and field and field.is_required()):
         return UserError(key, None, "is required", described)
     setting = ".".join(part for part in location if isinstance(part, str))
     fix = _other_value(setting, value) or _fix_of_type(key, kind, value)
     if kind == "literal_error":
         allowed = details["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return UserError(
-            key,
-            value,
-            f"must be one of {', '.join(allowed)}",
-            fix or _allowed_value(value, allowed),
-        )
-    default = (
-        field.get_default(call_default_factory=True) if field and not field.is_required() else None
-    )
-    example = (
-        f"for example {key}={default} ({described})" if default not in (None, {}, []) else described
-    )
+        rule = f"must be one of {', '.join(allowed)}"
+        return UserError(key, value, rule, fix or _allowed_value(value, allowed))
+    default = None
+    if field and not field.is_required():
+        default = field.get_default(call_default_factory=True)
+    if default not in (None, {}, []):
+        described = f"for example {key}={default} ({described})"
     rule = details["msg"][0].lower() + details["msg"][1:]
-    return UserError(key, value, rule, fix or example)
+    return UserError(key, value, rule, fix or described)
 
 
 def meant_by(location: tuple[int | str, ...], block: type[Block] = RunSpec) -> str:
@@ -134,23 +123,25 @@ def _explain_block(location: tuple[int | str, ...], value: Any, block: type[Bloc
     if value in (None, ""):
         held = settings().get(setting)
         about = f"it is: {held.description}" if held else "remove it"
-        return UserError(
-            key if not isinstance(location[-1], int) else setting, None, "is empty", about
-        )
-    for name in MAIN_SETTINGS.get(setting, ()):
-        if fix := _other_value(f"{setting}.{name}", value):
-            return UserError(key, value, "is a block of settings", fix)
-    if isinstance(value, bool):
-        fix = f"write {key}={{}} for its defaults, or remove it" if value else "remove it"
-        return UserError(key, value, "is a block of settings", fix)
-    for name in MAIN_SETTINGS.get(setting, ()):
-        if _accepts(block, name, value) or name == MAIN_SETTINGS[setting][-1]:
-            return UserError(
-                key, value, "is a block of settings", f"did you mean {key}.{name}={value}?"
-            )
+        where = setting if isinstance(location[-1], int) else key
+        return UserError(where, None, "is empty", about)
     return UserError(
-        key, value, "is a block of settings", "its keys are " + ", ".join(block.model_fields)
+        key, value, "is a block of settings", _fix_of_block(key, setting, value, block)
     )
+
+
+def _fix_of_block(key: str, setting: str, value: Any, block: type[Block]) -> str:
+    """Return how to write what a plain value in the place of a block probably means."""
+    main_settings = MAIN_SETTINGS.get(setting, ())
+    for name in main_settings:
+        if fix := _other_value(f"{setting}.{name}", value):
+            return fix
+    if isinstance(value, bool):
+        return f"write {key}={{}} for its defaults, or remove it" if value else "remove it"
+    for name in main_settings:
+        if _accepts(block, name, value) or name == main_settings[-1]:
+            return f"did you mean {key}.{name}={value}?"
+    return "its keys are " + ", ".join(block.model_fields)
 
 
 def _accepts(block: type[Block], name: str, value: Any) -> bool:
@@ -167,9 +158,7 @@ def _accepts(block: type[Block], name: str, value: Any) -> bool:
 
 
 def _other_value(setting: str, value: Any) -> str | None:
-    """Return the fix for a value that has another name here (of a list, for its first such entry),
-    or None.
-    """
+    """Return the fix for a value, or the first entry of a list, that has another name here."""
     known = OTHER_VALUES.get(setting, {})
     entries = value if isinstance(value, list) else [value]
     return next((known[name] for name in map(folded, map(str, entries)) if name in known), None)
@@ -177,29 +166,20 @@ def _other_value(setting: str, value: Any) -> str | None:
 
 def _fix_of_type(key: str, kind: str, value: Any) -> str | None:
     """Return how to write a value of the wrong type."""
-    if kind in ("list_type", "dict_type") and isinstance(value, str):
-        return (
-            f"for example {key}=[{value}]"
-            if kind == "list_type"
-            else f"for example {key}={{name: {value}}}"
-        )
+    if kind == "list_type" and isinstance(value, str):
+        return f"for example {key}=[{value}]"
+    if kind == "dict_type" and isinstance(value, str):
+        return f"for example {key}={{name: {value}}}"
     if kind == "int_from_float" and 0 < value < 1 and "steps" in key:
-        part = (
-            f"for a fraction set scheduler.warmup_ratio={value}"
-            if "warmup" in key
-            else f"for example {key}=100"
-        )
-        return f"it is a number of steps; {part}"
+        if "warmup" in key:
+            return f"it is a number of steps; for a fraction set scheduler.warmup_ratio={value}"
+        return f"it is a number of steps; for example {key}=100"
     if value is None and ":" in key.rpartition(".")[2]:
         return f"write a space after the colon: {{{key.rpartition('.')[2].replace(':', ': ')}}}"
     if kind == "run_name":
         return "for example run.name=llama-dpo"
-    if (
-        kind == "string_type"
-        and key in FREE_TEXT
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-    ):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "string_type" and key in FREE_TEXT and is_number:
         return f"YAML reads {value} as a number; quote it: \"{key}='{value}'\""
     return None
 
@@ -213,6 +193,5 @@ def _allowed_value(value: Any, allowed: list[str]) -> str:
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    return ".".join(
-        str(part) for part in location if part != ""
-    )  # a single evaluation set has the name ""
+    # a single evaluation set has the name ""
+    return ".".join(str(part) for part in location if part != "")

@@ -51,25 +51,21 @@ def load_spec(
             (SettingsError).
     """
     sources = [files] if isinstance(files, str | Path | Mapping) else list(files)
-    paths = [source if isinstance(source, str | Path) else "a dict" for source in sources]
+    names = (str(each) if isinstance(each, str | Path) else "a dict" for each in sources)
+    shown = " ".join(names)
     overrides = [overrides] if isinstance(overrides, str) else overrides
     try:
         merged = OmegaConf.merge(*map(_settings_of, sources), _dotlist(overrides))
         raw: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            "settings", " ".join(map(str, paths)), f"cannot be merged: {reason}", "fix that key"
-        ) from None
+        rule = f"cannot be merged: {reason}"
+        raise UserError("settings", shown, rule, "fix that key") from None
     except RecursionError:
-        raise UserError(
-            "settings", " ".join(map(str, paths)), "are nested too deeply", FLATTEN
-        ) from None
+        raise UserError("settings", shown, "are nested too deeply", FLATTEN) from None
     except TypeError:  # OmegaConf's error for this case
         rule = "cannot be merged: one has a list where a later file or override has a block"
-        raise UserError(
-            "settings", " ".join(map(str, paths)), rule, "write a list there too"
-        ) from None
+        raise UserError("settings", shown, rule, "write a list there too") from None
     return make_spec(raw)
 
 
@@ -111,9 +107,7 @@ def save_spec(spec: RunSpec, path: Path) -> None:
 
 
 def _escaped(value: Any) -> Any:
-    """Escape text that OmegaConf would treat as an interpolation, so that it is read back as
-    text.
-    """
+    """Escape what OmegaConf would treat as an interpolation, so that it is read back as text."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -128,9 +122,8 @@ def paths_in(spec: RunSpec, keys: Iterable[str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for dotted in keys:
         if dotted in DATA_KEYS:
-            paths |= {
-                key: source.path for key, source in spec.data.sources(DATA_KEYS[dotted]).items()
-            }
+            sources = spec.data.sources(DATA_KEYS[dotted])
+            paths |= {key: source.path for key, source in sources.items()}
             continue
         value: Any = spec
         for name in dotted.split("."):
@@ -157,9 +150,8 @@ def check_model_names(spec: RunSpec) -> None:
             raise UserError(key, name, "is not a folder", "use an existing folder or a hub name")
         if not looks_local(name) and "/" not in name and name not in WITHOUT_OWNER:
             rule = "is not a folder, and a hub name needs an owner (OWNER/NAME)"
-            raise UserError(
-                key, name, rule, f"use an existing folder (./{name}) or the full hub name"
-            )
+            cure = f"use an existing folder (./{name}) or the full hub name"
+            raise UserError(key, name, rule, cure)
 
 
 def looks_local(source: str) -> bool:
@@ -193,12 +185,8 @@ def _read(path: Path) -> DictConfig:
     )
     if error := no_settings(path, plain):
         raise error
-    # OmegaConf parses plain text as {text: None}
-    if (
-        not isinstance(config, DictConfig)
-        or not config
-        or all(value is None for value in config.values())
-    ):
+    # OmegaConf parses plain text as {text: None}; an empty file has no value at all
+    if not isinstance(config, DictConfig) or all(value is None for value in config.values()):
         fix = "write blocks such as `run:` and `data:`"
         raise UserError("settings file", str(path), "has no top-level settings", fix)
     return config
@@ -209,12 +197,8 @@ def _parsed(path: Path) -> Any:
         return OmegaConf.load(path)
     except RecursionError:
         raise UserError("settings file", str(path), "is nested too deeply", FLATTEN) from None
-    except (
-        YAMLError,
-        ValueError,
-        OSError,
-        OmegaConfBaseException,
-    ) as error:  # ValueError: not UTF-8, no such date
+    # ValueError: not UTF-8, no such date
+    except (YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
         rule = f"is not YAML: {' '.join(str(error).split())}"
         raise UserError("settings file", str(path), rule, "fix that line") from None
 
@@ -223,25 +207,16 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
-            raise UserError(
-                "override",
-                override,
-                "is not of the form key=value",
-                "for example optimizer.lr=1e-6",
-            )
+            rule, cure = "is not of the form key=value", "for example optimizer.lr=1e-6"
+            raise UserError("override", override, rule, cure)
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except RecursionError:
         raise UserError("override", " ".join(overrides), "is nested too deeply", FLATTEN) from None
-    except (
-        OmegaConfBaseException,
-        YAMLError,
-        ValueError,
-    ) as error:  # ValueError: not UTF-8, too long a number
-        reason = " ".join(str(error).split())
-        raise UserError(
-            "override", " ".join(overrides), f"cannot be read: {reason}", "quote the value"
-        ) from None
+    # ValueError: not UTF-8, too long a number
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        rule = f"cannot be read: {' '.join(str(error).split())}"
+        raise UserError("override", " ".join(overrides), rule, "quote the value") from None
 
 
 def _make_paths_absolute(raw: dict[str, Any]) -> None:
@@ -272,11 +247,8 @@ def _check_scheme(key: str, value: Any) -> None:
     elif key in FOLDER_KEYS:
         fix = "use a folder that every node can write, and copy it from there"
     else:
-        fix = (
-            "use the hub name, OWNER/NAME"
-            if "hf" in scheme or "huggingface" in value
-            else "use a folder"
-        )
+        is_hub = "hf" in scheme or "huggingface" in value
+        fix = "use the hub name, OWNER/NAME" if is_hub else "use a folder"
     raise UserError(key, value, f"{scheme}:// is not supported", fix)
 
 

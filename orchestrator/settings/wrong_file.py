@@ -23,47 +23,35 @@ KINDS = {
 def yaml_files(path: str | Path) -> list[str]:
     """Return the YAML files in a folder, or in the folder of a file, as a user would type them."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return sorted(
-        str(file)
-        for file in folder.glob("*")
-        if file.suffix in (".yaml", ".yml") and file.is_file()
-    )
+    files = (file for file in folder.glob("*") if file.suffix in (".yaml", ".yml"))
+    return sorted(str(file) for file in files if file.is_file())
 
 
 def missing_file(path: Path) -> UserError:
     """Return the error for a settings file that does not exist, with the files next to it."""
     if is_data(path):
         return UserError("FILE", str(path), "is a data file and does not exist", _set_data(path))
-    files = yaml_files(path)
-    near = nearest(str(path), files, cutoff=0.75)
-    fix = (
-        f"did you mean {near}?"
-        if near
-        else f"its folder contains {_listed(files)}"
-        if files
-        else ""
-    )
-    return UserError(
-        "settings file", str(path), "does not exist", fix or "use the path of a YAML file"
-    )
+    files, fix = yaml_files(path), "use the path of a YAML file"
+    if near := nearest(str(path), files, cutoff=0.75):
+        fix = f"did you mean {near}?"
+    elif files:
+        fix = f"its folder contains {_listed(files)}"
+    return UserError("settings file", str(path), "does not exist", fix)
 
 
 def folder_error(path: str | Path) -> UserError:
     """Return the error for a folder that is not a run directory, which says what it is."""
     folder = Path(path)
     if (folder / "config.json").is_file():
-        return UserError(
-            "FILE", str(path), "is a model, not settings", f"set model.path={path} in a YAML file"
-        )
+        fix = f"set model.path={path} in a YAML file"
+        return UserError("FILE", str(path), "is a model, not settings", fix)
     if any(is_data(file) for file in folder.glob("*")):
         return UserError("FILE", str(path), "is a folder of data, not settings", _set_data(folder))
     if (run := run_around(folder)) is not None:
-        return UserError(
-            "FILE", str(path), "is a file or folder inside a run", f"use the run directory {run}"
-        )
-    files = yaml_files(folder) or [
-        str(config.parent) for config in sorted(folder.glob("*/config.yaml"))
-    ]
+        fix = f"use the run directory {run}"
+        return UserError("FILE", str(path), "is a file or folder inside a run", fix)
+    runs = (str(config.parent) for config in sorted(folder.glob("*/config.yaml")))
+    files = yaml_files(folder) or list(runs)
     fix = f"it contains {_listed(files)}" if files else "use a YAML file or a run directory"
     return UserError("FILE", str(path), "is a folder but not a run directory", fix)
 
@@ -102,9 +90,8 @@ def no_settings(path: Path, content: Any) -> UserError | None:
         fix = f"set engine.kind=deepspeed engine.deepspeed_config={path}"
         return UserError("FILE", str(path), "is a DeepSpeed config, not settings", fix)
     if "architectures" in keys:
-        return UserError(
-            "FILE", str(path), "is a model config, not settings", f"set model.path={path.parent}"
-        )
+        fix = f"set model.path={path.parent}"
+        return UserError("FILE", str(path), "is a model config, not settings", fix)
     return None
 
 
