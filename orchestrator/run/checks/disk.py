@@ -19,7 +19,6 @@ from orchestrator.run.checks.probe import IMPORT_S, READ_S, bytes_at
 from orchestrator.run.checks.report import Check, size_text
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import PATH_KEYS, looks_local, paths_in
-from orchestrator.settings.optim import optimizer_kind
 from orchestrator.settings.run import RunSpec
 
 FULL = 2**20  # free bytes below which a run cannot start
@@ -121,7 +120,7 @@ def _checkpoints_at_once(spec: RunSpec) -> int:
 
 def _state_bytes(spec: RunSpec) -> float:
     """Return the bytes of optimizer state per trainable element; 0 if unknown."""
-    if optimizer_kind(spec.optimizer.name) != "elementwise":
+    if not spec.optimizer.is_elementwise:
         return 0.0
     if spec.optimizer.compiles_kernels:
         return 8.0  # two fp32 moments; building the optimizer would compile it
