@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from orchestrator.data.order import Integers
+from orchestrator.data.pairs import PairRow
 from orchestrator.data.tokens import common_prefix
 from orchestrator.settings.base import UserCodeSpec
 from orchestrator.settings.data import DataSpec
 from orchestrator.settings.errors import UserError
 from orchestrator.user_code import call_user_code, user_attribute
 
-Row = dict[str, Any]
 UserCollator = Callable[..., dict[str, torch.Tensor]]
 
 
@@ -66,9 +66,8 @@ class Segments(NamedTuple):
     key_bounds: torch.Tensor  # [2B + 1] int32
     key_index: torch.Tensor  # [keys of all runs] positions in the row
     own_key: torch.Tensor  # [T] inverse: the index in key_index of each position in its own run
-    shared: (
-        torch.Tensor
-    )  # [S] positions start..fork, which are also keys of their pair's second run
+    # [S] positions start..fork, which are also keys of their pair's second run
+    shared: torch.Tensor
     shared_key: torch.Tensor  # [S] their indices in key_index in that run
     longest: tuple[int, int]  # queries and keys of the longest run, on the host
 
@@ -89,16 +88,13 @@ class PairBatch(NamedTuple):
     attention_mask: torch.Tensor | None  # [2B, T] 0 on padding
     segments: Segments | None
     sequence_tokens: torch.Tensor  # [2B] tokens of prompt and completion
-    completion_tokens: (
-        torch.Tensor
-    )  # [2B] tokens of the completion, including the unscored first one of an empty prompt
-    completion_index: (
-        torch.Tensor
-    )  # [C] into the flat [R * T] hidden states: the position BEFORE each token
+    # [2B] tokens of the completion, including the unscored first one of an empty prompt
+    completion_tokens: torch.Tensor
+    # [C] into the flat [R * T] hidden states: the position BEFORE each token
+    completion_index: torch.Tensor
     completion_labels: torch.Tensor  # [C] the token to predict there
-    scored: tuple[
-        int, ...
-    ]  # [2B] number of scored tokens of each sequence, on the host, in the order of the tokens
+    # [2B] number of scored tokens of each sequence, on the host, in the order of the tokens
+    scored: tuple[int, ...]
     ref_logps: torch.Tensor | None  # [2B] log-probs of the reference, if already known
     # [B, 3] for losses over the global batch, after its first pass: the pair's loss, and its
     # derivatives with respect to the log-probs of the chosen and the rejected completion
@@ -159,7 +155,7 @@ class FedSequence(NamedTuple):
         return np.arange(len(self.ids) - len(self.labels) - 1, len(self.ids) - 1)
 
 
-def fed_sequences(row: Row, keep_last: int | None) -> tuple[FedSequence, FedSequence]:
+def fed_sequences(row: PairRow, keep_last: int | None) -> tuple[FedSequence, FedSequence]:
     """Return the chosen and the rejected sequence, each cut to its last `keep_last` tokens
     (keep_end).
 
@@ -188,7 +184,7 @@ class PackedCollator:
     def __init__(self, data: DataSpec) -> None:
         self.keep_last = data.keep_last
 
-    def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
+    def __call__(self, rows: list[PairRow], *, is_filler: bool = False) -> PairBatch:
         """Collate B rows into a batch; the pairs of a filler have weight 0."""
         pairs = [fed_sequences(row, self.keep_last) for row in rows]
         ids: list[Integers] = []
@@ -232,11 +228,10 @@ class PackedCollator:
         )
 
 
-def _of_pairs(rows: list[Row], is_filler: bool) -> dict[str, Any]:
+def _of_pairs(rows: list[PairRow], is_filler: bool) -> dict[str, Any]:
     weights = [0.0 if is_filler else row.get("weight", 1.0) for row in rows]
-    margins = [
-        row["margin"] for row in rows if "margin" in row
-    ]  # all rows of a data set have a margin, or none
+    # all rows of a data set have a margin, or none
+    margins = [row["margin"] for row in rows if "margin" in row]
     return {
         "pair_ids": torch.tensor([row["pair_id"] for row in rows]),
         "pair_weights": torch.tensor(weights, dtype=torch.float64),
@@ -288,7 +283,7 @@ class PreferenceCollator:
         self.pad_token_id = pad_token_id
         self.keep_last = data.keep_last
 
-    def __call__(self, rows: list[Row], *, is_filler: bool = False) -> PairBatch:
+    def __call__(self, rows: list[PairRow], *, is_filler: bool = False) -> PairBatch:
         """Collate B rows into a batch; the pairs of a filler have weight 0."""
         pairs = [fed_sequences(row, self.keep_last) for row in rows]
         sequences = [pair[side] for side in (0, 1) for pair in pairs]
@@ -304,7 +299,7 @@ class PreferenceCollator:
 
 
 def batch_from_masks(
-    rows: list[Row],
+    rows: list[PairRow],
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     completion_mask: torch.Tensor,
@@ -378,7 +373,7 @@ class AdaptedCollator:
         self.collator: UserCollator = function
 
     def __call__(
-        self, rows: list[Row], context: CollateContext, *, is_filler: bool = False
+        self, rows: list[PairRow], context: CollateContext, *, is_filler: bool = False
     ) -> PairBatch:
         """Collate B rows into a batch with the user's code; the pairs of a filler have weight 0."""
         pairs, whole = len(rows), {id(row): dict(row) for row in rows}
@@ -387,9 +382,8 @@ class AdaptedCollator:
         where = f"step {context.step}, rank {context.rank}, pairs {numbers:.60}"
         output = call_user_code(self.key, self.name, where, self.collator, rows, **arguments)
         self._check(output, pairs)
-        rows = [
-            whole.get(id(row), row) for row in rows
-        ]  # the collator may have sorted rows and removed keys
+        # the collator may have sorted rows and removed keys
+        rows = [whole.get(id(row), row) for row in rows]
         known = [output[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in output]
         ref_logps = torch.cat(known).double() if len(known) == 2 else None
         masks = output["attention_mask"], output["completion_mask"]

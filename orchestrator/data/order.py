@@ -70,9 +70,8 @@ class Share(NamedTuple):
         return np.repeat(np.arange(self.pairs), times)
 
 
-@lru_cache(
-    maxsize=2
-)  # the current epoch, and the next one, which a prefetching loader already reads
+# the current epoch, and the next one, which a prefetching loader already reads
+@lru_cache(maxsize=2)
 def epoch_order(shares: tuple[Share, ...], seed: int, epoch: int) -> Integers:
     """Return [E] indices of the pairs of an epoch, in training order; indices continue from one set
     to the next.
@@ -248,16 +247,12 @@ class Order:
     world_size: int
     seed: int
     max_pairs: int | None = None  # per micro-batch; at least one of this and the next is set
-    max_tokens: int | None = (
-        None  # per micro-batch, including padding; a longer single pair gets its own micro-batch
-    )
-    packed: bool = (
-        True  # True: prompt | chosen | rejected in one row; False: two padded rows per pair
-    )
+    # per micro-batch, including padding; a longer single pair gets its own micro-batch
+    max_tokens: int | None = None
+    packed: bool = True  # prompt | chosen | rejected in one row; else two padded rows per pair
     cost: PairCost = TOKENS  # balanced over the ranks
-    shares: tuple[
-        Share, ...
-    ] = ()  # per training set, in the order of their pairs; empty: one set, used whole
+    # per training set, in the order of their pairs; empty: one set, used whole
+    shares: tuple[Share, ...] = ()
     tokens: Integers = field(init=False, repr=False)  # [N] of both sequences
     costs: Integers = field(init=False, repr=False)  # [N]
 
@@ -305,9 +300,8 @@ class Order:
         owners = (
             deal_many(costs, self.world_size) if many else deal(costs[None], self.world_size)[0]
         )
-        dear_to_cheap = np.argsort(
-            -costs, kind="stable"
-        )  # pairs of similar length share a micro-batch: less padding
+        # pairs of similar length share a micro-batch: less padding
+        dear_to_cheap = np.argsort(-costs, kind="stable")
         per_rank = [
             [
                 batch[positions]

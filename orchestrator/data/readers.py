@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from itertools import chain
 from typing import IO, Any
 
-from orchestrator.data.shapes import CONTEXT, PAIR
+from orchestrator.data.row import CONTEXT, PAIR
 from orchestrator.settings.data import COMPRESSIONS, DATA_SUFFIXES, TEXT_SUFFIXES
 from orchestrator.settings.errors import UserError
 

@@ -69,9 +69,8 @@ class RefCache:
     def read(self) -> None:
         """Read all that any process has written so far."""
         ascending = self._keys[self._order, 0]
-        for path in sorted(
-            self.folder.glob("*.logps")
-        ):  # oldest first: the first entry of a pair wins
+        # oldest first: the first entry of a pair wins
+        for path in sorted(self.folder.glob("*.logps")):
             records, end = _whole_records(path, self._read.get(path, 0))
             self._read[path] = end
             place = np.searchsorted(ascending, records["key"][:, 0]).clip(max=len(ascending) - 1)
@@ -84,8 +83,8 @@ class RefCache:
         """Return log-probs [2b] fp64, all chosen first, of the pairs at these indices; None if any
         is unknown.
         """
-        found = self._logps[indices]
-        return torch.from_numpy(found.T.flatten()) if np.isfinite(found).all() else None
+        logps = self._logps[indices]
+        return torch.from_numpy(logps.T.flatten()) if np.isfinite(logps).all() else None
 
     def unknown(self) -> Integers:
         """Return the indices of the pairs without cached log-probs."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from orchestrator.data.files import check_no_lfs_pointer
+from orchestrator.data.messages import without_nulls
 from orchestrator.data.readers import (
     arrow_table,
     is_data_file,
@@ -22,7 +23,8 @@ from orchestrator.data.readers import (
     rows_in_file,
     text_rows,
 )
-from orchestrator.data.shapes import BadRow, Row, checked, numbers_of, printable, without_nulls
+from orchestrator.data.row import BadRow, Row, printable
+from orchestrator.data.shapes import checked, numbers_of
 from orchestrator.settings.data import DATA_SUFFIXES, DataSpec, SourceSpec, Split
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import looks_local, scheme_of
@@ -138,9 +140,8 @@ def _check_rows_of(key: str, source: SourceSpec, split: Split, data: DataSpec) -
         rows += 1
         try:
             result = checked(row, data)
-            if (
-                result.row["chosen"] != result.row["rejected"]
-            ):  # ties are dropped, so their numbers are not checked
+            # ties are dropped, so their numbers are not checked
+            if result.row["chosen"] != result.row["rejected"]:
                 numbers_of(result.row, data)
         except BadRow as bad:
             bad.row = row
@@ -362,9 +363,8 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
         return datasets.load_dataset(path, name, split=part)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # datasets raises a dozen types; all mean that the source cannot be read
+    # datasets raises a dozen types; all mean that the source cannot be read
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if splits := UNKNOWN_SPLIT.search(str(error)):
             _refuse_split(key, path, part, re.findall(r"[\w.-]+", splits[1]))

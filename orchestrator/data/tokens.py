@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from orchestrator.data.shapes import BadRow, Row, checked, template_arguments
+from orchestrator.data.row import BadRow, Row
+from orchestrator.data.shapes import checked, template_arguments
 from orchestrator.settings.data import DataSpec
 from orchestrator.settings.errors import UserError
 

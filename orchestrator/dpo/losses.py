@@ -16,7 +16,6 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from orchestrator.data.collate import Counts
-from orchestrator.settings.errors import UserError
 from orchestrator.settings.loss import DpoSpec
 from orchestrator.user_code import call_user_code, user_attribute
 
@@ -36,15 +35,13 @@ class PairTerms(NamedTuple):
     rejected_logps: torch.Tensor
     ref_chosen_logps: torch.Tensor
     ref_rejected_logps: torch.Tensor
-    chosen_tokens: (
-        torch.Tensor
-    )  # of the completion, also its first one, which an empty prompt leaves unscored
+    # of the completion, also its first one, which an empty prompt leaves unscored
+    chosen_tokens: torch.Tensor
     rejected_tokens: torch.Tensor
     chosen_token_sum: torch.Tensor  # chosen_logps with weight 1 for every token
     margins: torch.Tensor | None = None  # values of data.margin_column, if it is set
-    on_policy: torch.Tensor | None = (
-        None  # with dpo.use_weighting: the factor of the pair's loss, without gradient
-    )
+    # with dpo.use_weighting: the factor of the pair's loss, without gradient
+    on_policy: torch.Tensor | None = None
 
     @classmethod
     def split(
@@ -63,7 +60,8 @@ class PairTerms(NamedTuple):
 
     def of(self, pairs: slice) -> "PairTerms":
         """Return the terms of a slice of the pairs."""
-        return PairTerms(*(None if term is None else term[pairs] for term in self))  # pyright: ignore
+        terms: Any = (None if term is None else term[pairs] for term in self)
+        return PairTerms(*terms)
 
 
 Loss = Callable[[PairTerms, DpoSpec], torch.Tensor]
@@ -83,23 +81,24 @@ def pair_losses(terms: PairTerms, dpo: DpoSpec, counts: Counts) -> torch.Tensor:
     w(y_w) w(y_l), where log w(y) is the mean over tokens of log p(token) - log(sum of p^2). WPO:
     Zhou et al. 2024, arXiv 2406.11827, eq. 2.
     """
-    found = torch.zeros_like(terms.chosen_logps)
+    total = torch.zeros_like(terms.chosen_logps)
     for name, traits, weight in zip(dpo.loss_types, dpo.traits, dpo.weights, strict=True):
         if traits.needs_whole_batch:
             continue
         losses = loss_of(name)(terms, dpo)
         if traits.is_token_mean:
             losses = losses * (counts.pairs / (counts.chosen_tokens or 1))
-        found = found + weight * losses
-    return found if terms.on_policy is None else terms.on_policy * found
+        total = total + weight * losses
+    return total if terms.on_policy is None else terms.on_policy * total
 
 
 def loss_of(name: str) -> Loss:
     """Return the loss of that name, or the user's loss of that module:attr."""
-    return LOSSES[name] if name in LOSSES else partial(_of_user, name)
+    return LOSSES[name] if name in LOSSES else partial(_user_loss, name)
 
 
-def _of_user(name: str, terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+def _user_loss(name: str, terms: PairTerms, dpo: DpoSpec) -> torch.Tensor:
+    """Import and call a user's loss."""
     loss = user_attribute("dpo.loss_type", name)
     return call_user_code(
         "dpo.loss_type", name, f"for {len(terms.chosen_logps)} pairs", loss, terms, dpo
@@ -136,9 +135,8 @@ def _score(log_ratio: torch.Tensor, dpo: DpoSpec) -> torch.Tensor:
     if dpo.f_divergence_type == "js_divergence":  # log(2 t / (t + 1))
         return math.log(2) + logsigmoid(log_ratio)
     power = dpo.f_alpha_divergence_coef - 1
-    if (
-        dpo.f_divergence_type == "reverse_kl" or abs(power) < 1e-6
-    ):  # log t, the limit of the next for power 0
+    # log t, the limit of the next for power 0
+    if dpo.f_divergence_type == "reverse_kl" or abs(power) < 1e-6:
         return log_ratio
     return torch.expm1(_capped(power * log_ratio)) / power  # (t^power - 1) / power
 
@@ -373,17 +371,15 @@ def batch_losses(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch
 
     Returns:
         [N, 3]: the weighted sum of the losses in the settings, and its derivatives by the log-probs
-            of the chosen and
-        of the rejected completion: d (mean of all pairs) / d logp, times the total weight, divided
-            by the pair's.
+            of the chosen and of the rejected completion: d (mean of all pairs) / d logp, times the
+            total weight, divided by the pair's.
     """
     chosen, rejected = (logps.detach().requires_grad_() for logps in terms[:2])
     with torch.enable_grad():
         terms = terms._replace(chosen_logps=chosen, rejected_logps=rejected)
-        asked = zip(dpo.loss_types, dpo.weights, strict=True)
         losses = sum(
             factor * BATCH_LOSSES[name](terms, dpo, weights)
-            for name, factor in asked
+            for name, factor in zip(dpo.loss_types, dpo.weights, strict=True)
             if name in BATCH_LOSSES
         )
         assert isinstance(losses, torch.Tensor)  # called only if the settings have such a loss
@@ -423,59 +419,3 @@ BATCH_LOSSES: dict[str, BatchLoss] = {"aot": aot, "aot_unpaired": aot_unpaired}
 """Losses that need the log-probs of the whole global batch, for which a step first runs all its
 micro-batches once.
 """
-
-
-# --- a user's losses ------------------------------------------------------------------------------
-
-
-def check_losses(dpo: DpoSpec, with_margins: bool) -> None:
-    """Call each of a user's losses on synthetic pairs (with margins, if the data have them) before
-    training.
-
-    Raises:
-        UserError: it cannot be imported, or does not return a loss per pair that depends on that
-            pair only and has a gradient.
-    """
-    cure = (
-        "return [B]: each pair's loss, from its own terms only, differentiable in "
-        "chosen_logps or rejected_logps"
-    )
-    for name in dpo.own_losses:
-        if wrong := _wrong_with(user_attribute("dpo.loss_type", name), dpo, with_margins):
-            raise UserError("dpo.loss_type", name, wrong, cure)
-
-
-def _wrong_with(loss: Loss, dpo: DpoSpec, with_margins: bool) -> str:
-    """Return what is wrong with a user's loss; empty if nothing is."""
-    logps = torch.tensor(
-        [-9.0, -30.0, -12.0, -11.0, -24.0, -12.5], dtype=torch.float64, requires_grad=True
-    )
-    ref_logps = torch.tensor([-10.0, -28.0, -12.0, -10.0, -25.0, -12.0], dtype=torch.float64)
-    margins = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if with_margins else None
-    terms = PairTerms.split(logps, ref_logps, torch.tensor([4, 9, 5, 3, 9, 6]), margins)
-    terms = (
-        terms._replace(on_policy=torch.full_like(ref_logps[:3], 0.5))
-        if dpo.use_weighting
-        else terms
-    )
-    given = f"for {len(terms.chosen_logps)} synthetic pairs"
-    try:
-        found: Any = loss(terms, dpo)
-        if not isinstance(found, torch.Tensor) or found.shape != terms.chosen_logps.shape:
-            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-            return f"returns {shape} {given}"
-        if not found.is_floating_point():
-            return f"returns {found.dtype} {given}"
-        if not found.isfinite().all():
-            return f"returns {found.tolist()} {given}, which are not finite"
-        alone = torch.cat([loss(terms.of(slice(i, i + 1)), dpo) for i in range(len(found))])
-    except Exception as error:  # user code may raise anything
-        return f"raises {type(error).__name__} ({error}) {given}"
-    if not torch.allclose(found, alone):
-        return f"returns {found.tolist()} {given}, but {alone.tolist()} for one at a time"
-    if not found.requires_grad:
-        return f"returns losses without a gradient {given}"
-    [slope] = torch.autograd.grad(found.sum(), logps, allow_unused=True)
-    if slope is None or not slope.isfinite().all():
-        return f"has the gradient {None if slope is None else slope.tolist()} {given}"
-    return ""

@@ -186,9 +186,8 @@ class PairStep(nn.Module):
         )
         pair_sums = torch.stack([per_pair @ weights, weights.sum().expand(len(per_pair))], dim=1)
 
-        fed = (
-            (batch.sequence_tokens * (weights > 0).double().repeat(2)).sum().view(1)
-        )  # independent of pair weights
+        # independent of pair weights
+        fed = (batch.sequence_tokens * (weights > 0).double().repeat(2)).sum().view(1)
         token_sums = (
             self._token_sums(batch, tokens)
             if tokens is not None
@@ -225,9 +224,8 @@ class _Losses(NamedTuple):
         no_logps = torch.zeros_like(ref_logps)
         known = PairTerms.split(no_logps, ref_logps, batch.completion_tokens, batch.margins)
         of_batch = batch.of_batch
-        if (
-            dpo.needs_whole_batch and of_batch is None
-        ):  # not known until all of the batch is evaluated
+        # not known until all of the batch is evaluated
+        if dpo.needs_whole_batch and of_batch is None:
             of_batch = ref_logps.new_zeros(len(batch.pair_ids), 3)
         return cls(known, of_batch, batch.pair_weights, dpo, counts)
 

@@ -23,10 +23,8 @@ from orchestrator.settings.model import LoraSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-POLICY, REFERENCE = (
-    "policy",
-    "reference",
-)  # names of the adapter that trains, and of the frozen copy of its start
+# Names of the adapter that trains, and of the frozen copy of its start
+POLICY, REFERENCE = "policy", "reference"
 RANK = 16
 # peft settings that make an adapter more than a product of two factors, the only kind that this
 # file merges and switches off.
@@ -62,7 +60,8 @@ def add_adapter(
         else:
             rank = spec.r or RANK
             targets: Any = spec.target_modules or "all-linear"
-            config = LoraConfig(r=rank, lora_alpha=spec.alpha or 2 * rank, target_modules=targets)  # pyright: ignore
+            alpha: Any = spec.alpha or 2 * rank
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
             try:
                 model.add_adapter(config, POLICY)
             except ValueError as error:
@@ -109,9 +108,8 @@ def scalings(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def base_name(parameter: str) -> str:
     """Return the name that a parameter of the base has in a model without adapters."""
-    return parameter.replace(
-        "base_layer.", ""
-    )  # everywhere: adapters of several parameters of a module are nested
+    # everywhere: adapters of several parameters of a module are nested
+    return parameter.replace("base_layer.", "")
 
 
 @contextmanager
@@ -146,9 +144,8 @@ def without_adapter(model: "PreTrainedModel", merged: bool) -> "PreTrainedModel"
     for layer in layers.values() if merged else ():
         _merge(layer)
     for name, layer in layers.items():
-        if name.removesuffix(".base_layer") not in layers.keys() - {
-            name
-        }:  # else it is nested in another adapter
+        # else it is nested in another adapter
+        if name.removesuffix(".base_layer") not in layers.keys() - {name}:
             model.set_submodule(name, layer.get_base_layer())
     for name, layer in list(model.named_modules()) if merged else ():
         if (plain := unquantized(layer)) is not layer:
@@ -168,9 +165,8 @@ def _merge(layer: Any) -> None:
     plain = unquantized(base)
     if plain is not base:
         layer.base_layer = plain
-        delta = (
-            delta if isinstance(plain, nn.Linear) else delta.T
-        )  # Conv1D is [in, out], when quantised [out, in]
+        # Conv1D is [in, out], when quantised [out, in]
+        delta = delta if isinstance(plain, nn.Linear) else delta.T
     name = _adapted_parameter(layer)
     weight = getattr(plain, name)
     setattr(plain, name, nn.Parameter((weight + delta).to(weight.dtype), requires_grad=False))
@@ -199,17 +195,14 @@ def check_mergeable(model: "PreTrainedModel", spec: LoraSpec) -> None:
     for name in kinds.values():
         layer: Any = model.get_submodule(name)
         try:
-            with FakeTensorMode(
-                allow_non_fake_inputs=True
-            ):  # for all experts of a layer it would be gigabytes
+            # for all experts of a layer it would be gigabytes
+            with FakeTensorMode(allow_non_fake_inputs=True):
                 delta = layer.get_delta_weight(POLICY)
             weight = getattr(layer.get_base_layer(), _adapted_parameter(layer))
-            fits = (
-                delta.shape == weight.shape or not weight.is_floating_point()
-            )  # quantised weights are packed
-        except (
-            Exception
-        ):  # peft, and libraries that it calls, raise many types for an unsupported layer
+            # quantised weights are packed
+            fits = delta.shape == weight.shape or not weight.is_floating_point()
+        # peft, and libraries that it calls, raise many types for an unsupported layer
+        except Exception:
             fits = False
         if not fits:
             key = "model.lora.adapter_path" if spec.adapter_path else "model.lora.target_modules"
@@ -256,9 +249,8 @@ def _config_at(path: str) -> Any:
             raise ValueError(
                 f"it has more than two factors per layer: {', '.join(more or ['bias'])}"
             )
-    except (
-        Exception
-    ) as error:  # peft and the hub raise many types; all mean that it cannot be loaded
+    # peft and the hub raise many types; all mean that it cannot be loaded
+    except Exception as error:
         raise _cannot_load(path, error) from None
     config.inference_mode = False
     return config
@@ -308,9 +300,8 @@ def _load(model: "PreTrainedModel", spec: LoraSpec, config: Any) -> None:
             for k, v in load_peft_weights(path, device="cpu").items()
         }
         model.add_adapter(config, REFERENCE)
-        _check_layers(
-            model, spec
-        )  # before loading: peft's file of such an adapter also has the layer's own weights
+        # before loading: peft's file of such an adapter also has the layer's own weights
+        _check_layers(model, spec)
         _check_weights(model, path, saved)
         model.add_adapter(config, POLICY)  # the last one is active
         for name in (REFERENCE, POLICY):

@@ -1,5 +1,5 @@
-"""Find out by small forward passes what a config does not say: noise, causality, padding, weights
-without gradient.
+"""Find out by small forward passes what a config does not say: noise, causality, weights without
+gradient.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orchestrator.models.layers import body_of
 from orchestrator.settings.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def check_causal(model: "PreTrainedModel", logits: Callable[[torch.Tensor], torc
     Raises:
         UserError: the model is not causal.
     """
-    ids = _ids(model, 6).repeat(2, 1)
+    ids = probe_ids(model, 6).repeat(2, 1)
     ids[1, -1] = ids[0, 0]
     first, second = logits(ids)[:, :-1].double()
     rounding = 2e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-5
@@ -102,34 +101,14 @@ def depends_on_gradients(model: "PreTrainedModel") -> bool:
     model.eval()
     try:
         with torch.enable_grad():
-            logits = model(input_ids=_ids(model, TOKENS), use_cache=False).logits.detach()
+            logits = model(input_ids=probe_ids(model, TOKENS), use_cache=False).logits.detach()
         _detach_states(model)
         with torch.no_grad():
             return not torch.equal(
-                logits, model(input_ids=_ids(model, TOKENS), use_cache=False).logits
+                logits, model(input_ids=probe_ids(model, TOKENS), use_cache=False).logits
             )
     finally:
         model.train(training)
-
-
-@torch.no_grad()
-def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
-    """Return how far the hidden states of a sequence in a padded batch are from those in a batch of
-    one, relative to the largest of them.
-    """
-    training, body = model.training, body_of(model)
-    model.eval()
-    ids = _ids(model, 9).to(device).repeat(2, 1)
-    mask = torch.ones_like(ids)
-    ids[0, 5:], mask[0, 5:] = 0, 0
-    try:
-        padded = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0, :5]
-        alone = body(
-            input_ids=ids[:1, :5], attention_mask=mask[:1, :5], use_cache=False
-        ).last_hidden_state[0]
-    finally:
-        model.train(training)
-    return ((padded - alone).abs().amax() / alone.abs().amax()).item()
 
 
 def freeze_unreached(model: "PreTrainedModel", ranks: int) -> list[str]:
@@ -161,7 +140,7 @@ def freeze_unreached(model: "PreTrainedModel", ranks: int) -> list[str]:
 # --- small forward passes -------------------------------------------------------------------------
 
 
-def _ids(model: "PreTrainedModel", tokens: int) -> torch.Tensor:
+def probe_ids(model: "PreTrainedModel", tokens: int) -> torch.Tensor:
     """Return ids [1, tokens], all different if the vocabulary is large enough; special tokens are
     often at its ends, which are avoided.
     """
@@ -175,12 +154,13 @@ def _forward(model: "PreTrainedModel") -> torch.Tensor:
     training = model.training
     model.train()
     try:
-        return model(input_ids=_ids(model, TOKENS), use_cache=False).logits
+        return model(input_ids=probe_ids(model, TOKENS), use_cache=False).logits
+    # Reformer trains on sequences of one length only
     except (
         RuntimeError,
         ValueError,
         TypeError,
-    ) as error:  # Reformer trains on sequences of one length only
+    ) as error:
         rule = (
             f"its forward pass fails in training ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:160]})"

@@ -74,16 +74,17 @@ def _attend(
 
     kernel = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
     if kernel is None or past_key_values is not None:  # the model's own attention, or generation
-        given = hidden_states, position_embeddings, attention_mask, past_key_values
-        return type(attention).forward(attention, *given, **options)
+        inputs = hidden_states, position_embeddings, attention_mask, past_key_values
+        return type(attention).forward(attention, *inputs, **options)
     rows = hidden_states.shape[:-1]
-    made = _products(hidden_states, attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (x.view(*rows, -1, attention.head_dim) for x in made)
+    projected = _products(hidden_states, attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (x.view(*rows, -1, attention.head_dim) for x in projected)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = (x.unsqueeze(-2) for x in position_embeddings)
-    query, key = _Rotation.apply(query, key, cos, sin[..., : attention.head_dim // 2])  # pyright: ignore
-    found, weights = kernel(
+    half = sin[..., : attention.head_dim // 2]
+    query, key = _Rotation.apply(query, key, cos, half)  # pyright: ignore
+    output, weights = kernel(
         attention,
         *(x.transpose(1, 2) for x in (query, key, value)),
         attention_mask,
@@ -94,7 +95,7 @@ def _attend(
         ),
         **options,
     )
-    return attention.o_proj(found.reshape(*rows, -1)), weights
+    return attention.o_proj(output.reshape(*rows, -1)), weights
 
 
 def _products(hidden: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -136,9 +137,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         x = x.to(weight.dtype)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # it would square in 16 bits, where 400^2 overflows fp16
+        # it would square in 16 bits, where 400^2 overflows fp16
+        with torch.autocast(x.device.type, enabled=False):
             scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
@@ -190,13 +190,13 @@ def _turn(
 ) -> torch.Tensor:
     """Rotate x; sign -1 rotates back."""
     x1, x2 = x.chunk(2, -1)
-    made = x * cos
-    first, second = made.chunk(2, -1)
-    if made.dtype == dtype:
+    product = x * cos
+    first, second = product.chunk(2, -1)
+    if product.dtype == dtype:
         first.addcmul_(x2, sin, value=-sign)
         second.addcmul_(x1, sin, value=sign)
-        return made
-    turned = torch.empty_like(made, dtype=dtype)  # rounded once, when stored
+        return product
+    turned = torch.empty_like(product, dtype=dtype)  # rounded once, when stored
     for half, (own, other, by) in zip(
         turned.chunk(2, -1), ((first, x2, -sign), (second, x1, sign)), strict=True
     ):

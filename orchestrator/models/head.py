@@ -52,10 +52,9 @@ class Head(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Return whether the logits are one matrix product, with a gradient in closed form."""
-        plain = (
-            type(self.module) is torch.nn.Linear and self.module.bias is None and self.cap is None
-        )
-        return plain and type(self.module.weight) is torch.nn.Parameter  # pyright: ignore[reportUnknownMemberType]
+        module: Any = self.module
+        is_linear = type(module) is torch.nn.Linear and module.bias is None
+        return is_linear and self.cap is None and type(module.weight) is torch.nn.Parameter
 
     @contextmanager
     def weight_at_hand(self) -> Iterator[Any]:

@@ -26,9 +26,8 @@ def body_of(model: "PreTrainedModel") -> Any:
     """
     if model.base_model is not model:
         return model.base_model
-    embeddings = (
-        model.get_input_embeddings()
-    )  # Llama 4 has no attribute of the name in its base_model_prefix
+    # Llama 4 has no attribute of the name in its base_model_prefix
+    embeddings = model.get_input_embeddings()
     for child in model.children():
         if child is not embeddings and any(module is embeddings for module in child.modules()):
             return child
@@ -111,17 +110,17 @@ def captured_at(model: "PreTrainedModel", layer: int | None) -> Iterator[list[to
     They have no gradient, and recomputation by gradient checkpointing appends nothing. layer: None
     captures nothing.
     """
-    found: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
     if layer is None:
-        yield found
+        yield captured
         return
 
     def keep(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found.append((args[0] if args else options["hidden_states"]).detach())
+        captured.append((args[0] if args else options["hidden_states"]).detach())
 
     handle = decoder_layers(model)[layer].register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        yield found
+        yield captured
     finally:
         handle.remove()
 
@@ -134,9 +133,8 @@ class _Passed(nn.Module):
         self.__dict__["layer"] = layer  # not registered: its parameters do not belong to this stack
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(
-            self.__dict__["layer"], name
-        )  # attributes that a model reads, such as attention_type
+        # attributes that a model reads, such as attention_type
+        return getattr(self.__dict__["layer"], name)
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
@@ -164,12 +162,13 @@ class UpperLayers:
         forward.
         """
 
-        def enter(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...]:
+        def enter(
+            _: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             # the body may have added position embeddings to its input by now
-            return (captured, *args[1:]) if args else (), given if args else {
-                **given,
-                "hidden_states": captured,
-            }
+            if args:
+                return (captured, *args[1:]), keywords
+            return (), {**keywords, "hidden_states": captured}
 
         handle = self.entered.register_forward_pre_hook(enter, with_kwargs=True)
         try:

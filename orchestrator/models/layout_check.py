@@ -1,4 +1,6 @@
-"""Check, by a forward pass on a small pair, that packed and padded rows give the same result."""
+"""Measure, by small forward passes, how far a layout of rows changes hidden states: packing, and
+padding.
+"""
 
 import math
 from typing import TYPE_CHECKING
@@ -6,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
+from orchestrator.models.behaviour import probe_ids
 from orchestrator.models.head import scored_hidden
+from orchestrator.models.layers import body_of
 from orchestrator.models.logps import body_hidden
 from orchestrator.settings.data import DataSpec
 
@@ -33,6 +37,26 @@ def packed_error(model: "PreTrainedModel", device: torch.device) -> float:
     finally:
         model.train(training)
     return ((output - expected).abs().amax() / expected.abs().amax()).item()
+
+
+@torch.no_grad()
+def padding_error(model: "PreTrainedModel", device: torch.device) -> float:
+    """Return how far the hidden states of a sequence in a padded batch are from those in a batch of
+    one, relative to the largest of them.
+    """
+    training, body = model.training, body_of(model)
+    model.eval()
+    ids = probe_ids(model, 9).to(device).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    ids[0, 5:], mask[0, 5:] = 0, 0
+    try:
+        padded = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0, :5]
+        alone = body(
+            input_ids=ids[:1, :5], attention_mask=mask[:1, :5], use_cache=False
+        ).last_hidden_state[0]
+    finally:
+        model.train(training)
+    return ((padded - alone).abs().amax() / alone.abs().amax()).item()
 
 
 def small_batches(device: torch.device) -> tuple[PairBatch, PairBatch]:

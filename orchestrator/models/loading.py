@@ -36,9 +36,8 @@ def tokenizer_at(key: str, path: str) -> "PreTrainedTokenizerBase":
     check_files(key, path, TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(path, **NO_CODE)
-    except (
-        Exception
-    ) as error:  # transformers and the hub raise many types; all mean that it cannot be loaded
+    # transformers and the hub raise many types; all mean that it cannot be loaded
+    except Exception as error:
         raise _cannot_load(key, path, "tokenizer", error) from None
 
 
@@ -74,7 +73,7 @@ def read_model(
 
     check_weight_files(key, path)
     load = load_mapped if mapped else AutoModelForCausalLM.from_pretrained
-    model = _checked(key, path, load, config=config, dtype=dtype)
+    model = _load_complete(key, path, load, config=config, dtype=dtype)
     check_finite(key, path, model.named_parameters())
     return model
 
@@ -98,7 +97,7 @@ def check_weights(key: str, path: str, config: Any) -> "PreTrainedModel | None":
     if getattr(config, "quantization_config", None) is not None:
         return None
     options: dict[str, Any] = {"config": config, "dtype": torch.float32, "device_map": "meta"}
-    return _checked(key, path, AutoModelForCausalLM.from_pretrained, **options)
+    return _load_complete(key, path, AutoModelForCausalLM.from_pretrained, **options)
 
 
 def _check_folder(key: str, path: str) -> None:
@@ -137,7 +136,7 @@ def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
     )
 
 
-def _checked(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:
+def _load_complete(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:
     """Call `from_pretrained` or `load_mapped`, and check the weights it reports as missing, unused
     or mismatched.
     """

@@ -44,23 +44,23 @@ def load_mapped(
     return model, info
 
 
-def save_made(model: "PreTrainedModel", folder: Path) -> None:
-    """Write weights for `load_made`, with the names and shapes of the model, tied ones once."""
+def save_mapped(model: "PreTrainedModel", folder: Path) -> None:
+    """Write weights for `load_saved`, with the names and shapes of the model, tied ones once."""
     state = model.state_dict()
     weights = {name: state[name].contiguous() for name in state if name not in _tied(model)}
     save_tensors(weights, folder / "model.safetensors")
 
 
-def load_made(folder: Path, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
+def load_saved(folder: Path, config: Any, dtype: torch.dtype) -> "PreTrainedModel":
     """Build AutoModelForCausalLM.from_config(config, dtype=dtype) with the weights written by
-    `save_made`, mapped.
+    `save_mapped`, mapped.
     """
     from safetensors.torch import load_file
 
     model = _without_weights(config, dtype)
-    found = load_file(folder / "model.safetensors")
-    found |= {name: found[source] for name, source in _tied(model).items()}
-    model.load_state_dict(found, assign=True)
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name: weights[source] for name, source in _tied(model).items()}
+    model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model
 
@@ -116,14 +116,13 @@ def _type_of_files(path: str, config: Any) -> torch.dtype | None:
         config, "transformers_weights", None
     ):
         return None
-    found: set[str] = set()
+    dtypes: set[str] = set()
     for file in _safetensors_files(path):
         with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if not name.endswith("inv_freq")]  # noqa: SIM118 - not a dict
-            found |= {
-                tensors.get_slice(name).get_dtype() for name in names
-            }  # inv_freq is of old releases and ignored
-    floats = {name for name in found if name != "BOOL" and name[0] not in "IU"}
+            # inv_freq is of old releases and ignored
+            names = [name for name in iter(tensors.keys()) if not name.endswith("inv_freq")]
+            dtypes |= {tensors.get_slice(name).get_dtype() for name in names}
+    floats = {name for name in dtypes if name != "BOOL" and name[0] not in "IU"}
     if not floats or not floats <= SAFETENSORS_DTYPES.keys():
         return None
     return reduce(torch.promote_types, [SAFETENSORS_DTYPES[name] for name in floats])
@@ -135,17 +134,17 @@ def _safetensors_files(path: str) -> list[str]:
     """
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-    def found(name: str) -> str | None:
+    def cached(name: str) -> str | None:
         try:
             return cached_file(path, name)
         except OSError:  # missing or unreachable, which from_pretrained reports better
             return None
 
-    if found("adapter_config.json"):  # from_pretrained would load the base named in it
+    if cached("adapter_config.json"):  # from_pretrained would load the base named in it
         return []
-    if whole := found("model.safetensors"):
+    if whole := cached("model.safetensors"):
         return [whole]
-    index = found("model.safetensors.index.json")
+    index = cached("model.safetensors.index.json")
     return (get_checkpoint_shard_files(path, index)[0] or []) if index else []
 
 

@@ -20,7 +20,7 @@ PairLosses = Callable[[slice, PairSums], torch.Tensor]
 
 
 class Scoring(NamedTuple):
-    """How tokens are scored, and what is computed of them besides their log-probs."""
+    """The weights of tokens, and what is computed of them besides their log-probs."""
 
     tails: Tails
     with_metrics: bool  # TokenTerms

@@ -24,16 +24,15 @@ def quantized(model: "PreTrainedModel", kind: Quantized, device: torch.device) -
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    made: dict[
-        int, Any
-    ] = {}  # deepcopy does not copy modules in its memo: no full copy ever exists
+    # deepcopy does not copy modules in its memo: no full copy ever exists
+    copies: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            made[id(module)] = _linear(module, kind, device)
-    other: Any = copy.deepcopy(model, made).requires_grad_(False).to(device)  # pyright: ignore[reportArgumentType]
-    setattr(
-        other, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True
-    )  # peft looks for it
+            copies[id(module)] = _linear(module, kind, device)
+    other: Any = copy.deepcopy(model, copies)
+    other = other.requires_grad_(False).to(device)
+    # peft looks for it
+    setattr(other, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
     return other
 
 
@@ -112,43 +111,43 @@ def _linear(linear: Any, kind: Quantized, device: torch.device) -> nn.Module:
 
     bnb: Any = bnb_  # bitsandbytes does not export its types
     weight: torch.Tensor = linear.weight.detach()
-    weight = (
-        weight if isinstance(linear, nn.Linear) else weight.t().contiguous()
-    )  # GPT-2's Conv1D is [in, out]
+    # GPT-2's Conv1D is [in, out]
+    weight = weight if isinstance(linear, nn.Linear) else weight.t().contiguous()
     options: Any = {"bias": linear.bias is not None, "device": "meta"}
-    made: Any
-    was_conv1d = not isinstance(linear, nn.Linear)
+    layer: Any
     if kind == "int8":
-        made = bnb.Linear8bitLt(weight.shape[1], weight.shape[0], has_fp16_weights=False, **options)
-        made.state.threshold, made.state.use_pool = OUTLIER, True
-        made.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-        made.register_forward_pre_hook(_own_input)
+        layer = bnb.Linear8bitLt(
+            weight.shape[1], weight.shape[0], has_fp16_weights=False, **options
+        )
+        layer.state.threshold, layer.state.use_pool = OUTLIER, True
+        layer.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        layer.register_forward_pre_hook(_own_input)
     else:
-        made = bnb.LinearNF4(weight.shape[1], weight.shape[0], compress_statistics=False, **options)
-        made.weight = bnb.Params4bit(
+        layer = bnb.LinearNF4(
+            weight.shape[1], weight.shape[0], compress_statistics=False, **options
+        )
+        layer.weight = bnb.Params4bit(
             weight.cpu(),
             requires_grad=False,
             quant_type="nf4",
             compress_statistics=False,
-            module=made,
+            module=layer,
         )
-        made.support_avx512bf16_for_cpu = (
-            False  # it repacks the weight at the first evaluation; then training fails
-        )
-    made.bias = (
-        None
-        if linear.bias is None
-        else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-    )
-    made = made.to(device)
-    made.was_conv1d = was_conv1d
-    made.register_forward_pre_hook(_as_matrix)
-    made.register_forward_hook(_as_before)
+        # it repacks the weight at the first evaluation; then training fails
+        layer.support_avx512bf16_for_cpu = False
+    bias = linear.bias
+    if bias is not None:
+        bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    layer.bias = bias
+    layer = layer.to(device)
+    layer.was_conv1d = not isinstance(linear, nn.Linear)
+    layer.register_forward_pre_hook(_as_matrix)
+    layer.register_forward_hook(_as_before)
     # on a CPU an int8 layer computes differently in training mode, but policy and reference must
     # agree in both modes
-    made.training = False
-    made.train = _stays
-    return made
+    layer.training = False
+    layer.train = _stays
+    return layer
 
 
 def _own_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from orchestrator.models.head_check import check_head
 from orchestrator.models.layers import decoder_layers, lowest
-from orchestrator.models.policy import check_head
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import Reference, SharedLayers
 from orchestrator.settings.errors import UserError

@@ -109,10 +109,10 @@ class _Rows:
         whole = output
         for length in lengths.unique().tolist():
             self.forget_longest(rotary, args)
-            found = rotary.forward(
+            embeddings = rotary.forward(
                 *_clamped(args, length - 1), **_clamped_keywords(options, length - 1)
             )
-            whole = _where(lengths == length, found, whole)
+            whole = _where(lengths == length, embeddings, whole)
         return whole
 
 
@@ -129,10 +129,10 @@ def _are_positions(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and not x.is_floating_point()
 
 
-def _where(rows: torch.Tensor, found: Any, other: Any) -> Any:
-    """Select `found` in these rows [R], `other` elsewhere; tensors [R or 1, T, ...], or tuples of
-    them.
+def _where(rows: torch.Tensor, inside: Any, outside: Any) -> Any:
+    """Select `inside` in these rows [R], `outside` elsewhere; tensors [R or 1, T, ...], or tuples
+    of them.
     """
-    if isinstance(found, tuple | list):
-        return type(found)(_where(rows, *both) for both in zip(found, other, strict=True))
-    return torch.where(rows.view(-1, *[1] * (found.ndim - 1)), found, other)
+    if isinstance(inside, tuple | list):
+        return type(inside)(_where(rows, *both) for both in zip(inside, outside, strict=True))
+    return torch.where(rows.view(-1, *[1] * (inside.ndim - 1)), inside, outside)

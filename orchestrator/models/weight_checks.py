@@ -122,9 +122,8 @@ def check_finite(key: str, source: str, tensors: Iterable[tuple[str, torch.Tenso
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
             continue
-        if (
-            not torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
-        ):  # NaN propagates into both
+        # NaN propagates into both
+        if not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
             bad = int((~torch.isfinite(tensor)).sum())
             kind = "NaN" if tensor.isnan().any() else "inf"
             rule = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.data.pairs import NoPairs
+from orchestrator.data.pair_cache import NoPairs
 from orchestrator.data.repeats import repeat_lines
 from orchestrator.data.shapes import note_lines
 from orchestrator.data.sources import check_rows

@@ -9,9 +9,11 @@ import numpy as np
 
 from orchestrator.data.collate import fed_sequences
 from orchestrator.data.order import Integers, longest_sequences
-from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.repeats import repeat_counts, repeat_lines
-from orchestrator.data.shapes import BadRow, note_lines, printable
+from orchestrator.data.row import BadRow, printable
+from orchestrator.data.shapes import note_lines
 from orchestrator.data.sources import Place, first_rows
 from orchestrator.data.tokens import tokenize_pair, truncated
 from orchestrator.models.policy import load_tokenizer

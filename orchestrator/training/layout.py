@@ -8,8 +8,7 @@ import torch
 from orchestrator.data.order import fed_lengths, longest_sequences
 from orchestrator.engines.base import Engine
 from orchestrator.models.attention import choose_kernel, not_exact, use_packed_attention
-from orchestrator.models.behaviour import padding_error
-from orchestrator.models.layout_check import packed_error
+from orchestrator.models.layout_check import packed_error, padding_error
 from orchestrator.models.quantized import is_quantized
 from orchestrator.models.rope import fixed_up_to, use_own_lengths
 from orchestrator.settings.errors import UserError

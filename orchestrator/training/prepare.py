@@ -10,24 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orchestrator.data.collate import AdaptedCollator
+from orchestrator.data.held_out import without_held_out
 from orchestrator.data.order import run_length
-from orchestrator.data.pairs import Pairs, tokenized_pairs, without_held_out
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.sources import check_source
-from orchestrator.dpo.losses import check_losses
+from orchestrator.dpo.user_losses import check_losses
 from orchestrator.engines.optim import check_optim, optimizer_factory
 from orchestrator.engines.precision import dtype_held, resolved
 from orchestrator.models.adapters import check_adapter
 from orchestrator.models.attention import choose_kernel
 from orchestrator.models.build_reference import check_reference
-from orchestrator.models.policy import (
-    check_fit,
-    check_frozen,
-    check_model,
-    check_router,
-    load_config,
-    load_tokenizer,
-    made_weights,
-)
+from orchestrator.models.new_model import new_weights
+from orchestrator.models.policy import load_config, load_tokenizer
+from orchestrator.models.policy_checks import check_fit, check_frozen, check_model, check_router
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.run import RunSpec
@@ -73,9 +69,7 @@ def prepare(spec: RunSpec, given: UserObjects = NOTHING) -> PreparedRun:
     check_code(spec, given)
     parts = load_parts(spec, given)
     if spec.engine.shards_weights and spec.model.init is not None:
-        made_weights(
-            spec, parts.tokenizer, dtype_held(spec.precision)
-        )  # once, for all ranks to map
+        new_weights(spec, parts.tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
     return tokenize(spec, parts)
 
 

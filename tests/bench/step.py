@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from orchestrator.data.collate import Counts, PackedCollator
 from orchestrator.data.order import Order
-from orchestrator.data.pairs import tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.pairs import Pairs, without_held_out
+from orchestrator.data.held_out import without_held_out
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.sources import raw_rows
 from orchestrator.settings.errors import UserError
 from support.pair_sets import SETS, several

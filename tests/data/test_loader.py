@@ -19,7 +19,8 @@ from orchestrator.data.collate import (
 )
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.order import Order, fed_lengths
-from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from support.timeouts import scaled_timeout
 from support.tiny_parts import PAD, both_layouts, collator, data_spec, tokenizer
 from support.tiny_settings import random_rows, write_jsonl

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data import pairs as module
-from orchestrator.data.pairs import build_once, tokenized_pairs
+from orchestrator.data import pair_cache, tokenize_rows
+from orchestrator.data.build_once import build_once
+from orchestrator.data.pair_cache import tokenized_pairs
 from orchestrator.settings.errors import UserError
 from support.pair_sets import GOOD, MALFORMED, TIE
 from support.timeouts import scaled_timeout
@@ -25,7 +26,7 @@ from support.tiny_settings import random_rows, write_jsonl
 BUILDER = """
 import os, sys, time
 from pathlib import Path
-from orchestrator.data.pairs import build_once
+from orchestrator.data.build_once import build_once
 folder, log, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 def build(partial):
     with open(log, "a") as file:
@@ -182,13 +183,13 @@ def test_a_row_without_a_usable_number_is_malformed(
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that were built."""
     folders: list[Path] = []
-    original = module._build
+    original = pair_cache._build
 
     def counting(folder: Path, **arguments: Any) -> None:
         folders.append(folder)
         original(folder, **arguments)
 
-    monkeypatch.setattr(module, "_build", counting)
+    monkeypatch.setattr(pair_cache, "_build", counting)
     return folders
 
 
@@ -270,7 +271,7 @@ def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
 
 
 def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path]) -> None:
-    content = random_rows(module.PARALLEL_FROM + 600, longest=4)
+    content = random_rows(tokenize_rows.PARALLEL_FROM + 600, longest=4)
     content[700], content[2300] = MALFORMED, {**content[0], "chosen": content[0]["rejected"]}
     nested: Any = "deeper than pickle sends to another process"
     for _ in range(700):
@@ -292,6 +293,6 @@ def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path])
 
 
 def test_a_bad_row_met_by_another_process_is_named(tmp_path: Path) -> None:
-    content = [*random_rows(module.PARALLEL_FROM + 10, longest=2), MALFORMED]
+    content = [*random_rows(tokenize_rows.PARALLEL_FROM + 10, longest=2), MALFORMED]
     with pytest.raises(UserError, match=f"data.train row {len(content)} "):
         pairs_of(tmp_path, content, num_proc=2)

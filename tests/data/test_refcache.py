@@ -16,7 +16,8 @@ from orchestrator.data import refcache as module
 from orchestrator.data.collate import PreferenceCollator
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.order import Order
-from orchestrator.data.pairs import Pairs, content_hash, tokenized_pairs
+from orchestrator.data.pair_cache import content_hash, tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.refcache import RECORD, RefCache, cache_folder
 from orchestrator.models.identity import identity_of
 from support.thread_ranks import on_ranks

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.pairs import Pairs, tokenized_pairs, without_held_out
+from orchestrator.data.held_out import without_held_out
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.repeats import contradictory, repeat_lines, repeated, trained_on
 from support.tiny_parts import CHAT_ROW, data_spec, tokenizer
 from support.tiny_settings import random_rows, write_jsonl

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.data.order import Share
-from orchestrator.data.pairs import tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
 from orchestrator.data.sources import raw_rows, training_texts
 from orchestrator.settings.errors import UserError
 from support.pair_sets import GOOD, MALFORMED, SETS, TIE, several

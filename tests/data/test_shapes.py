@@ -8,16 +8,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.shapes import (
-    EMPTY,
-    IMPLICIT,
-    NO_PROMPT,
-    NULLS,
-    TWICE,
-    checked,
-    note_lines,
-    without_nulls,
-)
+from orchestrator.data.messages import without_nulls
+from orchestrator.data.shapes import EMPTY, IMPLICIT, NO_PROMPT, NULLS, TWICE, checked, note_lines
 from orchestrator.settings.errors import UserError
 from support.row_shapes import NO, QUESTION, SYSTEM, YES, Row, refusal, turn
 from support.tiny_parts import CHAT_ROW, EOS, TEXT_ROW, data_spec, ids, pairs_of, tokenized
@@ -142,7 +134,7 @@ def test_nulls_in_tools_are_left_out_and_counted_and_tools_as_text_keep_them() -
 def test_parquet_and_jsonl_give_the_same_tokens_where_arrow_adds_nulls(tmp_path: Path) -> None:
     import datasets
 
-    from orchestrator.data.pairs import tokenized_pairs
+    from orchestrator.data.pair_cache import tokenized_pairs
     from support.tiny_parts import tokenizer
 
     def call(**arguments: Any) -> Row:

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from orchestrator.data.pairs import tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
 from orchestrator.data.sources import (
     SourceRows,
     check_rows,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.shapes import BadRow
+from orchestrator.data.row import BadRow
 from orchestrator.settings.errors import UserError
 from support.tiny_parts import CHAT_ROW, EOS, TEXT_ROW, ids, pairs_of, tokenized, tokenizer
 

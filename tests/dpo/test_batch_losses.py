@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from orchestrator.dpo.losses import (
-    BATCH_LOSSES,
-    PairTerms,
-    as_known,
-    batch_losses,
-)
+from orchestrator.dpo.losses import BATCH_LOSSES, PairTerms, as_known, batch_losses
 from support.loss_terms import EPSILON, spec
 
 EVERY_BATCH_LOSS = spec(0.3, loss_type=list(BATCH_LOSSES), loss_weights=[0.5, 2])

@@ -10,13 +10,7 @@ import pytest
 import torch
 
 from orchestrator.data.collate import Counts
-from orchestrator.dpo.losses import (
-    BATCH_LOSSES,
-    LOSSES,
-    PairTerms,
-    pair_losses,
-    rewards,
-)
+from orchestrator.dpo.losses import BATCH_LOSSES, LOSSES, PairTerms, pair_losses, rewards
 from orchestrator.settings.loss import (
     OF_BATCH,
     OF_SCORES,

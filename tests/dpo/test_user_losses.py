@@ -9,11 +9,8 @@ import pytest
 import torch
 
 from orchestrator.data.collate import Counts
-from orchestrator.dpo.losses import (
-    PairTerms,
-    check_losses,
-    pair_losses,
-)
+from orchestrator.dpo.losses import PairTerms, pair_losses
+from orchestrator.dpo.user_losses import check_losses
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.loss import (
     DpoSpec,

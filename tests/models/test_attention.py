@@ -13,9 +13,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from orchestrator.data.collate import Counts, Row
+from orchestrator.data.collate import Counts
+from orchestrator.data.pairs import PairRow
 from orchestrator.engines.precision import autocast
-from orchestrator.models import attention
+from orchestrator.models import attention, kernels
 from orchestrator.models.attention import (
     CHECKED,
     use_packed_attention,
@@ -59,13 +60,13 @@ NOTHING = [pair(0, [5], [6])]  # nothing is scored at all
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> list[Row]:
+def batches(draw: st.DrawFn) -> list[PairRow]:
     few = st.integers(0, 3) | st.integers(0, 250)  # small ids agree by chance
 
     def some(least: int, most: int) -> list[int]:
         return draw(st.lists(few, min_size=least, max_size=most))
 
-    rows: list[Row] = []
+    rows: list[PairRow] = []
     for number in range(draw(st.integers(1, 4))):
         prompt, chosen, rest = some(0, 12), some(1, 7), some(1, 5)
         rejected = [*chosen, *rest] if draw(st.booleans()) else rest
@@ -103,7 +104,7 @@ def test_every_checked_architecture_is_compared_here() -> None:
 @pytest.mark.parametrize("kind", CHECKED)
 def test_packed_equals_padded_in_fp64(kind: str, kernel: AttentionName) -> None:
     @each_batch
-    def compare(rows: list[Row], keep_last: int | None, loss: LossType) -> None:
+    def compare(rows: list[PairRow], keep_last: int | None, loss: LossType) -> None:
         padded, packed = both(rows, keep_last)
         steps = [kept_step(kind, torch.float64, each, False, loss) for each in ("padded", kernel)]
         assert_equal(run(steps[1], packed), run(steps[0], padded))
@@ -115,7 +116,7 @@ def test_packed_equals_padded_in_fp64(kind: str, kernel: AttentionName) -> None:
 @pytest.mark.parametrize("kind", CHECKED)
 def test_packed_equals_padded_in_fp32(kind: str, kernel: AttentionName) -> None:
     @each_batch
-    def compare(rows: list[Row], keep_last: int | None, loss: LossType) -> None:
+    def compare(rows: list[PairRow], keep_last: int | None, loss: LossType) -> None:
         padded, packed = both(rows, keep_last)
         expected, actual = (
             run(kept_step(kind, torch.float32, each, False, loss), batch)
@@ -131,7 +132,7 @@ def test_packed_equals_padded_in_fp32(kind: str, kernel: AttentionName) -> None:
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5])
 def test_a_run_of_many_causal_blocks_is_exact(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CAUSAL_BLOCK", block)
+    monkeypatch.setattr(kernels, "CAUSAL_BLOCK", block)
     for keep_last in (None, 6):
         padded, packed = both([*EDGES, *pair_rows(3, longest=15)], keep_last)
         expected = run(kept_step("qwen2", torch.float64), padded)

@@ -13,11 +13,11 @@ from orchestrator.models.behaviour import (
     check_causal,
     depends_on_gradients,
     freeze_unreached,
-    padding_error,
     silence,
     still_noise,
 )
 from orchestrator.models.layers import freeze_lowest
+from orchestrator.models.layout_check import padding_error
 from orchestrator.models.quantized import quantized
 from orchestrator.settings.errors import UserError
 from support.tiny_parts import tiny_model

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.models import attention
+from orchestrator.models import kernels
 from orchestrator.models.attention import (
     CHECKED,
     LAYOUT,
@@ -42,7 +42,7 @@ def test_packed_error_shows_attention_that_ignores_the_layout(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
         ).transpose(1, 2)
 
-    monkeypatch.setitem(attention.KERNELS, "cpu", one_sequence)
+    monkeypatch.setitem(kernels.KERNELS, "cpu", one_sequence)
     model = twin(random_model(kind, torch.float32, 0))
     use_packed_attention(model, "cpu")
     assert packed_error(model, CPU) > max(PACKED_TOLERANCE.values())

@@ -23,7 +23,8 @@ from transformers import (
 from orchestrator.models.identity import identity_of
 from orchestrator.models.logps import sequence_logps
 from orchestrator.models.mapped import mapped_twin, types_when_cut
-from orchestrator.models.policy import build_policy, load_model, made_weights
+from orchestrator.models.new_model import new_weights
+from orchestrator.models.policy import build_policy, load_model
 from orchestrator.models.reference import PolicyStart, Reference
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
@@ -282,7 +283,7 @@ def test_a_model_built_from_a_config_is_built_once_and_equal(
     [folder] = (spec.cache_dir / "models").glob("*/")
     made_at = folder.stat().st_mtime_ns
     build_policy(spec, tokenizer(), dtype, mapped=True)
-    assert made_weights(spec, tokenizer(), dtype) == folder
+    assert new_weights(spec, tokenizer(), dtype) == folder
     assert folder.stat().st_mtime_ns == made_at
     check_same(ordinary, mapped, dtype)
 
@@ -292,7 +293,7 @@ def test_other_settings_build_other_weights(tmp_path: Path) -> None:
         spec = tiny_spec(
             tmp_path, run={"seed": seed}, model={"init": {"config": {**TINY_MODEL, **config}}}
         )
-        return made_weights(spec, tokenizer(), dtype)
+        return new_weights(spec, tokenizer(), dtype)
 
     assert (
         len({folder(), folder(torch.float64), folder(seed=8), folder(initializer_range=0.1)}) == 4
@@ -302,10 +303,10 @@ def test_other_settings_build_other_weights(tmp_path: Path) -> None:
 def test_a_config_or_a_cache_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, model={"init": {"config": {**TINY_MODEL, "num_attention_heads": 3}}})
     with pytest.raises(UserError, match="no model can be built from it"):
-        made_weights(spec, tokenizer())
+        new_weights(spec, tokenizer())
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.cache_dir = .*cannot be written there"):
-        made_weights(tiny_spec(tmp_path, data={"cache_dir": str(tmp_path / "file")}), tokenizer())
+        new_weights(tiny_spec(tmp_path, data={"cache_dir": str(tmp_path / "file")}), tokenizer())
 
 
 # --- what is done to it before it is cut ----------------------------------------------------------
@@ -429,7 +430,7 @@ def test_no_copy_is_held(tmp_path: Path, way: str) -> None:
     if way == "path":
         spec = saved(tmp_path, build_policy(settings, tokenizer(), torch.float32))
     else:
-        made_weights(settings, tokenizer())
+        new_weights(settings, tokenizer())
         spec = settings
     before = anonymous_mb()
     mapped = build_policy(spec, tokenizer(), torch.float32, mapped=True)

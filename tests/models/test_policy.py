@@ -14,13 +14,8 @@ from orchestrator.data.sources import Place
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.head import Head
 from orchestrator.models.logps import body_hidden
-from orchestrator.models.policy import (
-    build_policy,
-    check_fit,
-    load_config,
-    load_tokenizer,
-    pair_cost,
-)
+from orchestrator.models.policy import build_policy, load_config, load_tokenizer, pair_cost
+from orchestrator.models.policy_checks import check_fit
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
 from support.tiny_parts import both_layouts, pair_batch, tiny_model, tokenizer

@@ -21,7 +21,7 @@ from tokenizers import (
 )
 
 from orchestrator.data.tokens import tokenize_pair
-from orchestrator.models.policy import CHAT_TEMPLATE
+from orchestrator.models.new_model import CHAT_TEMPLATE
 from support.tiny_settings import random_rows
 from support.token_rows import (
     MERGING,

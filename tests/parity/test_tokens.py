@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
-from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.tokens import tokenize_pair
 from orchestrator.settings.data import DataSpec
 from support.tiny_settings import write_jsonl

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.data.collate import PackedCollator
 from orchestrator.data.order import fed_lengths
-from orchestrator.data.pairs import tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
 from orchestrator.run.rows import (
     Part,
     ShownRow,

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from orchestrator.data.collate import Counts, PackedCollator, PairBatch, PreferenceCollator, Row
+from orchestrator.data.collate import Counts, PackedCollator, PairBatch, PreferenceCollator
+from orchestrator.data.pairs import PairRow
 from orchestrator.dpo.step import METRICS, PairStep, StepOutput
 from orchestrator.models.attention import (
     use_packed_attention,
@@ -107,7 +108,7 @@ def gradient(step: PairStep) -> torch.Tensor:
     )
 
 
-def both(rows: list[Row], keep_last: int | None = None) -> tuple[PairBatch, PairBatch]:
+def both(rows: list[PairRow], keep_last: int | None = None) -> tuple[PairBatch, PairBatch]:
     """(padded, packed)."""
     data = data_spec(truncation="keep_end", max_length=keep_last) if keep_last else data_spec()
     return PreferenceCollator(PAD, data)(rows), PackedCollator(data)(rows)
@@ -142,7 +143,7 @@ def far(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left - right).norm() / right.norm().clamp_min(1e-12))
 
 
-def pair(prompt: int, chosen: list[int], rejected: list[int]) -> Row:
+def pair(prompt: int, chosen: list[int], rejected: list[int]) -> PairRow:
     return {
         "pair_id": 1,
         "prompt_ids": [40 + i % 200 for i in range(prompt)],

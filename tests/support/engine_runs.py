@@ -15,7 +15,8 @@ from torch import nn
 from orchestrator.data.collate import Counts, PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order
-from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines import optim
 from orchestrator.engines.base import Engine, OptimizerFactory, SchedulerFactory, StepResult

@@ -16,7 +16,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from orchestrator.data.collate import Row
+from orchestrator.data.pairs import PairRow
 from orchestrator.dpo.step import METRICS
 from orchestrator.models.policy import load_tokenizer
 from orchestrator.settings.loss import OF_BATCH, OF_SCORES, SMOOTHED, WITH_MARGIN, DpoSpec, LossType
@@ -208,7 +208,7 @@ class Case(NamedTuple):
 
     folder: Path
     texts: list[dict[str, Any]]
-    rows: list[Row]  # TRL's token ids
+    rows: list[PairRow]  # TRL's token ids
     margins: Tensor  # [B]
     policy: Seen
     reference: Seen
@@ -305,7 +305,7 @@ def flat_gradient(model: torch.nn.Module) -> Tensor:
     return flat([torch.zeros_like(p) if p.grad is None else p.grad for _, p in named_parameters])
 
 
-def looked_at(model: Any, rows: list[Row]) -> Seen:
+def looked_at(model: Any, rows: list[PairRow]) -> Seen:
     """One sequence at a time from full logits; a token at position 0 has none before it."""
     parts, aligned, sums = [], [], []
     for side in SIDES:

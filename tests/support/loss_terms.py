@@ -4,10 +4,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.dpo.losses import (
-    LOSSES,
-    PairTerms,
-)
+from orchestrator.dpo.losses import LOSSES, PairTerms
 from orchestrator.settings.loss import (
     DpoSpec,
     LossType,

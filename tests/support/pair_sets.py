@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.settings.data import DataSpec
 from support.tiny_parts import TEXT_ROW, data_spec, tokenizer
 from support.tiny_settings import random_rows, write_jsonl

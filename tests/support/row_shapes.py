@@ -4,10 +4,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.shapes import (
-    BadRow,
-    checked,
-)
+from orchestrator.data.row import BadRow
+from orchestrator.data.shapes import checked
 from support.tiny_parts import data_spec
 
 Row = dict[str, Any]

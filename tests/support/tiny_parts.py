@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator
-from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.tokens import TokenizedPair, tokenize_pair, truncated
 from orchestrator.models.attention import use_packed_attention
 from orchestrator.models.fused import fuse

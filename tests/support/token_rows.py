@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from orchestrator.data.sources import BadRow
+from orchestrator.data.row import BadRow
 from orchestrator.data.tokens import tokenize_pair
-from orchestrator.models.policy import CHAT_TEMPLATE
+from orchestrator.models.new_model import CHAT_TEMPLATE
 from orchestrator.settings.data import DataSpec
 from support.tiny_settings import random_rows
 from support.trl_trainer import trl_tokens

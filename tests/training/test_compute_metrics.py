@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from orchestrator.data.collate import PreferenceCollator
-from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.settings.errors import UserError
 from orchestrator.training import compute_metrics as module
 from orchestrator.training.compute_metrics import (

@@ -8,7 +8,8 @@ import torch
 from orchestrator.data.collate import AdaptedCollator, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order
-from orchestrator.data.pairs import Pairs, tokenized_pairs
+from orchestrator.data.pair_cache import tokenized_pairs
+from orchestrator.data.pairs import Pairs
 from orchestrator.dpo.step import METRICS, PairStep
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory

@@ -18,7 +18,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from orchestrator.models.policy import load_tokenizer, made_weights
+from orchestrator.models.new_model import new_weights
+from orchestrator.models.policy import load_tokenizer
 from orchestrator.models.storage import persistent_buffers
 from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.errors import UserError
@@ -352,7 +353,7 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         trained_logits(tmp_path, base)
-        made_weights(spec, load_tokenizer(spec))
+        new_weights(spec, load_tokenizer(spec))
     finally:
         os.umask(before)
     files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
