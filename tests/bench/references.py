@@ -42,7 +42,7 @@ from orchestrator.models.build_reference import build_reference
 from orchestrator.models.policy import build_policy
 from orchestrator.models.reference import PolicyStart, Reference
 from orchestrator.settings.load import make_spec
-from orchestrator.training.evaluate import LogpError
+from orchestrator.training.start_check import LogpError
 
 SHARED = 4  # layers, of 6
 # Tolerances of the mean loss of a batch. TRL's sums in fp32 alone are off by 3e-5, ours by 6e-7. 16
