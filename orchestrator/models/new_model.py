@@ -57,34 +57,30 @@ def new_config(init: InitSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
     tokens = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    known = _default_config(init.model_type)
+    defaults = _default_config(init.model_type)
     for key, value in init.config.items():
-        if not hasattr(known, key):
-            near = difflib.get_close_matches(key, known.to_dict(), n=1)
-            cure = (
-                f"did you mean {near[0]}?"
-                if near
-                else "see that architecture's config in transformers"
-            )
-            raise UserError(
-                f"model.init.config.{key}", value, f"{type(known).__name__} has no such key", cure
-            )
-        if key in SIZES and isinstance(value, int) and value < 1:
-            raise UserError(
-                f"model.init.config.{key}",
-                value,
-                "must be 1 or more",
-                f"for example {getattr(known, key)}",
-            )
+        _check_key(key, value, defaults)
+    keys = {"vocab_size": len(tokenizer), **tokens, **init.config}
     try:
-        return AutoConfig.for_model(
-            init.model_type, **{"vocab_size": len(tokenizer), **tokens, **init.config}
-        )
+        return AutoConfig.for_model(init.model_type, **keys)
     except Exception as error:  # each config class checks its own values in its own way
-        reason = " ".join(str(error).split())[:160]
+        rule = f"transformers rejects it: {' '.join(str(error).split())[:160]}"
+        raise UserError("model.init.config", init.config, rule, "fix it") from None
+
+
+def _check_key(key: str, value: Any, defaults: Any) -> None:
+    """Check that an architecture's config has the key, and that a size is 1 or more."""
+    setting = f"model.init.config.{key}"
+    if not hasattr(defaults, key):
+        near = difflib.get_close_matches(key, defaults.to_dict(), n=1)
+        fix = (
+            f"did you mean {near[0]}?" if near else "see that architecture's config in transformers"
+        )
+        raise UserError(setting, value, f"{type(defaults).__name__} has no such key", fix)
+    if key in SIZES and isinstance(value, int) and value < 1:
         raise UserError(
-            "model.init.config", init.config, f"transformers rejects it: {reason}", "fix it"
-        ) from None
+            setting, value, "must be 1 or more", f"for example {getattr(defaults, key)}"
+        )
 
 
 def _default_config(model_type: str) -> Any:

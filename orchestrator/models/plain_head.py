@@ -170,22 +170,12 @@ class _HeadWork:
     ) -> tuple[torch.Tensor, PairSums]:
         """Return the loss and the sums of a few pairs, and store their gradients."""
         rows = rows_at_once(len(self.weight), self.weight.device)
-        chunks = [
-            slice(start, min(start + rows, tokens.stop))
-            for start in range(tokens.start, tokens.stop, rows)
-        ]
-        softmax = None
-        logps: list[torch.Tensor] = [self.hidden.new_zeros(0, 1, dtype=self.precise)]
-        aligned = logps.copy()
-        for chunk in chunks:
-            softmax = None  # frees the logits of the previous chunk before the next are computed
-            softmax = self._softmax(chunk, is_first=True)
-            logps.append(softmax.logps)
-            if self.with_aligned:
-                aligned.append(softmax.aligned)
+        starts = range(tokens.start, tokens.stop, rows)
+        chunks = [slice(start, min(start + rows, tokens.stop)) for start in starts]
+        softmax, logps, aligned = self._scores(chunks)
         parts = self.tails.parts(scored)
-        of_parts = pair_sums(torch.cat(logps)[:, 0], parts)
-        means = pair_means(torch.cat(aligned)[:, 0], scored) if self.with_aligned else None
+        of_parts = pair_sums(logps, parts)
+        means = pair_means(aligned, scored) if self.with_aligned else None
         if self.d_hidden is None and self.d_weight is None:
             sums = self.tails.sums(of_parts, means)
             return pair_losses(pairs, sums).sum(), sums
@@ -201,12 +191,24 @@ class _HeadWork:
             if softmax is None or len(chunks) > 1:
                 softmax = None
                 softmax = self._softmax(chunk, is_first=False)
-            self._gradients(
-                chunk,
-                softmax,
-                coefficients[chunk.start - tokens.start : chunk.stop - tokens.start, None],
-            )
+            own = slice(chunk.start - tokens.start, chunk.stop - tokens.start)
+            self._gradients(chunk, softmax, coefficients[own, None])
         return loss.detach(), sums.detached()
+
+    def _scores(self, chunks: list[slice]) -> tuple[_Softmax | None, torch.Tensor, torch.Tensor]:
+        """Return the softmax of the last chunk, and of all chunks the log-probs [n] and `aligned`
+        [n] (empty unless with_aligned).
+        """
+        softmax = None
+        logps: list[torch.Tensor] = [self.hidden.new_zeros(0, 1, dtype=self.precise)]
+        aligned = logps.copy()
+        for chunk in chunks:
+            softmax = None  # frees the logits of the previous chunk before the next are computed
+            softmax = self._softmax(chunk, is_first=True)
+            logps.append(softmax.logps)
+            if self.with_aligned:
+                aligned.append(softmax.aligned)
+        return softmax, torch.cat(logps)[:, 0], torch.cat(aligned)[:, 0]
 
     def _softmax(self, chunk: slice, is_first: bool) -> _Softmax:
         logits = (self.hidden[chunk] @ self.weight.t()).to(self.precise)

@@ -46,31 +46,26 @@ def load_tokenizer(spec: RunSpec) -> "PreTrainedTokenizerBase":
     tokenizer = tokenizer_at(key, source)
     if model.pad_token is not None:
         if model.pad_token not in tokenizer.get_vocab():
-            raise UserError(
-                "model.pad_token",
-                model.pad_token,
-                "is not in the tokenizer's vocabulary",
-                "use one that is",
-            )
+            rule, fix = "is not in the tokenizer's vocabulary", "use one that is"
+            raise UserError("model.pad_token", model.pad_token, rule, fix)
         tokenizer.pad_token = model.pad_token
-    if tokenizer.pad_token_id is None:
-        eos = tokenizer.eos_token
-        cure = (
-            f"set model.pad_token='{eos}'"
-            if eos
-            else "set model.pad_token to a token of its vocabulary"
-        )
-        raise UserError(key, source, "has a tokenizer without a pad token", cure)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            key,
-            source,
-            "has a tokenizer without an end token",
-            "use a tokenizer with eos_token set",
-        )
+    _check_special_tokens(tokenizer, key, source)
     if spec.data.chat_template is not None:
         tokenizer.chat_template = spec.data.chat_template
     return tokenizer
+
+
+def _check_special_tokens(tokenizer: "PreTrainedTokenizerBase", key: str, source: str) -> None:
+    """Check that a tokenizer has a token to pad with and one that ends a text."""
+    if tokenizer.pad_token_id is None:
+        eos = tokenizer.eos_token
+        fix = "set model.pad_token to a token of its vocabulary"
+        if eos:
+            fix = f"set model.pad_token='{eos}'"
+        raise UserError(key, source, "has a tokenizer without a pad token", fix)
+    if tokenizer.eos_token_id is None:
+        rule = "has a tokenizer without an end token"
+        raise UserError(key, source, rule, "use a tokenizer with eos_token set")
 
 
 def load_config(spec: RunSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:

@@ -86,7 +86,7 @@ def test_an_exception_of_a_users_loss_is_one_line(monkeypatch: pytest.MonkeyPatc
 
     line = (
         r"dpo.loss_type = 'a_users_losses:mine': raised ValueError: not these "
-        r"\(test_losses.py line \d+; for 3 pairs\)"
+        r"\(test_user_losses.py line \d+; for 3 pairs\)"
     )
     with pytest.raises(UserError) as caught:
         pair_losses(
