@@ -201,7 +201,7 @@ class DataSpec(Block):
             rule = "is an argument of apply_chat_template that the tokeniser sets itself, "
             raise UserError(key, value, f"{rule}not a template variable", "remove it")
         for key, source in {**self.sources("train"), **self.sources("eval")}.items():
-            _check_file(key, source)
+            _check_file_parts(key, source)
         if self.eval and self.eval_fraction is not None:
             key, fraction = "data.eval_fraction", self.eval_fraction
             raise UserError(key, fraction, "data.eval is also set", "remove one of the two")
@@ -245,7 +245,7 @@ def _check_lengths(data: DataSpec) -> None:
         raise UserError("data.max_completion_length", completion, rule, cure)
 
 
-def _check_file(key: str, source: SourceSpec) -> None:
+def _check_file_parts(key: str, source: SourceSpec) -> None:
     """Check that a file has neither a configuration nor a split, which hub data sets have."""
     for part in ("name", "split"):
         value = getattr(source, part)

@@ -184,7 +184,7 @@ class DpoSpec(Block):
         """Check what the losses require, and that one of them uses each option."""
         for name in self.own_losses:
             check_user_code("dpo.loss_type", name)
-        _check_weights(self)
+        _check_loss_weights(self)
         _check_smoothing(self)
         _check_divergence(self)
         _check_own_settings(self)
@@ -220,7 +220,7 @@ class DpoSpec(Block):
             raise UserError("data.margin_column", margins, rule, cure)
 
 
-def _check_weights(dpo: DpoSpec) -> None:
+def _check_loss_weights(dpo: DpoSpec) -> None:
     count, key = len(dpo.loss_types), "dpo.loss_weights"
     if len(dpo.weights) != count:
         rule = f"is not one number for each of {', '.join(dpo.loss_types)}"

@@ -102,8 +102,8 @@ class ReferenceSpec(Block):
 
     def check(self) -> None:
         """Check that the kind of reference uses each setting that is set."""
-        _check_layers(self)
-        _check_weights(self)
+        _check_policy_layers(self)
+        _check_own_weights(self)
         if self.traits.is_precomputed and self.cache == "off":
             rule = "kind precomputed stores its log-probs in the cache"
             cure = "remove reference.cache, or set reference.kind=copy"
@@ -192,7 +192,7 @@ class ReferenceSpec(Block):
         raise UserError(f"reference.{key}", getattr(self, key), rule, cure)
 
 
-def _check_layers(reference: ReferenceSpec) -> None:
+def _check_policy_layers(reference: ReferenceSpec) -> None:
     """Check the settings of kinds that run the policy's own layers."""
     kind, count, path = reference.kind, reference.num_shared_layers, reference.path
     shares = reference.traits.shares_layers
@@ -210,7 +210,7 @@ def _check_layers(reference: ReferenceSpec) -> None:
         raise UserError("reference.path", path, rule, "remove it, or set reference.kind=copy")
 
 
-def _check_weights(reference: ReferenceSpec) -> None:
+def _check_own_weights(reference: ReferenceSpec) -> None:
     """Check the settings of kinds that have weights of their own."""
     kind, traits, cure = reference.kind, reference.traits, "remove it, or set reference.kind=copy"
     is_computed_by_policy = traits.is_precomputed and reference.path is None
