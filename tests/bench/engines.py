@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from orchestrator.world import World
-from support.engine_runs import ENGINES, Case, bytes_held, engine_of, take_step
+from support.engine_cases import bytes_held
+from support.engine_runs import ENGINES, Case, engine_of, take_step
 from support.gloo_ranks import on_gloo
 
 MODEL = {

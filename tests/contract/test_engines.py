@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from orchestrator.engines.precision import Types
-from support import engine_runs
-from support.engine_runs import BIG, CASES, ENGINES, SAVED, STEPS, Case, Made
+from support import engine_cases, engine_runs
+from support.engine_cases import BIG, CASES, SAVED, STEPS
+from support.engine_runs import ENGINES, Case, Made
 from support.gloo_ranks import on_gloo
 from support.repository import ROOT
 
@@ -31,7 +32,7 @@ class Group:
 
     def __init__(self, engine: str, size: int, folder: Path, canonical: Path) -> None:
         self.checkpoint = folder / f"step_{SAVED:08d}"
-        results = on_gloo(size, engine_runs.group, engine, folder, canonical)
+        results = on_gloo(size, engine_cases.group, engine, folder, canonical)
         self.runs: dict[str, Made] = results[0]["runs"]
         self.gone_on, self.resumed, self.from_canonical = (
             results[0][key] for key in ("gone on", "resumed", "from canonical")
@@ -41,7 +42,7 @@ class Group:
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Group]:
     folder = tmp_path_factory.mktemp("engines")
-    on_gloo(1, engine_runs.canonical, folder / "canonical")
+    on_gloo(1, engine_cases.canonical, folder / "canonical")
 
     @cache
     def group(engine: str, size: int) -> Group:
@@ -137,7 +138,7 @@ PAIRS = random.Random(5).sample(
 def test_engines_resume_each_others_checkpoints(groups: Any, writer: Any, reader: Any) -> None:
     wrote = groups(*writer)
     [rank_zero, *_] = on_gloo(
-        reader[1], engine_runs.gone_on, Case(engine=reader[0]), wrote.checkpoint
+        reader[1], engine_cases.gone_on, Case(engine=reader[0]), wrote.checkpoint
     )
     assert_alike(rank_zero, wrote.gone_on)
 
@@ -150,7 +151,7 @@ def held() -> dict[int, list[dict[str, tuple[int, int]]]]:
     """By world size, for each rank: bytes of optimizer state and of weights between steps, by
     engine.
     """
-    return {size: on_gloo(size, engine_runs.bytes_held) for size in (1, 2, 4)}
+    return {size: on_gloo(size, engine_cases.bytes_held) for size in (1, 2, 4)}
 
 
 @every_engine
@@ -175,7 +176,7 @@ def test_optimizer_state_is_sharded(held: Any, engine: str, size: int) -> None:
 
 @pytest.fixture(scope="module")
 def in_16_bits() -> Any:
-    return cache(lambda engine: on_gloo(2, engine_runs.in_16_bits, engine)[0])
+    return cache(lambda engine: on_gloo(2, engine_cases.in_16_bits, engine)[0])
 
 
 @every_engine
@@ -205,8 +206,8 @@ def test_a_skipped_fp16_step_is_not_counted(in_16_bits: Any, engine: str) -> Non
 
 def test_an_fp16_step_overflows_on_many_ranks_where_it_does_on_one() -> None:
     [alone], [first, *_] = (
-        on_gloo(1, engine_runs.scales_that_fit),
-        on_gloo(4, engine_runs.scales_that_fit),
+        on_gloo(1, engine_cases.scales_that_fit),
+        on_gloo(4, engine_cases.scales_that_fit),
     )
     assert first == alone
 
@@ -223,7 +224,7 @@ SAID = {
 
 @every_engine
 def test_reported_types_are_those_held_and_reduced(engine: str) -> None:
-    [rank_zero] = on_gloo(1, engine_runs.types, engine)
+    [rank_zero] = on_gloo(1, engine_cases.types, engine)
     assert rank_zero["fp32"][0] == Types("fp32", "fp32", "fp32", "fp32")
     assert rank_zero["bf16"][0] == SAID[engine]
     for _, held in rank_zero.values():
@@ -240,26 +241,26 @@ OFFLOADS = [
 
 @pytest.mark.parametrize(("engine", "offload"), [*OFFLOADS, ("fsdp", "parameters")])
 def test_offloading_changes_no_number(engine: str, offload: str, tmp_path: Path) -> None:
-    [(begun, gone_on), *_] = on_gloo(2, engine_runs.offloaded, engine, offload, tmp_path)
+    [(begun, gone_on), *_] = on_gloo(2, engine_cases.offloaded, engine, offload, tmp_path)
     assert_alike(begun, oracle("plain"), slice(SAVED))
     assert_alike(gone_on, oracle("plain"), slice(SAVED, STEPS))
 
 
 @every_engine
 def test_the_seeds_optimizers_by_settings_and_by_functions(engine: str, tmp_path: Path) -> None:
-    [rank_zero, *_] = on_gloo(2, engine_runs.seeds, engine, tmp_path)
+    [rank_zero, *_] = on_gloo(2, engine_cases.seeds, engine, tmp_path)
     assert len(rank_zero) == 4
     for name, run in rank_zero.items():
-        case, optimizer, schedule = engine_runs.SEEDS[name.partition(" by ")[0]]
-        case = replace(case, total_steps=engine_runs.SEED_STEPS)
+        case, optimizer, schedule = engine_cases.SEEDS[name.partition(" by ")[0]]
+        case = replace(case, total_steps=engine_cases.SEED_STEPS)
         own = (None, None) if name.endswith("YAML") else (optimizer, schedule)
-        expected = engine_runs.oracle(case, range(engine_runs.SEED_STEPS), *own)
+        expected = engine_runs.oracle(case, range(engine_cases.SEED_STEPS), *own)
         assert_alike(run, expected)
         for parameter, value in expected.weights.items():
             assert (run.weights[parameter] - value).abs().max() < 1e-5, (name, parameter)
         if "StepLR" in name:
-            after = engine_runs.SEED_STEPS - engine_runs.MOVES_AT
-            assert run.rates == pytest.approx([1e-3] * engine_runs.MOVES_AT + [1e-4] * after)
+            after = engine_cases.SEED_STEPS - engine_cases.MOVES_AT
+            assert run.rates == pytest.approx([1e-3] * engine_cases.MOVES_AT + [1e-4] * after)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -273,5 +274,5 @@ def test_a_deepspeed_file_sets_up_the_engine(stage: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
 def test_two_runs_in_one_process(engine: str) -> None:
-    [(first, second)] = on_gloo(1, engine_runs.twice, engine)
+    [(first, second)] = on_gloo(1, engine_cases.twice, engine)
     assert first == second

@@ -20,8 +20,9 @@ from orchestrator.models.sums import PairSums
 from orchestrator.settings.precision import Precision
 from orchestrator.training.ledger import SeenPairs
 from orchestrator.world import World
-from support import engine_runs
-from support.engine_runs import ENGINES, SAVED, Case
+from support import engine_cases, engine_runs
+from support.engine_cases import SAVED
+from support.engine_runs import ENGINES, Case
 from support.run_callbacks import stops_at
 from support.run_files import losses
 from support.tiny_parts import pair_batch, tiny_model
@@ -103,9 +104,9 @@ def test_resume_on_the_same_engine_is_bitwise(
     first = engine_runs.engine_of(case, alone)
     engine_runs.train(first, case, alone, range(SAVED))
     checkpoint = engine_runs.kept(first, alone, tmp_path, SAVED)
-    gone_on = engine_runs.train(first, case, alone, range(SAVED, engine_runs.STEPS))
+    gone_on = engine_runs.train(first, case, alone, range(SAVED, engine_cases.STEPS))
     first.close()
-    again, resumed = engine_runs.resumed(alone, case, checkpoint)
+    again, resumed = engine_cases.resumed(alone, case, checkpoint)
     again.close()
     assert resumed == gone_on
 

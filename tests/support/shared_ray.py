@@ -3,13 +3,14 @@
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from support.forkserver import free_port
 from support.timeouts import scaled_timeout
@@ -19,7 +20,7 @@ START_S = 60.0
 
 @contextlib.contextmanager
 def started_ray(log: Path) -> Iterator[dict[str, str]]:
-    """Start a head without a dashboard, and end it by its process group.
+    """Start a head without a dashboard, and kill it with all that it started at the end.
 
     Yields:
         The environment of a command that joins it.
@@ -55,9 +56,15 @@ def started_ray(log: Path) -> Iterator[dict[str, str]]:
                 time.sleep(0.05)
             yield access | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
         finally:
-            head.terminate()  # it ends what it has started
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                head.wait(scaled_timeout(10))
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(head.pid, signal.SIGKILL)
+            kill_tree(head.pid)
             head.wait()
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it has started, and wait until they are gone."""
+    root = psutil.Process(pid)
+    processes = [root, *root.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes[1:], timeout=scaled_timeout(10))
