@@ -14,10 +14,10 @@ from orchestrator.settings.checkpoint import Exported
 from orchestrator.settings.errors import UserError
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str], launchers: Sequence[str]) -> argparse.Namespace:
     """Parse the words; `verb` of the result is the verb's name.
 
-    Help is printed here and ends the process.
+    Help is printed here and ends the process. launchers: where `submit` can send a run.
 
     Unlike with plain argparse, settings may precede and follow flags, and may follow a --profile
     without a range.
@@ -26,7 +26,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         UserError: a word is neither a verb nor a flag.
         SystemExit: after printing help or the version, or for a wrong value of a flag.
     """
-    parser, verbs = _parser()
+    parser, verbs = _parser(launchers)
     words = list(words)
     if not words:
         parser.print_help(sys.stderr)
@@ -86,7 +86,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _parser(
+    launchers: Sequence[str],
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser, and the parsers of verbs by name."""
     parser = _Parser(
         prog="orchestrator",
@@ -103,7 +105,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         verbs[verb].set_defaults(verb=verb)
         return verbs[verb]
 
-    _add_verbs_of_settings(add)
+    _add_verbs_of_settings(add, launchers)
     _add_verbs_of_runs(add)
     return parser, verbs
 
@@ -111,7 +113,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 Add = Callable[[str, str], argparse.ArgumentParser]
 
 
-def _add_verbs_of_settings(add: Add) -> None:
+def _add_verbs_of_settings(add: Add, launchers: Sequence[str]) -> None:
     """Add the verbs with settings files and overrides as arguments."""
     _takes_settings(add("train", "train on Ray: a local instance, or the cluster at RAY_ADDRESS"))
     debug = add("debug", "train in this process, without Ray; breakpoints work")
@@ -127,15 +129,15 @@ def _add_verbs_of_settings(add: Add) -> None:
     clusters = "a Ray cluster's job server or to Slurm"
     submit = add("submit", f"check the run here, then submit it to {clusters}")
     _takes_settings(submit)
-    _add_submit_flags(submit)
+    _add_submit_flags(submit, launchers)
     nodes = "every node of the cluster at RAY_ADDRESS, or this machine"
     doctor = add("doctor", f"check {nodes}, as before a run")
     without = "settings of the run to check; without them, only the checks that need no settings"
     doctor.add_argument("settings", nargs="*", metavar="FILE|key=value", help=without)
 
 
-def _add_submit_flags(submit: argparse.ArgumentParser) -> None:
-    submit.add_argument("--to", choices=("ray", "slurm"), help="where to submit the run")
+def _add_submit_flags(submit: argparse.ArgumentParser, launchers: Sequence[str]) -> None:
+    submit.add_argument("--to", choices=launchers, help="where to submit the run")
     server = "Ray's job server (http://HEAD:8265); default: RAY_API_SERVER_ADDRESS"
     submit.add_argument("--address", metavar="URL", help=server)
     no_wait = "Ray: do not follow the log until the run exits"

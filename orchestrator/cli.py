@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_verb(words: Sequence[str]) -> int:
     try:
-        args = parse(words)
+        args = parse(words, tuple(LAUNCHERS))
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         # to import the user's callbacks and collators, as `python -m` does
         sys.path.insert(0, os.getcwd())
@@ -204,17 +204,13 @@ def plan(args: argparse.Namespace) -> int:
 def submit(args: argparse.Namespace) -> int:
     """Check the run here and submit it to a cluster."""
     if args.to is None:
-        raise UserError("--to", None, "is required", "write --to ray or --to slurm")
-    if args.to == "ray":
-        return _submit_to_ray(_spec(args), args.address, args.wait)
-    if args.address or not args.wait:
-        flag = "--address" if args.address else "--no-wait"
-        rule = f"{flag} applies only to a Ray cluster's job server"
-        raise UserError("--to", "slurm", rule, f"remove {flag}, or write --to ray")
-    return _submit_to_slurm(_spec(args))
+        flags = " or ".join(f"--to {name}" for name in LAUNCHERS)
+        raise UserError("--to", None, "is required", f"write {flags}")
+    return LAUNCHERS[args.to](args)
 
 
-def _submit_to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
+def _submit_to_ray(args: argparse.Namespace) -> int:
+    spec = _spec(args)
     from orchestrator.run.facts import Outlook, row_counts, run_facts
     from orchestrator.run.ray.submit import not_on_this_machine, submit_job
 
@@ -222,14 +218,26 @@ def _submit_to_ray(spec: RunSpec, address: str | None, wait: bool) -> int:
         print(f"{elsewhere} is not on this machine: its rows are checked where the run starts")
     else:
         _print_facts(run_facts(spec, Outlook(row_counts(spec))))
-    return submit_job(spec, address, wait)
+    return submit_job(spec, args.address, args.wait)
 
 
-def _submit_to_slurm(spec: RunSpec) -> int:
+def _submit_to_slurm(args: argparse.Namespace) -> int:
+    if args.address or not args.wait:
+        flag = "--address" if args.address else "--no-wait"
+        rule = f"{flag} applies only to a Ray cluster's job server"
+        raise UserError("--to", "slurm", rule, f"remove {flag}, or write --to ray")
+    spec = _spec(args)
     from orchestrator.run.slurm import submit_job
 
     _print_facts(_planned(spec, starts_here=False))
     return submit_job(spec)
+
+
+LAUNCHERS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "ray": _submit_to_ray,
+    "slurm": _submit_to_slurm,
+}
+"""Where `submit` can send a run."""
 
 
 def _planned(spec: RunSpec, starts_here: bool = True) -> dict[str, Any]:

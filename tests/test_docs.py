@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.arguments import parse
+from orchestrator.cli import LAUNCHERS
 from orchestrator.data.sources import check_rows
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
@@ -94,7 +95,7 @@ def test_orchestrator_commands_parse(text: str) -> None:
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["orchestrator"]:
-            assert parse(words[1:]).verb == words[1]
+            assert parse(words[1:], tuple(LAUNCHERS)).verb == words[1]
 
 
 def test_errors_are_shown_as_they_are_printed(tmp_path: Path) -> None:
