@@ -14,7 +14,7 @@ import pytest
 from orchestrator import __version__, cli
 from orchestrator.run.local import debug as local
 from orchestrator.settings.errors import TrainingError, UserError
-from orchestrator.training.checkpoint import save
+from orchestrator.training.checkpoint_writer import save
 from orchestrator.training.manifest import FORMAT
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir

@@ -26,13 +26,14 @@ from orchestrator.models.reference import Reference
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.announce import print_frozen, print_models, print_run, print_types
 from orchestrator.training.callbacks import Callbacks, training_args
-from orchestrator.training.checkpoint import Reader, seed_everything
+from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.context import RunContext
 from orchestrator.training.export import check_exportable, exported_config, keep_for_export
 from orchestrator.training.layout import choose_layout
 from orchestrator.training.loaders import build_loaders, our_collator
 from orchestrator.training.prepare import PreparedRun
 from orchestrator.training.reference_cache import fill_caches, open_caches
+from orchestrator.training.rng import seed_everything
 from orchestrator.training.run_identity import logps_identity, run_identity
 from orchestrator.training.start_check import start_tolerance
 from orchestrator.training.trainer import Trainer

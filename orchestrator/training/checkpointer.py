@@ -13,11 +13,13 @@ from orchestrator.engines.optim import check_resumable, made_by
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.best import find_best
-from orchestrator.training.checkpoint import Reader, RngState, Saver
+from orchestrator.training.checkpoint_reader import Reader
+from orchestrator.training.checkpoint_writer import RankState, Saver
 from orchestrator.training.context import RunContext
 from orchestrator.training.ledger import Ledger, SeenPairs
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.reporter import Reporter
+from orchestrator.training.rng import RngState
 from orchestrator.training.run_identity import differences
 from orchestrator.user_code import source_hash
 
@@ -110,11 +112,11 @@ class Checkpointer:
             "identity": self.identity,
             "spec": self.context.spec.model_dump(mode="json"),
         }
-        seen = self.seen.take() if self.seen is not None else None
+        state = RankState(rng, self.seen.take() if self.seen is not None else None)
         best = callbacks.state.best_global_step
         folder = None if best is None else step_folder(self.context.run_dir.checkpoints, best)
         shards = self.engine.iter_shards()
-        self.saver.save(progress.step, shards, meta, rng, in_background, folder, seen)
+        self.saver.save(progress.step, shards, meta, state, in_background, folder)
         self._saved = progress.step, callbacks.state.epoch
         self.notify_saved()
 

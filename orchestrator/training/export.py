@@ -28,7 +28,7 @@ from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.model import Dtype
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.checkpoint import Reader, newest_valid
+from orchestrator.training.checkpoint_reader import Reader, newest_valid
 from orchestrator.training.manifest import step_folder, verify
 from orchestrator.training.result import evaluated_sets
 from orchestrator.training.rundir import RunDir

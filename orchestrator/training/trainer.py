@@ -19,7 +19,7 @@ from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.best import save_if_best
 from orchestrator.training.callbacks import Callbacks
-from orchestrator.training.checkpoint import Reader, RngState, rng_state, set_rng_state
+from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpointer import Checkpointer
 from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.context import RunContext
@@ -30,6 +30,7 @@ from orchestrator.training.manifest import step_folder
 from orchestrator.training.progress import Progress
 from orchestrator.training.reference_cache import cached_on_all_ranks
 from orchestrator.training.reporter import Reporter
+from orchestrator.training.rng import RngState, rng_state, set_rng_state
 from orchestrator.training.start_check import Tolerance, check_start
 
 # fp16 steps: by then the loss scale is 2**25 times smaller, and the gradient still overflows

@@ -20,7 +20,8 @@ from orchestrator.settings.engine import EngineSpec
 from orchestrator.settings.loss import DpoSpec
 from orchestrator.settings.optim import ELEMENTWISE_OPTIMIZERS, OptimizerSpec, SchedulerSpec
 from orchestrator.settings.precision import Precision
-from orchestrator.training.checkpoint import Reader, save
+from orchestrator.training.checkpoint_reader import Reader
+from orchestrator.training.checkpoint_writer import save
 from support.tiny_parts import ALONE, both_layouts
 from support.tiny_parts import pair_batch as made_batch
 from support.tiny_parts import tiny_model as made_model

@@ -29,7 +29,8 @@ from orchestrator.settings.optim import (
     SchedulerName,
     SchedulerSpec,
 )
-from orchestrator.training.checkpoint import Reader, save
+from orchestrator.training.checkpoint_reader import Reader
+from orchestrator.training.checkpoint_writer import save
 from support.optimizers import Small
 from support.tiny_parts import ALONE, tiny_model
 

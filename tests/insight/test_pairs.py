@@ -24,7 +24,7 @@ from orchestrator.insight.pairs import (
     rank_correlation,
 )
 from orchestrator.settings.load import save_spec
-from orchestrator.training.checkpoint import Saver
+from orchestrator.training.checkpoint_writer import RankState, Saver
 from orchestrator.training.ledger import SCHEMA, Ledger
 from orchestrator.training.rundir import RunDir
 from support.tiny_parts import ALONE
@@ -217,7 +217,9 @@ def run_dir(tmp_path: Path) -> Path:
     directory.path.mkdir()
     save_spec(spec, directory.config)
     visits = ledger(*[visit(pair, 1, pair - 2.5, chosen_tokens=pair) for pair in range(1, 7)])
-    Saver(directory.checkpoints, ALONE, 2, 60, Ledger(directory.pairs)).save(1, [], {}, seen=visits)
+    Saver(directory.checkpoints, ALONE, 2, 60, Ledger(directory.pairs)).save(
+        1, [], {}, RankState(seen=visits)
+    )
     return directory.path
 
 

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 
 from orchestrator.engines.base import Shard
-from orchestrator.training.checkpoint import (
-    save,
-    seed_everything,
-)
+from orchestrator.training.checkpoint_writer import save
 from orchestrator.training.manifest import (
     MANIFEST,
 )
+from orchestrator.training.rng import seed_everything
 from orchestrator.world import World
 from support.thread_ranks import on_ranks
 from support.tiny_parts import ALONE

@@ -28,7 +28,8 @@ from orchestrator.settings.engine import EngineSpec
 from orchestrator.settings.loss import DpoSpec
 from orchestrator.settings.optim import OptimizerSpec, SchedulerSpec
 from orchestrator.settings.precision import Precision
-from orchestrator.training.checkpoint import Reader, save
+from orchestrator.training.checkpoint_reader import Reader
+from orchestrator.training.checkpoint_writer import save
 from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World

@@ -17,7 +17,7 @@ from orchestrator.run.local.debug import debug
 from orchestrator.settings.load import make_spec
 from orchestrator.settings.run import RunSpec
 from orchestrator.training import worker
-from orchestrator.training.checkpoint import Reader
+from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir

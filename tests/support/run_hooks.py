@@ -16,7 +16,7 @@ import torch
 from orchestrator.data import refcache
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.models.reference import Absent
-from orchestrator.training import checkpoint, ledger
+from orchestrator.training import checkpoint_writer, ledger
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.trainer import Trainer
 
@@ -150,10 +150,15 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
         return is_it
 
     stages: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
-        "begun": (checkpoint._Draft, "write", lambda draft, *_: draft.step == step, "before"),
-        "half written": (checkpoint, "save_tensors", is_file("rank_"), "in the middle"),
-        "written": (checkpoint, "synced_sha256", is_file("rank_"), "before"),
-        "rows half written": (checkpoint, "write_rows", is_file("pairs_"), "in the middle"),
+        "begun": (
+            checkpoint_writer._Draft,
+            "write",
+            lambda draft, *_: draft.step == step,
+            "before",
+        ),
+        "half written": (checkpoint_writer, "save_tensors", is_file("rank_"), "in the middle"),
+        "written": (checkpoint_writer, "synced_sha256", is_file("rank_"), "before"),
+        "rows half written": (checkpoint_writer, "write_rows", is_file("pairs_"), "in the middle"),
         "part begun": (
             ledger,
             "write_rows",
@@ -162,15 +167,15 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
         ),
         "part made": (ledger, "sync_folder", lambda _: True, "after"),
         "recorded": (
-            checkpoint,
+            checkpoint_writer,
             "write_atomically",
             is_file("rank_"),
             "after",
         ),  # in the background alone
-        "complete": (checkpoint, "synced_sha256", is_file("meta.json"), "after"),
-        "renamed": (checkpoint, "write_atomically", is_file("manifest.json"), "before"),
+        "complete": (checkpoint_writer, "synced_sha256", is_file("meta.json"), "after"),
+        "renamed": (checkpoint_writer, "write_atomically", is_file("manifest.json"), "before"),
         "committed": (
-            checkpoint,
+            checkpoint_writer,
             "retain",
             lambda folder, *_: step_folder(folder, step).exists(),
             "before",
@@ -195,22 +200,22 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
 
 def disk_full_saving(rank: int, step: int) -> None:
     """No space is left for a rank's part of the checkpoint of a step."""
-    write = checkpoint._Draft.write
+    write = checkpoint_writer._Draft.write
 
     def full(draft: Any, *args: Any) -> Any:
         if (draft.world.rank, draft.step) == (rank, step):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(draft, *args)
 
-    checkpoint._Draft.write = full
+    checkpoint_writer._Draft.write = full
 
 
 def slow_saves(seconds: float) -> None:
     """Every rank takes its time to write its part of a checkpoint."""
-    write = checkpoint._Draft.write
+    write = checkpoint_writer._Draft.write
 
     def slow(draft: Any, *args: Any) -> Any:
         time.sleep(seconds)
         return write(draft, *args)
 
-    checkpoint._Draft.write = slow
+    checkpoint_writer._Draft.write = slow

@@ -10,18 +10,14 @@ import pytest
 import torch
 
 from orchestrator.engines.base import Shard
-from orchestrator.training import checkpoint as module
-from orchestrator.training.checkpoint import (
-    Reader,
-    SaveFailed,
-    Saver,
-    newest_valid,
-    seed_everything,
-)
+from orchestrator.training import checkpoint_writer as module
+from orchestrator.training.checkpoint_reader import Reader, newest_valid
+from orchestrator.training.checkpoint_writer import RankState, SaveFailed, Saver
 from orchestrator.training.manifest import (
     committed,
     verify,
 )
+from orchestrator.training.rng import rng_state, seed_everything
 from orchestrator.world import World
 from support.checkpoint_files import META, draws, full_disk, part, saved
 from support.thread_ranks import on_ranks
@@ -97,7 +93,7 @@ def test_background_saves_write_the_same_files(tmp_path: Path) -> None:
         )
         for name in ("at once", "later"):
             saves = saver(tmp_path / name, world)
-            saves.save(4, mine, META, module.rng_state(), in_background=name == "later")
+            saves.save(4, mine, META, RankState(rng_state()), in_background=name == "later")
             saves.wait()
             assert saves.pop_committed() == tmp_path / name / "step_00000004"
 

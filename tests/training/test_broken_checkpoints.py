@@ -6,16 +6,15 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from orchestrator.training import checkpoint as module
-from orchestrator.training.checkpoint import (
-    newest_valid,
-)
+from orchestrator.training import checkpoint_writer as module
+from orchestrator.training.checkpoint_reader import newest_valid
 from orchestrator.training.manifest import (
     MANIFEST,
     committed,
     retain,
     verify,
 )
+from orchestrator.training.rng import rng_state
 from support.checkpoint_files import BREAKS, META, flip, on_two_ranks, part, saved
 from support.thread_ranks import on_ranks
 from support.tiny_parts import ALONE
@@ -65,7 +64,7 @@ def test_late_writes_of_a_dead_attempt_do_not_reach_a_checkpoint(tmp_path: Path)
     dead = module._Draft(tmp_path, 3, META, ALONE)
     draft = module._Draft(tmp_path, 3, META, ALONE)
     with pytest.raises((OSError, SafetensorError)):
-        dead.write([part("a", (3,), 0, 3)], module.rng_state())
+        dead.write([part("a", (3,), 0, 3)], rng_state())
     with pytest.raises(OSError):
         dead.record({})
     assert list(draft.partial.iterdir()) == []

@@ -13,18 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from orchestrator.engines.base import Shard
 from orchestrator.settings.errors import UserError
-from orchestrator.training import checkpoint as module
-from orchestrator.training.checkpoint import (
-    CorruptCheckpoint,
-    Reader,
-    SaveFailed,
-    newest_valid,
-    save,
-    seed_everything,
-)
+from orchestrator.training import checkpoint_writer as module
+from orchestrator.training.checkpoint_reader import CorruptCheckpoint, Reader, newest_valid
+from orchestrator.training.checkpoint_writer import SaveFailed, save
 from orchestrator.training.manifest import (
     FORMAT,
     MANIFEST,
@@ -34,6 +29,7 @@ from orchestrator.training.manifest import (
     set_aside,
     verify,
 )
+from orchestrator.training.rng import seed_everything
 from orchestrator.world import World
 from support.checkpoint_files import BREAKS, META, draws, full_disk, on_two_ranks, part, saved
 from support.thread_ranks import on_ranks
@@ -226,9 +222,7 @@ def test_each_rank_has_its_own_random_state(tmp_path: Path) -> None:
     folder = on_two_ranks(tmp_path)[
         0
     ]  # threads share the generators: what matters is that each rank's file is read
-    states = [
-        module.load_file(folder / f"rng_{rank:05d}.safetensors")["torch"] for rank in range(2)
-    ]
+    states = [load_file(folder / f"rng_{rank:05d}.safetensors")["torch"] for rank in range(2)]
     for rank, state in enumerate(states):
         Reader(folder).restore_rng(World(rank, 2, rank, ALONE.device), seed=7)
         assert torch.equal(torch.get_rng_state(), state)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from orchestrator.dpo.step import METRICS
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.evaluation import EVALUATED
-from orchestrator.training.checkpoint import Reader
+from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.export import export
 from orchestrator.training.rundir import RunDir
 from support.debug_runs import finish_debug, run_debug

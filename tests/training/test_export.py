@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.engines.base import Shard
 from orchestrator.settings.errors import UserError
-from orchestrator.training.checkpoint import Reader, save
+from orchestrator.training.checkpoint_reader import Reader
+from orchestrator.training.checkpoint_writer import save
 from orchestrator.training.export import export
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.rundir import RunDir

@@ -25,7 +25,7 @@ from orchestrator.run.local.trial import NothingToSave
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import make_spec
 from orchestrator.training.assemble import assembled
-from orchestrator.training.checkpoint import Reader
+from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
 from orchestrator.training.manifest import sha256_of

@@ -17,8 +17,8 @@ from orchestrator.dpo.step import StepOutput
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import save_spec
 from orchestrator.settings.loss import DpoSpec
-from orchestrator.training import checkpoint, ledger
-from orchestrator.training.checkpoint import SaveFailed, Saver
+from orchestrator.training import checkpoint_writer, ledger
+from orchestrator.training.checkpoint_writer import RankState, SaveFailed, Saver
 from orchestrator.training.ledger import COPY, SCHEMA, TAIL, Ledger, SeenPairs, read, verify
 from orchestrator.training.manifest import ReadFailed, listed_in, set_aside, step_folder
 from orchestrator.training.rundir import RunDir
@@ -114,7 +114,7 @@ def goes_on(
 def save(saves: Saver, after: int, step: int, in_background: bool = False) -> None:
     """A checkpoint of a step, with the rows since `after`."""
     mine = seen(range(after + 1, step + 1), saves.world.size, saves.world.rank)
-    saves.save(step, [], {}, in_background=in_background, seen=mine)
+    saves.save(step, [], {}, RankState(seen=mine), in_background)
 
 
 def steps(run_dir: RunDir) -> list[int]:
@@ -162,8 +162,7 @@ def test_a_pair_that_a_step_saw_twice_is_one_row(run_dir: RunDir) -> None:
             2,
             [],
             {},
-            in_background=False,
-            seen=pa.concat_tables([seen(range(1, 3)), seen(range(2, 3))]),
+            RankState(seen=pa.concat_tables([seen(range(1, 3)), seen(range(2, 3))])),
         )
 
     on_ranks(2, work)
@@ -213,7 +212,9 @@ def test_a_run_that_never_kept_one_has_no_folder(run_dir: RunDir) -> None:
     assert read(run_dir)[1].num_rows == 0
 
 
-@pytest.mark.parametrize("where", [checkpoint, ledger], ids=["the rows of a rank", "the tail"])
+@pytest.mark.parametrize(
+    "where", [checkpoint_writer, ledger], ids=["the rows of a rank", "the tail"]
+)
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_full_disk_fails_the_save(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, where: Any, in_background: bool

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
-from orchestrator.training.checkpoint import save
+from orchestrator.training.checkpoint_writer import save
 from orchestrator.training.rundir import RunDir, write_atomically
 from support.tiny_parts import ALONE
 from support.tiny_settings import tiny_spec

@@ -28,7 +28,7 @@ from orchestrator.settings.optim import optimizer_kind
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.settings.run import RunSpec, changed_on_resume
 from orchestrator.training.assemble import assembled
-from orchestrator.training.checkpoint import Reader
+from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.context import RunContext
 from orchestrator.training.manifest import committed, step_of, verify
 from orchestrator.training.prepare import PreparedRun, prepare

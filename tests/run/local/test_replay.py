@@ -13,7 +13,7 @@ from orchestrator.engines import scale
 from orchestrator.run.local.debug import debug
 from orchestrator.run.local.replay import ReplayResult, replay
 from orchestrator.settings.errors import UserError
-from orchestrator.training.checkpoint import Reader
+from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.manifest import committed
 from orchestrator.training.rundir import RunDir
 from support.debug_runs import finish_debug
