@@ -34,8 +34,8 @@ UPPER_TOLERANCE = 1e-3
 class Reference:
     """A separate frozen model, and the base class of the other kinds.
 
-    Deliberately not an nn.Module, so that a module that holds it registers no parameter. Its life,
-    in order; `PairStep` (dpo/step.py) alone calls these methods:
+    Deliberately not an nn.Module, so that a module that holds it registers no parameter. Its life
+    has five steps, which `PairStep` (dpo/step.py) takes in this order:
 
     1. `own_modules`: list the modules that a sharding engine shards besides the policy's.
     2. `place`: move the weights that it does not share with the policy to the device.
@@ -44,9 +44,9 @@ class Reference:
     4. `logps`: compute the log-probs of a micro-batch, once per micro-batch that has none yet.
     5. `sync`: move its weights towards the policy's, every reference.sync_every steps.
 
-    `build_reference` (build_reference.py) runs before them. Between 2 and 3 the engine wraps the
-    step, the error of an approximate reference is measured against `exact`, and the cache of
-    log-probs is filled. A checkpoint holds `synced_weights`.
+    build_reference.py builds it before that. Between 2 and 3 the engine wraps the step, the error
+    of an approximate reference is measured against `exact`, and the cache of log-probs is filled.
+    A checkpoint holds `synced_weights`.
     """
 
     model: "PreTrainedModel"

@@ -13,7 +13,7 @@ from orchestrator.engines.precision import is_16_bit
 from orchestrator.models.dtypes import dtype_name
 from orchestrator.models.layers import head_is_tied
 from orchestrator.models.quantized import is_int8, is_quantized
-from orchestrator.models.reference import PolicyStart, Reference
+from orchestrator.models.reference import Reference
 from orchestrator.settings.counts import counted
 from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.precision import PRECISION_TRAITS, Precision
@@ -105,7 +105,7 @@ def print_types(engine: Engine, precision: Precision) -> None:
     """
     types, step, judge = engine.types, engine.step, engine.step.reference
     own = [p for module in judge.own_modules(step.policy) for p in module.parameters()]
-    if isinstance(judge, PolicyStart) or not own:
+    if not own:
         reference = "same as policy"
     else:
         held = (

@@ -31,8 +31,8 @@ def run_identity(
     types = _types_once_cut(spec, policy, dtype_held(context.precision))
     weights = identity_of(reference.tensors(), reference.model.config, world, types)
     identity: dict[str, Any] = {"reference": weights}
-    # with PolicyStart the reference is the base
-    if adapter_layers(policy) and not isinstance(reference, PolicyStart):
+    # a reference that has no module of its own is the base
+    if adapter_layers(policy) and reference.own_modules(policy):
         identity["base"] = identity_of(PolicyStart(policy).tensors(), policy.config, world, types)
     # a user's function may have frozen some: without it the same command would train them
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
