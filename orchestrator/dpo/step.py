@@ -24,20 +24,30 @@ from orchestrator.settings.loss import DpoSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+class PairValues(NamedTuple):
+    """Values of a micro-batch, of which the metrics of a pair are functions."""
+
+    losses: torch.Tensor  # [B]
+    chosen_rewards: torch.Tensor  # [B]
+    rejected_rewards: torch.Tensor  # [B]
+    terms: PairTerms
+
+
+PAIR_METRICS: dict[str, Callable[[PairValues], torch.Tensor]] = {
+    "loss": lambda values: values.losses,
+    "rewards/chosen": lambda values: values.chosen_rewards,
+    "rewards/rejected": lambda values: values.rejected_rewards,
+    "rewards/accuracies": lambda values: (values.chosen_rewards > values.rejected_rewards).double(),
+    "rewards/margins": lambda values: values.chosen_rewards - values.rejected_rewards,
+    "logps/chosen": lambda values: values.terms.chosen_logps,
+    "logps/rejected": lambda values: values.terms.rejected_logps,
+}
+"""The metrics of each pair [B], with TRL's names; their means count each pair by its weight."""
+
 TOKEN_METRICS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
-# Metrics with TRL's names, in the order of metric_sums, each as a sum and the count that divides
-# it.
-METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    *TOKEN_METRICS,
-    "num_tokens",
-)
+# In the order of metric_sums, each as a sum and the count that divides it.
+METRICS = (*PAIR_METRICS, *TOKEN_METRICS, "num_tokens")
 
 
 class StepOutput(NamedTuple):
@@ -171,28 +181,17 @@ class PairStep(nn.Module):
     def _metric_sums(
         self, batch: PairBatch, tokens: TokenTerms | None, terms: PairTerms, losses: torch.Tensor
     ) -> torch.Tensor:
+        """Return the sums and counts of all metrics, [len(METRICS), 2]."""
         weights = batch.pair_weights
-        chosen, rejected = rewards(terms, self.dpo)
-        per_pair = torch.stack(
-            [
-                losses,
-                chosen,
-                rejected,
-                (chosen > rejected).double(),
-                chosen - rejected,
-                terms.chosen_logps,
-                terms.rejected_logps,
-            ]
-        )
+        values = PairValues(losses, *rewards(terms, self.dpo), terms)
+        per_pair = torch.stack([metric(values) for metric in PAIR_METRICS.values()])
         pair_sums = torch.stack([per_pair @ weights, weights.sum().expand(len(per_pair))], dim=1)
 
         # independent of pair weights
         fed = (batch.sequence_tokens * (weights > 0).double().repeat(2)).sum().view(1)
-        token_sums = (
-            self._token_sums(batch, tokens)
-            if tokens is not None
-            else fed.new_zeros(len(TOKEN_METRICS), 2)
-        )
+        token_sums = fed.new_zeros(len(TOKEN_METRICS), 2)
+        if tokens is not None:
+            token_sums = self._token_sums(batch, tokens)
         return torch.cat([pair_sums, token_sums, torch.stack([fed, torch.ones_like(fed)], dim=1)])
 
     def _token_sums(self, batch: PairBatch, tokens: TokenTerms) -> torch.Tensor:
