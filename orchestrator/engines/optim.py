@@ -16,6 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from orchestrator.callback_api import SchedulerType
 from orchestrator.engines.base import (
     IMPLEMENTATIONS,
     OptimizerFactory,
@@ -150,8 +151,6 @@ def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory
         build: SchedulerFactory = lambda optimizer: kind(optimizer, **spec.kwargs)  # noqa: E731
     else:
         from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
-
-        from orchestrator.callback_api import SchedulerType
 
         alias = {
             "constant": "constant_with_warmup",

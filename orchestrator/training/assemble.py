@@ -25,7 +25,8 @@ from orchestrator.models.quantized import exact_int8_products
 from orchestrator.models.reference import Reference
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.announce import print_frozen, print_models, print_run, print_types
-from orchestrator.training.callbacks import Callbacks, training_args
+from orchestrator.training.callbacks.handler import Callbacks
+from orchestrator.training.callbacks.training_args import training_args
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.context import RunContext
 from orchestrator.training.export import check_exportable, exported_config, keep_for_export

@@ -5,7 +5,7 @@ import logging
 import math
 
 from orchestrator.settings.errors import UserError
-from orchestrator.training.callbacks import Callbacks
+from orchestrator.training.callbacks.handler import Callbacks
 from orchestrator.training.context import RunContext
 from orchestrator.training.manifest import committed, step_folder
 

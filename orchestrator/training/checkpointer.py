@@ -16,11 +16,12 @@ from orchestrator.training.best import find_best
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpoint_writer import RankState, Saver
 from orchestrator.training.context import RunContext
-from orchestrator.training.ledger import Ledger, SeenPairs
+from orchestrator.training.ledger import Ledger
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.reporter import Reporter
 from orchestrator.training.rng import RngState
 from orchestrator.training.run_identity import differences
+from orchestrator.training.seen_pairs import SeenPairs
 from orchestrator.user_code import source_hash
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,12 @@
 """The pair ledger: log-probs, margin and loss of every pair in every step, as rows of
 RUN_DIR/pairs.parquet.
 
-Each rank keeps the rows of its steps (`SeenPairs`) and writes them with the next save. Rank 0
+Each rank keeps the rows of its steps (seen_pairs.py) and writes them with the next save. Rank 0
 (`Ledger`) appends those of all ranks to the tail, a file in the folder of the checkpoint, so that
 both are committed or neither is. When the tail has PART_ROWS, the next save moves it to a part in
 RUN_DIR/pairs.parquet, which later manifests list and which is not deleted with a checkpoint. A copy
 of the newest tail is kept beside the parts, so that a reader of the whole folder, such as pandas,
 finds each row once.
-
-Legend: B pairs of a micro-batch, P of this rank's pairs in a step.
 """
 
 import os
@@ -16,15 +14,12 @@ import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from orchestrator.settings.errors import UserError
-from orchestrator.settings.loss import DpoSpec
 from orchestrator.training.manifest import (
     ManifestFiles,
     ReadFailed,
@@ -37,36 +32,21 @@ from orchestrator.training.manifest import (
 )
 from orchestrator.training.rundir import RunDir
 
-if TYPE_CHECKING:
-    import torch
-
-    from orchestrator.data.collate import PairBatch
-    from orchestrator.dpo.step import StepOutput
-
-NUMBERS = (
-    "chosen_logps",
-    "rejected_logps",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-    "loss",
-)  # as in StepOutput
+# as in StepOutput
+NUMBERS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "loss")
 SCHEMA = pa.schema(
     [
         ("pair_id", pa.int64()),
-        (
-            "step",
-            pa.int32(),
-        ),  # optimizer steps including this one; the numbers are from before its update
+        # optimizer steps including this one; the numbers are from before its update
+        ("step", pa.int32()),
         ("epoch", pa.int32()),  # from 0
         ("chosen_logps", pa.float64()),  # nats, summed over the completion, as are the next three
         ("rejected_logps", pa.float64()),
         ("ref_chosen_logps", pa.float64()),
         ("ref_rejected_logps", pa.float64()),
         ("margin", pa.float64()),  # of the rewards
-        (
-            "loss",
-            pa.float64(),
-        ),  # the pair's term in the mean over the global batch, without its weight
+        # the pair's term in the mean over the global batch, without its weight
+        ("loss", pa.float64()),
         ("chosen_tokens", pa.int32()),  # of the completion
         ("rejected_tokens", pa.int32()),
     ]
@@ -75,96 +55,6 @@ TAIL = "pairs.parquet"  # in a checkpoint's folder
 COPY = "newest.parquet"  # of the tail, among the parts
 PART_ROWS = 2**16  # about 3 MB
 READS = 3  # attempts to read: a run may delete checkpoints meanwhile
-
-
-class _Step(NamedTuple):
-    """The pairs of one step on this rank."""
-
-    step: int
-    epoch: int
-    pair_ids: NDArray[np.int64]  # [P]
-    tokens: NDArray[np.int64]  # [2, P]
-    numbers: NDArray[np.float64]  # [len(NUMBERS), P]
-
-
-class SeenPairs:
-    """The pairs of this rank's steps since the last save, without fillers.
-
-    `add` does not wait for the device.
-    """
-
-    def __init__(self, dpo: DpoSpec) -> None:
-        self.dpo = dpo
-        self._steps: list[_Step] = []
-        self._coming: tuple[int, int, list[PairBatch], torch.Tensor, Any] | None = (
-            None  # being copied from the device
-        )
-
-    def add(self, step: int, epoch: int, outputs: "list[tuple[PairBatch, StepOutput]]") -> None:
-        """Add a step: its micro-batches, on the host, and their outputs."""
-        import torch
-
-        # does not wait: the host has waited for this step's gradient, which came later
-        self._arrived()
-        mine = [(batch, output) for batch, output in outputs if batch.pair_weights.any()]
-        if not mine:
-            return
-        numbers = torch.cat(
-            [part.detach() for _, o in mine for part in (o.logps, o.ref_logps, o.losses)]
-        )
-        copied = numbers.to("cpu", non_blocking=True)  # from a GPU into pinned memory
-        event = torch.cuda.Event() if numbers.is_cuda else None
-        if event is not None:
-            event.record()
-        self._coming = step, epoch, [batch for batch, _ in mine], copied, event
-
-    def take(self) -> pa.Table:
-        """Return all rows and remove them here."""
-        self._arrived()
-        steps, self._steps = self._steps, []
-        return _table(steps, self.dpo) if steps else SCHEMA.empty_table()
-
-    def _arrived(self) -> None:
-        """Store the step whose numbers were being copied, and free their pinned memory."""
-        if self._coming is None:
-            return
-        step, epoch, batches, copied, event = self._coming
-        if event is not None:
-            event.synchronize()
-        ends = len(NUMBERS) * np.cumsum([len(batch.pair_ids) for batch in batches])
-        numbers = [part.reshape(len(NUMBERS), -1) for part in np.split(copied.numpy(), ends[:-1])]
-        tokens = [batch.completion_tokens.view(2, -1).numpy() for batch in batches]
-        ids = [batch.pair_ids.numpy() for batch in batches]
-        made = np.concatenate(ids), np.concatenate(tokens, axis=1), np.concatenate(numbers, axis=1)
-        self._steps.append(_Step(step, epoch, *made))
-        self._coming = None
-
-
-def _table(steps: list[_Step], dpo: DpoSpec) -> pa.Table:
-    import torch
-
-    from orchestrator.dpo.losses import PairTerms, rewards
-
-    numbers = np.concatenate([each.numbers for each in steps], axis=1)
-    tokens = np.concatenate([each.tokens for each in steps], axis=1)
-    counts = [len(each.pair_ids) for each in steps]
-    logps, ref_logps = (
-        torch.from_numpy(numbers[:2]).flatten(),
-        torch.from_numpy(numbers[2:4]).flatten(),
-    )
-    chosen, rejected = rewards(
-        PairTerms.split(logps, ref_logps, torch.from_numpy(tokens).flatten()), dpo
-    )
-    columns = {
-        **dict(zip(NUMBERS, numbers, strict=True)),
-        "pair_id": np.concatenate([each.pair_ids for each in steps]),
-        "step": np.repeat([each.step for each in steps], counts),
-        "epoch": np.repeat([each.epoch for each in steps], counts),
-        "margin": (chosen - rejected).numpy(),
-        "chosen_tokens": tokens[0],
-        "rejected_tokens": tokens[1],
-    }
-    return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
 def _each_once(table: pa.Table) -> pa.Table:

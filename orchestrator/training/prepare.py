@@ -27,7 +27,7 @@ from orchestrator.models.policy_checks import check_fit, check_frozen, check_mod
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.callbacks import check_callbacks
+from orchestrator.training.callbacks.build import check_callbacks
 from orchestrator.training.compute_metrics import UserMetrics, check_memory, user_metrics
 from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.user_code import user_attribute

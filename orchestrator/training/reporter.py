@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.data.order import Order
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import StepResult
-from orchestrator.training.callbacks import Callbacks
+from orchestrator.training.callbacks.handler import Callbacks
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.progress import Progress
 from orchestrator.world import World

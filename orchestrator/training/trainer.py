@@ -18,7 +18,7 @@ from orchestrator.settings.errors import TrainingError
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.best import save_if_best
-from orchestrator.training.callbacks import Callbacks
+from orchestrator.training.callbacks.handler import Callbacks
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpointer import Checkpointer
 from orchestrator.training.compute_metrics import UserMetrics

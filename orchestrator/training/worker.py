@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.assemble import assembled
-from orchestrator.training.callbacks import build_callbacks
+from orchestrator.training.callbacks.build import build_callbacks
 from orchestrator.training.checkpoint_reader import newest_to_resume
 from orchestrator.training.context import RunContext
 from orchestrator.training.export import export

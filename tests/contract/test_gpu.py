@@ -18,7 +18,7 @@ from orchestrator.models.head import loss_in_head
 from orchestrator.models.logps import body_hidden
 from orchestrator.models.sums import PairSums
 from orchestrator.settings.precision import Precision
-from orchestrator.training.ledger import SeenPairs
+from orchestrator.training.seen_pairs import SeenPairs
 from orchestrator.world import World
 from support import engine_cases, engine_runs
 from support.engine_cases import SAVED

@@ -5,10 +5,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from orchestrator.training.callbacks import (
-    Callbacks,
-    training_args,
-)
+from orchestrator.training.callbacks.handler import Callbacks
+from orchestrator.training.callbacks.training_args import training_args
 from orchestrator.training.rundir import RunDir
 from support.tiny_parts import ALONE
 from support.tiny_settings import tiny_spec

@@ -19,9 +19,10 @@ from orchestrator.settings.load import save_spec
 from orchestrator.settings.loss import DpoSpec
 from orchestrator.training import checkpoint_writer, ledger
 from orchestrator.training.checkpoint_writer import RankState, SaveFailed, Saver
-from orchestrator.training.ledger import COPY, SCHEMA, TAIL, Ledger, SeenPairs, read, verify
+from orchestrator.training.ledger import COPY, SCHEMA, TAIL, Ledger, read, verify
 from orchestrator.training.manifest import ReadFailed, listed_in, set_aside, step_folder
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.seen_pairs import SeenPairs
 from orchestrator.world import World
 from support.debug_runs import finish_debug
 from support.run_files import ledger_rows, metric_lines

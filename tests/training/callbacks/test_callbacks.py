@@ -15,13 +15,10 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ExportableState
 
 from orchestrator.settings.errors import UserError
-from orchestrator.training.callbacks import (
-    REQUESTS,
-    build_callbacks,
-    check_callbacks,
-)
 from orchestrator.training.callbacks import wandb as wandb_callback
+from orchestrator.training.callbacks.build import build_callbacks, check_callbacks
 from orchestrator.training.callbacks.console import ConsoleCallback
+from orchestrator.training.callbacks.handler import REQUESTS
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback, without_secrets
 from orchestrator.training.rundir import RunDir

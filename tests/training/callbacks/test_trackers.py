@@ -11,7 +11,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.trackers import TRACKERS
-from orchestrator.training.callbacks import check_callbacks, trackers
+from orchestrator.training.callbacks import trackers
+from orchestrator.training.callbacks.build import check_callbacks
 from orchestrator.training.callbacks.trackers import tracker
 from support.debug_runs import finish_debug, run_debug
 from support.run_files import losses

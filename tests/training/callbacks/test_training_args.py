@@ -11,9 +11,7 @@ import pytest
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 
-from orchestrator.training.callbacks import (
-    training_args,
-)
+from orchestrator.training.callbacks.training_args import training_args
 from orchestrator.training.rundir import RunDir
 from support.callback_handlers import callbacks
 from support.tiny_parts import ALONE
