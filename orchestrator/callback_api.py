@@ -33,9 +33,15 @@ if "transformers.trainer_utils" not in sys.modules:
     with mock.patch("transformers.utils.is_peft_available", return_value=False):
         import transformers.trainer_utils as trainer_utils
     trainer_utils.is_peft_available = import_utils.is_peft_available  # pyright: ignore
-    trainer_utils.PeftModel, trainer_utils.PeftMixedModel = PeftModel, PeftMixedModel  # pyright: ignore
+    trainer_utils.PeftModel = PeftModel  # pyright: ignore
+    trainer_utils.PeftMixedModel = PeftMixedModel  # pyright: ignore
 
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState  # noqa: E402
+from transformers import (  # noqa: E402
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer_callback import ExportableState  # noqa: E402
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType  # noqa: E402
 

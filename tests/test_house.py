@@ -24,26 +24,7 @@ DEFERRING: dict[str, str] = {
     "orchestrator/cli.py": "torch, ray and pyarrow: each verb loads what it needs",
 }
 # Offenders that are still to be mended: (rule, file).
-KNOWN: set[tuple[str, str]] = {
-    ("long_functions", "orchestrator/training/announce.py"),
-    ("long_lines", "orchestrator/callback_api.py"),
-    ("long_lines", "orchestrator/engines/ddp.py"),
-    ("long_lines", "orchestrator/engines/deepspeed.py"),
-    ("long_lines", "orchestrator/engines/optim.py"),
-    ("long_lines", "orchestrator/engines/precision.py"),
-    ("long_lines", "orchestrator/engines/stepping.py"),
-    ("long_lines", "orchestrator/training/compute_metrics.py"),
-    ("vague_names", "orchestrator/engines/deepspeed.py"),
-    ("vague_names", "orchestrator/engines/fsdp.py"),
-    ("vague_names", "orchestrator/engines/optim.py"),
-    ("vague_names", "orchestrator/engines/precision.py"),
-    ("vague_names", "orchestrator/training/batch_losses.py"),
-    ("vague_names", "orchestrator/training/callbacks/trackers.py"),
-    ("vague_names", "orchestrator/training/compute_metrics.py"),
-    ("vague_names", "orchestrator/training/export.py"),
-    ("vague_names", "orchestrator/training/prepare.py"),
-    ("vague_names", "orchestrator/training/user_objects.py"),
-}
+KNOWN: set[tuple[str, str]] = {}
 KNOWN_CIRCLES: list[str] = []
 
 

@@ -43,7 +43,8 @@ class DdpEngine(SteppingEngine):
             )
             self.module.register_comm_hook(None, _sum_gradients)
         if self.world.size > 1 and self.settings.shard_optimizer:
-            self.optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=optimizer)  # pyright: ignore
+            make: Any = optimizer
+            self.optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=make)
         else:
             self.optimizer = optimizer(groups)
         self.scheduler = scheduler(self.optimizer)
@@ -83,10 +84,10 @@ class DdpEngine(SteppingEngine):
             else self.optimizer
         )
 
-    def _asked(self, *args: Any) -> Any:
+    def _without_gradient(self, *args: Any) -> Any:
         wrapped, self.module = self.module, self.step  # without gradients DDP is not needed
         try:
-            return super()._asked(*args)
+            return super()._without_gradient(*args)
         finally:
             self.module = wrapped
 
@@ -94,7 +95,10 @@ class DdpEngine(SteppingEngine):
         return autocast(self.world.device, self.precision)
 
 
-def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
+def _sum_gradients(
+    _: None,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[torch.Tensor]:
     """Sum a bucket over ranks: the loss is divided by the global count already, and DDP's own hook
     would divide it by the world size again.
     """

@@ -47,7 +47,7 @@ class DeepSpeedEngine(SteppingEngine):
         self.config = config = self._config(
             sum(p.numel() for p in step.parameters() if p.requires_grad)
         )
-        checked = _checked(config)
+        parsed = _parse(config)
         if self.stage == 3:
             self._cut(step, config)
         self.optimizer = optimizer(param_groups(step, self.weight_decay))
@@ -60,7 +60,7 @@ class DeepSpeedEngine(SteppingEngine):
             optimizer=self.optimizer,
             dist_init_required=False,
             config=config,
-            config_class=checked,
+            config_class=parsed,
         )
         self.zero: Any = self.module.optimizer
         self.saved = step.saved()
@@ -243,8 +243,8 @@ class DeepSpeedEngine(SteppingEngine):
         groups = {p: group for group, params in enumerate(self._groups()) for p in params}
         for index, (name, p) in enumerate(self.saved.items()):
             if p in groups or hasattr(p, "ds_id"):
-                if (found := find(name, p, groups.get(p))) is not None:
-                    yield found
+                if (fragment := find(name, p, groups.get(p))) is not None:
+                    yield fragment
             else:  # whole on every rank
                 deals = index % self.world.size == self.world.rank
                 yield Fragment(
@@ -285,7 +285,7 @@ class DeepSpeedEngine(SteppingEngine):
             name, tuple(p.ds_shape), start, stop, weight[: stop - start], master, offset, True
         )
 
-    def _weights_were_put(self) -> None:
+    def _after_loading(self) -> None:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
@@ -343,13 +343,15 @@ def _imported(world: World) -> Any:
 
     if world.device.type == "cpu":
         # an operator for ranks on one machine, which takes minutes to compile at the first start
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+        comm: Any = sys.modules["deepspeed.comm.torch"]
+        comm.build_shm_op = lambda: None
         # DeepSpeed refuses fp16 where oneDNN has no fp16 kernels for the CPU (AVX512-FP16). torch
         # computes every operator in fp16 on any CPU, and DeepSpeed calls no kernel of its own here.
         accelerator: Any = deepspeed.accelerator.get_accelerator()
         accelerator.is_fp16_supported = lambda: True
     # use our group of all ranks: DeepSpeed would create another one with its own time-out
-    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.group.WORLD  # pyright: ignore[reportPrivateImportUsage]
+    groups: Any = deepspeed.utils.groups
+    groups._WORLD_GROUP = torch.distributed.group.WORLD  # pyright: ignore
     deepspeed.init_distributed(
         "nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False
     )
@@ -390,7 +392,7 @@ def _forget() -> None:
         nn.functional.linear = linear
 
 
-def _checked(config: dict[str, Any]) -> Any:
+def _parse(config: dict[str, Any]) -> Any:
     """Parse the config with DeepSpeed.
 
     Raises:

@@ -93,8 +93,8 @@ class FsdpEngine(SteppingEngine):
             module.reshard()  # pyright: ignore[reportCallIssue]
 
     def _gradients(self) -> list[torch.Tensor]:
-        found: list[Any] = [p.grad for p in self.trainable if p.grad is not None]
-        return [grad.to_local() for grad in found]
+        gradients: list[Any] = [p.grad for p in self.trainable if p.grad is not None]
+        return [gradient.to_local() for gradient in gradients]
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,9 +147,9 @@ def _layers(step: PairStep) -> list[nn.Module]:
     """Return the modules that are sharded separately: each layer of the policy, and of a reference
     sharded with it.
     """
-    found: list[nn.Module] = list(decoder_layers(step.policy))
+    layers: list[nn.Module] = list(decoder_layers(step.policy))
     if len(step.reference_modules):
         in_judge = set(step.reference_modules.modules())
         judges = decoder_layers(step.reference.model)
-        found += [layer for layer in judges if layer in in_judge and layer not in found]
-    return found
+        layers += [layer for layer in judges if layer in in_judge and layer not in layers]
+    return layers

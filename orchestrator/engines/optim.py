@@ -5,6 +5,7 @@ can be resumed.
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from itertools import chain
 from types import MappingProxyType
@@ -112,7 +113,7 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
     if device is not None and device.type == "cpu" and spec.compiles_kernels:
         rule = "takes minutes to compile on a machine without a GPU"
         raise UserError("optimizer.name", spec.name, rule, "use torch.optim.AdamW")
-    kind = _named("optimizer.name", spec.name)
+    kind = _imported("optimizer.name", spec.name)
 
     def make(params: Any) -> Optimizer:
         groups = [dict(group) for group in params]
@@ -122,19 +123,16 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
                 raise UserError("optimizer.weight_decay", spec.weight_decay, rule, "set it to 0")
             for group in groups:
                 group.pop("weight_decay", None)
-        fused = (
-            {"fused": True}
-            if kind in FUSED and spec.kwargs.keys().isdisjoint(IMPLEMENTATIONS)
-            else {}
-        )
+        is_fused = kind in FUSED and spec.kwargs.keys().isdisjoint(IMPLEMENTATIONS)
+        fused = {"fused": True} if is_fused else {}
         try:
-            made = kind(groups, lr=spec.lr, **fused, **spec.kwargs)
+            optimizer = kind(groups, lr=spec.lr, **fused, **spec.kwargs)
         except REFUSALS as error:
             raise _refused("optimizer.kwargs", spec, error, kind) from None
-        # the settings allow user code only with engines whose ranks hold whole parameters
-        return (
-            _check_held(made, groups, "optimizer.name", paired=False) if ":" in spec.name else made
-        )
+        if ":" in spec.name:
+            # the settings allow user code only with engines whose ranks hold whole parameters
+            return _check_groups(optimizer, groups, "optimizer.name", paired=False)
+        return optimizer
 
     return make
 
@@ -147,27 +145,28 @@ def scheduler_factory(spec: SchedulerSpec, total_steps: int) -> SchedulerFactory
         UserError: there is no such scheduler, or it rejects a keyword argument.
     """
     if spec.name.startswith("torch."):
-        kind = _named("scheduler.name", spec.name)
-        build: SchedulerFactory = lambda optimizer: kind(optimizer, **spec.kwargs)  # noqa: E731
+        kind = _imported("scheduler.name", spec.name)
+        build = partial(kind, **spec.kwargs)
     else:
         from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
-        alias = {
-            "constant": "constant_with_warmup",
-            "wsd": "warmup_stable_decay",
-        }  # plain constant has no warm-up
+        # plain constant has no warm-up
+        alias = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
         name = SchedulerType(alias.get(spec.name, spec.name))
         kind, warmup = TYPE_TO_SCHEDULER_FUNCTION[name], spec.warmup(total_steps)
         # polynomial divides by the steps after the warm-up, even if there are none
         length = max(total_steps, warmup + 1)
-        build = lambda optimizer: get_scheduler(name, optimizer, warmup, length, dict(spec.kwargs))  # noqa: E731
+        options = dict(spec.kwargs)
+
+        def build(optimizer: Optimizer) -> LRScheduler:
+            return get_scheduler(name, optimizer, warmup, length, options)
 
     def make(optimizer: Optimizer) -> LRScheduler:
         try:
-            made = build(_with_defaults(optimizer))
+            schedule = build(_with_defaults(optimizer))
         except REFUSALS as error:
             raise _refused("scheduler.kwargs", spec, error, kind) from None
-        return _long_enough(made, "scheduler.kwargs", total_steps)
+        return _long_enough(schedule, "scheduler.kwargs", total_steps)
 
     return make
 
@@ -182,15 +181,15 @@ def check_optim(optimizer: OptimizerSpec, scheduler: SchedulerSpec, total_steps:
     """
     lone = [{"params": [nn.Parameter(torch.zeros(1, 1))], "weight_decay": 0.0}]
     if optimizer.compiles_kernels:
-        kind = _named("optimizer.name", optimizer.name)
+        kind = _imported("optimizer.name", optimizer.name)
         try:
             inspect.signature(kind).bind(lone, lr=optimizer.lr, **optimizer.kwargs)
         except TypeError as error:
             raise _refused("optimizer.kwargs", optimizer, error, kind) from None
-        made: Optimizer = torch.optim.AdamW(lone, lr=optimizer.lr)
+        built: Optimizer = torch.optim.AdamW(lone, lr=optimizer.lr)
     else:
-        made = optimizer_factory(optimizer)(lone)
-    scheduler_factory(scheduler, total_steps)(made)
+        built = optimizer_factory(optimizer)(lone)
+    scheduler_factory(scheduler, total_steps)(built)
 
 
 def _check_matrices(name: str, policy: nn.Module) -> None:
@@ -208,28 +207,26 @@ def _check_matrices(name: str, policy: nn.Module) -> None:
         )
 
 
-def _named(key: str, name: str) -> Any:
+def _imported(key: str, name: str) -> Any:
     """Import the class or function of a dotted name or module:attr."""
     if ":" in name:
-        found = user_attribute(key, name)
-        if not callable(found):
+        kind = user_attribute(key, name)
+        if not callable(kind):
             raise UserError(key, name, "cannot be called", "name a class or a function")
-        return found
+        return kind
     home, _, last = name.rpartition(".")
     library = home.partition(".")[0]
     try:
         module = import_module(home)
     except ImportError as error:
         raise UserError(key, name, f"cannot be imported ({error})", f"install {library}") from None
-    if not callable(found := getattr(module, last, None)):
-        near = difflib.get_close_matches(
-            last, [other for other in dir(module) if other[0].isupper()], n=1
-        )
+    if not callable(kind := getattr(module, last, None)):
+        classes = [other for other in dir(module) if other[0].isupper()]
+        near = difflib.get_close_matches(last, classes, n=1)
         rule = f"{library} {import_module(library).__version__} has no such name"
-        raise UserError(
-            key, name, rule, f"did you mean {home}.{near[0]}?" if near else "check the spelling"
-        )
-    return found
+        cure = f"did you mean {home}.{near[0]}?" if near else "check the spelling"
+        raise UserError(key, name, rule, cure)
+    return kind
 
 
 def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
@@ -250,12 +247,11 @@ def _refused(
     """Return an error with a library's message about its arguments, and the arguments that it
     supports.
     """
-    said = str(error).replace(
-        "`lr_scheduler_kwargs`", "scheduler.kwargs"
-    )  # the name in transformers' message
+    # the name in transformers' message
+    message = str(error).replace("`lr_scheduler_kwargs`", "scheduler.kwargs")
     takes = [name for name in _parameters(kind) if name not in NOT_IN_KWARGS]
     cure = f"its arguments are {', '.join(takes)}" if takes else "see its arguments"
-    return UserError(key, dict(spec.kwargs), f"{spec.name} rejects them: {said}", cure)
+    return UserError(key, dict(spec.kwargs), f"{spec.name} rejects them: {message}", cure)
 
 
 # --- the schedule ---------------------------------------------------------------------------------
@@ -299,83 +295,82 @@ def check_functions(optimizers: Optimizers | None) -> None:
         return
     if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
         raise UserError("optimizers", type(optimizers).__name__, "is not a pair of functions", cure)
-    for made in optimizers:
-        if not (made is None or callable(made)):
+    for function in optimizers:
+        if not (function is None or callable(function)):
             rule = "must be a function: each rank builds its own optimizer for its own parameters"
-            raise UserError("optimizers", type(made).__name__, rule, cure)
+            raise UserError("optimizers", type(function).__name__, rule, cure)
 
 
-def check_built(made: Any, groups: ParamGroups, engine: EngineSpec) -> Optimizer:
+def check_built(built: Any, groups: ParamGroups, engine: EngineSpec) -> Optimizer:
     """Check the optimizer that a user's function built for these groups, and return it.
 
     Raises:
         UserError: it is not an optimizer, or the engine does not support it, or it has other
             parameters.
     """
-    if isinstance(made, Optimizer):
-        check_optimizer("optimizers", name_of(made), engine)
+    if isinstance(built, Optimizer):
+        check_optimizer("optimizers", name_in_settings(built), engine)
     # ZeroRedundancyOptimizer pairs its groups with those passed to it, in order
-    return _check_held(made, groups, "optimizers", paired=engine.deals_parameters)
+    return _check_groups(built, groups, "optimizers", paired=engine.deals_parameters)
 
 
-def _check_held(made: Any, groups: ParamGroups, key: str, paired: bool) -> Optimizer:
-    if not isinstance(made, Optimizer):
-        rule, cure = (
-            "is not a torch optimizer",
-            "return a torch.optim.Optimizer for the parameters it is called with",
-        )
-        raise UserError(key, type(made).__name__, rule, cure)
-    given, held = (
-        [[id(p) for p in group["params"]] for group in each] for each in (groups, made.param_groups)
+def _check_groups(built: Any, groups: ParamGroups, key: str, paired: bool) -> Optimizer:
+    """Check that an optimizer holds the parameters of these groups, and if `paired` the groups."""
+    if not isinstance(built, Optimizer):
+        cure = "return a torch.optim.Optimizer for the parameters it is called with"
+        raise UserError(key, type(built).__name__, "is not a torch optimizer", cure)
+    expected, actual = (
+        [[id(p) for p in group["params"]] for group in each]
+        for each in (groups, built.param_groups)
     )
-    flat = [sorted(chain.from_iterable(each)) for each in (given, held)]
-    if flat[0] != flat[1] or (paired and given != held):
-        rule = f"holds other parameter groups than the {len(given)} it was called with"
+    flat = [sorted(chain.from_iterable(each)) for each in (expected, actual)]
+    if flat[0] != flat[1] or (paired and expected != actual):
+        rule = f"holds other parameter groups than the {len(expected)} it was called with"
         cure = "pass them on unchanged, for example torch.optim.SGD(params, lr=1e-3)"
-        raise UserError(key, name_of(made), rule, cure)
-    return made
+        raise UserError(key, name_in_settings(built), rule, cure)
+    return built
 
 
 def _optimizer_of(function: OptimizerFactory, engine: EngineSpec) -> OptimizerFactory:
     def make(params: Any) -> Optimizer:
         groups = [dict(group) for group in params]
-        return check_built(_called(function, groups), groups, engine)
+        return check_built(_result(function, groups), groups, engine)
 
     return make
 
 
 def _schedule_of(function: SchedulerFactory, total_steps: int) -> SchedulerFactory:
     def make(optimizer: Optimizer) -> LRScheduler:
-        made = _called(function, _with_defaults(optimizer))
-        if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
+        schedule = _result(function, _with_defaults(optimizer))
+        if not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
             rule = "is not a torch schedule that depends only on the step"
             cure = "return a torch.optim.lr_scheduler.LRScheduler"
-            raise UserError("optimizers", type(made).__name__, rule, cure)
-        return _long_enough(made, "optimizers", total_steps)
+            raise UserError("optimizers", type(schedule).__name__, rule, cure)
+        return _long_enough(schedule, "optimizers", total_steps)
 
     return make
 
 
-def _called(function: Callable[[Any], Any], given: Any) -> Any:
+def _result(function: Callable[[Any], Any], argument: Any) -> Any:
+    """Return the result of a user's function."""
     try:
-        return function(given)
+        return function(argument)
     except UserError:
         raise
     except Exception as error:  # it would fail in the same way on every rank and in every attempt
         name = getattr(function, "__name__", type(function).__name__)
-        raise UserError(
-            "optimizers", name, f"raised {type(error).__name__}: {error}", "fix it"
-        ) from error
+        rule = f"raised {type(error).__name__}: {error}"
+        raise UserError("optimizers", name, rule, "fix it") from error
 
 
 # --- resuming from a checkpoint -------------------------------------------------------------------
 
 
-def name_of(made: Optimizer | LRScheduler) -> str:
+def name_in_settings(built: Optimizer | LRScheduler) -> str:
     """Return its name as in the settings: dotted for the libraries in OPTIMIZERS and torch, else
     module:attr.
     """
-    kind = type(made.optim if isinstance(made, ZeroRedundancyOptimizer) else made)
+    kind = type(built.optim if isinstance(built, ZeroRedundancyOptimizer) else built)
     for home in ("torch.optim.lr_scheduler", *OPTIMIZERS):
         if f"{kind.__module__}.".startswith(f"{home}."):
             return f"{home}.{kind.__name__}"
@@ -388,7 +383,7 @@ def made_by(
     """Return what a checkpoint stores about the origin of its optimizer state, for
     `check_resumable`.
     """
-    names = {"optimizer": name_of(optimizer), "scheduler": name_of(scheduler)}
+    names = {"optimizer": name_in_settings(optimizer), "scheduler": name_in_settings(scheduler)}
     return {**names, "engine": engine.kind, "world_size": world_size}
 
 

@@ -22,7 +22,7 @@ class Types(NamedTuple):
     state: str  # of the optimizer
 
 
-def resolved(asked: Precision, device: torch.device) -> Precision:
+def resolved(precision: Precision, device: torch.device) -> Precision:
     """Return the precision on that device: `auto` is bf16 if it is a GPU that supports it, else
     fp32.
 
@@ -30,20 +30,20 @@ def resolved(asked: Precision, device: torch.device) -> Precision:
         UserError: the device does not support the precision.
     """
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "auto":
+    if precision == "auto":
         return "bf16" if has_bf16 else "fp32"
     name = device_name(device)
-    if asked == "bf16" and device.type == "cuda" and not has_bf16:
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError(
-            "precision", asked, f"{name} does not support bf16", "set precision=fp16 or fp32"
+            "precision", precision, f"{name} does not support bf16", "set precision=fp16 or fp32"
         )
     # TF32 came with Ampere, as did bf16
-    if asked == "tf32" and not (has_bf16 and torch.version.hip is None):
+    if precision == "tf32" and not (has_bf16 and torch.version.hip is None):
         cure = (
             "set precision=fp32, or auto" if device.type == "cpu" else "set precision=fp32 or fp16"
         )
-        raise UserError("precision", asked, f"{name} does not support TF32", cure)
-    return asked
+        raise UserError("precision", precision, f"{name} does not support TF32", cure)
+    return precision
 
 
 def device_name(device: torch.device) -> str:
@@ -81,8 +81,9 @@ def tf32_switched(on: bool) -> Iterator[None]:
     TF32 has the range of fp32 and 10 bits of its mantissa; sums stay fp32. The switch applies to
     the whole process, on every thread.
     """
-    cuda, cudnn, host = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    backends: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, host.matmul, host.conv, host.rnn]  # pyright: ignore
+    libraries: Any = torch.backends
+    cuda, cudnn, host = libraries.cuda, libraries.cudnn, libraries.mkldnn
+    backends = [cuda.matmul, cudnn.conv, cudnn.rnn, host.matmul, host.conv, host.rnn]
     before = [backend.fp32_precision for backend in backends]
     old_names = _old_names()
     # torch has two sets of names for this, and raises for the old ones if only the new ones were

@@ -122,7 +122,7 @@ class SteppingEngine:
         """Yield everything that this rank holds. No collectives."""
         raise NotImplementedError
 
-    def _weights_were_put(self) -> None:
+    def _after_loading(self) -> None:
         """Propagate changes of the weights of `_fragments` to those of the forward pass."""
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
@@ -167,7 +167,8 @@ class SteppingEngine:
             if self.max_grad_norm is not None:  # the formula of torch's clip_grad_norm_
                 factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
                 if gradients := self._gradients():
-                    torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # pyright: ignore[reportPrivateImportUsage]
+                    factor = factor.to(gradients[0].device)
+                    torch._foreach_mul_(gradients, factor)  # pyright: ignore
             self._update()
             self.scheduler.step()
         self.scale.update(applied=apply)
@@ -178,13 +179,13 @@ class SteppingEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: PairBatch, counts: Counts) -> StepOutput:
-        return self._asked(batch, counts)
+        return self._without_gradient(batch, counts)
 
     def run_in_forward(self, ask: Callable[[], Answer]) -> Answer:
         with torch.no_grad():
-            return self._asked(None, None, ask)[0]
+            return self._without_gradient(None, None, ask)[0]
 
-    def _asked(self, *args: Any) -> Any:
+    def _without_gradient(self, *args: Any) -> Any:
         self.step.eval()  # dropout would add noise, and advance the random state of training
         try:
             with self._arithmetic():
@@ -280,7 +281,7 @@ class SteppingEngine:
                             holder, dtype=part.dtype, requires_grad=False
                         )
                     _flat(keeper.state[holder][key])[offset : offset + stop - start].copy_(part)
-        self._weights_were_put()
+        self._after_loading()
 
     def _keeper(self) -> Optimizer:
         """Return the optimizer that holds this rank's state."""

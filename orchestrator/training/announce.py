@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from orchestrator.data.order import longest_sequences, run_length
+from orchestrator.data.pairs import Pairs
 from orchestrator.data.repeats import repeat_lines
 from orchestrator.data.shapes import note_lines
 from orchestrator.engines.base import Engine
@@ -18,78 +19,31 @@ from orchestrator.settings.counts import counted
 from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.precision import PRECISION_TRAITS, Precision
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.compute_metrics import bytes_together
-from orchestrator.training.prepare import PreparedRun, evaluation_named
+from orchestrator.training.compute_metrics import UserMetrics, bytes_together
+from orchestrator.training.context import RunContext
+from orchestrator.training.prepare import PreparedRun
 from orchestrator.world import World
 
 
 def print_run(
-    spec: RunSpec,
-    prepared: PreparedRun,
-    world: World,
-    precision: str,
-    max_steps: int,
-    why_padded: str | None,
+    context: RunContext, prepared: PreparedRun, max_steps: int, why_padded: str | None
 ) -> None:
     """Print the data, the ranks, the length of the run and notes on its settings."""
-    held_out = ((evaluation_named(name), pairs) for name, pairs in prepared.eval.items())
-    for name, pairs in (("training", prepared.train), *held_out):
-        dropped = "".join(
-            f", {count} dropped ({reason})" for reason, count in pairs.dropped.items()
-        )
-        bring = (f"; rows with {variable}: {rows}" for variable, rows in pairs.unread.items())
-        unread = "".join(f"{each}, not used by the chat template" for each in bring)
-        print(
-            f"{counted(len(pairs), f'{name} pair')}, "
-            f"{counted(int(pairs.lengths.sum()), 'token')}{dropped}{unread}",
-            flush=True,
-        )
-        for line in note_lines(pairs.unread_columns, pairs.notes):
-            print(f"  {line}", flush=True)
-        for each, share in zip(pairs.sets, pairs.shares, strict=True):
-            if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
-                print(
-                    f"  {each.source}: {counted(share.pairs, 'pair')}, {share.per_epoch} per epoch",
-                    flush=True,
-                )
-        if prepared.collator is not None and spec.data.keep_last is not None:
-            long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
-            print(
-                f"{prepared.collator.name} must truncate {long} of them, which are longer than "
-                "data.max_length"
-            )
+    spec, world = context.spec, context.world
+    for name, pairs in prepared.named():
+        _print_set(spec, prepared, name, pairs)
     for line in repeat_lines(prepared.train, prepared.eval):
         print(line, flush=True)
-    if (user := prepared.user_metrics) is not None and not user.logits:
-        print(
-            f"{user.name} receives log-probs, rewards and lengths of pairs; "
-            "evaluation.logits=true: logits, as in TRL"
-        )
-    if user is not None and user.logits and not user.batched:
-        vocabulary = prepared.config.get_text_config().vocab_size
-        size = max(
-            bytes_together(user, pairs, vocabulary, spec) for pairs in prepared.eval.values()
-        )
-        print(
-            f"each evaluation gathers {size / 2**20:,.1f} MB of logits in the memory of rank 0",
-            flush=True,
-        )
+    if prepared.user_metrics is not None:
+        _print_metrics(spec, prepared, prepared.user_metrics)
     engine = f" under {spec.engine.label}" if spec.engine.label else ""
-    where = f"{counted(world.size, 'rank')} on {world.device.type} in {precision}{engine}"
-    print(
-        f"{where}, {counted(spec.batch.global_batch_size, 'pair')} a step, "
-        f"{counted(max_steps, 'step')}",
-        flush=True,
-    )
-    if spec.reference_cache == "lazy" and any(
-        share.per_epoch != share.pairs for share in prepared.train.shares
-    ):
-        print(
-            "training sets have weights: reference log-probs are cached only with "
-            "reference.cache=full; ",
-            end="",
-        )
-        print("the reference runs in every step")
+    where = f"{counted(world.size, 'rank')} on {world.device.type} in {context.precision}{engine}"
+    batch, steps = counted(spec.batch.global_batch_size, "pair"), counted(max_steps, "step")
+    print(f"{where}, {batch} a step, {steps}", flush=True)
+    has_weights = any(share.per_epoch != share.pairs for share in prepared.train.shares)
+    if spec.reference_cache == "lazy" and has_weights:
+        cached = "reference log-probs are cached only with reference.cache=full"
+        print(f"training sets have weights: {cached}; the reference runs in every step")
     positions = getattr(prepared.config.get_text_config(), "max_position_embeddings", None)
     per_epoch, gpus = prepared.train.pairs_per_epoch, torch.cuda.device_count()
     epochs = run_length(per_epoch, spec.batch.global_batch_size, spec.training).epochs
@@ -97,6 +51,37 @@ def print_run(
         print(f"note: {line}", flush=True)
     if why_padded is not None:
         print(f"two padded rows per pair instead of a packed one: {why_padded}", flush=True)
+
+
+def _print_set(spec: RunSpec, prepared: PreparedRun, name: str, pairs: Pairs) -> None:
+    """Print the size of a data set, and what of its rows is dropped, unused or too long."""
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs.dropped.items())
+    bring = (f"; rows with {variable}: {rows}" for variable, rows in pairs.unread.items())
+    unread = "".join(f"{each}, not used by the chat template" for each in bring)
+    size = f"{counted(len(pairs), f'{name} pair')}, {counted(int(pairs.lengths.sum()), 'token')}"
+    print(f"{size}{dropped}{unread}", flush=True)
+    for line in note_lines(pairs.unread_columns, pairs.notes):
+        print(f"  {line}", flush=True)
+    for each, share in zip(pairs.sets, pairs.shares, strict=True):
+        if len(pairs.sets) > 1 or share.per_epoch != share.pairs:
+            per_epoch = f"{share.per_epoch} per epoch"
+            print(f"  {each.source}: {counted(share.pairs, 'pair')}, {per_epoch}", flush=True)
+    if prepared.collator is not None and spec.data.keep_last is not None:
+        long = int((longest_sequences(pairs.lengths) > spec.data.keep_last).sum())
+        longer = f"{long} of them, which are longer than data.max_length"
+        print(f"{prepared.collator.name} must truncate {longer}")
+
+
+def _print_metrics(spec: RunSpec, prepared: PreparedRun, user: UserMetrics) -> None:
+    """Print what a user's compute_metrics receives, or the memory of its logits."""
+    if not user.logits:
+        columns = "log-probs, rewards and lengths of pairs"
+        print(f"{user.name} receives {columns}; evaluation.logits=true: logits, as in TRL")
+    elif not user.batched:
+        vocabulary = prepared.config.get_text_config().vocab_size
+        sizes = (bytes_together(user, each, vocabulary, spec) for each in prepared.eval.values())
+        size = f"{max(sizes) / 2**20:,.1f} MB"
+        print(f"each evaluation gathers {size} of logits in the memory of rank 0", flush=True)
 
 
 def print_types(engine: Engine, precision: Precision) -> None:

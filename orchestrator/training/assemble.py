@@ -87,7 +87,7 @@ def _assemble(
         key = logps_identity(context, reference, identity["reference"], layout.attention)
         open_caches(spec, loaders, key)
     if is_new and world.is_main:
-        print_run(spec, prepared, world, context.precision, length.steps, layout.why_padded)
+        print_run(context, prepared, length.steps, layout.why_padded)
         print_types(engine, context.precision)
     _warm_up_ddp_buckets(engine, loaders.train, collator, world)
 

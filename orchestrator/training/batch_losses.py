@@ -45,9 +45,9 @@ class GlobalBatch:
         ranks = self.world.gather(mine)
         # sorted by id, so that the result for equal values does not depend on which rank had which
         # pair
-        found, place = _losses_in_order(torch.cat(ranks, dim=1), dpo)
+        losses, place = _losses_in_order(torch.cat(ranks, dim=1), dpo)
         before = sum(part.shape[1] for part in ranks[: self.world.rank])
-        return found[place[before : before + mine.shape[1]]].split(
+        return losses[place[before : before + mine.shape[1]]].split(
             [part.shape[1] for part in self.parts]
         )
 
@@ -73,9 +73,9 @@ def _losses_in_order(seen: torch.Tensor, dpo: DpoSpec) -> tuple[torch.Tensor, to
     logps, ref_logps, tokens = (
         each[:, real].flatten() for each in torch.stack(logps_and_tokens).view(3, 2, -1)
     )
-    found = seen.new_zeros(len(weights), 3)
-    found[real] = batch_losses(PairTerms.split(logps, ref_logps, tokens), dpo, weights[real])
-    return found, order.argsort()
+    losses = seen.new_zeros(len(weights), 3)
+    losses[real] = batch_losses(PairTerms.split(logps, ref_logps, tokens), dpo, weights[real])
+    return losses, order.argsort()
 
 
 def first_pass(

@@ -69,18 +69,20 @@ class UserMetrics:
     padded: PreferenceCollator  # with TRL's layout of batches, for logits
 
     def numbers(
-        self, world: World, handed: Iterator[MetricCalls], prefix: str, where: str
+        self, world: World, rounds: Iterator[MetricCalls], prefix: str, where: str
     ) -> dict[str, float]:
         """Call the function on rank 0 and return its numbers, with the prefix before their names,
         on every rank. Collective.
+
+        rounds: the calls, in rounds between which ranks meet.
 
         Raises:
             UserError: on every rank, if the function raises or does not return a dict of numbers.
         """
         numbers: dict[str, float] = {}
-        for calls in handed:
-            found, failure = self._answer(calls, prefix, where) if world.is_main else ({}, None)
-            numbers, error = world.gather((found, failure))[0]
+        for calls in rounds:
+            answer, failure = self._answer(calls, prefix, where) if world.is_main else ({}, None)
+            numbers, error = world.gather((answer, failure))[0]
             if error is not None:
                 raise failure or error  # on rank 0 `failure` has the user's exception as its cause
         return numbers
@@ -88,25 +90,22 @@ class UserMetrics:
     def _answer(
         self, calls: MetricCalls, prefix: str, where: str
     ) -> tuple[dict[str, float], UserError | None]:
-        made: Any = {}
+        returned: Any = {}
         try:
             for prediction, is_last in calls:
-                made = self.function(
-                    prediction, **({"compute_result": is_last} if self.batched else {})
-                )
+                arguments = {"compute_result": is_last} if self.batched else {}
+                returned = self.function(prediction, **arguments)
         except BdbQuit:  # quitting the debugger in the function ends the run
             raise
         except Exception as error:
-            cure = (
-                MEND
-                if self.logits
-                else f"{MEND}; or set evaluation.logits=true to receive logits, as in TRL"
-            )
+            cure = MEND
+            if not self.logits:
+                cure += "; or set evaluation.logits=true to receive logits, as in TRL"
             failure = raised_by_user(KEY, self.name, error, where, cure)
             failure.__cause__ = error
             return {}, failure
         try:
-            return _checked(made, prefix) if calls and calls[-1][1] else {}, None
+            return _numbers_of(returned, prefix) if calls and calls[-1][1] else {}, None
         except ValueError as wrong:
             cure = 'return a dict of numbers by name, for example {"accuracy": 0.5}'
             return {}, UserError(KEY, self.name, f"returned {wrong} ({where})", cure)
@@ -118,13 +117,15 @@ class UserMetrics:
             yield []
         elif not self.batched:
             columns = [column.numpy() for column in whole]
-            yield [(EvalPrediction(Predictions(*columns), np.zeros(pairs, np.int64)), True)]  # pyright: ignore
+            table_of_all: Any = Predictions(*columns)
+            yield [(EvalPrediction(table_of_all, np.zeros(pairs, np.int64)), True)]
         else:
             calls: MetricCalls = []
             for start in range(0, pairs, self.batch_size):
-                part = Predictions(*(column[start : start + self.batch_size] for column in whole))
+                stop = start + self.batch_size
+                part: Any = Predictions(*(column[start:stop] for column in whole))
                 labels: Any = torch.zeros(len(part.logps), dtype=torch.int64)
-                calls.append((EvalPrediction(part, labels), start + self.batch_size >= pairs))  # pyright: ignore
+                calls.append((EvalPrediction(part, labels), stop >= pairs))
             yield calls
 
     def of_logits(
@@ -145,24 +146,25 @@ class UserMetrics:
             each()
             end = min(start + self.batch_size, len(loader.pairs))
             batch = self._collated(loader, np.arange(start, end), world, step)
-            logits: torch.Tensor | None = engine.run_in_forward(
+            logits: Any = engine.run_in_forward(
                 partial(_gathered_logits, engine.step.policy, batch.to(world.device), world)
             )
+            labels: Any = batch.input_ids
             if not self.batched:
-                kept += [(logits, batch.input_ids)] if logits is not None else []
+                kept += [(logits, labels)] if logits is not None else []
+            elif logits is not None:
+                yield [(EvalPrediction(logits, labels), end == len(loader.pairs))]
             else:
-                made: Any = EvalPrediction(logits, batch.input_ids) if logits is not None else None  # pyright: ignore
-                yield [(made, end == len(loader.pairs))] if made else []
+                yield []
         if not self.batched:
-            yield [(_joined(kept), True)] if kept else []
+            yield [(_concatenated(kept), True)] if kept else []
 
     def _collated(self, loader: Loader, indices: Integers, world: World, step: int) -> PairBatch:
         if not isinstance(loader.collator, AdaptedCollator):
             return self.padded([loader.pairs[int(index)] for index in indices])
-        made = (
-            loader.batch(indices, step) if world.is_main else None
-        )  # on one rank: it may draw random numbers
-        return world.gather(made)[0]
+        # on one rank: it may draw random numbers
+        batch = loader.batch(indices, step) if world.is_main else None
+        return world.gather(batch)[0]
 
 
 class PairTable:
@@ -225,7 +227,7 @@ def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor
     return whole
 
 
-def _joined(kept: deque[tuple[torch.Tensor, torch.Tensor]]) -> EvalPrediction:
+def _concatenated(kept: deque[tuple[torch.Tensor, torch.Tensor]]) -> EvalPrediction:
     """Join the batches into one prediction and free them one by one: memory of the result is
     allocated as it is written.
     """
@@ -236,24 +238,24 @@ def _joined(kept: deque[tuple[torch.Tensor, torch.Tensor]]) -> EvalPrediction:
     del first
     at = 0
     while kept:
-        made, ids = kept.popleft()
+        batch, ids = kept.popleft()
         here, used = slice(at, at + len(ids)), ids.shape[1]
-        logits[here, :used], logits[here, used:], labels[here, :used] = made, PADDING, ids
+        logits[here, :used], logits[here, used:], labels[here, :used] = batch, PADDING, ids
         at += len(ids)
     return EvalPrediction(logits.numpy(), labels.numpy())
 
 
-def _checked(made: Any, prefix: str) -> dict[str, float]:
+def _numbers_of(returned: Any, prefix: str) -> dict[str, float]:
     """Check what a user's function returned, and return its numbers with the prefix before their
     names.
 
     Raises:
         ValueError: it is not a dict of numbers, or has the name of a metric of every evaluation.
     """
-    if not isinstance(made, Mapping):
-        raise ValueError(f"a {type(made).__name__}")
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"a {type(returned).__name__}")
     numbers: dict[str, float] = {}
-    for name, value in made.items():
+    for name, value in returned.items():
         if not isinstance(name, str):
             raise ValueError(f"the name {name!r}, which is not a string")
         number = _number(value)
@@ -275,62 +277,45 @@ def _number(value: Any) -> float | None:
 # --- before any rank starts -----------------------------------------------------------------------
 
 
-def user_metrics(spec: RunSpec, given: UserObjects, pad_token_id: int) -> UserMetrics | None:
+def user_metrics(spec: RunSpec, user: UserObjects, pad_token_id: int) -> UserMetrics | None:
     """Return the function of the settings or of the caller; it is not called yet.
 
     Raises:
         UserError: there is none but its settings are set, or there are two, or it does not accept
             its arguments.
     """
-    wanted = spec.evaluation
-    function: Any = given.compute_metrics
+    settings = spec.evaluation
+    function: Any = user.compute_metrics
     name = getattr(function, "__name__", type(function).__name__)
-    if wanted.compute_metrics is not None:
-        name = wanted.compute_metrics
+    if settings.compute_metrics is not None:
+        name = settings.compute_metrics
         if function is not None:
-            raise UserError(
-                KEY, name, "cannot be combined with compute_metrics", "remove one of the two"
-            )
+            rule = "cannot be combined with compute_metrics"
+            raise UserError(KEY, name, rule, "remove one of the two")
         function = user_attribute(KEY, name)
     if function is None:
         for key in ("logits", "batch_eval_metrics", "batch_size"):
-            if value := getattr(wanted, key):
+            if value := getattr(settings, key):
                 rule = "applies only with evaluation.compute_metrics"
-                raise UserError(
-                    f"evaluation.{key}",
-                    value,
-                    rule,
-                    "set that to a function as module:attr, or remove it",
-                )
+                cure = "set that to a function as module:attr, or remove it"
+                raise UserError(f"evaluation.{key}", value, rule, cure)
         return None
     if not spec.data.eval_sets:
-        raise UserError(
-            "compute_metrics",
-            name,
-            "needs evaluation pairs",
-            "set data.eval, or data.eval_fraction=0.05",
-        )
-    batched = wanted.batch_eval_metrics
+        cure = "set data.eval, or data.eval_fraction=0.05"
+        raise UserError("compute_metrics", name, "needs evaluation pairs", cure)
+    batched = settings.batch_eval_metrics
     arguments: dict[str, Any] = {"compute_result": True} if batched else {}
     try:
         function = function() if inspect.isclass(function) else function
         inspect.signature(function).bind(None, **arguments)
     except (TypeError, ValueError) as error:
         takes = "an EvalPrediction and compute_result" if batched else "an EvalPrediction"
-        cure = (
-            f"use a function of {takes}, or a class without arguments whose instances are such "
-            "functions"
-        )
+        instances = "a class without arguments whose instances are such functions"
+        cure = f"use a function of {takes}, or {instances}"
         raise UserError(KEY, name, f"cannot be called ({error})", cure) from None
-    batch_size = wanted.batch_size or spec.batch.micro_batch_size or 1
-    return UserMetrics(
-        function,
-        name,
-        wanted.logits,
-        batched,
-        batch_size,
-        PreferenceCollator(pad_token_id, spec.data),
-    )
+    batch_size = settings.batch_size or spec.batch.micro_batch_size or 1
+    padded = PreferenceCollator(pad_token_id, spec.data)
+    return UserMetrics(function, name, settings.logits, batched, batch_size, padded)
 
 
 def bytes_together(user: UserMetrics, pairs: Pairs, vocabulary: int, spec: RunSpec) -> int:

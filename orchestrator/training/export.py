@@ -71,7 +71,7 @@ def export(
     """
     spec = load_spec(run_dir.config)
     if checkpoint is None:
-        checkpoint = _chosen(
+        checkpoint = _checkpoint_of(
             run_dir, which or spec.checkpoint.export, spec.evaluation.metric_for_best
         )
     if out.is_file():
@@ -214,7 +214,7 @@ def _only_config(_: str, names: list[str]) -> list[str]:
     return ["config.json"] if "config.json" in names else []
 
 
-def _chosen(run_dir: RunDir, which: Exported, metric: str | None) -> Path:
+def _checkpoint_of(run_dir: RunDir, which: Exported, metric: str | None) -> Path:
     newest, complaints = newest_valid(run_dir.checkpoints, World(0, 1, 0, torch.device("cpu")))
     if newest is None:
         rule = "has no complete checkpoint" + "".join(f" ({line})" for line in complaints)
@@ -326,10 +326,10 @@ def _merged(run_dir: RunDir, spec: RunSpec, reader: Reader, dtype: Dtype) -> Any
     trained_on = reader.meta["identity"].get("base", reader.meta["identity"]["reference"])[
         "weights"
     ]
-    found = identity_of(
+    actual = identity_of(
         PolicyStart(model).tensors(), model.config, World(0, 1, 0, torch.device("cpu"))
     )["weights"]
-    if found != trained_on:
+    if actual != trained_on:
         rule = "its weights are not those that the adapter was trained on"
         raise UserError("model.path", spec.model.path, rule, "restore them")
     if spec.model.lora is not None and spec.model.lora.base in DTYPES:
@@ -359,7 +359,7 @@ def _last_metrics(run_dir: RunDir, step: int) -> dict[str, Any]:
     return last
 
 
-def _named(source: SourceSpec) -> str:
+def _source_name(source: SourceSpec) -> str:
     path = Path(source.path).name if source.path.startswith("/") else source.path
     return " ".join([path, *filter(None, (source.name, source.split))])
 
@@ -383,7 +383,7 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Base": base,
         "Method": f"DPO ({losses}, beta {spec.dpo.beta})",
         "Reference": f"{spec.reference.path or start} ({spec.reference.kind})",
-        "Preference pairs": ", ".join(map(_named, spec.data.train)),
+        "Preference pairs": ", ".join(map(_source_name, spec.data.train)),
         "Pairs seen": meta["pairs_seen"],
         "Optimizer steps": meta["step"],
         "Global batch": counted(spec.batch.global_batch_size, "pair"),
@@ -392,12 +392,12 @@ def _card(spec: RunSpec, meta: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Longest sequence": f"{spec.data.max_length} tokens",
         "Seed": spec.run.seed,
     }
-    wanted = [
+    names = [
         f"{prefix}{name}"
         for prefix in ("", *evaluated_sets(metrics).values())
         for name in ("loss", "rewards/accuracies", "rewards/margins")
     ]
-    measured = {name: f"{metrics[name]:.4f}" for name in wanted if name in metrics}
+    measured = {name: f"{metrics[name]:.4f}" for name in names if name in metrics}
     return (
         f"---\nlibrary_name: transformers\n{hub_base}tags:\n- dpo\n- dpo-orchestrator\n---\n\n# "
         f"{spec.run.name}\n\n"

@@ -4,6 +4,7 @@ data, user code.
 
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,14 @@ class PreparedRun(Parts):
     train: Pairs
     eval: dict[str, Pairs]  # by the name of the evaluation set
 
+    def named(self) -> Iterator[tuple[str, Pairs]]:
+        """Yield each set with its name in printed lines."""
+        yield "training", self.train
+        for name, pairs in self.eval.items():
+            yield evaluation_named(name), pairs
 
-def prepare(spec: RunSpec, given: UserObjects = NOTHING) -> PreparedRun:
+
+def prepare(spec: RunSpec, user: UserObjects = NOTHING) -> PreparedRun:
     """Load tokenizer, model config and tokenised data, from the cache if they are in it.
 
     No collective.
@@ -66,14 +73,14 @@ def prepare(spec: RunSpec, given: UserObjects = NOTHING) -> PreparedRun:
     Raises:
         UserError: the data, the tokenizer, the model's config or the user's code are wrong.
     """
-    check_code(spec, given)
-    parts = load_parts(spec, given)
+    check_code(spec, user)
+    parts = load_parts(spec, user)
     if spec.engine.shards_weights and spec.model.init is not None:
         new_weights(spec, parts.tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
     return tokenize(spec, parts)
 
 
-def check_code(spec: RunSpec, given: UserObjects = NOTHING) -> None:
+def check_code(spec: RunSpec, user: UserObjects = NOTHING) -> None:
     """Check everything that needs neither model nor rows: that the sources exist, and the code that
     the settings name.
 
@@ -84,10 +91,10 @@ def check_code(spec: RunSpec, given: UserObjects = NOTHING) -> None:
     check_model_names(spec)
     for key, source in paths_in(spec, DATA_KEYS).items():
         check_source(key, source)
-    if given.ref_model is not None:
-        name = getattr(given.ref_model, "__name__", type(given.ref_model).__name__)
+    if user.ref_model is not None:
+        name = getattr(user.ref_model, "__name__", type(user.ref_model).__name__)
         spec.reference.check_ref_model(name)
-    check_callbacks(spec, given.callbacks)
+    check_callbacks(spec, user.callbacks)
     check_optim(spec.optimizer, spec.scheduler)
     check_losses(spec.dpo, with_margins=spec.data.margin_column is not None)
     if spec.data.collator is not None:
@@ -108,7 +115,7 @@ def check_device(spec: RunSpec, device: torch.device) -> None:
     optimizer_factory(spec.optimizer, device)
 
 
-def load_parts(spec: RunSpec, given: UserObjects = NOTHING) -> Parts:
+def load_parts(spec: RunSpec, user: UserObjects = NOTHING) -> Parts:
     """Load tokenizer and model config, and check everything that depends on them and on the files
     of the models.
 
@@ -117,8 +124,8 @@ def load_parts(spec: RunSpec, given: UserObjects = NOTHING) -> Parts:
     """
     tokenizer = load_tokenizer(spec)
     config = load_config(spec, tokenizer)
-    collator = _user_collator(spec, given, tokenizer, config)
-    metrics = user_metrics(spec, given, pad_id(tokenizer, config))
+    collator = _user_collator(spec, user, tokenizer, config)
+    metrics = user_metrics(spec, user, pad_id(tokenizer, config))
     spec.evaluation.check_metric_for_best(spec.data.eval_sets, has_more=metrics is not None)
     check_frozen(config, spec)
     check_router(config, spec.dpo)
@@ -162,10 +169,10 @@ def _steps(spec: RunSpec, train: Pairs) -> int:
 
 
 def _user_collator(
-    spec: RunSpec, given: UserObjects, tokenizer: Any, config: Any
+    spec: RunSpec, user: UserObjects, tokenizer: Any, config: Any
 ) -> AdaptedCollator | None:
     """Return the user's collator, from the settings or from the caller."""
-    named, collator = spec.data.collator, given.data_collator
+    named, collator = spec.data.collator, user.data_collator
     if named is not None and collator is not None:
         raise UserError(
             "data.collator",
@@ -175,9 +182,11 @@ def _user_collator(
         )
     if collator is not None:
         spec.reference.check_collator("data_collator")
-    found = named if collator is None else collator
+    source = named if collator is None else collator
     vocabulary = config.get_text_config().vocab_size
-    return None if found is None else AdaptedCollator(found, pad_id(tokenizer, config), vocabulary)
+    return (
+        None if source is None else AdaptedCollator(source, pad_id(tokenizer, config), vocabulary)
+    )
 
 
 def evaluation_named(name: str) -> str:

@@ -72,8 +72,8 @@ class UserObjects:
     @property
     def parts(self) -> dict[str, Any]:
         """Return the parts that are not None, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if value is not None}
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in parts.items() if value is not None}
 
 
 NOTHING = UserObjects()

@@ -14,7 +14,7 @@ from torch import nn
 from orchestrator.engines.optim import (
     check_optim,
     factories,
-    name_of,
+    name_in_settings,
     optimizer_factory,
     param_groups,
     scheduler_factory,
@@ -204,7 +204,7 @@ def test_an_optimizer_of_whole_parameters_moves_weights(name: str) -> None:
     built.step()
     assert not torch.equal(weight, torch.ones(80, 80))
     assert built.param_groups[0]["weight_decay"] == 0.1
-    assert name_of(built) == name
+    assert name_in_settings(built) == name
 
 
 def test_muon_refuses_weights_that_are_not_2d(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_muon_refuses_weights_that_are_not_2d(tmp_path: Path) -> None:
         factories(spec, Small(), 4, ALONE.device)
     matrices = nn.Linear(3, 2, bias=False)
     make, _ = factories(spec, matrices, 4, ALONE.device)
-    assert name_of(make(param_groups(matrices, 0.1))) == "torch.optim.Muon"
+    assert name_in_settings(make(param_groups(matrices, 0.1))) == "torch.optim.Muon"
 
 
 def test_deepspeeds_own_are_not_compiled_on_a_cpu(tmp_path: Path) -> None:

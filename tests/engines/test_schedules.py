@@ -16,7 +16,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from orchestrator.dpo.step import PairStep
 from orchestrator.engines.build import engine_class
 from orchestrator.engines.optim import (
-    name_of,
+    name_in_settings,
     optimizer_factory,
     param_groups,
     scheduler_factory,
@@ -176,4 +176,4 @@ def test_schedules_find_the_peak_and_the_momentum_of_a_sharded_optimizer() -> No
                 for each in (dealt, adamw)
             ]
             assert seen[0] == seen[1]
-    assert name_of(dealt) == "torch.optim.AdamW"
+    assert name_in_settings(dealt) == "torch.optim.AdamW"

@@ -73,14 +73,14 @@ class MLflow(MLflowCallback):
             if known.is_file()
             else {}
         )
-        said = {name: os.environ[name] for name in going_on if name in os.environ}
+        before = {name: os.environ[name] for name in going_on if name in os.environ}
         os.environ.update(going_on)
         try:
             super().setup(args, state, model)
         finally:
             for name in going_on:
                 os.environ.pop(name, None)  # MLflow removes the run's id itself
-            os.environ.update(said)
+            os.environ.update(before)
         if (run := mlflow.active_run()) is not None:
             folder.mkdir(parents=True, exist_ok=True)
             known.write_text(run.info.run_id)
