@@ -208,7 +208,7 @@ def test_an_exception_of_a_collator_is_one_line_unless_the_machine_caused_it() -
 
     raised: Exception = KeyError("label")
     line = (
-        r"'collate': raised KeyError: 'label' \(test_collate.py line \d+; step 5, rank 1, "
+        r"'collate': raised KeyError: 'label' \(test_user_collators.py line \d+; step 5, rank 1, "
         r"pairs 11, 12\)"
     )
     with pytest.raises(UserError, match=line) as caught:

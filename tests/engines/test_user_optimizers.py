@@ -69,7 +69,11 @@ def test_optimizers_must_be_a_pair_of_functions(optimizers: Any, tmp_path: Path)
             "torch.optim.LBFGS.*needs a closure",
         ),
         (Mine, WHOLE, ""),
-        (Mine, DEALT, "test_optim:Mine.*set engine.kind=ddp and engine.shard_optimizer=false"),
+        (
+            Mine,
+            DEALT,
+            "test_user_optimizers:Mine.*set engine.kind=ddp and engine.shard_optimizer=false",
+        ),
         (lambda params: None, DEALT, "NoneType.*is not a torch optimizer"),
         (lambda params: torch.optim.SGD(flat(params)), WHOLE, ""),
         (

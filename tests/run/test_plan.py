@@ -233,7 +233,7 @@ def test_large_data_are_tokenised_in_part(tmp_path: Path, monkeypatch: pytest.Mo
     ("blocks", "key"),
     [
         ({"precision": "tf32"}, "precision"),
-        ({"model": {"attention": "varlen"}}, "model.attention"),
+        ({"model": {"attention": "varlen"}, "precision": "bf16"}, "model.attention"),
         (
             {
                 "optimizer": {"name": "deepspeed.ops.adam.FusedAdam"},
