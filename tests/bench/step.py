@@ -264,17 +264,10 @@ def ours(bench: Bench, policy: Any, reference: Reference, cached: bool) -> Step:
     return step
 
 
-def trl(
-    bench: Bench,
-    policy: Any,
-    reference: Any,
-    micro: int,
-    precompute: bool = False,
-    peft_config: Any = None,
-) -> Step:
-    """DPOTrainer's own collator and compute_loss, `micro` pairs at a time; no code of ours runs in
-    it.
-    """
+def trl_trainer(
+    bench: Bench, policy: Any, reference: Any, micro: int, precompute: bool, peft_config: Any
+) -> Any:
+    """Build a DPOTrainer over the pairs' token ids, with transformers' own layers."""
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -317,6 +310,22 @@ def trl(
         )
     finally:
         DPOTrainer._prepare_dataset = prepare
+    return trainer
+
+
+def trl(
+    bench: Bench,
+    policy: Any,
+    reference: Any,
+    micro: int,
+    precompute: bool = False,
+    peft_config: Any = None,
+) -> Step:
+    """DPOTrainer's own collator and compute_loss, `micro` pairs at a time; no code of ours runs in
+    it.
+    """
+    args = bench.args
+    trainer = trl_trainer(bench, policy, reference, micro, precompute, peft_config)
     model: Any = trainer.model
     model.train()
     rows_of_trl = [trainer.train_dataset[index] for index in range(len(bench.rows))]

@@ -76,9 +76,8 @@ def test_a_billion_parameters_train_a_step_in_24_gb(tmp_path: Path) -> None:
                 "data_types": {"grad_accum_dtype": "bf16"},
             },
         },
-        "reference": {
-            "kind": "precomputed"
-        },  # by the policy as it starts: no second model in memory
+        # by the policy as it starts: no second model in memory
+        "reference": {"kind": "precomputed"},
         "wandb": {"mode": "disabled"},
     }
     path = tmp_path / "billion.yaml"
