@@ -3,8 +3,7 @@ and memory.
 
     python tests/bench/references.py --data pairs.jsonl --pairs 24
     python tests/bench/references.py --data pairs.jsonl --only shared,trl-shared --no-memory
-    python tests/bench/references.py --data pairs.jsonl --markdown                   (the table of
-                                                                                     docs/benchmarks.md)
+    python tests/bench/references.py --data pairs.jsonl --markdown   (docs/benchmarks.md's table)
 
 The model is step.py's "bench" in fp32, and a step is what a step is there. Policy and reference
 start alike; then what trains of the policy is moved, by the same noise for every contender. TRL

@@ -550,7 +550,8 @@ def report(bench: Bench, results: dict[str, Any]) -> None:
         )
         memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-"
         print(
-            f"{name:13}{row['seconds_per_pair']:12.4f}{row['tokens_per_s']:12,.0f}{memory:>10}{used:>7}"
+            f"{name:13}{row['seconds_per_pair']:12.4f}{row['tokens_per_s']:12,.0f}"
+            f"{memory:>10}{used:>7}"
         )
     print(f"\n{'ratio of':13}{'to':13}{'time':>7}{'rounds':>15}{'on paper':>10}{'memory':>8}")
     for mine in OURS:
@@ -569,7 +570,8 @@ def report(bench: Bench, results: dict[str, Any]) -> None:
             )
             spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
             print(
-                f"{theirs:13}{mine:13}{statistics.median(ratios):7.2f}{spread:>15}{paper:10.2f}{memory:>8}"
+                f"{theirs:13}{mine:13}{statistics.median(ratios):7.2f}{spread:>15}"
+                f"{paper:10.2f}{memory:>8}"
             )
 
 

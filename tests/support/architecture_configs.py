@@ -23,7 +23,8 @@ RULES: list[tuple[str, Any]] = [
     (r"(unpadded_)?vocab_size(_per_layer_input)?|decoder_vocab_size", VOCABULARY),
     (r"hidden_size_per_layer_input", 8),
     (
-        r"hidden_size|d_model|n_embd|dim_model_base|word_embed_proj_dim|embedding_size|backbone_hidden_size",
+        r"hidden_size|d_model|n_embd|dim_model_base|word_embed_proj_dim|"
+        r"embedding_size|backbone_hidden_size",
         HIDDEN,
     ),
     (r"cross_attention_hidden_size|vision_output_dim|projection_dim|output_proj_dims", HIDDEN),
@@ -35,11 +36,13 @@ RULES: list[tuple[str, Any]] = [
     (r"\w*num_key_value_heads|num_kv_heads|multi_query_group_num", 2),
     (r"linear_num_key_heads|linear_num_value_heads|linear_num_heads", 2),
     (
-        r"\w*num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|index_n_heads",
+        r"\w*num_attention_heads|n_heads?|num_heads|(encoder|"
+        r"decoder)_attention_heads|index_n_heads",
         HEADS,
     ),
     (
-        r"head_dim|swa_head_dim|global_head_dim|kv_channels|dim_head|attention_head_dim|d_kv|swa_v_head_dim",
+        r"head_dim|swa_head_dim|global_head_dim|kv_channels|dim_head|"
+        r"attention_head_dim|d_kv|swa_v_head_dim",
         8,
     ),
     (r"linear_(key|value)_head_dim|linear_head_dim", 8),
@@ -49,11 +52,13 @@ RULES: list[tuple[str, Any]] = [
     (r"(q|kv|o)_lora_rank|gated_norm_rank|laurel_rank|d_rel|hc_lowrank", 8),
     (r"index_topk", 64),
     (
-        r"(moe|shared_expert|moe_shared_expert|expert|shared_experts)_(intermediate|ffn_hidden)_size",
+        r"(moe|shared_expert|moe_shared_expert|expert|"
+        r"shared_experts)_(intermediate|ffn_hidden)_size",
         16,
     ),
     (
-        r"\w*intermediate_size(_mlp)?|\w*ffn_dim|n_inner|dim_ff|dff|d_ff|ffn_hidden_size|feed_forward_proj_dim",
+        r"\w*intermediate_size(_mlp)?|\w*ffn_dim|n_inner|dim_ff|dff|d_ff|"
+        r"ffn_hidden_size|feed_forward_proj_dim",
         48,
     ),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts|moe_top_k", 2),
@@ -65,12 +70,14 @@ RULES: list[tuple[str, Any]] = [
     (r"max_window_layers", 1),
     (r"num_kv_shared_layers", 0),
     (
-        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_source_positions",
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|"
+        r"model_max_length|max_source_positions",
         512,
     ),
     (r"max_target_positions|context_length|max_sequence_length", 512),
     (
-        r"sliding_window(_size)?|attention_chunk_size|local_attention|keep_window_size|attention_window_size",
+        r"sliding_window(_size)?|attention_chunk_size|local_attention|"
+        r"keep_window_size|attention_window_size",
         8,
     ),
     (r"(mamba_)?(d_state|state_size)|ssm_state_size|mamba_state_dim", 8),

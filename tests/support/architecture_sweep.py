@@ -30,7 +30,8 @@ def swept(model_type: str) -> Row:
     table.
     """
     with suppress(ImportError):
-        import deepspeed  # noqa: F401 - transformers imports it to save a model: once, not in every process
+        # transformers imports it to save a model: once, not in every process
+        import deepspeed  # noqa: F401
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=_work, args=(model_type, sender))

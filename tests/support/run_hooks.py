@@ -133,14 +133,12 @@ def disk_full_after(writes: int) -> None:
     refcache.__dict__["open"] = full
 
 
-def dies_saving(stage: str, rank: int, step: int) -> None:
-    """SIGKILL at a stage of the save of a step, on one rank.
+Stage = tuple[Any, str, Callable[..., bool], str]
+"""Owner and name of a function, whether a call of it is the one, and when in it to die."""
 
-    Every save makes a part of the ledger's tail.
-    """
-    ledger.PART_ROWS = 1
-    if int(os.environ["RANK"]) != rank:
-        return
+
+def stages_of_a_save(step: int) -> dict[str, Stage]:
+    """Return the stages of the save of a step at which a rank may die."""
 
     def is_file(start: str) -> Callable[..., bool]:
         def is_it(*args: Any) -> bool:
@@ -149,7 +147,7 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
 
         return is_it
 
-    stages: dict[str, tuple[Any, str, Callable[..., bool], str]] = {
+    return {
         "begun": (
             checkpoint_writer._Draft,
             "write",
@@ -166,12 +164,8 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
             "in the middle",
         ),
         "part made": (ledger, "sync_folder", lambda _: True, "after"),
-        "recorded": (
-            checkpoint_writer,
-            "write_atomically",
-            is_file("rank_"),
-            "after",
-        ),  # in the background alone
+        # in the background alone
+        "recorded": (checkpoint_writer, "write_atomically", is_file("rank_"), "after"),
         "complete": (checkpoint_writer, "synced_sha256", is_file("meta.json"), "after"),
         "renamed": (checkpoint_writer, "write_atomically", is_file("manifest.json"), "before"),
         "committed": (
@@ -181,7 +175,18 @@ def dies_saving(stage: str, rank: int, step: int) -> None:
             "before",
         ),
     }
-    home, name, is_due, when = stages[stage]
+
+
+def dies_saving(stage: str, rank: int, step: int) -> None:
+    """SIGKILL at a stage of the save of a step, on one rank.
+
+    Every save makes a part of the ledger's tail.
+    """
+    ledger.PART_ROWS = 1
+    if int(os.environ["RANK"]) != rank:
+        return
+
+    home, name, is_due, when = stages_of_a_save(step)[stage]
     call = getattr(home, name)
 
     def dying(*args: Any) -> Any:
