@@ -24,7 +24,7 @@ from support.worker_runs import (
     PRECISIONS,
     QUANTISED_BASE,
     WITH_LORA,
-    Left,
+    WholeRun,
     curve,
     tolerance,
     whole_run,
@@ -303,7 +303,7 @@ def pools() -> Iterator[Pools]:
 
 
 def assert_trains_like_its_twin(pools: Pools, folder: Path, row: Row) -> None:
-    actual: Left
+    actual: WholeRun
     actual, other = pools[0].call(whole_run, settings(folder, row), seconds=LIMIT_S)
     [expected] = pools[1].call(curve, twin(folder, row), seconds=LIMIT_S)
     near = tolerance(row["precision"], row["reference"], row["lora"]) * STEEPER.get(row["loss"], 1)

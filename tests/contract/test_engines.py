@@ -15,7 +15,7 @@ import torch
 from orchestrator.engines.precision import Types
 from support import engine_cases, engine_runs
 from support.engine_cases import BIG, CASES, SAVED, STEPS
-from support.engine_runs import ENGINES, Case, Made
+from support.engine_runs import ENGINES, Case, EngineRun
 from support.gloo_ranks import on_gloo
 from support.repository import ROOT
 
@@ -33,7 +33,7 @@ class Group:
     def __init__(self, engine: str, size: int, folder: Path, canonical: Path) -> None:
         self.checkpoint = folder / f"step_{SAVED:08d}"
         results = on_gloo(size, engine_cases.group, engine, folder, canonical)
-        self.runs: dict[str, Made] = results[0]["runs"]
+        self.runs: dict[str, EngineRun] = results[0]["runs"]
         self.gone_on, self.resumed, self.from_canonical = (
             results[0][key] for key in ("gone on", "resumed", "from canonical")
         )
@@ -54,11 +54,11 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Gro
 
 
 @cache
-def oracle(case: str, steps: int = STEPS) -> Made:
+def oracle(case: str, steps: int = STEPS) -> EngineRun:
     return engine_runs.oracle(CASES[case], range(steps))
 
 
-def assert_alike(trained: Made, expected: Made, steps: slice = slice(None)) -> None:
+def assert_alike(trained: EngineRun, expected: EngineRun, steps: slice = slice(None)) -> None:
     assert trained.losses == pytest.approx(expected.losses[steps], rel=1e-5)
     assert trained.norms == pytest.approx(expected.norms[steps], rel=1e-4)
     assert trained.rates == pytest.approx(expected.rates[steps], rel=1e-12)
@@ -212,7 +212,7 @@ def test_an_fp16_step_overflows_on_many_ranks_where_it_does_on_one() -> None:
     assert first == alone
 
 
-SAID = {
+REPORTED_TYPES = {
     "ddp": Types("fp32", "bf16 by autocast", "fp32", "fp32"),
     "fsdp": Types("fp32 (gathered in bf16)", "bf16", "fp32", "fp32"),
     **dict.fromkeys(
@@ -226,7 +226,7 @@ SAID = {
 def test_reported_types_are_those_held_and_reduced(engine: str) -> None:
     [rank_zero] = on_gloo(1, engine_cases.types, engine)
     assert rank_zero["fp32"][0] == Types("fp32", "fp32", "fp32", "fp32")
-    assert rank_zero["bf16"][0] == SAID[engine]
+    assert rank_zero["bf16"][0] == REPORTED_TYPES[engine]
     for _, held in rank_zero.values():
         assert held == [{torch.float32}] * 3
 

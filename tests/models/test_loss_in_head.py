@@ -69,30 +69,32 @@ def random_hidden(dtype: torch.dtype, size: int = 32) -> torch.Tensor:
     )
 
 
-class Made(NamedTuple):
+class StepNumbers(NamedTuple):
     loss: torch.Tensor
     logps: torch.Tensor
     tokens: TokenTerms
     gradients: list[torch.Tensor | None]  # of the hidden states and of each parameter of the head
 
 
-def finished(scored: Scored, hidden: torch.Tensor, head: torch.nn.Module, scale: float) -> Made:
+def finished(
+    scored: Scored, hidden: torch.Tensor, head: torch.nn.Module, scale: float
+) -> StepNumbers:
     leaves = [hidden, *head.parameters()]
     for leaf in leaves:
         leaf.grad = None
     (scored.loss * scale).backward()
     assert scored.tokens is not None
     gradients = [None if leaf.grad is None else leaf.grad / scale for leaf in leaves]
-    return Made(scored.loss.detach(), scored.logps, scored.tokens, gradients)
+    return StepNumbers(scored.loss.detach(), scored.logps, scored.tokens, gradients)
 
 
-def in_head(model: PreTrainedModel, hidden: torch.Tensor, scale: float = 1.0) -> Made:
+def in_head(model: PreTrainedModel, hidden: torch.Tensor, scale: float = 1.0) -> StepNumbers:
     return finished(
         loss_in_head(model, hidden, BATCH, pair_losses, True), hidden, Head.of(model).module, scale
     )
 
 
-def by_autograd(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
+def by_autograd(model: PreTrainedModel, hidden: torch.Tensor) -> StepNumbers:
     """The path that any other head takes."""
     head = Head.of(model)
     actual, _, tokens = _token_terms(
@@ -103,7 +105,7 @@ def by_autograd(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
     return finished(scored, hidden, head.module, 1.0)
 
 
-def naive(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
+def naive(model: PreTrainedModel, hidden: torch.Tensor) -> StepNumbers:
     """From the logits of every position, padding and prompts too; one sequence at a time."""
     head = Head.of(model).module
     logits = head(hidden).flatten(0, 1)[BATCH.completion_index] * Head.of(model).scale
@@ -122,7 +124,7 @@ def naive(model: PreTrainedModel, hidden: torch.Tensor) -> Made:
     return finished(Scored(loss, alike(sums.detach()), tokens), hidden, head, 1.0)
 
 
-def assert_near(left: Made, right: Made, tolerance: float) -> None:
+def assert_near(left: StepNumbers, right: StepNumbers, tolerance: float) -> None:
     assert torch.allclose(left.loss, right.loss, rtol=tolerance, atol=tolerance)
     assert torch.allclose(left.logps, right.logps, rtol=tolerance, atol=tolerance)
     for name, a, b in zip(TokenTerms._fields, left.tokens, right.tokens, strict=True):

@@ -19,7 +19,7 @@ from support.attention_models import (
     CPU,
     EDGES,
     GPU,
-    Made,
+    StepNumbers,
     assert_equal,
     both,
     config_of,
@@ -122,7 +122,7 @@ def test_varlen_on_a_gpu_is_near_padded(kind: str) -> None:
         with autocast(GPU, "bf16"):
             output = step(batch.to(GPU), Counts(7, 1))
         output.loss.backward()
-        values.append(Made(output, gradient(step)))
+        values.append(StepNumbers(output, gradient(step)))
     padded, packed = values
     assert far(packed.output.logps, padded.output.logps) < 2e-2
     assert far(packed.gradient, padded.gradient) < 5e-2

@@ -87,16 +87,16 @@ def step_of(
 kept_step = lru_cache(maxsize=256)(step_of)
 
 
-class Made(NamedTuple):
+class StepNumbers(NamedTuple):
     output: StepOutput
     gradient: torch.Tensor
 
 
-def run(step: PairStep, batch: PairBatch) -> Made:
+def run(step: PairStep, batch: PairBatch) -> StepNumbers:
     step.zero_grad()
     output: StepOutput = step(batch, Counts(7, 1))
     output.loss.backward()
-    return Made(output, gradient(step))
+    return StepNumbers(output, gradient(step))
 
 
 def gradient(step: PairStep) -> torch.Tensor:
@@ -117,7 +117,7 @@ def both(rows: list[PairRow], keep_last: int | None = None) -> tuple[PairBatch, 
 WINS = METRICS.index("rewards/accuracies")
 
 
-def assert_equal(packed: Made, padded: Made) -> None:
+def assert_equal(packed: StepNumbers, padded: StepNumbers) -> None:
     for name in ("loss", "logps", "ref_logps", "metric_sums"):
         left, right = getattr(packed.output, name), getattr(padded.output, name)
         allowed = torch.full_like(right, 1e-10)

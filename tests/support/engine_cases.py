@@ -15,7 +15,7 @@ from orchestrator.world import World
 from support.engine_runs import (
     ENGINES,
     Case,
-    Made,
+    EngineRun,
     engine_of,
     kept,
     micro_batches,
@@ -57,7 +57,7 @@ def group(world: World, engine: str, folder: Path, canonical: Path) -> dict[str,
         assert mine.tensors.keys() == theirs.tensors.keys()
         for key, value in mine.tensors.items():
             assert torch.equal(value, theirs.tensors[key]), (mine.name, key)
-    whole = Made(
+    whole = EngineRun(
         begun.losses + gone_on.losses, begun.norms + gone_on.norms, begun.rates + gone_on.rates, {}
     )
     runs["plain"] = with_weights(whole, first, world, folder)
@@ -65,7 +65,7 @@ def group(world: World, engine: str, folder: Path, canonical: Path) -> dict[str,
     return {"runs": runs, "gone on": gone_on, "resumed": after_it, "from canonical": from_canonical}
 
 
-def resumed(world: World, case: Case, checkpoint: Path) -> tuple[Any, Made]:
+def resumed(world: World, case: Case, checkpoint: Path) -> tuple[Any, EngineRun]:
     """An engine that started with other weights, and the steps it takes after the checkpoint."""
     engine = engine_of(case, world, seed=3)
     put_back(engine, checkpoint)
@@ -78,7 +78,7 @@ def canonical(world: World, folder: Path) -> None:
     kept(engine, world, folder, SAVED)
 
 
-def gone_on(world: World, case: Case, checkpoint: Path) -> Made:
+def gone_on(world: World, case: Case, checkpoint: Path) -> EngineRun:
     return resumed(world, case, checkpoint)[1]
 
 
@@ -105,7 +105,7 @@ def _local(tensor: Any) -> torch.Tensor:
 OVERFLOWING = 2.0**22  # a loss scale at which fp16 gradients overflow for some steps
 
 
-def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
+def in_16_bits(world: World, engine: str) -> dict[str, tuple[EngineRun, list[bool]]]:
     """By precision, a run and which of its steps were skipped; in fp16 the first ones are made to
     overflow.
 
@@ -121,7 +121,7 @@ def in_16_bits(world: World, engine: str) -> dict[str, tuple[Made, list[bool]]]:
         taken = [take_step(built, case, step, world) for step in range(steps)]
         losses, updated = [loss for loss, _ in taken], [u for _, u in taken]
         values[precision] = (
-            Made(losses, [], [u.lr for u in updated], {}),
+            EngineRun(losses, [], [u.lr for u in updated], {}),
             [u.skipped for u in updated],
         )
     return values
@@ -166,7 +166,7 @@ def types(world: World, engine: str) -> dict[str, tuple[Types, list[set[torch.dt
     return values
 
 
-def offloaded(world: World, engine: str, offload: str, folder: Path) -> tuple[Made, Made]:
+def offloaded(world: World, engine: str, offload: str, folder: Path) -> tuple[EngineRun, EngineRun]:
     """Steps after a checkpoint of an engine that keeps state in the host's memory, undisturbed and
     resumed.
     """
@@ -213,7 +213,7 @@ SEEDS: dict[str, tuple[Case, Any, Any]] = {  # settings, and the same as a Pytho
 }
 
 
-def seeds(world: World, engine: str, folder: Path) -> dict[str, Made]:
+def seeds(world: World, engine: str, folder: Path) -> dict[str, EngineRun]:
     """The seed's optimizer examples by settings and by functions."""
     values = {}
     for name, (case, optimizer, schedule) in SEEDS.items():

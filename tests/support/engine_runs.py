@@ -73,7 +73,7 @@ class Case:
         return optimizer_factory(OptimizerSpec(**self.optimizer)), schedule
 
 
-class Made(NamedTuple):
+class EngineRun(NamedTuple):
     """Numbers and weights of a run."""
 
     losses: list[float]  # of the global batch, before each step
@@ -147,10 +147,10 @@ def take_step(engine: Engine, case: Case, step: int, world: World) -> tuple[floa
     return world.sum(loss).item(), engine.optimizer_step(apply=not non_finite)
 
 
-def train(engine: Engine, case: Case, world: World, steps: range) -> Made:
+def train(engine: Engine, case: Case, world: World, steps: range) -> EngineRun:
     """Without weights."""
     taken = [take_step(engine, case, step, world) for step in steps]
-    return Made(
+    return EngineRun(
         [t[0] for t in taken], [float(t[1].grad_norm) for t in taken], [t[1].lr for t in taken], {}
     )
 
@@ -178,13 +178,13 @@ def content(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[s
     return weights, state
 
 
-def run(world: World, case: Case, folder: Path, steps: int, factories: Any = None) -> Made:
+def run(world: World, case: Case, folder: Path, steps: int, factories: Any = None) -> EngineRun:
     """A whole run."""
     engine = engine_of(case, world, factories=factories)
     return with_weights(train(engine, case, world, range(steps)), engine, world, folder)
 
 
-def with_weights(trained: Made, engine: Engine, world: World, folder: Path) -> Made:
+def with_weights(trained: EngineRun, engine: Engine, world: World, folder: Path) -> EngineRun:
     """With what the engine holds now, by way of a checkpoint: there is no other to have it
     whole.
     """
@@ -196,7 +196,9 @@ def with_weights(trained: Made, engine: Engine, world: World, folder: Path) -> M
 # --- the oracle -----------------------------------------------------------------------------------
 
 
-def oracle(case: Case, steps: Iterable[int], optimizer: Any = None, schedule: Any = None) -> Made:
+def oracle(
+    case: Case, steps: Iterable[int], optimizer: Any = None, schedule: Any = None
+) -> EngineRun:
     """One process, whole batches, torch's optimizer, clip_grad_norm_ and the schedule: nothing of
     an engine.
 
@@ -231,7 +233,7 @@ def oracle(case: Case, steps: Iterable[int], optimizer: Any = None, schedule: An
         scheduler.step()
         losses.append(loss.item())
     weights = {n: p.detach().clone() for n, p in step.policy.named_parameters()}
-    return Made(
+    return EngineRun(
         losses,
         norms,
         rates,

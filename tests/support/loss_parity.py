@@ -55,20 +55,20 @@ from support.training_parity import kept_signals
 from support.trl_trainer import trl_trainer
 
 
-class Found(NamedTuple):
+class SideResult(NamedTuple):
     """Results of one side for the case."""
 
     metrics: dict[str, float]  # with the loss
     gradient: Tensor  # of all parameters
 
 
-def exactly(case: Case, dpo: DpoSpec) -> Found:
+def exactly(case: Case, dpo: DpoSpec) -> SideResult:
     leaf = case.policy.parts.clone().requires_grad_()
     loss = truth(case, dpo, leaf)
     [slope] = torch.autograd.grad(loss, leaf)
     gradient = torch.einsum("sp,spn->n", slope, case.jacobian)
     norm = gradient.norm().item()
-    return Found({"loss": loss.item(), "grad_norm": norm, **true_metrics(case, dpo)}, gradient)
+    return SideResult({"loss": loss.item(), "grad_norm": norm, **true_metrics(case, dpo)}, gradient)
 
 
 class OneRowAStep(TrainerCallback):
@@ -97,16 +97,16 @@ class OneRowAStep(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         self.gradients.append(flat_gradient(options["model"]))
 
-    def results(self, log_history: list[dict[str, float]]) -> list[Found]:
+    def results(self, log_history: list[dict[str, float]]) -> list[SideResult]:
         """Return the results of each step; counts since the start of training become counts of a
         step.
         """
         lines = [line for line in log_history if "loss" in line]
-        values: list[Found] = []
+        values: list[SideResult] = []
         for line, gradient in zip(lines, self.gradients, strict=True):
             assert line.keys() == {*LOGGED, "learning_rate", "step"}
             counted = {name: line[name] / line["step"] for name in ("num_tokens", "epoch")}
-            values.append(Found({**line, **counted}, gradient))
+            values.append(SideResult({**line, **counted}, gradient))
         assert len(values) == len(self.table)
         return values
 
@@ -150,7 +150,7 @@ def their_steps(
     case: Case,
     table: list[DpoSpec],
     start: Start = FROM_POLICY,
-) -> list[Found]:
+) -> list[SideResult]:
     trainer = their_trainer(
         case,
         start.policy,
@@ -184,7 +184,7 @@ def our_steps(
     kind: Kind = "plain",
     start: Start = FROM_POLICY,
     attention: AttentionName = "auto",
-) -> list[Found]:
+) -> list[SideResult]:
     columns = {f"{kind}_column": kind} if kind in ("margin", "weight") else {}
     spec = tiny_spec(
         case.folder,
@@ -242,7 +242,7 @@ class Line(NamedTuple):
     ours32: Distances  # from TRL, or there from the truth
 
 
-def apart(left: Found, right: Found, true: Found) -> Distances:
+def apart(left: SideResult, right: SideResult, true: SideResult) -> Distances:
     scales = {name: max(1.0, abs(value)) for name, value in true.metrics.items()}
     scales["grad_norm"] = true.metrics["grad_norm"]
     far = {

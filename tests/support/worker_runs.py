@@ -44,20 +44,20 @@ def tolerance(precision: str, reference: str, lora: str) -> float:
     return max(TOLERANCE[part] for part in parts & TOLERANCE.keys())
 
 
-class Left(NamedTuple):
+class WholeRun(NamedTuple):
     """Numbers that a run leaves."""
 
     losses: list[float]  # by step
     kept: int  # pairs whose reference log-probs are on disk
 
 
-def whole_run(world: World, raw: dict[str, Any]) -> Left:
+def whole_run(world: World, raw: dict[str, Any]) -> WholeRun:
     """A run by its settings, from its start to its export."""
     with begun(world, raw) as (spec, run_dir):
         run(spec, world, NothingToSave())
         world.gather(None)
         files = (spec.cache_dir / "reference_logps").glob("*/*.logps")
-        return Left(
+        return WholeRun(
             list(losses(run_dir.path).values()),
             sum(path.stat().st_size for path in files) // RECORD.itemsize,
         )
