@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 
 NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
 """Exceptions from user code that are not its fault: a quit debugger, or a machine failure, which a
@@ -31,7 +31,7 @@ def raised_by_user(
         if "importlib" not in frame.filename
     ]
     places = [f"{Path(frame.filename).name} line {frame.lineno}" for frame in called[:1]]
-    reason = f"raised {type(error).__name__}: {error} ({'; '.join([*places, where])})"
+    reason = f"raised {type_and_message(error)} ({'; '.join([*places, where])})"
     return UserError(key, name, reason, cure)
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from orchestrator.data.row import CONTEXT, PAIR
 from orchestrator.settings.data import COMPRESSIONS, DATA_SUFFIXES, TEXT_SUFFIXES
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, message_of
 
 LARGEST_CELL = 2**31 - 1  # bytes; the default limit of the csv module is 128 kB
 BLANK = " \t\r\n"
@@ -88,7 +88,7 @@ def _reported(key: str, path: str) -> Iterator[None]:
             key, path, f"is not UTF-8 text ({error.reason})", "convert the file to UTF-8"
         ) from None
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = getattr(error, "strerror", None) or message_of(error)
         cure = "check that it is complete, and that its suffix is right"
         raise UserError(key, path, f"cannot be read ({reason})", cure) from None
 

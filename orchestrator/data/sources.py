@@ -26,7 +26,7 @@ from orchestrator.data.readers import (
 from orchestrator.data.row import BadRow, Row, printable
 from orchestrator.data.shapes import checked, numbers_of
 from orchestrator.settings.data import DATA_SUFFIXES, DataSpec, SourceSpec, Split
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.settings.load import looks_local, scheme_of
 
 READABLE = (
@@ -365,7 +365,6 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
         raise
     # datasets raises a dozen types; all mean that the source cannot be read
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         if splits := UNKNOWN_SPLIT.search(str(error)):
             _refuse_split(key, path, part, re.findall(r"[\w.-]+", splits[1]))
         cure = (
@@ -374,7 +373,7 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
             else "use a path, or a hub name that can be reached"
         )
         raise UserError(
-            key, path, f"cannot be read by `datasets` ({type(error).__name__}: {reason})", cure
+            key, path, f"cannot be read by `datasets` ({type_and_message(error)})", cure
         ) from None
 
 

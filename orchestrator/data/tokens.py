@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from orchestrator.data.row import BadRow, Row
 from orchestrator.data.shapes import checked, template_arguments
 from orchestrator.settings.data import DataSpec
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, message_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -232,7 +232,7 @@ def _chat(
         raise UserError(key, value, rule, "fix that line") from None
     except Exception as error:  # templates raise any exception (roles must alternate, ...)
         raise BadRow(
-            "malformed rows", f"the chat template rejects it: {' '.join(str(error).split())}"
+            "malformed rows", f"the chat template rejects it: {message_of(error)}"
         ) from None
 
 

@@ -22,7 +22,7 @@ from orchestrator.engines.base import OptimizerFactory, SchedulerFactory
 from orchestrator.engines.optim import param_groups
 from orchestrator.engines.precision import Types, device_name, dtype_of, is_16_bit
 from orchestrator.engines.stepping import Fragment, SteppingEngine
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, message_of
 from orchestrator.settings.precision import Precision
 from orchestrator.world import World
 
@@ -403,7 +403,7 @@ def _parse(config: dict[str, Any]) -> Any:
     try:
         return DeepSpeedConfig(config)
     except Exception as error:  # pydantic's errors, and several types of DeepSpeed's
-        reason = " ".join(str(error).split())[:160]
+        reason = message_of(error)
         cure = "fix that value in the file"
         raise UserError(
             "engine.deepspeed_config", config, f"DeepSpeed rejects it: {reason}", cure

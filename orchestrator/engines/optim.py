@@ -26,7 +26,7 @@ from orchestrator.engines.base import (
 )
 from orchestrator.settings.counts import counted
 from orchestrator.settings.engine import EngineSpec
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.settings.optim import (
     OPTIMIZERS,
     OptimizerSpec,
@@ -359,7 +359,7 @@ def _result(function: Callable[[Any], Any], argument: Any) -> Any:
         raise
     except Exception as error:  # it would fail in the same way on every rank and in every attempt
         name = getattr(function, "__name__", type(function).__name__)
-        rule = f"raised {type(error).__name__}: {error}"
+        rule = f"raised {type_and_message(error)}"
         raise UserError("optimizers", name, rule, "fix it") from error
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from orchestrator.models.model_files import ADAPTER_FILES, check_files
 from orchestrator.models.quantized import unquantized
 from orchestrator.models.weight_checks import WeightDifferences, check_complete, check_finite
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, message_of, type_and_message
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.model import LoraSpec
 
@@ -65,7 +65,7 @@ def add_adapter(
             try:
                 model.add_adapter(config, POLICY)
             except ValueError as error:
-                reason = " ".join(str(error).split())[:160]
+                reason = message_of(error)
                 cure = "name linear layers of this model, for example [q_proj, v_proj]"
                 raise UserError(
                     "model.lora.target_modules",
@@ -257,11 +257,10 @@ def _config_at(path: str) -> Any:
 
 
 def _cannot_load(path: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
     cure = "use a folder with adapter_config.json, trained on this base model"
     if not looks_local(path):
         cure = f"use a hub name that can be reached, or a folder (./{path})"
-    rule = f"cannot be loaded ({type(error).__name__}: {reason})"
+    rule = f"cannot be loaded ({type_and_message(error)})"
     return UserError("model.lora.adapter_path", path, rule, cure)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -161,10 +161,7 @@ def _forward(model: "PreTrainedModel") -> torch.Tensor:
         ValueError,
         TypeError,
     ) as error:
-        rule = (
-            f"its forward pass fails in training ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:160]})"
-        )
+        rule = f"its forward pass fails in training ({type_and_message(error)})"
         raise UserError("model", type(model).__name__, rule, "use another model") from None
     finally:
         model.train(training)

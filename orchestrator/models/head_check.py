@@ -10,7 +10,7 @@ from orchestrator.models.attention import CHECKED
 from orchestrator.models.behaviour import check_causal, depends_on_gradients
 from orchestrator.models.head import Head
 from orchestrator.models.layers import body_of
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ def check_head(model: "PreTrainedModel") -> None:
     try:
         compare_with_head(model)
     except CANNOT_RUN as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        reason = type_and_message(error)
         cure = "check the sizes in its config.json, or use another model"
         raise UserError(
             "model", type(model).__name__, f"its forward pass fails ({reason})", cure

@@ -14,7 +14,7 @@ from orchestrator.models.model_files import (
     check_weight_files,
 )
 from orchestrator.models.weight_checks import WeightDifferences, check_complete, check_finite
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.settings.load import looks_local
 
 if TYPE_CHECKING:
@@ -120,7 +120,6 @@ def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
         return UserError(
             key, path, rule, "set pad_token_id to null there: padding needs no token of the model"
         )
-    reason = " ".join(str(error).split())[:200]
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         cure = "it is an adapter: merge it into its base first"
         if key == "model.path":
@@ -131,9 +130,7 @@ def _cannot_load(key: str, path: str, what: str, error: Exception) -> UserError:
         cure = "use a folder with config.json, tokenizer and weights"
     else:
         cure = f"use a hub name that can be reached, or a folder (./{path})"
-    return UserError(
-        key, path, f"its {what} cannot be loaded ({type(error).__name__}: {reason})", cure
-    )
+    return UserError(key, path, f"its {what} cannot be loaded ({type_and_message(error)})", cure)
 
 
 def _load_complete(key: str, path: str, load: Callable[..., Any], **options: Any) -> Any:

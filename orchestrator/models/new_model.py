@@ -13,7 +13,7 @@ from orchestrator.data.sources import check_source, training_texts
 from orchestrator.models.behaviour import silence
 from orchestrator.models.head_check import CANNOT_RUN, compare_with_head
 from orchestrator.models.mapped import save_mapped
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, message_of
 from orchestrator.settings.model import InitSpec
 from orchestrator.settings.run import RunSpec
 
@@ -64,7 +64,7 @@ def new_config(init: InitSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
     try:
         return AutoConfig.for_model(init.model_type, **keys)
     except Exception as error:  # each config class checks its own values in its own way
-        rule = f"transformers rejects it: {' '.join(str(error).split())[:160]}"
+        rule = f"transformers rejects it: {message_of(error)}"
         raise UserError("model.init.config", init.config, rule, "fix it") from None
 
 
@@ -160,7 +160,7 @@ def _random_model(spec: RunSpec, config: Any, dtype: torch.dtype) -> "PreTrained
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             compare_with_head(model)
         except CANNOT_RUN as error:  # sizes that do not fit each other
-            reason = " ".join(str(error).split())[:160]
+            reason = message_of(error)
             keys = spec.model.init.config if spec.model.init else None
             raise UserError(
                 "model.init.config",

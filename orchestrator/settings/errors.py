@@ -2,6 +2,19 @@
 
 from typing import Any
 
+LONGEST_MESSAGE = 300  # characters of an exception's message in one of our lines
+
+
+def message_of(error: BaseException) -> str:
+    """Return the message of an exception on one line, shortened."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ..."
+
+
+def type_and_message(error: BaseException) -> str:
+    """Return the type and the message of an exception on one line."""
+    return ": ".join(filter(None, (type(error).__name__, message_of(error))))
+
 
 class UserError(Exception):
     """Error of the user's input, printed as one line with key, value, rule and fix. Exit code 2.

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from orchestrator.settings.data import DATA_SUFFIXES, Split
-from orchestrator.settings.errors import SettingsError, UserError
+from orchestrator.settings.errors import SettingsError, UserError, message_of
 from orchestrator.settings.explain import explain
 from orchestrator.settings.run import RunSpec
 from orchestrator.settings.wrong_file import (
@@ -199,7 +199,7 @@ def _parsed(path: Path) -> Any:
         raise UserError("settings file", str(path), "is nested too deeply", FLATTEN) from None
     # ValueError: not UTF-8, no such date
     except (YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
-        rule = f"is not YAML: {' '.join(str(error).split())}"
+        rule = f"is not YAML: {message_of(error)}"
         raise UserError("settings file", str(path), rule, "fix that line") from None
 
 
@@ -215,7 +215,7 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
         raise UserError("override", " ".join(overrides), "is nested too deeply", FLATTEN) from None
     # ValueError: not UTF-8, too long a number
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        rule = f"cannot be read: {' '.join(str(error).split())}"
+        rule = f"cannot be read: {message_of(error)}"
         raise UserError("override", " ".join(overrides), rule, "quote the value") from None
 
 

@@ -22,6 +22,7 @@ import torch
 
 from orchestrator.engines.base import SCALAR, Shard
 from orchestrator.models.storage import save_tensors
+from orchestrator.settings.errors import type_and_message
 from orchestrator.training.ledger import Ledger, write_rows
 from orchestrator.training.lossless_json import encode
 from orchestrator.training.manifest import (
@@ -271,7 +272,7 @@ class _Draft:
         return [done for done, _ in every]
 
     def failure_line(self, failure: Exception) -> str:
-        return f"rank {self.world.rank}: {type(failure).__name__}: {failure}"
+        return f"rank {self.world.rank}: {type_and_message(failure)}"
 
     def check(self, errors: list[str | None]) -> None:
         """Remove the draft and raise SaveFailed if a rank has an error; the same on all ranks."""

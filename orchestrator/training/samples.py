@@ -8,6 +8,7 @@ import torch
 from orchestrator.data.pairs import Pairs
 from orchestrator.data.sources import raw_rows
 from orchestrator.models.policy import build_policy
+from orchestrator.settings.errors import type_and_message
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.prepare import PreparedRun
 from orchestrator.training.rundir import RunDir
@@ -30,13 +31,10 @@ def answered_samples(
         return []
     try:
         return _answered(spec, run_dir, prepared, device)
-    except (
-        Exception
-    ) as error:  # generation may fail in many ways, which do not affect the trained model
-        reason = " ".join(str(error).split())[:200]
-        logger.warning(
-            "evaluation.samples: no prompt was answered (%s: %s)", type(error).__name__, reason
-        )
+    # generation may fail in many ways, which do not affect the trained model
+    except Exception as error:
+        message = "evaluation.samples: no prompt was answered (%s)"
+        logger.warning(message, type_and_message(error))
         return []
 
 

@@ -9,7 +9,7 @@ from bdb import BdbQuit
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.world import World
 
@@ -81,6 +81,6 @@ def _examine(error: Exception, world: World) -> None:
             return
         prompt = Prompt()
         rank = f"rank {world.rank}: " if world.size > 1 else ""
-        prompt.message(f"\n{rank}{type(examined).__name__}: {examined}")
+        prompt.message(f"\n{rank}{type_and_message(examined)}")
         prompt.reset()
         prompt.interaction(None, examined.__traceback__)

@@ -16,7 +16,7 @@ from orchestrator.data.order import Integers
 from orchestrator.data.pairs import Pairs
 from orchestrator.run.local.trial import NothingToSave, scratch_run
 from orchestrator.settings.engine import EngineSpec
-from orchestrator.settings.errors import TrainingError, UserError
+from orchestrator.settings.errors import TrainingError, UserError, type_and_message
 from orchestrator.settings.load import looks_local
 from orchestrator.settings.optim import SchedulerSpec
 from orchestrator.settings.precision import PRECISION_TRAITS
@@ -63,8 +63,7 @@ def rehearse(spec: RunSpec, prepared: PreparedRun) -> list[str]:
         raise
     # the machine of the run may have a kernel or library that is missing here
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        return [f"a trial step on this machine's CPU failed ({type(error).__name__}: {reason})"]
+        return [f"a trial step on this machine's CPU failed ({type_and_message(error)})"]
     finally:
         world.leave()
     return []

@@ -4,7 +4,7 @@ import pickle
 from typing import Any
 
 from orchestrator.run.ray.cluster import authenticate
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, message_of, type_and_message
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.world import World
@@ -26,8 +26,7 @@ def pickled_objects(spec: RunSpec, user: UserObjects) -> dict[str, bytes]:
         try:
             pickled[name] = cloudpickle.dumps(part)  # pyright: ignore[reportPrivateImportUsage]
         except Exception as error:  # any object inside may raise any exception
-            reason = " ".join(str(error).split())[:160]
-            rule = f"cannot be sent to the workers ({reason})"
+            rule = f"cannot be sent to the workers ({message_of(error)})"
             later = "create models and open files when it is called"
             cure = f"store only names and paths in it, and {later}"
             raise UserError(name, repr(part), rule, cure) from None
@@ -47,7 +46,7 @@ def unpickled_objects(pickled: dict[str, bytes], world: World) -> UserObjects:
         try:
             parts[name] = pickle.loads(part)
         except Exception as error:
-            rule = f"cannot be read on a worker ({type(error).__name__}: {error})"
+            rule = f"cannot be read on a worker ({type_and_message(error)})"
             cure = "define it in a module of the folder where the command runs"
             raise UserError(name, "as sent", rule, cure) from None
     return UserObjects(**parts)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from orchestrator.callback_api import EarlyStoppingCallback, TrainerCallback
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.settings.run import RunSpec
 from orchestrator.settings.trackers import TRACKERS
 from orchestrator.training.callbacks.console import ConsoleCallback
@@ -95,6 +95,6 @@ def _built(entry: _Entry) -> TrainerCallback:
     try:
         return entry.callback(**entry.kwargs)
     except Exception as error:
-        rule = f"cannot be built ({type(error).__name__}: {error})"
+        rule = f"cannot be built ({type_and_message(error)})"
         cure = "fix its constructor, or its kwargs"
         raise UserError("callbacks", entry.name, rule, cure) from None
