@@ -46,9 +46,8 @@ class Shard(NamedTuple):
     shape: tuple[int, ...]  # of the whole parameter
     start: int
     stop: int
-    tensors: dict[
-        str, torch.Tensor
-    ]  # "param" and the optimizer state of that range, 1-D; under SCALAR names, [1]
+    # "param" and the optimizer state of that range, 1-D; under SCALAR names, [1]
+    tensors: dict[str, torch.Tensor]
 
 
 class StepResult(NamedTuple):

@@ -74,30 +74,24 @@ class DeepSpeedEngine(SteppingEngine):
         number of trainable elements.
         """
         config = _without_auto(copy.deepcopy(self.settings.deepspeed_config or {}))
-        for ours in (
-            "optimizer",
-            "scheduler",
-            "bf16",
-            "fp16",
-        ):  # a rule of the settings has compared them
+        # a rule of the settings has compared them
+        for ours in ("optimizer", "scheduler", "bf16", "fp16"):
             config.pop(ours, None)
         zero = config.setdefault("zero_optimization", {})
         zero["stage"] = self.stage
         on_gpu = self.world.device.type == "cuda"
         host = {"device": "cpu", "pin_memory": on_gpu}
         if self.settings.offload != "none":
-            zero.setdefault(
-                "sub_group_size", 10**8
-            )  # elements updated at a time: torch's Adam copies each
+            # elements updated at a time: torch's Adam copies each
+            zero.setdefault("sub_group_size", 10**8)
             zero["offload_optimizer"] = {**host, **(zero.get("offload_optimizer") or {})}
         if self.settings.offload == "parameters":
             zero["offload_param"] = {**host, **(zero.get("offload_param") or {})}
         if self.settings.bucket_size is not None:
             zero["reduce_bucket_size"] = self.settings.bucket_size
         if self.settings.overlap_comm is not None or not on_gpu:
-            zero["overlap_comm"] = (
-                bool(self.settings.overlap_comm) and on_gpu
-            )  # on a CPU there are no streams
+            # on a CPU there are no streams
+            zero["overlap_comm"] = bool(self.settings.overlap_comm) and on_gpu
         # DeepSpeed allocates a whole bucket even if there is less to reduce
         zero.setdefault("reduce_bucket_size", max(1, min(5 * 10**8 if on_gpu else 10**7, trained)))
         config |= {
@@ -153,9 +147,8 @@ class DeepSpeedEngine(SteppingEngine):
             )
             p.data = p.data.to(to)
             context._convert_to_zero_parameters([p])
-        for (
-            buffer
-        ) in step.buffers():  # DeepSpeed does not move them when the weights are sharded already
+        # DeepSpeed does not move them when the weights are sharded already
+        for buffer in step.buffers():
             buffer.data = buffer.data.to(self.world.device)
 
     def _register_heads(self, step: PairStep) -> None:
@@ -356,9 +349,8 @@ def _imported(world: World) -> Any:
         "nccl" if world.device.type == "cuda" else "gloo", dist_init_required=False
     )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", message=".*is deprecated", module="torch.distributed"
-    )  # names it still calls
+    # names it still calls
+    warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
     return deepspeed
 
 

@@ -34,12 +34,10 @@ class FsdpEngine(SteppingEngine):
         for module in step.modules():
             if hasattr(module, "set_gradient_divide_factor"):
                 fsdp: Any = module
-                fsdp.set_gradient_divide_factor(
-                    1.0
-                )  # the loss is divided by the global count already
-                fsdp.set_force_sum_reduction_for_comms(
-                    True
-                )  # gloo only sums, and NCCL cannot divide by 1
+                # the loss is divided by the global count already
+                fsdp.set_gradient_divide_factor(1.0)
+                # gloo only sums, and NCCL cannot divide by 1
+                fsdp.set_force_sum_reduction_for_comms(True)
         self.step = self.module = step
         self.saved = step.saved()
         self.trainable = [p for p in step.parameters() if p.requires_grad]

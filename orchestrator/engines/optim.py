@@ -42,6 +42,7 @@ Optimizers = tuple[OptimizerFactory | None, SchedulerFactory | None]
 
 # errors that a library raises for wrong arguments
 REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError)
+# arguments that other settings or this program pass
 NOT_IN_KWARGS = {
     "params",
     "model_params",
@@ -51,12 +52,10 @@ NOT_IN_KWARGS = {
     "last_epoch",
     "num_warmup_steps",
     "num_training_steps",
-}  # arguments that other settings or this program pass
+}
 
-FUSED = (
-    torch.optim.Adam,
-    torch.optim.AdamW,
-)  # updated in one pass over the weights, without a temporary copy
+# updated in one pass over the weights, without a temporary copy
+FUSED = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:

@@ -42,9 +42,8 @@ class Fragment(NamedTuple):
     start: int
     stop: int
     weight: torch.Tensor  # 1-D view of the weights that the optimizer updates
-    holder: (
-        torch.Tensor | None
-    )  # the optimizer's key of the state; None if this rank has no state of it
+    # the optimizer's key of the state; None if this rank has no state of it
+    holder: torch.Tensor | None
     offset: int  # of the range in the holder
     is_mine: bool  # True if this rank writes it to a checkpoint
 

@@ -22,9 +22,8 @@ class GlobalBatch:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.parts: list[
-            torch.Tensor
-        ] = []  # [8, B] on the device, in the layout that `_losses_in_order` reads
+        # [8, B] on the device, in the layout that `_losses_in_order` reads
+        self.parts: list[torch.Tensor] = []
 
     def add(self, batch: PairBatch, output: StepOutput) -> None:
         """Add a micro-batch (on the device)."""

@@ -71,10 +71,8 @@ def _lists_of_ranks(world: World, part: Callable[..., list[Any]], *args: Any) ->
     try:
         mine, failure = part(*args), None
     except (UserError, ReadFailed) as error:
-        mine, failure = (
-            [],
-            (type(error), error.args),
-        )  # the exception itself would keep the frames of run() alive
+        # the exception itself would keep the frames of run() alive
+        mine, failure = ([], (type(error), error.args))
     every = world.gather((mine, failure))
     for _, failure in every:
         if failure is not None:

@@ -208,9 +208,8 @@ def _gathered_logits(model: Any, batch: PairBatch, world: World) -> torch.Tensor
     head = Head.of(model)
     at_once = max(1, CHUNK_LOGITS // (2 * head.vocabulary * world.size))  # positions
     for first in range(0, pairs, world.size):
-        mine = min(
-            first + world.rank, pairs - 1
-        )  # repeats a pair if none is left: a forward pass may be collective
+        # repeats a pair if none is left: a forward pass may be collective
+        mine = min(first + world.rank, pairs - 1)
         rows = [mine, pairs + mine]
         assert batch.attention_mask is not None
         hidden = body_of(model)(

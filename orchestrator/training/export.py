@@ -133,20 +133,16 @@ def exported_config(policy: Any, loaded: Any) -> Any:
     separate head from a checkpoint even if the config ties it, and training with frozen embeddings
     unties the two.
     """
-    parts = (
-        loaded,
-        loaded.get_text_config(),
-        policy.config,
-    )  # a text model may be loaded from a multimodal config
+    # a text model may be loaded from a multimodal config
+    parts = (loaded, loaded.get_text_config(), policy.config)
     config = copy.deepcopy(next(part for part in parts if type(part) is type(policy.config)))
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = head_is_tied(policy)
     config.architectures = [type(policy).__name__]
     config.dtype = policy.dtype
     config.__dict__.pop("quantization_config", None)  # an export is in full precision
-    for (
-        name
-    ) in config._get_generation_parameters():  # of old files; the generation config has them now
+    # of old files; the generation config has them now
+    for name in config._get_generation_parameters():
         delattr(config, name)
     return config
 

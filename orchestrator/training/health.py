@@ -11,11 +11,8 @@ from typing import Protocol
 
 from orchestrator.training.rundir import RunDir
 
-STOP_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # USR1: sent by Slurm before a job's time limit
+# USR1: sent by Slurm before a job's time limit
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 HEARTBEAT_S = 1.0  # minimum interval in seconds between two writes of the heartbeat file
 
 

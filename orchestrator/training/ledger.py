@@ -106,9 +106,8 @@ class Ledger:
         """Replace the rows that ranks wrote into these files of a draft by the tail; return the
         names of its files.
         """
-        if (
-            self._tail.num_rows >= PART_ROWS
-        ):  # the newest checkpoint has it, without the rows of this one
+        # the newest checkpoint has it, without the rows of this one
+        if self._tail.num_rows >= PART_ROWS:
             self._make_part()
         new = pa.concat_tables([SCHEMA.empty_table(), *(_read(draft / name) for name in names)])
         for name in names:
@@ -134,9 +133,8 @@ class Ledger:
         partial = self.folder / f".{name}.partial"
         write_rows(self._tail, partial)
         self.parts = {**self.parts, name: synced_sha256(partial)}
-        (self.folder / COPY).unlink(
-            missing_ok=True
-        )  # first: a crash in between leaves no duplicate rows
+        # first: a crash in between leaves no duplicate rows
+        (self.folder / COPY).unlink(missing_ok=True)
         os.replace(partial, self.folder / name)
         sync_folder(self.folder)
         self._tail = SCHEMA.empty_table()
@@ -193,7 +191,6 @@ def _tail_of(checkpoint: Path, listed: ManifestFiles) -> pa.Table:
 
 
 def _read(path: Path) -> pa.Table:
-    with pq.ParquetFile(
-        path
-    ) as file:  # pq.read_table would treat a folder named lr=1e-6 as a column
+    # pq.read_table would treat a folder named lr=1e-6 as a column
+    with pq.ParquetFile(path) as file:
         return file.read()

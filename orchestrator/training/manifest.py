@@ -14,10 +14,8 @@ from orchestrator.settings.errors import UserError
 
 FORMAT = 4
 MANIFEST = "manifest.json"
-CORRUPT, UNREADABLE = (
-    "manifest.corrupt.json",
-    "manifest.unreadable.json",
-)  # names of disabled manifests
+# names of disabled manifests
+CORRUPT, UNREADABLE = ("manifest.corrupt.json", "manifest.unreadable.json")
 
 
 class ManifestFiles(NamedTuple):

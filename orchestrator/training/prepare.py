@@ -210,9 +210,8 @@ def quiet() -> None:
     import transformers
 
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # otherwise it warns, and accelerate imports it in any run
+        # otherwise it warns, and accelerate imports it in any run
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.*")

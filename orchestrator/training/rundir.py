@@ -24,9 +24,8 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.pairs = path / "pairs.parquet"  # a folder
-        self.tokenizer = (
-            path / "tokenizer"
-        )  # and the model's config.json: an export needs both besides weights
+        # and the model's config.json: an export needs both besides weights
+        self.tokenizer = path / "tokenizer"
         self.model = path / "model"
         self.wandb = path / "wandb"
         self.logs = path / "logs"
@@ -109,9 +108,8 @@ class RunDir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
-            self.stop.unlink(
-                missing_ok=True
-            )  # a request to an earlier attempt; later ones are for this attempt
+            # a request to an earlier attempt; later ones are for this attempt
+            self.stop.unlink(missing_ok=True)
             yield
 
     def owner(self) -> str | None:

@@ -18,10 +18,8 @@ from orchestrator.settings.errors import UserError
 from orchestrator.settings.trackers import TRACKERS
 from orchestrator.training.rundir import RunDir
 
-IMPORTED = {
-    "azure_ml": "azureml",
-    "flyte": "flytekit",
-}  # module to import, if not the tracker's name
+# module to import, if not the tracker's name
+IMPORTED = {"azure_ml": "azureml", "flyte": "flytekit"}
 
 
 class TensorBoard(TensorBoardCallback):
@@ -53,9 +51,8 @@ class MLflow(MLflowCallback):
 
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault(
-            "MLFLOW_ALLOW_FILE_STORE", "true"
-        )  # store runs in files; a database needs more packages
+        # store runs in files; a database needs more packages
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         super().__init__()
 
     def setup(self, args: Any, state: Any, model: Any) -> None:

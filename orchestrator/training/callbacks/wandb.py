@@ -34,14 +34,12 @@ class WandbCallback(TrainerCallback):
         self.spec, self.run_dir = spec, run_dir
         self.run: Any = None
         if spec.wandb.key_file:
-            os.environ["WANDB_API_KEY"] = _read_key(
-                spec.wandb.key_file
-            )  # wandb.login would write it to ~/.netrc
+            # wandb.login would write it to ~/.netrc
+            os.environ["WANDB_API_KEY"] = _read_key(spec.wandb.key_file)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # offline runs would still post telemetry, and wait
+        # offline runs would still post telemetry, and wait
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
         import wandb.errors
 
