@@ -61,7 +61,7 @@ class StepResult(NamedTuple):
 class Engine(Protocol):
     """The interface of an engine, which alone divides, scales and clips gradients.
 
-    A step calls `micro_step` once per micro-batch, then `finite`, then `optimizer_step`.
+    A step calls `micro_step` once per micro-batch, then `grads_finite`, then `optimizer_step`.
     """
 
     step: PairStep
