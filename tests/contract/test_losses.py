@@ -36,14 +36,14 @@ def test_the_curve_of_a_weight_of_two_is_that_of_the_row_twice(tmp_path: Path, r
     ]
     repeated = [{**row, "w": 1} for row in content for _ in range(row["w"])]
     curves: list[list[dict[str, float]]] = []
-    for name, built in (("weighed", content), ("repeated", repeated)):
-        write_jsonl(tmp_path / f"{name}.jsonl", built)
+    for name, rows in (("weighed", content), ("repeated", repeated)):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
         file = tmp_path / f"{name}.jsonl"
         words = (
             f"run.name={name}",
             f"data.train={file}",
             f"data.eval={file}",
-            f"batch.global_batch_size={len(built)}",
+            f"batch.global_batch_size={len(rows)}",
         )
         # with more, the tokenizer would depend on how often a row is there
         bytes_alone = "model.init.vocab_size=260"

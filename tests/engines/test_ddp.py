@@ -186,7 +186,7 @@ def test_an_fp16_overflow_lowers_the_scale_and_keeps_weights_and_rate() -> None:
 def test_an_fp16_gradient_norm_is_that_of_the_unscaled_gradient() -> None:
     half, full = engine(SGD, precision="fp16"), engine(SGD)
     half.scale.value = 256.0
-    norms = [train(built)[0].grad_norm.item() for built in (half, full)]
+    norms = [train(each)[0].grad_norm.item() for each in (half, full)]
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 

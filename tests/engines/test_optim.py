@@ -33,12 +33,12 @@ from support.tiny_settings import tiny_spec
 
 def rates(spec: SchedulerSpec, steps: int, lr: float = 1.0) -> list[float]:
     """The learning rate of each step."""
-    built = optimizer(name="torch.optim.SGD", lr=lr)
-    schedule = scheduler_factory(spec, steps)(built)
+    torch_optimizer = optimizer(name="torch.optim.SGD", lr=lr)
+    schedule = scheduler_factory(spec, steps)(torch_optimizer)
     values = []
     for _ in range(steps):
-        values.append(built.param_groups[0]["lr"])
-        built.step()
+        values.append(torch_optimizer.param_groups[0]["lr"])
+        torch_optimizer.step()
         schedule.step()
     return values
 
@@ -61,18 +61,20 @@ def test_no_group_is_empty() -> None:
 
 @pytest.mark.parametrize("name", ELEMENTWISE_OPTIMIZERS)
 def test_every_optimizer_of_the_settings_exists_and_moves_weights(name: str) -> None:
-    built = optimizer(name=f"torch.optim.{name}", lr=0.5)
-    assert type(built).__name__ == name
-    assert built.param_groups[0]["lr"] == 0.5
-    before = [p.detach().clone() for group in built.param_groups for p in group["params"]]
-    for group in built.param_groups:
+    torch_optimizer = optimizer(name=f"torch.optim.{name}", lr=0.5)
+    assert type(torch_optimizer).__name__ == name
+    assert torch_optimizer.param_groups[0]["lr"] == 0.5
+    before = [p.detach().clone() for group in torch_optimizer.param_groups for p in group["params"]]
+    for group in torch_optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.ones_like(p)
-    built.step()
+    torch_optimizer.step()
     assert not any(
         torch.equal(old, new)
         for old, new in zip(
-            before, (p for group in built.param_groups for p in group["params"]), strict=True
+            before,
+            (p for group in torch_optimizer.param_groups for p in group["params"]),
+            strict=True,
         )
     )
 
@@ -84,9 +86,9 @@ def test_adam_is_fused_unless_the_settings_say_how_it_computes() -> None:
 
 
 def test_arguments_reach_the_optimizer_and_decay_its_groups() -> None:
-    built = optimizer(name="torch.optim.AdamW", lr=1e-3, kwargs={"betas": [0.8, 0.9]})
-    assert [tuple(group["betas"]) for group in built.param_groups] == [(0.8, 0.9)] * 2
-    assert [group["weight_decay"] for group in built.param_groups] == [0.1, 0.0]
+    torch_optimizer = optimizer(name="torch.optim.AdamW", lr=1e-3, kwargs={"betas": [0.8, 0.9]})
+    assert [tuple(group["betas"]) for group in torch_optimizer.param_groups] == [(0.8, 0.9)] * 2
+    assert [group["weight_decay"] for group in torch_optimizer.param_groups] == [0.1, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -199,12 +201,12 @@ def test_an_optimizer_of_whole_parameters_moves_weights(name: str) -> None:
     weight = nn.Parameter(torch.ones(80, 80))
     groups = [{"params": [weight], "weight_decay": 0.1}]
     check_optim(OptimizerSpec(name=name), SchedulerSpec())
-    built = optimizer_factory(OptimizerSpec(name=name, lr=1e-2))(groups)
+    torch_optimizer = optimizer_factory(OptimizerSpec(name=name, lr=1e-2))(groups)
     weight.grad = torch.randn(80, 80)
-    built.step()
+    torch_optimizer.step()
     assert not torch.equal(weight, torch.ones(80, 80))
-    assert built.param_groups[0]["weight_decay"] == 0.1
-    assert name_in_settings(built) == name
+    assert torch_optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert name_in_settings(torch_optimizer) == name
 
 
 def test_muon_refuses_weights_that_are_not_2d(tmp_path: Path) -> None:

@@ -77,13 +77,13 @@ SCHEDULES = [
 
 
 def plain_schedule(
-    built: torch.optim.Optimizer, name: str, kwargs: dict[str, Any], warmup_steps: int = 0
+    torch_optimizer: torch.optim.Optimizer, name: str, kwargs: dict[str, Any], warmup_steps: int = 0
 ) -> Any:
     """As a user of torch or transformers writes it."""
     if name.startswith("torch."):
-        return getattr(lr_scheduler, name.rpartition(".")[2])(built, **kwargs)
+        return getattr(lr_scheduler, name.rpartition(".")[2])(torch_optimizer, **kwargs)
     name = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}.get(name, name)
-    return get_scheduler(name, built, warmup_steps, STEPS, kwargs)
+    return get_scheduler(name, torch_optimizer, warmup_steps, STEPS, kwargs)
 
 
 def stepped(weights: list[nn.Parameter], update: Callable[[], Any], seed: int) -> None:

@@ -124,7 +124,7 @@ def test_settings_apply_where_a_function_is_none(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path, optimizer={"lr": 0.5}, scheduler={"name": "constant"})
     for optimizers, lr, kind in (
         ((lambda params: torch.optim.SGD(params, lr=0.25), None), 0.25, torch.optim.SGD),
-        ((None, lambda built: lr_scheduler.StepLR(built, 30)), 0.5, torch.optim.AdamW),
+        ((None, lambda optimizer: lr_scheduler.StepLR(optimizer, 30)), 0.5, torch.optim.AdamW),
         (None, 0.5, torch.optim.AdamW),
     ):
         make, schedule = factories(spec, Small(), 4, ALONE.device, optimizers)
@@ -154,7 +154,7 @@ def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_p
         by_function,
         optimizers=(
             lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
-            lambda built: lr_scheduler.StepLR(built, 2, 0.1),
+            lambda optimizer: lr_scheduler.StepLR(optimizer, 2, 0.1),
         ),
     )
     assert losses(by_function.run_dir) == losses(by_name.run_dir)
@@ -163,7 +163,7 @@ def test_a_run_with_functions_is_the_run_of_the_settings_that_say_the_same(tmp_p
 
 def test_optimizer_state_that_is_not_elementwise_stays_on_its_rank() -> None:
     adamw, adafactor = optimizer(name="torch.optim.AdamW"), optimizer(name="torch.optim.Adafactor")
-    steady = [lr_scheduler.StepLR(built, 30) for built in (adamw, adafactor)]
+    steady = [lr_scheduler.StepLR(each, 30) for each in (adamw, adafactor)]
     check_resumable(made_by(adamw, steady[0], ZERO, 2), made_by(adamw, steady[0], DEALT, 3))
     before = made_by(adafactor, steady[1], DEALT, 2)
     check_resumable(before, made_by(adafactor, steady[1], DEALT, 2))
@@ -190,11 +190,11 @@ def test_optimizer_state_that_is_not_elementwise_stays_on_its_rank() -> None:
 
 
 def test_callbacks_cannot_change_the_optimizer() -> None:
-    built = optimizer(name="torch.optim.SGD", lr=0.5)
-    seen = ReadOnlyOptimizer(built)
+    torch_optimizer = optimizer(name="torch.optim.SGD", lr=0.5)
+    seen = ReadOnlyOptimizer(torch_optimizer)
     assert [group["lr"] for group in seen.param_groups] == [0.5, 0.5]
     assert all("params" not in group for group in seen.param_groups)
     with pytest.raises(TypeError, match="does not support item assignment"):
         seen.param_groups[0]["lr"] = 9.0
-    assert built.param_groups[0]["lr"] == 0.5
+    assert torch_optimizer.param_groups[0]["lr"] == 0.5
     assert not hasattr(seen, "step")

@@ -152,9 +152,9 @@ def test_logits_are_those_of_padded_batches(
     [(logits, labels, _)] = handed(engines, pairs, ranks, packed, logits=True).handed
     width, at = max(ids.shape[1] for _, ids in expected), 0
     assert logits.shape == (2 * COUNT, width, 300)
-    for built, ids in expected:
+    for exact, ids in expected:
         here, used = slice(at, at + len(ids)), ids.shape[1]
-        np.testing.assert_allclose(logits[here, :used], built, **FP32)
+        np.testing.assert_allclose(logits[here, :used], exact, **FP32)
         np.testing.assert_array_equal(labels[here, :used], ids)
         assert (logits[here, used:] == PADDING).all()
         assert (labels[here, used:] == PADDING).all()
@@ -181,10 +181,10 @@ def test_compute_metrics_gets_batches_one_at_a_time(
     monkeypatch.setattr(module, "CHUNK_LOGITS", 2000)  # a few positions at a time
     called = handed(engines, pairs, ranks, logits=True, batched=True).handed
     assert [is_last for _, _, is_last in called] == [False, False, True]
-    for (logits, labels, _), (built, ids) in zip(
+    for (logits, labels, _), (exact, ids) in zip(
         called, padded_batches(engines, pairs), strict=True
     ):
-        torch.testing.assert_close(logits, built, **FP32)
+        torch.testing.assert_close(logits, exact, **FP32)
         assert torch.equal(labels, ids)
     called = handed(engines, pairs, ranks, batched=True).handed
     assert [len(part.logps) for part, _, _ in called] == [3, 3, 1]
@@ -201,8 +201,8 @@ def test_an_engine_that_shards_weights_hands_over_the_same(
     assert nothing is None
     [(predictions, _, _)] = handed(engines, pairs).handed
     [(logits, labels, _)] = handed(engines, pairs, logits=True).handed
-    for built, expected in zip(by_rank, (*predictions, logits, labels), strict=True):
-        np.testing.assert_allclose(built, expected, **FP32)
+    for exact, expected in zip(by_rank, (*predictions, logits, labels), strict=True):
+        np.testing.assert_allclose(exact, expected, **FP32)
 
 
 # --- what it may say ------------------------------------------------------------------------------

@@ -71,8 +71,8 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("sets")
     easy, all_rows = random_rows(3, seed=5), random_rows(3, seed=5) + random_rows(4, seed=6)
     sets = {
-        name: str(write_jsonl(folder / f"{name}.jsonl", built))
-        for name, built in (("easy", easy), ("all", all_rows))
+        name: str(write_jsonl(folder / f"{name}.jsonl", rows))
+        for name, rows in (("easy", easy), ("all", all_rows))
     }
     return run(
         folder,
