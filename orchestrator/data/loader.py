@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from orchestrator.data.collate import (
-    AdaptedCollator,
     CollateContext,
     Counts,
     PackedCollator,
@@ -22,6 +21,7 @@ from orchestrator.data.collate import (
 from orchestrator.data.order import Integers, MicroBatch, Order, StepPlan, scored_chosen
 from orchestrator.data.pairs import Pairs
 from orchestrator.data.refcache import RefCache
+from orchestrator.data.user_collator import AdaptedCollator
 
 Collator = PackedCollator | PreferenceCollator | AdaptedCollator
 
@@ -83,11 +83,9 @@ class Loader:
 
         def make(micro: MicroBatch) -> PairBatch:
             batch = self._collate(micro, context)
-            return (
-                batch
-                if self.cache is None
-                else batch._replace(ref_logps=self.cache.known(micro.pairs))
-            )
+            if self.cache is None:
+                return batch
+            return batch._replace(ref_logps=self.cache.known(micro.pairs))
 
         return self.order.whole(), make
 
@@ -141,11 +139,10 @@ class Loader:
         context = self._context(step, plan.global_pairs)
         batches = [self._collate(micro, context) for micro in plan.micro_batches]
         are_local = isinstance(self.collator, AdaptedCollator)
-        counts = (
-            Counts.total(batch.counts for batch in batches)
-            if are_local
-            else self.counts_of(plan.global_pairs)
-        )
+        if are_local:
+            counts = Counts.total(batch.counts for batch in batches)
+        else:
+            counts = self.counts_of(plan.global_pairs)
         indices = [micro.pairs for micro in plan.micro_batches]
         return StepBatches(
             plan.epoch,

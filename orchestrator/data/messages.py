@@ -31,10 +31,8 @@ def text_or_messages(column: str, value: Any) -> Any:
     if value is None or (isinstance(value, str) and not MESSAGES_AS_TEXT.match(value)):
         return value
     if isinstance(value, str):
-        reason, cure = (
-            f"{column} is a list of messages as text",
-            "write it as a list, in JSONL or Parquet",
-        )
+        reason = f"{column} is a list of messages as text"
+        cure = "write it as a list, in JSONL or Parquet"
         raise BadRow("malformed rows", reason, cure)
     if isinstance(value, Mapping):
         value = [value]  # one message
@@ -68,11 +66,9 @@ def _message(name: str, message: Any) -> Row:
     if isinstance(content, list):
         return {**message, "content": "".join(_text_part(name, part) for part in content)}
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        what = (
-            "has no text in its content"
-            if content is None
-            else f"has {type(content).__name__} as content, not text"
-        )
+        what = f"has {type(content).__name__} as content, not text"
+        if content is None:
+            what = "has no text in its content"
         raise BadRow("malformed rows", f"{name} {what}")
     return dict(message)
 

@@ -125,10 +125,8 @@ def _csv_rows(key: str, path: str, delimiter: str) -> Iterator[tuple[int, Any]]:
         try:
             for number, row in enumerate(reader, 1):
                 if None in row:
-                    rule, cure = (
-                        "has more cells than the header",
-                        f"quote cells that hold {delimiter!r}",
-                    )
+                    rule = "has more cells than the header"
+                    cure = f"quote cells that hold {delimiter!r}"
                     raise UserError(f"{key} row {number}", row[None], rule, cure)
                 yield number, {name: _cell(name, text) for name, text in row.items()}
         except csv.Error as error:
@@ -214,16 +212,11 @@ def _one_object(key: str, path: str, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _not_json(key: str, value: str, error: Exception, cure: str) -> UserError:
-    where = (
-        f", line {error.lineno}, column {error.colno}"
-        if isinstance(error, json.JSONDecodeError)
-        else ""
-    )
-    reason = (
-        "it is nested too deeply"
-        if isinstance(error, RecursionError)
-        else getattr(error, "msg", str(error))
-    )
+    where, reason = "", getattr(error, "msg", str(error))
+    if isinstance(error, json.JSONDecodeError):
+        where = f", line {error.lineno}, column {error.colno}"
+    if isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
     return UserError(key, value, f"is not JSON ({reason}{where})", cure)
 
 

@@ -100,10 +100,8 @@ class RefCache:
         news = ~self._is_known(index)
         index = index[news]
         records = np.zeros(len(index), RECORD)
-        records["key"], records["logps"] = (
-            self._keys[index],
-            logps.cpu().view(2, -1).t().numpy()[news],
-        )
+        records["key"] = self._keys[index]
+        records["logps"] = logps.cpu().view(2, -1).t().numpy()[news]
         records["check"] = _checks(records)
         self._logps[index] = records["logps"]
         if self._own is None:

@@ -55,11 +55,9 @@ def columns_of(row: Row) -> str:
     """Return the columns of a row as text of bounded length."""
     names = [repr(str(name)[:SHOWN_LETTERS]) for name in row]
     more = [f"and {len(names) - SHOWN_COLUMNS} more"] if len(names) > SHOWN_COLUMNS else []
-    return (
-        f"its columns are {', '.join(names[:SHOWN_COLUMNS] + more)}"
-        if names
-        else "it has no columns"
-    )
+    if not names:
+        return "it has no columns"
+    return f"its columns are {', '.join(names[:SHOWN_COLUMNS] + more)}"
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -197,11 +197,9 @@ def _check_file(key: str, source: str, file: str) -> None:
     check_no_lfs_pointer(key, source, file)
     if is_alone and not is_data_file(file):
         ending = "".join(Path(file).suffixes[-2:])
-        rule = (
-            f"is a {ending} file, which cannot be read"
-            if ending
-            else "is a file without a suffix, so its format is unknown"
-        )
+        rule = "is a file without a suffix, so its format is unknown"
+        if ending:
+            rule = f"is a {ending} file, which cannot be read"
         raise UserError(
             key,
             source,
@@ -298,11 +296,9 @@ def open_source(
 
 def one_of(identities: list[str]) -> str:
     """Return the only identity, or a hash of several."""
-    return (
-        identities[0]
-        if len(identities) == 1
-        else hashlib.sha256(" ".join(identities).encode()).hexdigest()
-    )
+    if len(identities) == 1:
+        return identities[0]
+    return hashlib.sha256(" ".join(identities).encode()).hexdigest()
 
 
 def _rows_at(
@@ -337,11 +333,8 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path, name, part = (
-        source.path,
-        source.name,
-        source.split or ("train" if split == "train" else "test"),
-    )
+    path, name = source.path, source.name
+    part = source.split or ("train" if split == "train" else "test")
     try:
         if path.endswith(".parquet"):
             return datasets.Dataset.from_parquet(path)
@@ -350,11 +343,9 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
         if os.path.isdir(path) and any(os.path.exists(os.path.join(path, file)) for file in SAVED):
             loaded = datasets.load_from_disk(path)
             if isinstance(loaded, datasets.DatasetDict):
-                return (
-                    loaded[part]
-                    if part in loaded
-                    else _refuse_split(key, path, part, list(map(str, loaded)))
-                )
+                if part not in loaded:
+                    _refuse_split(key, path, part, list(map(str, loaded)))
+                return loaded[part]
             if source.split:
                 raise UserError(
                     f"{key}.split", part, f"{path} is a single data set without splits", "remove it"
@@ -367,11 +358,9 @@ def _with_datasets(key: str, source: SourceSpec, split: Split) -> Any:
     except Exception as error:
         if splits := UNKNOWN_SPLIT.search(str(error)):
             _refuse_split(key, path, part, re.findall(r"[\w.-]+", splits[1]))
-        cure = (
-            "check that it is complete"
-            if os.path.exists(path)
-            else "use a path, or a hub name that can be reached"
-        )
+        cure = "use a path, or a hub name that can be reached"
+        if os.path.exists(path):
+            cure = "check that it is complete"
         raise UserError(
             key, path, f"cannot be read by `datasets` ({type_and_message(error)})", cure
         ) from None

@@ -38,11 +38,10 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
     template.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    if backend is not None:
+        state = backend.to_str()
+    else:
+        state = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [
         state,
         str(tokenizer.chat_template),
@@ -172,11 +171,9 @@ def _check_settings_read(template: str, data: DataSpec) -> None:
     for name, value in data.chat_template_kwargs.items():
         if value not in (None, []) and not _reads(template, name):
             near = _nearest(template, name)
-            cure = (
-                f"did you mean {near}?"
-                if near
-                else "remove it, or set data.chat_template to one that does"
-            )
+            cure = "remove it, or set data.chat_template to one that does"
+            if near:
+                cure = f"did you mean {near}?"
             raise UserError(
                 f"data.chat_template_kwargs.{name}", value, "is not read by the chat template", cure
             )

@@ -329,11 +329,9 @@ def aot(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:
     Melnyk et al. 2024, arXiv 2406.05882, the AOT objective for paired data, in its closed form by
     sorting, with the logistic penalty.
     """
-    policys, references = (
-        terms.chosen_logps - terms.rejected_logps,
-        terms.ref_chosen_logps - terms.ref_rejected_logps,
-    )
-    return _matched(policys, references, dpo, weights)
+    of_policy = terms.chosen_logps - terms.rejected_logps
+    of_reference = terms.ref_chosen_logps - terms.ref_rejected_logps
+    return _matched(of_policy, of_reference, dpo, weights)
 
 
 def aot_unpaired(terms: PairTerms, dpo: DpoSpec, weights: torch.Tensor) -> torch.Tensor:

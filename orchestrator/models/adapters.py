@@ -323,10 +323,8 @@ def _check_weights(model: "PreTrainedModel", path: str, saved: dict[str, torch.T
     differences = WeightDifferences.between(
         {name: tuple(value.shape) for name, value in saved.items()}, shapes
     )
-    key, owner = (
-        "model.lora.adapter_path",
-        f"the adapter of its config on this {type(model).__name__}",
-    )
+    key = "model.lora.adapter_path"
+    owner = f"the adapter of its config on this {type(model).__name__}"
     fix = "use weights and adapter_config.json of one adapter, trained on this base"
     check_complete(key, path, differences, owner, fix)
     check_finite(key, path, saved.items())

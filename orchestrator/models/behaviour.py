@@ -156,11 +156,7 @@ def _forward(model: "PreTrainedModel") -> torch.Tensor:
     try:
         return model(input_ids=probe_ids(model, TOKENS), use_cache=False).logits
     # Reformer trains on sequences of one length only
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         rule = f"its forward pass fails in training ({type_and_message(error)})"
         raise UserError("model", type(model).__name__, rule, "use another model") from None
     finally:

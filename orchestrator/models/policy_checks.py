@@ -39,11 +39,9 @@ def check_frozen(config: Any, spec: RunSpec) -> None:
     """
     layers, frozen = getattr(config.get_text_config(), "num_hidden_layers", 0), spec.frozen_layers
     if frozen is not None and frozen >= layers:
-        key = (
-            "model.num_frozen_layers"
-            if spec.model.num_frozen_layers
-            else "reference.num_shared_layers"
-        )
+        key = "reference.num_shared_layers"
+        if spec.model.num_frozen_layers:
+            key = "model.num_frozen_layers"
         raise UserError(
             key,
             frozen,

@@ -77,11 +77,8 @@ def check_complete(
     Raises:
         UserError: the weights are not exactly those of the model.
     """
-    missing, unexpected, mismatched = (
-        differences.missing,
-        differences.unexpected,
-        differences.mismatched,
-    )
+    missing, unexpected = differences.missing, differences.unexpected
+    mismatched = differences.mismatched
     if mismatched:
         name, in_files, in_model = mismatched[0]
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""

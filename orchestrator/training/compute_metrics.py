@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from orchestrator.data.collate import AdaptedCollator, PairBatch, PreferenceCollator
+from orchestrator.data.collate import PairBatch, PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Integers, fed_lengths, longest_sequences
 from orchestrator.data.pairs import Pairs
+from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.dpo.losses import PairTerms, rewards
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from orchestrator.data.collate import AdaptedCollator, Counts
+from orchestrator.data.collate import Counts
 from orchestrator.data.loader import Loader
+from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.engines.base import Engine
 from orchestrator.settings.errors import UserError
 from orchestrator.training.batch_losses import GlobalBatch

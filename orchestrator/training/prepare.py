@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.data.collate import AdaptedCollator
 from orchestrator.data.held_out import without_held_out
 from orchestrator.data.order import run_length
 from orchestrator.data.pair_cache import tokenized_pairs
 from orchestrator.data.pairs import Pairs
 from orchestrator.data.sources import check_source
+from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.dpo.user_losses import check_losses
 from orchestrator.engines.optim import check_optim, optimizer_factory
 from orchestrator.engines.precision import dtype_held, resolved

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from orchestrator.data.collate import AdaptedCollator, Counts, PairBatch
+from orchestrator.data.collate import Counts, PairBatch
 from orchestrator.data.loader import StepBatches
 from orchestrator.data.order import RunLength
+from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine
 from orchestrator.settings.errors import TrainingError

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from orchestrator.callback_api import TrainerCallback
-from orchestrator.data.collate import UserCollator
+from orchestrator.data.user_collator import UserCollator
 from orchestrator.engines.optim import Optimizers, check_functions
 from orchestrator.models.reference_function import RefModel, check_function
 from orchestrator.settings.errors import UserError

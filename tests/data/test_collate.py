@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.data.collate import (
-    PackedCollator,
-    PairBatch,
-    PreferenceCollator,
-    Segments,
-)
+from orchestrator.data.collate import PackedCollator, PairBatch, PreferenceCollator, Segments
 from support.tiny_parts import both_layouts, collator, data_spec
 from support.token_pairs import EXAMPLE
 

@@ -11,16 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.data.collate import (
-    AdaptedCollator,
-    CollateContext,
-    PackedCollator,
-    PreferenceCollator,
-)
+from orchestrator.data.collate import CollateContext, PackedCollator, PreferenceCollator
 from orchestrator.data.loader import Loader, StepBatches
 from orchestrator.data.order import Order, fed_lengths
 from orchestrator.data.pair_cache import tokenized_pairs
 from orchestrator.data.pairs import Pairs
+from orchestrator.data.user_collator import AdaptedCollator
 from support.timeouts import scaled_timeout
 from support.tiny_parts import PAD, both_layouts, collator, data_spec, tokenizer
 from support.tiny_settings import random_rows, write_jsonl

@@ -8,12 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from orchestrator.data.collate import (
-    AdaptedCollator,
-    CollateContext,
-    PairBatch,
-    PreferenceCollator,
-)
+from orchestrator.data.collate import CollateContext, PairBatch, PreferenceCollator
+from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.settings.base import UserCodeSpec
 from orchestrator.settings.errors import UserError
 from support.tiny_parts import PAD, data_spec, pair_rows

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.data.collate import AdaptedCollator, PreferenceCollator
+from orchestrator.data.collate import PreferenceCollator
 from orchestrator.data.loader import Loader
 from orchestrator.data.order import Order
 from orchestrator.data.pair_cache import tokenized_pairs
 from orchestrator.data.pairs import Pairs
+from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.dpo.step import METRICS, PairStep
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.optim import optimizer_factory, scheduler_factory

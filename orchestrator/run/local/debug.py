@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.callback_api import TrainerCallback
-from orchestrator.data.collate import UserCollator
+from orchestrator.data.user_collator import UserCollator
 from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference_function import RefModel
 from orchestrator.run.local.profile import Steps, nothing_to_profile, steps_to_profile

@@ -12,7 +12,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Literal
 
-from orchestrator.data.collate import UserCollator
+from orchestrator.data.user_collator import UserCollator
 from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference_function import RefModel
 from orchestrator.run.checks import disk, preflight
