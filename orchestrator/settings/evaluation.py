@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 
 from pydantic import Field
 
@@ -9,23 +10,6 @@ from orchestrator.settings.base import FREE, Block, NonNegative, Positive, check
 from orchestrator.settings.data import DataSpec
 from orchestrator.settings.errors import UserError
 
-EVALUATED = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "logits/chosen",
-    "logits/rejected",
-    "entropy",
-    "mean_token_accuracy",
-    "runtime",
-    "samples_per_second",
-    "steps_per_second",
-)
-"""Metrics of an evaluation, without the prefix eval_ or eval_NAME_."""
 NEEDS_BEST = (
     "needs evaluation.metric_for_best, which decides what is better",
     "for example evaluation.metric_for_best=loss",
@@ -108,7 +92,7 @@ class EvaluationSpec(Block):
         """Check that there are evaluation pairs if they are needed, in sets with usable names.
 
         Raises:
-            UserError: there are none, or a set has the name of a metric.
+            UserError: there are none, or a set has another name.
         """
         for key, value in self:
             if value != EvaluationSpec.model_fields[key].default and not data.eval_sets:
@@ -118,20 +102,24 @@ class EvaluationSpec(Block):
             if name and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 rule = "cannot be part of a metric's name"
                 raise UserError("data.eval", name, rule, "use letters, digits, _ and -")
-            if name in EVALUATED:
-                raise UserError("data.eval", name, "is the name of a metric", "rename that set")
 
-    def check_metric_for_best(self, eval_sets: list[str], has_more: bool = False) -> None:
-        """Check that metric_for_best is a metric of the evaluation.
+    def check_metrics(
+        self, eval_sets: list[str], evaluated: Sequence[str], has_more: bool = False
+    ) -> None:
+        """Check that no set has the name of a metric, and that metric_for_best is a metric.
 
-        has_more: a user's compute_metrics adds metrics, whose names are unknown before its call.
+        evaluated: metrics of an evaluation, without the prefix eval_ or eval_NAME_. has_more: a
+        user's compute_metrics adds metrics, whose names are unknown before its call.
 
         Raises:
-            UserError: no evaluation has that metric.
+            UserError: a set has such a name, or no evaluation has that metric.
         """
+        for name in eval_sets:
+            if name in evaluated:
+                raise UserError("data.eval", name, "is the name of a metric", "rename that set")
         if self.metric_for_best is None:
             return
-        metrics = [f"{name}_{each}" if name else each for name in eval_sets for each in EVALUATED]
+        metrics = [f"{name}_{each}" if name else each for name in eval_sets for each in evaluated]
         bare = self.metric_for_best.removeprefix("eval_")
         if has_more and any(bare.startswith(f"{name}_" * bool(name)) for name in eval_sets):
             return

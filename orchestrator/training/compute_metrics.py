@@ -30,9 +30,9 @@ from orchestrator.models.head import Head
 from orchestrator.models.layers import body_of
 from orchestrator.models.plain_head import CHUNK_LOGITS
 from orchestrator.settings.errors import UserError
-from orchestrator.settings.evaluation import EVALUATED
 from orchestrator.settings.loss import DpoSpec
 from orchestrator.settings.run import RunSpec
+from orchestrator.training.metrics import EVALUATED
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.user_code import MEND, raised_by_user, user_attribute
 from orchestrator.world import World

@@ -14,7 +14,7 @@ from orchestrator.settings.errors import UserError
 from orchestrator.training.batch_losses import GlobalBatch
 from orchestrator.training.compute_metrics import PairTable, UserMetrics
 from orchestrator.training.context import RunContext
-from orchestrator.training.metrics import MetricSums, means
+from orchestrator.training.metrics import TIMES, MetricSums, means
 from orchestrator.training.reporter import Reporter
 from orchestrator.world import World
 
@@ -83,12 +83,10 @@ def evaluate(
         where = f"evaluation{f' of {name}' * bool(name)} after step {step}"
         numbers = user.numbers(world, calls, prefix, where)
     seconds = time.monotonic() - began
-    timing = {
-        "runtime": seconds,
-        "samples_per_second": len(loader.pairs) / seconds,
-        "steps_per_second": micro_batches / seconds,
-    }
-    return {f"{prefix}{metric}": value for metric, value in {**metrics, **timing}.items()} | numbers
+    metrics |= zip(
+        TIMES, (seconds, len(loader.pairs) / seconds, micro_batches / seconds), strict=True
+    )
+    return {f"{prefix}{metric}": value for metric, value in metrics.items()} | numbers
 
 
 def _forward(

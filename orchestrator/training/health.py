@@ -17,9 +17,7 @@ HEARTBEAT_S = 1.0  # minimum interval in seconds between two writes of the heart
 
 
 class Session(Protocol):
-    """The interface of `worker.run` to its launcher; there is a local implementation and one for
-    Ray.
-    """
+    """The interface of `worker.run` to the process that started it."""
 
     def heartbeat(self, step: int, phase: str) -> None:
         """Report that this rank is alive, and what it does. Cheap enough for every step."""
@@ -34,7 +32,7 @@ class Session(Protocol):
 
 
 class LocalSession:
-    """A session without Ray: STOP_SIGNALS or the file RUN_DIR/STOP request a stop; a second INT or
+    """A session of a run: STOP_SIGNALS or the file RUN_DIR/STOP request a stop; a second INT or
     TERM kills.
     """
 

@@ -30,6 +30,7 @@ from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.build import check_callbacks
 from orchestrator.training.compute_metrics import UserMetrics, check_memory, user_metrics
+from orchestrator.training.metrics import EVALUATED
 from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.user_code import user_attribute
 
@@ -126,7 +127,8 @@ def load_parts(spec: RunSpec, user: UserObjects = NOTHING) -> Parts:
     config = load_config(spec, tokenizer)
     collator = _user_collator(spec, user, tokenizer, config)
     metrics = user_metrics(spec, user, pad_id(tokenizer, config))
-    spec.evaluation.check_metric_for_best(spec.data.eval_sets, has_more=metrics is not None)
+    has_more = metrics is not None
+    spec.evaluation.check_metrics(spec.data.eval_sets, EVALUATED, has_more)
     check_frozen(config, spec)
     check_router(config, spec.dpo)
     if spec.model.lora is not None:

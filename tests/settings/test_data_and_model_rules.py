@@ -56,11 +56,6 @@ from support.tiny_settings import refused
         ),
         ({"data": {"eval": {"a b": "x"}}}, "data.eval", ["= 'a b'", "letters, digits, _ and -"]),
         (
-            {"data": {"eval": {"entropy": "x"}}},
-            "data.eval",
-            ["= 'entropy'", "the name of a metric", "rename that set"],
-        ),
-        (
             {"data": {"eval": {"easy": 3}}},
             "data.eval.easy",
             ["= 3", "is a block of settings", "path, name, split"],

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.settings.errors import UserError
+from orchestrator.training.metrics import EVALUATED
 from support.setting_rules import assert_rule
 from support.tiny_settings import refused, tiny_spec
 
@@ -200,9 +201,15 @@ def test_metric_for_best_must_be_an_evaluated_metric(
     data = {"data": {"eval": sets}} if sets else {}
     spec = tiny_spec(tmp_path, evaluation={"metric_for_best": best}, **data)
     if says is None:
-        spec.evaluation.check_metric_for_best(spec.data.eval_sets, has_more)
+        spec.evaluation.check_metrics(spec.data.eval_sets, EVALUATED, has_more)
         return
     with pytest.raises(UserError) as caught:
-        spec.evaluation.check_metric_for_best(spec.data.eval_sets, has_more)
+        spec.evaluation.check_metrics(spec.data.eval_sets, EVALUATED, has_more)
     assert caught.value.key == "evaluation.metric_for_best"
     assert says in str(caught.value)
+
+
+def test_a_set_must_not_have_the_name_of_a_metric(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path, data={"eval": {"entropy": "a.jsonl"}})
+    with pytest.raises(UserError, match=r"data.eval = 'entropy': is the name of a metric; rename"):
+        spec.evaluation.check_metrics(spec.data.eval_sets, EVALUATED)

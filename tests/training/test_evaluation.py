@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.dpo.step import METRICS
 from orchestrator.settings.errors import UserError
-from orchestrator.settings.evaluation import EVALUATED
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.export import export
+from orchestrator.training.metrics import EVALUATED
 from orchestrator.training.rundir import RunDir
 from support.debug_runs import finish_debug, run_debug
 from support.run_files import metric_lines
@@ -145,12 +144,6 @@ def test_a_checkpoint_at_the_end_of_an_epoch_knows_its_evaluation(two_sets: Run)
     meta = json.loads((two_sets.dir / "checkpoints" / "step_00000004" / "meta.json").read_text())
     assert meta["evaluated_at"] == 4
     assert meta["callbacks"]["best_global_step"] == 4
-
-
-def test_metric_for_best_accepts_the_metrics_of_the_run() -> None:
-    assert set(EVALUATED) == {*METRICS, "runtime", "samples_per_second", "steps_per_second"} - {
-        "num_tokens"
-    }
 
 
 # --- the best step, and an early end --------------------------------------------------------------

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from orchestrator.callback_api import TrainerCallback
-from orchestrator.settings.evaluation import EVALUATED
+from orchestrator.training.metrics import EVALUATED
 from orchestrator.training.result import evaluated_sets
 
 
