@@ -23,9 +23,6 @@ DEFERRING: dict[str, str] = {
     "orchestrator/training/callbacks/build.py": "transformers' integrations, with every tracker",
     "orchestrator/cli.py": "torch, ray and pyarrow: each verb loads what it needs",
 }
-# Offenders that are still to be mended: (rule, file).
-KNOWN: set[tuple[str, str]] = set()
-KNOWN_CIRCLES: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -195,9 +192,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def is_excepted(rule: Rule, file: SourceFile) -> bool:
-    deferring = rule is late_imports and file.name in DEFERRING
-    table = rule is long_file and file.name in TABLES
-    return deferring or table or (rule.__name__, file.name) in KNOWN
+    return (rule is late_imports and file.name in DEFERRING) or (
+        rule is long_file and file.name in TABLES
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -209,13 +206,13 @@ def test_every_file_keeps_the_rule(rule: Rule) -> None:
 def test_every_exception_is_still_needed() -> None:
     offending = {(rule.__name__, file.name) for file in FILES for rule in RULES if any(rule(file))}
     excepted = {("long_file", name) for name in TABLES}
-    excepted |= {("late_imports", name) for name in DEFERRING} | KNOWN
+    excepted |= {("late_imports", name) for name in DEFERRING}
     assert excepted - offending == set()
 
 
 def test_no_module_imports_itself_through_others() -> None:
     groups = [" <-> ".join(group) for group in circles(import_graph())]
-    assert groups == KNOWN_CIRCLES
+    assert groups == [], "\n".join(groups)
 
 
 BREAKS_EVERY_RULE = '''"""What this file is."""
