@@ -288,7 +288,7 @@ def stop(args: argparse.Namespace) -> int:
         print(f"{RunDir.existing(args.run_dir).path} is not running")
         return DONE
     run_dir.stop.write_text("orchestrator stop")
-    print(f"signalled {owner}: it saves after the current step and exits with code {STOPPED}")
+    print(f"signalled {owner}: it saves after the last finished step and exits with code {STOPPED}")
     return DONE
 
 
@@ -367,7 +367,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
 def _print_end(spec: RunSpec, result: RunResult) -> int:
     """Print how a run ended and return the exit code."""
     if result.status == "stopped":
-        how = f"stopped after step {result.step} ({result.reason}) and saved"
+        how = f"stopped after step {result.step} ({result.reason})"
+        how += " and saved" if result.checkpoint else ""
         print(f"{how}; the same command resumes")
         return STOPPED
     print("\n" + "\n".join(summary(spec, result)))

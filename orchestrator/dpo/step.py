@@ -78,10 +78,10 @@ class PairStep(nn.Module):
     ) -> None:
         super().__init__()
         self.policy = policy
-        # not an nn.Module: neither wrapped, trained nor saved with the policy
+        # not an nn.Module: neither wrapped nor trained with the policy; saved only if it is synced
         self.reference = reference
-        # modules of a reference that a sharding engine shards with the policy; their names are not
-        # in checkpoints
+        # modules of a reference that a sharding engine shards with the policy; these names are
+        # not in checkpoints, which say reference.NAME
         self.reference_modules = nn.ModuleList(
             reference.own_modules(policy) if shard_reference else []
         )

@@ -40,9 +40,11 @@ SHAPED = "shaped:"
 
 
 class Shard(NamedTuple):
-    """A flat range of one named parameter that only this rank writes to a checkpoint."""
+    """A flat range of one tensor of `PairStep.saved()` that only this rank writes to a
+    checkpoint.
+    """
 
-    name: str  # as in the policy's state_dict
+    name: str  # as in `PairStep.saved()`
     shape: tuple[int, ...]  # of the whole parameter
     start: int
     stop: int
@@ -143,7 +145,7 @@ class Engine(Protocol):
         ...
 
     def load_shards(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:
-        """Load parameters and optimizer state from a checkpoint; `keys(name)`: the keys it has for
+        """Load what `iter_shards` yields from a checkpoint; `keys(name)`: the keys it has for
         a parameter.
         """
         ...

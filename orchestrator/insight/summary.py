@@ -20,7 +20,7 @@ def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
     yield from _evaluations(run_dir.metric_lines())
     if result.best_step is not None:
         best = step_folder(run_dir.checkpoints, result.best_step)
-        value = f"{spec.evaluation.best_metric} {result.best_metric:.6f}"
+        value = f"{spec.evaluation.reported_best} {result.best_metric:.6f}"
         yield f"best     {value} after step {result.best_step}, {best}"
     yield from _answers(result.samples)
     of_step = f", of step {result.model_step}" if result.best_step is not None else ""

@@ -46,7 +46,8 @@ class Reference:
 
     build_reference.py builds it before that. Between 2 and 3 the engine wraps the step, the error
     of an approximate reference is measured against `exact`, and the cache of log-probs is filled.
-    A checkpoint holds `synced_weights`.
+    A checkpoint holds `synced_weights`, which is empty without
+    reference.sync_every.
     """
 
     model: "PreTrainedModel"

@@ -20,7 +20,7 @@ class Attempt:
 class Supervisor:
     """Counter of deaths since the last new checkpoint.
 
-    A run that progresses between deaths is never given up.
+    A run that progresses between deaths is never given up, unless max_failures is 0.
     """
 
     def __init__(self, max_failures: int) -> None:

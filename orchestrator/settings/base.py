@@ -13,7 +13,9 @@ NonNegative = Annotated[int, Field(ge=0, le=MOST)]
 # torch allows 64 bits, and each rank adds its rank
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 FREE: dict[str, Any] = {"resume": "free"}
-"""Marks a field that may change on resume: it does not affect the results of the run."""
+"""Marks a field that may change on resume: it does not affect what a step computes, except its
+rounding.
+"""
 
 
 class Block(BaseModel):

@@ -43,7 +43,9 @@ class ClusterSpec(Block):
     It never contains checkpoints.
     """
     max_failures: NonNegative = Field(3, json_schema_extra=FREE)
-    """Failures of workers after which the run resumes, counted since the last new checkpoint."""
+    """How often the run resumes after a worker dies, counted since the last new checkpoint; 0:
+    never.
+    """
     auth: Literal["token", "disabled"] = Field("token", json_schema_extra=FREE)
     """Authentication of a Ray cluster that the run starts (RAY_AUTH_MODE); an existing cluster has
     its own.

@@ -49,11 +49,12 @@ class SettingsError(UserError):
 
 
 class TrainingError(Exception):
-    """Error of a training that cannot continue: one line with rank, step and fix. Exit code 1."""
+    """Error of a training that cannot continue: one line with step and fix. Exit code 1."""
 
 
 class RunDied(Exception):
-    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint.
+    """Error: workers died more often than cluster.max_failures allows, without a new checkpoint,
+    or no usable nodes were left after a death.
 
     Exit code 1.
     """

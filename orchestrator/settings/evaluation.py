@@ -72,7 +72,7 @@ class EvaluationSpec(Block):
     """Early stopping; none when not set."""
 
     @property
-    def best_metric(self) -> str | None:
+    def reported_best(self) -> str | None:
         """Return metric_for_best as evaluations report it."""
         return (
             None

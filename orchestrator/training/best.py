@@ -1,4 +1,4 @@
-"""Find the best step of a run by evaluation.metric_for_best."""
+"""Keep the best step of a run by evaluation.metric_for_best."""
 
 import difflib
 import logging
@@ -22,7 +22,7 @@ def save_if_best(
         UserError: the evaluation has no metric of the name in evaluation.metric_for_best.
     """
     spec, state = context.spec, callbacks.state
-    name = spec.evaluation.best_metric
+    name = spec.evaluation.reported_best
     if name is None:
         return
     if name not in metrics:
@@ -37,9 +37,9 @@ def save_if_best(
         callbacks.control.should_save = True
 
 
-def find_best(context: RunContext, callbacks: Callbacks) -> None:
-    """Find the checkpoint that was the best before a resume; if it is gone, the next evaluation
-    becomes the best.
+def restore_best(context: RunContext, callbacks: Callbacks) -> None:
+    """Set best_model_checkpoint after `Callbacks.restore`; if that checkpoint is gone, the next
+    evaluation becomes the best.
     """
     state, checkpoints = callbacks.state, context.run_dir.checkpoints
     if state.best_global_step is None or context.spec.evaluation.metric_for_best is None:

@@ -44,9 +44,9 @@ def newest_valid(checkpoints: Path, world: World) -> tuple[Path | None, list[str
     return None, complaints
 
 
-def newest_to_resume(run_dir: RunDir, world: World) -> Path | None:
-    """Return the checkpoint to resume from, and disable newer ones that are not complete.
-    Collective.
+def choose_checkpoint(run_dir: RunDir, world: World) -> Path | None:
+    """Choose the checkpoint to resume from (None: a new run), and disable newer ones that are not
+    complete by renaming their manifests. Collective.
 
     Raises:
         UserError: no checkpoint of the run is complete, or as in `newest_valid`.

@@ -1,10 +1,11 @@
 """Write checkpoints: committed by their manifest, and independent of engine and world size.
 
 A folder step_00000NNN holds one safetensors file per rank with flat ranges of named tensors,
-`index.json` with the shapes and the place of each range, `meta.json` with everything that is the
-same on all ranks, the random state of each rank, and `manifest.json` with the sha256 of every other
-file, renamed into place last. While it is written the folder is named .step_00000NNN.TOKEN.partial,
-and is ignored by readers.
+`index.json` with the shapes and the place of each range, `meta.json` with everything else
+(`Checkpointer.save`), written by rank 0, the random state of each rank, `pairs.parquet` with the
+newest rows of the pair ledger, and `manifest.json` with the sha256 of every other file and of the
+ledger's parts, renamed into place last. While it is written the folder is named
+.step_00000NNN.TOKEN.partial, and is ignored by readers.
 """
 
 import json

@@ -12,7 +12,7 @@ from orchestrator.engines.base import Engine
 from orchestrator.engines.optim import check_resumable, made_by
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.best import find_best
+from orchestrator.training.best import restore_best
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpoint_writer import RankState, Saver
 from orchestrator.training.context import RunContext
@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and restores engine, position, metrics, callbacks and pair ledger of one trainer."""
+    """Saves and restores engine, position, sums since the last log, callbacks, best step, random
+    state and pair ledger of one trainer, and refuses a checkpoint of another run.
+    """
 
     def __init__(
         self,
@@ -57,10 +59,14 @@ class Checkpointer:
     def resume(self, reader: Reader) -> None:
         """Restore a checkpoint of any engine and world size. Collective.
 
+        The pair ledger follows in `continue_ledger`: a replay resumes too, and must delete no rows.
+
         Raises:
-            UserError: the checkpoint was written with another reference, base or tokenizer, or with
-                other pairs, or its optimizer state can only be resumed with the engine and world
-                size that wrote it.
+            UserError: the checkpoint was written with another reference, base, set of trainable
+                weights, tokenizer, chat template, optimizer or schedule, or with other training
+                pairs, or its optimizer state can only be resumed with the engine and world size
+                that wrote it.
+            CorruptCheckpoint: a range of a tensor is in no file.
         """
         meta, reporter = reader.meta, self.reporter
         self._check_same_run(meta)
@@ -69,13 +75,13 @@ class Checkpointer:
         reporter.progress.restore(meta)
         reporter.window.restore(meta["window"])
         reporter.callbacks.restore(meta["callbacks"])
-        find_best(self.context, reporter.callbacks)
+        restore_best(self.context, reporter.callbacks)
         reporter.show_position()
         self._resumed_from, self._saved = reader.folder, (meta["step"], 0.0)
         reader.restore_rng(self.context.world, self.context.spec.run.seed)
 
-    def begin(self) -> None:
-        """Continue the pair ledger from the position of the run."""
+    def continue_ledger(self) -> None:
+        """Continue the pair ledger from the position of the run, deleting later rows."""
         if self.ledger is not None:
             self.ledger.go_on(self._resumed_from)
 
@@ -109,8 +115,9 @@ class Checkpointer:
             "sources": self.sources,
             "window": self.reporter.window.per_rank(),
             "callbacks": callbacks.exported(),
-            "data": self.loader.pairs.identity,
+            "data": self.loader.pairs.identity,  # of the training pairs only
             "identity": self.identity,
+            # for people: a resume compares config.yaml (RunDir.check)
             "spec": self.context.spec.model_dump(mode="json"),
         }
         state = RankState(rng, self.seen.take() if self.seen is not None else None)
@@ -149,8 +156,8 @@ class Checkpointer:
         return made_by(self.engine.optimizer, self.engine.scheduler, self.context.spec.engine, size)
 
     def _check_same_run(self, meta: dict[str, Any]) -> None:
-        """Check that the run of a checkpoint had the same models, tokenizer, pairs and optimizer;
-        warn if user code was edited.
+        """Check that the run of a checkpoint had the same models, tokenizer, training pairs and
+        optimizer; warn if user code was edited.
         """
         spec, cure = self.context.spec, "restore them to resume it, or choose another run.name"
         if changes := list(differences(meta["identity"], self.identity)):

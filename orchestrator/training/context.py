@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from orchestrator.engines.precision import is_16_bit, resolved
 from orchestrator.settings.precision import Precision
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.health import Session
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import Session
 from orchestrator.world import World
 
 

@@ -11,9 +11,10 @@ from orchestrator.training.context import RunContext
 class Decisions(NamedTuple):
     """The actions that all ranks take before the next update."""
 
-    non_finite: bool = False  # the gradient: skip the update
-    stop: bool = False  # save, to be resumed later
-    finish: bool = False  # end training
+    # the gradient: no update; outside fp16 it ends the run
+    non_finite: bool = False
+    suspend: bool = False  # save, to be resumed later
+    finish: bool = False  # end training for good: a callback's should_training_stop
     end_epoch: bool = False  # skip the rest of the epoch
     save: bool = False
     evaluate: bool = False

@@ -1,4 +1,6 @@
-"""Read RUN_DIR/result.json, in which rank 0 records how the run ended."""
+"""Read RUN_DIR/result.json, which training/worker.py writes at the end of a run (finished, stopped)
+and run/ray/worker.py after an error (refused, failed).
+"""
 
 import json
 from collections.abc import Collection
@@ -11,7 +13,7 @@ from orchestrator.training.rundir import RunDir
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a run; the content of RUN_DIR/result.json."""
+    """The result of a run that finished or stopped; the content of its RUN_DIR/result.json."""
 
     status: str  # finished: the model is exported; stopped: saved, the same command resumes
     reason: str
@@ -25,8 +27,8 @@ class RunResult:
 
 
 def last_result(run_dir: RunDir) -> RunResult | None:
-    """Return the result of the last attempt; None if it has not ended, or if the file is
-    damaged.
+    """Return the result of the last attempt; None if it has not ended, was refused, failed or died,
+    or if the file is damaged.
     """
     try:
         result = json.loads(run_dir.result.read_text())

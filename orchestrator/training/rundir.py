@@ -51,8 +51,8 @@ class RunDir:
         return run_dir
 
     def check(self, spec: RunSpec) -> None:
-        """Check that a resumed run has the settings that it was started with, except those that may
-        change.
+        """Check that a resumed run has the settings of its last attempt (config.yaml), except those
+        that may change. `Checkpointer` checks models, tokenizer and pairs on the ranks.
 
         Raises:
             UserError: the directory belongs to a run with other settings.
@@ -70,7 +70,9 @@ class RunDir:
             )
 
     def begin(self, spec: RunSpec) -> None:
-        """Create the directory, write the settings, and delete the result of earlier attempts."""
+        """Create the directory, write the settings over those of the last attempt, and delete its
+        result.
+        """
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         save_spec(spec, self.config)

@@ -73,7 +73,7 @@ class Trainer:
         self.progress = Progress()
         self.reporter = Reporter(self.progress, self.callbacks, loader.order, context.world)
         self.checkpointer = Checkpointer(context, self.engine, loader, self.reporter, self.identity)
-        self.stopping = False  # requested from outside: save, to be resumed later
+        self.suspending = False  # requested from outside: save, to be resumed later
         self._epoch = -1  # that of the last batches
         self._in_epoch = False  # between on_epoch_begin and on_epoch_end
         self._rng: RngState | None = None  # before a step that is not updated yet
@@ -95,7 +95,7 @@ class Trainer:
         """Train from the current position to the end, or until a stop is requested. The same on
         every rank.
         """
-        self.checkpointer.begin()
+        self.checkpointer.continue_ledger()
         self.reporter.begin()
         self.callbacks.fire("on_train_begin")
         with closing(self.checkpointer):
@@ -120,15 +120,15 @@ class Trainer:
             # requests since the last update are handled now, with its weights: this step has not
             # updated them yet
             decisions = self._agree(self.engine.grads_finite())
-            if not (self.stopping or progress.finishing):
+            if not (self.suspending or progress.finishing):
                 self._act_on(decisions)
-            if self.stopping or progress.finishing or progress.ending_epoch:
+            if self.suspending or progress.finishing or progress.ending_epoch:
                 self._undo_forward_backward()
                 break
 
             self._update(batches, apply=not decisions.non_finite)
             if decisions.non_finite:
-                due = self._count_skipped()
+                due = self._count_skipped_or_fail()
             else:
                 due = self._count_step(batches, outputs)
             if due.log:
@@ -144,7 +144,7 @@ class Trainer:
     @property
     def should_continue(self) -> bool:
         """Return whether to take another step."""
-        return not (self.is_over or self.stopping or self.progress.finishing)
+        return not (self.is_over or self.suspending or self.progress.finishing)
 
     @property
     def is_over(self) -> bool:
@@ -225,7 +225,7 @@ class Trainer:
         self.progress.pairs_seen, self._rng = batches.pairs_seen, None
         self._in_epoch = not self._is_between_epochs
 
-    def _count_skipped(self) -> Decisions:
+    def _count_skipped_or_fail(self) -> Decisions:
         """Count a step without update; nothing is due after it.
 
         Raises:
@@ -239,9 +239,8 @@ class Trainer:
         other = " or precision=fp32" if traits.is_16_bit else ""
         other += "".join(f", or fix {name}" for name in self.context.spec.dpo.own_losses)
         raise TrainingError(
-            f"step {self.progress.step + 1} (rank {self.context.world.rank}): the gradient is not "
-            f"finite after pair {self.progress.pairs_seen}; choose another run.name with a lower "
-            f"optimizer.lr{other}"
+            f"step {self.progress.step + 1}: the gradient is not finite after pair "
+            f"{self.progress.pairs_seen}; choose another run.name with a lower optimizer.lr{other}"
         )
 
     def _count_step(self, batches: StepBatches, outputs: Outputs) -> Decisions:
@@ -259,7 +258,7 @@ class Trainer:
         due = due_after(spec, progress.step, self.is_over)
         due = due._replace(evaluate=due.evaluate and bool(self.loaders.eval))
         self.callbacks.end_step(
-            log=due.log, evaluate=due.evaluate, save=due.save, stop=self.is_over
+            log=due.log, evaluate=due.evaluate, save=due.save, is_last=self.is_over
         )
         return due
 
@@ -268,7 +267,7 @@ class Trainer:
     def _agree(self, finite: torch.Tensor | None = None) -> Decisions:
         """Agree with the other ranks on what to do; one small reduction."""
         decisions = agree(self.context, self.callbacks.take_requests(), finite)
-        self.stopping |= decisions.stop
+        self.suspending |= decisions.suspend
         self.progress.finishing |= decisions.finish
         self.progress.ending_epoch |= decisions.end_epoch and self._in_epoch
         return decisions
@@ -330,23 +329,31 @@ class Trainer:
 
     def _finish(self) -> FitResult:
         """Evaluate (unless the run was stopped, to be resumed) and save."""
-        is_stopped = self.stopping and not self.progress.finishing and not self.is_over
-        if not is_stopped:
+        is_suspended = self.suspending and not self.progress.finishing and not self.is_over
+        if not is_suspended:
             self.log()  # the rest of the window if a callback ended the run
             if self._in_epoch:
                 self._end_epoch()
             self.evaluate()
         self.checkpointer.wait()
         self.checkpointer.save(self._rng, in_background=False)
-        if not is_stopped:
+        if not is_suspended:
             self.reporter.report_totals()
         self.callbacks.fire("on_train_end")
-        status, reason = "finished", "requested by a callback"
-        if is_stopped:
+        status, reason = "finished", self._why_finished
+        if is_suspended:
             reason = self.context.session.stop_requested() or "requested on another rank"
             status = "stopped"
-        elif self.is_over:
-            reason = "every step was taken"
         step, state = self.progress.step, self.callbacks.state
         folder = step_folder(self.context.run_dir.checkpoints, step)
         return FitResult(status, reason, step, folder, state.best_global_step, state.best_metric)
+
+    @property
+    def _why_finished(self) -> str:
+        if self.progress.step >= self.length.steps:
+            return "every step was taken"
+        if not self.progress.finishing:
+            return "every pair was seen, in fewer steps than planned"
+        if self.context.spec.evaluation.early_stopping:
+            return "requested by a callback or evaluation.early_stopping"
+        return "requested by a callback"

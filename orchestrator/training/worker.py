@@ -9,15 +9,15 @@ from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.assemble import assembled
 from orchestrator.training.callbacks.build import build_callbacks
-from orchestrator.training.checkpoint_reader import newest_to_resume
+from orchestrator.training.checkpoint_reader import choose_checkpoint
 from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
-from orchestrator.training.health import Session
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.prepare import PreparedRun, prepare, quiet
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.samples import answered_samples
+from orchestrator.training.session import Session
 from orchestrator.training.trainer import FitResult
 from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.world import World
@@ -58,7 +58,7 @@ def _train(
     context: RunContext, prepared: PreparedRun, user: UserObjects, wrap_callbacks: WrapCallbacks
 ) -> FitResult:
     """Train from the newest checkpoint; all parts of the run are freed when this returns."""
-    checkpoint = newest_to_resume(context.run_dir, context.world)
+    checkpoint = choose_checkpoint(context.run_dir, context.world)
     callbacks: list[TrainerCallback] = []
     if context.world.is_main:
         callbacks = build_callbacks(context.spec, context.run_dir, user.callbacks)
@@ -89,7 +89,7 @@ def _finish(context: RunContext, prepared: PreparedRun, fitted: FitResult) -> Ru
     if model_step is not None:
         if exports_best and best is None:
             message = "no evaluation after a step had a number for %s: the last is exported"
-            logger.warning(message, context.spec.evaluation.best_metric)
+            logger.warning(message, context.spec.evaluation.reported_best)
         export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
         samples = answered_samples(context.spec, run_dir, prepared, context.world.device)
         result = replace(result, samples=samples)

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from orchestrator.data.collate import Counts
 from orchestrator.settings.load import make_spec
 from orchestrator.training import assemble, worker
-from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import LocalSession
 from orchestrator.training.trainer import FitResult, Trainer
 from orchestrator.world import World
 

@@ -19,7 +19,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     ended = run_debug(settings, ranks=2)
     assert ended.codes == [1, 1], ended.log
     assert "the gradient is not finite" in ended.stderr
-    assert "step 2 (rank 0)" in ended.stderr
+    assert "step 2: the gradient" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -190,6 +190,10 @@ class Ends(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == 2
         return True  # not a TrainerControl: of no account
+
+class EndsEpoch(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 2
 """
 
 
@@ -228,6 +232,15 @@ def test_the_end_that_a_callback_asked_for_survives_a_failed_export(tmp_path: Pa
     again = run_debug(settings, cwd=tmp_path)
     assert again.codes == [0], again.stderr
     assert "finished after step 2 (requested by a callback)" in again.stdout
+
+
+def test_an_end_of_the_last_epoch_is_that_of_the_callback(tmp_path: Path) -> None:
+    (tmp_path / "my_callbacks.py").write_text(DRAWS)
+    training = {"max_steps": None, "epochs": 1}
+    settings = write_settings(tmp_path, callbacks=["my_callbacks:EndsEpoch"], training=training)
+    ended = run_debug(settings, cwd=tmp_path)
+    assert ended.codes == [0], ended.stderr
+    assert "finished after step 2 (requested by a callback)" in ended.stdout
 
 
 def test_a_reference_cache_that_cannot_be_made_costs_time_or_is_refused(tmp_path: Path) -> None:

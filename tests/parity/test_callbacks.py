@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from orchestrator.models.policy import build_policy, load_tokenizer
 from orchestrator.settings.run import RunSpec
 from orchestrator.training import worker
-from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import LocalSession
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.world import World
 from support.tiny_settings import random_rows, tiny_spec, write_jsonl

@@ -24,9 +24,9 @@ from orchestrator.settings.model import AttentionName
 from orchestrator.settings.precision import Precision
 from orchestrator.training.assemble import assembled
 from orchestrator.training.context import RunContext
-from orchestrator.training.health import LocalSession
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import LocalSession
 from orchestrator.training.trainer import Trainer
 from support.loss_cases import (
     BETA,

@@ -13,8 +13,8 @@ from torch import nn
 
 from orchestrator.settings.run import RunSpec
 from orchestrator.training import worker
-from orchestrator.training.health import LocalSession
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import LocalSession
 from orchestrator.world import World
 from support.run_files import metric_lines, without_times
 from support.tiny_settings import tiny_spec

@@ -15,10 +15,10 @@ from orchestrator.run.local.profile import Steps, nothing_to_profile, steps_to_p
 from orchestrator.run.local.prompt import debugger
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.profiler import ProfilerCallback
-from orchestrator.training.health import LocalSession
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import LocalSession
 from orchestrator.training.user_objects import (
     NOTHING,
     ComputeMetrics,

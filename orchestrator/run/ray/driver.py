@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from types import FrameType
 from typing import Any, Literal
@@ -26,11 +27,11 @@ from orchestrator.run.ray.objects import pickled_objects
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.health import STOP_SIGNALS
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import STOP_SIGNALS
 from orchestrator.training.user_objects import (
     ComputeMetrics,
     GivenCallback,
@@ -113,10 +114,10 @@ def run_attempts(
         run_dir.result.unlink(missing_ok=True)
         try:
             error = attempt(wait_s)
-        except UserError as too_small:
+        except UserError as refused:
             if not supervisor.deaths:
                 raise
-            raise RunDied(f"{too_small}; the same command continues from {where}") from None
+            raise RunDied(f"{refused}; the same command continues from {where}") from None
         except capacity.StoppedWaiting:
             return _stopped_while_waiting(run_dir)
         result = _result_of_attempt(run_dir)
@@ -154,10 +155,14 @@ def _result_of_attempt(run_dir: RunDir) -> dict[str, Any]:
 
 
 def _stopped_while_waiting(run_dir: RunDir) -> RunResult:
-    """Return the result of a run without workers: that of its newest checkpoint, if any."""
+    """Write and return the result of a run without workers: that of its newest checkpoint, if
+    any.
+    """
     newest = committed(run_dir.checkpoints)
     step, folder = (step_of(newest[0]), str(newest[0])) if newest else (0, "")
-    return RunResult("stopped", "while it waited for nodes", step, folder, None)
+    result = RunResult("stopped", "while it waited for nodes", step, folder, None)
+    run_dir.write_result(asdict(result))
+    return result
 
 
 @contextmanager
@@ -177,7 +182,7 @@ def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
             raise KeyboardInterrupt
         received.append(number)
         run_dir.stop.write_text(f"received {signal.Signals(number).name}")
-        line = "stopping: the run saves after the next step; repeat to abort"
+        line = "stopping: the run saves after the last finished step; repeat to abort"
         print(line, file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}

@@ -12,9 +12,9 @@ from orchestrator.run.ray.objects import unpickled_objects
 from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.load import make_spec
 from orchestrator.training.checkpoint_writer import SaveFailed
-from orchestrator.training.health import LocalSession
 from orchestrator.training.manifest import ReadFailed
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import LocalSession
 from orchestrator.training.worker import run
 from orchestrator.world import World
 

@@ -18,6 +18,7 @@ from orchestrator.training.callbacks.training_args import TrainingArgs
 
 logger = logging.getLogger(__name__)
 
+# in the order of decisions.Decisions, from `finish` on
 REQUESTS = (
     "should_training_stop",
     "should_epoch_stop",
@@ -72,7 +73,7 @@ class Callbacks:
             self.control.should_epoch_stop = False
         self.fire("on_epoch_begin")
 
-    def end_step(self, *, log: bool, evaluate: bool, save: bool, stop: bool) -> None:
+    def end_step(self, *, log: bool, evaluate: bool, save: bool, is_last: bool) -> None:
         """Fire on_step_end with the flags of what is due now, as transformers shows them. These are
         not requests, and callbacks cannot cancel them.
         """
@@ -80,7 +81,7 @@ class Callbacks:
             "should_log": log,
             "should_evaluate": evaluate,
             "should_save": save,
-            "should_training_stop": stop,
+            "should_training_stop": is_last,
         }
         for name in (shown := [name for name, is_due in due.items() if is_due]):
             setattr(self.control, name, True)

@@ -17,6 +17,7 @@ from orchestrator.run.ray import capacity, driver, elastic
 from orchestrator.run.ray.cluster import check_ray_address
 from orchestrator.run.ray.objects import pickled_objects, unpickled_objects
 from orchestrator.settings.errors import RunDied, UserError
+from orchestrator.training.result import last_result
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.user_objects import UserObjects
 from support.timeouts import scaled_timeout
@@ -116,6 +117,7 @@ def test_a_stop_request_ends_a_waiting_run(tmp_path: Path, run_dir: RunDir, save
     ended = driver.run_attempts(tiny_spec(tmp_path), run_dir, fit)
     assert (ended.status, ended.step) == ("stopped", 7 if saved else 0)
     assert ended.checkpoint == (str(folder) if saved else "")
+    assert last_result(run_dir) == ended
 
 
 def test_the_address_of_a_job_server_is_not_that_of_a_cluster(

@@ -126,7 +126,7 @@ def test_actions_of_the_schedule_show_in_control_but_are_no_requests(tmp_path: P
     handler = callbacks(tmp_path, Asking("should_save"), recording)
     shown: list[dict[str, bool]] = []
     recording.on_step_end = lambda args, state, control, **_: shown.append(dict(vars(control)))
-    handler.end_step(log=True, evaluate=False, save=False, stop=True)
+    handler.end_step(log=True, evaluate=False, save=False, is_last=True)
     assert [name for name in REQUESTS if shown[0][name]] == [
         "should_training_stop",
         "should_save",

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.training import health
-from orchestrator.training.health import LocalSession
+from orchestrator.training import session as session_module
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.session import LocalSession
 from support.timeouts import scaled_timeout
 
 WAITING = """
 import sys, time
 from pathlib import Path
-from orchestrator.training.health import LocalSession
+from orchestrator.training.session import LocalSession
 from orchestrator.training.rundir import RunDir
 session = LocalSession(RunDir(Path(sys.argv[1])), 0)
 print("ready", flush=True)
@@ -67,7 +67,7 @@ def test_the_heartbeat_is_written_once_a_second_at_most(
 ) -> None:
     now = time.monotonic()
     for seconds, step in ((0.0, 1), (0.5, 2), (0.99, 3), (1.01, 4), (1.5, 5)):
-        monkeypatch.setattr(health.time, "monotonic", lambda seconds=seconds: now + seconds)
+        monkeypatch.setattr(session_module.time, "monotonic", lambda seconds=seconds: now + seconds)
         session.heartbeat(step, "train")
         written = json.loads((run_dir.logs / "heartbeat_00003.json").read_text())["step"]
         assert written == (1 if seconds < 1 else 4)
@@ -91,6 +91,12 @@ def test_the_stop_file_is_read_by_rank_zero(
     assert session.stop_requested() is None
     run_dir.stop.touch()
     assert session.stop_requested() == expected
+
+
+def test_the_stop_file_says_who_requested_the_stop(run_dir: RunDir, session: LocalSession) -> None:
+    session.rank = 0
+    run_dir.stop.write_text("received SIGTERM\n")
+    assert session.stop_requested() == "received SIGTERM"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

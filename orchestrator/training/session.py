@@ -17,7 +17,9 @@ HEARTBEAT_S = 1.0  # minimum interval in seconds between two writes of the heart
 
 
 class Session(Protocol):
-    """The interface of `worker.run` to the process that started it."""
+    """The interface of `worker.run` to its launcher. `LocalSession` serves every launcher; a trial
+    (run/local/trial.py) has one that does nothing.
+    """
 
     def heartbeat(self, step: int, phase: str) -> None:
         """Report that this rank is alive, and what it does. Cheap enough for every step."""
@@ -32,8 +34,11 @@ class Session(Protocol):
 
 
 class LocalSession:
-    """A session of a run: STOP_SIGNALS or the file RUN_DIR/STOP request a stop; a second INT or
-    TERM kills.
+    """The session of every run: the file RUN_DIR/STOP requests a stop, and so do STOP_SIGNALS,
+    where a second INT or TERM kills.
+
+    Only a main thread receives signals: Ray's workers train in another one, and its driver turns
+    signals into the file.
     """
 
     def __init__(self, run_dir: RunDir, rank: int) -> None:
@@ -65,7 +70,12 @@ class LocalSession:
     def stop_requested(self) -> str | None:
         if self._received:
             return f"received {signal.Signals(self._received[0]).name}"
-        return "RUN_DIR/STOP exists" if self.rank == 0 and self.run_dir.stop.exists() else None
+        if self.rank != 0:
+            return None
+        try:
+            return self.run_dir.stop.read_text().strip() or "RUN_DIR/STOP exists"
+        except FileNotFoundError:
+            return None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in self._received and number != signal.SIGUSR1:
