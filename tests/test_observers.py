@@ -107,9 +107,8 @@ def test_transformers_callbacks_work_unchanged(tmp_path: Path) -> None:
     settings = write_settings(
         tmp_path,
         training={"max_steps": 12, "logging_steps": 1},
-        optimizer={
-            "lr": 1e-12
-        },  # nothing improves, so the third evaluation of a step stops the run
+        # nothing improves, so the third evaluation of a step stops the run
+        optimizer={"lr": 1e-12},
         evaluation={"every_steps": 2, "metric_for_best": "loss"},
         callbacks=[
             "my_callbacks:CustomLoggingCallback",

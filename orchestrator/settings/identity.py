@@ -25,9 +25,8 @@ class IdentitySpec(Block):
     @field_validator("name")
     @classmethod
     def _check_folder_name(cls, value: str) -> str:
-        if not re.fullmatch(
-            r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value
-        ):  # excludes .., .cache and flags
+        # excludes .., .cache and flags
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", value):
             rule = (
                 "must be 1 to 200 letters, digits, '.', '-' and '_', and start with a letter, "
                 "digit or '_'"

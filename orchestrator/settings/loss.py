@@ -12,6 +12,7 @@ from orchestrator.settings.data import DataSpec
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.model import ModelSpec
 
+# TRL's names; the last three are not among its DPO losses
 LossType = Literal[
     "sigmoid",
     "hinge",
@@ -31,7 +32,7 @@ LossType = Literal[
     "cdpo",
     "simpo",
     "orpo",
-]  # TRL's names; the last three are not among its DPO losses
+]
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 

@@ -13,6 +13,7 @@ from orchestrator.settings.near import folded, nearest
 OptimizerKind = Literal["elementwise", "whole", "unknown"]
 # Optimizers whose update of an element reads only that element: they stay exact however the state
 # is sharded.
+# of torch.optim
 ELEMENTWISE_OPTIMIZERS = [
     "Adadelta",
     "Adagrad",
@@ -25,7 +26,7 @@ ELEMENTWISE_OPTIMIZERS = [
     "RMSprop",
     "Rprop",
     "SGD",
-]  # of torch.optim
+]
 # By module. All but the elementwise ones and DeepSpeed's read more of a parameter than one element
 # per update.
 OPTIMIZERS: dict[str, list[str]] = {
@@ -71,6 +72,7 @@ TRL_OPTIMIZERS = {
     "ademamix_8bit": "bitsandbytes.optim.AdEMAMix8bit",
     "paged_ademamix_8bit": "bitsandbytes.optim.PagedAdEMAMix8bit",
 }
+# transformers' names of schedules that need no metric, and "wsd" for short
 SchedulerName = Literal[
     "linear",
     "cosine",
@@ -83,7 +85,7 @@ SchedulerName = Literal[
     "inverse_sqrt",
     "warmup_stable_decay",
     "wsd",
-]  # transformers' names of schedules that need no metric, and "wsd" for short
+]
 
 # Schedules of torch and transformers that cannot be used: rule and fix, by the last part.
 _NEEDS_METRIC = (

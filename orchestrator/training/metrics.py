@@ -5,11 +5,8 @@ import torch
 from orchestrator.dpo.step import METRICS, TOKEN_METRICS
 from orchestrator.world import World
 
-TIMES = (
-    "runtime",
-    "samples_per_second",
-    "steps_per_second",
-)  # of an evaluation, as in transformers
+# of an evaluation, as in transformers
+TIMES = ("runtime", "samples_per_second", "steps_per_second")
 EVALUATED = (*(name for name in METRICS if name != "num_tokens"), *TIMES)
 """Metrics of an evaluation, without the prefix eval_ or eval_NAME_."""
 

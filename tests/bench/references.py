@@ -238,9 +238,8 @@ def move(policy: Any) -> None:
         draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(parameter.shape, generator=draw)
         if is_adapter:
-            parameter.data = (
-                0.03 * noise
-            )  # in fp32, where TRL would train adapters of a quantised base in bf16
+            # in fp32, where TRL would train adapters of a quantised base in bf16
+            parameter.data = 0.03 * noise
         else:
             parameter += 0.3 * parameter.std().nan_to_num() * noise
 
@@ -371,9 +370,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", help="write what was found here")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
-    parser.set_defaults(
-        size="bench", precision="fp32", gradient_checkpointing=False
-    )  # what step.py asks for
+    # what step.py asks for
+    parser.set_defaults(size="bench", precision="fp32", gradient_checkpointing=False)
     args = parser.parse_args()
     args.only = args.only.split(",") if args.only else [*OURS, *TRL]
     if unknown := set(args.only) - {*OURS, *TRL}:

@@ -117,10 +117,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 LARGE = ("7b", "llama-7b")  # too large for each contender to have models of its own
 OURS, TRL = ("ours-cached", "ours-live"), ("trl-default", "trl-live", "trl-best")
-TOLERANCE = {
-    "fp32": 2e-5,
-    "bf16": 2e-2,
-}  # of the mean loss of a batch; TRL's own fp32 sums are off by up to 1.4e-5
+# of the mean loss of a batch; TRL's own fp32 sums are off by up to 1.4e-5
+TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 
 
@@ -274,9 +272,8 @@ def trl_trainer(
 
     args = bench.args
     for model in (policy, reference):
-        for module in (
-            model.modules() if model is not None else ()
-        ):  # transformers' own norms and MLPs again
+        # transformers' own norms and MLPs again
+        for module in model.modules() if model is not None else ():
             module.__dict__.pop("forward", None)
     config = DPOConfig(
         output_dir=str(bench.spec.run_dir),
@@ -293,9 +290,8 @@ def trl_trainer(
         seed=0,
     )
     prepare = DPOTrainer._prepare_dataset
-    DPOTrainer._prepare_dataset = lambda self, dataset, *_, **__: (
-        dataset
-    )  # the pairs are token ids already
+    # the pairs are token ids already
+    DPOTrainer._prepare_dataset = lambda self, dataset, *_, **__: dataset
     try:
         rows = Dataset.from_list(
             [{k: v for k, v in row.items() if k != "pair_id"} for row in bench.rows]

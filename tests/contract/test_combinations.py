@@ -30,10 +30,8 @@ from support.worker_runs import (
     whole_run,
 )
 
-STEPS, PAIRS = (
-    3,
-    6,
-)  # steps of 4 and of 2 pairs; the third is in the second epoch, which asks a cache
+# steps of 4 and of 2 pairs; the third is in the second epoch, which asks a cache
+STEPS, PAIRS = (3, 6)
 SHARED = 1  # layers of 2
 LIMIT_S = 60  # of a run; then its ranks are ended
 
@@ -67,11 +65,8 @@ PARTS: dict[str, Sequence[str]] = {
     "reference": list(REFERENCES),
     "engine": list(ENGINES),
     "precision": PRECISIONS,
-    "layout": [
-        "cpu",
-        "sdpa",
-        "padded",
-    ],  # packed, for either kernel; whatever another collator than ours makes is padded
+    # packed, for either kernel; whatever another collator than ours makes is padded
+    "layout": ["cpu", "sdpa", "padded"],
     "collator": list(COLLATORS),
     "lora": list(LORA),
 }
@@ -273,9 +268,8 @@ def rules_met(raw: dict[str, Any], row: Row) -> set[str]:
 
 # --- what can be ----------------------------------------------------------------------------------
 
-STEEPER = {
-    "sppo_hard": 2
-}  # a loss of squares of log-ratios, which others squash: how much less near its twins are
+# a loss of squares of log-ratios, which others squash: how much less near its twins are
+STEEPER = {"sppo_hard": 2}
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,8 @@ from support.tiny_settings import write_settings
 
 GPU = torch.device("cuda", 0)
 STEPS = 6
-NEAR: dict[Precision, float] = {
-    "fp32": 1e-4,
-    "tf32": 0.01,
-    "bf16": 0.05,
-    "fp16": 0.05,
-}  # of a loss, relative
+# of a loss, relative
+NEAR: dict[Precision, float] = {"fp32": 1e-4, "tf32": 0.01, "bf16": 0.05, "fp16": 0.05}
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,11 +20,8 @@ from support.tiny_settings import random_rows, raw_settings, write_jsonl, write_
 # 30 pairs in batches of 8: the last batch of an epoch has 6, which neither 4 ranks nor
 # micro-batches of 4 divide
 SETTINGS: dict[str, Any] = {
-    "training": {
-        "max_steps": 9,
-        "logging_steps": 1,
-        "max_grad_norm": 0.05,
-    },  # every gradient is clipped
+    # every gradient is clipped
+    "training": {"max_steps": 9, "logging_steps": 1, "max_grad_norm": 0.05},
     "batch": {"global_batch_size": 8, "micro_batch_size": 2},
     "evaluation": {"every_steps": 3},
     "scheduler": {"name": "cosine", "warmup_steps": 3},
@@ -253,9 +250,8 @@ def test_collators_get_rank_world_step_and_global_counts(settings: Path, tmp_pat
         assert {call["rank"] for call in calls} == {0, 1}
         assert {call["global_pairs"] for call in calls} == {8}
         pairs = [pair for call in calls for pair in call["pairs"]]
-        fillers = len(pairs) - len(
-            set(pairs)
-        )  # a rank with fewer micro-batches repeats a cheap pair, weightless
+        # a rank with fewer micro-batches repeats a cheap pair, weightless
+        fillers = len(pairs) - len(set(pairs))
         assert len(set(pairs)) == 8
         assert {call["rank"] for call in calls if len(call["pairs"])} == {0, 1}
         if not fillers:

@@ -22,9 +22,8 @@ SETTINGS: dict[str, Any] = {
     "training": {"max_steps": 3, "logging_steps": 1},
     "optimizer": {"lr": 3e-3},
 }
-SAME = tuple(
-    name for name in METRICS if name != "num_tokens"
-)  # tokens are fed, whatever a pair weighs
+# tokens are fed, whatever a pair weighs
+SAME = tuple(name for name in METRICS if name != "num_tokens")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -49,9 +49,8 @@ MATRIX = [
 class Refusal(NamedTuple):
     """Combinations that cannot be, why, and what can be instead."""
 
-    parts: dict[
-        str, set[str]
-    ]  # it is about those that have one of these values in each of these parts
+    # it is about those that have one of these values in each of these parts
+    parts: dict[str, set[str]]
     key: str
     rule: str
     cure: str
@@ -119,10 +118,8 @@ SHARED = 1  # layers of 2
 # Weights so large that some activations pass 6, which int8 treats apart, and that the parts of a
 # sum round.
 MODEL = {**TINY_MODEL, "hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.22}
-QUANTISATION = {
-    "int8": 0.06,
-    "nf4": 0.2,
-}  # how far a loss may be from the one with a full copy; seen 0.032 and 0.12
+# how far a loss may be from the one with a full copy; seen 0.032 and 0.12
+QUANTISATION = {"int8": 0.06, "nf4": 0.2}
 LN2 = math.log(2)
 
 

@@ -21,11 +21,8 @@ from support.run_hooks import watch
 from support.tiny_parts import save_adapter, tiny_model, tokenizer
 from support.tiny_settings import random_rows, write_jsonl, write_settings
 
-STEPS, STOP, SYNC = (
-    6,
-    3,
-    2,
-)  # 16 pairs by 4: the second epoch, whose log-probs are known, begins at step 5
+# 16 pairs by 4: the second epoch, whose log-probs are known, begins at step 5
+STEPS, STOP, SYNC = (6, 3, 2)
 RESUMED = 2  # ranks
 LAYERS, FROZEN = 3, 2
 FREEZING: dict[str, Any] = {"num_frozen_layers": FROZEN}

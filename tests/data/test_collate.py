@@ -101,12 +101,8 @@ def test_a_common_beginning_is_stored_once(
     ("max_length", "input_ids", "positions", "labels"),
     [
         (5, [1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 3], [4, 5, 6]),
-        (
-            4,
-            [2, 3, 4, 5, 1, 2, 3, 6],
-            [0, 1, 2, 3, 0, 1, 2, 3],
-            [4, 5, 6],
-        ),  # cut apart, they share nothing
+        # cut apart, they share nothing
+        (4, [2, 3, 4, 5, 1, 2, 3, 6], [0, 1, 2, 3, 0, 1, 2, 3], [4, 5, 6]),
         (3, [3, 4, 5, 2, 3, 6], [0, 1, 2, 0, 1, 2], [4, 5, 6]),
         (2, [4, 5, 3, 6], [0, 1, 0, 1], [5, 6]),
     ],

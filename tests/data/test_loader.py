@@ -66,9 +66,8 @@ def test_an_epoch_holds_every_row_once(pairs: Pairs) -> None:
 
 
 def test_counts_are_of_the_global_batch_on_every_rank(pairs: Pairs) -> None:
-    ranks = [
-        next(loader(pairs, rank, 3).steps(16, 2)) for rank in range(3)
-    ]  # the last, smaller batch
+    # the last, smaller batch
+    ranks = [next(loader(pairs, rank, 3).steps(16, 2)) for rank in range(3)]
     assert {step.counts.pairs for step in ranks} == {5}
     assert not any(step.are_local for step in ranks)
     scored = sum(batch.counts.chosen_tokens for step in ranks for batch in step.micro_batches)
@@ -160,9 +159,8 @@ def test_our_collator_runs_ahead_by_a_little(pairs: Pairs) -> None:
         time.sleep(0.02)
     time.sleep(0.1)
     assert set(values) == {"loader"}
-    assert (
-        len(values) == 3 + 3 + 2 + 3
-    )  # micro-batches of the step taken, of two that are ready, of one in hand
+    # micro-batches of the step taken, of two that are ready, of one in hand
+    assert len(values) == 3 + 3 + 2 + 3
     steps.close()
 
 

@@ -87,9 +87,8 @@ def test_skewed_lengths_are_balanced_over_ranks(
                 for o in ranks
             ]
         )
-        assert (
-            ranks[0].costs[ranks[0].plan(start).global_pairs].max() <= carried.mean()
-        )  # else nobody could balance it
+        # else nobody could balance it
+        assert ranks[0].costs[ranks[0].plan(start).global_pairs].max() <= carried.mean()
         slowest, mean = slowest + carried.max(), mean + carried.mean()
     assert slowest <= 1.1 * mean
 
@@ -227,9 +226,8 @@ def test_dealing_a_million_pairs_on_512_ranks_needs_memory_only_per_pair(
     owners = deal(costs, 512)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (
-        peak < 4 * costs.nbytes
-    )  # a word for the result and a few that are gone: never a table of pairs by ranks
+    # a word for the result and a few that are gone: never a table of pairs by ranks
+    assert peak < 4 * costs.nbytes
     for batch in range(0, batches, batches // 5):
         loads = np.bincount(owners[batch], costs[batch], 512)
         assert np.count_nonzero(loads) == min(size, 512)
@@ -266,9 +264,8 @@ def test_very_many_pairs_are_dealt_evenly_at_once() -> None:
     assert len(loads) == 8
     assert loads.max() / loads.mean() < 1.002
     token_lengths = lengths(9000)
-    ranks = [
-        Order(token_lengths, 8, rank, 8, 7, 4) for rank in range(8)
-    ]  # more than MANY a rank: an evaluation
+    # more than MANY a rank: an evaluation
+    ranks = [Order(token_lengths, 8, rank, 8, 7, 4) for rank in range(8)]
     values = [
         i
         for order in ranks

@@ -332,9 +332,8 @@ def remember(loader: Loader, pairs: Pairs, step: StepBatches) -> None:
         loader.remember(batch, answers(pairs, indices))
 
 
-@pytest.mark.parametrize(
-    "global_batch", [4, COUNT]
-)  # with one step an epoch, the next is made before this is due
+# with one step an epoch, the next is made before this is due
+@pytest.mark.parametrize("global_batch", [4, COUNT])
 def test_the_second_epoch_has_all_log_probs(
     tmp_path: Path, pairs: Pairs, global_batch: int
 ) -> None:
@@ -350,9 +349,8 @@ def test_the_second_epoch_has_all_log_probs(
                 assert torch.equal(batch.ref_logps, answers(pairs, indices))
         remember(ours, pairs, step)
     steps.close()
-    assert [path.stat().st_size for path in files(tmp_path)] == [
-        COUNT * RECORD.itemsize
-    ]  # each once
+    # each once
+    assert [path.stat().st_size for path in files(tmp_path)] == [COUNT * RECORD.itemsize]
 
 
 def test_the_second_epoch_has_log_probs_of_other_ranks(tmp_path: Path, pairs: Pairs) -> None:

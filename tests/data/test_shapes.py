@@ -269,10 +269,8 @@ def test_a_row_that_is_nested_too_deeply_is_named() -> None:
         ({"question": "What?", "system": "Be kind.", **ANSWERS}, "'question', 'system'"),  # orca
         ({"instruction": "What?", "input": "", **ANSWERS}, "'instruction'"),  # alpaca
         ({"system": "", "input": "What?", **ANSWERS, "status": "tie"}, "'input'"),
-        (
-            {"query": "What?", "chosen": "The one", "rejected": "The other"},
-            "'query'",
-        ),  # "The " is no prompt
+        # "The " is no prompt
+        ({"query": "What?", "chosen": "The one", "rejected": "The other"}, "'query'"),
         ({"frage": "Wie geht es?", "id": "12", **ANSWERS}, "'frage'"),
         ({"conversations": [{"from": "human", "value": "What?"}], **ANSWERS}, "'conversations'"),
         ({"dialog": [turn("user", "What?")], "chosen": [YES], "rejected": [NO]}, "'dialog'"),

@@ -87,9 +87,8 @@ def written(folder: Path, form: str, content: list[dict[str, Any]]) -> Path:
 )
 def test_every_format_holds_the_same_pairs(tmp_path: Path, form: str, conversational: bool) -> None:
     content = random_rows(6, conversational=conversational)
-    content.insert(
-        2, {**content[0], "chosen": content[0]["rejected"]}
-    )  # a tie, to see the row numbers move
+    # a tie, to see the row numbers move
+    content.insert(2, {**content[0], "chosen": content[0]["rejected"]})
     path = written(tmp_path, form, content)
     data = data_spec(train=str(path))
     pairs = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache")

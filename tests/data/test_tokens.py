@@ -33,11 +33,8 @@ def test_tools_and_template_options_reach_the_template() -> None:
     [
         ({"mood": "glad"}, {}, "glad"),
         ({"mood": "glad"}, {"chat_template_kwargs": {"mood": "sad"}}, "sad"),
-        (
-            {"mood": "glad"},
-            {"chat_template_kwargs": {"mood": None}},
-            "glad",
-        ),  # how Parquet says that it has none
+        # how Parquet says that it has none
+        ({"mood": "glad"}, {"chat_template_kwargs": {"mood": None}}, "glad"),
         ({"tools": [{"a": 1}]}, {}, "{'a': 1};"),
         ({"tools": [{"a": 1}], "mood": "glad"}, {"tools": [{"b": 2}]}, "{'b': 2};glad"),
         ({"tools": [{"a": 1}]}, {"tools": "[]"}, ""),
@@ -73,9 +70,8 @@ def test_the_completion_starts_where_either_side_leaves_the_prompt(side: str) ->
         "chosen": "b1" if side != "rejected" else "c",
         "rejected": "b2" if side != "chosen" else "d",
     }
-    prompt, chosen, rejected = tokenized(
-        row
-    )  # "ab" is one token: the a of the prompt is not there any more
+    # "ab" is one token: the a of the prompt is not there any more
+    prompt, chosen, rejected = tokenized(row)
     assert prompt == ids("x")
     assert chosen == [*ids("a" + row["chosen"]), EOS]
     assert rejected == [*ids("a" + row["rejected"]), EOS]
@@ -131,10 +127,8 @@ def test_keep_start_cuts_completions(
         ({"max_prompt_length": 3}, ("678", "hijkl.", "vw.")),
         ({"max_completion_length": 6}, ("12345678", "hijkl.", "vw.")),
         ({"max_completion_length": 3}, ("12345678", "hij", "vw.")),
-        (
-            {"max_prompt_length": 3, "max_length": 7},
-            ("678", "hijk", "vw."),
-        ),  # a prompt that would have filled it
+        # a prompt that would have filled it
+        ({"max_prompt_length": 3, "max_length": 7}, ("678", "hijk", "vw.")),
         ({"max_completion_length": 2, "max_length": 9}, ("12345678", "h", "v")),
         ({"max_completion_length": 2, "max_length": 20}, ("12345678", "hi", "vw")),
         (

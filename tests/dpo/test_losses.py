@@ -83,11 +83,8 @@ def test_sigmoid_is_the_logistic_loss_of_the_margin(beta: float) -> None:
 def test_ipo_is_of_means_per_completion_token(beta: float) -> None:
     logps = LOGPS.clone().requires_grad_()
     losses = LOSSES["ipo"](PairTerms.split(logps, REFERENCE, TOKENS), spec(beta))
-    off = [
-        2 / 4 + 1 / 2 - 0.5 / beta,
-        -1 / 1 - 2 / 5 - 0.5 / beta,
-        -0.5 / beta,
-    ]  # from the margin that it wants
+    # from the margin that it wants
+    off = [2 / 4 + 1 / 2 - 0.5 / beta, -1 / 1 - 2 / 5 - 0.5 / beta, -0.5 / beta]
     assert losses.dtype == torch.float64
     assert losses.tolist() == pytest.approx([each**2 for each in off], rel=1e-14)
     losses.sum().backward()

@@ -84,9 +84,8 @@ def test_loss_gradient_and_metrics_depend_on_neither_cut_nor_layout(
     assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=tolerance)
     reference = gradients(whole_step)
     assert (gradients(cut_step) - reference).norm() <= 10 * tolerance * reference.norm()
-    sums, expected = (
-        output.metric_sums.flatten()[:-1] for output in (parts, whole)
-    )  # num_tokens has no count
+    # num_tokens has no count
+    sums, expected = (output.metric_sums.flatten()[:-1] for output in (parts, whole))
     assert torch.allclose(sums, expected, rtol=10 * tolerance, atol=10 * tolerance)
     assert torch.allclose(parts.logps, whole.logps, rtol=10 * tolerance)
     assert torch.allclose(parts.ref_logps, whole.ref_logps, rtol=10 * tolerance)
@@ -156,13 +155,11 @@ def test_a_weight_of_two_is_the_row_twice(packed: bool) -> None:
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
     assert (gradients(weighed) - gradients(repeated)).norm() <= 1e-12 * gradients(repeated).norm()
     assert torch.allclose(output.metric_sums[:-1], expected.metric_sums[:-1], rtol=1e-12)
-    assert torch.allclose(
-        output.losses, expected.losses[:6], rtol=1e-12
-    )  # a pair's own, whatever it weighs
+    # a pair's own, whatever it weighs
+    assert torch.allclose(output.losses, expected.losses[:6], rtol=1e-12)
     assert output.metric_sums[-1, 0].item() == actual.sequence_tokens.sum().item()
-    third = actual._replace(
-        pair_weights=actual.pair_weights / 3
-    )  # only their ratios count, also below 1
+    # only their ratios count, also below 1
+    third = actual._replace(pair_weights=actual.pair_weights / 3)
     assert run(weighed, [third], third.counts).loss.item() == pytest.approx(
         expected.loss.item(), rel=1e-12
     )
@@ -175,9 +172,8 @@ def test_a_filler_alone_has_a_gradient_of_zeros(packed: bool) -> None:
     output = run(step, [pair_batch(2, is_filler=True, packed=packed)])
     assert output.loss.item() == 0.0
     assert torch.count_nonzero(gradients(step)) == 0
-    assert len(gradients(step)) == sum(
-        p.numel() for p in step.parameters()
-    )  # collectives need every one
+    # collectives need every one
+    assert len(gradients(step)) == sum(p.numel() for p in step.parameters())
     assert set(metrics(output).values()) == {0.0}
 
 

@@ -207,9 +207,8 @@ def test_evaluation_has_no_gradient_and_no_dropout() -> None:
     first, second = ddp.evaluate(batch, COUNTS), ddp.evaluate(batch, COUNTS)
     assert not first.loss.requires_grad
     assert torch.equal(first.logps, second.logps)
-    assert torch.equal(
-        torch.get_rng_state(), state
-    )  # else evaluating would change the training that follows
+    # else evaluating would change the training that follows
+    assert torch.equal(torch.get_rng_state(), state)
     assert noisy.training
     assert all(p.grad is None for p in noisy.parameters())
 

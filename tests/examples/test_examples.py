@@ -48,9 +48,8 @@ class Place:
             "batch.micro_batch_size=2",
             "evaluation.every_steps=null",
         ]
-        self.words += [
-            "reference.cache=off"
-        ]  # each run asks its own, and not what its twin has kept
+        # each run asks its own, and not what its twin has kept
+        self.words += ["reference.cache=off"]
         for split, pairs in (("train", 32), ("eval", 4)):
             few = (
                 (ROOT / "configs/sample" / f"{split}.jsonl")

@@ -18,11 +18,8 @@ from support.run_files import losses, metric_lines
 from support.timeouts import scaled_timeout
 from support.tiny_settings import write_settings
 
-STEPS, STOPS, GROWS = (
-    8,
-    3,
-    5,
-)  # two epochs of 32 pairs; after which steps the run goes on with other workers
+# two epochs of 32 pairs; after which steps the run goes on with other workers
+STEPS, STOPS, GROWS = (8, 3, 5)
 
 CALLBACKS = """
 import time
@@ -139,13 +136,11 @@ def test_an_elastic_run_continues_with_the_workers_that_fit(tmp_path: Path) -> N
     assert errors == ""  # nothing has died
 
     undisturbed = losses(tmp_path / "runs" / "undisturbed")
-    assert [line["step"] for line in metric_lines(run_dir)] == [
-        *range(1, STEPS + 1)
-    ]  # each once, and so each pair
+    # each once, and so each pair
+    assert [line["step"] for line in metric_lines(run_dir)] == [*range(1, STEPS + 1)]
     assert losses(run_dir) == pytest.approx(undisturbed, abs=1e-5)
-    assert (
-        undisturbed[STEPS] < undisturbed[1] - 0.05
-    )  # so that a step lost, or taken twice, would be seen
+    # so that a step lost, or taken twice, would be seen
+    assert undisturbed[STEPS] < undisturbed[1] - 0.05
 
 
 def waits_for_step(step: int, run_dir: Path, process: subprocess.Popen[str]) -> None:

@@ -26,10 +26,8 @@ from support.tiny_settings import write_settings
 
 STEPS, EVERY = 60, 10  # so many that a signal from outside comes in the middle
 LONG: dict[str, Any] = {
-    "training": {
-        "max_steps": STEPS,
-        "logging_steps": 3,
-    },  # a window of the log is open at most checkpoints
+    # a window of the log is open at most checkpoints
+    "training": {"max_steps": STEPS, "logging_steps": 3},
     "checkpoint": {"every_steps": EVERY, "keep": 3},
     "evaluation": {"every_steps": 25},
     "cluster": {"num_workers": 2},
@@ -77,9 +75,8 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
     assert weights(run_dir) == weights(undisturbed)
     lines, expected = metric_lines(run_dir), metric_lines(undisturbed)
-    assert [line["step"] for line in lines] == [
-        line["step"] for line in expected
-    ]  # each step once, in order
+    # each step once, in order
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
     assert list(map(without_times, lines)) == list(map(without_times, expected))
     assert ledger_rows(run_dir) == ledger_rows(undisturbed)
 

@@ -116,9 +116,8 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_whole_checkpoint_that_is_used(
         dead = run_debug(
             settings, *words, ranks=ranks, hook=partial(dies_saving, stage, rank, 2 * EVERY)
         )
-        assert dead.codes == [-9 if each == rank else 1 for each in range(ranks)], (
-            dead.log
-        )  # neither hangs nor aborts
+        # neither hangs nor aborts
+        assert dead.codes == [-9 if each == rank else 1 for each in range(ranks)], dead.log
         assert f"resumed after step {EVERY}" in dead.log or not left
         left = [2 * EVERY, EVERY] if stage == "committed" else [EVERY]
         assert steps_committed(run_dir) == left, stage
@@ -172,9 +171,8 @@ def test_a_save_requested_by_the_last_evaluation_completes(settings: Path) -> No
     assert [line["step"] for line in noted_saves(folder_of(settings, "asked"))] == [0, 2, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("every", "rank"), [(2, 0), (2, 1), (3, 1)]
-)  # found before the next save, or before the last
+# found before the next save, or before the last
+@pytest.mark.parametrize(("every", "rank"), [(2, 0), (2, 1), (3, 1)])
 def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks(
     settings: Path, every: int, rank: int
 ) -> None:

@@ -308,7 +308,6 @@ def test_killed_and_resumed_the_weights_are_bitwise_the_undisturbed_ones(
     assert weights(resumed) == weights(undisturbed)
     assert losses(resumed.folder) == losses(undisturbed.folder)
     assert evaluations(resumed) == evaluations(undisturbed)
-    again = (
-        dead.pairs & resumed.pairs
-    )  # answered in the step under way, in micro-batches of two pairs on two ranks
+    # answered in the step under way, in micro-batches of two pairs on two ranks
+    again = dead.pairs & resumed.pairs
     assert sum(again.values()) <= 2 * 2

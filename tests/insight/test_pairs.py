@@ -82,15 +82,12 @@ def test_a_pair_looks_mislabelled_when_both_models_say_so_by_token() -> None:
             preferring(1, (-8, -4), (-6, -5), (2, 2)),  # by 2 and 0.5 a token
             preferring(2, (-8, -4), (-4, -5), (2, 2)),  # the policy has learned better
             preferring(3, (-4, -8), (-6, -5), (2, 2)),  # the reference knew better
-            preferring(
-                4, (-9, -3), (-9, -3), (9, 1)
-            ),  # longer, and the rest of it as likely as can be
-            preferring(
-                5, (-3, -6), (-3, -6), (1, 6)
-            ),  # shorter, yet less likely a token: by 2 and 2
-            preferring(
-                6, (-1, -1), (-1, -1), (0, 1)
-            ),  # a collator may leave nothing of a completion
+            # longer, and the rest of it as likely as can be
+            preferring(4, (-9, -3), (-9, -3), (9, 1)),
+            # shorter, yet less likely a token: by 2 and 2
+            preferring(5, (-3, -6), (-3, -6), (1, 6)),
+            # a collator may leave nothing of a completion
+            preferring(6, (-1, -1), (-1, -1), (0, 1)),
         )
     )
     assert disagreement(actual).tolist() == [0.5, -0.5, -2.0, -2.0, 2.0, 0.0]

@@ -297,9 +297,8 @@ def test_no_more_logits_than_allowed_are_made(
         if with_gradient:
             scored.loss.backward()
     assert 0 < watched.logits <= max(SIZES[size], VOCABULARY)
-    assert (
-        watched.logits <= len(BATCH.completion_labels) * VOCABULARY
-    )  # the head never sees prompts or padding
+    # the head never sees prompts or padding
+    assert watched.logits <= len(BATCH.completion_labels) * VOCABULARY
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -102,9 +102,10 @@ def check_same(
     assert list(ours) == list(theirs)
     assert all(torch.equal(p.to(theirs[name].dtype), theirs[name]) for name, p in ours.items())
     assert [p.requires_grad for p in ours.values()] == [p.requires_grad for p in theirs.values()]
+    # ties
     assert [name for name, _ in mapped.named_parameters()] == [
         name for name, _ in ordinary.named_parameters()
-    ]  # ties
+    ]
     buffers, others = dict(mapped.named_buffers()), dict(ordinary.named_buffers())
     assert {n: b.dtype for n, b in buffers.items()} == {n: b.dtype for n, b in others.items()}
     assert all(torch.equal(b, others[name]) for name, b in buffers.items())
@@ -228,9 +229,8 @@ def test_old_rotary_frequencies_in_a_file_do_not_count(tmp_path: Path) -> None:
         saved(tmp_path, tiny_model(), torch.float16),
         tmp_path / "model" / "model.safetensors",
     )
-    old = {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)
-    }  # of fp32, as in Llama 2's
+    # of fp32, as in Llama 2's
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(load_file(file) | old, file, metadata={"format": "pt"})
     ordinary, mapped = both(spec)
     assert all_mapped(mapped)
@@ -402,10 +402,8 @@ def test_a_mapped_model_has_the_identity_of_an_ordinary_one(
         return identity_of(kind(model).tensors(), model.config, ALONE, types)
 
     types = types_when_cut(mapped, dtype)
-    for kind in (
-        PolicyStart,
-        Reference,
-    ):  # the base; all, with the factors of the adapters, which stay fp32
+    # the base; all, with the factors of the adapters, which stay fp32
+    for kind in (PolicyStart, Reference):
         expected = identity(ordinary, kind)
         assert identity(mapped, kind) != expected
         assert identity(mapped, kind, types) == expected

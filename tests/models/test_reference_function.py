@@ -52,9 +52,8 @@ def test_a_users_function_can_build_the_reference(
         for p in whole.parameters():
             p.copy_(p.bfloat16())
     whole.save_pretrained(tmp_path / "base")
-    policy, reference = built(
-        spec_of(), ref_model=in_16_bits
-    )  # the same numbers, with which it computes otherwise
+    # the same numbers, with which it computes otherwise
+    policy, reference = built(spec_of(), ref_model=in_16_bits)
     assert all(
         torch.equal(p, q)
         for p, q in zip(policy.parameters(), reference.model.parameters(), strict=True)

@@ -100,9 +100,8 @@ def alone(kind: str, length: int) -> torch.Tensor:
 def test_a_rows_hidden_states_do_not_depend_on_other_rows(kind: str) -> None:
     model = model_of(kind)
     plain = hidden(model, SHORT, LONG)[0, :SHORT]
-    assert not torch.allclose(
-        plain, alone(kind, SHORT), atol=1e-3
-    )  # transformers' own depend on the neighbour
+    # transformers' own depend on the neighbour
+    assert not torch.allclose(plain, alone(kind, SHORT), atol=1e-3)
     use_own_lengths(model)
     for lengths in ((SHORT, LONG, 20), (LONG,), (20, 20), (SHORT, SHORT)):
         states = hidden(model, *lengths)

@@ -36,9 +36,8 @@ def test_a_shared_layer_runs_once_per_micro_batch(
     policy, reference = built(spec, packed)
     batch, passes = pair_batch(4, packed=packed), counters(policy, reference)
     PairStep(policy, reference, DPO)(batch, Counts(4, 1)).loss.backward()
-    top = (
-        1 + checkpointing
-    )  # the policy's own top layer is computed again in the backward pass, no other is
+    # the policy's own top layer is computed again in the backward pass, no other is
+    top = 1 + checkpointing
     assert passes == {
         "policy 0": 1,
         "policy 1": 1,
@@ -73,9 +72,8 @@ def test_shared_layers_are_stored_once_whatever_is_done_to_the_models(
         ours = {p.data_ptr() for p in policy.parameters()}
         return sum(p.data_ptr() in ours for p in reference.model.parameters())
 
-    expected = (
-        sum(1 for layer in decoder_layers(policy)[:3] for _ in layer.parameters()) + 1
-    )  # and the embeddings
+    # and the embeddings
+    expected = sum(1 for layer in decoder_layers(policy)[:3] for _ in layer.parameters()) + 1
     assert shared() == expected
     for change in (
         lambda m: m.to(torch.float64),
@@ -89,9 +87,8 @@ def test_shared_layers_are_stored_once_whatever_is_done_to_the_models(
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
     assert not frozen & {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = reference.own_bytes(policy)
-    assert (
-        own == sum(p.nbytes for p in decoder_layers(reference.model)[3].parameters()) + 64 * 4
-    )  # and the last norm
+    # and the last norm
+    assert own == sum(p.nbytes for p in decoder_layers(reference.model)[3].parameters()) + 64 * 4
 
 
 @pytest.mark.parametrize("tied_head", ["untie", "freeze"])
@@ -107,9 +104,8 @@ def test_a_head_that_is_one_with_frozen_embeddings(
     assert head.weight.requires_grad == is_untied
     assert not embeddings.weight.requires_grad
     assert policy.config.tie_word_embeddings != is_untied
-    assert (
-        reference.model.get_output_embeddings().weight is embeddings.weight
-    )  # what the head was: stored once
+    # what the head was: stored once
+    assert reference.model.get_output_embeddings().weight is embeddings.weight
 
 
 def test_whatever_lies_below_the_shared_layers_is_frozen_with_them(tmp_path: Path) -> None:
@@ -120,9 +116,8 @@ def test_whatever_lies_below_the_shared_layers_is_frozen_with_them(tmp_path: Pat
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    init = {
-        "init": {"model_type": "bloom", "vocab_size": 300, "config": config}
-    }  # a norm follows its embeddings
+    # a norm follows its embeddings
+    init = {"init": {"model_type": "bloom", "vocab_size": 300, "config": config}}
     batch = pair_batch(3)
     shared = {"kind": "shared_layers", "num_shared_layers": 2}
     policy, reference = built(tiny_spec(tmp_path, model=init, reference=shared), packed=False)

@@ -77,13 +77,8 @@ for name in EVENTS:
         Recording, name, lambda self, *args, event=name, **kwargs: self.hear(event, *args, **kwargs)
     )
 
-TRAINED, HELD_OUT, PAIRS, MICRO, EVERY = (
-    random_rows(12),
-    random_rows(4, seed=1),
-    4,
-    2,
-    2,
-)  # two epochs of three steps
+# two epochs of three steps
+TRAINED, HELD_OUT, PAIRS, MICRO, EVERY = (random_rows(12), random_rows(4, seed=1), 4, 2, 2)
 
 
 def spec_of(folder: Path) -> RunSpec:
@@ -96,10 +91,8 @@ def spec_of(folder: Path) -> RunSpec:
         data={"train": str(train), "eval": str(held_out), "max_length": None},
         batch={"global_batch_size": PAIRS, "micro_batch_size": MICRO},
         training={"max_steps": None, "epochs": 2, "logging_steps": EVERY},
-        evaluation={
-            "every_steps": EVERY,
-            "at_start": False,
-        },  # TRL would have to be told eval_on_start
+        # TRL would have to be told eval_on_start
+        evaluation={"every_steps": EVERY, "at_start": False},
         checkpoint={"every_steps": EVERY},
     )
 
@@ -156,10 +149,8 @@ def test_every_event_is_at_its_place_with_the_same_state(
     assert trls[at + 1].event == "on_epoch_end"
     trls[at], trls[at + 1] = trls[at + 1], trls[at]
     assert ours == trls
-    assert {each.event for each in ours} == {*EVENTS} - {
-        "on_predict",
-        "on_push_begin",
-    }  # which training never has
+    # which training never has
+    assert {each.event for each in ours} == {*EVENTS} - {"on_predict", "on_push_begin"}
 
 
 def test_logs_and_metrics_have_the_same_names(heard: tuple[list[Heard], list[Heard]]) -> None:

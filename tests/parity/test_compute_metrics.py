@@ -16,11 +16,8 @@ from support.trl_trainer import need_trl, trl_trainer
 
 need_trl()
 
-BATCH, PAIRS, MAX_LENGTH = (
-    3,
-    7,
-    40,
-)  # pairs of a batch, and of the set; tokens, which some of the sequences have more of
+# pairs of a batch, and of the set; tokens, which some of the sequences have more of
+BATCH, PAIRS, MAX_LENGTH = (3, 7, 40)
 TRAIN, EVAL = random_rows(8, longest=4), random_rows(PAIRS, seed=1, longest=4)
 Handed = list[tuple[np.ndarray, np.ndarray, bool | None]]
 
@@ -77,10 +74,8 @@ def test_logits_and_labels_are_those_of_trl(folder: Path, batched: bool) -> None
     lost = sum(len(labels) for _, labels, _ in ours[: len(theirs)]) - sum(
         len(labels) for _, labels, _ in theirs
     )
-    assert lost in (
-        0,
-        PAIRS % BATCH,
-    )  # TRL cuts a last batch that is not full to as many rows as it has pairs
+    # TRL cuts a last batch that is not full to as many rows as it has pairs
+    assert lost in (0, PAIRS % BATCH)
     for (logits, labels, is_last), actual in zip(theirs, ours, strict=False):
         assert (labels.dtype, logits.dtype, is_last) == (
             actual[1].dtype,

@@ -76,9 +76,8 @@ def table(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 def test_parity_rows_cover_the_cases_that_matter(case: Case) -> None:
     assert {name for dpo in TABLE["plain"] for name in in_trl(dpo)} == {*LOSSES, *BATCH_LOSSES}
-    assert any(
-        not row["prompt_ids"] for row in case.rows
-    )  # its first tokens are counted and not scored
+    # its first tokens are counted and not scored
+    assert any(not row["prompt_ids"] for row in case.rows)
     assert len({len(row["chosen_ids"]) for row in case.rows}) > 2
     chosen, rejected = (case.logps - case.ref_logps).chunk(2)
     assert {bool(margin > 0) for margin in chosen - rejected} == {True, False}

@@ -181,9 +181,8 @@ def test_functions_of_the_users_own_module_reach_the_workers(
 ) -> None:
     """Under an engine that shards what they are given."""
     (tmp_path / "my_parts.py").write_text(USERS_MODULE)
-    assert (
-        importlib.util.find_spec("my_parts") is None
-    )  # nowhere but in the folder that the user works in
+    # nowhere but in the folder that the user works in
+    assert importlib.util.find_spec("my_parts") is None
     raw = home.raw("ray", cluster={"num_workers": 2}, engine={"kind": "fsdp"})
     (tmp_path / "run.yaml").write_text(json.dumps(raw))
     ended = subprocess.run(
@@ -196,9 +195,8 @@ def test_functions_of_the_users_own_module_reach_the_workers(
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "nice").read_text() == str(
-        os.nice(0)
-    )  # by Ray's default a worker yields to everything else
+    # by Ray's default a worker yields to everything else
+    assert (tmp_path / "nice").read_text() == str(os.nice(0))
 
     settings = home.spec("in_settings", **IN_SETTINGS)
     ours(settings)

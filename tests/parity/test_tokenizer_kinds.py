@@ -80,9 +80,8 @@ def tokenizer_of(kind: str) -> Any:
 
 
 def _untrained(kind: str) -> tuple[Any, Any]:
-    if (
-        kind == "unigram"
-    ):  # as Llama 2's and Gemma's: words with their space, no token for what was never seen
+    # as Llama 2's and Gemma's: words with their space, no token for what was never seen
+    if kind == "unigram":
         backend: Any = Tokenizer(models.Unigram())
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         trainer: Any = trainers.UnigramTrainer(

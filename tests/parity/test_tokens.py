@@ -45,9 +45,8 @@ def mask_of(batch: PairBatch) -> torch.Tensor:
     """[2B, T - 1], 1 where the next token is scored, rebuilt from the indices; checks that those
     agree.
     """
-    halves = (
-        torch.arange(2 * len(batch.pair_ids)).view(2, -1).t().flatten()
-    )  # chosen and rejected pair by pair
+    # chosen and rejected pair by pair
+    halves = torch.arange(2 * len(batch.pair_ids)).view(2, -1).t().flatten()
     sequence = halves.repeat_interleave(torch.tensor(batch.scored))
     assert torch.equal(batch.completion_index // batch.input_ids.shape[1], sequence)
     assert torch.equal(
@@ -84,10 +83,8 @@ def test_ids_and_masks_equal_trls(
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     if name == "tools":
-        tokenizer, max_length = (
-            with_template(tokenizer, TOOL_TEMPLATE),
-            None,
-        )  # its prompts are longer than 24
+        # its prompts are longer than 24
+        tokenizer, max_length = (with_template(tokenizer, TOOL_TEMPLATE), None)
     data = settings(max_length=max_length, truncation=truncation)
     pairs = ours(tmp_path, ROWS[name], tokenizer, data)
     other = theirs(ROWS[name], tokenizer, max_length if truncation == "keep_start" else None)
@@ -107,11 +104,8 @@ def test_ids_and_masks_equal_trls(
 
     padded, packed = PreferenceCollator(tokenizer.pad_token_id, data), PackedCollator(data)
     trl_collator = DataCollatorForPreference(tokenizer.pad_token_id, max_length, truncation)
-    for some in (
-        slice(None),
-        slice(0, 1),
-        slice(1, 3),
-    ):  # the width of a batch depends on what is in it
+    # the width of a batch depends on what is in it
+    for some in (slice(None), slice(0, 1), slice(1, 3)):
         batch, expected = padded(mine[some]), trl_collator(other[some])
         assert torch.equal(batch.input_ids, expected["input_ids"])
         assert batch.attention_mask is not None
@@ -133,9 +127,8 @@ def test_trl_tokens_are_those_its_trainer_trains_on(
         "num_attention_heads": 1,
     }
     config = AutoConfig.for_model("qwen2", vocab_size=400, num_key_value_heads=1, **sizes)
-    policy, reference = (
-        AutoModelForCausalLM.from_config(config) for _ in range(2)
-    )  # nothing here runs them
+    # nothing here runs them
+    policy, reference = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     trainer = trl_trainer(
         policy,
         tokenizer,

@@ -72,9 +72,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for vector in [p for p in model.parameters() if p.ndim < 2]:
-        vector.data += 0.1 * torch.randn_like(
-            vector
-        )  # norms of 1 and biases of 0 would hide what is done with them
+        # norms of 1 and biases of 0 would hide what is done with them
+        vector.data += 0.1 * torch.randn_like(vector)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 

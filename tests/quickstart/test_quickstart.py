@@ -142,9 +142,8 @@ def test_verify_and_export(
     capsys.readouterr()
     assert main(["verify", str(broken)]) == 1
     assert "is not what was written" in capsys.readouterr().out
-    assert (
-        main(["export", str(broken), str(tmp_path / "older")]) == DONE
-    )  # from the checkpoint before
+    # from the checkpoint before
+    assert main(["export", str(broken), str(tmp_path / "older")]) == DONE
     assert "Optimizer steps | 280" in (tmp_path / "older" / "README.md").read_text()
 
 
@@ -161,8 +160,7 @@ def test_debug_gives_the_same_losses(finished: tuple[Path, str]) -> None:
     ended = run_debug(settings, *words, cwd=ROOT)
     assert ended.codes == [STOPPED], ended.log
     values = {line["step"]: line for line in metric_lines(run_dir.parent / "debug")}
-    for line in metric_lines(run_dir)[
-        :5
-    ]:  # 40 steps; then learning sets in, and amplifies rounding beyond any bound
+    # 40 steps; then learning sets in, and amplifies rounding beyond any bound
+    for line in metric_lines(run_dir)[:5]:
         for name in ("loss", "eval_loss"):
             assert values[line["step"]].get(name, 0) == pytest.approx(line.get(name, 0), abs=1e-5)

@@ -112,9 +112,10 @@ def test_shown_tokens_are_those_of_a_batch(settings: dict[str, Any], tmp_path: P
 
 @pytest.mark.parametrize("settings", CUTS, ids=str)
 def test_lengths_and_cuts_are_counted(settings: dict[str, Any], tmp_path: Path) -> None:
+    # no ties when cut
     content = [
         {name: text.strip() for name, text in row.items()} for row in random_rows(40, longest=5)
-    ]  # no ties when cut
+    ]
     data = data_spec(train=str(write_jsonl(tmp_path / "train.jsonl", content)), **settings)
     (pairs,) = tokenized_pairs(data, "train", tokenizer(), tmp_path / "cache").sets
     uncut = pairs.uncut_lengths

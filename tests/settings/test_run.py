@@ -224,12 +224,8 @@ def test_workers_are_a_number_or_a_range(
 
 def test_a_warm_up_can_be_a_part_of_all_steps(tmp_path: Path) -> None:
     scheduler = tiny_spec(tmp_path, scheduler={"warmup_ratio": 0.1}).scheduler
-    assert [scheduler.warmup(steps) for steps in (1, 10, 11, 200)] == [
-        1,
-        1,
-        2,
-        20,
-    ]  # as transformers rounds
+    # as transformers rounds
+    assert [scheduler.warmup(steps) for steps in (1, 10, 11, 200)] == [1, 1, 2, 20]
     assert tiny_spec(tmp_path, scheduler={"warmup_steps": 5}).scheduler.warmup(200) == 5
 
 

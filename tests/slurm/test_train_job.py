@@ -51,9 +51,8 @@ def test_the_sbatch_command_of_the_docs_starts_the_driver(slurm: Slurm, tmp_path
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0")
     assert job.log_file == tmp_path / f"dpo-{job.number}.log"
     logs = {path.name: path.read_text() for path in (job.run_dir / "logs").iterdir()}
-    assert sorted(logs) == [
-        f"ray-{job.number}-0-{node}.log" for node in ("n1", "n2")
-    ]  # no token stays
+    # no token stays
+    assert sorted(logs) == [f"ray-{job.number}-0-{node}.log" for node in ("n1", "n2")]
     head, worker = (logs[name] for name in sorted(logs))
     assert "with 8 GPUs: start --num-cpus=64 --head" in head
     assert f"with 8 GPUs: start --num-cpus=64 --address={driver['RAY_ADDRESS']}" in worker

@@ -54,9 +54,8 @@ class Row:
     reward: float = math.nan  # the largest at the first step
     steps: float = math.nan  # of losses, from plain torch
     moved: float = math.nan  # by how much the loss moved meanwhile
-    weights: float = (
-        math.nan
-    )  # of trained weights, from plain torch, relative to how far they moved
+    # of trained weights, from plain torch, relative to how far they moved
+    weights: float = math.nan
     export: float = math.nan  # of logits, from the policy's
     refusal: str = ""
     crash: str = ""

@@ -158,9 +158,8 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
         for name, value in values.items()
         if isinstance(value, list) and len(value) == layers > 0
     }
-    lists = {
-        name: value for name, value in lists.items() if len(set(map(str, value))) < layers
-    }  # not layers' numbers
+    # not layers' numbers
+    lists = {name: value for name, value in lists.items() if len(set(map(str, value))) < layers}
     few = _layers_to_show(lists)
     small: dict[str, Any] = {}
     for name, value in values.items():
@@ -170,9 +169,8 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
             small[name] = [_element(name, value[index]) for index in few]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             small |= _by_rule(name, value, len(few) if lists else LAYERS)
-    if (
-        "kv_lora_rank" in small and "num_key_value_heads" in small
-    ):  # multi-head latent attention has no groups
+    # multi-head latent attention has no groups
+    if "kv_lora_rank" in small and "num_key_value_heads" in small:
         small["num_key_value_heads"] = HEADS
         small["head_dim"] = small.get("qk_rope_head_dim", 4)
     return small | OVERRIDES.get(config.model_type, {})

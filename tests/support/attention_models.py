@@ -51,9 +51,8 @@ def random_model(kind: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config_of(kind), dtype=dtype).train()
     with torch.no_grad():
-        for vector in [
-            p for p in model.parameters() if p.ndim < 2
-        ]:  # norms of 1 and biases of 0 would hide much
+        # norms of 1 and biases of 0 would hide much
+        for vector in [p for p in model.parameters() if p.ndim < 2]:
             vector += torch.linspace(-0.3, 0.3, vector.numel(), dtype=dtype)
     fuse(model)
     return model

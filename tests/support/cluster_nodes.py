@@ -99,9 +99,8 @@ class Nodes:
             *(f"{address} {name}" for name, address in self.address.items()),
         ]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
-        (self.folder / "resolv.conf").write_text(
-            ""
-        )  # a server that cannot be reached would stall gRPC
+        # a server that cannot be reached would stall gRPC
+        (self.folder / "resolv.conf").write_text("")
         try:
             words = [
                 "setpriv",
@@ -139,9 +138,8 @@ class Nodes:
         holder = self._holders.pop(name, None)
         if holder is None:
             return
-        if (
-            name != "ctl" and name in self._first
-        ):  # first: dying processes would still close their connections
+        # first: dying processes would still close their connections
+        if name != "ctl" and name in self._first:
             subprocess.run(
                 [*self._network("ctl"), "ip", "link", "delete", self._link(name)], check=True
             )

@@ -30,9 +30,8 @@ def covering(
     """
     draw = random.Random(seed)
     entries = [(part, value) for part, values in parts.items() for value in values]
-    missing = {
-        frozenset((a, b)): None for a, b in combinations(entries, 2) if a[0] != b[0]
-    }  # a dict: it has an order
+    # a dict: it has an order
+    missing = {frozenset((a, b)): None for a, b in combinations(entries, 2) if a[0] != b[0]}
     for row in begun:
         for pair in pairs_of(row):
             missing.pop(pair, None)

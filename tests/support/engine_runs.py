@@ -35,9 +35,8 @@ from orchestrator.training.evaluate import evaluate
 from orchestrator.world import World
 from support.tiny_parts import PAD, collator, data_spec, pair_rows, tiny_model, tokenizer
 
-CUT_ALL = str(
-    Path(__file__).parent / "zero3_shards_all.json"
-)  # else weights as small as these would not be cut at stage 3
+# else weights as small as these would not be cut at stage 3
+CUT_ALL = str(Path(__file__).parent / "zero3_shards_all.json")
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
@@ -56,9 +55,8 @@ class Case:
 
     engine: str = "ddp"
     pairs: int = 7  # of a global batch: neither 2 nor 3 ranks nor micro-batches of 2 divide it
-    model: dict[str, Any] = field(
-        default_factory=dict
-    )  # config of the model, whose head is tied to its embeddings
+    # config of the model, whose head is tied to its embeddings
+    model: dict[str, Any] = field(default_factory=dict)
     frozen: int = 0  # lowest layers, and the embeddings
     optimizer: dict[str, Any] = field(default_factory=lambda: ADAMW)
     scheduler: dict[str, Any] = field(default_factory=lambda: COSINE)

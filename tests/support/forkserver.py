@@ -53,9 +53,8 @@ def free_port() -> int:
     """A port of this machine on which nothing listens."""
     for port in NEXT_PORT:
         with socket.socket() as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # what an ended run leaves there is no matter
+            # what an ended run leaves there is no matter
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:

@@ -116,6 +116,5 @@ def _rank(pipe: Any, env: dict[str, str]) -> None:
             actual = False, run(world, *args)
         except BaseException:
             actual = True, traceback.format_exc()
-        pipe.send_bytes(
-            pickle.dumps(actual)
-        )  # by send, tensors would go through memory that ends with this process
+        # by send, tensors would go through memory that ends with this process
+        pipe.send_bytes(pickle.dumps(actual))

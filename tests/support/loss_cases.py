@@ -26,14 +26,8 @@ from support.trl_trainer import trl_tokens
 
 BETA, LR, STEPS, PAIRS, MAX_LENGTH = 0.3, 0.03, 3, 6, 40
 NO_RATE, NO_CLIPPING = 1e-30, 1e9
-WEIGHTS = (
-    0.5,
-    1.0,
-    0.5,
-    1.5,
-    1.0,
-    0.5,
-)  # of pairs; in TRL, each of them stands there twice as often
+# of pairs; in TRL, each of them stands there twice as often
+WEIGHTS = (0.5, 1.0, 0.5, 1.5, 1.0, 0.5)
 MARGINS = (0.4, -0.2, 0.0, 0.9, 0.1, 0.6)
 EXACT = 1e-9  # relative, of our fp64 and the computation here
 EXACT_EXPERTS = 1e-6  # transformers' router is in fp32 whatever the model
@@ -43,16 +37,11 @@ FP32 = 4e-6
 TRL_IS_NEAR = 1e-4  # how far TRL may be from the truth; what is further is another loss
 GRADIENT_FP32 = 5e-5  # of discopop with margins 3e-5: its tau makes 20 times as much of a rounding
 TRL_GRADIENT_IS_NEAR = 1e-3  # of ipo with forward_kl, whose parts cancel, 9e-5; of any other 1e-5
-LOGGED = (
-    *METRICS,
-    "grad_norm",
-    "epoch",
-)  # by both, of every step; and learning_rate, which is NO_RATE in the table
+# by both, of every step; and learning_rate, which is NO_RATE in the table
+LOGGED = (*METRICS, "grad_norm", "epoch")
 NOT_TRLS = ("cdpo", "simpo", "orpo")  # no losses of TRL's DPOTrainer
-NOT_WEIGHTED_BY_TRL = (
-    "hinge",
-    "sft",
-)  # it raises: an in-place product would change what the backward pass needs
+# it raises: an in-place product would change what the backward pass needs
+NOT_WEIGHTED_BY_TRL = ("hinge", "sft")
 # there of a micro-batch, here of the global batch: the same where that is all
 SPLIT_IN_TRL = ("sft", *OF_BATCH)
 TWINS: dict[str, LossType] = {  # a user's own losses, and those of TRL that they are
@@ -84,14 +73,14 @@ TABLE: dict[Kind, list[DpoSpec]] = {
     "plain": [
         *map(plain, get_args(LossType)),
         *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED),
-        *(
-            with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"
-        ),  # where it does not act
+        # where it does not act
+        *(with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"),
+        # refused
         *(
             with_option(name, use_weighting=True)
             for name in get_args(LossType)
             if name not in OF_BATCH
-        ),  # refused
+        ),
         *(with_option(name, f_divergence_type="forward_kl") for name in OF_SCORES),
         *(with_option(name, f_divergence_type="js_divergence") for name in OF_SCORES),
         *(with_option(name, f_divergence_type="alpha_divergence") for name in OF_SCORES),
@@ -108,9 +97,8 @@ TABLE: dict[Kind, list[DpoSpec]] = {
         dpo_spec(["aot", "hinge", "aot_unpaired"], loss_weights=[0.5, 0.2, 1], label_smoothing=0.1),
         dpo_spec(["hinge", "apo_zero"]),
         dpo_spec(["ipo", "apo_zero"], loss_weights=[1, 0.5], use_weighting=True, ld_alpha=0.4),
-        dpo_spec(
-            ["sigmoid", "exo_pair"], loss_weights=[0.5, 1], label_smoothing=0.1
-        ),  # which acts in the second alone
+        # which acts in the second alone
+        dpo_spec(["sigmoid", "exo_pair"], loss_weights=[0.5, 1], label_smoothing=0.1),
         dpo_spec(["robust", "sft"], label_smoothing=0.2, f_divergence_type="js_divergence"),
         *(dpo_spec(own) for own in TWINS),
         dpo_spec(LOGISTIC, use_weighting=True),
@@ -408,9 +396,8 @@ def true_metrics(case: Case, dpo: DpoSpec) -> dict[str, float]:
     """Return the metrics that are logged besides the loss and its gradient."""
     logps, ratios = log_ratios(case, dpo, case.policy.parts)
     (w, x), (r_w, r_x) = logps.chunk(2), (dpo.beta * ratios).chunk(2)
-    ones, entropy, logits, top1 = (
-        case.policy.sums.t().unflatten(1, (2, -1)).sum(2)
-    )  # of chosen and of rejected
+    # of chosen and of rejected
+    ones, entropy, logits, top1 = case.policy.sums.t().unflatten(1, (2, -1)).sum(2)
     fed = [len(row["prompt_ids"]) + len(row[side]) for side in SIDES for row in case.rows]
     values = {
         "rewards/chosen": r_w.mean(),

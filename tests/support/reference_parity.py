@@ -27,10 +27,8 @@ from support.training_parity import METRICS, Trace, kept_signals
 from support.trl_trainer import trl_trainer
 
 STEPS, PAIRS, BETA, MAX_LENGTH, LAYERS, SHARED = 10, 8, 0.1, 40, 4, 2
-LR, LORA_LR = (
-    2e-3,
-    1e-2,
-)  # losses fall from ln 2 to below 0.25, and still rounding grows to no more than TOLERANCE
+# losses fall from ln 2 to below 0.25, and still rounding grows to no more than TOLERANCE
+LR, LORA_LR = (2e-3, 1e-2)
 TOLERANCE = 2e-6  # of ours in fp32, besides TRL's own: 1.3e-6, of a gradient norm
 TRL_TOLERANCE = 5e-6  # of TRL's own arithmetic in fp32, measured against ours in fp64: 7e-7
 # int8 rounds each input to one of 255 values. Where two ways of computing it differ in the last bit

@@ -29,16 +29,10 @@ STRINGS: list[Row] = [
     {"prompt": "Say red", "chosen": " green", "rejected": " blue lamp"},
     {"prompt": "Say red ", "chosen": "green", "rejected": "blue"},  # " green" would be one token
     {"prompt": "two\n", "chosen": "\nlines", "rejected": "\nrivers\n"},
-    {
-        "prompt": "naïve 🙂",
-        "chosen": " ça va 🙂🙃",
-        "rejected": " 漢字",
-    },  # bytes without a merge of their own
-    {
-        "prompt": "ends already",
-        "chosen": " good<|im_end|>",
-        "rejected": " bad",
-    },  # EOS is not doubled
+    # bytes without a merge of their own
+    {"prompt": "naïve 🙂", "chosen": " ça va 🙂🙃", "rejected": " 漢字"},
+    # EOS is not doubled
+    {"prompt": "ends already", "chosen": " good<|im_end|>", "rejected": " bad"},
     {"prompt": "", "chosen": "green river", "rejected": "blue"},
 ]
 # Tokens that merge across the boundary: "gar" + "den", where the tokenizer has "garden" as one
@@ -68,19 +62,13 @@ CHATS: list[Row] = [
     },
 ]
 IMPLICIT_STRINGS: list[Row] = [
-    {
-        "chosen": "Say red: a good lamp",
-        "rejected": "Say red: bad chairs",
-    },  # a space precedes the difference
-    {
-        "chosen": "Say red: zzz",
-        "rejected": "Say red: qqq",
-    },  # and is a token of its own, as nothing merges with it
+    # a space precedes the difference
+    {"chosen": "Say red: a good lamp", "rejected": "Say red: bad chairs"},
+    # and is a token of its own, as nothing merges with it
+    {"chosen": "Say red: zzz", "rejected": "Say red: qqq"},
     {"chosen": "Say red: green", "rejected": "Say red: grey"},
-    {
-        "chosen": "Say red: green river",
-        "rejected": "Say red: green",
-    },  # rejected is a beginning of chosen
+    # rejected is a beginning of chosen
+    {"chosen": "Say red: green river", "rejected": "Say red: green"},
     {"chosen": "Say red", "rejected": "Say red stone"},
     {"chosen": "Say  two", "rejected": "Say  river"},  # two spaces: one of them moves
 ]

@@ -19,9 +19,8 @@ from orchestrator.training.worker import run
 from orchestrator.world import World
 from support.run_files import losses
 
-PRECISIONS = [
-    name for name in get_args(Precision) if name not in ("auto", "tf32")
-]  # no CPU has TF32
+# no CPU has TF32
+PRECISIONS = [name for name in get_args(Precision) if name not in ("auto", "tf32")]
 LOSS_NEEDS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.001}}
 """Settings that a loss cannot do without."""
 LORA: dict[str, dict[str, Any] | None] = {

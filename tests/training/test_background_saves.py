@@ -168,9 +168,8 @@ def test_an_error_in_the_background_is_raised_everywhere_at_the_next_save_or_the
             saves.save(4, [part(f"p{world.rank}", (3,), 0, 3)], META)
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            module, fails, full
-        )  # of write_atomically: not even the failure can be recorded
+        # of write_atomically: not even the failure can be recorded
+        patch.setattr(module, fails, full)
         results = on_ranks(ranks, work)
     for result in results:
         assert isinstance(result, SaveFailed)
@@ -197,9 +196,8 @@ def test_a_full_disk_of_one_rank_in_the_background_is_raised_on_all(
     with full_disk(50_000):
         results = on_ranks(3, work)
     assert all(isinstance(result, SaveFailed) for result in results), results
-    assert all(f"(rank {rank}: " in str(result) for result in results), (
-        results
-    )  # and not what follows from it
+    # and not what follows from it
+    assert all(f"(rank {rank}: " in str(result) for result in results), results
     assert newest_valid(tmp_path, ALONE) == (older, [])
     assert list(tmp_path.iterdir()) == [older]
 

@@ -120,6 +120,5 @@ def test_loss_and_gradient_are_those_of_the_sorted_global_batch(
     assert (sum(slopes for *_, slopes in by_rank) - expected[1]).norm() <= 1e-11 * expected[
         1
     ].norm()
-    assert values == [
-        len(micro_batches) for micro_batches in ranks
-    ]  # the reference runs in the first pass alone
+    # the reference runs in the first pass alone
+    assert values == [len(micro_batches) for micro_batches in ranks]

@@ -118,8 +118,7 @@ def test_a_checkpoint_under_deletion_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [saved(tmp_path, step) for step in (1, 2)]
-    monkeypatch.setattr(
-        module.shutil, "rmtree", lambda *_, **__: None
-    )  # killed right after the manifest went
+    # killed right after the manifest went
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)
     retain(tmp_path, 1)
     assert committed(tmp_path) == [folders[1]]

@@ -219,9 +219,8 @@ def test_the_random_state_comes_back_exactly(tmp_path: Path, before: int) -> Non
 
 
 def test_each_rank_has_its_own_random_state(tmp_path: Path) -> None:
-    folder = on_two_ranks(tmp_path)[
-        0
-    ]  # threads share the generators: what matters is that each rank's file is read
+    # threads share the generators: what matters is that each rank's file is read
+    folder = on_two_ranks(tmp_path)[0]
     states = [load_file(folder / f"rng_{rank:05d}.safetensors")["torch"] for rank in range(2)]
     for rank, state in enumerate(states):
         Reader(folder).restore_rng(World(rank, 2, rank, ALONE.device), seed=7)

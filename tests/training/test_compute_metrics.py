@@ -69,9 +69,8 @@ def pairs(folder: Path) -> Pairs:
 
 @pytest.fixture(scope="module")
 def engines() -> list[Any]:
-    return [
-        engine_runs.engine_of(engine_runs.Case(), ALONE) for _ in range(3)
-    ]  # a model runs one forward at a time
+    # a model runs one forward at a time
+    return [engine_runs.engine_of(engine_runs.Case(), ALONE) for _ in range(3)]
 
 
 def handed(

@@ -361,9 +361,8 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
         str(file.relative_to(tmp_path)): oct(stat.S_IMODE(file.stat().st_mode)) for file in files
     }
     assert {name: mode for name, mode in modes.items() if mode != "0o640"} == {}
-    assert (
-        sum(name.endswith(".safetensors") for name in modes) >= 4
-    )  # export, checkpoint, random state, model.init
+    # export, checkpoint, random state, model.init
+    assert sum(name.endswith(".safetensors") for name in modes) >= 4
 
 
 def test_the_config_is_exported_as_it_was_loaded(tmp_path: Path) -> None:
@@ -377,11 +376,8 @@ def test_the_config_is_exported_as_it_was_loaded(tmp_path: Path) -> None:
 
 def test_files_beside_the_base_weights_are_exported(tmp_path: Path) -> None:
     base = random_base(tmp_path / "base", config("llama"))
-    sampling = {
-        "do_sample": False,
-        "temperature": 0.6,
-        "max_new_tokens": 9,
-    }  # which transformers refuses to save anew
+    # which transformers refuses to save anew
+    sampling = {"do_sample": False, "temperature": 0.6, "max_new_tokens": 9}
     (base / "generation_config.json").write_text(json.dumps(sampling))
     (base / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
     several = AutoTokenizer.from_pretrained(base)

@@ -87,9 +87,8 @@ def test_a_stop_request_goes_to_the_process_that_owns_the_run(tmp_path: Path) ->
         assert run_dir.owner() == f"process {os.getpid()} on {os.uname().nodename}"
     assert run_dir.owner() is None
     with run_dir.owned():
-        assert (
-            not run_dir.stop.exists()
-        )  # was asked of another; what is asked from now on, data being read, is kept
+        # was asked of another; what is asked from now on, data being read, is kept
+        assert not run_dir.stop.exists()
 
 
 def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:

@@ -113,9 +113,8 @@ def test_known_log_probs_of_the_reference_give_the_same_losses(settings: Path, w
         settings, "run.name=known", "reference.kind=precomputed", cwd=settings.parent
     )
     assert "reference cache: 21 training pairs" in output
-    assert (
-        "reference cache: 7" not in output
-    )  # the first run has kept what it said of those that are evaluated
+    # the first run has kept what it said of those that are evaluated
+    assert "reference cache: 7" not in output
     curve = losses(settings.parent / "runs" / "known")
     assert curve == pytest.approx(losses(whole), abs=1e-5)
 

@@ -19,9 +19,8 @@ class Prompt(pdb.Pdb):
 
     def __init__(self) -> None:
         ConsoleCallback.give_way()  # first: a progress bar has replaced sys.stdout
-        super().__init__(
-            nosigint=True
-        )  # pdb's own handler would stay, and Ctrl-C could no longer stop the run
+        # pdb's own handler would stay, and Ctrl-C could no longer stop the run
+        super().__init__(nosigint=True)
 
     def cmdloop(self, intro: str | None = None) -> None:
         """Read and execute commands until one continues the program."""

@@ -200,10 +200,8 @@ def test_a_folder_must_be_shared_and_writable() -> None:
         ({"driver": (0, 0), "n1": (0.1, 0.01), "n2": (-2.9, 0.01)}, {}),
         ({"driver": (0, 0), "n1": (0.1, 0.01), "n2": (60, 0.01)}, {"n2": "+60.0 s"}),
         ({"driver": (0, 0), "n1": (-60, 0.01)}, {"n1": "-60.0 s"}),
-        (
-            {"driver": (0, 0), "n1": (60, 0.01), "n2": (61, 0.01)},
-            {"driver": "-60.0 s"},
-        ),  # the others are right
+        # the others are right
+        ({"driver": (0, 0), "n1": (60, 0.01), "n2": (61, 0.01)}, {"driver": "-60.0 s"}),
         ({"driver": (0, 0), "n1": (0, 0), "n2": (5, 4)}, {}),  # nobody knows: the answer came late
     ],
 )
@@ -360,9 +358,8 @@ def test_a_node_that_does_not_answer_is_a_line_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "START_S", 3.0)
-    monkeypatch.setattr(
-        os, "getloadavg", lambda: (0.0, 0.0, 0.0)
-    )  # waits are longer on a busy machine
+    # waits are longer on a busy machine
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     answers = this_process("n1")._replace(address="127.0.0.1")
     hangs = Node("n2", "127.0.0.2", 0, lambda *_: Future())
     checks = check_nodes(this_process("driver"), [answers, hangs], tiny_spec(tmp_path))

@@ -111,9 +111,8 @@ def test_a_dry_run_leaves_weights_and_runs_as_they_are(
         return forward_backward(trainer, built)
 
     monkeypatch.setattr(Trainer, "forward_backward", watched)
-    tried = dry_run(
-        tiny_spec(finished, optimizer={"lr": 1.0})
-    )  # with which that run could not go on
+    # with which that run could not go on
+    tried = dry_run(tiny_spec(finished, optimizer={"lr": 1.0}))
     ((now, then),) = seen
     assert all(torch.equal(now[name], value) for name, value in then.items())
     assert content(finished / "runs" / "tiny") == before
@@ -176,9 +175,8 @@ def test_debug_flags_without_effect_are_refused(
     finished: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     file = write_settings(finished)
-    assert (
-        cli.main(["debug", *words, str(file)]) == 2
-    )  # the file after the flags: a bare --profile leaves it alone
+    # the file after the flags: a bare --profile leaves it alone
+    assert cli.main(["debug", *words, str(file)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {expected.format(file=file)}")
 
 
@@ -265,9 +263,8 @@ def test_only_one_of_two_failing_ranks_gets_the_terminal(tmp_path: Path) -> None
             "import os, psutil; from torch.distributed.distributed_c10d import "
             "_get_default_store as store"
         )
-        child.sendline(
-            "while store().add('failure', 0) < 2: pass"
-        )  # the other one has failed as well
+        # the other one has failed as well
+        child.sendline("while store().add('failure', 0) < 2: pass")
         child.sendline("both = psutil.Process(os.getppid()).children()")
         child.sendline(
             "f'{len(both)} ranks, rank {rank}, gone {psutil.wait_procs(both, timeout=2)[0]}'"

@@ -90,9 +90,8 @@ def test_without_an_older_checkpoint_it_begins_at_the_start(
     run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replayed = replay(run_dir, 2, [f"data.cache_dir={tmp_path}"])
-    assert not list(
-        tmp_path.rglob("*.logps")
-    )  # nothing is added to what the run knows of its reference
+    # nothing is added to what the run knows of its reference
+    assert not list(tmp_path.rglob("*.logps"))
     check(run_dir, replayed)
     assert replayed.checkpoint is None
     assert (
@@ -135,9 +134,8 @@ def test_a_step_of_other_engines_and_references(tmp_path: Path, blocks: dict[str
     settings = write_settings(tmp_path, **{**STEPS, **blocks, "checkpoint": {"every_steps": 5}})
     finish_debug(settings, ranks=2)
     run_dir = RunDir(tmp_path / "runs" / "tiny")
-    output = finish_debug(
-        run_dir.path, "--replay-step", "8"
-    )  # after steps 6 and 7, between which the reference moves
+    # after steps 6 and 7, between which the reference moves
+    output = finish_debug(run_dir.path, "--replay-step", "8")
     line = logged(run_dir, 8)
     numbers = {words[0]: words for words in map(str.split, output.splitlines()[-2:])}
     assert float(numbers["loss"][1].strip(",")) == pytest.approx(line["loss"], abs=1e-6)
@@ -151,9 +149,8 @@ def test_replay_skips_the_steps_that_fp16_skipped(
     spec = tiny_spec(tmp_path, **STEPS, precision="fp16")
     debug(spec)
     run_dir = RunDir(spec.run_dir)
-    seen = [
-        Reader(folder).meta["pairs_seen"] // 8 for folder in committed(run_dir.checkpoints)
-    ]  # after 8, 6 and 3
+    # after 8, 6 and 3
+    seen = [Reader(folder).meta["pairs_seen"] // 8 for folder in committed(run_dir.checkpoints)]
     assert seen[0] - 8 > seen[1] - 6 > seen[2] - 3 > 0  # some were skipped in each part
     for step in (2, 8):
         check(run_dir, replay(run_dir, step))

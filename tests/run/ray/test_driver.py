@@ -269,9 +269,8 @@ def test_on_this_machine_the_fewest_must_fit(
         UserError, match=r"num_workers = \[3, 4\]: workers need 1 CPU each, .* 2 CPUs; set .*=2"
     ):
         capacity.check_local_size(elastic_spec(tmp_path, 3, 4))
-    monkeypatch.setattr(
-        capacity, "wait_for_capacity", lambda *_: 2
-    )  # and nobody else has any of it
+    # and nobody else has any of it
+    monkeypatch.setattr(capacity, "wait_for_capacity", lambda *_: 2)
     assert elastic.count_workers(elastic_spec(tmp_path, 1, 4), 0.0) == 2
 
 

@@ -140,9 +140,8 @@ def test_a_request_to_end_an_epoch_holds_for_that_epoch_only(tmp_path: Path, res
     handler = callbacks(tmp_path, Asking("should_epoch_stop", "should_log"))
     handler.fire("on_step_end")
     other = callbacks(tmp_path)
-    other.restore(
-        json.loads(json.dumps(handler.exported()))
-    )  # what was asked is not lost when the process dies
+    # what was asked is not lost when the process dies
+    other.restore(json.loads(json.dumps(handler.exported())))
     other.begin_epoch(resumed)
     assert other.take_requests() == [0, int(resumed), 0, 0, 1]
 
@@ -194,10 +193,8 @@ def test_arguments_that_a_run_changed_come_back_unless_the_user_changed_them_too
     resumed = Cooling(**settings_now)
     callbacks(tmp_path, resumed).restore(exported)
     assert (resumed.heat, resumed.steps) == (heat, 1)
-    of_before = {
-        **exported,
-        "callbacks": [entry[:2] for entry in exported["callbacks"]],
-    }  # an older checkpoint
+    # an older checkpoint
+    of_before = {**exported, "callbacks": [entry[:2] for entry in exported["callbacks"]]}
     older = Cooling(**settings_now)
     callbacks(tmp_path, older).restore(of_before)
     assert (older.heat, older.steps) == (settings_now["heat"], 1)

@@ -14,9 +14,8 @@ def begin(
     path: Path, step: int = 0, resumed: bool | None = None
 ) -> tuple[JsonlCallback, SimpleNamespace]:
     resumed = step > 0 if resumed is None else resumed
-    history = (
-        [{"step": step}] if resumed else []
-    )  # a resumed run has its history from the checkpoint
+    # a resumed run has its history from the checkpoint
+    history = [{"step": step}] if resumed else []
     callback, state = JsonlCallback(path), SimpleNamespace(global_step=step, log_history=history)
     callback.on_train_begin(None, state, None)
     return callback, state

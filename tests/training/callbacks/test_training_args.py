@@ -40,13 +40,8 @@ def test_arguments_have_all_that_transformers_trackers_read(tmp_path: Path) -> N
         and isinstance(node.value, ast.Name)
         and node.value.id == "args"
     }
-    of_searches = {
-        "process_index",
-        "world_size",
-        "local_rank",
-        "device",
-        "report_to",
-    }  # of hyperparameters
+    # of hyperparameters
+    of_searches = {"process_index", "world_size", "local_rank", "device", "report_to"}
     assert {"output_dir", "to_json_string", "to_sanitized_dict", "load_best_model_at_end"} <= read
     assert {name for name in read - of_searches if not hasattr(args, name)} == set()
     assert json.loads(args.to_json_string()) == json.loads(json.dumps(args.to_dict()))
