@@ -81,7 +81,7 @@ SYSTEMS = {
         "work/storage/run/checkpoint_*",
         "work/final/model.safetensors",
         {},
-        r"^\(PlacementGroupCleaner|Requesting resources|Attempting to start|Checkpoint successfully|Reporting training",
+        r"PlacementGroupCleaner|Requesting res|Attempting to start|Checkpoint succ|Reporting train",
     ),
     "trl": System(
         "TRL's DPOTrainer, torchrun in a shell loop",
