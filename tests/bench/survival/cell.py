@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -198,9 +198,13 @@ def measured(
     steps = [e["step"] for e in seen if e["kind"] == "done"]
     at = max((e["time"] for e in seen if e["kind"] in ("fault", "killed")), default=None)
     after = [e for e in seen if at is not None and e["time"] > at]
-    new = (e["time"] for e in after if e["kind"] == "done" and e["step"] >= fault.new_step)
+    # the first step that nobody had taken; a preempted run may take some before it ends
+    again = max((e["time"] for e in after if e["kind"] == "start" and e["rank"] == 0), default=0.0)
+    taken = [e["step"] for e in seen if e["kind"] == "done" and e["time"] < again]
+    first = max([fault.new_step, *(step + 1 for step in taken)])
+    new = (e for e in after if e["time"] > again and e["kind"] == "done" and e["step"] >= first)
+    known = next((e["time"] for e in new), None)
     restarted = (e["time"] for e in after if e["kind"] in ("alive", "start"))
-    known = next(new, None)
     weights = folder / system.weights
     digest, finite = weights_of(weights) if weights.exists() else (None, False)
     return {
@@ -212,7 +216,7 @@ def measured(
         "finite": finite,
         "damaged": next((e["file"] for e in seen if e["kind"] == "damaged"), None),
         "answer": answer(system, log, at, next(restarted, known)),
-        "last_line": log[-1][1] if log else "",
+        "last_line": next(speaking(system, (line for _, line in reversed(log))), ""),
     }
 
 
@@ -223,7 +227,12 @@ def answer(
     if at is None:
         return ""
     lines = [line for when, line in log if at <= when <= (until or when)]
-    return next((line for line in reversed(lines) if not re.search(system.progress, line)), "")
+    return next(speaking(system, reversed(lines)), "")
+
+
+def speaking(system: System, lines: Iterable[str]) -> Iterator[str]:
+    """Leave out lines of progress."""
+    return (line for line in lines if not re.search(system.progress, line))
 
 
 def weights_of(path: Path) -> tuple[str, bool]:

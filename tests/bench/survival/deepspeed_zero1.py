@@ -2,7 +2,8 @@
 
 https://www.deepspeed.ai/getting-started/#model-checkpointing and
 https://docs.pytorch.org/docs/stable/elastic/train_script.html: load the newest checkpoint at the
-start, save at intervals.
+start, save at intervals. The time-out holds for the default group only: DeepSpeed creates its own
+groups (deepspeed/comm/torch.py: new_group) without one, which leaves them torch's 30 minutes.
 """
 
 import os

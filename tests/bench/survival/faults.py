@@ -8,6 +8,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import resource
 import signal
 import time
@@ -65,6 +66,10 @@ def events(cell: Path) -> list[dict[str, Any]]:
     with suppress(FileNotFoundError):
         return [json.loads(line) for line in (cell / "events.jsonl").read_text().splitlines()]
     return []
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 class Injector:
@@ -130,11 +135,9 @@ class Injector:
         resource.setrlimit(resource.RLIMIT_FSIZE, (CUT_AT, hard))
 
     def damage(self) -> None:
-        newest = max(
-            self.cell.glob(self.plan["checkpoints"]), key=lambda path: path.stat().st_mtime
-        )
-        files = [path for path in newest.rglob("*") if path.is_file()]
-        largest = max(files, key=lambda path: path.stat().st_size)
+        saved = [path for path in self.cell.glob(self.plan["checkpoints"]) if _files(path)]
+        newest = max(saved, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+        largest = max(_files(newest), key=lambda path: path.stat().st_size)
         os.truncate(largest, largest.stat().st_size // 2)
         note("damaged", file=str(largest.relative_to(self.cell)))
         self.kill_all()

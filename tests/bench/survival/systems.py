@@ -22,7 +22,7 @@ class System(NamedTuple):
     checkpoints: str  # glob of their folders
     weights: str  # of the finished model
     environment: dict[str, str] = {}  # beside cell.SAME_FOR_ALL
-    progress: str = r"^step \d|^saved after|^\{'loss'|it/s\]"  # lines that do not speak of a fault
+    progress: str = r"^step \d|^saved after|^\{'|it/s\]"  # lines that do not speak of a fault
 
 
 def our_settings(cell: Path) -> str:
@@ -81,7 +81,7 @@ SYSTEMS = {
         "work/storage/run/checkpoint_*",
         "work/final/model.safetensors",
         {},
-        r"PlacementGroupCleaner|Requesting res|Attempting to start|Checkpoint succ|Reporting train",
+        r"PlacementGroupCleaner|Setting up process|Requesting|Attempting|Checkpoint s|Reporting",
     ),
     "trl": System(
         "TRL's DPOTrainer, torchrun in a shell loop",
