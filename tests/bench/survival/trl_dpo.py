@@ -7,6 +7,7 @@ transformers offers for preemption: https://huggingface.co/docs/transformers/mai
 """
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from faults import CELL, Injector
 injector = Injector(int(os.environ["RANK"]))
 
 import task  # noqa: E402
+import torch  # noqa: E402
 from datasets import load_dataset  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
@@ -41,6 +43,9 @@ class Trainer(DPOTrainer):
         return loss * injector.factor
 
 
+# transformers passes ddp_timeout on with GPUs only; accelerate uses the group that it finds
+timeout = timedelta(seconds=task.collective_timeout_s())
+torch.distributed.init_process_group("gloo", timeout=timeout)
 work = Path(os.environ[CELL], "work")
 args = DPOConfig(
     output_dir=str(work / "out"),
@@ -53,7 +58,7 @@ args = DPOConfig(
     save_total_limit=task.KEEP,
     enable_jit_checkpoint=True,
     logging_steps=1,
-    ddp_timeout=task.collective_timeout_s(),
+    ddp_timeout=int(timeout.total_seconds()),
     use_cpu=True,
     bf16=False,
     gradient_checkpointing=False,
