@@ -11,7 +11,7 @@ from orchestrator.training.trainer import Trainer
 
 note("alive")
 ranks: list[Injector] = []  # the one of this process, from its first step on
-micro_steps = Trainer.micro_steps
+forward_backward = Trainer.forward_backward
 
 
 def loss(terms: Any, dpo: Any) -> torch.Tensor:
@@ -25,9 +25,9 @@ def loss(terms: Any, dpo: Any) -> torch.Tensor:
 def with_faults(trainer: Any, *args: Any) -> Any:
     """Callbacks run on rank 0 only; this runs on every rank."""
     if not ranks:
-        ranks.append(Injector(trainer.world.rank))
-    ranks[0].begin(trainer.step + 1)
-    return micro_steps(trainer, *args)
+        ranks.append(Injector(trainer.context.world.rank))
+    ranks[0].begin(trainer.progress.step + 1)
+    return forward_backward(trainer, *args)
 
 
 class Steps(TrainerCallback):
@@ -37,4 +37,4 @@ class Steps(TrainerCallback):
         ranks[0].done(state.global_step)
 
 
-Trainer.micro_steps = with_faults
+Trainer.forward_backward = with_faults
