@@ -29,7 +29,7 @@ from typing import Any
 
 import cell
 import task
-from faults import FAULTS
+from injector import FAULTS
 from systems import SYSTEMS
 
 Results = dict[str, dict[str, list[dict[str, Any]]]]

@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import faults
+import injector
 import psutil
 import task
 import torch
-from faults import Fault
+from injector import Fault
 from safetensors.torch import load_file
 from systems import HERE, System
 
@@ -53,7 +53,7 @@ def run(system: System, name: str, folder: Path, bound_s: float) -> dict[str, An
 
     bound_s: seconds without any event of the run after which it is ended.
     """
-    fault = faults.FAULTS[name]
+    fault = injector.FAULTS[name]
     (folder / "work").mkdir(parents=True)
     plan = {"fault": name, "checkpoints": system.checkpoints}
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -107,11 +107,11 @@ class Attempts:
         return {"exit_codes": self.codes, "ended_because": why}
 
     def _is_finished(self) -> bool:
-        steps = [e["step"] for e in faults.events(self.folder) if e["kind"] == "done"]
+        steps = [e["step"] for e in injector.events(self.folder) if e["kind"] == "done"]
         return max(steps, default=0) >= task.STEPS
 
     def _was_preempted(self) -> bool:
-        seen = faults.events(self.folder)
+        seen = injector.events(self.folder)
         return self.fault.action == "preempt" and any(e["kind"] == "fault" for e in seen)
 
     def _one(self) -> tuple[int | None, str]:
@@ -123,7 +123,7 @@ class Attempts:
                 **inherited,
                 **SAME_FOR_ALL,
                 **self.system.environment,
-                faults.CELL: str(self.folder),
+                injector.CELL: str(self.folder),
                 # DeepSpeed compiles an operation once, in its undisturbed run
                 "TORCH_EXTENSIONS_DIR": os.environ[task.TASK] + "/extensions",
             },
@@ -162,7 +162,7 @@ class Attempts:
             if time.monotonic() - moved > self.bound_s:
                 return None, f"no sign of life for {self.bound_s:.0f} s"
             if first and self._was_preempted():
-                seen = [e["time"] for e in faults.events(self.folder) if e["kind"] == "fault"]
+                seen = [e["time"] for e in injector.events(self.folder) if e["kind"] == "fault"]
                 if time.time() - max(began, *seen) > GRACE_S:
                     return None, ""  # the SIGKILL of a preemption
             time.sleep(POLL_S)
@@ -194,7 +194,7 @@ def measured(
     system: System, fault: Fault, folder: Path, log: list[tuple[float, str]]
 ) -> dict[str, Any]:
     """Return the measures of an ended run."""
-    seen = faults.events(folder)
+    seen = injector.events(folder)
     steps = [e["step"] for e in seen if e["kind"] == "done"]
     at = max((e["time"] for e in seen if e["kind"] in ("fault", "killed")), default=None)
     after = [e for e in seen if at is not None and e["time"] > at]

@@ -10,7 +10,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
-from faults import CELL, Injector
+from injector import CELL, Injector
 
 rank = int(os.environ["RANK"])
 injector = Injector(rank)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from faults import Injector, note
+from injector import Injector, note
 from transformers import TrainerCallback
 
 from orchestrator.training.trainer import Trainer

@@ -14,7 +14,7 @@ from typing import Any
 def train_loop(_: dict[str, Any]) -> None:
     """One rank."""
     import ray.train
-    from faults import CELL, Injector
+    from injector import CELL, Injector
 
     rank = ray.train.get_context().get_world_rank()
     injector = Injector(rank)
@@ -62,7 +62,7 @@ def main() -> None:
     """The driver."""
     import ray
     import task
-    from faults import CELL
+    from injector import CELL
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from faults import CELL, Injector
+from injector import CELL, Injector
 
 injector = Injector(int(os.environ["RANK"]))
 
