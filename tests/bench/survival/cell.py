@@ -20,7 +20,7 @@ import injector
 import psutil
 import task
 import torch
-from injector import Fault
+from injector import Fault, free_disk
 from safetensors.torch import load_file
 from systems import HERE, System
 
@@ -116,6 +116,7 @@ class Attempts:
 
     def _one(self) -> tuple[int | None, str]:
         """Run the command once; return its exit code, and why it was ended, if it was."""
+        free_disk(self.folder)
         inherited = {key: os.environ[key] for key in os.environ if key not in NOT_INHERITED}
         launcher = subprocess.Popen(
             self.system.command(self.folder),

@@ -24,6 +24,7 @@ PACE_S, SLOW = 1.0, 3
 # Bytes of a file in the killed save: less than half of any system's files of weights and state,
 # more than anything else that a rank writes
 CUT_AT = 96 * 2**10
+BALLAST = "work/ballast"  # the file of a cell that fills its disk
 
 
 class Fault(NamedTuple):
@@ -68,6 +69,13 @@ def events(cell: Path) -> list[dict[str, Any]]:
     return []
 
 
+def free_disk(cell: Path) -> None:
+    """Make room again: the disk is full for one save only, so this is called before each attempt,
+    when ranks start again, and after the next step.
+    """
+    (cell / BALLAST).unlink(missing_ok=True)
+
+
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -81,14 +89,15 @@ class Injector:
         self.fault = FAULTS[self.plan["fault"]]
         self.fired = self.cell / "fired"
         self.slows = self.fault.action == "preempt" and not self.fired.exists()
-        self._free_disk()  # the disk was full for one save only
+        if rank == 0:
+            free_disk(self.cell)
         note("start", rank=rank)
 
     def begin(self, step: int) -> None:
         """Make the fault happen if it is due before this step, counted from 1."""
         self.factor = 1.0
-        if step == self.fault.step + 2:
-            self._free_disk()
+        if step == self.fault.step + 2 and self.rank == 0:
+            free_disk(self.cell)
         if self._is_slow(step):
             time.sleep(PACE_S)
         if not self.fault.action or (step, self.rank) != (self.fault.step, self.fault.rank):
@@ -143,15 +152,11 @@ class Injector:
         self.kill_all()
 
     def fill_disk(self) -> None:
-        with suppress(OSError), open(self.cell / "work" / "ballast", "wb", buffering=0) as file:
+        with suppress(OSError), open(self.cell / BALLAST, "wb", buffering=0) as file:
             for size in (2**20, 2**12, 1):
                 with suppress(OSError):
                     while file.write(bytes(size)):
                         pass
-
-    def _free_disk(self) -> None:
-        if self.rank == 0:
-            (self.cell / "work" / "ballast").unlink(missing_ok=True)
 
     def preempt(self) -> None:
         os.kill(int((self.cell / "launcher.pid").read_text()), signal.SIGTERM)
