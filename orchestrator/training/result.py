@@ -1,5 +1,5 @@
-"""Read RUN_DIR/result.json, which training/worker.py writes at the end of a run (finished, stopped)
-and run/ray/worker.py after an error (refused, failed).
+"""The result of a run, and RUN_DIR/result.json: training/worker.py writes it at the end of a run
+(finished, stopped), run/ray/worker.py after an error (refused, failed).
 """
 
 import json
@@ -9,6 +9,18 @@ from datetime import datetime
 from pathlib import Path
 
 from orchestrator.training.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The result of the training loop, before the export."""
+
+    status: str  # finished | stopped
+    reason: str
+    step: int
+    checkpoint: Path
+    best_step: int | None  # by evaluation.metric_for_best
+    best_metric: float | None
 
 
 @dataclass(frozen=True)

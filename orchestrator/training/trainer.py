@@ -4,7 +4,6 @@ import logging
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from orchestrator.training.manifest import step_folder
 from orchestrator.training.progress import Progress
 from orchestrator.training.reference_cache import cached_on_all_ranks
 from orchestrator.training.reporter import Reporter
+from orchestrator.training.result import FitResult
 from orchestrator.training.rng import RngState, rng_state, set_rng_state
 from orchestrator.training.start_check import Tolerance, check_start
 
@@ -41,18 +41,6 @@ Outputs = list[tuple[PairBatch, StepOutput]]
 """The micro-batches of a step on this rank, on the host, with their outputs."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class FitResult:
-    """The result of `fit`."""
-
-    status: str  # finished | stopped
-    reason: str
-    step: int
-    checkpoint: Path
-    best_step: int | None  # by evaluation.metric_for_best
-    best_metric: float | None
 
 
 @dataclass

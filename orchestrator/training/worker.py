@@ -14,11 +14,10 @@ from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.prepare import PreparedRun, prepare, quiet
-from orchestrator.training.result import RunResult
+from orchestrator.training.result import FitResult, RunResult
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.samples import answered_samples
 from orchestrator.training.session import Session
-from orchestrator.training.trainer import FitResult
 from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.world import World
 

@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from orchestrator.data.collate import Counts
 from orchestrator.settings.load import make_spec
 from orchestrator.training import assemble, worker
+from orchestrator.training.result import FitResult
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.session import LocalSession
-from orchestrator.training.trainer import FitResult, Trainer
+from orchestrator.training.trainer import Trainer
 from orchestrator.world import World
 
 MODEL = {
