@@ -62,7 +62,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is rank zero, which reports."""
+        """Return whether this is rank 0, which reports."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ class World:
         return values
 
     def collect(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Return every rank's tensor (all of one shape) in rank order on rank zero, and an empty
+        """Return every rank's tensor (all of one shape) in rank order on rank 0, and an empty
         list elsewhere.
         """
         if self.size == 1:

@@ -29,7 +29,7 @@ class CustomLoggingCallback(TrainerCallback):
             print(f"Step {state.global_step}: {logs}")
 
 class Asks(TrainerCallback):
-    """Asks for what the schedule would not do, on rank zero alone, as every callback is."""
+    """Asks for what the schedule would not do, on rank 0 alone, as every callback is."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = state.global_step == 2

@@ -64,7 +64,7 @@ class EvaluationSpec(Block):
     """Pairs per batch of logits or batch_eval_metrics; batch.micro_batch_size when not set, else 1.
     """
     samples: NonNegative = Field(0, json_schema_extra=FREE)
-    """Prompts of the first evaluation set for which rank zero generates answers at the end of the
+    """Prompts of the first evaluation set for which rank 0 generates answers at the end of the
     run, with the model before and after training, each whole on one device: greedily, 64 tokens at
     most.
     """

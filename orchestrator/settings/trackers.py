@@ -38,7 +38,7 @@ class WandbSpec(Block):
     mode: Literal["auto", "online", "offline", "disabled"] = Field("auto", json_schema_extra=FREE)
     """auto: online if a key is found, else offline files in RUN_DIR/wandb."""
     key_file: str | None = Field(None, json_schema_extra=FREE)
-    """File with the API key, readable only by you (chmod 600), on the node of rank zero; when not
+    """File with the API key, readable only by you (chmod 600), on the node of rank 0; when not
     set, W&B looks for a key in WANDB_API_KEY and in ~/.netrc.
     """
 

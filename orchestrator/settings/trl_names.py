@@ -183,7 +183,7 @@ _REASONS = {
         "hub_token",
     ),
     "num_tokens is always logged": ("include_num_input_tokens_seen",),
-    "rank zero writes one log, with a line every training.logging_steps steps": (
+    "rank 0 writes one log, with a line every training.logging_steps steps": (
         "log_level",
         "log_level_replica",
         "log_on_each_node",

@@ -77,10 +77,10 @@ class EngineRun(NamedTuple):
     losses: list[float]  # of the global batch, before each step
     norms: list[float]
     rates: list[float]
-    weights: dict[str, torch.Tensor]  # at the end, whole; on rank zero alone
+    weights: dict[str, torch.Tensor]  # at the end, whole; on rank 0 alone
     state: dict[
         str, dict[str, torch.Tensor]
-    ] = {}  # of the optimizer, by parameter, whole; on rank zero alone
+    ] = {}  # of the optimizer, by parameter, whole; on rank 0 alone
 
 
 def pair_step(case: Case, seed: int = 0) -> PairStep:

@@ -30,7 +30,7 @@ FORKS.set_forkserver_preload(
     ]
 )
 # Below the ports that a system deals out, and a range for each process of the tests: between the
-# moment in which a port is found free and the one in which rank zero listens there, nothing that
+# moment in which a port is found free and the one in which rank 0 listens there, nothing that
 # other tests start can take it.
 FIRST_PORT, PORTS = (
     20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),

@@ -139,7 +139,7 @@ def test_parts_stay_when_checkpoints_go(run_dir: RunDir, ranks: int, in_backgrou
             save(saves, step - 1, step, in_background)
             saves.wait()
             values.append(steps(run_dir) if world.is_main else [])
-            world.gather(None)  # nobody saves while rank zero looks
+            world.gather(None)  # nobody saves while rank 0 looks
         return values
 
     assert on_ranks(ranks, work)[0] == [list(range(1, step + 1)) for step in range(1, 8)]
