@@ -14,11 +14,13 @@ from orchestrator.cli import LAUNCHERS
 from orchestrator.data.sources import check_rows
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
+from orchestrator.settings.loss import LOSS_TRAITS
 from orchestrator.settings.markdown import page
 from support.repository import ROOT
 from support.tiny_settings import random_rows, tiny_spec, write_jsonl, write_settings
 
-PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT_PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```\n", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)#?([^)\s]*)\)")
 PATH = re.compile(r"\b(?:configs|docs|launch|orchestrator|slurm|tests)/[\w/.-]*\w")
@@ -111,3 +113,10 @@ def test_errors_are_shown_as_they_are_printed(tmp_path: Path) -> None:
     with pytest.raises(UserError) as row:
         check_rows(tiny_spec(tmp_path, data={"train": str(pairs)}).data, "train")
     assert f"error: {row.value}".replace(str(pairs), "/shared/data/train.jsonl") in shown
+
+
+@pytest.mark.parametrize("loss", LOSS_TRAITS)
+def test_the_page_of_losses_has_each_loss_and_its_own_settings(loss: str) -> None:
+    lines = (ROOT / "docs" / "losses.md").read_text().splitlines()
+    [row] = [line for line in lines if line.startswith("|") and f"`{loss}`" in line.split("|")[1]]
+    assert [name for name in LOSS_TRAITS[loss].own_settings if f"`{name}`" not in row] == []

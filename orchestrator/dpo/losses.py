@@ -4,7 +4,7 @@ Legend: B pairs. Everything is fp64: there are only a few numbers per pair, and 
 matter. In equations r_w and r_l are the log-ratios log(policy / reference) of chosen and rejected,
 s_w and s_l their scores (see `scores`; equal to the log-ratios with
 dpo.f_divergence_type=reverse_kl), b is dpo.beta, e is dpo.label_smoothing and |y| the number of
-completion tokens.
+completion tokens; other letters are settings of one loss, in its `own_settings`.
 """
 
 import math

@@ -12,7 +12,7 @@ from orchestrator.settings.data import DataSpec
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.model import ModelSpec
 
-# TRL's names; the last three are not among its DPO losses
+# TRL's names; from cdpo on, losses that its DPOTrainer does not have
 LossType = Literal[
     "sigmoid",
     "hinge",
@@ -43,7 +43,7 @@ class LossTraits:
     uses_smoothing: bool = False
     """Uses dpo.label_smoothing."""
     takes_margin: bool = False
-    """Uses data.margin_column: it is a loss over the difference of a pair's rewards."""
+    """Uses data.margin_column, which is subtracted from the difference of a pair's rewards."""
     takes_divergence: bool = False
     """Supports dpo.f_divergence_type. It uses the difference of a pair's scores, in which an
     unknown term that depends only on the prompt cancels; sft uses no scores.
@@ -106,8 +106,8 @@ class DpoSpec(Block):
     loss_type: str | list[str] = "sigmoid"
     """Loss, or list of losses to add: sigmoid is DPO (Rafailov et al. 2023, eq. 7), [sigmoid, sft]
     is RPO. The functions with these names in orchestrator/dpo/losses.py cite papers and equations.
-    Your own loss as module:attr: a function (terms: PairTerms, dpo: DpoSpec) -> [B], with the types
-    of that file.
+    docs/losses.md lists the names. Your own loss as module:attr: a function (terms: PairTerms, dpo:
+    DpoSpec) -> [B], with the types of that file.
     """
     loss_weights: list[float] | None = None
     """Factor of each loss, in the order of loss_type; 1 each when not set. Dimensionless."""

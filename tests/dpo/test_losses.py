@@ -12,6 +12,7 @@ import torch
 from orchestrator.data.collate import Counts
 from orchestrator.dpo.losses import BATCH_LOSSES, LOSSES, PairTerms, pair_losses, rewards
 from orchestrator.settings.loss import (
+    LOSS_TRAITS,
     OF_BATCH,
     OF_SCORES,
     SMOOTHED,
@@ -283,9 +284,10 @@ def test_a_margin_is_what_the_chosen_is_to_win_by_in_rewards(name: LossType) -> 
     if name not in WITH_MARGIN:
         assert torch.equal(values, LOSSES[name](terms, dpo))
         return
-    per_token = terms.chosen_tokens if name in ("sigmoid_norm", "simpo") else 1
+    per_token = terms.chosen_tokens if LOSS_TRAITS[name].beta_is_per_token else 1
     lower = terms._replace(chosen_logps=terms.chosen_logps - margins / 0.3 * per_token)
-    assert torch.allclose(values, LOSSES[name](lower, dpo), rtol=1e-13)
+    is_shift = torch.allclose(values, LOSSES[name](lower, dpo), rtol=1e-13)
+    assert is_shift, f"{name}: the margin is not a shift of the chosen reward"
 
 
 # --- numerical extremes ---------------------------------------------------------------------------

@@ -23,6 +23,24 @@ def test_every_name_has_traits(names: Any, table: dict[str, Any]) -> None:
     assert tuple(table) == get_args(names)
 
 
+SHARED = {
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "use_weighting",
+    "router_aux_loss_coef",
+}
+"""Settings of the block dpo that several losses use; every other one belongs to a loss."""
+
+
+def test_every_setting_of_a_loss_has_an_owner() -> None:
+    assert DpoSpec.model_fields.keys() == SHARED | set(USERS_LOSS.own_settings)
+
+
 def test_settings_of_one_kind_are_settings_of_its_block() -> None:
     owned = [name for traits in ENGINE_TRAITS.values() for name in traits.own_settings]
     assert set(owned) <= EngineSpec.model_fields.keys()

@@ -73,9 +73,9 @@ TABLE: dict[Kind, list[DpoSpec]] = {
     "plain": [
         *map(plain, get_args(LossType)),
         *(dpo_spec(name, label_smoothing=0.1) for name in SMOOTHED),
-        # where it does not act
+        # not sft, which ld_alpha does not change
         *(with_option(name, ld_alpha=0.4) for name in get_args(LossType) if name != "sft"),
-        # refused
+        # not losses of the batch, which refuse it
         *(
             with_option(name, use_weighting=True)
             for name in get_args(LossType)
