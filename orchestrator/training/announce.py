@@ -21,7 +21,7 @@ from orchestrator.settings.precision import PRECISION_TRAITS, Precision
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.compute_metrics import UserMetrics, bytes_together
 from orchestrator.training.context import RunContext
-from orchestrator.training.prepare import PreparedRun
+from orchestrator.training.prepare import PreparedRun, named_sets
 from orchestrator.world import World
 
 
@@ -30,7 +30,7 @@ def print_run(
 ) -> None:
     """Print the data, the ranks, the length of the run and notes on its settings."""
     spec, world = context.spec, context.world
-    for name, pairs in prepared.named():
+    for name, pairs in named_sets(prepared.train, prepared.eval):
         _print_set(spec, prepared, name, pairs)
     for line in repeat_lines(prepared.train, prepared.eval):
         print(line, flush=True)

@@ -1,6 +1,5 @@
 """Build the loaders of the training and evaluation sets on this rank."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from orchestrator.data.order import Order, PairCost, Share, epoch_order, fed_len
 from orchestrator.data.pairs import Pairs
 from orchestrator.settings.model import AttentionName
 from orchestrator.training.context import RunContext
-from orchestrator.training.prepare import PreparedRun, evaluation_named, pad_id
+from orchestrator.training.prepare import PreparedRun, pad_id
 
 # tokens of a packed row on a CPU: shorter rows have more overhead, longer ones exceed its caches
 CPU_ROW = 1024
@@ -22,12 +21,6 @@ class Loaders(NamedTuple):
 
     train: Loader
     eval: dict[str, Loader]  # by the name of the evaluation set
-
-    def named(self) -> Iterator[tuple[str, Loader]]:
-        """Yield each loader with the name of its set in printed lines."""
-        yield "training", self.train
-        for name, loader in self.eval.items():
-            yield evaluation_named(name), loader
 
 
 def our_collator(

@@ -4,9 +4,9 @@ data, user code.
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -37,6 +37,8 @@ from orchestrator.user_code import user_attribute
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OfSet = TypeVar("OfSet")
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -54,12 +56,6 @@ class PreparedRun(Parts):
 
     train: Pairs
     eval: dict[str, Pairs]  # by the name of the evaluation set
-
-    def named(self) -> Iterator[tuple[str, Pairs]]:
-        """Yield each set with its name in printed lines."""
-        yield "training", self.train
-        for name, pairs in self.eval.items():
-            yield evaluation_named(name), pairs
 
 
 def prepare(spec: RunSpec, user: UserObjects = NOTHING) -> PreparedRun:
@@ -191,9 +187,11 @@ def _user_collator(
     )
 
 
-def evaluation_named(name: str) -> str:
-    """Return the name of an evaluation set in printed lines. name: may be empty."""
-    return f"{name} evaluation" if name else "evaluation"
+def named_sets(train: OfSet, evaluation: Mapping[str, OfSet]) -> Iterator[tuple[str, OfSet]]:
+    """Yield what belongs to each set with the name of the set in printed lines."""
+    yield "training", train
+    for name, each in evaluation.items():
+        yield f"{name} evaluation" if name else "evaluation", each
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase", config: Any) -> int:

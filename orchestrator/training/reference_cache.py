@@ -15,6 +15,7 @@ from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.context import RunContext
 from orchestrator.training.loaders import Loaders
+from orchestrator.training.prepare import named_sets
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def fill_caches(context: RunContext, engine: Engine, loaders: Loaders) -> None:
     """
     spec, world = context.spec, context.world
     beat = partial(context.session.heartbeat, 0, "reference cache")
-    for name, loader in loaders.named():
+    for name, loader in named_sets(loaders.train, loaders.eval):
         if loader.cache is None:
             continue
         pairs, seconds = fill_cache(engine, loader, world, beat)
