@@ -12,6 +12,7 @@ from support.refusals import (
     Run,
     UserInput,
     assert_refused,
+    assert_refused_before_begin,
     case,
     command,
     run_in_process,
@@ -199,9 +200,7 @@ def test_wrong_data_are_refused(
     user_input: UserInput, refusal: Refusal, tmp_path: Path, models: Path, run_here: Run
 ) -> None:
     code, _, stderr = run_here(*command(tmp_path, user_input, models))
-    assert_refused(code, stderr.replace(f"{tmp_path}/", ""), refusal)
-    begun = (tmp_path / "runs" / "tiny" / "config.yaml").exists()
-    assert user_input.late or not begun, "refused only after the run began"
+    assert_refused_before_begin(tmp_path, user_input, code, stderr, refusal)
 
 
 def test_a_process_refuses_a_wrong_row_with_code_2_and_one_line(tmp_path: Path) -> None:

@@ -88,6 +88,15 @@ def assert_refused(code: int, stderr: str, refusal: Refusal) -> None:
     assert refusal.fix in line.partition("; ")[2], line
 
 
+def assert_refused_before_begin(
+    folder: Path, user_input: UserInput, code: int, stderr: str, refusal: Refusal
+) -> None:
+    """Check a refusal, whose line may name files in `folder`, and that no run has begun there."""
+    assert_refused(code, stderr.replace(f"{folder}/", ""), refusal)
+    begun = (folder / "runs" / "tiny" / "config.yaml").exists()
+    assert user_input.late or not begun, "refused only after the run began"
+
+
 def assert_nothing_runs(mark: str) -> None:
     """Check that no process that inherited the mark is alive; Ray's daemons get time to end."""
     marked, deadline = f"{MARK}={mark}".encode(), time.monotonic() + scaled_timeout(10)
