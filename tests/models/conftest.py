@@ -1,10 +1,11 @@
 """Fixtures of the tests in this folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.settings.run import RunSpec
 from support.references import SIZES
@@ -29,3 +30,13 @@ def spec_of(tmp_path: Path) -> Callable[..., RunSpec]:
         )
 
     return spec_of
+
+
+@pytest.fixture(scope="module")
+def no_memory_is_zero_by_chance() -> Iterator[None]:
+    """Deterministic mode fills new tensors with NaN, so that one that is read before it is written
+    shows.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

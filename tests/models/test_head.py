@@ -3,7 +3,6 @@ is cut.
 """
 
 import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -40,14 +39,7 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_memory_is_zero_by_chance() -> Iterator[None]:
-    """Deterministic mode fills new tensors with NaN, so that one that is read before it is written
-    shows.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("no_memory_is_zero_by_chance")
 
 
 def pair_losses(pairs: slice, sums: PairSums) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Attention by torch's varlen kernel, and the choice of a kernel."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,15 +31,7 @@ from support.attention_models import (
 )
 from support.tiny_parts import pair_rows
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_memory_is_zero_by_chance() -> Iterator[None]:
-    """Deterministic mode fills new tensors with NaN, so that one that is read before it is written
-    shows.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("no_memory_is_zero_by_chance")
 
 
 NOTHING = [pair(0, [5], [6])]  # nothing is scored at all
