@@ -16,11 +16,11 @@ NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorEr
 """Exceptions from user code that are not its fault: a quit debugger, or a machine failure, which a
 retry may avoid.
 """
-MEND = "fix it, and run the same command again"
+FIX_IT = "fix it, and run the same command again"
 
 
 def raised_by_user(
-    key: str, name: str, error: Exception, where: str, cure: str = MEND
+    key: str, name: str, error: Exception, where: str, cure: str = FIX_IT
 ) -> UserError:
     """Return the error for an exception in user code; call it in the frame that called the user
     code.

@@ -34,7 +34,7 @@ from orchestrator.settings.loss import DpoSpec
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.metrics import EVALUATED
 from orchestrator.training.user_objects import UserObjects
-from orchestrator.user_code import MEND, raised_by_user, user_attribute
+from orchestrator.user_code import FIX_IT, raised_by_user, user_attribute
 from orchestrator.world import World
 
 KEY = "evaluation.compute_metrics"
@@ -99,7 +99,7 @@ class UserMetrics:
         except BdbQuit:  # quitting the debugger in the function ends the run
             raise
         except Exception as error:
-            cure = MEND
+            cure = FIX_IT
             if not self.logits:
                 cure += "; or set evaluation.logits=true to receive logits, as in TRL"
             failure = raised_by_user(KEY, self.name, error, where, cure)

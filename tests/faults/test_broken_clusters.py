@@ -1,5 +1,5 @@
 """A cluster on which a run would go wrong is refused in a minute, in a line that says what to
-change; on a real Ray of two nodes, of which one is broken, and mended again, for each test.
+change; on a real Ray of two nodes, of which one is broken, and repaired, for each test.
 """
 
 import json

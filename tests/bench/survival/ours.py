@@ -1,4 +1,4 @@
-"""What a run of ours imports: the loss as a user's function, and the injector around each step."""
+"""User code of our run: the loss as a user's function, and the injector around each step."""
 
 from typing import Any
 
