@@ -17,7 +17,8 @@ def table(rows: list[dict[str, str | float]]) -> str:
     for row in rows:
         key = (str(row["group"]), str(row["fault"]), str(row["outcome"]))
         seconds[key].append(float(row["seconds"]))
-    lines = ["| kind | fault | times | outcome | median s | longest s |", "|---|---|---|---|---|---|"]
+    names = ("kind", "fault", "times", "outcome", "median s", "longest s")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for (group, fault, outcome), took in sorted(seconds.items()):
         figures = f"{len(took)} | {outcome} | {median(took):.1f} | {max(took):.1f}"
         lines.append(f"| {group} | {fault} | {figures} |")
