@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from orchestrator.settings.errors import UserError, type_and_message
+from orchestrator.user_time import USER_TIME
 
 NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
 """Exceptions from user code that are not its fault: a quit debugger, or a machine failure, which a
@@ -44,7 +45,8 @@ def call_user_code(
         UserError: the function raised an exception that is its own fault.
     """
     try:
-        return function(*args, **kwargs)
+        with USER_TIME.of(name):
+            return function(*args, **kwargs)
     except NOT_OF_THE_CODE:
         raise
     except Exception as error:

@@ -35,6 +35,7 @@ from orchestrator.settings.run import RunSpec
 from orchestrator.training.metrics import EVALUATED
 from orchestrator.training.user_objects import UserObjects
 from orchestrator.user_code import FIX_IT, raised_by_user, user_attribute
+from orchestrator.user_time import USER_TIME
 from orchestrator.world import World
 
 KEY = "evaluation.compute_metrics"
@@ -95,7 +96,8 @@ class UserMetrics:
         try:
             for prediction, is_last in calls:
                 arguments = {"compute_result": is_last} if self.batched else {}
-                returned = self.function(prediction, **arguments)
+                with USER_TIME.of(self.name):
+                    returned = self.function(prediction, **arguments)
         except BdbQuit:  # quitting the debugger in the function ends the run
             raise
         except Exception as error:

@@ -15,6 +15,7 @@ from orchestrator.callback_api import (
     TrainerState,
 )
 from orchestrator.training.callbacks.training_args import TrainingArgs
+from orchestrator.user_time import USER_TIME
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,10 @@ class Callbacks:
         """Call `event` of each callback in turn, as transformers' CallbackHandler does."""
         for callback in list(self.callbacks):
             try:
-                returned = getattr(callback, event)(
-                    self.args, self.state, self.control, **self.objects, **extra
-                )
+                with USER_TIME.of(f"{type(callback).__name__}.{event}"):
+                    returned = getattr(callback, event)(
+                        self.args, self.state, self.control, **self.objects, **extra
+                    )
             except BdbQuit:  # quitting the debugger in a callback ends the run
                 raise
             except Exception:

@@ -1,0 +1,32 @@
+"""Name the user code that runs in this process, and count the seconds that it takes."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserTime:
+    """The user function or callback that runs now, and the seconds that each has taken so far.
+
+    Only the thread that trains writes it; the watchdog's thread reads it.
+    """
+
+    def __init__(self) -> None:
+        self.running: str | None = None
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Count the time of the block for the user code of that name."""
+        outer, began = self.running, time.monotonic()
+        self.running = name
+        try:
+            yield
+        finally:
+            self.running = outer
+            self.seconds[name] += time.monotonic() - began
+
+
+USER_TIME = UserTime()
+"""That of this process, which runs user code in one thread."""
