@@ -16,9 +16,8 @@ from orchestrator.training.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S = (
-    20  # longest delay of the start if W&B cannot be reached; then the run is recorded offline
-)
+# longest wait for W&B at the start; then the run is recorded offline, which takes another second
+INIT_TIMEOUT_S = 3
 FINISH_TIMEOUT_S = (
     120  # longest wait at the end; data not sent stay in RUN_DIR/wandb for `wandb sync`
 )
@@ -61,8 +60,9 @@ class WandbCallback(TrainerCallback):
             if mode == "offline":
                 raise
             logger.warning(
-                "W&B cannot be reached (%s); this run is recorded offline in %s",
-                error,
+                "W&B cannot be reached (%s); metrics are recorded offline, to upload them later: "
+                "wandb sync %s/offline-run-*",
+                " ".join(str(error).split()),
                 self.run_dir.wandb,
             )
             wandb.teardown()  # otherwise the failed run still holds the id
