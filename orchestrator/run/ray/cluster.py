@@ -135,8 +135,9 @@ def use_train_v2() -> None:
         UserError: this process has already imported Ray Train V1.
     """
     value = os.environ.get(TRAIN_V2)
-    train = sys.modules.get("ray.train")
-    if train is not None and ".v2." not in train.ScalingConfig.__module__:
+    train, v2 = sys.modules.get("ray.train"), sys.modules.get("ray.train.v2.api.config")
+    # the name of its module does not tell: Ray 2.60 gives both versions "ray.train"
+    if train is not None and (v2 is None or train.ScalingConfig is not v2.ScalingConfig):
         rule = "ray.train was imported with this value, but runs need Ray Train V2"
         raise UserError(TRAIN_V2, value, rule, f"unset {TRAIN_V2}")
     if value is not None and value.lower() not in ("1", "true"):

@@ -5,9 +5,9 @@ cannot.
 import errno
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -161,15 +161,19 @@ def test_train_v2_is_used_whatever_the_environment_says(
     assert "RAY_TRAIN_V2_ENABLED=0 is ignored" in capsys.readouterr().out
 
 
-def test_a_train_v1_that_the_users_program_has_imported_is_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Old:
-        ScalingConfig: Any = type("ScalingConfig", (), {"__module__": "ray.air.config"})
-
-    monkeypatch.setitem(sys.modules, "ray.train", Old)
-    os.environ[cluster.TRAIN_V2] = "0"
-    with pytest.raises(
-        UserError, match=r"RAY_TRAIN_V2_ENABLED = '0': .* unset RAY_TRAIN_V2_ENABLED"
-    ):
-        cluster.use_train_v2()
+@pytest.mark.parametrize("version", ["1", "0"])
+def test_only_a_train_v1_that_the_users_program_has_imported_is_refused(version: str) -> None:
+    program = (
+        "import ray.train, orchestrator.run.ray.cluster as cluster\n"
+        "try: cluster.use_train_v2()\n"
+        "except cluster.UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, cluster.TRAIN_V2: version},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    refused = "RAY_TRAIN_V2_ENABLED = '0': ray.train was imported with this value, but runs need"
+    assert done.stdout.startswith(refused) if version == "0" else done.stdout == ""
