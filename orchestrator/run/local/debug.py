@@ -15,6 +15,7 @@ from orchestrator.run.local.profile import Steps, nothing_to_profile, steps_to_p
 from orchestrator.run.local.prompt import debugger
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.profiler import ProfilerCallback
+from orchestrator.training.ownership import TOKEN
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
@@ -29,9 +30,6 @@ from orchestrator.training.user_objects import (
 )
 from orchestrator.training.worker import run
 from orchestrator.world import A_WEEK, World
-
-# set if the process that started this rank holds the lock of the run directory
-OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"
 
 
 def debug(
@@ -73,7 +71,7 @@ def run_here(
     """
     run_dir = RunDir(spec.run_dir)
     with joined(spec, post_mortem) as world, ExitStack() as held:
-        if world.is_main and OWNED not in os.environ:
+        if world.is_main and TOKEN not in os.environ:
             held.enter_context(run_dir.owned())
         held.enter_context(debugger(world, post_mortem))
         done = None
