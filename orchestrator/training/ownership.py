@@ -7,7 +7,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -204,8 +204,8 @@ def _beating(path: Path, seconds: float | None = None, may_return: bool = False)
 
     Only changes count, not times: clocks of hosts differ.
 
-    seconds: to watch an owner that may live; default: STALE_S. may_return: an owner may rewrite the file, which is
-    missing or damaged.
+    seconds: to watch an owner that may live; default: STALE_S. may_return: an owner may rewrite the
+    file, which is missing or damaged.
     """
     first = _content(path)
     owner = _parsed(first)
@@ -236,12 +236,10 @@ def _parsed(content: str) -> Owner | None:
     """Return the owner in a record; None if it is empty, damaged or of an earlier version."""
     try:
         record = json.loads(content)
-        return Owner(*(convert(record[name]) for name, convert in FIELDS.items()))
+        host, boot, token = (str(record[name]) for name in ("host", "boot", "token"))
+        return Owner(int(record["pid"]), host, boot, token)
     except (ValueError, TypeError, KeyError):
         return None
-
-
-FIELDS: dict[str, Callable[[object], object]] = {"pid": int, "host": str, "boot": str, "token": str}
 
 
 def _shown(path: Path) -> str:
