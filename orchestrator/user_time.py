@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class UserTime:
-    """The user function or callback that runs now, and the seconds that each has taken so far.
+    """The user function or callback that runs now, and the seconds of each and of all so far.
 
     Only the thread that trains writes it; the watchdog's thread reads it.
     """
@@ -15,6 +15,7 @@ class UserTime:
     def __init__(self) -> None:
         self.running: str | None = None
         self.seconds: dict[str, float] = defaultdict(float)
+        self.total = 0.0
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -24,8 +25,10 @@ class UserTime:
         try:
             yield
         finally:
-            self.running = outer
-            self.seconds[name] += time.monotonic() - began
+            self.running, took = outer, time.monotonic() - began
+            self.seconds[name] += took
+            if outer is None:
+                self.total += took
 
 
 USER_TIME = UserTime()

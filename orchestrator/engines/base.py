@@ -72,6 +72,7 @@ class Engine(Protocol):
     )
     scheduler: LRScheduler
     forward_is_collective: bool  # True if a forward pass is collective, because it gathers weights
+    after_forward: Callable[[], None]  # called in a micro-step between forward and backward
 
     @property
     def types(self) -> Types:

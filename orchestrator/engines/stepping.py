@@ -76,6 +76,7 @@ class SteppingEngine:
         mapped ones; default: that of the trainable weights.
         """
         self.world, self.settings = world, settings
+        self.after_forward: Callable[[], None] = lambda: None
         self.precision: Precision = precision
         self.held = dtype_held(precision)
         self.frozen_held = frozen_dtype or self.held
@@ -134,6 +135,7 @@ class SteppingEngine:
         self._before_micro_step(last)
         with self._arithmetic():
             output: StepOutput = self.module(batch, counts)
+        self.after_forward()
         self._backward(self.scale.scaled(output.loss))
         return output._replace(loss=output.loss.detach())
 

@@ -54,6 +54,11 @@ class ClusterSpec(Block):
     """Seconds that a rank waits for the others in a collective before the attempt is aborted and
     resumed.
     """
+    hang_timeout_s: NonNegative = Field(300, json_schema_extra=FREE)
+    """Seconds without progress after which a rank hangs: all ranks write their stacks to
+    RUN_DIR/logs, a line names it, and the attempt is aborted and resumed. Longer in phases that
+    take longer, while the process computes, and if the run was that slow before; 0: never.
+    """
     preflight: bool = Field(True, json_schema_extra=FREE)
     """Check every node first, as `orchestrator doctor` does, and do not train if a check fails."""
     network_interface: str | None = Field(None, json_schema_extra=FREE)

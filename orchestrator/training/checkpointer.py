@@ -18,7 +18,6 @@ from orchestrator.training.checkpoint_writer import RankState, Saver
 from orchestrator.training.context import RunContext
 from orchestrator.training.ledger import Ledger
 from orchestrator.training.manifest import step_folder
-from orchestrator.training.ownership import end_if_lost
 from orchestrator.training.reporter import Reporter
 from orchestrator.training.rng import RngState
 from orchestrator.training.run_identity import differences
@@ -107,9 +106,6 @@ class Checkpointer:
         progress, callbacks = self.reporter.progress, self.reporter.callbacks
         if self._saved[0] == progress.step:
             return
-        self.context.session.heartbeat(progress.step, "save")
-        if self.context.world.is_main:
-            end_if_lost(self.context.run_dir.lock, self.context.spec.run.name)
         self.wait()
         meta = {
             **progress.to_json(),
@@ -133,6 +129,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait for the save in the background, if any. Collective."""
+        self.context.session.beat(self.reporter.progress.step, "save")
         self.saver.wait()
         self.notify_saved()
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import count
 
 import numpy as np
 import torch
@@ -35,14 +36,13 @@ def evaluate_sets(
     """
     step = reporter.progress.step
 
-    def beat() -> None:
-        context.session.heartbeat(step, "evaluate")
+    numbers = count(1)
 
     def after_batch() -> None:
-        beat()
+        context.session.beat(step, "evaluate", next(numbers))
         reporter.callbacks.fire("on_prediction_step")
 
-    beat()
+    context.session.beat(step, "evaluate")
     metrics: dict[str, float] = {}
     for name, loader in loaders.items():
         of_set = evaluate(engine, loader, context.world, step, after_batch, name, user)

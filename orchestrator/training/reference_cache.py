@@ -54,7 +54,7 @@ def fill_caches(context: RunContext, engine: Engine, loaders: Loaders) -> None:
         UserError: on every rank, if one lacks log-probs of reference.kind=precomputed in its cache.
     """
     spec, world = context.spec, context.world
-    beat = partial(context.session.heartbeat, 0, "reference cache")
+    beat = partial(context.session.beat, 0, "fill")
     for name, loader in named_sets(loaders.train, loaders.eval):
         if loader.cache is None:
             continue
@@ -71,13 +71,15 @@ def fill_caches(context: RunContext, engine: Engine, loaders: Loaders) -> None:
 
 
 def fill_cache(
-    engine: Engine, loader: Loader, world: World, each: Callable[[], None] = lambda: None
+    engine: Engine, loader: Loader, world: World, each: Callable[[int], None] = lambda _: None
 ) -> tuple[int, float]:
     """Compute the reference log-probs of every pair that is not in the cache, shared among the
     ranks. Collective.
 
     The micro-batches are those of the whole data set, even if some are cached, so that an
-    interrupted fill ends with bitwise the same numbers. each: called before each micro-batch.
+    interrupted fill ends with bitwise the same numbers.
+
+    each: called before each micro-batch with its number.
 
     Returns the number of pairs that were not cached, and the seconds that it took.
     """
@@ -85,8 +87,8 @@ def fill_cache(
     began = time.monotonic()
     micro_batches, make = loader.whole(step=0)
     [unknown, *_] = world.gather(len(loader.cache.unknown()))  # before any rank writes
-    for micro in micro_batches:
-        each()
+    for number, micro in enumerate(micro_batches, start=1):
+        each(number)
         is_needed = not micro.is_filler and loader.cache.known(micro.pairs) is None
         # a collective forward pass runs on all ranks if one needs it
         if not world.all(not is_needed) if engine.forward_is_collective else is_needed:

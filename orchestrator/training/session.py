@@ -1,19 +1,17 @@
-"""Exchange heartbeats and stop requests between a run and the process that started it."""
+"""Exchange beats and stop requests between a run and the process that started it."""
 
-import json
 import os
 import signal
 import threading
-import time
-from contextlib import suppress
 from types import FrameType
 from typing import Protocol
 
+from orchestrator.training.heartbeat import Phase
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.watchdog import Watchdog
 
 # USR1: sent by Slurm before a job's time limit
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-HEARTBEAT_S = 1.0  # minimum interval in seconds between two writes of the heartbeat file
 
 
 class Session(Protocol):
@@ -21,8 +19,11 @@ class Session(Protocol):
     (run/local/trial.py) has one that does nothing.
     """
 
-    def heartbeat(self, step: int, phase: str) -> None:
-        """Report that this rank is alive, and what it does. Cheap enough for every step."""
+    def beat(self, step: int, phase: Phase, index: int = 0) -> None:
+        """Report where this rank is. Cheap enough for every micro-batch.
+
+        step: steps taken. index: of the micro-batch in the phase, from 1; 0: in no micro-batch.
+        """
         ...
 
     def stop_requested(self) -> str | None:
@@ -41,31 +42,16 @@ class LocalSession:
     signals into the file.
     """
 
-    def __init__(self, run_dir: RunDir, rank: int) -> None:
-        self.run_dir, self.rank = run_dir, rank
+    def __init__(self, run_dir: RunDir, rank: int, watchdog: Watchdog | None = None) -> None:
+        self.run_dir, self.rank, self.watchdog = run_dir, rank, watchdog
         self._received: list[int] = []
-        self._last_beat = 0.0
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
 
-    def heartbeat(self, step: int, phase: str) -> None:
-        now = time.monotonic()
-        if now - self._last_beat < HEARTBEAT_S:
-            return
-        self._last_beat = now
-        beat = {
-            "step": step,
-            "phase": phase,
-            "time": time.time(),
-            "pid": os.getpid(),
-            "host": os.uname().nodename,
-        }
-        path = self.run_dir.heartbeat(self.rank)
-        partial = path.with_suffix(".tmp")
-        with suppress(OSError):  # the checkpoint reports a full disk
-            partial.write_text(json.dumps(beat))  # no fsync: it need not survive a crash
-            os.replace(partial, path)
+    def beat(self, step: int, phase: Phase, index: int = 0) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat(step, phase, index)
 
     def stop_requested(self) -> str | None:
         if self._received:

@@ -25,6 +25,7 @@ from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.context import RunContext
 from orchestrator.training.decisions import Decisions, agree, due_after
 from orchestrator.training.evaluate import evaluate_sets, over_ranks
+from orchestrator.training.heartbeat import Phase
 from orchestrator.training.loaders import Loaders
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.progress import Progress
@@ -67,6 +68,10 @@ class Trainer:
         self._rng: RngState | None = None  # before a step that is not updated yet
         self._skipped_in_a_row = 0
         self._has_warned_unscored = False
+        progress = (
+            self.progress
+        )  # not self: a circle would keep the weights until the next collection
+        self.engine.after_forward = lambda: context.session.beat(progress.step, "backward")
         self.callbacks.fire("on_init_end")
 
     def resume(self, reader: Reader) -> None:
@@ -154,6 +159,7 @@ class Trainer:
         """Return the micro-batches of the next step, of which callbacks are notified."""
         self.checkpointer.notify_saved()
         self._rng = rng_state()
+        self._beat("collate")
         batches = next(steps)
         if batches.epoch != self._epoch:
             self._epoch, self._in_epoch = batches.epoch, True
@@ -166,6 +172,7 @@ class Trainer:
         The engine then holds the gradient.
         """
         spec, world, loader = self.context.spec, self.context.world, self.loaders.train
+        self._beat("reduce")
         counts = over_ranks(world, batches.counts) if batches.are_local else batches.counts
         self._warn_if_unscored(counts)
         micro_batches = batches.micro_batches
@@ -177,6 +184,7 @@ class Trainer:
         outputs: Outputs = []
         last = len(micro_batches) - 1
         for i, batch in enumerate(micro_batches):
+            self._beat("forward", i + 1)
             output = self.engine.micro_step(ready[i].to(world.device), counts, last=i == last)
             outputs.append((batch, output))
             if i < last:
@@ -188,6 +196,10 @@ class Trainer:
             by_user = isinstance(loader.collator, AdaptedCollator)
             check_start(self.context, outputs, self.start_tolerance, by_user)
         return outputs
+
+    def _beat(self, phase: Phase, micro_batch: int = 0) -> None:
+        """Report the place of this rank to its launcher."""
+        self.context.session.beat(self.progress.step, phase, micro_batch)
 
     def _warn_if_unscored(self, counts: Counts) -> None:
         """Warn once if a step has no scored token of a chosen completion."""
@@ -208,6 +220,7 @@ class Trainer:
 
     def _update(self, batches: StepBatches, apply: bool) -> None:
         """Update the weights, unless the gradient is not finite, and advance in the data."""
+        self._beat("update")
         self.callbacks.fire("on_pre_optimizer_step")
         self.reporter.last_update = self.engine.optimizer_step(apply)
         self.progress.pairs_seen, self._rng = batches.pairs_seen, None
@@ -242,7 +255,7 @@ class Trainer:
             self.engine.sync_reference(spec.reference.sync_alpha)
         self.reporter.add([output for _, output in outputs])
         self.reporter.show_position()
-        self.context.session.heartbeat(progress.step, "train")
+        self._beat("callbacks")
         due = due_after(spec, progress.step, self.is_over)
         due = due._replace(evaluate=due.evaluate and bool(self.loaders.eval))
         self.callbacks.end_step(
@@ -254,6 +267,7 @@ class Trainer:
 
     def _agree(self, finite: torch.Tensor | None = None) -> Decisions:
         """Agree with the other ranks on what to do; one small reduction."""
+        self._beat("reduce")
         decisions = agree(self.context, self.callbacks.take_requests(), finite)
         self.suspending |= decisions.suspend
         self.progress.finishing |= decisions.finish

@@ -1,18 +1,13 @@
-"""A run says that it is alive, and hears that it should stop."""
+"""A run hears that it should stop."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from orchestrator.training import session as session_module
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.session import LocalSession
 from support.timeouts import scaled_timeout
@@ -46,41 +41,6 @@ def session(run_dir: RunDir) -> LocalSession:
     thread.start()
     thread.join()
     return values[0]
-
-
-def test_the_heartbeat_names_rank_host_and_process(run_dir: RunDir, session: LocalSession) -> None:
-    before = time.time()
-    session.heartbeat(5, "train")
-    beat = json.loads((run_dir.logs / "heartbeat_00003.json").read_text())
-    assert (beat["step"], beat["phase"], beat["pid"], beat["host"]) == (
-        5,
-        "train",
-        os.getpid(),
-        os.uname().nodename,
-    )
-    assert before <= beat["time"] <= time.time()
-    assert os.listdir(run_dir.logs) == ["heartbeat_00003.json"]
-
-
-def test_the_heartbeat_is_written_once_a_second_at_most(
-    run_dir: RunDir, session: LocalSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = time.monotonic()
-    for seconds, step in ((0.0, 1), (0.5, 2), (0.99, 3), (1.01, 4), (1.5, 5)):
-        monkeypatch.setattr(session_module.time, "monotonic", lambda seconds=seconds: now + seconds)
-        session.heartbeat(step, "train")
-        written = json.loads((run_dir.logs / "heartbeat_00003.json").read_text())["step"]
-        assert written == (1 if seconds < 1 else 4)
-
-
-def test_a_heartbeat_that_cannot_be_written_does_not_end_training(
-    session: LocalSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    session.heartbeat(1, "train")
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, "RUN_DIR/STOP exists"), (1, None)])

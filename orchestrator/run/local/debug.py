@@ -1,6 +1,7 @@
 """Run the worker without Ray in this process, so that breakpoints work."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,7 +16,8 @@ from orchestrator.run.local.profile import Steps, nothing_to_profile, steps_to_p
 from orchestrator.run.local.prompt import debugger
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.profiler import ProfilerCallback
-from orchestrator.training.ownership import TOKEN
+from orchestrator.training.heartbeat import remove_heartbeats
+from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
@@ -28,8 +30,12 @@ from orchestrator.training.user_objects import (
     check_arguments,
     check_spec,
 )
+from orchestrator.training.watchdog import Watchdog, watched
 from orchestrator.training.worker import run
 from orchestrator.world import A_WEEK, World
+
+# set if the process that started this rank holds the lock of the run directory
+OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"
 
 
 def debug(
@@ -71,7 +77,7 @@ def run_here(
     """
     run_dir = RunDir(spec.run_dir)
     with joined(spec, post_mortem) as world, ExitStack() as held:
-        if world.is_main and TOKEN not in os.environ:
+        if world.is_main and OWNED not in os.environ:
             held.enter_context(run_dir.owned())
         held.enter_context(debugger(world, post_mortem))
         done = None
@@ -90,10 +96,30 @@ def run_here(
             prepare(spec, user)
         if world.is_main:
             run_dir.begin(spec)
+            remove_heartbeats(run_dir)
         world.gather(None)  # the directory exists
         trace = run_dir.path / "profile" / f"rank_{world.rank:05d}.json"
         wrap_callbacks = partial(_with_debug_options, trace, steps, post_mortem)
-        return run(spec, world, LocalSession(run_dir, world.rank), user, wrap_callbacks)
+        # with post_mortem, ranks wait without limit for one at the prompt
+        watchdog = Watchdog(run_dir, world, spec, partial(_end, run_dir), not post_mortem)
+        with watched(watchdog):
+            session = LocalSession(run_dir, world.rank, watchdog)
+            return run(spec, world, session, user, wrap_callbacks)
+
+
+def _end(run_dir: RunDir, line: str, prints: bool) -> None:
+    """End this process, whose run hangs."""
+    if prints:
+        print_hang(run_dir, line)
+    if not hasattr(sys, "ps1"):  # in an interactive session, the user decides
+        os._exit(1)
+
+
+def print_hang(run_dir: RunDir, line: str) -> None:
+    """Print the line that names a hang, and where the run continues."""
+    newest = committed(run_dir.checkpoints)
+    where = f"step {step_of(newest[0])}" if newest else "the start"
+    print(f"error: {line}; the same command continues from {where}", file=sys.stderr, flush=True)
 
 
 def print_if_finished(run_dir: RunDir, profile: Steps | None) -> RunResult | None:

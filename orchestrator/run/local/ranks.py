@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 
-from orchestrator.run.local.debug import print_if_finished
+from orchestrator.run.local.debug import OWNED, print_hang, print_if_finished
 from orchestrator.run.local.profile import Steps, steps_to_profile
 from orchestrator.settings.run import RunSpec
+from orchestrator.training.heartbeat import Observed, remove_heartbeats
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.watchdog import watched_from_outside
 
 POLL_S = 0.1
 GRACE_S = 10.0  # seconds for the other ranks to exit after one has failed
@@ -40,12 +43,26 @@ def start_ranks(
         prepared = prepare(spec)
         if profile is not None:
             steps_to_profile(spec, prepared.train.pairs_per_epoch, run_dir, profile)
+        remove_heartbeats(run_dir)
         env = _environment(ranks)
         processes = [
             subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(ranks)
         ]
-        return _wait(processes)
+        with ExitStack() as watching:
+            if keeps_run:
+                end = partial(_end_hung, run_dir, processes)
+                watching.enter_context(watched_from_outside(run_dir, ranks, end))
+            return _wait(processes)
+
+
+def _end_hung(
+    run_dir: RunDir, processes: list[subprocess.Popen[bytes]], line: str, _: list[Observed]
+) -> None:
+    """End ranks of which none responds."""
+    print_hang(run_dir, line)
+    for process in processes:
+        process.kill()
 
 
 def _environment(ranks: int) -> dict[str, str]:
@@ -53,7 +70,7 @@ def _environment(ranks: int) -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    env = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), OWNED: "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

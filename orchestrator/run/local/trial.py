@@ -21,6 +21,7 @@ from orchestrator.settings.trackers import WandbSpec
 from orchestrator.training.assemble import assembled
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.context import RunContext
+from orchestrator.training.heartbeat import Phase
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
@@ -32,8 +33,8 @@ from orchestrator.world import World
 class NothingToSave:
     """Session of a trainer without a run: nothing is saved, and Ctrl-C ends it."""
 
-    def heartbeat(self, step: int, phase: str) -> None:
-        """Do nothing: no process reads it."""
+    def beat(self, step: int, phase: Phase, index: int = 0) -> None:
+        """Do nothing: nobody waits for a trial."""
 
     def stop_requested(self) -> str | None:
         """Return None: a trial cannot be stopped with a save."""

@@ -8,11 +8,13 @@ from typing import Any
 from orchestrator.run.network import use_interface
 from orchestrator.run.ray import capacity, elastic
 from orchestrator.run.ray.cluster import is_joined
+from orchestrator.run.ray.hangs import kill_ranks
 from orchestrator.run.ray.node_checks import check_new_nodes
 from orchestrator.run.ray.worker import worker_loop
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.ownership import TOKEN
+from orchestrator.training.heartbeat import remove_heartbeats
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.watchdog import watched_from_outside
 
 
 def run_attempt(
@@ -38,12 +40,13 @@ def run_attempt(
 
     # in a thread, so that Ray does not install its SIGINT handler: ours saves first
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    run_dir.heartbeat(0).unlink(missing_ok=True)
+    remove_heartbeats(run_dir)
     thread.start()
-    if workers < spec.cluster.max_workers and is_joined():
-        elastic.save_when_more_fit(spec, run_dir, workers, thread)
-    while thread.is_alive():
-        thread.join(capacity.POLL_S)
+    with watched_from_outside(run_dir, workers, kill_ranks):
+        if workers < spec.cluster.max_workers and is_joined():
+            elastic.save_when_more_fit(spec, run_dir, workers, thread)
+        while thread.is_alive():
+            thread.join(capacity.POLL_S)
     return errors[0] if errors else None
 
 
@@ -63,7 +66,6 @@ def _trainer(spec: RunSpec, run_dir: RunDir, pickled: dict[str, bytes], workers:
             "cwd": os.getcwd(),
             "use_gpu": use_gpu,
             "objects": pickled,
-            "owner": os.environ.get(TOKEN),
         },
         torch_config=_torch_config(spec, "nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(

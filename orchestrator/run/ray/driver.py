@@ -27,6 +27,7 @@ from orchestrator.run.ray.objects import pickled_objects
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.run import RunSpec
+from orchestrator.training.heartbeat import reported_hang
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
@@ -134,7 +135,7 @@ def run_attempts(
             raise UserError(*result["error"])
         if result["status"] == "failed":
             raise TrainingError(result["reason"])
-        reason = reason_of_death(error, partial(rank_log, run_dir))
+        reason = reported_hang(run_dir) or reason_of_death(error, partial(rank_log, run_dir))
         where = f"step {newest_step}" if newest else "the start"
         if action == "give up":
             raise RunDied(

@@ -13,9 +13,9 @@ from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.load import make_spec
 from orchestrator.training.checkpoint_writer import SaveFailed
 from orchestrator.training.manifest import ReadFailed
-from orchestrator.training.ownership import TOKEN
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.session import LocalSession
+from orchestrator.training.watchdog import Watchdog, watched
 from orchestrator.training.worker import run
 from orchestrator.world import World
 
@@ -26,8 +26,6 @@ def worker_loop(config: dict[str, Any]) -> None:
     """Run the worker on one rank of Ray Train; write its outcome to RUN_DIR/result.json."""
     if config["cwd"] not in sys.path:
         sys.path.insert(0, config["cwd"])  # the user's callbacks and collators
-    if config["owner"]:
-        os.environ[TOKEN] = config["owner"]
     spec = make_spec(config["spec"])
     run_dir = RunDir(spec.run_dir)
     world = World.join(spec.cluster.collective_timeout_s, config["use_gpu"])
@@ -46,7 +44,8 @@ def worker_loop(config: dict[str, Any]) -> None:
             # to 2 s for each report, and can lose its record of them in a crash. Manifests record
             # which exist.
             user = unpickled_objects(config["objects"], world)
-            run(spec, world, LocalSession(run_dir, world.rank), user)
+            with watched(Watchdog(run_dir, world, spec, _end)) as watchdog:
+                run(spec, world, LocalSession(run_dir, world.rank, watchdog), user)
         except UserError as error:
             parts = [error.key, error.value, error.rule, error.cure]
             run_dir.write_result({"status": "refused", "error": parts})
@@ -60,6 +59,14 @@ def worker_loop(config: dict[str, Any]) -> None:
         except BaseException:
             traceback.print_exc()  # to this rank's log; the driver prints only that a worker died
             raise
+
+
+def _end(line: str, reports: bool) -> None:
+    """End this process, whose run hangs; the driver resumes the run."""
+    print(
+        f"error: {line}", flush=True
+    )  # to this rank's log; the driver reads RUN_DIR/logs/hang.txt
+    os._exit(1)
 
 
 def _print_nodes(world: World) -> None:
