@@ -18,6 +18,7 @@ from orchestrator.training.checkpoint_writer import RankState, Saver
 from orchestrator.training.context import RunContext
 from orchestrator.training.ledger import Ledger
 from orchestrator.training.manifest import step_folder
+from orchestrator.training.ownership import end_if_lost
 from orchestrator.training.reporter import Reporter
 from orchestrator.training.rng import RngState
 from orchestrator.training.run_identity import differences
@@ -106,6 +107,8 @@ class Checkpointer:
         progress, callbacks = self.reporter.progress, self.reporter.callbacks
         if self._saved[0] == progress.step:
             return
+        if self.context.world.is_main:
+            end_if_lost(self.context.run_dir.lock, self.context.spec.run.name)
         self.wait()
         meta = {
             **progress.to_json(),

@@ -1,6 +1,5 @@
 """The run directory: its paths, its lock and the file that requests a stop."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from orchestrator.settings.load import load_spec, save_spec
 from orchestrator.settings.near import nearest
 from orchestrator.settings.run import RunSpec, changed_on_resume
 from orchestrator.settings.wrong_file import run_around
+from orchestrator.training import ownership
 
 
 class RunDir:
@@ -34,6 +34,7 @@ class RunDir:
         self.mlflow = path / "mlflow"
         self.stop = path / "STOP"  # creating this file requests the run to save and stop
         self.result = path / "result.json"
+        self.lock = path / ".owner"
 
     def heartbeat(self, rank: int) -> Path:
         """Return the heartbeat file of a rank."""
@@ -85,52 +86,30 @@ class RunDir:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Lock the directory, as two drivers of one run would overwrite each other.
+        """Own the directory, as two drivers of one run would overwrite each other.
 
-        The lock ends with its process.
+        It is free again when this process ends, however it does.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process owns it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".owner", "a+")  # noqa: SIM115 - held by the `with` below
+            self.lock.touch()
         except OSError as error:
             reason = error.strerror or type(error).__name__
             cure = "set run.dir to another folder"
             raise UserError(
                 "run.dir", str(self.path), f"cannot be created ({reason})", cure
             ) from None
-        with lock as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(
-                    "run.name",
-                    self.path.name,
-                    f"is running already ({file.read().strip()})",
-                    "wait for it, or choose another run.name",
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}")
-            file.flush()
+        with ownership.owned(self.lock, self.path.name, is_new=not self.config.exists()):
             # a request to an earlier attempt; later ones are for this attempt
             self.stop.unlink(missing_ok=True)
             yield
 
     def owner(self) -> str | None:
-        """Return the process that holds the lock, on any machine; None if the directory is not
-        locked.
-        """
-        try:
-            with open(self.path / ".owner") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except BlockingIOError:
-            return (self.path / ".owner").read_text().strip()
-        return None
+        """Return the process that owns the directory, on any machine; None if none does."""
+        return ownership.owner_of(self.lock)
 
     def metric_lines(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, without those that a full disk or a kill has

@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 from orchestrator.callback_api import TrainerCallback
@@ -13,6 +14,7 @@ from orchestrator.training.checkpoint_reader import choose_checkpoint
 from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
 from orchestrator.training.manifest import step_folder
+from orchestrator.training.ownership import followed
 from orchestrator.training.prepare import PreparedRun, prepare, quiet
 from orchestrator.training.result import FitResult, RunResult
 from orchestrator.training.rundir import RunDir
@@ -48,12 +50,13 @@ def run(
     quiet()
     context = RunContext(spec, world, session, RunDir(spec.run_dir))
     session.beat(0, "tokenise")
-    prepared = prepare(spec, user)
-    session.beat(0, "start")
-    fitted = _train(context, prepared, user, wrap_callbacks)
-    session.beat(fitted.step, "export")
-    gc.collect()  # before the export builds the whole model again
-    return _finish(context, prepared, fitted)
+    with followed(context.run_dir.lock, spec.run.name) if world.is_main else nullcontext():
+        prepared = prepare(spec, user)
+        session.beat(0, "start")
+        fitted = _train(context, prepared, user, wrap_callbacks)
+        session.beat(fitted.step, "export")
+        gc.collect()  # before the export builds the whole model again
+        return _finish(context, prepared, fitted)
 
 
 def _train(

@@ -34,7 +34,7 @@ def build(partial):
     (partial / f"by_{os.getpid()}").touch()
     time.sleep(seconds)
 build_once(folder, build)
-assert len(os.listdir(folder)) == 1
+assert len(os.listdir(folder)) == 2  # and the checksums
 """
 
 
@@ -247,6 +247,7 @@ def test_other_content_or_another_tokenizer_is_another_cache(
 def test_a_build_that_fails_leaves_no_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         pairs_of(tmp_path, [GOOD, MALFORMED])
+    assert not [path for path in tmp_path.rglob("*/pairs/*") if path.suffix != ".jsonl"]
     assert len(pairs_of(tmp_path, [GOOD, GOOD])) == 2
 
 
@@ -267,7 +268,10 @@ def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
     process.wait()
     assert not folder.exists()
     build_once(folder, lambda partial: (partial / "mine").touch())
-    assert os.listdir(folder) == ["mine"]  # nothing of what the killed one had begun
+    assert sorted(os.listdir(folder)) == [
+        "checksums.json",
+        "mine",
+    ]  # nothing of what the killed one had begun
 
 
 def test_many_processes_tokenise_as_one_does(tmp_path: Path, builds: list[Path]) -> None:

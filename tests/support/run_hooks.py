@@ -1,6 +1,7 @@
 """Functions that ranks call before they run: they watch the run or make it fail."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -224,3 +225,8 @@ def slow_saves(seconds: float) -> None:
         return write(draft, *args)
 
     checkpoint_writer._Draft.write = slow
+
+
+def no_locks() -> None:
+    """Let every process get every lock, as on a file system that does not pass them on."""
+    fcntl.flock = lambda *_: None

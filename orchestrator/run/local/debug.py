@@ -18,6 +18,7 @@ from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.profiler import ProfilerCallback
 from orchestrator.training.heartbeat import remove_heartbeats
 from orchestrator.training.manifest import committed, step_of
+from orchestrator.training.ownership import TOKEN
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
@@ -33,9 +34,6 @@ from orchestrator.training.user_objects import (
 from orchestrator.training.watchdog import Watchdog, watched
 from orchestrator.training.worker import run
 from orchestrator.world import A_WEEK, World
-
-# set if the process that started this rank holds the lock of the run directory
-OWNED = "ORCHESTRATOR_RUN_DIR_IS_OWNED"
 
 
 def debug(
@@ -77,7 +75,7 @@ def run_here(
     """
     run_dir = RunDir(spec.run_dir)
     with joined(spec, post_mortem) as world, ExitStack() as held:
-        if world.is_main and OWNED not in os.environ:
+        if world.is_main and TOKEN not in os.environ:
             held.enter_context(run_dir.owned())
         held.enter_context(debugger(world, post_mortem))
         done = None

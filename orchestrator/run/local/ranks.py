@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
-from orchestrator.run.local.debug import OWNED, print_hang, print_if_finished
+from orchestrator.run.local.debug import print_hang, print_if_finished
 from orchestrator.run.local.profile import Steps, steps_to_profile
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.heartbeat import Observed, remove_heartbeats
@@ -70,7 +70,7 @@ def _environment(ranks: int) -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), OWNED: "1"}
+    env = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

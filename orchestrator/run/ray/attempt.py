@@ -13,6 +13,7 @@ from orchestrator.run.ray.node_checks import check_new_nodes
 from orchestrator.run.ray.worker import worker_loop
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.heartbeat import remove_heartbeats
+from orchestrator.training.ownership import TOKEN
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.watchdog import watched_from_outside
 
@@ -66,6 +67,7 @@ def _trainer(spec: RunSpec, run_dir: RunDir, pickled: dict[str, bytes], workers:
             "cwd": os.getcwd(),
             "use_gpu": use_gpu,
             "objects": pickled,
+            "owner": os.environ.get(TOKEN),
         },
         torch_config=_torch_config(spec, "nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(

@@ -13,6 +13,7 @@ from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.load import make_spec
 from orchestrator.training.checkpoint_writer import SaveFailed
 from orchestrator.training.manifest import ReadFailed
+from orchestrator.training.ownership import TOKEN
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.session import LocalSession
 from orchestrator.training.watchdog import Watchdog, watched
@@ -26,6 +27,8 @@ def worker_loop(config: dict[str, Any]) -> None:
     """Run the worker on one rank of Ray Train; write its outcome to RUN_DIR/result.json."""
     if config["cwd"] not in sys.path:
         sys.path.insert(0, config["cwd"])  # the user's callbacks and collators
+    if config["owner"]:
+        os.environ[TOKEN] = config["owner"]
     spec = make_spec(config["spec"])
     run_dir = RunDir(spec.run_dir)
     world = World.join(spec.cluster.collective_timeout_s, config["use_gpu"])
