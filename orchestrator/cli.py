@@ -18,7 +18,7 @@ from orchestrator.arguments import files_and_overrides, parse
 from orchestrator.data.sources import raw_rows
 from orchestrator.insight.summary import summary
 from orchestrator.settings.errors import RunDied, TrainingError, UserError
-from orchestrator.settings.load import load_spec
+from orchestrator.settings.load import SettingsSource, load_spec
 from orchestrator.settings.run import RunSpec
 from orchestrator.training import manifest
 from orchestrator.training.result import RunResult, finished_already, finished_line, last_result
@@ -263,11 +263,17 @@ def doctor(args: argparse.Namespace) -> int:
 
 def _spec(args: argparse.Namespace) -> RunSpec:
     files, overrides = files_and_overrides(args.settings)
-    spec = load_spec(files, overrides)
+    spec = load_spec([_source(file) for file in files], overrides)
     is_run_dir = len(files) == 1 and os.path.isdir(files[0])
     if is_run_dir and not any(word.startswith("run.") for word in overrides):
         _check_not_moved(files[0], spec)
     return spec
+
+
+def _source(file: str) -> SettingsSource:
+    """Return the settings of a run directory, or the path of any other file or folder."""
+    run_dir = RunDir(Path(file))
+    return run_dir.settings() if run_dir.checkpoints.is_dir() else file
 
 
 def _check_not_moved(folder: str, spec: RunSpec) -> None:
@@ -293,8 +299,9 @@ def stop(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check every file of all checkpoints and of the pair ledger against its manifest."""
+    """Check every file of all checkpoints, of the pair ledger and of the run."""
     from orchestrator.training import ledger
+    from orchestrator.training.damage import damage
 
     run_dir = RunDir.existing(args.run_dir)
     folders = manifest.committed(run_dir.checkpoints)
@@ -308,6 +315,9 @@ def verify(args: argparse.Namespace) -> int:
     if (in_ledger := ledger.verify(run_dir)) is not None:
         problems[run_dir.pairs.name] = in_ledger
         print(f"{run_dir.pairs.name}: {'; '.join(in_ledger) or 'complete'}")
+    problems["other files"] = damage(run_dir)
+    for line in problems["other files"]:
+        print(line)
     if not folders:
         print("no checkpoint")
     return FAILED if any(problems.values()) or not folders else DONE
@@ -326,7 +336,7 @@ def pairs(args: argparse.Namespace) -> int:
         raise UserError("RUN_DIR", args.run_dir, rule, cure)
     findings = insight.analyse(step, rows)
     try:
-        texts = raw_rows(load_spec(run_dir.config).data, "train", findings.first_ids(args.top))
+        texts = raw_rows(load_spec(run_dir.settings()).data, "train", findings.first_ids(args.top))
     except UserError as error:  # for example the data moved; the numbers are still printed
         print(f"texts are not available: {error}", file=sys.stderr)
         texts = {}

@@ -15,7 +15,7 @@ from orchestrator import __version__, cli
 from orchestrator.run.local import debug as local
 from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.training.checkpoint_writer import save
-from orchestrator.training.manifest import FORMAT
+from orchestrator.training.manifest import FORMAT, sealed
 from orchestrator.training.result import RunResult
 from orchestrator.training.rundir import RunDir
 from support.tiny_parts import ALONE
@@ -298,7 +298,8 @@ def test_verify_looks_at_every_checkpoint(run_dir: RunDir, capsys: Output) -> No
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step_00000002: complete"
     assert "meta.json: its content is not what was written" in lines[1]
-    (run_dir.checkpoints / "step_00000002" / "manifest.json").write_text('{"format": 99}')
+    newer = json.dumps(sealed({"format": 99}))
+    (run_dir.checkpoints / "step_00000002" / "manifest.json").write_text(newer)
     assert cli.main(["verify", str(run_dir.path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert f"manifest.json format = 99: this version reads format {FORMAT}" in lines[0]

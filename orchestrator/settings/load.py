@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,21 @@ def _check_unicode(value: Any, key: str = "") -> None:
 def save_spec(spec: RunSpec, path: Path) -> None:
     """Write all settings, including defaults, so that the file documents what ran."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(_escaped(spec.model_dump(mode="json")))))
+    text = OmegaConf.to_yaml(OmegaConf.create(_escaped(spec.model_dump(mode="json"))))
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # before the rename: else a crash could leave an empty file
     os.replace(partial, path)
+
+
+def saved_spec(path: Path) -> RunSpec | None:
+    """Return the settings in a file of `save_spec`; None if it is missing, damaged or cut short."""
+    with suppress(UserError):
+        spec = load_spec(path)
+        if RunSpec.model_fields.keys() <= _read(path).keys():
+            return spec
+    return None
 
 
 def _escaped(value: Any) -> Any:

@@ -29,7 +29,8 @@ from orchestrator.training.callbacks.handler import Callbacks
 from orchestrator.training.callbacks.training_args import training_args
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.context import RunContext
-from orchestrator.training.export import check_exportable, exported_config, keep_for_export
+from orchestrator.training.export import check_exportable
+from orchestrator.training.export_files import exported_config, keep_for_export
 from orchestrator.training.layout import choose_layout
 from orchestrator.training.loaders import build_loaders, our_collator
 from orchestrator.training.prepare import PreparedRun
@@ -145,10 +146,7 @@ def _prepare_export(context: RunContext, prepared: PreparedRun, policy: Any) -> 
     config = exported_config(policy, prepared.config)
     check_exportable(policy, config, context.spec)
     if context.world.is_main:
-        # a multimodal model of which only the language model trains needs no files of the others
-        is_whole = type(config) is type(prepared.config)
-        source = context.spec.model.path if is_whole else None
-        keep_for_export(context.run_dir, policy, prepared.tokenizer, config, source)
+        keep_for_export(context.run_dir, context.spec, policy, prepared.tokenizer, prepared.config)
 
 
 # --- the engine -----------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def choose_checkpoint(run_dir: RunDir, world: World) -> Path | None:
     newest, complaints = newest_valid(run_dir.checkpoints, world)
     if complaints and newest is None:
         rule = f"has checkpoints, but none is complete ({complaints[0]})"
-        start_over = f"or remove {run_dir.checkpoints} to start over"
+        start_over = f"or remove {run_dir.path} to start over"
         cure = f"restore their files, or choose another run.name, {start_over}"
         raise UserError("run.dir", str(run_dir.path), rule, cure)
     if newest is not None and complaints and world.is_main:

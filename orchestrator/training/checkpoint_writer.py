@@ -30,6 +30,7 @@ from orchestrator.training.manifest import (
     FORMAT,
     MANIFEST,
     retain,
+    sealed,
     step_folder,
     sync_folder,
     synced_sha256,
@@ -347,7 +348,7 @@ class _Draft:
         sync_folder(self.checkpoints)
         ledger = {} if self.ledger is None else self.ledger.parts
         manifest = {"format": FORMAT, "step": self.step, "files": files, "ledger": ledger}
-        write_atomically(self.final / MANIFEST, json.dumps(manifest, indent=1))
+        write_atomically(self.final / MANIFEST, json.dumps(sealed(manifest), indent=1))
         sync_folder(self.final)
         if self.ledger is not None:
             self.ledger.show(self.final)

@@ -17,7 +17,7 @@ from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpoint_writer import RankState, Saver
 from orchestrator.training.context import RunContext
 from orchestrator.training.ledger import Ledger
-from orchestrator.training.manifest import step_folder
+from orchestrator.training.manifest import step_folder, step_of
 from orchestrator.training.ownership import end_if_lost
 from orchestrator.training.reporter import Reporter
 from orchestrator.training.rng import RngState
@@ -119,7 +119,7 @@ class Checkpointer:
             "callbacks": callbacks.exported(),
             "data": self.loader.pairs.identity,  # of the training pairs only
             "identity": self.identity,
-            # for people: a resume compares config.yaml (RunDir.check)
+            # a resume compares them (RunDir.check)
             "spec": self.context.spec.model_dump(mode="json"),
         }
         state = RankState(rng, self.seen.take() if self.seen is not None else None)
@@ -140,6 +140,8 @@ class Checkpointer:
         """Notify callbacks of a newly committed save. They see its step and epoch."""
         if (path := self.saver.pop_committed()) is None:
             return
+        if self.context.world.is_main:
+            self.context.run_dir.note_save(step_of(path))
         state = self.reporter.callbacks.state
         if state.best_global_step == self._saved[0]:
             state.best_model_checkpoint = str(path)

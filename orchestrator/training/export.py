@@ -1,6 +1,5 @@
 """Export a checkpoint as a Hugging Face model folder with a model card."""
 
-import copy
 import logging
 import re
 import shutil
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from safetensors import SafetensorError
 
 from orchestrator.engines.precision import dtype_held
 from orchestrator.models.adapters import base_name, check_mergeable, without_adapter
 from orchestrator.models.dtypes import DTYPES
 from orchestrator.models.identity import identity_of
-from orchestrator.models.layers import head_is_tied
 from orchestrator.models.loading import NO_CODE
 from orchestrator.models.policy import build_policy, cast_to
 from orchestrator.models.quantized import is_quantized
@@ -24,12 +23,13 @@ from orchestrator.models.storage import persistent_buffers, stored_tensors
 from orchestrator.settings.checkpoint import Exported
 from orchestrator.settings.counts import counted
 from orchestrator.settings.data import SourceSpec
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.model import Dtype
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.checkpoint_reader import Reader, newest_valid
-from orchestrator.training.manifest import step_folder, verify
+from orchestrator.training.export_files import replace_folder, restore_if_damaged
+from orchestrator.training.manifest import MANIFEST, step_folder, verify
 from orchestrator.training.result import evaluated_sets
 from orchestrator.training.rundir import RunDir
 from orchestrator.world import World
@@ -37,15 +37,13 @@ from orchestrator.world import World
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-"""Files of a multimodal model that training does not read, but its export contains."""
 TRAINED_BY = "Trained with preference pairs by dpo-orchestrator."
 
 logger = logging.getLogger(__name__)
+
+
+class ExportFailed(OSError):
+    """A model could not be written; an earlier export is untouched."""
 
 
 def export(
@@ -69,16 +67,18 @@ def export(
             exists and is not an earlier export.
         ReadFailed: the newest checkpoint cannot be read at the moment.
     """
-    spec = load_spec(run_dir.config)
+    spec = load_spec(run_dir.settings())
     if checkpoint is None:
         checkpoint = _checkpoint_of(
             run_dir, which or spec.checkpoint.export, spec.evaluation.metric_for_best
         )
     if out.is_file():
         raise UserError("OUT", str(out), "is a file", "choose a new folder")
-    if out.exists() and any(out.iterdir()) and not _is_export(out):
+    is_ours = out == run_dir.model or not out.exists() or _is_export(out)
+    if not is_ours and any(out.iterdir()):
         raise UserError("OUT", str(out), "is a folder with other files", "choose a new folder")
     reader = Reader(checkpoint)
+    restore_if_damaged(run_dir, spec, reader.meta.get("identity", {}))
     model = (
         _merged(run_dir, spec, reader, dtype)
         if spec.model.lora
@@ -86,16 +86,20 @@ def export(
     )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _save(model, partial)
-    # after save_pretrained, which writes a default generation config
-    shutil.copytree(run_dir.tokenizer, partial, ignore=_only_config, dirs_exist_ok=True)
-    card = partial / "README.md"
-    card.write_text(_card(spec, reader.meta, _last_metrics(run_dir, reader.meta["step"])))
-    for file in filter(Path.is_file, partial.rglob("*")):
-        file.chmod(card.stat().st_mode)  # the mode of a new file: safetensors writes with 0600
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    try:
+        partial.mkdir(parents=True)
+        _save(model, partial)
+        # after save_pretrained, which writes a default generation config
+        shutil.copytree(run_dir.tokenizer, partial, ignore=_written, dirs_exist_ok=True)
+        card = partial / "README.md"
+        card.write_text(_card(spec, reader.meta, _last_metrics(run_dir, reader.meta["step"])))
+        for file in filter(Path.is_file, partial.rglob("*")):
+            file.chmod(card.stat().st_mode)  # the mode of a new file: safetensors writes with 0600
+        replace_folder(out, partial)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # frees its space on a full disk
+        reason = f"the model could not be written to {out} ({type_and_message(error)})"
+        raise ExportFailed(f"{reason}; free space there, and run the same command again") from None
     return out
 
 
@@ -105,46 +109,6 @@ def _save(model: "PreTrainedModel", folder: Path) -> None:
     # ours is not wrapped
     with mock.patch("transformers.modeling_utils.unwrap_model", new=lambda model: model):
         model.save_pretrained(folder)
-
-
-def keep_for_export(
-    run_dir: RunDir, policy: Any, tokenizer: Any, config: Any, source: str | None
-) -> None:
-    """Write the files that an export needs besides weights: config, tokenizer, generation config,
-    image processors.
-
-    config: see exported_config. source: the folder or hub name that the policy was loaded from.
-    """
-    run_dir.tokenizer.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(run_dir.tokenizer)
-    config.save_pretrained(run_dir.tokenizer)
-    if policy.generation_config is not None:
-        # not save_pretrained, which rejects values for which loading only warns
-        policy.generation_config.to_json_file(run_dir.tokenizer / "generation_config.json")
-    for name in PROCESSOR_FILES if source else ():
-        if (path := _file_at(str(source), name)) is not None:
-            shutil.copyfile(path, run_dir.tokenizer / name)
-
-
-def exported_config(policy: Any, loaded: Any) -> Any:
-    """Return the config of an export: the loaded one, with tie_word_embeddings as in the policy.
-
-    Training uses its own copy, in which dropout and other noise may be off. transformers loads a
-    separate head from a checkpoint even if the config ties it, and training with frozen embeddings
-    unties the two.
-    """
-    # a text model may be loaded from a multimodal config
-    parts = (loaded, loaded.get_text_config(), policy.config)
-    config = copy.deepcopy(next(part for part in parts if type(part) is type(policy.config)))
-    for part in (config, config.get_text_config()):
-        part.tie_word_embeddings = head_is_tied(policy)
-    config.architectures = [type(policy).__name__]
-    config.dtype = policy.dtype
-    config.__dict__.pop("quantization_config", None)  # an export is in full precision
-    # of old files; the generation config has them now
-    for name in config._get_generation_parameters():
-        delattr(config, name)
-    return config
 
 
 def check_exportable(policy: Any, config: Any, spec: RunSpec) -> None:
@@ -195,19 +159,9 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def _file_at(source: str, name: str) -> str | None:
-    """Return the path of a file of a model, in a folder or from the hub; None if there is none."""
-    from transformers.utils.hub import cached_file
-
-    try:
-        return cached_file(source, name)
-    except OSError:  # there is none, or the hub cannot be reached
-        return None
-
-
-def _only_config(_: str, names: list[str]) -> list[str]:
-    """Ignore the config, which save_pretrained has written."""
-    return ["config.json"] if "config.json" in names else []
+def _written(_: str, names: list[str]) -> list[str]:
+    """Ignore the config, which save_pretrained has written, and the manifest of the folder."""
+    return [name for name in ("config.json", MANIFEST) if name in names]
 
 
 def _checkpoint_of(run_dir: RunDir, which: Exported, metric: str | None) -> Path:
@@ -344,7 +298,7 @@ def _is_export(folder: Path) -> bool:
     config.json.
     """
     card = folder / "README.md"
-    return card.is_file() and TRAINED_BY in card.read_text()
+    return card.is_file() and TRAINED_BY in card.read_text(errors="replace")
 
 
 def _last_metrics(run_dir: RunDir, step: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ of the newest tail is kept beside the parts, so that a reader of the whole folde
 finds each row once.
 """
 
+import logging
 import os
 import secrets
 import shutil
@@ -30,7 +31,9 @@ from orchestrator.training.manifest import (
     sync_folder,
     synced_sha256,
 )
-from orchestrator.training.rundir import RunDir
+from orchestrator.training.rundir import NEWEST_PAIRS, RunDir
+
+logger = logging.getLogger(__name__)
 
 # as in StepOutput
 NUMBERS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "loss")
@@ -52,7 +55,6 @@ SCHEMA = pa.schema(
     ]
 )
 TAIL = "pairs.parquet"  # in a checkpoint's folder
-COPY = "newest.parquet"  # of the tail, among the parts
 PART_ROWS = 2**16  # about 3 MB
 READS = 3  # attempts to read: a run may delete checkpoints meanwhile
 
@@ -95,12 +97,14 @@ class Ledger:
         for path in (
             *self.folder.glob("steps_*.parquet"),
             *self.folder.glob(".*.partial"),
-            self.folder / COPY,
+            self.folder / NEWEST_PAIRS,
         ):
             if path.name not in self.parts:
                 path.unlink(missing_ok=True)
         if checkpoint is not None:
             self.show(checkpoint)
+            for line in _damaged(self.folder, self.parts).values():
+                logger.warning("%s: its rows of the pair ledger are lost", line)
 
     def join(self, draft: Path, names: list[str]) -> list[str]:
         """Replace the rows that ranks wrote into these files of a draft by the tail; return the
@@ -122,32 +126,34 @@ class Ledger:
         """Copy the tail of a checkpoint, now the newest, to the folder of the parts."""
         if self._tail.num_rows:
             self.folder.mkdir(exist_ok=True)
-            partial = self.folder / f".{COPY}.{secrets.token_hex(4)}.partial"
+            partial = self.folder / f".{NEWEST_PAIRS}.{secrets.token_hex(4)}.partial"
             shutil.copyfile(checkpoint / TAIL, partial)
-            os.replace(partial, self.folder / COPY)
+            os.replace(partial, self.folder / NEWEST_PAIRS)
 
     def _make_part(self) -> None:
         first, last = (self._tail["step"][at].as_py() for at in (0, -1))
         # a name that no other attempt has: an attempt considered dead may still write
         name = f"steps_{first:08d}_{last:08d}.{secrets.token_hex(4)}.parquet"
         partial = self.folder / f".{name}.partial"
+        self.folder.mkdir(exist_ok=True)
         write_rows(self._tail, partial)
         self.parts = {**self.parts, name: synced_sha256(partial)}
         # first: a crash in between leaves no duplicate rows
-        (self.folder / COPY).unlink(missing_ok=True)
+        (self.folder / NEWEST_PAIRS).unlink(missing_ok=True)
         os.replace(partial, self.folder / name)
         sync_folder(self.folder)
         self._tail = SCHEMA.empty_table()
 
 
 def read(run_dir: RunDir) -> tuple[int, pa.Table]:
-    """Return the step of the newest checkpoint and all rows up to it, sorted by step.
+    """Return the step of the newest checkpoint and all rows up to it, sorted by step, without those
+    of damaged files, which a warning names.
 
     The run may still be training.
 
     Raises:
         UserError: there is no checkpoint yet.
-        ReadFailed: files of the ledger are missing or broken.
+        ReadFailed: no checkpoint is readable.
     """
     failure: Exception | None = None
     for _ in range(READS):
@@ -182,8 +188,23 @@ def _rows_of(run_dir: RunDir, checkpoint: Path) -> pa.Table:
     listed = listed_in(checkpoint)
     if listed is None:
         raise ReadFailed(f"{checkpoint} has no readable manifest")
-    parts = [_read(run_dir.pairs / name) for name in sorted(listed.parts)]
+    damaged = _damaged(run_dir.pairs, listed.parts)
+    for line in damaged.values():
+        logger.warning("%s: its rows are left out", line)
+    parts = [_read(run_dir.pairs / name) for name in sorted(listed.parts.keys() - damaged.keys())]
     return pa.concat_tables([*parts, _tail_of(checkpoint, listed)])
+
+
+def _damaged(folder: Path, parts: dict[str, str]) -> dict[str, str]:
+    """Return one line for each part that is missing, damaged or unreadable, by its name."""
+    lines: dict[str, str] = {}
+    for name, digest in parts.items():
+        try:
+            for line in differing(folder, {name: digest}):
+                lines[name] = line
+        except ReadFailed as error:
+            lines[name] = str(error)
+    return lines
 
 
 def _tail_of(checkpoint: Path, listed: ManifestFiles) -> pa.Table:

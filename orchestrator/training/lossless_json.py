@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 
 def encode(value: Any) -> Any:
     """Encode a value for JSON without loss: schedulers have dicts with integer keys (MultiStepLR's
@@ -15,7 +13,7 @@ def encode(value: Any) -> Any:
         return {"__items__": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [encode(item) for item in value]
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "tolist"):  # a tensor; torch is not loaded only to ask for its class
         return value.tolist()
     return value
 

@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from orchestrator.settings.errors import UserError
 
 FORMAT = 4
 MANIFEST = "manifest.json"
+SEAL = "sha256"  # of the rest of a JSON document, as a key of it
 # names of disabled manifests
 CORRUPT, UNREADABLE = ("manifest.corrupt.json", "manifest.unreadable.json")
 
@@ -104,7 +105,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     """
     listed = listed_in(folder)
     if listed is None:
-        return [f"{folder / MANIFEST}: is not a manifest"]
+        return [f"{folder / MANIFEST}: is not a manifest, or is damaged"]
     return differing(folder, dict(sorted(listed.files.items())[share[0] :: share[1]]))
 
 
@@ -138,9 +139,12 @@ def listed_in(folder: Path) -> ManifestFiles | None:
         return None
     except OSError as error:
         raise _unread(path, error) from None
-    if not isinstance(manifest, dict) or "format" not in manifest:
+    if not isinstance(manifest, dict) or "format" not in manifest or not is_intact(manifest):
         return None
     if manifest["format"] != FORMAT:
+        # manifests of formats 1 to 3 have no seal, those of later ones have
+        if SEAL not in manifest and manifest["format"] not in range(1, FORMAT):
+            return None
         cure = "use the version of this program that wrote it, or choose another run.name"
         raise UserError(
             f"{path} format", manifest["format"], f"this version reads format {FORMAT}", cure
@@ -148,6 +152,21 @@ def listed_in(folder: Path) -> ManifestFiles | None:
     if not isinstance(manifest.get("files"), dict):
         return None
     return ManifestFiles(manifest["files"], manifest.get("ledger", {}))
+
+
+def sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON document with its sha256, by which a reader notices damage."""
+    return {**document, SEAL: _digest(document)}
+
+
+def is_intact(document: dict[str, Any]) -> bool:
+    """Return whether a document is as `sealed` returned it; earlier versions wrote no seal."""
+    return SEAL not in document or document[SEAL] == _digest(document)
+
+
+def _digest(document: dict[str, Any]) -> str:
+    content = {name: value for name, value in document.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _unread(path: Path, error: OSError) -> ReadFailed:

@@ -2,13 +2,14 @@
 (finished, stopped), run/ray/worker.py after an error (refused, failed).
 """
 
-import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from orchestrator.training.rundir import RunDir
+from orchestrator.training.manifest import sha256_of
+from orchestrator.training.rundir import NEWEST_PAIRS, RunDir
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,43 @@ class RunResult:
     best_step: int | None = None  # by evaluation.metric_for_best
     best_metric: float | None = None
     samples: list[dict[str, str]] = field(default_factory=list)  # prompt, before, after
+    # of a finished run: paths in the run directory -> sha256, to notice damage
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def last_result(run_dir: RunDir) -> RunResult | None:
     """Return the result of the last attempt; None if it has not ended, was refused, failed or died,
     or if the file is damaged.
     """
-    try:
-        result = json.loads(run_dir.result.read_text())
-        return RunResult(**result) if result["status"] in ("finished", "stopped") else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None
+    result = run_dir.read_result()
+    if result.get("status") in ("finished", "stopped"):
+        with suppress(TypeError):  # of another version
+            return RunResult(**result)
+    return None
 
 
 def finished_already(run_dir: RunDir) -> RunResult | None:
-    """Return the result of a finished run; None if the same command still has something to do."""
+    """Return the result of a finished run; None if the same command still has something to do, as
+    after damage to the model or another file.
+    """
     result = last_result(run_dir)
-    if result is None or result.status != "finished" or not Path(result.checkpoint).is_dir():
+    if result is None or result.status != "finished":
         return None
-    return result if any(run_dir.model.glob("*.safetensors")) else None
+    if result.files:
+        return None if run_dir.damaged_files() else result
+    # an earlier version has written it
+    is_there = Path(result.checkpoint).is_dir() and any(run_dir.model.glob("*.safetensors"))
+    return result if is_there else None
+
+
+def finished_files(run_dir: RunDir) -> dict[str, str]:
+    """Return the sha256 of each file of a finished run that its last checkpoint can restore, except
+    the model card, which people edit.
+    """
+    paths = [run_dir.config, run_dir.metrics, run_dir.pairs / NEWEST_PAIRS]
+    paths += [*run_dir.tokenizer.rglob("*"), *run_dir.model.rglob("*")]
+    kept = sorted(path for path in paths if path.is_file() and path.name != "README.md")
+    return {str(path.relative_to(run_dir.path)): sha256_of(path) for path in kept}
 
 
 def finished_line(run_dir: RunDir) -> str:

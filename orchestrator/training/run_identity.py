@@ -38,11 +38,17 @@ def run_identity(
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
     names = hashlib.sha256("\n".join(trainable).encode()).hexdigest()
     identity["trainable"] = {"count": len(trainable), "names": names}
+    return identity | tokenizer_hashes(spec, prepared.tokenizer)
+
+
+def tokenizer_hashes(spec: RunSpec, tokenizer: Any) -> dict[str, Any]:
+    """Return hashes of a tokenizer and its chat template, as in a run's identity."""
+    template = str(tokenizer.chat_template).encode()
+    hashes: dict[str, Any] = {"chat_template": hashlib.sha256(template).hexdigest()}
     # a new tokenizer depends on the rows, which have a hash too
     if spec.model.path or spec.model.tokenizer:
-        identity["tokenizer"] = tokenizer_identity(prepared.tokenizer)
-    template = str(prepared.tokenizer.chat_template).encode()
-    return identity | {"chat_template": hashlib.sha256(template).hexdigest()}
+        hashes["tokenizer"] = tokenizer_identity(tokenizer)
+    return hashes
 
 
 def logps_identity(

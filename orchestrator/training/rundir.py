@@ -1,6 +1,7 @@
 """The run directory: its paths, its lock and the file that requests a stop."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,11 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.settings.errors import UserError
-from orchestrator.settings.load import load_spec, save_spec
+from orchestrator.settings.load import (
+    FOLDER_KEYS,
+    PATH_KEYS,
+    SettingsSource,
+    load_spec,
+    save_spec,
+    saved_spec,
+)
 from orchestrator.settings.near import nearest
 from orchestrator.settings.run import RunSpec, changed_on_resume
 from orchestrator.settings.wrong_file import run_around
 from orchestrator.training import ownership
+from orchestrator.training.logged import damaged_line, parsed_lines
+from orchestrator.training.manifest import SEAL, committed, differing, is_intact, sealed, step_of
+from orchestrator.training.saved import newest_meta, settings_in
+
+logger = logging.getLogger(__name__)
+
+NEWEST_PAIRS = "newest.parquet"  # in pairs.parquet: the newest rows, a copy of the checkpoint's
 
 
 class RunDir:
@@ -35,6 +50,7 @@ class RunDir:
         self.stop = path / "STOP"  # creating this file requests the run to save and stop
         self.result = path / "result.json"
         self.lock = path / ".owner"
+        self.last_save = path / ".last_save"  # the step of the newest checkpoint
 
     def heartbeat(self, rank: int) -> Path:
         """Return the heartbeat file of a rank."""
@@ -52,21 +68,50 @@ class RunDir:
             UserError: the path is not the directory of a run.
         """
         run_dir = cls(Path(path))
-        if not run_dir.config.is_file():
+        if not (run_dir.config.is_file() or any(run_dir.checkpoints.glob("step_*/manifest.json"))):
             raise _not_a_run(Path(path))
         return run_dir
 
+    def settings(self) -> SettingsSource:
+        """Return the settings of the run, for `load_spec`: config.yaml or, if it is missing or
+        damaged, those in the newest checkpoint.
+        """
+        meta = newest_meta(self.checkpoints)
+        if self.config_is_whole(meta):
+            return self.config
+        message = "%s is missing or damaged: the settings in the checkpoint of step %d are used"
+        logger.warning(message, self.config, meta["step"])
+        return meta["spec"]
+
+    def config_is_whole(self, meta: dict[str, Any]) -> bool:
+        """Return whether config.yaml agrees with the settings in a checkpoint's meta.json, or there
+        are none; the paths of files may differ.
+        """
+        if (trained := settings_in(meta)) is None:
+            return True
+        written = saved_spec(self.config)
+        return written is not None and _only_paths(changed_on_resume(trained, written))
+
     def check(self, spec: RunSpec) -> None:
-        """Check that a resumed run has the settings of its last attempt (config.yaml), except those
-        that may change. `Checkpointer` checks models, tokenizer and pairs on the ranks.
+        """Check that a resumed run has the settings in its newest checkpoint, except those that may
+        change. `Checkpointer` checks models, tokenizer and pairs on the ranks.
+
+        The paths of models and data may also change if somebody has edited config.yaml in the same
+        way: the files were moved.
 
         Raises:
             UserError: the directory belongs to a run with other settings.
+            ReadFailed: the folder of checkpoints cannot be listed at the moment.
         """
-        if not (self.config.is_file() and any(self.checkpoints.glob("step_*/manifest.json"))):
+        if self.saved_step() is None:
             return  # nothing was trained yet, so all settings may change
-        changes = changed_on_resume(load_spec(self.config), spec)
-        if changes:
+        written = saved_spec(self.config)
+        trained = settings_in(newest_meta(self.checkpoints)) or written
+        if trained is None:
+            return  # no checkpoint is complete, which `choose_checkpoint` reports
+        changes = changed_on_resume(trained, spec)
+        follows_config = written is not None and not changed_on_resume(written, spec)
+        if changes and not (follows_config and _only_paths(changes)):
             keys = ", ".join(f"{key} (was {old!r}, now {new!r})" for key, old, new in changes)
             raise UserError(
                 "run.name",
@@ -78,11 +123,45 @@ class RunDir:
     def begin(self, spec: RunSpec) -> None:
         """Create the directory, write the settings over those of the last attempt, and delete its
         result.
+
+        Raises:
+            UserError: checkpoints were saved, and none is left.
         """
+        if (saved := self.saved_step()) is not None and not committed(self.checkpoints):
+            rule = f"was saved up to step {saved}, but {self.checkpoints} has no checkpoint"
+            cure = f"restore it, or choose another run.name, or remove {self.path} to start over"
+            raise UserError("run.dir", str(self.path), rule, cure)
+        if line := self.missing_save():
+            logger.warning("%s; an older checkpoint is used", line)
+        for line in self.damaged_files():
+            logger.warning("%s; it is written again from the last checkpoint", line)
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         save_spec(spec, self.config)
         self.result.unlink(missing_ok=True)
+
+    def note_save(self, step: int) -> None:
+        """Note the step of a committed checkpoint, so that its loss is noticed; on rank 0 only."""
+        with suppress(OSError):  # the next save tries again
+            write_atomically(self.last_save, str(step))
+
+    def missing_save(self) -> str | None:
+        """Return a line if the newest checkpoint that was saved is missing, but an older one is
+        there.
+        """
+        saved, newest = self.saved_step(), committed(self.checkpoints)
+        if saved is None or not newest or step_of(newest[0]) == saved:
+            return None
+        return f"{self.checkpoints}: the checkpoint of step {saved} is missing"
+
+    def saved_step(self) -> int | None:
+        """Return the step of the newest checkpoint that was ever saved; None if there was none."""
+        steps = [step_of(folder) for folder in committed(self.checkpoints)[:1]]
+        with suppress(OSError, ValueError):  # missing in a run of an earlier version, or damaged
+            steps.append(int(self.last_save.read_text()))
+        if not steps and any(self.pairs.glob("*.parquet")):  # only a committed save writes them
+            steps.append(max((int(line["step"]) for line in self.metric_lines()), default=0))
+        return max(steps, default=None)
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -93,16 +172,16 @@ class RunDir:
         Raises:
             UserError: another process owns it.
         """
+        path, rule, cure = self.path, "cannot be created", "set run.dir to another folder"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock.touch()
+            path.mkdir(parents=True, exist_ok=True)
+            path, rule, cure = self.lock, "cannot be opened", f"remove it, or {cure}"
+            path.touch()
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            cure = "set run.dir to another folder"
-            raise UserError(
-                "run.dir", str(self.path), f"cannot be created ({reason})", cure
-            ) from None
-        with ownership.owned(self.lock, self.path.name, is_new=not self.config.exists()):
+            raise UserError("run.dir", str(path), f"{rule} ({reason})", cure) from None
+        is_new = self.saved_step() is None and not self.config.exists()
+        with ownership.owned(self.lock, self.path.name, is_new=is_new):
             # a request to an earlier attempt; later ones are for this attempt
             self.stop.unlink(missing_ok=True)
             yield
@@ -112,19 +191,40 @@ class RunDir:
         return ownership.owner_of(self.lock)
 
     def metric_lines(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl, without those that a full disk or a kill has
-        damaged.
-        """
-        lines: list[dict[str, Any]] = []
-        if self.metrics.is_file():
-            for line in self.metrics.read_text(errors="replace").splitlines():
-                with suppress(ValueError):
-                    lines.append(json.loads(line))
-        return [line for line in lines if isinstance(line, dict)]
+        """Return the lines of metrics.jsonl, and name those that are damaged in a warning."""
+        lines, damaged = parsed_lines(self.metrics)
+        if damaged:
+            logger.warning("%s, which is not used", damaged_line(self.metrics, damaged))
+        return lines
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the result of the run, for the process that started it."""
-        write_atomically(self.result, json.dumps(result))
+        write_atomically(self.result, json.dumps(sealed(result)))
+
+    def read_result(self) -> dict[str, Any]:
+        """Return the result of the last attempt; empty if it has not ended, or died, or if the file
+        is damaged.
+        """
+        with suppress(OSError, ValueError):
+            result = json.loads(self.result.read_text())
+            if isinstance(result, dict) and is_intact(result):
+                return {name: value for name, value in result.items() if name != SEAL}
+        return {}
+
+    def damaged_files(self) -> list[str]:
+        """Return one line for each file of a finished run that is missing or was changed."""
+        files, lines = self.read_result().get("files", {}), list[str]()
+        for name, digest in files.items():
+            try:
+                lines += differing(self.path, {name: digest})
+            except OSError as error:
+                lines.append(f"{self.path / name}: cannot be read ({error})")
+        return lines
+
+
+def _only_paths(changes: list[tuple[str, Any, Any]]) -> bool:
+    """Return whether all changes are of paths, whose content the ranks compare by hash."""
+    return all(key in (*PATH_KEYS, *FOLDER_KEYS) for key, *_ in changes)
 
 
 def _not_a_run(path: Path) -> UserError:
@@ -164,8 +264,12 @@ def write_atomically(path: Path, text: str) -> None:
     one.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # frees its space on a full disk
+        raise OSError(error.errno, error.strerror, str(path)) from None

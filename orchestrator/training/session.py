@@ -62,6 +62,8 @@ class LocalSession:
             return self.run_dir.stop.read_text().strip() or "RUN_DIR/STOP exists"
         except FileNotFoundError:
             return None
+        except (OSError, ValueError):  # its content does not matter
+            return "RUN_DIR/STOP exists" if os.path.lexists(self.run_dir.stop) else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in self._received and number != signal.SIGUSR1:

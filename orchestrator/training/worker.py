@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 from orchestrator.callback_api import TrainerCallback
+from orchestrator.settings.load import save_spec
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.assemble import assembled
 from orchestrator.training.callbacks.build import build_callbacks
@@ -16,7 +17,7 @@ from orchestrator.training.export import export
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.ownership import followed
 from orchestrator.training.prepare import PreparedRun, prepare, quiet
-from orchestrator.training.result import FitResult, RunResult
+from orchestrator.training.result import FitResult, RunResult, finished_files
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.samples import answered_samples
 from orchestrator.training.session import Session
@@ -91,12 +92,13 @@ def _finish(context: RunContext, prepared: PreparedRun, fitted: FitResult) -> Ru
     )
     if not context.world.is_main:  # does not wait: an export can take longer than a collective may
         return result
+    save_spec(context.spec, run_dir.config)  # it may have been damaged since the start
     if model_step is not None:
         if exports_best and best is None:
             message = "no evaluation after a step had a number for %s: the last is exported"
             logger.warning(message, context.spec.evaluation.reported_best)
         export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
         samples = answered_samples(context.spec, run_dir, prepared, context.world.device)
-        result = replace(result, samples=samples)
+        result = replace(result, samples=samples, files=finished_files(run_dir))
     run_dir.write_result(asdict(result))
     return result

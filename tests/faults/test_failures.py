@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.training.manifest import FORMAT
+from orchestrator.training.manifest import FORMAT, sealed
 from support.debug_runs import finish_debug, run_debug
 from support.run_files import losses
 from support.tiny_settings import TINY_MODEL, random_rows, write_jsonl, write_settings
@@ -95,11 +95,11 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(
         )
         assert again.stderr.splitlines() == [
             f"error: run.dir = '{run_dir}': has checkpoints, but none is complete ({complaint}); "
-            f"restore their files, or choose another run.name, or remove {run_dir}/checkpoints to "
+            f"restore their files, or choose another run.name, or remove {run_dir} to "
             "start over"
         ]
         assert (kept(run_dir), losses(run_dir)) == (before, logged)
-    shutil.rmtree(run_dir / "checkpoints")
+    shutil.rmtree(run_dir)
     over = run_debug(settings)
     assert over.codes == [0], over.stderr
     assert losses(run_dir) == logged
@@ -108,7 +108,8 @@ def test_without_a_whole_checkpoint_a_started_run_does_not_start_over(
 def test_a_newer_format_is_refused_at_resume(ended_run: tuple[Path, Path]) -> None:
     settings, run_dir = ended_run
     manifest = run_dir / "checkpoints" / "step_00000004" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(sealed({**content, "format": 99})))
     before = kept(run_dir)
     again = run_debug(settings)
     assert again.codes == [2], again.stderr

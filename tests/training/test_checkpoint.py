@@ -23,9 +23,12 @@ from orchestrator.training.checkpoint_writer import SaveFailed, save
 from orchestrator.training.manifest import (
     FORMAT,
     MANIFEST,
+    SEAL,
     ReadFailed,
     committed,
+    is_intact,
     retain,
+    sealed,
     set_aside,
     verify,
 )
@@ -269,7 +272,7 @@ def test_another_format_is_refused_and_never_passed_over(
 ) -> None:
     saved(tmp_path, 2)
     manifest = saved(tmp_path, 3) / MANIFEST
-    manifest.write_text(json.dumps({"format": 99, "files": files}))
+    manifest.write_text(json.dumps(sealed({"format": 99, "files": files})))
     for refusal in on_ranks(ranks, lambda world: newest_valid(tmp_path, world)):
         assert isinstance(refusal, UserError)
         assert str(refusal) == (
@@ -277,6 +280,30 @@ def test_another_format_is_refused_and_never_passed_over(
             "use the version of this program that wrote it, or choose another run.name"
         )
     assert len(committed(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("written", [4, 5, 6, 0, "4", None, 3.5])
+def test_a_damaged_format_is_passed_over(tmp_path: Path, written: Any) -> None:
+    older, manifest = saved(tmp_path, 2), saved(tmp_path, 3) / MANIFEST
+    content = json.loads(manifest.read_text())
+    assert is_intact(content)
+    changed = {**content, "format": written, "step": 2 * content["step"]}
+    manifest.write_text(json.dumps(changed))
+    line = f"{manifest}: is not a manifest, or is damaged"
+    assert newest_valid(tmp_path, ALONE) == (older, [line])
+
+
+def test_a_manifest_of_an_earlier_version_has_no_seal(tmp_path: Path) -> None:
+    manifest = saved(tmp_path, 3) / MANIFEST
+    content = json.loads(manifest.read_text())
+    del content[SEAL]
+    manifest.write_text(json.dumps(content))
+    assert verify(manifest.parent) == []
+    manifest.write_text(json.dumps({**content, "format": 3}))
+    with pytest.raises(UserError, match="format = 3"):
+        verify(manifest.parent)
+    manifest.write_text(json.dumps({**content, "format": 5}))  # later versions seal it
+    assert verify(manifest.parent) == [f"{manifest}: is not a manifest, or is damaged"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -309,7 +336,9 @@ def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, ranks: int) -
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("broken", [unreadable, lambda path: path.write_text('{"format": 99}')])
+@pytest.mark.parametrize(
+    "broken", [unreadable, lambda path: path.write_text(json.dumps(sealed({"format": 99})))]
+)
 def test_a_refusal_keeps_no_frame_alive(
     tmp_path: Path, ranks: int, broken: Callable[[Path], Any]
 ) -> None:

@@ -216,8 +216,9 @@ def _run_settings(run_dir: RunDir, overrides: Sequence[str]) -> RunSpec:
     Raises:
         UserError: an override changes another setting.
     """
-    spec = load_spec(run_dir.config, overrides)
-    for key, old, new in changed_on_resume(load_spec(run_dir.config), spec):
+    settings = run_dir.settings()
+    spec = load_spec(settings, overrides)
+    for key, old, new in changed_on_resume(load_spec(settings), spec):
         raise UserError(key, new, f"is {old!r} in the run, so the step would differ", "remove it")
     return spec
 

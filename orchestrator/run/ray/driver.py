@@ -1,13 +1,12 @@
 """Train on Ray: prepare the run here, then start one attempt after another until it ends."""
 
-import json
 import logging
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from types import FrameType
@@ -150,9 +149,7 @@ def run_attempts(
 
 def _result_of_attempt(run_dir: RunDir) -> dict[str, Any]:
     """Read how the workers ended; {"status": "died"} if they could not write it."""
-    with suppress(FileNotFoundError, ValueError):  # an incomplete file of a killed rank
-        return json.loads(run_dir.result.read_text())
-    return {"status": "died"}
+    return run_dir.read_result() or {"status": "died"}
 
 
 def _stopped_while_waiting(run_dir: RunDir) -> RunResult:

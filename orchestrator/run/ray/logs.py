@@ -24,7 +24,7 @@ def following(path: Path) -> Iterator[None]:
     over = threading.Event()
 
     def follow() -> None:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             file.seek(0, os.SEEK_END)
             while True:
                 ending = over.is_set()  # read once more after the end, for the important last lines

@@ -12,6 +12,7 @@ from orchestrator.run.ray.objects import unpickled_objects
 from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.load import make_spec
 from orchestrator.training.checkpoint_writer import SaveFailed
+from orchestrator.training.export import ExportFailed
 from orchestrator.training.manifest import ReadFailed
 from orchestrator.training.ownership import TOKEN
 from orchestrator.training.rundir import RunDir
@@ -56,7 +57,7 @@ def worker_loop(config: dict[str, Any]) -> None:
         except TrainingError as error:
             run_dir.write_result({"status": "failed", "reason": str(error)})
             raise
-        except (ReadFailed, SaveFailed) as error:
+        except (ReadFailed, SaveFailed, ExportFailed) as error:
             logger.error("%s", error)
             raise
         except BaseException:

@@ -2,6 +2,7 @@
 makes ranks agree.
 """
 
+import errno
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from orchestrator.user_time import USER_TIME
 
 logger = logging.getLogger(__name__)
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # in the order of decisions.Decisions, from `finish` on
 REQUESTS = (
     "should_training_stop",
@@ -33,6 +35,7 @@ class Callbacks:
     """The callbacks of rank 0 (empty on other ranks), with their TrainerState and TrainerControl.
 
     A callback that raises is reported once and dropped, unless it has a true attribute `essential`.
+    One that finds the disk full is called again at the next event: it may have room by then.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Callbacks:
             train_batch_size=args.per_device_train_batch_size,
             log_history=[],
         )
+        self._found_full = set[tuple[int, str]]()  # callbacks and events
         self._built_with = {id(callback): _arguments(callback) for callback in callbacks}
 
     def fire(self, event: str, **extra: Any) -> None:
@@ -61,8 +65,9 @@ class Callbacks:
                     )
             except BdbQuit:  # quitting the debugger in a callback ends the run
                 raise
-            except Exception:
-                self._drop(callback, event)
+            except Exception as error:
+                if not self._is_kept(callback, event, error):
+                    self._drop(callback, event)
                 continue
             if isinstance(returned, TrainerControl):
                 self.control = returned
@@ -90,6 +95,17 @@ class Callbacks:
         self.fire("on_step_end")
         for name in shown:
             setattr(self.control, name, False)
+
+    def _is_kept(self, callback: TrainerCallback, event: str, error: Exception) -> bool:
+        """Keep a callback that found the disk full, with one line for each event."""
+        if not isinstance(error, OSError) or error.errno not in DISK_FULL:
+            return False
+        place = (id(callback), event)
+        if place not in self._found_full:
+            self._found_full.add(place)
+            message = "%s found the disk full in %s (%s) and is called again at the next event"
+            logger.warning(message, type(callback).__name__, event, error)
+        return True
 
     def _drop(self, callback: TrainerCallback, event: str) -> None:
         """Drop a callback that raised; re-raise if it is essential.

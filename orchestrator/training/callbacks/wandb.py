@@ -6,13 +6,14 @@ import logging
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.rundir import RunDir
+from orchestrator.training.rundir import RunDir, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +112,12 @@ class WandbCallback(TrainerCallback):
     def _id(self) -> str:
         """Return the run's id, which is drawn once and kept in the run directory."""
         path = self.run_dir.wandb / "run_id"
-        if not path.exists():
-            path.write_text(secrets.token_hex(4))
-        return path.read_text().strip()
+        with suppress(OSError, ValueError):
+            if re.fullmatch(r"[\w-]{1,128}", known := path.read_text().strip()):
+                return known
+        # none yet, or damaged: the resumed run is then a new one of W&B
+        write_atomically(path, drawn := secrets.token_hex(4))
+        return drawn
 
 
 def without_secrets(value: Any) -> Any:

@@ -2,6 +2,7 @@
 arguments are frozen.
 """
 
+import errno
 import json
 import logging
 import os
@@ -102,6 +103,28 @@ def test_a_callback_that_raises_is_reported_once_and_dropped(
     [record] = caplog.records
     assert record.getMessage() == "Raising raised in on_step_end and is dropped; training continues"
     assert record.exc_info is not None
+
+
+def test_a_callback_that_finds_the_disk_full_is_called_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Writes(TrainerCallback):
+        calls = 0
+
+        def on_log(self, *_: Any, **__: Any) -> None:
+            self.calls += 1
+            if self.calls < 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    handler = callbacks(tmp_path, writes := Writes())
+    for _ in range(4):
+        handler.fire("on_log")
+    assert (handler.callbacks, writes.calls) == ([writes], 4)
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "Writes found the disk full in on_log ([Errno 28] No space left on device) and is called "
+        "again at the next event"
+    )
 
 
 def test_an_essential_callback_that_raises_ends_training(tmp_path: Path) -> None:
