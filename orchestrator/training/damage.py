@@ -20,7 +20,7 @@ def damage(run_dir: RunDir) -> list[str]:
     lines, meta = run_dir.damaged_files(), newest_meta(run_dir.checkpoints)
     if os.path.lexists(run_dir.result) and not run_dir.read_result():
         lines.append(f"{run_dir.result}: is damaged")
-    if "spec" in meta and "files" not in run_dir.read_result():
+    if "spec" in meta and not run_dir.read_result().get("files"):
         if not run_dir.config_is_whole(meta):
             lines.append(f"{run_dir.config}: is missing or damaged")
         lines += _metrics_damage(run_dir.metrics, meta) + tokenizer_damage(run_dir.tokenizer)
