@@ -8,15 +8,17 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator import terminal
+from orchestrator import early_signals, terminal
 from orchestrator.arguments import files_and_overrides, parse
 from orchestrator.data.sources import raw_rows
 from orchestrator.insight.summary import summary
+from orchestrator.run.parentage import PARENT
 from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.load import SettingsSource, load_spec
 from orchestrator.settings.run import RunSpec
@@ -37,8 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _run_verb(argv)
     words = sys.argv[1:]
-    terminal.prepare(keeps_going=words[:1] in (["train"], ["debug"]))
-    code = _run_verb(words)
+    is_run = words[:1] in (["train"], ["debug"])
+    terminal.prepare(keeps_going=is_run)
+    if is_run:
+        _stop_early()
+    try:
+        code = _run_verb(words)
+    except early_signals.StoppedEarly as stopped:
+        _print_error(str(stopped))
+        os._exit(STOPPED)  # the interpreter's end could wait for threads of torch or Ray
     try:
         terminal.flush()
     except OSError as error:  # a full disk
@@ -46,6 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return code or FAILED
     return code
+
+
+def _stop_early() -> None:
+    """Install handlers for signals before the run begins; a rank leaves them to its parent, which
+    recognises a rank that ended by a signal.
+    """
+    if PARENT not in os.environ:
+        early_signals.install()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _run_verb(words: Sequence[str]) -> int:
@@ -91,13 +110,15 @@ def train(args: argparse.Namespace) -> int:
 def debug(args: argparse.Namespace) -> int:
     """Train in this process without Ray, or examine a step."""
     _check_flags(args)
+    keeps_run = not (args.overfit or args.dry_run)
+    if args.replay_step is not None or not keeps_run:
+        early_signals.leave()  # nothing to stop and start again
     if args.replay_step is not None:
         return _replay(args)
     spec = _spec(args)
     from orchestrator.world import is_one_of_many
 
     is_rank = is_one_of_many()
-    keeps_run = not (args.overfit or args.dry_run)
     only_trains = keeps_run and args.profile is None and not is_rank
     if only_trains and (done := _print_if_finished(spec)) is not None:
         return _print_end(spec, done)

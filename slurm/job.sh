@@ -8,6 +8,7 @@ STOPPED=3           # exit code of a run that was saved and can resume
 
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
+trap 'on_signal HUP' HUP
 
 say() { echo "[$(date +%T) $HOSTNAME, start $((${SLURM_RESTART_COUNT:-0} + 1))] $*"; }
 

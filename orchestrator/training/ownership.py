@@ -58,8 +58,9 @@ class Owner(NamedTuple):
 
 
 @contextmanager
-def owned(path: Path, name: str, is_new: bool) -> Iterator[None]:
-    """Own a run directory by the file `path` in it, until the end or the death of this process.
+def owned(path: Path, name: str, is_new: bool) -> Iterator[int]:
+    """Own a run directory by the file `path` in it, until the end or the death of this process;
+    yield the descriptor that holds the lock.
 
     A thread rewrites the file every second. If it was deleted it comes back; if another process
     has taken it over, this process ends at once, before it could write over the other's files.
@@ -84,7 +85,7 @@ def owned(path: Path, name: str, is_new: bool) -> Iterator[None]:
         os.close(descriptor)
         raise
     with beats.running():
-        yield
+        yield descriptor
 
 
 def owner_of(path: Path) -> str | None:

@@ -164,10 +164,12 @@ class RunDir:
         return max(steps, default=None)
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
-        """Own the directory, as two drivers of one run would overwrite each other.
+    def owned(self) -> Iterator[int]:
+        """Own the directory, as two drivers of one run would overwrite each other; yield the
+        descriptor that holds the lock.
 
-        It is free again when this process ends, however it does.
+        It is free again when this process and those that inherit the descriptor end, however they
+        do.
 
         Raises:
             UserError: another process owns it.
@@ -181,10 +183,10 @@ class RunDir:
             reason = error.strerror or type(error).__name__
             raise UserError("run.dir", str(path), f"{rule} ({reason})", cure) from None
         is_new = self.saved_step() is None and not self.config.exists()
-        with ownership.owned(self.lock, self.path.name, is_new=is_new):
+        with ownership.owned(self.lock, self.path.name, is_new=is_new) as lock:
             # a request to an earlier attempt; later ones are for this attempt
             self.stop.unlink(missing_ok=True)
-            yield
+            yield lock
 
     def owner(self) -> str | None:
         """Return the process that owns the directory, on any machine; None if none does."""

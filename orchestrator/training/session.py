@@ -6,12 +6,10 @@ import threading
 from types import FrameType
 from typing import Protocol
 
+from orchestrator.early_signals import stop_signals
 from orchestrator.training.heartbeat import Phase
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.watchdog import Watchdog
-
-# USR1: sent by Slurm before a job's time limit
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Session(Protocol):
@@ -35,7 +33,7 @@ class Session(Protocol):
 
 
 class LocalSession:
-    """The session of every run: the file RUN_DIR/STOP requests a stop, and so do STOP_SIGNALS,
+    """The session of every run: the file RUN_DIR/STOP requests a stop, and so do stop signals,
     where a second INT or TERM kills.
 
     Only a main thread receives signals: Ray's workers train in another one, and its driver turns
@@ -46,7 +44,7 @@ class LocalSession:
         self.run_dir, self.rank, self.watchdog = run_dir, rank, watchdog
         self._received: list[int] = []
         if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
+            for number in stop_signals():
                 signal.signal(number, self._on_signal)
 
     def beat(self, step: int, phase: Phase, index: int = 0) -> None:
@@ -66,7 +64,7 @@ class LocalSession:
             return "RUN_DIR/STOP exists" if os.path.lexists(self.run_dir.stop) else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number in self._received and number != signal.SIGUSR1:
+        if number in self._received and number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._received.append(number)

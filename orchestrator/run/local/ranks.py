@@ -4,13 +4,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import ExitStack
-from functools import partial
 
+from orchestrator import early_signals
 from orchestrator.run.local.debug import print_hang, print_if_finished
 from orchestrator.run.local.profile import Steps, steps_to_profile
+from orchestrator.run.parentage import PARENT, dies_with_parent, handles_signals
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.heartbeat import Observed, remove_heartbeats
 from orchestrator.training.prepare import prepare
@@ -32,11 +32,14 @@ def start_ranks(
 
     Settings and data are checked here once, before any rank starts. When one rank fails, the others
     are ended. keeps_run: the ranks write to the run directory, which is locked meanwhile.
+
+    Raises:
+        StoppedEarly: a signal arrived before the run began.
     """
-    run_dir = RunDir(spec.run_dir)
+    run_dir, lock = RunDir(spec.run_dir), tuple[int, ...]()
     with ExitStack() as held:
         if keeps_run:
-            held.enter_context(run_dir.owned())
+            lock = (held.enter_context(run_dir.owned()),)
             run_dir.check(spec)
             if print_if_finished(run_dir, profile) is not None:
                 return 0
@@ -44,25 +47,13 @@ def start_ranks(
         if profile is not None:
             steps_to_profile(spec, prepared.train.pairs_per_epoch, run_dir, profile)
         remove_heartbeats(run_dir)
-        env = _environment(ranks)
-        processes = [
-            subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)
-        ]
+        processes = _Ranks(run_dir if keeps_run else None)
+        processes.start(command, _environment(ranks), lock)
         with ExitStack() as watching:
             if keeps_run:
-                end = partial(_end_hung, run_dir, processes)
-                watching.enter_context(watched_from_outside(run_dir, ranks, end))
-            return _wait(processes)
-
-
-def _end_hung(
-    run_dir: RunDir, processes: list[subprocess.Popen[bytes]], line: str, _: list[Observed]
-) -> None:
-    """End ranks of which none responds."""
-    print_hang(run_dir, line)
-    for process in processes:
-        process.kill()
+                watching.enter_context(watched_from_outside(run_dir, ranks, processes.end_hung))
+            processes.wait()
+        return processes.exit_code()
 
 
 def _environment(ranks: int) -> dict[str, str]:
@@ -71,35 +62,93 @@ def _environment(ranks: int) -> dict[str, str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    env[PARENT] = str(os.getpid())
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     return env
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all ranks and end them when one fails; return the exit code of the run."""
+class _Ranks:
+    """The processes of the ranks, and the signals that this process received for them."""
 
-    def forward(number: int, _: object) -> None:
-        for process in processes:
+    def __init__(self, run_dir: RunDir | None) -> None:
+        self.run_dir = run_dir  # None: nothing is kept
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.received: list[int] = []
+        self.stopped_early = False
+        self._deadline: float | None = None  # for the other ranks, once one has ended badly
+        for number in early_signals.stop_signals():
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        """Request a stop, or end the ranks if they have not begun; a second INT or TERM aborts."""
+        is_repeated = number in self.received and number in (signal.SIGINT, signal.SIGTERM)
+        self.received.append(number)
+        if is_repeated:
+            self.send(signal.SIGKILL)
+        elif self.run_dir is None or not all(handles_signals(each.pid) for each in self.processes):
+            self.stopped_early = True
+            self.send(signal.SIGKILL)
+        else:
+            # not by a signal: a terminal or Slurm may have sent it to the ranks as well, and the
+            # second one aborts
+            self.run_dir.stop.write_text(f"received {signal.Signals(number).name}")
+
+    def start(self, command: list[str], env: dict[str, str], lock: tuple[int, ...]) -> None:
+        """Start the ranks, unless a signal arrives first.
+
+        lock: descriptor that holds the lock of the run directory, until the last rank has ended.
+        """
+        for rank in map(str, range(int(env["WORLD_SIZE"]))):
+            if self.received:
+                self.stopped_early = True
+                return
+            process = subprocess.Popen(
+                command,
+                env={**env, "RANK": rank, "LOCAL_RANK": rank},
+                preexec_fn=dies_with_parent(),
+                pass_fds=lock,
+            )
+            self.processes.append(process)
+
+    def send(self, number: int) -> None:
+        """Send a signal to every rank that runs."""
+        for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    # Ctrl-C in a terminal reaches the ranks directly; TERM, and INT sent only to this process, is
-    # forwarded
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGUSR1, forward)
-    signal.signal(signal.SIGINT, forward if not sys.stdin.isatty() else signal.SIG_IGN)
-    failed_at: float | None = None
-    while any(process.poll() is None for process in processes):
-        if failed_at is None and any(process.poll() not in (None, 0, 3) for process in processes):
-            failed_at = time.monotonic()
-            forward(signal.SIGTERM, None)
-        if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
-            forward(signal.SIGKILL, None)
-        time.sleep(POLL_S)
-    returned = [process.returncode for process in processes]
-    codes = [code if code >= 0 else 1 for code in returned]  # below 0: a signal
-    if 2 in codes:  # a UserError of one rank is the reason; the others failed because of it
-        return 2
-    return next((code for code in codes if code not in (0, 3)), max(codes))
+    def end_hung(self, line: str, _: list[Observed]) -> None:
+        """End ranks of which none responds."""
+        assert self.run_dir is not None
+        print_hang(self.run_dir, line)
+        self.send(signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Wait for all ranks; once one has failed, the others have GRACE_S to end."""
+        while any(process.poll() is None for process in self.processes):
+            codes = [process.poll() for process in self.processes]
+            if self.received and any(-code in self.received for code in codes if code):
+                # by a signal that also reached the rank, which had no handler yet
+                self.stopped_early = len(self.received) == 1
+                self.send(signal.SIGKILL)
+            if self._deadline is None and any(code not in (None, 0, 3) for code in codes):
+                self._deadline = time.monotonic() + GRACE_S
+                self.send(signal.SIGTERM)
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.send(signal.SIGKILL)
+            time.sleep(POLL_S)
+
+    def exit_code(self) -> int:
+        """Return the exit code of the run once all ranks have ended.
+
+        Raises:
+            StoppedEarly: a signal arrived before the run began.
+        """
+        if self.stopped_early:
+            raise early_signals.StoppedEarly(self.received[0])
+        # below 0: a signal
+        codes = [1 if each.returncode < 0 else each.returncode for each in self.processes]
+        if 2 in codes:  # a UserError of one rank is the reason; the others failed because of it
+            return 2
+        return next((code for code in codes if code not in (0, 3)), max(codes))

@@ -7,9 +7,11 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 from orchestrator.run.checks.parallel import one_line
 from orchestrator.run.checks.probe import CONNECT_S
+from orchestrator.run.ray.guardian import guarded
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
 
@@ -63,7 +66,8 @@ def entered(spec: RunSpec | None) -> Iterator[None]:
             rule = "this process has already called ray.init"
             raise UserError("ray.init", None, rule, "call ray.shutdown() before training")
         try:
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+            with _own_signals():
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         except Exception as error:  # Ray raises many types, including Exception itself
             if is_joined():
                 raise _cannot_join(error) from None
@@ -77,7 +81,7 @@ def entered(spec: RunSpec | None) -> Iterator[None]:
 @contextmanager
 def _local_options() -> Iterator[dict[str, Any]]:
     """Yield the arguments of ray.init for Ray on this machine."""
-    with ray_folder() as folder:
+    with ray_folder() as folder, guarded():
         yield {
             "address": "local",
             "include_dashboard": False,
@@ -85,6 +89,30 @@ def _local_options() -> Iterator[dict[str, Any]]:
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": folder,
         }
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, which ray.init replaces by one that exits with 15.
+
+    SIGHUP is blocked, for good in the processes that are started inside: a closed terminal sends it
+    to all of them, and the run needs its workers to save.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    stopped = False
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        stopped = True
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if stopped:
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Literal
 
+from orchestrator import early_signals
 from orchestrator.data.user_collator import UserCollator
 from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference_function import RefModel
@@ -31,7 +32,6 @@ from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
-from orchestrator.training.session import STOP_SIGNALS
 from orchestrator.training.user_objects import (
     ComputeMetrics,
     GivenCallback,
@@ -165,7 +165,7 @@ def _stopped_while_waiting(run_dir: RunDir) -> RunResult:
 
 @contextmanager
 def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
-    """Handle STOP_SIGNALS: write the file STOP, so that workers save and stop.
+    """Handle stop signals: write the file STOP, so that workers save and stop.
 
     A second INT or TERM aborts.
     """
@@ -175,15 +175,17 @@ def _stop_on_signal(run_dir: RunDir) -> Iterator[None]:
     received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        # Slurm may send USR1, and then TERM while the run saves
-        if number in received and number != signal.SIGUSR1:
+        # Slurm may send USR1 repeatedly, a shell and its terminal HUP
+        if number in received and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         received.append(number)
         run_dir.stop.write_text(f"received {signal.Signals(number).name}")
         line = "stopping: the run saves after the last finished step; repeat to abort"
         print(line, file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    early_signals.leave()  # else it would be back while Ray ends
+    numbers = early_signals.stop_signals()
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield
     finally:
