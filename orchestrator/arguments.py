@@ -154,7 +154,10 @@ def _add_verbs_of_runs(add: Add) -> None:
     stop = add("stop", "save and stop a run; the command that started it resumes it")
     stop.add_argument("run_dir", metavar="RUN_DIR")
     checks = "check every file of all checkpoints and of the pair ledger against its manifest"
-    add("verify", checks).add_argument("run_dir", metavar="RUN_DIR")
+    verify = add("verify", checks)
+    verify.add_argument("run_dir", metavar="RUN_DIR")
+    again = "also replay the steps between the two newest checkpoints, and compare every tensor"
+    verify.add_argument("--replay", action="store_true", help=again)
     which = "which pairs a run never learned, which look mislabelled"
     pairs = add("pairs", f"show {which}, and the effect of length")
     pairs.add_argument("run_dir", metavar="RUN_DIR")

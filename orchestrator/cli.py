@@ -19,6 +19,7 @@ from orchestrator.arguments import files_and_overrides, parse
 from orchestrator.data.sources import raw_rows
 from orchestrator.insight.summary import summary
 from orchestrator.run.parentage import PARENT
+from orchestrator.settings.counts import counted
 from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.load import SettingsSource, load_spec
 from orchestrator.settings.run import RunSpec
@@ -84,7 +85,10 @@ def _run_verb(words: Sequence[str]) -> int:
         _print_error(f"error: {error}")
         return FAILED
     except (TrainingError, RunDied) as error:
-        _print_error(f"error: {' '.join(str(error).split())}")
+        from orchestrator.world import is_first_process
+
+        if is_first_process():  # the same error is raised on every rank
+            _print_error(f"error: {' '.join(str(error).split())}")
         return FAILED
 
 
@@ -324,6 +328,11 @@ def verify(args: argparse.Namespace) -> int:
     from orchestrator.training import ledger
     from orchestrator.training.damage import damage
 
+    if args.replay:
+        from orchestrator.run.local.interval import replay_on_this_rank
+
+        if replay_on_this_rank():
+            return DONE
     run_dir = RunDir.existing(args.run_dir)
     folders = manifest.committed(run_dir.checkpoints)
     problems: dict[str, list[str]] = {}
@@ -341,7 +350,28 @@ def verify(args: argparse.Namespace) -> int:
         print(line)
     if not folders:
         print("no checkpoint")
-    return FAILED if any(problems.values()) or not folders else DONE
+    complete = [folder for folder in folders if not problems[folder.name]]
+    is_replayed = not args.replay or (bool(complete) and _replay_interval(run_dir, complete))
+    return DONE if folders and is_replayed and not any(problems.values()) else FAILED
+
+
+def _replay_interval(run_dir: RunDir, complete: list[Path]) -> bool:
+    """Replay the steps before the newest checkpoint; print and return whether they are the same."""
+    from orchestrator.run.local.interval import SHOWN, certify
+
+    command = [sys.executable, "-m", "orchestrator.cli", "verify", str(run_dir.path), "--replay"]
+    print(f"replaying the steps before {complete[0].name}", flush=True)
+    steps, ranks, differences, machines = certify(run_dir, complete, command)
+    where = f"{steps}, replayed on {counted(ranks, 'rank')}"
+    if not differences:
+        print(f"{where}: end with bitwise the state of {complete[0].name}")
+        return True
+    print(f"{where}: {counted(len(differences), 'difference')} from {complete[0].name}{machines}")
+    for line in differences[:SHOWN]:
+        print(f"  {line}")
+    if len(differences) > SHOWN:
+        print(f"  and {len(differences) - SHOWN} more")
+    return False
 
 
 def pairs(args: argparse.Namespace) -> int:

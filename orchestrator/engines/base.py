@@ -71,6 +71,7 @@ class Engine(Protocol):
         Optimizer  # the one that the factory built, whose parameter groups the schedule updates
     )
     scheduler: LRScheduler
+    grad_norm: torch.Tensor  # scalar, as in StepResult; computed by `grads_finite`
     forward_is_collective: bool  # True if a forward pass is collective, because it gathers weights
     after_forward: Callable[[], None]  # called in a micro-step between forward and backward
 
@@ -143,6 +144,12 @@ class Engine(Protocol):
 
     def iter_shards(self) -> Iterator[Shard]:
         """Yield the ranges that this rank writes to a checkpoint. No collectives."""
+        ...
+
+    def non_finite_weights(self) -> list[str]:
+        """Return the names of the tensors whose range on this rank, as in `iter_shards`, is not
+        finite. No collectives.
+        """
         ...
 
     def load_shards(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:

@@ -2,6 +2,7 @@
 checkpoints.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class SteppingEngine:
     module: nn.Module  # the wrapped step, whose forward is called
     optimizer: Optimizer
     scheduler: LRScheduler
+    grad_norm: torch.Tensor
     shards_gradients = (
         True  # True if each rank's gradient norm covers only its part of the gradient
     )
@@ -241,6 +243,25 @@ class SteppingEngine:
                 else:
                     tensors[key] = _flat(value)[offset : offset + stop - start]
             yield Shard(name, shape, start, stop, tensors)
+
+    @torch.no_grad()
+    def non_finite_weights(self) -> list[str]:
+        held = [
+            (part.name, part.weight)
+            for part in self._fragments()
+            if part.is_mine and part.weight.numel() and part.weight.is_floating_point()
+        ]
+        if not held:
+            return []
+        # the largest absolute value is not finite if any value is not, and cannot overflow
+        peaks = torch._foreach_norm([weight for _, weight in held], math.inf)  # pyright: ignore
+        device = self.world.device
+        finite = torch.stack([peak.to(device, torch.float64) for peak in peaks]).isfinite()
+        return [
+            name
+            for (name, _), is_finite in zip(held, finite.tolist(), strict=True)
+            if not is_finite
+        ]
 
     @torch.no_grad()
     def load_shards(self, read: ReadRange, keys: Callable[[str], set[str]]) -> None:

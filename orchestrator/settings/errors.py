@@ -49,7 +49,9 @@ class SettingsError(UserError):
 
 
 class TrainingError(Exception):
-    """Error of a training that cannot continue: one line with step and fix. Exit code 1."""
+    """Error of a training that cannot continue, the same on every rank: one line with step and
+    fix. Exit code 1.
+    """
 
 
 class RunDied(Exception):

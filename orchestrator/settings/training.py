@@ -1,5 +1,7 @@
 """The block training: the length of training, and options of a step."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from orchestrator.settings.base import FREE, Block, Positive
@@ -16,6 +18,10 @@ class TrainingSpec(Block):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the gradient to this L2 norm; no clipping when null."""
+    on_non_finite: Literal["stop", "skip"] = Field("stop", json_schema_extra=FREE)
+    """What follows a loss or gradient that is not finite: stop ends the run; skip continues with
+    the next batch, without an update and without counting the step, up to 10 times in a row.
+    """
     logging_steps: Positive = Field(10, json_schema_extra=FREE)
     """Optimizer steps between two logged lines."""
     token_metrics: bool = Field(True, json_schema_extra=FREE)

@@ -122,6 +122,10 @@ class Reader:
             )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.zeros(0)])
 
+    def flat(self, name: str, key: str) -> torch.Tensor:
+        """Return all of a tensor, 1-D on the CPU."""
+        return self.read(name, key, 0, max(stop for _, stop, *_ in self._ranges[name, key]))
+
     def parameter(self, name: str) -> torch.Tensor:
         """Return one whole parameter in its shape."""
         shape = self.shapes[name]

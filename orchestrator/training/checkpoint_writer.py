@@ -296,25 +296,26 @@ class _Draft:
     ) -> dict[str, Any]:
         """Write this rank's tensors, random state and rows; return their record for rank 0."""
         file, rng_file, seen_file = _rank_files(self.world.rank)
-        tensors: dict[str, torch.Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        ranges: list[tuple[str, str, str, str, int, int]] = []
+        pieces: list[tuple[str, str, int, int, torch.Tensor]] = []
         for part in shards:
             shapes[part.name] = part.shape
             for key, value in part.tensors.items():
-                label = str(len(tensors))
-                tensors[label] = value.cpu().contiguous()  # no copy if it is on the host already
                 # a scalar, or state of another shape
                 is_whole = key.startswith(SCALAR) or value.numel() != part.stop - part.start
                 begin, end = (0, value.numel()) if is_whole else (part.start, part.stop)
-                ranges.append((file, label, part.name, key, begin, end))
+                # no copy if it is on the host already
+                pieces.append((part.name, key, begin, end, value.cpu().contiguous()))
+        pieces.sort(key=lambda piece: piece[:3])  # equal state gives equal files
+        tensors = {str(label): piece[-1] for label, piece in enumerate(pieces)}
+        ranges = [(file, str(label), *piece[:-1]) for label, piece in enumerate(pieces)]
         save_tensors(tensors, self.partial / file)
         save_tensors(rng, self.partial / rng_file)
         files = {name: synced_sha256(self.partial / name) for name in (file, rng_file)}
         if seen is not None:
             write_rows(seen, self.partial / seen_file)
         return {
-            "shapes": shapes,
+            "shapes": dict(sorted(shapes.items())),
             "ranges": ranges,
             "files": files,
             "seen": [] if seen is None else [seen_file],

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from orchestrator.data.collate import PairBatch
 from orchestrator.data.loader import Loader
 from orchestrator.dpo.step import StepOutput
@@ -24,6 +26,7 @@ from orchestrator.training.rng import RngState
 from orchestrator.training.run_identity import differences
 from orchestrator.training.seen_pairs import SeenPairs
 from orchestrator.user_code import source_hash
+from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class Checkpointer:
         self.engine.set_state(meta["engine"])
         reporter.progress.restore(meta)
         reporter.window.restore(meta["window"])
+        reporter.ranges.restore(meta.get("ranges"))
         reporter.callbacks.restore(meta["callbacks"])
         restore_best(self.context, reporter.callbacks)
         reporter.show_position()
@@ -115,7 +119,9 @@ class Checkpointer:
             "engine": self.engine.state(),
             "made_by": self._made_by,
             "sources": self.sources,
+            "machine": _machine(self.context.world),
             "window": self.reporter.window.per_rank(),
+            "ranges": self.reporter.ranges.state(),
             "callbacks": callbacks.exported(),
             "data": self.loader.pairs.identity,  # of the training pairs only
             "identity": self.identity,
@@ -178,6 +184,16 @@ class Checkpointer:
             if self.context.world.is_main and self.sources[name] != before[name]:
                 message = "%s was edited since this run started: steps after %d use the new code"
                 logger.warning(message, name, meta["step"])
+
+
+def _machine(world: World) -> dict[str, Any]:
+    """Return what the last bits of results depend on, for a replay."""
+    is_gpu = world.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(world.device) if is_gpu else world.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _sources(spec: RunSpec) -> dict[str, str]:

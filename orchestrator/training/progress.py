@@ -17,14 +17,19 @@ class Progress:
     finishing: bool = False  # a callback requested the end of training
     ending_epoch: bool = False  # a callback requested to skip the rest of the epoch
     epochs_ended: list[int] = field(default_factory=list)  # steps after which an epoch ended early
+    skipped_in_a_row: int = 0  # batches without an update, since the last one
+    # sets whose loss was not finite in the evaluation after `evaluated_at`
+    broken_sets: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields for a checkpoint."""
         return asdict(self)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Restore the fields from a checkpoint, which may have other keys too."""
+        """Restore the fields from a checkpoint, which may have other keys too; one of an older
+        version lacks some.
+        """
         for each in fields(self):
-            setattr(self, each.name, saved[each.name])
+            setattr(self, each.name, saved.get(each.name, getattr(self, each.name)))
         total, count = self.losses_seen  # a list in JSON
         self.losses_seen = (total, count)

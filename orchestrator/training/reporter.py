@@ -10,6 +10,7 @@ from orchestrator.engines.base import StepResult
 from orchestrator.training.callbacks.handler import Callbacks
 from orchestrator.training.metrics import MetricSums, means
 from orchestrator.training.progress import Progress
+from orchestrator.training.running_range import RunningRanges
 from orchestrator.world import World
 
 
@@ -21,6 +22,7 @@ class Reporter:
     ) -> None:
         self.progress, self.callbacks, self.order, self.world = progress, callbacks, order, world
         self.window = MetricSums(world)  # since the last log
+        self.ranges = RunningRanges()
         self.last_update: StepResult | None = None
         self._start = (0.0, 0, 0)  # time, step and pairs when this process began to train
 

@@ -1,6 +1,7 @@
 """The training loop: take steps, log, evaluate, save and stop."""
 
 import logging
+import math
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from orchestrator.data.order import RunLength
 from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine
-from orchestrator.settings.errors import TrainingError
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.best import save_if_best
@@ -23,11 +23,12 @@ from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpointer import Checkpointer
 from orchestrator.training.compute_metrics import UserMetrics
 from orchestrator.training.context import RunContext
-from orchestrator.training.decisions import Decisions, agree, due_after
+from orchestrator.training.decisions import Agreement, Decisions, StepNumbers, agree, due_after
 from orchestrator.training.evaluate import evaluate_sets, over_ranks
 from orchestrator.training.heartbeat import Phase
 from orchestrator.training.loaders import Loaders
 from orchestrator.training.manifest import step_folder
+from orchestrator.training.non_finite import NonFinite
 from orchestrator.training.progress import Progress
 from orchestrator.training.reference_cache import cached_on_all_ranks
 from orchestrator.training.reporter import Reporter
@@ -37,6 +38,8 @@ from orchestrator.training.start_check import Tolerance, check_start
 
 # fp16 steps: by then the loss scale is 2**25 times smaller, and the gradient still overflows
 MAX_SKIPPED_IN_A_ROW = 25
+# batches without an update that training.on_non_finite=skip allows
+MAX_NON_FINITE_IN_A_ROW = 10
 
 Outputs = list[tuple[PairBatch, StepOutput]]
 """The micro-batches of a step on this rank, on the host, with their outputs."""
@@ -65,8 +68,9 @@ class Trainer:
         self.suspending = False  # requested from outside: save, to be resumed later
         self._epoch = -1  # that of the last batches
         self._in_epoch = False  # between on_epoch_begin and on_epoch_end
+        self._last_batch: PairBatch | None = None
         self._rng: RngState | None = None  # before a step that is not updated yet
-        self._skipped_in_a_row = 0
+        self.non_finite = NonFinite(context, self.engine, loader.pairs, self.checkpointer.wait)
         self._has_warned_unscored = False
         progress = (
             self.progress
@@ -112,7 +116,7 @@ class Trainer:
 
             # requests since the last update are handled now, with its weights: this step has not
             # updated them yet
-            decisions = self._agree(self.engine.grads_finite())
+            decisions, loss, grad_norm = self._agree(self._numbers(outputs))
             if not (self.suspending or progress.finishing):
                 self._act_on(decisions)
             if self.suspending or progress.finishing or progress.ending_epoch:
@@ -121,8 +125,10 @@ class Trainer:
 
             self._update(batches, apply=not decisions.non_finite)
             if decisions.non_finite:
-                due = self._count_skipped_or_fail()
+                due = self._count_skipped_or_fail(outputs, loss)
             else:
+                values = self.reporter.ranges.add(self.progress.step + 1, loss, grad_norm)
+                self.non_finite.remark(self.progress.step + 1, values)
                 due = self._count_step(batches, outputs)
             if due.log:
                 self.log()
@@ -226,27 +232,43 @@ class Trainer:
         self.progress.pairs_seen, self._rng = batches.pairs_seen, None
         self._in_epoch = not self._is_between_epochs
 
-    def _count_skipped_or_fail(self) -> Decisions:
+    def _numbers(self, outputs: Outputs) -> StepNumbers:
+        """Return the numbers of a step whose gradient the engine holds."""
+        loss = torch.stack([output.loss for _, output in outputs]).sum()
+        finite = self.engine.grads_finite()
+        return StepNumbers(finite, loss, self.engine.grad_norm)
+
+    def _count_skipped_or_fail(self, outputs: Outputs, loss: float) -> Decisions:
         """Count a step without update; nothing is due after it.
 
         Raises:
-            TrainingError: training cannot continue: only fp16 lowers its loss scale, and only for a
-                limited number of steps.
+            TrainingError: training cannot continue: only fp16 and training.on_non_finite=skip allow
+                such steps, and only a limited number of them in a row.
         """
-        self._skipped_in_a_row += 1
-        traits = PRECISION_TRAITS[self.context.precision]
-        if traits.scales_loss and self._skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+        step, progress = self.progress.step + 1, self.progress
+        progress.skipped_in_a_row += 1
+        is_scaled = PRECISION_TRAITS[self.context.precision].scales_loss
+        skips = self.context.spec.training.on_non_finite == "skip"
+        limit = MAX_NON_FINITE_IN_A_ROW if skips else 0
+        limit = MAX_SKIPPED_IN_A_ROW if is_scaled else limit
+        is_within = progress.skipped_in_a_row <= limit
+        if is_within and is_scaled and math.isfinite(loss):  # its scale is too large
             return Decisions()
-        other = " or precision=fp32" if traits.is_16_bit else ""
-        other += "".join(f", or fix {name}" for name in self.context.spec.dpo.own_losses)
-        raise TrainingError(
-            f"step {self.progress.step + 1}: the gradient is not finite after pair "
-            f"{self.progress.pairs_seen}; choose another run.name with a lower optimizer.lr{other}"
-        )
+        broken, show = self.non_finite.weights(), self.non_finite.how_to_see(step)
+        cause = broken or self.non_finite.cause(outputs, loss)
+        if is_within and not broken:
+            line = "; ".join([f"step {step}: {cause}", "skipped without an update", *show])
+            if self.context.world.is_main:
+                logger.warning("%s", line)
+            return Decisions()
+        if progress.skipped_in_a_row > 1:
+            cause += f", after {progress.skipped_in_a_row - 1} skipped in a row"
+        skip = [] if skips or broken else ["resume with training.on_non_finite=skip"]
+        raise self.non_finite.error(step, cause, *show, *skip)
 
     def _count_step(self, batches: StepBatches, outputs: Outputs) -> Decisions:
         """Count an update, and return what is due after it."""
-        self._skipped_in_a_row = 0
+        self.progress.skipped_in_a_row, self._last_batch = 0, outputs[0][0]
         spec, progress = self.context.spec, self.progress
         self.checkpointer.add_pairs(progress.step + 1, batches.epoch, outputs)
         self.callbacks.fire("on_optimizer_step")
@@ -265,14 +287,15 @@ class Trainer:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def _agree(self, finite: torch.Tensor | None = None) -> Decisions:
+    def _agree(self, numbers: StepNumbers | None = None) -> Agreement:
         """Agree with the other ranks on what to do; one small reduction."""
         self._beat("reduce")
-        decisions = agree(self.context, self.callbacks.take_requests(), finite)
+        agreement = agree(self.context, self.callbacks.take_requests(), numbers)
+        decisions = agreement.decisions
         self.suspending |= decisions.suspend
         self.progress.finishing |= decisions.finish
         self.progress.ending_epoch |= decisions.end_epoch and self._in_epoch
-        return decisions
+        return agreement
 
     def _act_on(self, decisions: Decisions) -> None:
         if decisions.log:
@@ -299,12 +322,26 @@ class Trainer:
         metrics = evaluate_sets(
             self.context, self.engine, self.loaders.eval, self.reporter, self.user_metrics
         )
+        losses = {
+            name: metrics[f"eval_{name}_loss" if name else "eval_loss"]
+            for name in self.loaders.eval
+        }
+        self.progress.broken_sets = self.non_finite.remark_on_sets(
+            step, losses, self.reporter.ranges
+        )
         # after on_evaluate, which compares with the previous best
         save_if_best(self.context, self.callbacks, step, metrics)
-        self._act_on(self._agree()._replace(evaluate=False))
+        self._act_on(self._agree().decisions._replace(evaluate=False))
 
     def save(self) -> None:
-        """Save a checkpoint, in the background with checkpoint.async_save."""
+        """Save a checkpoint, in the background with checkpoint.async_save; not with weights that
+        are not finite, which would replace the last good one.
+
+        Raises:
+            TrainingError: they are not.
+        """
+        self._beat("save")
+        self.non_finite.check_weights(self.progress.step)
         self.checkpointer.save(self._rng, self.context.spec.checkpoint.async_save)
 
     # --- the end of an epoch and of the run -------------------------------------------------------
@@ -332,11 +369,14 @@ class Trainer:
     def _finish(self) -> FitResult:
         """Evaluate (unless the run was stopped, to be resumed) and save."""
         is_suspended = self.suspending and not self.progress.finishing and not self.is_over
+        self._beat("save")
+        self.non_finite.check_weights(self.progress.step)
         if not is_suspended:
             self.log()  # the rest of the window if a callback ended the run
             if self._in_epoch:
                 self._end_epoch()
             self.evaluate()
+            self.non_finite.check_end(self.progress, bool(self.loaders.eval), self._last_batch)
         self.checkpointer.wait()
         self.checkpointer.save(self._rng, in_background=False)
         if not is_suspended:

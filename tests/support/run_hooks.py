@@ -15,7 +15,11 @@ from typing import Any
 import torch
 
 from orchestrator.data import refcache
+from orchestrator.dpo import step as dpo_step
 from orchestrator.engines.ddp import DdpEngine
+from orchestrator.engines.deepspeed import DeepSpeedEngine
+from orchestrator.engines.fsdp import FsdpEngine
+from orchestrator.engines.stepping import SteppingEngine
 from orchestrator.models.reference import Absent
 from orchestrator.training import checkpoint_writer, ledger
 from orchestrator.training.manifest import step_folder
@@ -230,3 +234,51 @@ def slow_saves(seconds: float) -> None:
 def no_locks() -> None:
     """Let every process get every lock, as on a file system that does not pass them on."""
     fcntl.flock = lambda *_: None
+
+
+def breaks_numbers(what: str, value: float, rank: int, batches: tuple[int, ...]) -> None:
+    """Make a number of these batches (counted from 1, skipped ones too) not finite on one rank:
+    the loss of its first pair, its gradient, or a weight after the update.
+    """
+    forward_backward, pair_losses = Trainer.forward_backward, dpo_step.pair_losses
+    update, numbers = SteppingEngine.optimizer_step, count(1)
+    state = {"number": 0, "in step": False}
+
+    def is_due(kind: str) -> bool:
+        is_rank = int(os.environ.get("RANK", "0")) == rank
+        return kind == what and is_rank and state["number"] in batches
+
+    def counted_step(trainer: Any, batch: Any) -> Any:
+        state.update({"number": next(numbers), "in step": True})
+        outputs = forward_backward(trainer, batch)
+        state["in step"] = False
+        return outputs
+
+    def broken_losses(*args: Any) -> torch.Tensor:
+        losses = pair_losses(*args)
+        if is_due("loss") and state["in step"]:
+            factors = torch.ones_like(losses)
+            factors[0] = value
+            losses = losses * factors
+        return losses
+
+    def broken_gradients(engine: Any) -> list[torch.Tensor]:
+        parts = gradients_of[type(engine)](engine)
+        if is_due("gradient"):
+            for part in parts:
+                part.fill_(value)
+        return parts
+
+    def broken_update(engine: Any, apply: bool) -> Any:
+        result = update(engine, apply)
+        if is_due("weight"):
+            with torch.no_grad():
+                next(part for part in engine._fragments() if part.is_mine).weight.fill_(value)
+                engine._after_loading()
+        return result
+
+    gradients_of = {kind: kind._gradients for kind in (DdpEngine, FsdpEngine, DeepSpeedEngine)}
+    for kind in gradients_of:
+        kind._gradients = broken_gradients
+    Trainer.forward_backward, dpo_step.pair_losses = counted_step, broken_losses
+    SteppingEngine.optimizer_step = broken_update
