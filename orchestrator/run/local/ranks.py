@@ -46,7 +46,8 @@ def start_ranks(
         prepared = prepare(spec)
         if profile is not None:
             steps_to_profile(spec, prepared.train.pairs_per_epoch, run_dir, profile)
-        remove_heartbeats(run_dir)
+        if keeps_run:
+            remove_heartbeats(run_dir)
         processes = _Ranks(run_dir if keeps_run else None)
         processes.start(command, _environment(ranks), lock)
         with ExitStack() as watching:

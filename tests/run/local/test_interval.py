@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.cli import main
 from orchestrator.run.local import interval
-from orchestrator.training.manifest import MANIFEST, sha256_of
+from orchestrator.training.manifest import MANIFEST, sealed, sha256_of
 from support.command_line import orchestrator
 from support.debug_runs import finish_debug
 from support.tiny_settings import write_settings
@@ -25,7 +25,7 @@ def edit_weight(folder: Path, add: float) -> None:
     save_file(tensors, path)
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][path.name] = sha256_of(path)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
 
 
 def test_an_interval_is_reproduced_and_a_changed_weight_named(
