@@ -90,12 +90,12 @@ class Watchdog:
         self._user_s = USER_TIME.total
         self._paused_s = 0.0  # of the time since the beat
         self._cpu = (self._beat, time.process_time())  # when that beat was first seen
-        self._file: int | None = None
         self._memory_file = os.memfd_create("place") if hasattr(os, "memfd_create") else -1
         if self._memory_file >= 0:
             os.truncate(self._memory_file, PLACE.size)
         # read by other processes of this machine where this one is stopped
         self._memory = mmap.mmap(self._memory_file, PLACE.size)
+        self._compared = self._looked = 0.0
         self._stopped = threading.Event()
         self._observer = Observer(run_dir, world.size)
         self._stragglers = Stragglers()
@@ -136,35 +136,44 @@ class Watchdog:
         self._thread.join(SUSPENDED_S)  # it may wait for a file system
         if not self._thread.is_alive():
             self._publish(time.monotonic())
-            for file in (self._file, self._memory_file):
-                if file is not None and file >= 0:
-                    os.close(file)
+            if self._memory_file >= 0:
+                os.close(self._memory_file)
 
     # --- the watchdog's thread --------------------------------------------------------------------
 
     def _watch(self) -> None:
         clock = Clock()
-        compared = looked = 0.0
         while not self._stopped.wait(TICK_S):
             is_at_prompt = at_prompt()
             self._paused_s += clock.tick(is_at_prompt)
             heartbeat = self._publish(time.monotonic(), is_at_prompt)
-            if self.rank == 0 and self.size > 1 and clock.now - compared > COMPARE_S:
-                compared = clock.now
-                for line in self._stragglers.compare(
-                    each.beat for each in self._look(heartbeat, compared)
-                ):
-                    logger.warning("%s", line)
-            if not self.timeout_s:
-                continue
-            if self.run_dir.hang.exists():
-                self._follow()
-                return
-            is_due = clock.now - looked > min(10 * TICK_S, self.timeout_s / 10)
-            if is_due and heartbeat.age > heartbeat.bound:
-                looked = clock.now
-                if self._reports(heartbeat, clock):
+            if self.rank == 0 and self.size > 1:
+                self._compare(heartbeat, clock.now)
+            try:
+                if self.timeout_s and self._ends_hang(heartbeat, clock):
                     return
+            except OSError as error:  # the file system's; the next tick tries again
+                logger.debug("%s", error)
+
+    def _compare(self, own: Heartbeat, now: float) -> None:
+        """Print a line for each new straggler, from time to time."""
+        if now - self._compared > COMPARE_S:
+            self._compared = now
+            for line in self._stragglers.compare(each.beat for each in self._look(own, now)):
+                logger.warning("%s", line)
+
+    def _ends_hang(self, own: Heartbeat, clock: "Clock") -> bool:
+        """Handle a hang that another process reports, or that shows now; return whether there was
+        one.
+        """
+        if self.run_dir.hang.exists():
+            self._follow()
+            return True
+        is_due = clock.now - self._looked > min(10 * TICK_S, self.timeout_s / 10)
+        if not (is_due and own.age > own.bound):
+            return False
+        self._looked = clock.now
+        return self._reports(own, clock)
 
     def _publish(self, now: float, is_at_prompt: bool = False) -> Heartbeat:
         """Write the heartbeat file, and return its content."""
@@ -174,7 +183,9 @@ class Watchdog:
         age = max(0.0, now - beat.at - self._paused_s)
         is_busy = time.process_time() - self._cpu[1] > BUSY_SHARE * max(age, TICK_S)
         longest = self._longest.get(beat.phase, 0.0)
-        slowest = max(USER_TIME.seconds.items(), key=lambda item: item[1], default=(None, 0.0))
+        slowest = max(
+            list(USER_TIME.seconds.items()), key=lambda item: item[1], default=(None, 0.0)
+        )
         heartbeat = Heartbeat(
             rank=self.rank,
             step=beat.step,
@@ -194,10 +205,12 @@ class Watchdog:
             host=os.uname().nodename,
         )
         with suppress(OSError):  # a full disk: the checkpoint reports it
-            if self._file is None:
-                path = self.run_dir.heartbeat(self.rank)
-                self._file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-            os.pwrite(self._file, heartbeat.encoded(), 0)
+            # closed each time: NFS shows it to other machines only then
+            file = os.open(self.run_dir.heartbeat(self.rank), os.O_CREAT | os.O_WRONLY, 0o644)
+            try:
+                os.write(file, heartbeat.encoded())
+            finally:
+                os.close(file)
         return heartbeat
 
     def _look(self, own: Heartbeat, now: float) -> list[Observed]:

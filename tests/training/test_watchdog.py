@@ -209,7 +209,7 @@ def test_a_heartbeat_that_cannot_be_written_does_not_end_training(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(watchdog_module.os, "open", full)
     with watched(watchdog(run_dir, lambda *_: None, 0)) as dog:
         dog.beat(1, "collate")
 

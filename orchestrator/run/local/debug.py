@@ -107,10 +107,12 @@ def run_here(
 
 def _end(run_dir: RunDir, line: str, prints: bool) -> None:
     """End this process, whose run hangs."""
-    if prints:
-        print_hang(run_dir, line)
-    if not hasattr(sys, "ps1"):  # in an interactive session, the user decides
-        os._exit(1)
+    try:
+        if prints:
+            print_hang(run_dir, line)
+    finally:
+        if not hasattr(sys, "ps1"):  # in an interactive session, the user decides
+            os._exit(1)
 
 
 def print_hang(run_dir: RunDir, line: str) -> None:
