@@ -143,7 +143,7 @@ class RunDir:
     def note_save(self, step: int) -> None:
         """Note the step of a committed checkpoint, so that its loss is noticed; on rank 0 only."""
         with suppress(OSError):  # the next save tries again
-            write_atomically(self.last_save, str(step))
+            write_atomically(self.last_save, json.dumps(sealed({"step": step})))
 
     def missing_save(self) -> str | None:
         """Return a line if the newest checkpoint that was saved is missing, but an older one is
@@ -157,8 +157,8 @@ class RunDir:
     def saved_step(self) -> int | None:
         """Return the step of the newest checkpoint that was ever saved; None if there was none."""
         steps = [step_of(folder) for folder in committed(self.checkpoints)[:1]]
-        with suppress(OSError, ValueError):  # missing in a run of an earlier version, or damaged
-            steps.append(int(self.last_save.read_text()))
+        if "step" in (noted := _sealed_document(self.last_save)):
+            steps.append(noted["step"])
         if not steps and any(self.pairs.glob("*.parquet")):  # only a committed save writes them
             steps.append(max((int(line["step"]) for line in self.metric_lines()), default=0))
         return max(steps, default=None)
@@ -207,11 +207,7 @@ class RunDir:
         """Return the result of the last attempt; empty if it has not ended, or died, or if the file
         is damaged.
         """
-        with suppress(OSError, ValueError):
-            result = json.loads(self.result.read_text())
-            if isinstance(result, dict) and is_intact(result):
-                return {name: value for name, value in result.items() if name != SEAL}
-        return {}
+        return _sealed_document(self.result)
 
     def damaged_files(self) -> list[str]:
         """Return one line for each file of a finished run that is missing or was changed."""
@@ -222,6 +218,15 @@ class RunDir:
             except OSError as error:
                 lines.append(f"{self.path / name}: cannot be read ({error})")
         return lines
+
+
+def _sealed_document(path: Path) -> dict[str, Any]:
+    """Return the document in a file; empty if it is missing, unreadable or damaged."""
+    with suppress(OSError, ValueError):
+        document = json.loads(path.read_text())
+        if isinstance(document, dict) and is_intact(document):
+            return {name: value for name, value in document.items() if name != SEAL}
+    return {}
 
 
 def _only_paths(changes: list[tuple[str, Any, Any]]) -> bool:
