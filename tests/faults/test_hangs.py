@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,29 +177,63 @@ def test_a_hang_on_ray_is_named_and_the_run_resumes_by_itself(
     fault_row("hang (Ray)", named(fault), "named, stacks written; resumed: bitwise", seconds)
 
 
-@pytest.mark.slow
-def test_a_run_that_is_suspended_with_ctrl_z_goes_on(
-    tmp_path: Path, undisturbed: dict[str, bytes], fault_row: FaultRow
-) -> None:
-    settings = settings_of(tmp_path)
-    slow = plan(tmp_path, Fault("sleep", "collator", 2, rank=1, seconds=0.2, every=True))
+@contextmanager
+def started(
+    settings: Path, planned: dict[str, str], **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks of `orchestrator debug` in a process group of their own, killed at the end."""
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     call = ["debug", str(settings), "--nproc", "2", *words(*POINTS)]
     with subprocess.Popen(
         [sys.executable, "-m", "orchestrator.cli", *call],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **slow},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **planned},
         start_new_session=True,
+        **options,
     ) as process:
-        deadline = time.monotonic() + scaled_timeout(120)
-        while not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + scaled_timeout(120)
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.1)
+
+
+LONGER = 15  # seconds: longer than the bounds of a step with these settings
+
+
+@pytest.mark.slow
+def test_a_run_that_is_suspended_with_ctrl_z_goes_on(
+    tmp_path: Path, undisturbed: dict[str, bytes], fault_row: FaultRow
+) -> None:
+    slow = plan(tmp_path, Fault("sleep", "collator", 2, rank=1, seconds=0.2, every=True))
+    with started(settings_of(tmp_path), slow) as process:
+        wait_for(tmp_path / "runs" / "tiny" / "metrics.jsonl")
         os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(15)  # longer than any bound of these settings but that of the start
+        time.sleep(LONGER)
         os.killpg(process.pid, signal.SIGCONT)
         assert process.wait(timeout=scaled_timeout(120)) == 0
     assert weights(tmp_path) == undisturbed
-    fault_row("hang (debug)", "all processes suspended for 15 s", "went on: bitwise")
+    fault_row("hang (debug)", f"all processes suspended for {LONGER} s", "went on: bitwise")
+
+
+@pytest.mark.slow
+def test_a_rank_at_a_breakpoint_is_waited_for(
+    tmp_path: Path, undisturbed: dict[str, bytes], fault_row: FaultRow
+) -> None:
+    planned = plan(tmp_path, Fault("breakpoint", "collator", STEP, rank=1))
+    with started(settings_of(tmp_path), planned, stdin=subprocess.PIPE) as process:
+        wait_for(tmp_path / "faults.0.1.0")
+        time.sleep(LONGER)
+        process.communicate(b"continue\n", timeout=scaled_timeout(120))
+        assert process.returncode == 0
+    assert weights(tmp_path) == undisturbed
+    fault_row("hang (debug)", f"rank 1 at a breakpoint for {LONGER} s", "went on: bitwise")
 
 
 @pytest.mark.slow

@@ -110,6 +110,7 @@ KINDS: dict[str, Callable[[float], object]] = {
     "os_error": throw(OSError(5, "Input/output error")),
     "memory_error": throw(MemoryError()),
     "exit": lambda _: sys.exit(0),
+    "breakpoint": lambda _: breakpoint(),
 }
 
 
