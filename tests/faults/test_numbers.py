@@ -16,9 +16,9 @@ FaultRow = Callable[[str, str, str], None]
 NAN = float("nan")
 ENGINES = {
     "ddp": {"kind": "ddp"},
-    "zero1": {"kind": "deepspeed", "stage": 1},
-    "zero2": {"kind": "deepspeed", "stage": 2},
-    "zero3": {"kind": "deepspeed", "stage": 3},
+    "zero1": {"kind": "deepspeed", "zero_stage": 1},
+    "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    "zero3": {"kind": "deepspeed", "zero_stage": 3},
     "fsdp": {"kind": "fsdp"},
 }
 

@@ -20,7 +20,8 @@ def edit_weight(folder: Path, add: float) -> None:
     path = folder / "rank_00000.safetensors"
     tensors = load_file(path)
     index = json.loads((folder / "index.json").read_text())
-    label = next(label for _, label, _, key, *_ in reversed(index["ranges"]) if key == "param")
+    of_rank = [(label, key) for file, label, _, key, *_ in index["ranges"] if file == path.name]
+    label = next(label for label, key in reversed(of_rank) if key == "param")
     tensors[label][-1] += add
     save_file(tensors, path)
     manifest = json.loads((folder / MANIFEST).read_text())
