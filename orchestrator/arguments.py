@@ -67,6 +67,39 @@ def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, [word for word in words if "=" in word]
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Check that the flags of `debug` do not contradict each other.
+
+    Raises:
+        UserError: two of them do.
+    """
+    others = {"--profile": args.profile is not None}
+    if args.overfit:
+        _refuse_beside("--overfit", True, others)
+    others["--overfit"] = args.overfit
+    if args.dry_run:
+        _refuse_beside("--dry-run", True, others)
+    others |= {"--dry-run": args.dry_run, "--nproc": args.nproc > 1}
+    if args.replay_step is not None:
+        _refuse_beside("--replay-step", args.replay_step, others)
+
+
+def _refuse_beside(flag: str, value: object, others: dict[str, bool]) -> None:
+    for other, is_set in others.items():
+        if is_set:
+            rule = f"cannot be combined with {other}"
+            raise UserError(flag, value, rule, f"remove {other} or {flag}")
+
+
+def debug_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags of `debug` that are passed to each rank."""
+    values = {"--pdb": args.pdb, "--overfit": args.overfit, "--dry-run": args.dry_run}
+    flags = [flag for flag, is_set in values.items() if is_set]
+    if args.profile is not None:
+        flags.append("--profile=" + ":".join(map(str, args.profile)))
+    return flags
+
+
 def _print_help(words: Sequence[str], parser: argparse.ArgumentParser, verbs: Verbs) -> None:
     """Print help on the program, a verb, all settings, a block or a setting."""
     if not words:

@@ -15,13 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import early_signals, terminal
-from orchestrator.arguments import files_and_overrides, parse
+from orchestrator.arguments import check_flags, debug_flags, files_and_overrides, parse
 from orchestrator.data.sources import raw_rows
 from orchestrator.insight.summary import summary
 from orchestrator.run.parentage import PARENT
 from orchestrator.settings.counts import counted
-from orchestrator.settings.errors import RunDied, TrainingError, UserError
-from orchestrator.settings.load import SettingsSource, load_spec
+from orchestrator.settings.errors import (
+    MachineError,
+    RunDied,
+    TrainingError,
+    UserCodeExited,
+    UserError,
+    exit_error,
+    place_in_user_code,
+    type_and_message,
+)
+from orchestrator.settings.load import ALL_PATH_KEYS, SettingsSource, load_spec, paths_in
+from orchestrator.settings.os_errors import os_errors
 from orchestrator.settings.run import RunSpec
 from orchestrator.training import manifest
 from orchestrator.training.result import RunResult, finished_already, finished_line, last_result
@@ -74,15 +84,15 @@ def _run_verb(words: Sequence[str]) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
         # to import the user's callbacks and collators, as `python -m` does
         sys.path.insert(0, os.getcwd())
-        return VERBS[args.verb](args)
+        return _call_verb(args)
     except UserError as error:
         _print_error(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}")
         return WRONG
     except KeyboardInterrupt:
         _print_error("aborted")
         return FAILED
-    except OSError as error:  # a full disk, a folder without write permission
-        _print_error(f"error: {error}")
+    except (MachineError, UserCodeExited) as error:  # of one rank
+        _print_error(f"error: {' '.join(str(error).split())}")
         return FAILED
     except (TrainingError, RunDied) as error:
         from orchestrator.world import is_first_process
@@ -90,6 +100,24 @@ def _run_verb(words: Sequence[str]) -> int:
         if is_first_process():  # the same error is raised on every rank
             _print_error(f"error: {' '.join(str(error).split())}")
         return FAILED
+    except (OSError, MemoryError) as error:
+        place = place_in_user_code(error)
+        message = f"{type_and_message(error)} ({place})" if place else str(error)
+        _print_error(f"error: {message or type_and_message(error)}")
+        return FAILED
+
+
+def _call_verb(args: argparse.Namespace) -> int:
+    """Call a verb; user code that exits, and paths that a user can fix, are named in its errors."""
+    words = {"RUN_DIR": getattr(args, "run_dir", None), "OUT": getattr(args, "out", None)}
+    args.paths = {key: path for key, path in words.items() if path is not None}
+    with os_errors(args.paths):
+        try:
+            return VERBS[args.verb](args)
+        except terminal.ReaderGone:
+            raise
+        except SystemExit as error:
+            raise exit_error(error) from error
 
 
 def _print_error(line: str) -> None:
@@ -113,7 +141,7 @@ def train(args: argparse.Namespace) -> int:
 
 def debug(args: argparse.Namespace) -> int:
     """Train in this process without Ray, or examine a step."""
-    _check_flags(args)
+    check_flags(args)
     keeps_run = not (args.overfit or args.dry_run)
     if args.replay_step is not None or not keeps_run:
         early_signals.leave()  # nothing to stop and start again
@@ -145,10 +173,20 @@ def _debug_ranks(args: argparse.Namespace, spec: RunSpec, keeps_run: bool) -> in
     """Run the same command as several ranks of this machine."""
     from orchestrator.run.local.ranks import start_ranks
 
-    command = [sys.executable, "-m", "orchestrator.cli", "debug", *args.settings, *_flags(args)]
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.cli",
+        "debug",
+        *args.settings,
+        *debug_flags(args),
+    ]
     code = start_ranks(spec, args.nproc, command, args.profile, keeps_run)
-    result = last_result(RunDir(spec.run_dir)) if keeps_run and code in (DONE, STOPPED) else None
-    return _print_end(spec, result) if result else code
+    if not keeps_run or code not in (DONE, STOPPED):
+        return code
+    if (result := last_result(RunDir(spec.run_dir))) is None:
+        raise UserCodeExited("the ranks ended without a result: user code called os._exit")
+    return _print_end(spec, result)
 
 
 def _print_if_finished(spec: RunSpec) -> RunResult | None:
@@ -159,35 +197,6 @@ def _print_if_finished(spec: RunSpec) -> RunResult | None:
         run_dir.check(spec)
         print(finished_line(run_dir), flush=True)
     return done
-
-
-def _check_flags(args: argparse.Namespace) -> None:
-    """Check that the flags of `debug` do not contradict each other."""
-    others = {"--profile": args.profile is not None}
-    if args.overfit:
-        _refuse_beside("--overfit", True, others)
-    others["--overfit"] = args.overfit
-    if args.dry_run:
-        _refuse_beside("--dry-run", True, others)
-    others |= {"--dry-run": args.dry_run, "--nproc": args.nproc > 1}
-    if args.replay_step is not None:
-        _refuse_beside("--replay-step", args.replay_step, others)
-
-
-def _refuse_beside(flag: str, value: object, others: dict[str, bool]) -> None:
-    for other, is_set in others.items():
-        if is_set:
-            rule = f"cannot be combined with {other}"
-            raise UserError(flag, value, rule, f"remove {other} or {flag}")
-
-
-def _flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags of `debug` that are passed to each rank."""
-    values = {"--pdb": args.pdb, "--overfit": args.overfit, "--dry-run": args.dry_run}
-    flags = [flag for flag, is_set in values.items() if is_set]
-    if args.profile is not None:
-        flags.append("--profile=" + ":".join(map(str, args.profile)))
-    return flags
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -289,6 +298,7 @@ def doctor(args: argparse.Namespace) -> int:
 def _spec(args: argparse.Namespace) -> RunSpec:
     files, overrides = files_and_overrides(args.settings)
     spec = load_spec([_source(file) for file in files], overrides)
+    args.paths |= paths_in(spec, ALL_PATH_KEYS)
     is_run_dir = len(files) == 1 and os.path.isdir(files[0])
     if is_run_dir and not any(word.startswith("run.") for word in overrides):
         _check_not_moved(files[0], spec)
@@ -298,7 +308,7 @@ def _spec(args: argparse.Namespace) -> RunSpec:
 def _source(file: str) -> SettingsSource:
     """Return the settings of a run directory, or the path of any other file or folder."""
     run_dir = RunDir(Path(file))
-    return run_dir.settings() if run_dir.checkpoints.is_dir() else file
+    return run_dir.settings() if os.path.isdir(run_dir.checkpoints) else file
 
 
 def _check_not_moved(folder: str, spec: RunSpec) -> None:

@@ -15,6 +15,10 @@ FALLBACKS = {"⟦": "[[", "⟧": "]]", "⟨": "<", "⟩": ">", "⏎": "\\n", "�
 FALLBACKS |= {bar: str(height) for height, bar in enumerate("▁▂▃▄▅▆▇█", 1)}
 
 
+class ReaderGone(SystemExit):
+    """End of a verb whose reader has closed the pipe."""
+
+
 def prepare(keeps_going: bool) -> None:
     """Make the standard streams of this process survive unknown symbols and closed pipes.
 
@@ -84,7 +88,7 @@ class _Output(io.FileIO):
                 raise
         _discard(self.fileno())
         if not self._keeps_going:
-            raise SystemExit(READER_GONE)
+            raise ReaderGone(READER_GONE)
         if self.fileno() == 1:
             with suppress(OSError):
                 os.write(

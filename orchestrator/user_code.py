@@ -1,56 +1,85 @@
 """Import user code named as module:attr, and turn its exceptions into one-line errors."""
 
 import hashlib
-import traceback
 from bdb import BdbQuit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from orchestrator.settings.errors import UserError, type_and_message
+from orchestrator.settings.errors import (
+    MachineError,
+    TrainingError,
+    UserError,
+    exit_error,
+    place_in_user_code,
+    type_and_message,
+)
 from orchestrator.user_time import USER_TIME
 
-NOT_OF_THE_CODE = (BdbQuit, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""Exceptions from user code that are not its fault: a quit debugger, or a machine failure, which a
-retry may avoid.
-"""
+MACHINE_FAILURES = (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""Exceptions from user code that may not be its fault: a retry may avoid them."""
+NOT_OF_THE_CODE = (BdbQuit, UserError, TrainingError, MachineError)
+"""Exceptions that pass through user code: a quit debugger, and ours."""
 FIX_IT = "fix it, and run the same command again"
+RESUMES = "the same command continues from the last checkpoint"
 
 
-def raised_by_user(
-    key: str, name: str, error: Exception, where: str, cure: str = FIX_IT
-) -> UserError:
-    """Return the error for an exception in user code; call it in the frame that called the user
-    code.
+def error_of_user_code(
+    key: str, name: str, error: Exception | SystemExit, where: str, cure: str = FIX_IT
+) -> UserError | MachineError | TrainingError:
+    """Return the error for an exception in user code: it is the code's fault, or the machine's, or
+    the code ended the process.
     """
-    called = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)[1:]
-        if "importlib" not in frame.filename
-    ]
-    places = [f"{Path(frame.filename).name} line {frame.lineno}" for frame in called[:1]]
-    reason = f"raised {type_and_message(error)} ({'; '.join([*places, where])})"
+    if isinstance(error, SystemExit):
+        return exit_error(error, f"{key} = {name!r}:", where)
+    places = filter(None, (place_in_user_code(error), where))
+    reason = f"raised {type_and_message(error)} ({'; '.join(places)})"
+    if isinstance(error, MACHINE_FAILURES):
+        return MachineError(f"{key} = {name!r}: {reason}; {RESUMES}")
     return UserError(key, name, reason, cure)
+
+
+@contextmanager
+def user_code(key: str, name: str, where: str, cure: str = FIX_IT) -> Iterator[None]:
+    """Name the user code that the block runs: in its errors, and while it runs.
+
+    Raises:
+        UserError: it raised an exception that is its own fault.
+        MachineError: it raised one that may be the machine's.
+        TrainingError: it called sys.exit.
+    """
+    try:
+        with USER_TIME.of(name):
+            yield
+    except NOT_OF_THE_CODE:
+        raise
+    except (Exception, SystemExit) as error:
+        raise error_of_user_code(key, name, error, where, cure) from error
 
 
 def call_user_code(
     key: str, name: str, where: str, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a user's function and return its result.
+    """Call a user's function and return its result; raises the errors of `user_code`."""
+    with user_code(key, name, where):
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def exit_is_error() -> Iterator[None]:
+    """Turn sys.exit in code that the block runs into an error that names the function.
 
     Raises:
-        UserError: the function raised an exception that is its own fault.
+        TrainingError: the code called sys.exit.
     """
     try:
-        with USER_TIME.of(name):
-            return function(*args, **kwargs)
-    except NOT_OF_THE_CODE:
-        raise
-    except Exception as error:
-        raise raised_by_user(key, name, error, where) from error
+        yield
+    except SystemExit as error:
+        raise exit_error(error) from error
 
 
 def user_attribute(key: str, path: str) -> Any:
@@ -69,8 +98,8 @@ def user_attribute(key: str, path: str) -> Any:
             f"cannot be imported ({error})",
             "run the command in the folder of the module, or install it",
         ) from None
-    except Exception as error:
-        raise raised_by_user(key, path, error, "when imported") from error
+    except (Exception, SystemExit) as error:
+        raise error_of_user_code(key, path, error, "when imported") from error
     try:
         return getattr(module, attribute)
     except AttributeError:

@@ -28,6 +28,7 @@ from orchestrator.data.shapes import checked, numbers_of
 from orchestrator.settings.data import DATA_SUFFIXES, DataSpec, SourceSpec, Split
 from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.settings.load import looks_local, scheme_of
+from orchestrator.settings.os_errors import os_errors
 
 READABLE = (
     "use a JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a saved "
@@ -84,9 +85,10 @@ def check_source(key: str, source: str) -> None:
         return
     if not os.path.exists(source):
         raise UserError(key, source, "does not exist", _cure_of_missing(source))
-    files = [source] if not os.path.isdir(source) else _files_below(key, source)
-    for file in files:
-        _check_file(key, source, file)
+    with os_errors({key: source}, key):
+        files = [source] if not os.path.isdir(source) else _files_below(key, source)
+        for file in files:
+            _check_file(key, source, file)
 
 
 def count_rows(key: str, source: SourceSpec, split: Split) -> int | None:
@@ -158,9 +160,12 @@ def _files_below(key: str, folder: str) -> list[str]:
     """Return the data files of a folder, or raise an error that names the files it contains
     instead.
     """
-    files = [
-        os.path.join(place, name) for place, _, names in os.walk(folder) for name in sorted(names)
-    ]
+
+    def fail(error: OSError) -> NoReturn:  # os.walk would leave out a folder that it cannot read
+        raise error
+
+    walk = os.walk(folder, onerror=fail)
+    files = [os.path.join(place, name) for place, _, names in walk for name in sorted(names)]
     if not files:
         raise UserError(key, folder, "is a folder without files", READABLE)
     if any(os.path.exists(os.path.join(folder, name)) for name in SAVED):

@@ -11,7 +11,7 @@ from orchestrator.data.collate import CollateContext, PairBatch, batch_from_mask
 from orchestrator.data.pairs import PairRow
 from orchestrator.settings.base import UserCodeSpec
 from orchestrator.settings.errors import UserError
-from orchestrator.user_code import call_user_code, user_attribute
+from orchestrator.user_code import call_user_code, user_attribute, user_code
 
 UserCollator = Callable[..., dict[str, torch.Tensor]]
 
@@ -41,17 +41,18 @@ class AdaptedCollator:
             self.key, kwargs = "data_collator", {}
             self.name = getattr(collator, "__name__", type(collator).__name__)
             function = collator
-        try:
-            if inspect.isclass(function):
-                parameters = inspect.signature(function).parameters
-                padding = {"pad_token_id": pad_token_id} if "pad_token_id" in parameters else {}
-                function = function(**padding | kwargs)
-            elif kwargs:
-                function = partial(function, **kwargs)
-            self.wants_context = "context" in inspect.signature(function).parameters
-        except (TypeError, ValueError) as error:
-            cure = "use a function of rows, or a class, with its arguments as {path, kwargs}"
-            raise UserError(self.key, self.name, f"cannot be called ({error})", cure) from None
+        cure = "use a function of rows, or a class, with its arguments as {path, kwargs}"
+        with user_code(self.key, self.name, "when it is built"):
+            try:
+                if inspect.isclass(function):
+                    parameters = inspect.signature(function).parameters
+                    padding = {"pad_token_id": pad_token_id} if "pad_token_id" in parameters else {}
+                    function = function(**padding | kwargs)
+                elif kwargs:
+                    function = partial(function, **kwargs)
+                self.wants_context = "context" in inspect.signature(function).parameters
+            except (TypeError, ValueError) as error:
+                raise UserError(self.key, self.name, f"cannot be called ({error})", cure) from None
         self.collator: UserCollator = function
 
     def __call__(

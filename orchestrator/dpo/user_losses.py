@@ -7,7 +7,7 @@ import torch
 from orchestrator.dpo.losses import Loss, PairTerms
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.loss import DpoSpec
-from orchestrator.user_code import user_attribute
+from orchestrator.user_code import MACHINE_FAILURES, user_attribute, user_code
 
 
 def check_losses(dpo: DpoSpec, with_margins: bool) -> None:
@@ -22,7 +22,10 @@ def check_losses(dpo: DpoSpec, with_margins: bool) -> None:
         "chosen_logps or rejected_logps"
     )
     for name in dpo.own_losses:
-        if rule := _broken_rule(user_attribute("dpo.loss_type", name), dpo, with_margins):
+        loss = user_attribute("dpo.loss_type", name)
+        with user_code("dpo.loss_type", name, "for synthetic pairs"):
+            rule = _broken_rule(loss, dpo, with_margins)
+        if rule:
             raise UserError("dpo.loss_type", name, rule, cure)
 
 
@@ -41,6 +44,8 @@ def _broken_rule(loss: Loss, dpo: DpoSpec, with_margins: bool) -> str:
         if not losses.isfinite().all():
             return f"returns {losses.tolist()} {pairs}, which are not finite"
         alone = torch.cat([loss(terms.of(slice(i, i + 1)), dpo) for i in range(len(losses))])
+    except MACHINE_FAILURES:
+        raise
     except Exception as error:  # user code may raise anything
         return f"raises {type(error).__name__} ({error}) {pairs}"
     if not torch.allclose(losses, alone):

@@ -26,7 +26,7 @@ from orchestrator.engines.base import (
 )
 from orchestrator.settings.counts import counted
 from orchestrator.settings.engine import EngineSpec
-from orchestrator.settings.errors import UserError, type_and_message
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.optim import (
     OPTIMIZERS,
     OptimizerSpec,
@@ -35,7 +35,7 @@ from orchestrator.settings.optim import (
     optimizer_kind,
 )
 from orchestrator.settings.run import RunSpec
-from orchestrator.user_code import user_attribute
+from orchestrator.user_code import call_user_code, user_attribute, user_code
 
 Optimizers = tuple[OptimizerFactory | None, SchedulerFactory | None]
 """A user's (parameter groups -> optimizer, optimizer -> schedule); None: use the settings."""
@@ -124,10 +124,11 @@ def optimizer_factory(spec: OptimizerSpec, device: torch.device | None = None) -
                 group.pop("weight_decay", None)
         is_fused = kind in FUSED and spec.kwargs.keys().isdisjoint(IMPLEMENTATIONS)
         fused = {"fused": True} if is_fused else {}
-        try:
-            optimizer = kind(groups, lr=spec.lr, **fused, **spec.kwargs)
-        except REFUSALS as error:
-            raise _refused("optimizer.kwargs", spec, error, kind) from None
+        with user_code("optimizer.name", spec.name, "when it is built"):
+            try:
+                optimizer = kind(groups, lr=spec.lr, **fused, **spec.kwargs)
+            except REFUSALS as error:
+                raise _refused("optimizer.kwargs", spec, error, kind) from None
         if ":" in spec.name:
             # the settings allow user code only with engines whose ranks hold whole parameters
             return _check_groups(optimizer, groups, "optimizer.name", paired=False)
@@ -352,14 +353,8 @@ def _schedule_of(function: SchedulerFactory, total_steps: int) -> SchedulerFacto
 
 def _result(function: Callable[[Any], Any], argument: Any) -> Any:
     """Return the result of a user's function."""
-    try:
-        return function(argument)
-    except UserError:
-        raise
-    except Exception as error:  # it would fail in the same way on every rank and in every attempt
-        name = getattr(function, "__name__", type(function).__name__)
-        rule = f"raised {type_and_message(error)}"
-        raise UserError("optimizers", name, rule, "fix it") from error
+    name = getattr(function, "__name__", type(function).__name__)
+    return call_user_code("optimizers", name, "when it is built", function, argument)
 
 
 # --- resuming from a checkpoint -------------------------------------------------------------------

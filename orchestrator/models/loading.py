@@ -20,6 +20,23 @@ from orchestrator.settings.load import looks_local
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Config keys that must be at least 1 in every model; architectures use two sets of names.
+LAYERS = ("num_hidden_layers", "n_layer")
+SIZES = (
+    *LAYERS,
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "n_embd",
+    "n_head",
+    "n_positions",
+)
+MOST_LAYERS, MOST = 10_000, 2**31 - 1
+
 # The hub's libraries would otherwise prompt on stdin before they run code that comes with a model.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
@@ -55,9 +72,22 @@ def config_at(key: str, path: str) -> Any:
         config = AutoConfig.from_pretrained(path, **NO_CODE)
     except Exception as error:
         raise _cannot_load(key, path, "model config", error) from None
+    text = config.get_text_config()
+    for name in SIZES:
+        if rule := wrong_size(name, value := getattr(text, name, None)):
+            fix = "fix it in its config.json"
+            raise UserError(key, path, f"{name} = {value!r} in its config {rule}", fix)
     if key == "model.path":
         _check_not_quantized(key, path, config)
     return config
+
+
+def wrong_size(name: str, value: Any) -> str:
+    """Return why no model can have this value in its config; empty if one can."""
+    most = MOST_LAYERS if name in LAYERS else MOST
+    if name not in SIZES or not isinstance(value, int) or 1 <= value <= most:
+        return ""
+    return "must be 1 or more" if value < 1 else f"must be {most} or less"
 
 
 def read_model(

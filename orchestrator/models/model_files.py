@@ -42,6 +42,9 @@ def check_files(key: str, folder: str, names: Iterable[str]) -> None:
     """
     for name in names:
         file = Path(folder, name)
+        if file.exists() and not file.is_file():
+            rule = f"its {name} is not a regular file"
+            raise UserError(key, folder, rule, "use a folder with the files of a model")
         if file.is_file():
             check_no_lfs_pointer(key, folder, file)
             if file.suffix == ".safetensors":

@@ -12,6 +12,7 @@ from orchestrator.data.build_once import build_once
 from orchestrator.data.sources import check_source, training_texts
 from orchestrator.models.behaviour import silence
 from orchestrator.models.head_check import CANNOT_RUN, compare_with_head
+from orchestrator.models.loading import wrong_size
 from orchestrator.models.mapped import save_mapped
 from orchestrator.settings.errors import UserError, message_of
 from orchestrator.settings.model import InitSpec
@@ -26,24 +27,6 @@ CHAT_TEMPLATE = (
     "%}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-
-# Config keys that must be at least 1 in every model; architectures use two sets of names.
-SIZES = frozenset(
-    [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "max_position_embeddings",
-        "n_embd",
-        "n_layer",
-        "n_head",
-        "n_positions",
-    ]
-)
 
 
 def new_config(init: InitSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
@@ -69,7 +52,7 @@ def new_config(init: InitSpec, tokenizer: "PreTrainedTokenizerBase") -> Any:
 
 
 def _check_key(key: str, value: Any, defaults: Any) -> None:
-    """Check that an architecture's config has the key, and that a size is 1 or more."""
+    """Check that an architecture's config has the key, and that a size is possible."""
     setting = f"model.init.config.{key}"
     if not hasattr(defaults, key):
         near = difflib.get_close_matches(key, defaults.to_dict(), n=1)
@@ -77,10 +60,8 @@ def _check_key(key: str, value: Any, defaults: Any) -> None:
             f"did you mean {near[0]}?" if near else "see that architecture's config in transformers"
         )
         raise UserError(setting, value, f"{type(defaults).__name__} has no such key", fix)
-    if key in SIZES and isinstance(value, int) and value < 1:
-        raise UserError(
-            setting, value, "must be 1 or more", f"for example {getattr(defaults, key)}"
-        )
+    if rule := wrong_size(key, value):
+        raise UserError(setting, value, rule, f"for example {getattr(defaults, key)}")
 
 
 def _default_config(model_type: str) -> Any:

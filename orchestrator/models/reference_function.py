@@ -12,6 +12,7 @@ from orchestrator.models.quantized import is_quantized
 from orchestrator.models.reference import Reference, SharedLayers
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
+from orchestrator.user_code import call_user_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def reference_of_function(
             train with the policy.
     """
     settings, name = spec.reference, getattr(ref_model, "__name__", type(ref_model).__name__)
-    model: Any = ref_model(policy)
+    model: Any = call_user_code(KEY, name, "when the reference is built", ref_model, policy)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # unwraps peft's model, and keeps the adapter layers
     _check_model(model, policy, name)

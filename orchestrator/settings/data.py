@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.settings.base import FREE, Block, Positive, UserCodeSpec, check_user_code
 from orchestrator.settings.errors import UserError
+from orchestrator.settings.os_errors import read_regular
 
 Split = Literal["train", "eval"]
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
@@ -221,7 +222,7 @@ def jinja_template(source: str) -> str:
     path = Path(source).expanduser()
     cure = "use a file such as my-template.jinja, a tokenizer's folder, or the template text"
     try:
-        text = (path / "chat_template.jinja" if path.is_dir() else path).read_text(encoding="utf-8")
+        text = read_regular(path / "chat_template.jinja" if path.is_dir() else path)
     except (OSError, UnicodeDecodeError) as error:
         rule = f"cannot be read ({getattr(error, 'strerror', 'it is not UTF-8 text')})"
         raise UserError("data.chat_template", source, rule, cure) from None

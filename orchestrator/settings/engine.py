@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from orchestrator.settings.base import FREE, Block, Positive
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.model import ModelSpec
+from orchestrator.settings.os_errors import read_regular
 from orchestrator.settings.precision import PRECISION_TRAITS, Precision
 
 EngineKind = Literal["ddp", "deepspeed", "fsdp"]
@@ -198,7 +199,7 @@ def deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
         return source or {}
     path, cure = source, "use a DeepSpeed JSON, for example configs/deepspeed/zero2.json"
     try:
-        config = json.loads(Path(path).expanduser().read_text())
+        config = json.loads(read_regular(Path(path).expanduser()))
     except OSError as error:
         rule = f"cannot be read ({error.strerror})"
         raise UserError("engine.deepspeed_config", path, rule, cure) from None

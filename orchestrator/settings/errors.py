@@ -1,7 +1,13 @@
 """The errors that end a run, each printed as one line (cli.py turns them into exit codes)."""
 
+import sysconfig
+import traceback
+from pathlib import Path
 from typing import Any
 
+PACKAGE = str(Path(__file__).parents[1])
+LIBRARIES = (PACKAGE, sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "<frozen")
+"""Where files of code begin that is not a user's."""
 LONGEST_MESSAGE = 300  # characters of an exception's message in one of our lines
 
 
@@ -16,6 +22,18 @@ def type_and_message(error: BaseException) -> str:
     return ": ".join(filter(None, (type(error).__name__, message_of(error))))
 
 
+def user_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """Return the first frame of a user's code in the traceback of an exception, or None."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame for frame in frames if not frame.filename.startswith(LIBRARIES)), None)
+
+
+def place_in_user_code(error: BaseException) -> str:
+    """Return the file and line of `user_frame`; empty without one."""
+    frame = user_frame(error)
+    return f"{Path(frame.filename).name} line {frame.lineno}" if frame else ""
+
+
 class UserError(Exception):
     """Error of the user's input, printed as one line with key, value, rule and fix. Exit code 2.
 
@@ -28,10 +46,17 @@ class UserError(Exception):
         self.key, self.value, self.rule, self.cure = key, value, rule, cure
 
     def __str__(self) -> str:
-        value = "(not set)" if self.value is None else repr(self.value)
+        value = "(not set)" if self.value is None else _representation(self.value)
         if len(value) > 120:
             value = value[:117] + "..."
         return " ".join(f"{self.key} = {value}: {self.rule}; {self.cure}".split())
+
+
+def _representation(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:  # nested too deeply, too many digits, or a user's object
+        return f"a {type(value).__name__}"
 
 
 class SettingsError(UserError):
@@ -52,6 +77,29 @@ class TrainingError(Exception):
     """Error of a training that cannot continue, the same on every rank: one line with step and
     fix. Exit code 1.
     """
+
+
+class MachineError(Exception):
+    """Error of the machine (memory, disk, network) in user code, in one line with its place.
+
+    Exit code 1 without Ray; under Ray the run resumes, as after any other death of a worker.
+    """
+
+
+class UserCodeExited(TrainingError):
+    """Error of a rank whose user code called sys.exit; other ranks may not have it."""
+
+
+def exit_error(error: SystemExit, name: str = "", where: str = "") -> UserCodeExited:
+    """Return the error for user code that ended the process, whatever its exit code.
+
+    name: the user code, its function if not set.
+    """
+    frame = user_frame(error)
+    name = name or (f"{frame.name}()" if frame else "the run's code")
+    places = ", ".join(filter(None, (place_in_user_code(error), where)))
+    called = f"called sys.exit({error.code!r})" + f" ({places})" * bool(places)
+    return UserCodeExited(f"{name} {called}: that is a failure; raise an exception that says why")
 
 
 class RunDied(Exception):

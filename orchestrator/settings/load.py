@@ -15,6 +15,13 @@ from yaml import YAMLError
 from orchestrator.settings.data import DATA_SUFFIXES, Split
 from orchestrator.settings.errors import SettingsError, UserError, message_of
 from orchestrator.settings.explain import explain
+from orchestrator.settings.os_errors import os_errors
+from orchestrator.settings.plain import (
+    MOST_LEVELS,
+    check_environment,
+    check_levels,
+    check_values,
+)
 from orchestrator.settings.run import RunSpec
 from orchestrator.settings.wrong_file import (
     folder_error,
@@ -31,6 +38,7 @@ DATA_KEYS: dict[str, Split] = {"data.train": "train", "data.eval": "eval"}
 FOLDER_KEYS = ("run.dir", "data.cache_dir", "cluster.storage_path", "wandb.key_file")
 MODEL_KEYS = ("model.path", "model.tokenizer", "model.lora.adapter_path", "reference.path")
 PATH_KEYS = (*MODEL_KEYS, *DATA_KEYS)
+ALL_PATH_KEYS = (*FOLDER_KEYS, *PATH_KEYS)
 WITHOUT_OWNER = ("ctrl", "distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
 """Causal LMs that the hub still serves under old names without an owner."""
 
@@ -57,6 +65,7 @@ def load_spec(
     overrides = [overrides] if isinstance(overrides, str) else overrides
     try:
         merged = OmegaConf.merge(*map(_settings_of, sources), _dotlist(overrides))
+        check_environment(OmegaConf.to_container(merged), ALL_PATH_KEYS)
         raw: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -72,32 +81,12 @@ def load_spec(
 
 def make_spec(raw: dict[str, Any]) -> RunSpec:
     """Validate plain nested dicts; raise SettingsError with one line per wrong key."""
-    _check_unicode(raw)
+    check_values(raw)
     _make_paths_absolute(raw)
     try:
         return RunSpec.model_validate(raw)
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
-
-
-def _check_unicode(value: Any, key: str = "") -> None:
-    """Check that all text can be encoded, as config.yaml of the run needs it."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            rule = (
-                f"is not Unicode text: {value[error.start]!r} at character {error.start + 1} "
-                "is a lone surrogate"
-            )
-            raise UserError(key or "settings", value, rule, "write it as UTF-8 text") from None
-    elif isinstance(value, dict):
-        for name, entry in value.items():
-            _check_unicode(str(name), key)
-            _check_unicode(entry, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for entry in value:
-            _check_unicode(entry, key)
 
 
 def save_spec(spec: RunSpec, path: Path) -> None:
@@ -185,15 +174,11 @@ def _settings_of(source: SettingsSource) -> DictConfig:
 
 def _read(path: Path) -> DictConfig:
     """Read a settings file, or config.yaml of a run directory."""
-    if path.is_dir():
-        if not (path / RUN_CONFIG).is_file():
-            raise folder_error(path)
-        path = path / RUN_CONFIG
-    if not path.is_file():
-        raise missing_file(path)
-    if error := unreadable_file(path):
-        raise error
-    config = _parsed(path)
+    with os_errors({"settings file": str(path)}, "settings file"):
+        path = _regular_file(path)
+        if error := unreadable_file(path):
+            raise error
+        config = _parsed(path)
     plain = (
         OmegaConf.to_container(config) if isinstance(config, DictConfig | ListConfig) else config
     )
@@ -206,13 +191,29 @@ def _read(path: Path) -> DictConfig:
     return config
 
 
+def _regular_file(path: Path) -> Path:
+    """Return the path of a settings file, or of config.yaml of a run directory."""
+    if path.is_dir():
+        if not (path / RUN_CONFIG).is_file():
+            raise folder_error(path)
+        path = path / RUN_CONFIG
+    if path.exists() and not path.is_file():
+        rule = "is not a regular file (a pipe, a socket or a device)"
+        raise UserError("settings file", str(path), rule, "use a YAML file")
+    if not path.is_file():
+        raise missing_file(path)
+    return path
+
+
 def _parsed(path: Path) -> Any:
     try:
+        with suppress(YAMLError):  # reported below, with the file and the line
+            check_levels(path.read_text(encoding="utf-8"))
         return OmegaConf.load(path)
     except RecursionError:
         raise UserError("settings file", str(path), "is nested too deeply", FLATTEN) from None
     # ValueError: not UTF-8, no such date
-    except (YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
+    except (YAMLError, ValueError, OmegaConfBaseException) as error:
         rule = f"is not YAML: {message_of(error)}"
         raise UserError("settings file", str(path), rule, "fix that line") from None
 
@@ -224,6 +225,11 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
             rule, cure = "is not of the form key=value", "for example optimizer.lr=1e-6"
             raise UserError("override", override, rule, cure)
     try:
+        for override in overrides:
+            key, _, value = override.partition("=")
+            check_levels(value)
+            if key.count(".") + key.count("[") > MOST_LEVELS:
+                raise RecursionError
         return OmegaConf.from_dotlist(list(overrides))
     except RecursionError:
         raise UserError("override", " ".join(overrides), "is nested too deeply", FLATTEN) from None

@@ -34,7 +34,7 @@ from orchestrator.settings.loss import DpoSpec
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.metrics import EVALUATED
 from orchestrator.training.user_objects import UserObjects
-from orchestrator.user_code import FIX_IT, raised_by_user, user_attribute
+from orchestrator.user_code import FIX_IT, error_of_user_code, user_attribute, user_code
 from orchestrator.user_time import USER_TIME
 from orchestrator.world import World
 
@@ -79,7 +79,8 @@ class UserMetrics:
         rounds: the calls, in rounds between which ranks meet.
 
         Raises:
-            UserError: on every rank, if the function raises or does not return a dict of numbers.
+            UserError: on every rank, if the function raises or does not return a dict of numbers;
+                or an error of `user_code`.
         """
         numbers: dict[str, float] = {}
         for calls in rounds:
@@ -91,7 +92,7 @@ class UserMetrics:
 
     def _answer(
         self, calls: MetricCalls, prefix: str, where: str
-    ) -> tuple[dict[str, float], UserError | None]:
+    ) -> tuple[dict[str, float], Exception | None]:
         returned: Any = {}
         try:
             for prediction, is_last in calls:
@@ -100,11 +101,11 @@ class UserMetrics:
                     returned = self.function(prediction, **arguments)
         except BdbQuit:  # quitting the debugger in the function ends the run
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             cure = FIX_IT
             if not self.logits:
                 cure += "; or set evaluation.logits=true to receive logits, as in TRL"
-            failure = raised_by_user(KEY, self.name, error, where, cure)
+            failure = error_of_user_code(KEY, self.name, error, where, cure)
             failure.__cause__ = error
             return {}, failure
         try:
@@ -307,14 +308,15 @@ def user_metrics(spec: RunSpec, user: UserObjects, pad_token_id: int) -> UserMet
         raise UserError("compute_metrics", name, "needs evaluation pairs", cure)
     batched = settings.batch_eval_metrics
     arguments: dict[str, Any] = {"compute_result": True} if batched else {}
-    try:
-        function = function() if inspect.isclass(function) else function
-        inspect.signature(function).bind(None, **arguments)
-    except (TypeError, ValueError) as error:
-        takes = "an EvalPrediction and compute_result" if batched else "an EvalPrediction"
-        instances = "a class without arguments whose instances are such functions"
-        cure = f"use a function of {takes}, or {instances}"
-        raise UserError(KEY, name, f"cannot be called ({error})", cure) from None
+    with user_code(KEY, name, "when it is built"):
+        try:
+            function = function() if inspect.isclass(function) else function
+            inspect.signature(function).bind(None, **arguments)
+        except (TypeError, ValueError) as error:
+            takes = "an EvalPrediction and compute_result" if batched else "an EvalPrediction"
+            instances = "a class without arguments whose instances are such functions"
+            cure = f"use a function of {takes}, or {instances}"
+            raise UserError(KEY, name, f"cannot be called ({error})", cure) from None
     batch_size = settings.batch_size or spec.batch.micro_batch_size or 1
     padded = PreferenceCollator(pad_token_id, spec.data)
     return UserMetrics(function, name, settings.logits, batched, batch_size, padded)

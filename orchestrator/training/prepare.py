@@ -26,7 +26,13 @@ from orchestrator.models.new_model import new_weights
 from orchestrator.models.policy import load_config, load_tokenizer
 from orchestrator.models.policy_checks import check_fit, check_frozen, check_model, check_router
 from orchestrator.settings.errors import UserError
-from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
+from orchestrator.settings.load import (
+    ALL_PATH_KEYS,
+    DATA_KEYS,
+    check_model_names,
+    paths_in,
+)
+from orchestrator.settings.os_errors import os_errors
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.build import check_callbacks
 from orchestrator.training.compute_metrics import UserMetrics, check_memory, user_metrics
@@ -71,10 +77,14 @@ def prepare(spec: RunSpec, user: UserObjects = NOTHING) -> PreparedRun:
         UserError: the data, the tokenizer, the model's config or the user's code are wrong.
     """
     check_code(spec, user)
-    parts = load_parts(spec, user)
-    if spec.engine.shards_weights and spec.model.init is not None:
-        new_weights(spec, parts.tokenizer, dtype_held(spec.precision))  # once, for all ranks to map
-    return tokenize(spec, parts)
+    cache = "data.cache_dir" if spec.data.cache_dir else "run.dir"
+    paths = paths_in(spec, ALL_PATH_KEYS) | {cache: str(spec.cache_dir)}
+    with os_errors(paths, cache):
+        parts = load_parts(spec, user)
+        if spec.engine.shards_weights and spec.model.init is not None:
+            # once, for all ranks to map
+            new_weights(spec, parts.tokenizer, dtype_held(spec.precision))
+        return tokenize(spec, parts)
 
 
 def check_code(spec: RunSpec, user: UserObjects = NOTHING) -> None:

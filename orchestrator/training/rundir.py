@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from orchestrator.settings.load import (
     saved_spec,
 )
 from orchestrator.settings.near import nearest
+from orchestrator.settings.os_errors import os_errors
 from orchestrator.settings.run import RunSpec, changed_on_resume
 from orchestrator.settings.wrong_file import run_around
 from orchestrator.training import ownership
@@ -68,8 +69,10 @@ class RunDir:
             UserError: the path is not the directory of a run.
         """
         run_dir = cls(Path(path))
-        if not (run_dir.config.is_file() or any(run_dir.checkpoints.glob("step_*/manifest.json"))):
-            raise _not_a_run(Path(path))
+        with os_errors({"RUN_DIR": path}, "RUN_DIR"):
+            is_run = run_dir.config.is_file()
+            if not (is_run or any(run_dir.checkpoints.glob("step_*/manifest.json"))):
+                raise _not_a_run(Path(path))
         return run_dir
 
     def settings(self) -> SettingsSource:
@@ -135,10 +138,11 @@ class RunDir:
             logger.warning("%s; an older checkpoint is used", line)
         for line in self.damaged_files():
             logger.warning("%s; it is written again from the last checkpoint", line)
-        for folder in (self.checkpoints, self.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-        save_spec(spec, self.config)
-        self.result.unlink(missing_ok=True)
+        with self._os_errors():
+            for folder in (self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            save_spec(spec, self.config)
+            self.result.unlink(missing_ok=True)
 
     def note_save(self, step: int) -> None:
         """Note the step of a committed checkpoint, so that its loss is noticed; on rank 0 only."""
@@ -184,9 +188,13 @@ class RunDir:
             raise UserError("run.dir", str(path), f"{rule} ({reason})", cure) from None
         is_new = self.saved_step() is None and not self.config.exists()
         with ownership.owned(self.lock, self.path.name, is_new=is_new) as lock:
-            # a request to an earlier attempt; later ones are for this attempt
-            self.stop.unlink(missing_ok=True)
+            with self._os_errors():
+                # a request to an earlier attempt; later ones are for this attempt
+                self.stop.unlink(missing_ok=True)
             yield lock
+
+    def _os_errors(self) -> AbstractContextManager[None]:
+        return os_errors({"run.dir": str(self.path)}, "run.dir")
 
     def owner(self) -> str | None:
         """Return the process that owns the directory, on any machine; None if none does."""

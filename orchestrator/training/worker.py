@@ -22,6 +22,7 @@ from orchestrator.training.rundir import RunDir
 from orchestrator.training.samples import answered_samples
 from orchestrator.training.session import Session
 from orchestrator.training.user_objects import NOTHING, UserObjects
+from orchestrator.user_code import exit_is_error
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,10 @@ def run(
     quiet()
     context = RunContext(spec, world, session, RunDir(spec.run_dir))
     session.beat(0, "tokenise")
-    with followed(context.run_dir.lock, spec.run.name) if world.is_main else nullcontext():
+    with (
+        exit_is_error(),  # also where no caller of user code has named it
+        followed(context.run_dir.lock, spec.run.name) if world.is_main else nullcontext(),
+    ):
         prepared = prepare(spec, user)
         session.beat(0, "start")
         fitted = _train(context, prepared, user, wrap_callbacks)

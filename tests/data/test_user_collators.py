@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from orchestrator.data.collate import CollateContext, PairBatch, PreferenceCollator
 from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.settings.base import UserCodeSpec
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import MachineError, UserError
 from support.tiny_parts import PAD, data_spec, pair_rows
 from support.token_pairs import EXAMPLE
 
@@ -210,9 +210,10 @@ def test_an_exception_of_a_collator_is_one_line_unless_the_machine_caused_it() -
     with pytest.raises(UserError, match=line) as caught:
         AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
     assert caught.value.__cause__ is raised
-    raised = OSError("the file system is gone")
-    with pytest.raises(OSError, match="is gone"):
-        AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
+    for raised in (OSError("the file system is gone"), MemoryError()):
+        line = rf"raised {type(raised).__name__}.*\(test_user_collators.py line \d+; step 5"
+        with pytest.raises(MachineError, match=line):
+            AdaptedCollator(collate, PAD)(EXAMPLE, CONTEXT)
 
 
 def test_an_exception_of_a_collator_names_pairs_whose_ids_it_removed() -> None:

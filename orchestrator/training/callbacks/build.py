@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from orchestrator.callback_api import EarlyStoppingCallback, TrainerCallback
-from orchestrator.settings.errors import UserError, type_and_message
+from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
 from orchestrator.settings.trackers import TRACKERS
 from orchestrator.training.callbacks.console import ConsoleCallback
 from orchestrator.training.callbacks.jsonl import JsonlCallback
 from orchestrator.training.callbacks.wandb import WandbCallback
 from orchestrator.training.rundir import RunDir
-from orchestrator.user_code import user_attribute
+from orchestrator.user_code import user_attribute, user_code
 
 UserCallback = TrainerCallback | type[TrainerCallback]
 
@@ -92,9 +92,6 @@ def _class_at(path: str) -> Any:
 def _built(entry: _Entry) -> TrainerCallback:
     if isinstance(entry.callback, TrainerCallback):
         return entry.callback
-    try:
+    cure = "fix its constructor, or its kwargs"
+    with user_code("callbacks", entry.name, "when it is built", cure):
         return entry.callback(**entry.kwargs)
-    except Exception as error:
-        rule = f"cannot be built ({type_and_message(error)})"
-        cure = "fix its constructor, or its kwargs"
-        raise UserError("callbacks", entry.name, rule, cure) from None

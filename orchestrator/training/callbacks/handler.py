@@ -15,6 +15,7 @@ from orchestrator.callback_api import (
     TrainerControl,
     TrainerState,
 )
+from orchestrator.settings.errors import exit_error
 from orchestrator.training.callbacks.training_args import TrainingArgs
 from orchestrator.user_time import USER_TIME
 
@@ -65,6 +66,9 @@ class Callbacks:
                     )
             except BdbQuit:  # quitting the debugger in a callback ends the run
                 raise
+            except SystemExit as error:
+                name = f"{type(callback).__name__}.{event}"
+                raise exit_error(error, name, f"step {self.state.global_step}") from error
             except Exception as error:
                 if not self._is_kept(callback, event, error):
                     self._drop(callback, event)

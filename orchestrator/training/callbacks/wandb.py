@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.errors import UserError
+from orchestrator.settings.plain import SECRET_NAME
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.rundir import RunDir, write_atomically
 
@@ -22,7 +23,6 @@ INIT_TIMEOUT_S = 3
 FINISH_TIMEOUT_S = (
     120  # longest wait at the end; data not sent stay in RUN_DIR/wandb for `wandb sync`
 )
-SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
 class WandbCallback(TrainerCallback):
