@@ -19,17 +19,9 @@ from orchestrator.arguments import check_flags, debug_flags, files_and_overrides
 from orchestrator.data.sources import raw_rows
 from orchestrator.insight.summary import summary
 from orchestrator.run.parentage import PARENT
+from orchestrator.settings import errors
 from orchestrator.settings.counts import counted
-from orchestrator.settings.errors import (
-    MachineError,
-    RunDied,
-    TrainingError,
-    UserCodeExited,
-    UserError,
-    exit_error,
-    place_in_user_code,
-    type_and_message,
-)
+from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.load import ALL_PATH_KEYS, SettingsSource, load_spec, paths_in
 from orchestrator.settings.os_errors import os_errors
 from orchestrator.settings.run import RunSpec
@@ -91,7 +83,7 @@ def _run_verb(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _print_error("aborted")
         return FAILED
-    except (MachineError, UserCodeExited) as error:  # of one rank
+    except (errors.MachineError, errors.UserCodeExited) as error:  # of one rank
         _print_error(f"error: {' '.join(str(error).split())}")
         return FAILED
     except (TrainingError, RunDied) as error:
@@ -101,9 +93,7 @@ def _run_verb(words: Sequence[str]) -> int:
             _print_error(f"error: {' '.join(str(error).split())}")
         return FAILED
     except (OSError, MemoryError) as error:
-        place = place_in_user_code(error)
-        message = f"{type_and_message(error)} ({place})" if place else str(error)
-        _print_error(f"error: {message or type_and_message(error)}")
+        _print_error(f"error: {errors.with_place(error)}")
         return FAILED
 
 
@@ -117,7 +107,7 @@ def _call_verb(args: argparse.Namespace) -> int:
         except terminal.ReaderGone:
             raise
         except SystemExit as error:
-            raise exit_error(error) from error
+            raise errors.exit_error(error) from error
 
 
 def _print_error(line: str) -> None:
@@ -185,7 +175,7 @@ def _debug_ranks(args: argparse.Namespace, spec: RunSpec, keeps_run: bool) -> in
     if not keeps_run or code not in (DONE, STOPPED):
         return code
     if (result := last_result(RunDir(spec.run_dir))) is None:
-        raise UserCodeExited("the ranks ended without a result: user code called os._exit")
+        raise errors.UserCodeExited("the ranks ended without a result: user code called os._exit")
     return _print_end(spec, result)
 
 

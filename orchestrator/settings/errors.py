@@ -34,6 +34,13 @@ def place_in_user_code(error: BaseException) -> str:
     return f"{Path(frame.filename).name} line {frame.lineno}" if frame else ""
 
 
+def with_place(error: BaseException) -> str:
+    """Return the message of an exception; with its type and place if user code raised it."""
+    place = place_in_user_code(error)
+    message = f"{type_and_message(error)} ({place})" if place else str(error)
+    return message or type(error).__name__
+
+
 class UserError(Exception):
     """Error of the user's input, printed as one line with key, value, rule and fix. Exit code 2.
 
