@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -234,11 +234,18 @@ def _check_reached(run_dir: RunDir, spec: RunSpec, step: int) -> None:
             int(line["step"]) + spec.training.logging_steps for line in _training_lines(run_dir)
         ]
         heartbeats = run_dir.logs.glob("heartbeat_*.json")
-        taken = saved + [json.loads(path.read_text())["step"] for path in heartbeats]
+        taken = saved + [step for path in heartbeats for step in _step_in(path)]
         reached = max((1, *(each + 1 for each in taken), *logged))
     if step > reached:
         rule = f"the run in {run_dir.path} has reached at most step {reached}"
         raise UserError("--replay-step", step, rule, f"use 1 to {reached}")
+
+
+def _step_in(heartbeat: Path) -> list[int]:
+    """Return the step in a heartbeat file; empty if it is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return [int(json.loads(heartbeat.read_text())["step"])]
+    return []
 
 
 def _newest_before(run_dir: RunDir, step: int) -> Path | None:
