@@ -6,7 +6,10 @@ import threading
 from types import FrameType
 from typing import Protocol
 
+import torch
+
 from orchestrator.early_signals import stop_signals
+from orchestrator.training.deaths import PlaceFile
 from orchestrator.training.heartbeat import Phase
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.watchdog import Watchdog
@@ -17,11 +20,18 @@ class Session(Protocol):
     (run/local/trial.py) has one that does nothing.
     """
 
-    def beat(self, step: int, phase: Phase, index: int = 0) -> None:
+    def beat(
+        self, step: int, phase: Phase, index: int = 0, pairs: torch.Tensor | None = None
+    ) -> None:
         """Report where this rank is. Cheap enough for every micro-batch.
 
         step: steps taken. index: of the micro-batch in the phase, from 1; 0: in no micro-batch.
+        pairs: ids of the micro-batch that begins.
         """
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """Report the exception that ends this rank."""
         ...
 
     def stop_requested(self) -> str | None:
@@ -42,14 +52,21 @@ class LocalSession:
 
     def __init__(self, run_dir: RunDir, rank: int, watchdog: Watchdog | None = None) -> None:
         self.run_dir, self.rank, self.watchdog = run_dir, rank, watchdog
+        self._place = PlaceFile(run_dir, rank)
         self._received: list[int] = []
         if threading.current_thread() is threading.main_thread():
             for number in stop_signals():
                 signal.signal(number, self._on_signal)
 
-    def beat(self, step: int, phase: Phase, index: int = 0) -> None:
+    def beat(
+        self, step: int, phase: Phase, index: int = 0, pairs: torch.Tensor | None = None
+    ) -> None:
+        self._place.move(step, phase, pairs)
         if self.watchdog is not None:
             self.watchdog.beat(step, phase, index)
+
+    def fail(self, error: BaseException) -> None:
+        self._place.fail(error)
 
     def stop_requested(self) -> str | None:
         if self._received:

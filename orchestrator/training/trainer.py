@@ -190,7 +190,7 @@ class Trainer:
         outputs: Outputs = []
         last = len(micro_batches) - 1
         for i, batch in enumerate(micro_batches):
-            self._beat("forward", i + 1)
+            self._beat("forward", i + 1, batch.pair_ids)
             output = self.engine.micro_step(ready[i].to(world.device), counts, last=i == last)
             outputs.append((batch, output))
             if i < last:
@@ -203,9 +203,9 @@ class Trainer:
             check_start(self.context, outputs, self.start_tolerance, by_user)
         return outputs
 
-    def _beat(self, phase: Phase, micro_batch: int = 0) -> None:
+    def _beat(self, phase: Phase, micro_batch: int = 0, pairs: torch.Tensor | None = None) -> None:
         """Report the place of this rank to its launcher."""
-        self.context.session.beat(self.progress.step, phase, micro_batch)
+        self.context.session.beat(self.progress.step, phase, micro_batch, pairs)
 
     def _warn_if_unscored(self, counts: Counts) -> None:
         """Warn once if a step has no scored token of a chosen completion."""

@@ -2,8 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 
 from orchestrator.callback_api import TrainerCallback
@@ -53,6 +53,7 @@ def run(
     context = RunContext(spec, world, session, RunDir(spec.run_dir))
     session.beat(0, "tokenise")
     with (
+        _reporting_failure(session),
         exit_is_error(),  # also where no caller of user code has named it
         followed(context.run_dir.lock, spec.run.name) if world.is_main else nullcontext(),
     ):
@@ -62,6 +63,16 @@ def run(
         session.beat(fitted.step, "export")
         gc.collect()  # before the export builds the whole model again
         return _finish(context, prepared, fitted)
+
+
+@contextmanager
+def _reporting_failure(session: Session) -> Iterator[None]:
+    """Report the exception that leaves the block to the launcher."""
+    try:
+        yield
+    except BaseException as error:
+        session.fail(error)
+        raise
 
 
 def _train(

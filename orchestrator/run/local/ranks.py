@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import ExitStack
 
@@ -12,7 +13,8 @@ from orchestrator.run.local.debug import print_hang, print_if_finished
 from orchestrator.run.local.profile import Steps, steps_to_profile
 from orchestrator.run.parentage import PARENT, dies_with_parent, handles_signals
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.heartbeat import Observed, remove_heartbeats
+from orchestrator.training.deaths import ending, first_death, remove_places
+from orchestrator.training.heartbeat import Observed, remove_heartbeats, reported_hang
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.watchdog import watched_from_outside
@@ -48,12 +50,15 @@ def start_ranks(
             steps_to_profile(spec, prepared.train.pairs_per_epoch, run_dir, profile)
         if keeps_run:
             remove_heartbeats(run_dir)
+            remove_places(run_dir)
         processes = _Ranks(run_dir if keeps_run else None)
         processes.start(command, _environment(ranks), lock)
         with ExitStack() as watching:
             if keeps_run:
                 watching.enter_context(watched_from_outside(run_dir, ranks, processes.end_hung))
             processes.wait()
+        if keeps_run:
+            processes.print_first_death(run_dir)
         return processes.exit_code()
 
 
@@ -78,6 +83,7 @@ class _Ranks:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.received: list[int] = []
         self.stopped_early = False
+        self._gone: dict[int, str | None] = {}  # ranks that ended first, by a signal or exit code
         self._deadline: float | None = None  # for the other ranks, once one has ended badly
         for number in early_signals.stop_signals():
             signal.signal(number, self._on_signal)
@@ -135,10 +141,20 @@ class _Ranks:
                 self.send(signal.SIGKILL)
             if self._deadline is None and any(code not in (None, 0, 3) for code in codes):
                 self._deadline = time.monotonic() + GRACE_S
+                ended = {rank: code for rank, code in enumerate(codes) if code not in (None, 0, 3)}
+                self._gone = {rank: ending(code) for rank, code in ended.items() if code}
                 self.send(signal.SIGTERM)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self.send(signal.SIGKILL)
             time.sleep(POLL_S)
+
+    def print_first_death(self, run_dir: RunDir) -> None:
+        """Print what ended the run, unless it was a signal, the user's input or a hang."""
+        was_expected = self.received or any(each.returncode == 2 for each in self.processes)
+        if was_expected or not self._gone or reported_hang(run_dir):
+            return
+        if death := first_death(run_dir, self._gone):
+            print(f"error: {death.line}", file=sys.stderr, flush=True)
 
     def exit_code(self) -> int:
         """Return the exit code of the run once all ranks have ended.

@@ -33,8 +33,13 @@ from orchestrator.world import World
 class NothingToSave:
     """Session of a trainer without a run: nothing is saved, and Ctrl-C ends it."""
 
-    def beat(self, step: int, phase: Phase, index: int = 0) -> None:
+    def beat(
+        self, step: int, phase: Phase, index: int = 0, pairs: torch.Tensor | None = None
+    ) -> None:
         """Do nothing: nobody waits for a trial."""
+
+    def fail(self, error: BaseException) -> None:
+        """Do nothing: the exception is printed."""
 
     def stop_requested(self) -> str | None:
         """Return None: a trial cannot be stopped with a save."""

@@ -12,6 +12,7 @@ from orchestrator.run.ray.hangs import kill_ranks
 from orchestrator.run.ray.node_checks import check_new_nodes
 from orchestrator.run.ray.worker import worker_loop
 from orchestrator.settings.run import RunSpec
+from orchestrator.training.deaths import remove_places
 from orchestrator.training.heartbeat import remove_heartbeats
 from orchestrator.training.ownership import TOKEN
 from orchestrator.training.rundir import RunDir
@@ -42,6 +43,7 @@ def run_attempt(
     # in a thread, so that Ray does not install its SIGINT handler: ours saves first
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     remove_heartbeats(run_dir)
+    remove_places(run_dir)
     thread.start()
     with watched_from_outside(run_dir, workers, kill_ranks):
         if workers < spec.cluster.max_workers and is_joined():

@@ -10,6 +10,20 @@ RAYS_NAMES = re.compile(r"\s(class_name|actor_id|namespace|pid|ip): \S*")
 PROCESS_GONE = "its worker process has died"  # a long message of Ray without further information
 
 
+def gone_ranks(error: Exception | None) -> dict[int, str | None]:
+    """Return the ranks whose process Ray Train has lost; how they ended is not known."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
+    return {
+        rank: None for rank, failure in failures.items() if hasattr(failure, "health_check_failure")
+    }
+
+
+def is_out_of_memory(error: Exception | None) -> bool:
+    """Return whether Ray's memory monitor ended a worker."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
+    return any("memory monitor" in str(each) for each in [error, *failures.values()])
+
+
 def reason_of_death(error: Exception | None, log_of: Callable[[int], Path]) -> str:
     """Return the rank that died first, a short reason, and its log.
 

@@ -21,12 +21,13 @@ from orchestrator.run.checks.report import raise_failed
 from orchestrator.run.ray import capacity, elastic
 from orchestrator.run.ray.attempt import run_attempt
 from orchestrator.run.ray.cluster import entered
-from orchestrator.run.ray.deaths import reason_of_death
+from orchestrator.run.ray.deaths import gone_ranks, is_out_of_memory, reason_of_death
 from orchestrator.run.ray.logs import following, rank_log
 from orchestrator.run.ray.objects import pickled_objects
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.run import RunSpec
+from orchestrator.training.deaths import Death, first_death
 from orchestrator.training.heartbeat import reported_hang
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
@@ -127,15 +128,25 @@ def run_attempts(
                 continue
         newest = committed(run_dir.checkpoints)
         newest_step = step_of(newest[0]) if newest else -1
-        action = supervisor.after(Attempt(OUTCOMES.get(result["status"], "died"), newest_step))
+        death = first_death(run_dir, gone_ranks(error))
+        died_at = death.step if death is not None else None
+        outcome = OUTCOMES.get(result["status"], "died")
+        action = supervisor.after(Attempt(outcome, newest_step, died_at))
         if action == "done":
             return RunResult(**result)
         if action == "refuse":
             raise UserError(*result["error"])
         if result["status"] == "failed":
             raise TrainingError(result["reason"])
-        reason = reported_hang(run_dir) or reason_of_death(error, partial(rank_log, run_dir))
+        reason = reported_hang(run_dir) or _reason(error, death, run_dir)
         where = f"step {newest_step}" if newest else "the start"
+        if supervisor.died_twice_at is not None:
+            step = supervisor.died_twice_at
+            raise RunDied(
+                f"two deaths at step {step} without a new checkpoint ({reason}); another attempt "
+                f"would end there, too: fix the cause, or examine the step with orchestrator debug "
+                f"{run_dir.path} --replay-step {step}; the same command continues from {where}"
+            )
         if action == "give up":
             raise RunDied(
                 f"deaths without a new checkpoint: {supervisor.deaths} ({reason}); see "
@@ -145,6 +156,14 @@ def run_attempts(
         logger.warning("a worker died (%s); resuming from %s", reason, where)
         wait_s = spec.cluster.replacement_wait_s  # its node may be lost, too
         time.sleep(supervisor.backoff_s)
+
+
+def _reason(error: Exception | None, death: Death | None, run_dir: RunDir) -> str:
+    """Return what ended an attempt first: by what ranks left, else by what Ray reports."""
+    if death is None:
+        return reason_of_death(error, partial(rank_log, run_dir))
+    monitor = "; Ray's memory monitor ended it" if is_out_of_memory(error) else ""
+    return f"{death.line}{monitor}; see {rank_log(run_dir, death.rank)}"
 
 
 def _result_of_attempt(run_dir: RunDir) -> dict[str, Any]:
