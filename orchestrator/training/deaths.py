@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from orchestrator.settings.errors import type_and_message
+from orchestrator.settings.errors import TrainingError, UserError, message_of, type_and_message
 from orchestrator.training.heartbeat import IN_STEP, Phase
 from orchestrator.training.rundir import RunDir
 
@@ -44,6 +45,7 @@ CRASHES = {
 FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
 OUR_CODE = str(Path(__file__).parents[1])
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
+_OPEN: list[TextIO] = []  # files that a crash writes: they stay open as long as the process
 LESS_MEMORY = "lower batch.micro_batch_size or data.max_length, or shard the model over more ranks"
 
 
@@ -89,10 +91,6 @@ class PlaceFile:
         self._file: int | None = None
         with suppress(OSError):  # a full disk: the checkpoint reports it
             self._file = os.open(_path(run_dir, rank), os.O_CREAT | os.O_WRONLY, 0o644)
-            if not faulthandler.is_enabled():
-                # stays open: it is written when the process crashes
-                self._crash = _crash_file(run_dir, rank).open("w")
-                faulthandler.enable(self._crash, all_threads=False)
         self._write()
 
     def move(self, step: int, phase: Phase, pairs: torch.Tensor | None = None) -> None:
@@ -114,12 +112,13 @@ class PlaceFile:
 
     def fail(self, error: BaseException) -> None:
         """Write the exception that ends this rank."""
+        names_cause = isinstance(error, UserError | TrainingError)
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         changes = {
             "time": time.time(),
             "oom_kills": oom_kills(),
-            "error": type_and_message(error),
-            "code": _raised_in(error),
+            "error": message_of(error) if names_cause else f"raised {type_and_message(error)}",
+            "code": None if names_cause else _raised_in(error),
             "lost_peer": not memory and bool(LOST_A_PEER.search(f"{type(error)} {error}")),
             "memory": memory,
         }
@@ -140,6 +139,14 @@ class Death:
     rank: int
     step: int | None  # None: it died before the first step
     line: str
+
+
+def record_crashes(run_dir: RunDir, rank: int) -> None:
+    """Let a crash of this process (SIGSEGV, SIGBUS, ...) write its signal and the Python stack."""
+    with suppress(OSError):
+        file = _crash_file(run_dir, rank).open("w")
+        _OPEN.append(file)
+        faulthandler.enable(file, all_threads=False)
 
 
 def remove_places(run_dir: RunDir) -> None:
@@ -175,7 +182,7 @@ def first_death(run_dir: RunDir, gone: Mapping[int, str | None]) -> Death | None
 
 
 def _exception(place: LastPlace) -> str:
-    text = f"raised {place.error}" + (f" in {place.code}" if place.code else "")
+    text = f"{place.error}" + (f" in {place.code}" if place.code else "")
     return f"{text}; {LESS_MEMORY}" if place.memory else text
 
 

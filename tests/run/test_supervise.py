@@ -46,3 +46,20 @@ def test_waiting_grows_with_deaths_in_a_row_and_starts_over() -> None:
         waited.append(supervisor.backoff_s)
     assert waited == [*BACKOFF_S, BACKOFF_S[-1], *BACKOFF_S[:2]]
     assert list(BACKOFF_S) == sorted(BACKOFF_S)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "step"),
+    [
+        ([(10, 12), (10, 12)], 12),
+        ([(10, 12), (10, 13)], None),
+        ([(10, 12), (15, 12)], None),  # a new checkpoint is progress
+        ([(-1, None), (-1, None)], None),  # before the first step
+    ],
+)
+def test_a_run_that_dies_twice_at_one_step_is_given_up(
+    attempts: list[tuple[int, int | None]], step: int | None
+) -> None:
+    supervisor = Supervisor(9)
+    actions = [supervisor.after(Attempt("died", newest, at)) for newest, at in attempts]
+    assert (actions[-1], supervisor.died_twice_at) == ("give up" if step else "retry", step)

@@ -1,7 +1,5 @@
 """The line about a run that died names what ended it first, not the ranks that lost another one."""
 
-import faulthandler
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,14 +20,13 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def ranks(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlaceFile]]:
+def ranks(run_dir: RunDir) -> list[PlaceFile]:
     """Two ranks in the second micro-batch of step 12, with pairs 3 and 8 on rank 1."""
-    monkeypatch.setattr(faulthandler, "is_enabled", lambda: True)  # pytest's own
     files = [PlaceFile(run_dir, rank) for rank in range(2)]
     for rank, ids in ((1, [3, 8]), (0, [1, 2])):
         files[rank].move(11, "forward", torch.tensor(ids))
         files[rank].move(11, "backward")
-    yield files
+    return files
 
 
 def line(run_dir: RunDir, gone: dict[int, str | None]) -> str:

@@ -16,6 +16,7 @@ from orchestrator.run.local.profile import Steps, nothing_to_profile, steps_to_p
 from orchestrator.run.local.prompt import debugger
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.profiler import ProfilerCallback
+from orchestrator.training.deaths import record_crashes
 from orchestrator.training.heartbeat import remove_heartbeats
 from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.ownership import TOKEN
@@ -99,6 +100,8 @@ def run_here(
         trace = run_dir.path / "profile" / f"rank_{world.rank:05d}.json"
         wrap_callbacks = partial(_with_debug_options, trace, steps, post_mortem)
         # with post_mortem, ranks wait without limit for one at the prompt
+        if world.size > 1:
+            record_crashes(run_dir, world.rank)
         watchdog = Watchdog(run_dir, world, spec, partial(_end, run_dir), not post_mortem)
         with watched(watchdog):
             session = LocalSession(run_dir, world.rank, watchdog)

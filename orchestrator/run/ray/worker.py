@@ -12,6 +12,7 @@ from orchestrator.run.ray.objects import unpickled_objects
 from orchestrator.settings.errors import TrainingError, UserError
 from orchestrator.settings.load import make_spec
 from orchestrator.training.checkpoint_writer import SaveFailed
+from orchestrator.training.deaths import record_crashes
 from orchestrator.training.export import ExportFailed
 from orchestrator.training.manifest import ReadFailed
 from orchestrator.training.ownership import TOKEN
@@ -43,6 +44,7 @@ def worker_loop(config: dict[str, Any]) -> None:
             stream=log, level=logging.WARNING, format="%(levelname)s: %(message)s", force=True
         )
         try:
+            record_crashes(run_dir, world.rank)
             _print_nodes(world)
             # Checkpoints are not reported to Ray: it accepts only those in its own folder, waits up
             # to 2 s for each report, and can lose its record of them in a crash. Manifests record
