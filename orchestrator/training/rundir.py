@@ -130,10 +130,7 @@ class RunDir:
         Raises:
             UserError: checkpoints were saved, and none is left.
         """
-        if (saved := self.saved_step()) is not None and not committed(self.checkpoints):
-            rule = f"was saved up to step {saved}, but {self.checkpoints} has no checkpoint"
-            cure = f"restore it, or choose another run.name, or remove {self.path} to start over"
-            raise UserError("run.dir", str(self.path), rule, cure)
+        self.check_checkpoints()
         if line := self.missing_save():
             logger.warning("%s; an older checkpoint is used", line)
         for line in self.damaged_files():
@@ -143,6 +140,17 @@ class RunDir:
                 folder.mkdir(parents=True, exist_ok=True)
             save_spec(spec, self.config)
             self.result.unlink(missing_ok=True)
+
+    def check_checkpoints(self) -> None:
+        """Check that a run that saved before has a checkpoint, and does not start over in silence.
+
+        Raises:
+            UserError: it has none.
+        """
+        if (saved := self.saved_step()) is not None and not committed(self.checkpoints):
+            rule = f"was saved up to step {saved}, but {self.checkpoints} has no checkpoint"
+            cure = f"restore it, or choose another run.name, or remove {self.path} to start over"
+            raise UserError("run.dir", str(self.path), rule, cure)
 
     def note_save(self, step: int) -> None:
         """Note the step of a committed checkpoint, so that its loss is noticed; on rank 0 only."""

@@ -45,6 +45,7 @@ def start_ranks(
             run_dir.check(spec)
             if print_if_finished(run_dir, profile) is not None:
                 return 0
+            run_dir.check_checkpoints()  # here, before the other ranks wait for rank 0
         prepared = prepare(spec)
         if profile is not None:
             steps_to_profile(spec, prepared.train.pairs_per_epoch, run_dir, profile)
