@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +195,10 @@ class RunDir:
             reason = error.strerror or type(error).__name__
             raise UserError("run.dir", str(path), f"{rule} ({reason})", cure) from None
         is_new = self.saved_step() is None and not self.config.exists()
-        with ownership.owned(self.lock, self.path.name, is_new=is_new) as lock:
+        with ExitStack() as stack:
             with self._os_errors():
+                owned = ownership.owned(self.lock, self.path.name, is_new=is_new)
+                lock = stack.enter_context(owned)
                 # a request to an earlier attempt; later ones are for this attempt
                 self.stop.unlink(missing_ok=True)
             yield lock
