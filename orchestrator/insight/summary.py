@@ -5,11 +5,15 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from orchestrator.settings.counts import counted
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.manifest import step_folder
 from orchestrator.training.result import RunResult, evaluated_sets
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.save_interval import duration
 
+MOST_RESTARTS = 10  # the newest are printed; result.json has all
+CAUSE_LENGTH = 120
 ANSWER_LENGTH = 100  # maximum characters of a printed answer
 
 
@@ -26,6 +30,7 @@ def summary(spec: RunSpec, result: RunResult) -> Iterator[str]:
     of_step = f", of step {result.model_step}" if result.best_step is not None else ""
     yield f"model    {_short(result.model)}{of_step}"
     yield f"metrics  {_short(run_dir.metrics)}"
+    yield from _time(result.goodput)
     if spec.wandb.mode != "disabled":
         yield _wandb(run_dir)
     yield from _next(spec, result)
@@ -52,6 +57,24 @@ def _answers(samples: list[dict[str, str]]) -> Iterator[str]:
             yield f"{part:<8} {shorten(text, ANSWER_LENGTH, placeholder=' ...') or '(nothing)'}"
     if samples:
         yield ""
+
+
+def _time(goodput: dict[str, Any] | None) -> Iterator[str]:
+    """Yield how much of the time of a run counted, and what its restarts cost."""
+    if not goodput or goodput["goodput"] is None:
+        return
+    wall, restarts = goodput["wall_s"], goodput["restarts"]
+    line = f"time     {duration(wall)}, {goodput['goodput']:.0%} of it in training steps"
+    if restarts:
+        repeated = counted(goodput["repeated_steps"], "step")
+        line += f" that counted; {counted(len(restarts), 'restart')}, {repeated} repeated"
+        line += f" ({duration(goodput['repeated_s'])})"
+    yield line
+    for restart in restarts[-MOST_RESTARTS:]:
+        took = restart["seconds"]
+        again = "not trained" if took is None else f"from {restart['from_step']}, {duration(took)}"
+        cause = shorten(restart["cause"], CAUSE_LENGTH, placeholder=" ...")
+        yield f"restart  {restart['end']} after step {restart['after_step']}, {again}: {cause}"
 
 
 def _wandb(run_dir: RunDir) -> str:

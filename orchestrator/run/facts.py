@@ -5,9 +5,13 @@ from typing import Any, NamedTuple
 
 from orchestrator.data.order import Share, run_length
 from orchestrator.data.sources import check_source, count_rows
+from orchestrator.settings.counts import counted
 from orchestrator.settings.load import DATA_KEYS, check_model_names, paths_in
 from orchestrator.settings.notes import Known, notes
 from orchestrator.settings.run import RunSpec
+from orchestrator.training.save_interval import explained, hours_between_failures
+
+EXAMPLE_COSTS_S = (1.0, 30.0)  # of a save, for the arithmetic of checkpoint.every=auto
 
 
 class Outlook(NamedTuple):
@@ -64,6 +68,7 @@ def run_facts(spec: RunSpec, outlook: Outlook) -> dict[str, Any]:
     known = Known(
         length.get("steps"), per_epoch, length.get("epochs"), outlook.positions, outlook.gpus
     )
+    length |= _checkpoint_interval(spec)
     return facts | length | {"notes": [*notes(spec, known), *outlook.notes]}
 
 
@@ -101,8 +106,22 @@ def _length_facts(spec: RunSpec, per_epoch: int) -> dict[str, Any]:
         "steps": length.steps,
         "warmup_steps": spec.scheduler.warmup(length.steps),
         "evaluations": evaluations if spec.data.eval_sets else 0,
-        "checkpoints": _times(length.steps, spec.checkpoint.every_steps),
+        "checkpoints": spec.checkpoint.every or _times(length.steps, spec.checkpoint.every_steps),
     }
+
+
+def _checkpoint_interval(spec: RunSpec) -> dict[str, Any]:
+    """Return how checkpoint.every=auto chooses the interval."""
+    if spec.checkpoint.every is None:
+        return {}
+    per_node = spec.slurm.workers_per_node or spec.cluster.max_workers
+    nodes = -(-spec.cluster.max_workers // per_node)
+    hours = hours_between_failures(spec.cluster.mtbf_hours, nodes)
+    assumed = f"one failure per node in {spec.cluster.mtbf_hours:g} h (cluster.mtbf_hours)"
+    examples = "; ".join(explained(cost, hours) for cost in EXAMPLE_COSTS_S)
+    first = "the first save follows step 1 and is timed"
+    text = f"{first}; assumed: {assumed}, {counted(nodes, 'node')}; for example {examples}"
+    return {"checkpoint_interval": text}
 
 
 def _training_sets(spec: RunSpec, counts: dict[str, int | None]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.settings.base import FREE, Block, NonNegative, Positive
+from orchestrator.settings.base import FREE, MOST, Block, NonNegative, Positive
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.optim import OptimizerSpec
 
@@ -45,6 +45,10 @@ class ClusterSpec(Block):
     max_failures: NonNegative = Field(3, json_schema_extra=FREE)
     """How often the run resumes after a worker dies, counted since the last new checkpoint; 0:
     never.
+    """
+    mtbf_hours: Annotated[float, Field(gt=0, le=MOST)] = Field(1000.0, json_schema_extra=FREE)
+    """Mean hours between failures of one node, which checkpoint.every=auto assumes at first; hours
+    and failures of the run's own attempts are added to it.
     """
     auth: Literal["token", "disabled"] = Field("token", json_schema_extra=FREE)
     """Authentication of a Ray cluster that the run starts (RAY_AUTH_MODE); an existing cluster has

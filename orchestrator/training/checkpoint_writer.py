@@ -172,6 +172,11 @@ class Saver:
             self._committed = None
         return committed
 
+    @property
+    def is_writing(self) -> bool:
+        """Return whether a save is written in the background at the moment."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Join the background thread: one that runs torch code when the interpreter exits would
         abort the process.

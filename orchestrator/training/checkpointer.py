@@ -1,6 +1,7 @@
 """Save the parts of a trainer, and restore them when a run resumes."""
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from orchestrator.engines.base import Engine
 from orchestrator.engines.optim import check_resumable, made_by
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.run import RunSpec
+from orchestrator.training.attempts import read_attempts
 from orchestrator.training.best import restore_best
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpoint_writer import RankState, Saver
@@ -24,6 +26,7 @@ from orchestrator.training.ownership import end_if_lost
 from orchestrator.training.reporter import Reporter
 from orchestrator.training.rng import RngState
 from orchestrator.training.run_identity import differences
+from orchestrator.training.save_interval import SaveInterval
 from orchestrator.training.seen_pairs import SeenPairs
 from orchestrator.user_code import source_hash
 from orchestrator.world import World
@@ -57,6 +60,7 @@ class Checkpointer:
             context.spec.cluster.collective_timeout_s,
             self.ledger,
         )
+        self._interval = _interval(context)
         self._resumed_from: Path | None = None
         self._saved = (-1, 0.0)  # step and epoch of the last save
 
@@ -80,6 +84,8 @@ class Checkpointer:
         reporter.window.restore(meta["window"])
         reporter.ranges.restore(meta.get("ranges"))
         reporter.callbacks.restore(meta["callbacks"])
+        if self._interval is not None:
+            self._interval.cost_s = meta.get("save_cost_s")
         restore_best(self.context, reporter.callbacks)
         reporter.show_position()
         self._resumed_from, self._saved = reader.folder, (meta["step"], 0.0)
@@ -111,6 +117,7 @@ class Checkpointer:
         progress, callbacks = self.reporter.progress, self.reporter.callbacks
         if self._saved[0] == progress.step:
             return
+        began = time.monotonic()
         if self.context.world.is_main:
             end_if_lost(self.context.run_dir.lock, self.context.spec.run.name)
         self.wait()
@@ -125,6 +132,7 @@ class Checkpointer:
             "callbacks": callbacks.exported(),
             "data": self.loader.pairs.identity,  # of the training pairs only
             "identity": self.identity,
+            "save_cost_s": self._interval and self._interval.cost_s,
             # a resume compares them (RunDir.check)
             "spec": self.context.spec.model_dump(mode="json"),
         }
@@ -134,7 +142,18 @@ class Checkpointer:
         shards = self.engine.iter_shards()
         self.saver.save(progress.step, shards, meta, state, in_background, folder)
         self._saved = progress.step, callbacks.state.epoch
+        if self._interval is not None:
+            self._interval.saved(time.monotonic() - began)
         self.notify_saved()
+
+    def is_due(self) -> bool:
+        """Return whether rank 0 requests a save: the interval of checkpoint.every=auto is over."""
+        return (
+            self._interval is not None
+            and not self.saver.is_writing
+            and self.reporter.progress.step > max(0, self._saved[0])
+            and self._interval.is_due()
+        )
 
     def wait(self) -> None:
         """Wait for the save in the background, if any. Collective."""
@@ -184,6 +203,14 @@ class Checkpointer:
             if self.context.world.is_main and self.sources[name] != before[name]:
                 message = "%s was edited since this run started: steps after %d use the new code"
                 logger.warning(message, name, meta["step"])
+
+
+def _interval(context: RunContext) -> SaveInterval | None:
+    """Return the interval of checkpoint.every=auto on rank 0; None for others."""
+    if context.spec.checkpoint.every is None or not context.world.is_main:
+        return None
+    attempts = read_attempts(context.run_dir.attempts)
+    return SaveInterval(context.spec.cluster.mtbf_hours, attempts)
 
 
 def _machine(world: World) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from orchestrator.training.manifest import sha256_of
 from orchestrator.training.rundir import NEWEST_PAIRS, RunDir
@@ -39,6 +40,7 @@ class RunResult:
     samples: list[dict[str, str]] = field(default_factory=list)  # prompt, before, after
     # of a finished run: paths in the run directory -> sha256, to notice damage
     files: dict[str, str] = field(default_factory=dict)
+    goodput: dict[str, Any] | None = None  # of training/attempts.py
 
 
 def last_result(run_dir: RunDir) -> RunResult | None:

@@ -39,6 +39,7 @@ class RunDir:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.attempts = path / "attempts.jsonl"
         self.pairs = path / "pairs.parquet"  # a folder
         # and the model's config.json: an export needs both besides weights
         self.tokenizer = path / "tokenizer"

@@ -18,7 +18,7 @@ from orchestrator.engines.base import Engine
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.batch_losses import first_pass
 from orchestrator.training.best import save_if_best
-from orchestrator.training.callbacks.handler import Callbacks
+from orchestrator.training.callbacks.handler import REQUESTS, Callbacks
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpointer import Checkpointer
 from orchestrator.training.compute_metrics import UserMetrics
@@ -290,7 +290,9 @@ class Trainer:
     def _agree(self, numbers: StepNumbers | None = None) -> Agreement:
         """Agree with the other ranks on what to do; one small reduction."""
         self._beat("reduce")
-        agreement = agree(self.context, self.callbacks.take_requests(), numbers)
+        requests = self.callbacks.take_requests()
+        requests[REQUESTS.index("should_save")] |= self.checkpointer.is_due()
+        agreement = agree(self.context, requests, numbers)
         decisions = agreement.decisions
         self.suspending |= decisions.suspend
         self.progress.finishing |= decisions.finish

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -10,6 +11,8 @@ from orchestrator.callback_api import TrainerCallback
 from orchestrator.settings.load import save_spec
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.assemble import assembled
+from orchestrator.training.attempts import Record, goodput, read_attempts, recorded
+from orchestrator.training.callbacks.attempt import AttemptCallback
 from orchestrator.training.callbacks.build import build_callbacks
 from orchestrator.training.checkpoint_reader import choose_checkpoint
 from orchestrator.training.context import RunContext
@@ -52,17 +55,29 @@ def run(
     quiet()
     context = RunContext(spec, world, session, RunDir(spec.run_dir))
     session.beat(0, "tokenise")
+    nodes = len(set(world.gather(os.uname().nodename)))
     with (
         _reporting_failure(session),
+        _recorded(context, nodes) if world.is_main else nullcontext() as record,
         exit_is_error(),  # also where no caller of user code has named it
-        followed(context.run_dir.lock, spec.run.name) if world.is_main else nullcontext(),
     ):
         prepared = prepare(spec, user)
         session.beat(0, "start")
-        fitted = _train(context, prepared, user, wrap_callbacks)
+        fitted = _train(context, prepared, user, wrap_callbacks, record)
         session.beat(fitted.step, "export")
         gc.collect()  # before the export builds the whole model again
-        return _finish(context, prepared, fitted)
+        return _finish(context, prepared, fitted, record)
+
+
+@contextmanager
+def _recorded(context: RunContext, nodes: int) -> Iterator[Record]:
+    """Record this attempt, and end the process if another one takes the run over; on rank 0."""
+    run_dir = context.run_dir
+    with (
+        followed(run_dir.lock, context.spec.run.name),
+        recorded(run_dir.attempts, context.world.size, nodes) as record,
+    ):
+        yield record
 
 
 @contextmanager
@@ -76,7 +91,11 @@ def _reporting_failure(session: Session) -> Iterator[None]:
 
 
 def _train(
-    context: RunContext, prepared: PreparedRun, user: UserObjects, wrap_callbacks: WrapCallbacks
+    context: RunContext,
+    prepared: PreparedRun,
+    user: UserObjects,
+    wrap_callbacks: WrapCallbacks,
+    record: Record | None,
 ) -> FitResult:
     """Train from the newest checkpoint; all parts of the run are freed when this returns."""
     checkpoint = choose_checkpoint(context.run_dir, context.world)
@@ -84,11 +103,15 @@ def _train(
     if context.world.is_main:
         callbacks = build_callbacks(context.spec, context.run_dir, user.callbacks)
     callbacks = wrap_callbacks(callbacks)
+    if record is not None:
+        callbacks = [AttemptCallback(record), *callbacks]
     with assembled(context, prepared, user, checkpoint, callbacks) as trainer:
         return trainer.fit()
 
 
-def _finish(context: RunContext, prepared: PreparedRun, fitted: FitResult) -> RunResult:
+def _finish(
+    context: RunContext, prepared: PreparedRun, fitted: FitResult, record: Record | None
+) -> RunResult:
     """Export the model of a finished run and write result.json, both on rank 0."""
     run_dir, best = context.run_dir, fitted.best_step
     exports_best = context.spec.checkpoint.export == "best"
@@ -105,8 +128,8 @@ def _finish(context: RunContext, prepared: PreparedRun, fitted: FitResult) -> Ru
         best,
         fitted.best_metric,
     )
-    if not context.world.is_main:  # does not wait: an export can take longer than a collective may
-        return result
+    if record is None:  # not rank 0
+        return result  # does not wait: an export can take longer than a collective may
     save_spec(context.spec, run_dir.config)  # it may have been damaged since the start
     if model_step is not None:
         if exports_best and best is None:
@@ -115,5 +138,7 @@ def _finish(context: RunContext, prepared: PreparedRun, fitted: FitResult) -> Ru
         export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
         samples = answered_samples(context.spec, run_dir, prepared, context.world.device)
         result = replace(result, samples=samples, files=finished_files(run_dir))
+    record.close(fitted.status, fitted.reason)
+    result = replace(result, goodput=goodput(read_attempts(run_dir.attempts)))
     run_dir.write_result(asdict(result))
     return result

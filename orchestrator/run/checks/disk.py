@@ -109,6 +109,8 @@ def _model_without_weights(spec: RunSpec) -> PreTrainedModel:
 def _checkpoints_at_once(spec: RunSpec) -> int:
     """Return how many checkpoints there are at most, while one is being written."""
     every, steps = spec.checkpoint.every_steps, spec.training.max_steps
+    if spec.checkpoint.every is not None:
+        every = 1  # unknown
     keeps_best = spec.evaluation.metric_for_best is not None
     at_once = spec.checkpoint.keep + 1 + keeps_best
     if every is None and not keeps_best:

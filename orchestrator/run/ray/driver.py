@@ -27,6 +27,7 @@ from orchestrator.run.ray.objects import pickled_objects
 from orchestrator.run.supervise import Attempt, Supervisor
 from orchestrator.settings.errors import RunDied, TrainingError, UserError
 from orchestrator.settings.run import RunSpec
+from orchestrator.training.attempts import name_cause
 from orchestrator.training.deaths import Death, first_death
 from orchestrator.training.heartbeat import reported_hang
 from orchestrator.training.manifest import committed, step_of
@@ -139,6 +140,7 @@ def run_attempts(
         if result["status"] == "failed":
             raise TrainingError(result["reason"])
         reason = reported_hang(run_dir) or _reason(error, death, run_dir)
+        name_cause(run_dir.attempts, reason)
         where = f"step {newest_step}" if newest else "the start"
         if supervisor.died_twice_at is not None:
             step = supervisor.died_twice_at

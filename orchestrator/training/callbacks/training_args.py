@@ -172,5 +172,6 @@ def _eval_strategy(spec: RunSpec) -> IntervalStrategy:
 
 
 def _save_strategy(spec: RunSpec) -> SaveStrategy:
-    by_steps = spec.checkpoint.every_steps is not None or spec.evaluation.metric_for_best is None
+    regular = spec.checkpoint.every is not None or spec.checkpoint.every_steps is not None
+    by_steps = regular or spec.evaluation.metric_for_best is None
     return SaveStrategy.STEPS if by_steps else SaveStrategy.BEST
