@@ -131,8 +131,9 @@ def run_attempts(
         newest_step = step_of(newest[0]) if newest else -1
         death = first_death(run_dir, gone_ranks(error))
         died_at = death.step if death is not None else None
-        outcome = OUTCOMES.get(result["status"], "died")
-        action = supervisor.after(Attempt(outcome, newest_step, died_at))
+        action = supervisor.after(
+            Attempt(OUTCOMES.get(result["status"], "died"), newest_step, died_at)
+        )
         if action == "done":
             return RunResult(**result)
         if action == "refuse":
