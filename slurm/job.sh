@@ -73,12 +73,16 @@ conclude() {
 
 # Requeue the job and exit; return if it must not be requeued.
 requeue() {
-  local newest=none each starts=$run_dir/logs/requeues-$SLURM_JOB_ID
+  local parse='import json, sys; print(json.load(open(sys.argv[1]))["reason"].partition(", with ")[2])'
+  local newest=none filled mark each starts=$run_dir/logs/requeues-$SLURM_JOB_ID
   for each in "$run_dir"/checkpoints/step_*/manifest.json; do
     [ ! -e "$each" ] || newest=$(basename "$(dirname "$each")")
   done
-  echo "$newest" >>"$starts"
-  if [ "$(tail -n 3 "$starts" | grep -cxF "$newest")" = 3 ]; then
+  # a start that only filled the reference cache got on, too: the reason of its stop says how far
+  filled=$(python3 -c "$parse" "$run_dir/result.json" 2>/dev/null || true)
+  mark=$newest${filled:+ $filled}
+  echo "$mark" >>"$starts"
+  if [ "$(tail -n 3 "$starts" | grep -cxF -- "$mark")" = 3 ]; then
     echo "error: --time = $(squeue -h -j "$SLURM_JOB_ID" -o %l):" \
       "three starts in a row wrote no new checkpoint (newest: $newest)," \
       "so the job is not requeued; lengthen it, or lower checkpoint.every_steps" >&2

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.build_once import build_once
+from orchestrator.data.file_lock import Poll, no_poll
 from orchestrator.data.pairs import COUNTED, Pairs, TokenizedSet
 from orchestrator.data.row import NUMERIC, BadRow
 from orchestrator.data.sources import bad_row_error, check_source, open_source
@@ -53,9 +54,11 @@ def tokenized_pairs(
     cache_dir: Path,
     name: str = "",
     first: int | None = None,
+    poll: Poll = no_poll,
 ) -> Pairs:
     """Return the pairs of data.train or of the evaluation set with that name, from the cache, which
     is built if it does not exist. first: use only so many rows of each source.
+    poll: called while rows are tokenised, here or by another process.
 
     Raises:
         UserError: a source is missing or unreadable, a row cannot be used, or (NoPairs) no row is
@@ -68,9 +71,9 @@ def tokenized_pairs(
         if first is not None:
             rows, identity = islice(rows, first), f"{identity} first {first}"
         folder = cache_dir / "pairs" / _digest(identity, tokenizer_hash, data)
-        results = tokenized_rows(rows, RowTokenizer(tokenizer, data))
+        results = tokenized_rows(rows, RowTokenizer(tokenizer, data), poll)
         build = partial(_build, key=key, source=source.path, results=results, data=data)
-        build_once(folder, build)
+        build_once(folder, build, poll)
         weight = source.weight if isinstance(source, TrainingSetSpec) else 1.0
         sets.append(TokenizedSet(key, source.path, weight, folder))
     return Pairs(sets)

@@ -1,12 +1,15 @@
 """Tokenise the rows of a source, in parallel processes if there are many."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from orchestrator.data.file_lock import Poll, no_poll
 from orchestrator.data.row import BadRow
 from orchestrator.data.shapes import checked, numbers_of
 from orchestrator.data.tokens import TokenizedPair, tokenize_checked, truncated, unread_variables
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 512  # rows sent to a tokenising process at a time
+PR_SET_PDEATHSIG = 1  # of prctl, in linux/prctl.h
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
 
@@ -59,22 +63,49 @@ class RowTokenizer(NamedTuple):
             return RowResult(number, bad, uncut)
 
 
-def tokenized_rows(rows: Iterable[tuple[int, Any]], tokenize: RowTokenizer) -> Iterator[RowResult]:
-    """Yield the result of each (number, row), in order."""
-    iterator = iter(rows)
+def tokenized_rows(
+    rows: Iterable[tuple[int, Any]], tokenize: RowTokenizer, poll: Poll = no_poll
+) -> Iterator[RowResult]:
+    """Yield the result of each (number, row), in order. poll: called for each row."""
+    iterator = _polling(rows, poll)
     first = list(islice(iterator, PARALLEL_FROM))
     processes = tokenize.data.num_proc or min(os.cpu_count() or 1, 16)
     if len(first) < PARALLEL_FROM or processes == 1:
         for chunk in _chunks(iter(first), iterator):
-            yield from tokenize(chunk)
+            for row in chunk:
+                poll()
+                yield from tokenize([row])
         return
     # spawn: forking a process in which torch or ray already run threads can deadlock
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _begin_process, (os.getpid(),)
+    )
+    try:
         chunks = _chunks(iter(first), iterator)
         waiting = [(chunk, pool.submit(tokenize, chunk)) for chunk in islice(chunks, 2 * processes)]
         while waiting:  # a bounded window: the whole file is never in memory
+            poll()
             yield from tokenized_elsewhere(*waiting.pop(0), tokenize)
             waiting += [(chunk, pool.submit(tokenize, chunk)) for chunk in islice(chunks, 1)]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_process(parent: int) -> None:
+    """Let a tokenising process live as long as its parent, which handles the signals that a
+    terminal or Slurm sends to both.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _polling(rows: Iterable[tuple[int, Any]], poll: Poll) -> Iterator[tuple[int, Any]]:
+    for row in rows:
+        poll()
+        yield row
 
 
 def tokenized_elsewhere(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orchestrator.data.build_once import build_once
+from orchestrator.data.file_lock import Poll, no_poll
 from orchestrator.data.sources import check_source, training_texts
 from orchestrator.models.behaviour import silence
 from orchestrator.models.head_check import CANNOT_RUN, compare_with_head
@@ -86,12 +87,16 @@ def new_model(
 
 
 def new_weights(
-    spec: RunSpec, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype = torch.float32
+    spec: RunSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    dtype: torch.dtype = torch.float32,
+    poll: Poll = no_poll,
 ) -> Path:
     """Return the cache folder with the weights of model.init for `load_saved`.
 
     The first process that calls this initialises the weights and temporarily holds one full copy;
-    the others wait. dtype: that of the run, in which the weights are drawn.
+    the others wait. dtype: that of the run, in which the weights are drawn. poll: called while this
+    process waits.
 
     Raises:
         UserError: the model cannot be built from the config, or the cache cannot be written.
@@ -113,7 +118,9 @@ def new_weights(
     folder = spec.cache_dir / "models" / f"{config.model_type}-{digest[:16]}"
     try:
         build_once(
-            folder, lambda unfinished: save_mapped(_random_model(spec, config, dtype), unfinished)
+            folder,
+            lambda unfinished: save_mapped(_random_model(spec, config, dtype), unfinished),
+            poll,
         )
     except (OSError, SafetensorError) as error:
         rule = f"the weights of model.init cannot be written there ({error})"

@@ -109,6 +109,10 @@ def exit_error(error: SystemExit, name: str = "", where: str = "") -> UserCodeEx
     return UserCodeExited(f"{name} {called}: that is a failure; raise an exception that says why")
 
 
+class StopRequested(Exception):
+    """Signal that work ends early because the run should stop; its text is the reason."""
+
+
 class RunDied(Exception):
     """Error: workers died more often than cluster.max_failures allows, without a new checkpoint,
     or no usable nodes were left after a death.

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from orchestrator.data.file_lock import Poll, no_poll
 from orchestrator.settings.errors import UserError
 from orchestrator.training.lossless_json import decode
 from orchestrator.training.manifest import ReadFailed, committed, set_aside, verify
@@ -99,6 +100,7 @@ class Reader:
         for name, key in self._ranges:
             self._keys[name].add(key)
         self._files: dict[str, Any] = {}
+        self.poll: Poll = no_poll  # called for each parameter that is read whole
 
     def keys(self, name: str) -> set[str]:
         """Return the keys ("param", "exp_avg", ...) that the checkpoint has for a parameter."""
@@ -128,6 +130,7 @@ class Reader:
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return one whole parameter in its shape."""
+        self.poll()
         shape = self.shapes[name]
         return self.read(name, "param", 0, int(np.prod(shape, dtype=np.int64))).view(shape)
 

@@ -11,12 +11,14 @@ from orchestrator.data.collate import Counts
 from orchestrator.data.loader import Loader
 from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.engines.base import Engine
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import StopRequested, UserError
 from orchestrator.training.batch_losses import GlobalBatch
 from orchestrator.training.compute_metrics import PairTable, UserMetrics
 from orchestrator.training.context import RunContext
 from orchestrator.training.metrics import TIMES, MetricSums, means
 from orchestrator.training.reporter import Reporter
+from orchestrator.training.rng import rng_state, set_rng_state
+from orchestrator.training.stops import StopAgreement
 from orchestrator.world import World
 
 
@@ -29,28 +31,43 @@ def evaluate_sets(
 ) -> dict[str, float]:
     """Evaluate each set, report its metrics, and return those of all. Collective.
 
-    loaders: by the name of the set.
+    An evaluation that was interrupted goes on with the first set that has no metrics yet
+    (`Progress.evaluating`). loaders: by the name of the set.
 
     Raises:
+        StopRequested: on every rank, if the run should stop.
         UserError: two sets have a metric of the same name, or the user's compute_metrics fails.
     """
-    step = reporter.progress.step
+    progress, step = reporter.progress, reporter.progress.step
+    stops = StopAgreement(context.world, context.session)
 
     numbers = count(1)
 
     def after_batch() -> None:
         context.session.beat(step, "evaluate", next(numbers))
         reporter.callbacks.fire("on_prediction_step")
+        stops.check()
 
     context.session.beat(step, "evaluate")
     metrics: dict[str, float] = {}
+    done = progress.evaluating = progress.evaluating or {}
     for name, loader in loaders.items():
-        of_set = evaluate(engine, loader, context.world, step, after_batch, name, user)
+        if name in done:
+            metrics |= done[name]
+            continue
+        rng = rng_state()
+        try:
+            of_set = evaluate(engine, loader, context.world, step, after_batch, name, user)
+        except StopRequested:
+            set_rng_state(rng, context.world.device)  # a user's collator may have drawn numbers
+            raise
         if twice := metrics.keys() & of_set.keys():
             rule = f"two evaluation sets have a metric {min(twice)}"
             raise UserError("data.eval", name, rule, "rename that set")
         reporter.callbacks.fire("on_evaluate", metrics=reporter.report(of_set))
         metrics |= of_set
+        done[name] = of_set
+    progress.evaluating = None
     return metrics
 
 

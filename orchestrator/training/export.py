@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from safetensors import SafetensorError
 
+from orchestrator.data.file_lock import Poll, no_poll
 from orchestrator.engines.precision import dtype_held
 from orchestrator.models.adapters import base_name, check_mergeable, without_adapter
 from orchestrator.models.dtypes import DTYPES
@@ -23,7 +24,7 @@ from orchestrator.models.storage import persistent_buffers, stored_tensors
 from orchestrator.settings.checkpoint import Exported
 from orchestrator.settings.counts import counted
 from orchestrator.settings.data import SourceSpec
-from orchestrator.settings.errors import UserError, type_and_message
+from orchestrator.settings.errors import StopRequested, UserError, type_and_message
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.model import Dtype
 from orchestrator.settings.run import RunSpec
@@ -52,11 +53,12 @@ def export(
     dtype: Dtype = "fp32",
     checkpoint: Path | None = None,
     which: Exported | None = None,
+    poll: Poll = no_poll,
 ) -> Path:
     """Write a checkpoint as safetensors with tokenizer, generation config and model card.
 
     which: the newest complete checkpoint, or the best one recorded in it; default:
-    checkpoint.export.
+    checkpoint.export. poll: called for each weight, to be able to stop.
 
     The weights come from the checkpoint only, so the run of any engine exports in the same way, on
     any machine. A LoRA run also needs its base (model.path), into which the adapter is merged. The
@@ -79,6 +81,7 @@ def export(
         raise UserError("OUT", str(out), "is a folder with other files", "choose a new folder")
     reader = Reader(checkpoint)
     restore_if_damaged(run_dir, spec, reader.meta.get("identity", {}))
+    reader.poll = poll
     model = (
         _merged(run_dir, spec, reader, dtype)
         if spec.model.lora
@@ -88,7 +91,9 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+        poll()
         _save(model, partial)
+        poll()
         # after save_pretrained, which writes a default generation config
         shutil.copytree(run_dir.tokenizer, partial, ignore=_written, dirs_exist_ok=True)
         card = partial / "README.md"
@@ -96,6 +101,9 @@ def export(
         for file in filter(Path.is_file, partial.rglob("*")):
             file.chmod(card.stat().st_mode)  # the mode of a new file: safetensors writes with 0600
         replace_folder(out, partial)
+    except StopRequested:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # frees its space on a full disk
         reason = f"the model could not be written to {out} ({type_and_message(error)})"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from orchestrator.data.file_lock import Poll, no_poll
 from orchestrator.data.held_out import without_held_out
 from orchestrator.data.order import run_length
 from orchestrator.data.pair_cache import tokenized_pairs
@@ -25,7 +26,7 @@ from orchestrator.models.build_reference import check_reference
 from orchestrator.models.new_model import new_weights
 from orchestrator.models.policy import load_config, load_tokenizer
 from orchestrator.models.policy_checks import check_fit, check_frozen, check_model, check_router
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import StopRequested, UserError
 from orchestrator.settings.load import (
     ALL_PATH_KEYS,
     DATA_KEYS,
@@ -64,10 +65,10 @@ class PreparedRun(Parts):
     eval: dict[str, Pairs]  # by the name of the evaluation set
 
 
-def prepare(spec: RunSpec, user: UserObjects = NOTHING) -> PreparedRun:
+def prepare(spec: RunSpec, user: UserObjects = NOTHING, poll: Poll = no_poll) -> PreparedRun:
     """Load tokenizer, model config and tokenised data, from the cache if they are in it.
 
-    No collective.
+    No collective. poll: called again and again while rows are tokenised, to be able to stop.
 
     The checks before a run are in three functions: check_code, load_parts and tokenize.
     `orchestrator plan` calls the first two unchanged and the third on small data or on the first
@@ -75,7 +76,15 @@ def prepare(spec: RunSpec, user: UserObjects = NOTHING) -> PreparedRun:
 
     Raises:
         UserError: the data, the tokenizer, the model's config or the user's code are wrong.
+        StopRequested: `poll` raised it.
     """
+    try:
+        return _prepare(spec, user, poll)
+    except StopRequested as stop:
+        raise StopRequested(f"{stop}, before its data were ready") from None
+
+
+def _prepare(spec: RunSpec, user: UserObjects, poll: Poll) -> PreparedRun:
     check_code(spec, user)
     cache = "data.cache_dir" if spec.data.cache_dir else "run.dir"
     paths = paths_in(spec, ALL_PATH_KEYS) | {cache: str(spec.cache_dir)}
@@ -83,8 +92,8 @@ def prepare(spec: RunSpec, user: UserObjects = NOTHING) -> PreparedRun:
         parts = load_parts(spec, user)
         if spec.engine.shards_weights and spec.model.init is not None:
             # once, for all ranks to map
-            new_weights(spec, parts.tokenizer, dtype_held(spec.precision))
-        return tokenize(spec, parts)
+            new_weights(spec, parts.tokenizer, dtype_held(spec.precision), poll)
+        return tokenize(spec, parts, poll=poll)
 
 
 def check_code(spec: RunSpec, user: UserObjects = NOTHING) -> None:
@@ -144,7 +153,9 @@ def load_parts(spec: RunSpec, user: UserObjects = NOTHING) -> Parts:
     return Parts(tokenizer, config, collator, metrics)
 
 
-def tokenize(spec: RunSpec, parts: Parts, first: int | None = None) -> PreparedRun:
+def tokenize(
+    spec: RunSpec, parts: Parts, first: int | None = None, poll: Poll = no_poll
+) -> PreparedRun:
     """Tokenise all sets, and check everything that depends on the tokens.
 
     first: read only this number of rows of each source, and hold none of them out.
@@ -153,9 +164,9 @@ def tokenize(spec: RunSpec, parts: Parts, first: int | None = None) -> PreparedR
         UserError: the first check that fails.
     """
     tokenizer, config = parts.tokenizer, parts.config
-    train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir, first=first)
+    train = tokenized_pairs(spec.data, "train", tokenizer, spec.cache_dir, first=first, poll=poll)
     held_out = {
-        name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name, first)
+        name: tokenized_pairs(spec.data, "eval", tokenizer, spec.cache_dir, name, first, poll)
         for name in spec.data.eval
     }
     check_fit(config, train, "data.train", spec)

@@ -20,6 +20,8 @@ class Progress:
     skipped_in_a_row: int = 0  # batches without an update, since the last one
     # sets whose loss was not finite in the evaluation after `evaluated_at`
     broken_sets: list[str] = field(default_factory=list)
+    # an evaluation that a stop has interrupted: the metrics of the sets before, by their names
+    evaluating: dict[str, dict[str, float]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields for a checkpoint."""

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from orchestrator.data.collate import PairBatch
@@ -11,11 +10,12 @@ from orchestrator.data.loader import Loader
 from orchestrator.data.refcache import RefCache, cache_folder
 from orchestrator.engines.base import Engine
 from orchestrator.settings.counts import counted
-from orchestrator.settings.errors import UserError
+from orchestrator.settings.errors import StopRequested, UserError
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.context import RunContext
 from orchestrator.training.loaders import Loaders
 from orchestrator.training.prepare import named_sets
+from orchestrator.training.stops import StopAgreement
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,25 @@ def fill_caches(context: RunContext, engine: Engine, loaders: Loaders) -> None:
     """Compute all reference log-probs before the first step. Collective.
 
     Raises:
+        StopRequested: on every rank, if the run should stop; what is computed stays in the cache.
         UserError: on every rank, if one lacks log-probs of reference.kind=precomputed in its cache.
     """
     spec, world = context.spec, context.world
-    beat = partial(context.session.beat, 0, "fill")
+    stops = StopAgreement(world, context.session)
+
+    def each(number: int) -> None:
+        context.session.beat(0, "fill", number)
+        stops.check()
+
     for name, loader in named_sets(loaders.train, loaders.eval):
         if loader.cache is None:
             continue
-        pairs, seconds = fill_cache(engine, loader, world, beat)
+        try:
+            pairs, seconds = fill_cache(engine, loader, world, each)
+        except StopRequested as stop:
+            known = _known_on_all_ranks(loader.cache, world)
+            of_all = f"{known} of {counted(len(loader.pairs), f'{name} pair')}"
+            raise StopRequested(f"{stop}, with the reference cached for {of_all}") from None
         if pairs and world.is_main:
             filled = counted(pairs, f"{name} pair")
             print(f"reference cache: {filled} in {seconds:.1f} s", flush=True)
@@ -68,6 +79,13 @@ def fill_caches(context: RunContext, engine: Engine, loaders: Loaders) -> None:
             rule = f"{lacking} could not be written to {loader.cache.folder}"
             cure = "free space there, or set data.cache_dir to another"
             raise UserError("reference.kind", "precomputed", rule, cure)
+
+
+def _known_on_all_ranks(cache: RefCache, world: World) -> int:
+    """Return for how many pairs the ranks have computed log-probs so far. Collective."""
+    world.gather(None)  # every rank has written
+    cache.read()
+    return len(cache.pair_ids) - len(cache.unknown())
 
 
 def fill_cache(
@@ -86,7 +104,9 @@ def fill_cache(
     assert loader.cache is not None
     began = time.monotonic()
     micro_batches, make = loader.whole(step=0)
-    [unknown, *_] = world.gather(len(loader.cache.unknown()))  # before any rank writes
+    unknown = world.gather(len(loader.cache.unknown()))  # before any rank writes
+    if not any(unknown):
+        return 0, 0.0
     for number, micro in enumerate(micro_batches, start=1):
         each(number)
         is_needed = not micro.is_filler and loader.cache.known(micro.pairs) is None
@@ -98,7 +118,7 @@ def fill_cache(
                 loader.remember(batch, ref_logps)
     world.gather(None)  # every rank has written
     loader.cache.read()
-    return unknown, time.monotonic() - began
+    return unknown[0], time.monotonic() - began
 
 
 def cached_on_all_ranks(world: World, loader: Loader, batches: list[PairBatch]) -> list[PairBatch]:

@@ -54,6 +54,15 @@ class RunDir:
         self.lock = path / ".owner"
         self.last_save = path / ".last_save"  # the step of the newest checkpoint
 
+    def stop_reason(self) -> str | None:
+        """Return why the file STOP requests a stop, or None."""
+        try:
+            return self.stop.read_text().strip() or "RUN_DIR/STOP exists"
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):  # its content does not matter
+            return "RUN_DIR/STOP exists" if os.path.lexists(self.stop) else None
+
     def heartbeat(self, rank: int) -> Path:
         """Return the heartbeat file of a rank."""
         return self.logs / f"heartbeat_{rank:05d}.json"

@@ -34,10 +34,11 @@ class Session(Protocol):
         """Report the exception that ends this rank."""
         ...
 
-    def stop_requested(self) -> str | None:
+    def stop_requested(self, alone: bool = False) -> str | None:
         """Return why the run should save and stop, or None.
 
-        The trainer makes the ranks agree on it.
+        The trainer makes the ranks agree on it. alone: this rank cannot rely on rank 0 to notice a
+        file.
         """
         ...
 
@@ -68,17 +69,12 @@ class LocalSession:
     def fail(self, error: BaseException) -> None:
         self._place.fail(error)
 
-    def stop_requested(self) -> str | None:
+    def stop_requested(self, alone: bool = False) -> str | None:
         if self._received:
             return f"received {signal.Signals(self._received[0]).name}"
-        if self.rank != 0:
+        if self.rank != 0 and not alone:
             return None
-        try:
-            return self.run_dir.stop.read_text().strip() or "RUN_DIR/STOP exists"
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):  # its content does not matter
-            return "RUN_DIR/STOP exists" if os.path.lexists(self.run_dir.stop) else None
+        return self.run_dir.stop_reason()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in self._received and number in (signal.SIGINT, signal.SIGTERM):

@@ -15,9 +15,10 @@ from orchestrator.data.order import RunLength
 from orchestrator.data.user_collator import AdaptedCollator
 from orchestrator.dpo.step import StepOutput
 from orchestrator.engines.base import Engine
+from orchestrator.settings.errors import StopRequested
 from orchestrator.settings.precision import PRECISION_TRAITS
 from orchestrator.training.batch_losses import first_pass
-from orchestrator.training.best import save_if_best
+from orchestrator.training.best import restore_best, save_if_best
 from orchestrator.training.callbacks.handler import REQUESTS, Callbacks
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.checkpointer import Checkpointer
@@ -96,8 +97,7 @@ class Trainer:
         self.reporter.begin()
         self.callbacks.fire("on_train_begin")
         with closing(self.checkpointer):
-            if self.progress.step == 0 and self.context.spec.evaluation.at_start:
-                self.evaluate()
+            self._evaluate_first()
             while self.should_continue:
                 with closing(self.steps()) as steps:
                     self.train(steps)
@@ -313,24 +313,40 @@ class Trainer:
         """Report the metrics since the last log."""
         self.reporter.log()
 
+    def _evaluate_first(self) -> None:
+        """Evaluate before the first step, if the settings say so, or go on with an evaluation that
+        a stop has interrupted.
+        """
+        progress, is_interrupted = self.progress, self.progress.evaluating is not None
+        if is_interrupted or (progress.step == 0 and self.context.spec.evaluation.at_start):
+            self.evaluate()
+        if is_interrupted:
+            restore_best(self.context, self.callbacks)  # it was saved before it was the best
+
     def evaluate(self) -> None:
         """Evaluate, at most once per step, and save the best. Handle requests of callbacks (early
-        stopping, a save) at once.
+        stopping, a save) at once. A stop interrupts it: a resumed run goes on with it.
         """
-        step = self.progress.step
-        if not self.loaders.eval or self.progress.evaluated_at == step:
+        progress, step = self.progress, self.progress.step
+        if not self.loaders.eval or progress.evaluated_at == step:
+            progress.evaluating = None
             return
-        self.progress.evaluated_at = step
-        metrics = evaluate_sets(
-            self.context, self.engine, self.loaders.eval, self.reporter, self.user_metrics
-        )
+        progress.evaluating = progress.evaluating or {}
+        if self.suspending:
+            return
+        try:
+            metrics = evaluate_sets(
+                self.context, self.engine, self.loaders.eval, self.reporter, self.user_metrics
+            )
+        except StopRequested:
+            self.suspending = True
+            return
+        progress.evaluated_at = step
         losses = {
             name: metrics[f"eval_{name}_loss" if name else "eval_loss"]
             for name in self.loaders.eval
         }
-        self.progress.broken_sets = self.non_finite.remark_on_sets(
-            step, losses, self.reporter.ranges
-        )
+        progress.broken_sets = self.non_finite.remark_on_sets(step, losses, self.reporter.ranges)
         # after on_evaluate, which compares with the previous best
         save_if_best(self.context, self.callbacks, step, metrics)
         self._act_on(self._agree().decisions._replace(evaluate=False))
@@ -378,6 +394,8 @@ class Trainer:
             if self._in_epoch:
                 self._end_epoch()
             self.evaluate()
+        is_suspended |= self.progress.evaluating is not None
+        if not is_suspended:
             self.non_finite.check_end(self.progress, bool(self.loaders.eval), self._last_batch)
         self.checkpointer.wait()
         self.checkpointer.save(self._rng, in_background=False)
@@ -387,6 +405,7 @@ class Trainer:
         status, reason = "finished", self._why_finished
         if is_suspended:
             reason = self.context.session.stop_requested() or "requested on another rank"
+            reason += ", during the evaluation" * (self.progress.evaluating is not None)
             status = "stopped"
         step, state = self.progress.step, self.callbacks.state
         folder = step_folder(self.context.run_dir.checkpoints, step)

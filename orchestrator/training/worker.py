@@ -4,10 +4,11 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, astuple, replace
 
 from orchestrator.callback_api import TrainerCallback
+from orchestrator.settings.errors import StopRequested
 from orchestrator.settings.load import save_spec
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.assemble import assembled
@@ -24,6 +25,7 @@ from orchestrator.training.result import FitResult, RunResult, finished_files
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.samples import answered_samples
 from orchestrator.training.session import Session
+from orchestrator.training.stops import heeding, stopped_before_training
 from orchestrator.training.user_objects import NOTHING, UserObjects
 from orchestrator.user_code import exit_is_error
 from orchestrator.world import World
@@ -61,9 +63,13 @@ def run(
         _recorded(context, nodes) if world.is_main else nullcontext() as record,
         exit_is_error(),  # also where no caller of user code has named it
     ):
-        prepared = prepare(spec, user)
-        session.beat(0, "start")
-        fitted = _train(context, prepared, user, wrap_callbacks, record)
+        try:
+            prepared = _prepare(context, user)
+            session.beat(0, "start")
+            fitted = _train(context, prepared, user, wrap_callbacks, record)
+        except StopRequested as stop:
+            stopped = stopped_before_training(context.run_dir, str(stop))
+            return _written(context, stopped, record)
         session.beat(fitted.step, "export")
         gc.collect()  # before the export builds the whole model again
         return _finish(context, prepared, fitted, record)
@@ -90,6 +96,28 @@ def _reporting_failure(session: Session) -> Iterator[None]:
         raise
 
 
+def _prepare(context: RunContext, user: UserObjects) -> PreparedRun:
+    """Prepare the run on this rank.
+
+    Raises:
+        StopRequested: on every rank, if one noticed meanwhile that the run should stop.
+    """
+    prepared, reason = None, None
+    try:
+        poll = heeding(lambda: context.session.stop_requested(alone=True))
+        prepared = prepare(context.spec, user, poll)
+    except StopRequested as stop:
+        reason = str(stop)
+        if context.world.size > 1:  # a rank that waits for this one's rows would begin them
+            with suppress(OSError):
+                why = context.session.stop_requested(alone=True)
+                context.run_dir.stop.write_text(why or "")
+    reasons = [each for each in context.world.gather(reason) if each is not None]
+    if reasons or prepared is None:
+        raise StopRequested(reasons[0])
+    return prepared
+
+
 def _train(
     context: RunContext,
     prepared: PreparedRun,
@@ -113,32 +141,44 @@ def _finish(
     context: RunContext, prepared: PreparedRun, fitted: FitResult, record: Record | None
 ) -> RunResult:
     """Export the model of a finished run and write result.json, both on rank 0."""
-    run_dir, best = context.run_dir, fitted.best_step
-    exports_best = context.spec.checkpoint.export == "best"
-    model_step = None
-    if fitted.status == "finished":
-        model_step = best if exports_best and best is not None else fitted.step
-    result = RunResult(
-        fitted.status,
-        fitted.reason,
-        fitted.step,
-        str(fitted.checkpoint),
-        None if model_step is None else str(run_dir.model),
-        model_step,
-        best,
-        fitted.best_metric,
-    )
-    if record is None:  # not rank 0
-        return result  # does not wait: an export can take longer than a collective may
-    save_spec(context.spec, run_dir.config)  # it may have been damaged since the start
-    if model_step is not None:
-        if exports_best and best is None:
-            message = "no evaluation after a step had a number for %s: the last is exported"
-            logger.warning(message, context.spec.evaluation.reported_best)
-        export(run_dir, run_dir.model, checkpoint=step_folder(run_dir.checkpoints, model_step))
-        samples = answered_samples(context.spec, run_dir, prepared, context.world.device)
-        result = replace(result, samples=samples, files=finished_files(run_dir))
-    record.close(fitted.status, fitted.reason)
-    result = replace(result, goodput=goodput(read_attempts(run_dir.attempts)))
-    run_dir.write_result(asdict(result))
+    status, reason, step, checkpoint, best, best_metric = astuple(fitted)
+    result = RunResult(status, reason, step, str(checkpoint), None, None, best, best_metric)
+    if record is not None:
+        # it may have been damaged since the start
+        save_spec(context.spec, context.run_dir.config)
+    if status == "finished":
+        is_best = context.spec.checkpoint.export == "best" and best is not None
+        model_step = best if is_best else step
+        finished = replace(result, model=str(context.run_dir.model), model_step=model_step)
+        # others do not wait: an export can take longer than a collective may
+        result = _exported(context, prepared, finished) if context.world.is_main else finished
+    return _written(context, result, record)
+
+
+def _exported(context: RunContext, prepared: PreparedRun, result: RunResult) -> RunResult:
+    """Export the model of a finished run and answer its samples; a stop leaves that to the next
+    start.
+    """
+    spec, run_dir, poll = context.spec, context.run_dir, heeding(context.session.stop_requested)
+    if spec.checkpoint.export == "best" and result.best_step is None:
+        message = "no evaluation after a step had a number for %s: the last is exported"
+        logger.warning(message, spec.evaluation.reported_best)
+    assert result.model_step is not None
+    checkpoint = step_folder(run_dir.checkpoints, result.model_step)
+    try:
+        export(run_dir, run_dir.model, checkpoint=checkpoint, poll=poll)
+        samples = answered_samples(spec, run_dir, prepared, context.world.device, poll)
+        return replace(result, samples=samples, files=finished_files(run_dir))
+    except StopRequested as stop:
+        reason = f"{stop}, before the export was complete"
+        return replace(result, status="stopped", reason=reason, model=None, model_step=None)
+
+
+def _written(context: RunContext, result: RunResult, record: Record | None) -> RunResult:
+    """Close the record of this attempt and write result.json, both on rank 0; return the result."""
+    if record is not None:
+        record.close(result.status, result.reason)
+        attempts = read_attempts(context.run_dir.attempts)
+        result = replace(result, goodput=goodput(attempts))
+        context.run_dir.write_result(asdict(result))
     return result

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from orchestrator.data import refcache
+from orchestrator.data import refcache, tokenize_rows
 from orchestrator.dpo import step as dpo_step
 from orchestrator.engines.ddp import DdpEngine
 from orchestrator.engines.deepspeed import DeepSpeedEngine
 from orchestrator.engines.fsdp import FsdpEngine
 from orchestrator.engines.stepping import SteppingEngine
 from orchestrator.models.reference import Absent
-from orchestrator.training import checkpoint_writer, ledger
+from orchestrator.training import checkpoint_writer, ledger, samples
+from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.manifest import step_folder
+from orchestrator.training.stops import LOOK_S
 from orchestrator.training.trainer import Trainer
 
 
@@ -282,3 +284,35 @@ def breaks_numbers(what: str, value: float, rank: int, batches: tuple[int, ...])
         kind._gradients = broken_gradients
     Trainer.forward_backward, dpo_step.pair_losses = counted_step, broken_losses
     SteppingEngine.optimizer_step = broken_update
+
+
+PHASES: dict[str, tuple[Any, str]] = {
+    "tokenise": (tokenize_rows.RowTokenizer, "_tokenized"),
+    "fill": (SteppingEngine, "reference_logps"),
+    "evaluate": (SteppingEngine, "evaluate"),
+    "export": (Reader, "parameter"),
+    "samples": (samples, "_never"),
+}
+"""Owner and name of a function that is called for each piece of work of a phase."""
+
+
+def signalled(phase: str, call: int, number: int, rank: int | None = 0) -> None:
+    """A rank (None: each) sends itself a signal in the so many-th call of a phase.
+
+    number: 0 for a file STOP in the folder that the environment variable STOPPED_RUN names.
+    """
+    if rank not in (None, int(os.environ["RANK"])):
+        return
+    home, name = PHASES[phase]
+    function, calls = getattr(home, name), count(1)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            if number:
+                os.kill(os.getpid(), number)
+            else:
+                Path(os.environ["STOPPED_RUN"], "STOP").touch()
+            time.sleep(1.5 * LOOK_S)  # the next look is due
+        return function(*args, **kwargs)
+
+    setattr(home, name, watched)

@@ -14,6 +14,7 @@ from orchestrator.engines.optim import Optimizers
 from orchestrator.models.reference_function import RefModel
 from orchestrator.run.local.profile import Steps, nothing_to_profile, steps_to_profile
 from orchestrator.run.local.prompt import debugger
+from orchestrator.settings.errors import StopRequested
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.callbacks.profiler import ProfilerCallback
 from orchestrator.training.deaths import record_crashes
@@ -24,6 +25,7 @@ from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
 from orchestrator.training.session import LocalSession
+from orchestrator.training.stops import heeding, write_stopped
 from orchestrator.training.user_objects import (
     NOTHING,
     ComputeMetrics,
@@ -86,13 +88,17 @@ def run_here(
         done = world.gather(done)[0]
         if done is not None:
             return done
-        steps = None
+        steps, session = None, LocalSession(run_dir, world.rank)
+        poll = heeding(partial(session.stop_requested, alone=True))
         if profile is not None:
             per_epoch = prepare(spec, user).train.pairs_per_epoch
             steps = steps_to_profile(spec, per_epoch, run_dir, profile)
         # with several ranks, none may wait in a collective while another tokenises
         elif world.size == 1:
-            prepare(spec, user)
+            try:
+                prepare(spec, user, poll)
+            except StopRequested as stop:
+                return write_stopped(run_dir, str(stop))
         if world.is_main:
             run_dir.begin(spec)
             remove_heartbeats(run_dir)
@@ -104,7 +110,7 @@ def run_here(
             record_crashes(run_dir, world.rank)
         watchdog = Watchdog(run_dir, world, spec, partial(_end, run_dir), not post_mortem)
         with watched(watchdog):
-            session = LocalSession(run_dir, world.rank, watchdog)
+            session.watchdog = watchdog
             return run(spec, world, session, user, wrap_callbacks)
 
 

@@ -9,16 +9,20 @@ import time
 from contextlib import ExitStack
 
 from orchestrator import early_signals
+from orchestrator.data.file_lock import no_poll
 from orchestrator.run.local.debug import print_hang, print_if_finished
 from orchestrator.run.local.profile import Steps, steps_to_profile
 from orchestrator.run.parentage import PARENT, dies_with_parent, handles_signals
+from orchestrator.settings.errors import StopRequested
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.deaths import ending, first_death, remove_places
 from orchestrator.training.heartbeat import Observed, remove_heartbeats, reported_hang
 from orchestrator.training.prepare import prepare
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.stops import heeding, write_stopped
 from orchestrator.training.watchdog import watched_from_outside
 
+STOPPED = 3  # exit code of a run that was stopped and can resume
 POLL_S = 0.1
 GRACE_S = 10.0  # seconds for the other ranks to exit after one has failed
 
@@ -46,7 +50,12 @@ def start_ranks(
             if print_if_finished(run_dir, profile) is not None:
                 return 0
             run_dir.check_checkpoints()  # here, before the other ranks wait for rank 0
-        prepared = prepare(spec)
+        poll = heeding(run_dir.stop_reason) if keeps_run else no_poll
+        try:
+            prepared = prepare(spec, poll=poll)
+        except StopRequested as stop:
+            write_stopped(run_dir, str(stop))
+            return STOPPED
         if profile is not None:
             steps_to_profile(spec, prepared.train.pairs_per_epoch, run_dir, profile)
         if keeps_run:

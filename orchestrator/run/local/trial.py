@@ -41,7 +41,7 @@ class NothingToSave:
     def fail(self, error: BaseException) -> None:
         """Do nothing: the exception is printed."""
 
-    def stop_requested(self) -> str | None:
+    def stop_requested(self, alone: bool = False) -> str | None:
         """Return None: a trial cannot be stopped with a save."""
         return None
 

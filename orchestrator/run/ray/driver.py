@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from types import FrameType
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from orchestrator.run.ray.deaths import gone_ranks, is_out_of_memory, reason_of_
 from orchestrator.run.ray.logs import following, rank_log
 from orchestrator.run.ray.objects import pickled_objects
 from orchestrator.run.supervise import Attempt, Supervisor
-from orchestrator.settings.errors import RunDied, TrainingError, UserError
+from orchestrator.settings.errors import RunDied, StopRequested, TrainingError, UserError
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.attempts import name_cause
 from orchestrator.training.deaths import Death, first_death
@@ -34,6 +33,7 @@ from orchestrator.training.manifest import committed, step_of
 from orchestrator.training.prepare import prepare
 from orchestrator.training.result import RunResult, finished_already, finished_line
 from orchestrator.training.rundir import RunDir
+from orchestrator.training.stops import heeding, write_stopped
 from orchestrator.training.user_objects import (
     ComputeMetrics,
     GivenCallback,
@@ -90,7 +90,10 @@ def train(
         if spec.cluster.preflight:
             space = disk.space_checks(spec, own_optimizer=optimizers is not None)
             raise_failed(preflight.check_here(spec) + space)
-        prepare(spec, user)  # raises errors of settings and data before Ray starts
+        try:  # raises errors of settings and data before Ray starts
+            prepare(spec, user, heeding(run_dir.stop_reason))
+        except StopRequested as stop:
+            return write_stopped(run_dir, str(stop))
         run_dir.begin(spec)
         checked_nodes = set[str]()
         with entered(spec), _stop_on_signal(run_dir), following(rank_log(run_dir, 0)):
@@ -121,7 +124,7 @@ def run_attempts(
                 raise
             raise RunDied(f"{refused}; the same command continues from {where}") from None
         except capacity.StoppedWaiting:
-            return _stopped_while_waiting(run_dir)
+            return write_stopped(run_dir, "while it waited for nodes")
         result = _result_of_attempt(run_dir)
         if elastic.is_growth_request(run_dir):
             run_dir.stop.unlink()
@@ -172,17 +175,6 @@ def _reason(error: Exception | None, death: Death | None, run_dir: RunDir) -> st
 def _result_of_attempt(run_dir: RunDir) -> dict[str, Any]:
     """Read how the workers ended; {"status": "died"} if they could not write it."""
     return run_dir.read_result() or {"status": "died"}
-
-
-def _stopped_while_waiting(run_dir: RunDir) -> RunResult:
-    """Write and return the result of a run without workers: that of its newest checkpoint, if
-    any.
-    """
-    newest = committed(run_dir.checkpoints)
-    step, folder = (step_of(newest[0]), str(newest[0])) if newest else (0, "")
-    result = RunResult("stopped", "while it waited for nodes", step, folder, None)
-    run_dir.write_result(asdict(result))
-    return result
 
 
 @contextmanager
