@@ -24,7 +24,7 @@ from orchestrator.models.storage import persistent_buffers, stored_tensors
 from orchestrator.settings.checkpoint import Exported
 from orchestrator.settings.counts import counted
 from orchestrator.settings.data import SourceSpec
-from orchestrator.settings.errors import StopRequested, UserError, type_and_message
+from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.settings.load import load_spec
 from orchestrator.settings.model import Dtype
 from orchestrator.settings.run import RunSpec
@@ -101,9 +101,6 @@ def export(
         for file in filter(Path.is_file, partial.rglob("*")):
             file.chmod(card.stat().st_mode)  # the mode of a new file: safetensors writes with 0600
         replace_folder(out, partial)
-    except StopRequested:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # frees its space on a full disk
         reason = f"the model could not be written to {out} ({type_and_message(error)})"
