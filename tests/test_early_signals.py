@@ -18,6 +18,7 @@ from orchestrator import cli
 def stopped(*_):
     signal.raise_signal(int(os.environ["NUMBER"]))
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests has made it ignored
 cli.load_spec = stopped
 sys.exit(cli.main())
 """

@@ -74,12 +74,21 @@ def config_at(key: str, path: str) -> Any:
         raise _cannot_load(key, path, "model config", error) from None
     text = config.get_text_config()
     for name in SIZES:
-        if rule := wrong_size(name, value := getattr(text, name, None)):
-            fix = "fix it in its config.json"
-            raise UserError(key, path, f"{name} = {value!r} in its config {rule}", fix)
+        for value in _values(text, name):
+            if rule := wrong_size(name, value):
+                fix = "fix it in its config.json"
+                raise UserError(key, path, f"{name} = {value!r} in its config {rule}", fix)
     if key == "model.path":
         _check_not_quantized(key, path, config)
     return config
+
+
+def _values(config: Any, name: str) -> list[Any]:
+    """Return a value of a config; where it is one of each layer, those of all layers."""
+    try:
+        return [getattr(config, name, None)]
+    except RuntimeError:  # what transformers raises then
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def wrong_size(name: str, value: Any) -> str:

@@ -61,11 +61,16 @@ def settings_of(folder: Path, model: dict[str, Any] | None = None, **reference: 
 
 
 def errors(ended: Ended) -> list[str]:
-    """Return the error line of each rank that prints one."""
-    assert "Traceback" not in ended.log, ended.log
-    lines = [line for line in ended.log.splitlines() if line.startswith("error")]
+    """Return the error line of each rank that fails; all of them print one."""
+    lines = error_lines(ended)
     assert len(lines) == sum(code != 0 for code in ended.codes), ended.log
     return lines
+
+
+def error_lines(ended: Ended) -> list[str]:
+    """Return the error lines of a run."""
+    assert "Traceback" not in ended.log, ended.log
+    return [line for line in ended.log.splitlines() if line.startswith("error")]
 
 
 def outcome(run_dir: Path) -> tuple[dict[int, float], dict[str, bytes]]:
@@ -199,10 +204,10 @@ def test_edited_reference_log_probs_are_detected_at_the_first_step(
     assert shift_records(folder, 0.25) >= 16  # those of the evaluation and of two steps at least
     ended = run_debug(settings, "run.name=second", ranks=ranks)
     assert ended.codes == [1] * ranks, ended.log
-    for line in errors(ended):
-        assert line.startswith("error: step 1: ")
-        assert "the policy starts as its reference, but their log-probs differ by 0.2" in line
-        assert f"remove {folder}/runs/.cache/reference_logps in case it was edited" in line
+    [line] = error_lines(ended)  # of rank 0: all ranks raise the same
+    assert line.startswith("error: step 1: ")
+    assert "the policy starts as its reference, but their log-probs differ by 0.2" in line
+    assert f"remove {folder}/runs/.cache/reference_logps in case it was edited" in line
     assert not list(folder.glob("runs/second/checkpoints/*"))
     assert "step 1/" not in ended.log
 

@@ -28,7 +28,7 @@ from orchestrator.training.assemble import assembled
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
-from orchestrator.training.manifest import sha256_of
+from orchestrator.training.manifest import sealed, sha256_of
 from orchestrator.training.prepare import prepare
 from support.export_checks import (
     TOLERANCE,
@@ -291,7 +291,7 @@ def without_buffers(checkpoint: Path, names: set[str]) -> None:
     index["ranges"] = [entry for entry in index["ranges"] if entry[2] not in names]
     (checkpoint / "index.json").write_text(json.dumps(index))
     manifest["files"]["index.json"] = sha256_of(checkpoint / "index.json")
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 def test_a_checkpoint_without_buffers_takes_them_from_the_start(
