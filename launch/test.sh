@@ -25,6 +25,7 @@ fi
 
 export INSTALL=".[test]"
 export PIP_COMPILE=0  # Python compiles what the tests import: a fraction of it
+unset PYTHONDONTWRITEBYTECODE  # with it every process of a test would compile all of that anew
 # shellcheck source=launch/install.sh
 source launch/install.sh
 if [ $# -eq 0 ]; then
