@@ -12,8 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.data.checksums import damage, seal, sync_folder
+from orchestrator.data.checksums import damage, seal
 from orchestrator.data.file_lock import Poll, locked, no_poll
+from orchestrator.durable import sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.data.file_lock import Poll, locked, no_poll
+from orchestrator.durable import sha256_of, sync_folder, synced_sha256, write_atomically
 
 NAME = "checksums.json"
 TRUSTED_S = 600.0  # seconds for which the other processes of a node rely on a check
@@ -21,25 +22,9 @@ SETTLED_S = 2.0
 
 def seal(folder: Path) -> None:
     """Flush every file of a folder to disk, and write their checksums beside them."""
-    sums: dict[str, str] = {}
-    for path in _files(folder):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    with open(folder / NAME, "w") as file:
-        file.write(json.dumps(sums))
-        file.flush()
-        os.fsync(file.fileno())
+    sums = {str(path.relative_to(folder)): synced_sha256(path) for path in _files(folder)}
+    write_atomically(folder / NAME, json.dumps(sums))
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names of the files in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def damage(folder: Path, poll: Poll = no_poll) -> str | None:
@@ -77,9 +62,8 @@ def _complaint(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != value:
-                return f"{name} differs from its checksum"
+        if sha256_of(path) != value:
+            return f"{name} differs from its checksum"
     return None if expected else f"{NAME} is damaged"
 
 

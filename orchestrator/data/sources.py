@@ -25,6 +25,7 @@ from orchestrator.data.readers import (
 )
 from orchestrator.data.row import BadRow, Row, printable
 from orchestrator.data.shapes import checked, numbers_of
+from orchestrator.durable import sha256_of
 from orchestrator.settings.data import DATA_SUFFIXES, DataSpec, SourceSpec, Split
 from orchestrator.settings.errors import UserError, type_and_message
 from orchestrator.settings.load import looks_local, scheme_of
@@ -290,8 +291,7 @@ def open_source(
     """Return an iterable of (row number, row) of a source, and a hash of its content."""
     identity = None
     if os.path.isfile(source.path):
-        with open(source.path, "rb") as file:
-            identity = hashlib.file_digest(file, "sha256").hexdigest()
+        identity = sha256_of(Path(source.path))
     if is_text_file(source.path):
         return text_rows(key, source.path), str(identity)
     rows = _with_datasets(key, source, split)

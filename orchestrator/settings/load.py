@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
+from orchestrator.durable import write_atomically
 from orchestrator.settings.data import DATA_SUFFIXES, Split
 from orchestrator.settings.errors import SettingsError, UserError, message_of
 from orchestrator.settings.explain import explain
@@ -91,13 +92,8 @@ def make_spec(raw: dict[str, Any]) -> RunSpec:
 
 def save_spec(spec: RunSpec, path: Path) -> None:
     """Write all settings, including defaults, so that the file documents what ran."""
-    partial = path.with_name(path.name + ".tmp")
-    text = OmegaConf.to_yaml(OmegaConf.create(_escaped(spec.model_dump(mode="json"))))
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # before the rename: else a crash could leave an empty file
-    os.replace(partial, path)
+    values = _escaped(spec.model_dump(mode="json"))
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
 def saved_spec(path: Path) -> RunSpec | None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import torch
 
+from orchestrator.durable import sync_folder, synced_sha256, write_atomically
 from orchestrator.engines.base import SCALAR, Shard
 from orchestrator.models.storage import save_tensors
 from orchestrator.settings.errors import type_and_message
@@ -32,11 +33,8 @@ from orchestrator.training.manifest import (
     retain,
     sealed,
     step_folder,
-    sync_folder,
-    synced_sha256,
 )
 from orchestrator.training.rng import RngState, rng_state
-from orchestrator.training.rundir import write_atomically
 from orchestrator.world import World
 
 # interval in seconds at which rank 0 checks for files that other ranks write in the background

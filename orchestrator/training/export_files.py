@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from orchestrator.durable import sha256_of
 from orchestrator.engines.precision import dtype_held
 from orchestrator.models.layers import head_is_tied
 from orchestrator.models.policy import build_policy, load_config, load_tokenizer
@@ -18,7 +19,6 @@ from orchestrator.training.damage import tokenizer_damage
 from orchestrator.training.manifest import (
     MANIFEST,
     sealed,
-    sha256_of,
 )
 from orchestrator.training.run_identity import differences, tokenizer_hashes
 from orchestrator.training.rundir import RunDir

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.durable import sync_folder, synced_sha256
 from orchestrator.settings.errors import UserError
 from orchestrator.training.manifest import (
     ManifestFiles,
@@ -28,8 +29,6 @@ from orchestrator.training.manifest import (
     differing,
     listed_in,
     step_of,
-    sync_folder,
-    synced_sha256,
 )
 from orchestrator.training.rundir import NEWEST_PAIRS, RunDir
 

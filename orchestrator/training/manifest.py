@@ -5,11 +5,11 @@ Does not import torch.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orchestrator.durable import sha256_of
 from orchestrator.settings.errors import UserError
 
 FORMAT = 4
@@ -172,25 +172,3 @@ def _digest(document: dict[str, Any]) -> str:
 def _unread(path: Path, error: OSError) -> ReadFailed:
     reason = error.strerror or type(error).__name__
     return ReadFailed(f"{path} cannot be read now ({reason}); nothing was changed, try again later")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def synced_sha256(path: Path) -> str:
-    """Flush a file to disk and return its sha256."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.training.manifest import sha256_of
+from orchestrator.durable import sha256_of
 from orchestrator.training.rundir import NEWEST_PAIRS, RunDir
 
 

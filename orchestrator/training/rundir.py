@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
+from orchestrator.durable import write_atomically
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import (
     FOLDER_KEYS,
@@ -292,19 +293,3 @@ def _not_a_run(path: Path) -> UserError:
         if meant := nearest(path.name, near):
             fix = f"did you mean {near[meant]}?"
     return UserError("RUN_DIR", str(path), rule, fix)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file atomically: a reader, or a crash, finds either the old text or the new
-    one.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)  # frees its space on a full disk
-        raise OSError(error.errno, error.strerror, str(path)) from None

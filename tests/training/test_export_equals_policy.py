@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from orchestrator.durable import sha256_of
 from orchestrator.models.new_model import new_weights
 from orchestrator.models.policy import load_tokenizer
 from orchestrator.models.storage import persistent_buffers
@@ -28,7 +29,7 @@ from orchestrator.training.assemble import assembled
 from orchestrator.training.checkpoint_reader import Reader
 from orchestrator.training.context import RunContext
 from orchestrator.training.export import export
-from orchestrator.training.manifest import sealed, sha256_of
+from orchestrator.training.manifest import sealed
 from orchestrator.training.prepare import prepare
 from support.export_checks import (
     TOLERANCE,

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.durable import write_atomically
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.load import load_spec
 from orchestrator.training.checkpoint_writer import save
-from orchestrator.training.rundir import RunDir, write_atomically
+from orchestrator.training.rundir import RunDir
 from support.tiny_parts import ALONE
 from support.tiny_settings import tiny_spec
 

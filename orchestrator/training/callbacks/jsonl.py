@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.callback_api import TrainerCallback
+from orchestrator.durable import write_atomically
 from orchestrator.training.logged import damaged_line, lines_of, parsed_lines
-from orchestrator.training.rundir import write_atomically
 
 logger = logging.getLogger(__name__)
 

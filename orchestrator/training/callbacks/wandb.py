@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.callback_api import TrainerCallback
+from orchestrator.durable import write_atomically
 from orchestrator.settings.errors import UserError
 from orchestrator.settings.plain import SECRET_NAME
 from orchestrator.settings.run import RunSpec
-from orchestrator.training.rundir import RunDir, write_atomically
+from orchestrator.training.rundir import RunDir
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.cli import main
+from orchestrator.durable import sha256_of
 from orchestrator.run.local import interval
-from orchestrator.training.manifest import MANIFEST, sealed, sha256_of
+from orchestrator.training.manifest import MANIFEST, sealed
 from support.command_line import orchestrator
 from support.debug_runs import finish_debug
 from support.tiny_settings import write_settings
