@@ -18,7 +18,7 @@ from orchestrator import early_signals, terminal
 from orchestrator.arguments import check_flags, debug_flags, files_and_overrides, parse
 from orchestrator.data.sources import raw_rows
 from orchestrator.insight.summary import summary
-from orchestrator.run.parentage import PARENT
+from orchestrator.processes import PARENT
 from orchestrator.settings import errors
 from orchestrator.settings.counts import counted
 from orchestrator.settings.errors import RunDied, TrainingError, UserError

@@ -1,6 +1,5 @@
 """Tokenise the rows of a source, in parallel processes if there are many."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -13,13 +12,14 @@ from orchestrator.data.file_lock import Poll, no_poll
 from orchestrator.data.row import BadRow
 from orchestrator.data.shapes import checked, numbers_of
 from orchestrator.data.tokens import TokenizedPair, tokenize_checked, truncated, unread_variables
+from orchestrator.early_signals import STOP_SIGNALS
+from orchestrator.processes import die_with_parent
 from orchestrator.settings.data import DataSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 512  # rows sent to a tokenising process at a time
-PR_SET_PDEATHSIG = 1  # of prctl, in linux/prctl.h
 PARALLEL_FROM = 4 * CHUNK  # rows below which starting processes costs more than they save
 
 
@@ -95,10 +95,8 @@ def _begin_process(parent: int) -> None:
     """Let a tokenising process live as long as its parent, which handles the signals that a
     terminal or Slurm sends to both.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    die_with_parent(parent)
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from orchestrator.processes import process_state
 from orchestrator.settings.counts import counted
 from orchestrator.training.rundir import RunDir
 
@@ -189,7 +190,7 @@ def hang_line(hung: list[Observed], run_dir: RunDir) -> str:
     first = hung[0]
     others = f" (and {counted(len(hung) - 1, 'other rank')})" if len(hung) > 1 else ""
     if first.is_silent:
-        what = f"does not respond, {_process_state(first.beat)},"
+        what = f"does not respond, {_why_silent(first.beat)},"
     elif first.beat.user_code:
         what = f"hangs in {first.beat.user_code}"
     else:
@@ -201,13 +202,14 @@ def hang_line(hung: list[Observed], run_dir: RunDir) -> str:
     return f"{first.beat.place}{others}: {what} for {first.age:.0f} s; {where}"
 
 
-def _process_state(beat: Heartbeat) -> str:
+def _why_silent(beat: Heartbeat) -> str:
     """Return why a process of this machine does not respond, as far as Linux tells."""
     if beat.host != os.uname().nodename:
         return "as its process or its machine is stopped or lost"
-    try:
-        state = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+    state = ""
+    with suppress(OSError):
+        state = process_state(beat.pid)
+    if not state:
         return "as its process is gone"
     if state in "Tt":
         return f"as its process {beat.pid} is stopped (SIGSTOP)"

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from orchestrator.processes import process_state
 from orchestrator.settings.errors import UserError
 
 BEAT_S = 1.0  # an owner rewrites its file this often
@@ -49,12 +50,9 @@ class Owner(NamedTuple):
         if not self.boot or self.boot != _boot_id():
             return False
         try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        except (OSError, IndexError):
+            return process_state(self.pid) in ("", "Z", "X")
+        except OSError:
             return False
-        return state in ("Z", "X")
 
 
 @contextmanager

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 
 from orchestrator import early_signals
 from orchestrator.data.file_lock import no_poll
+from orchestrator.processes import PARENT, die_with_parent, handles_signals
 from orchestrator.run.local.debug import print_hang, print_if_finished
 from orchestrator.run.local.profile import Steps, steps_to_profile
-from orchestrator.run.parentage import PARENT, dies_with_parent, handles_signals
 from orchestrator.settings.errors import StopRequested
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.deaths import ending, first_death, remove_places
@@ -124,7 +125,7 @@ class _Ranks:
             process = subprocess.Popen(
                 command,
                 env={**env, "RANK": rank, "LOCAL_RANK": rank},
-                preexec_fn=dies_with_parent(),
+                preexec_fn=partial(die_with_parent, os.getpid()),
                 pass_fds=lock,
             )
             self.processes.append(process)

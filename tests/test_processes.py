@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.run.parentage import dies_with_parent, handles_signals
+from orchestrator.processes import die_with_parent, handles_signals, process_state
 from orchestrator.training.rundir import RunDir
 from support.cluster_nodes import wait_until
 
 STARTS_CHILD = """
-import subprocess, sys, time
-from orchestrator.run.parentage import dies_with_parent
+import os, subprocess, sys, time
+from functools import partial
+from orchestrator.processes import die_with_parent
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
-                         preexec_fn=dies_with_parent())
+                         preexec_fn=partial(die_with_parent, os.getpid()))
 print(child.pid, flush=True)
 time.sleep(600)
 """
@@ -32,10 +33,7 @@ with guarded(grace_s=0.1):
 
 
 def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return process_state(pid) not in ("", "Z")
 
 
 def test_a_rank_dies_with_a_parent_that_is_killed() -> None:
@@ -49,12 +47,12 @@ def test_a_rank_dies_with_a_parent_that_is_killed() -> None:
 
 
 def test_a_child_whose_parent_is_dead_already_does_not_start() -> None:
-    bind = dies_with_parent()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         grandchild = os.fork()
         if grandchild == 0:
-            bind()  # the parent that it names is another process
+            die_with_parent(parent)  # its parent is another process
             os._exit(0)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
