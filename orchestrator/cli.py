@@ -21,15 +21,13 @@ from orchestrator.insight.summary import summary
 from orchestrator.processes import PARENT
 from orchestrator.settings import errors
 from orchestrator.settings.counts import counted
-from orchestrator.settings.errors import RunDied, TrainingError, UserError
+from orchestrator.settings.errors import DONE, FAILED, STOPPED, WRONG, UserError
 from orchestrator.settings.load import ALL_PATH_KEYS, SettingsSource, load_spec, paths_in
 from orchestrator.settings.os_errors import os_errors
 from orchestrator.settings.run import RunSpec
 from orchestrator.training import manifest
 from orchestrator.training.result import RunResult, finished_already, finished_line, last_result
 from orchestrator.training.rundir import RunDir
-
-DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +84,7 @@ def _run_verb(words: Sequence[str]) -> int:
     except (errors.MachineError, errors.UserCodeExited) as error:  # of one rank
         _print_error(f"error: {' '.join(str(error).split())}")
         return FAILED
-    except (TrainingError, RunDied) as error:
+    except (errors.TrainingError, errors.RunDied) as error:
         from orchestrator.world import is_first_process
 
         if is_first_process():  # the same error is raised on every rank

@@ -5,9 +5,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3  # exit codes; stopped: saved, and can resume
 PACKAGE = str(Path(__file__).parents[1])
-LIBRARIES = (PACKAGE, sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "<frozen")
-"""Where files of code begin that is not a user's."""
+NOT_THE_USERS = (
+    PACKAGE,
+    *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
+    "<frozen",
+)
+"""How the paths of code begin that is not a user's."""
 LONGEST_MESSAGE = 300  # characters of an exception's message in one of our lines
 
 
@@ -25,7 +30,7 @@ def type_and_message(error: BaseException) -> str:
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:
     """Return the first frame of a user's code in the traceback of an exception, or None."""
     frames = traceback.extract_tb(error.__traceback__)
-    return next((frame for frame in frames if not frame.filename.startswith(LIBRARIES)), None)
+    return next((frame for frame in frames if not frame.filename.startswith(NOT_THE_USERS)), None)
 
 
 def place_in_user_code(error: BaseException) -> str:

@@ -9,18 +9,24 @@ import json
 import os
 import re
 import signal
-import sysconfig
 import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from orchestrator.settings.errors import TrainingError, UserError, message_of, type_and_message
+from orchestrator.settings.errors import (
+    NOT_THE_USERS,
+    PACKAGE,
+    TrainingError,
+    UserError,
+    message_of,
+    type_and_message,
+)
 from orchestrator.training.heartbeat import IN_STEP, Phase
 from orchestrator.training.rundir import RunDir
 
@@ -43,8 +49,6 @@ CRASHES = {
 }
 """Signals by the words of faulthandler."""
 FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
-OUR_CODE = str(Path(__file__).parents[1])
-LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
 _OPEN: list[TextIO] = []  # files that a crash writes: they stay open as long as the process
 LESS_MEMORY = "lower batch.micro_batch_size or data.max_length, or shard the model over more ranks"
 
@@ -88,9 +92,7 @@ class PlaceFile:
         self.last = LastPlace(
             rank, os.uname().nodename, os.getpid(), time.time(), 0, "start", (), oom_kills()
         )
-        self._file: int | None = None
-        with suppress(OSError):  # a full disk: the checkpoint reports it
-            self._file = os.open(_path(run_dir, rank), os.O_CREAT | os.O_WRONLY, 0o644)
+        self._path, self._file = _path(run_dir, rank), -1
         self._write()
 
     def move(self, step: int, phase: Phase, pairs: torch.Tensor | None = None) -> None:
@@ -98,38 +100,32 @@ class PlaceFile:
         ids = self.last.pairs if phase in IN_MICRO_BATCH else ()
         if pairs is not None:
             ids = tuple(pairs[:MOST_PAIRS].tolist())
-        self.last = LastPlace(
-            self.last.rank,
-            self.last.host,
-            self.last.pid,
-            time.time(),
-            step,
-            phase,
-            ids,
-            self.last.oom_kills,
-        )
+        self.last = replace(self.last, time=time.time(), step=step, phase=phase, pairs=ids)
         self._write()
 
     def fail(self, error: BaseException) -> None:
         """Write the exception that ends this rank."""
         names_cause = isinstance(error, UserError | TrainingError)
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        changes = {
-            "time": time.time(),
-            "oom_kills": oom_kills(),
-            "error": message_of(error) if names_cause else f"raised {type_and_message(error)}",
-            "code": None if names_cause else _raised_in(error),
-            "lost_peer": not memory and bool(LOST_A_PEER.search(f"{type(error)} {error}")),
-            "memory": memory,
-        }
-        self.last = LastPlace(**{**asdict(self.last), **changes})
+        self.last = replace(
+            self.last,
+            time=time.time(),
+            oom_kills=oom_kills(),
+            error=message_of(error) if names_cause else f"raised {type_and_message(error)}",
+            code=None if names_cause else _raised_in(error),
+            lost_peer=not memory and bool(LOST_A_PEER.search(f"{type(error)} {error}")),
+            memory=memory,
+        )
         self._write()
 
     def _write(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):
-                text = json.dumps(asdict(self.last)).encode()
-                os.pwrite(self._file, text[:BYTES].ljust(BYTES), 0)
+        # a full disk, which the checkpoint reports, or no directory yet: rank 0 creates that of a
+        # new run while this one waits
+        with suppress(OSError):
+            if self._file < 0:
+                self._file = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o644)
+            text = json.dumps(vars(self.last)).encode()
+            os.pwrite(self._file, text[:BYTES].ljust(BYTES), 0)
 
 
 @dataclass(frozen=True)
@@ -267,8 +263,8 @@ def _raised_in(error: BaseException) -> str | None:
 
 def _code_of(frames: list[tuple[str, int, str]]) -> str | None:
     """Return the innermost frame of the user's code in words, else the innermost of ours."""
-    ours = [frame for frame in frames if frame[0].startswith(OUR_CODE)]
-    users = [frame for frame in frames if not frame[0].startswith((OUR_CODE, *LIBRARIES, "<"))]
+    ours = [frame for frame in frames if frame[0].startswith(PACKAGE)]
+    users = [frame for frame in frames if not frame[0].startswith((*NOT_THE_USERS, "<"))]
     for path, line, function in [*users[:1], *ours[:1]]:
         return f"{function} ({Path(path).name} line {line})"
     return None

@@ -13,13 +13,6 @@ LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer 
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> RunDir:
-    directory = RunDir(tmp_path)
-    directory.logs.mkdir()
-    return directory
-
-
-@pytest.fixture
 def ranks(run_dir: RunDir) -> list[PlaceFile]:
     """Two ranks in the second micro-batch of step 12, with pairs 3 and 8 on rank 1."""
     files = [PlaceFile(run_dir, rank) for rank in range(2)]
@@ -33,6 +26,14 @@ def line(run_dir: RunDir, gone: dict[int, str | None]) -> str:
     death = first_death(run_dir, gone)
     assert death is not None
     return death.line
+
+
+def test_a_rank_of_a_new_run_that_waits_for_its_directory_is_named(tmp_path: Path) -> None:
+    new = RunDir(tmp_path / "new")
+    file = PlaceFile(new, 1)
+    new.logs.mkdir(parents=True)
+    file.move(11, "forward", torch.tensor([3, 8]))
+    assert line(new, {1: "SIGKILL"}).startswith("rank 1 on ")
 
 
 @pytest.mark.parametrize("known", [{1: "SIGKILL"}, {1: None}, {}])

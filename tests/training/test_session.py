@@ -27,13 +27,6 @@ time.sleep(60)
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> RunDir:
-    directory = RunDir(tmp_path)
-    directory.logs.mkdir()
-    return directory
-
-
-@pytest.fixture
 def session(run_dir: RunDir) -> LocalSession:
     """A session that leaves this process's signal handlers alone."""
     values: list[LocalSession] = []

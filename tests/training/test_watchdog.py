@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,13 +63,6 @@ def seen(*beats: Heartbeat, silent: tuple[int, ...] = ()) -> list[Observed]:
 
 def hung(ranks: list[Observed], waited_out: bool = False) -> list[int]:
     return [each.beat.rank for each in hung_ranks(ranks, waited_out)]
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> RunDir:
-    directory = RunDir(tmp_path)
-    directory.logs.mkdir()
-    return directory
 
 
 @pytest.fixture

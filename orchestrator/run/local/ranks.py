@@ -14,7 +14,7 @@ from orchestrator.data.file_lock import no_poll
 from orchestrator.processes import PARENT, die_with_parent, handles_signals
 from orchestrator.run.local.debug import print_hang, print_if_finished
 from orchestrator.run.local.profile import Steps, steps_to_profile
-from orchestrator.settings.errors import StopRequested
+from orchestrator.settings.errors import DONE, FAILED, STOPPED, WRONG, StopRequested
 from orchestrator.settings.run import RunSpec
 from orchestrator.training.deaths import ending, first_death, remove_places
 from orchestrator.training.heartbeat import Observed, remove_heartbeats, reported_hang
@@ -23,7 +23,6 @@ from orchestrator.training.rundir import RunDir
 from orchestrator.training.stops import heeding, write_stopped
 from orchestrator.training.watchdog import watched_from_outside
 
-STOPPED = 3  # exit code of a run that was stopped and can resume
 POLL_S = 0.1
 GRACE_S = 10.0  # seconds for the other ranks to exit after one has failed
 
@@ -49,7 +48,7 @@ def start_ranks(
             lock = (held.enter_context(run_dir.owned()),)
             run_dir.check(spec)
             if print_if_finished(run_dir, profile) is not None:
-                return 0
+                return DONE
             run_dir.check_checkpoints()  # here, before the other ranks wait for rank 0
         poll = heeding(run_dir.stop_reason) if keeps_run else no_poll
         try:
@@ -144,24 +143,26 @@ class _Ranks:
 
     def wait(self) -> None:
         """Wait for all ranks; once one has failed, the others have GRACE_S to end."""
-        while any(process.poll() is None for process in self.processes):
+        while True:
             codes = [process.poll() for process in self.processes]
             if self.received and any(-code in self.received for code in codes if code):
                 # by a signal that also reached the rank, which had no handler yet
                 self.stopped_early = len(self.received) == 1
                 self.send(signal.SIGKILL)
-            if self._deadline is None and any(code not in (None, 0, 3) for code in codes):
+            failed = {rank: code for rank, code in enumerate(codes) if code and code != STOPPED}
+            if failed and self._deadline is None:
                 self._deadline = time.monotonic() + GRACE_S
-                ended = {rank: code for rank, code in enumerate(codes) if code not in (None, 0, 3)}
-                self._gone = {rank: ending(code) for rank, code in ended.items() if code}
+                self._gone = {rank: ending(code) for rank, code in failed.items()}
                 self.send(signal.SIGTERM)
+            if None not in codes:  # only now: all may have ended since the last look
+                return
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self.send(signal.SIGKILL)
             time.sleep(POLL_S)
 
     def print_first_death(self, run_dir: RunDir) -> None:
         """Print what ended the run, unless it was a signal, the user's input or a hang."""
-        was_expected = self.received or any(each.returncode == 2 for each in self.processes)
+        was_expected = self.received or any(each.returncode == WRONG for each in self.processes)
         if was_expected or not self._gone or reported_hang(run_dir):
             return
         if death := first_death(run_dir, self._gone):
@@ -176,7 +177,7 @@ class _Ranks:
         if self.stopped_early:
             raise early_signals.StoppedEarly(self.received[0])
         # below 0: a signal
-        codes = [1 if each.returncode < 0 else each.returncode for each in self.processes]
-        if 2 in codes:  # a UserError of one rank is the reason; the others failed because of it
-            return 2
-        return next((code for code in codes if code not in (0, 3)), max(codes))
+        codes = [FAILED if each.returncode < 0 else each.returncode for each in self.processes]
+        if WRONG in codes:  # a UserError of one rank is the reason; others failed because of it
+            return WRONG
+        return next((code for code in codes if code not in (DONE, STOPPED)), max(codes))

@@ -12,16 +12,13 @@ PROCESS_GONE = "its worker process has died"  # a long message of Ray without fu
 
 def gone_ranks(error: Exception | None) -> dict[int, str | None]:
     """Return the ranks whose process Ray Train has lost; how they ended is not known."""
-    failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
-    return {
-        rank: None for rank, failure in failures.items() if hasattr(failure, "health_check_failure")
-    }
+    failures = _failures(error).items()
+    return {rank: None for rank, failure in failures if hasattr(failure, "health_check_failure")}
 
 
 def is_out_of_memory(error: Exception | None) -> bool:
     """Return whether Ray's memory monitor ended a worker."""
-    failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
-    return any("memory monitor" in str(each) for each in [error, *failures.values()])
+    return any("memory monitor" in str(each) for each in [error, *_failures(error).values()])
 
 
 def reason_of_death(error: Exception | None, log_of: Callable[[int], Path]) -> str:
@@ -30,12 +27,16 @@ def reason_of_death(error: Exception | None, log_of: Callable[[int], Path]) -> s
     error: exception of TorchTrainer.fit. A rank whose process is gone comes before ranks that
     raised, as these usually lost their connection to it.
     """
-    failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
+    failures = _failures(error)
     if not failures:
         return _in_short(str(error))
-    gone = [rank for rank, failure in failures.items() if hasattr(failure, "health_check_failure")]
-    rank = min(gone or failures)
+    rank = min(gone_ranks(error) or failures)
     return f"rank {rank}: {_in_short(str(failures[rank]))}; its log is {log_of(rank)}"
+
+
+def _failures(error: Exception | None) -> Mapping[int, Exception]:
+    """Return what Ray Train reports of each rank that failed."""
+    return getattr(error, "worker_failures", None) or {}
 
 
 def _in_short(text: str) -> str:
