@@ -19,7 +19,7 @@ class TrainingSpec(Block):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the gradient to this L2 norm; no clipping when null."""
     on_non_finite: Literal["stop", "skip"] = Field("stop", json_schema_extra=FREE)
-    """What follows a loss or gradient that is not finite: stop ends the run; skip continues with
+    """Response to a loss or gradient that is not finite: stop ends the run; skip continues with
     the next batch, without an update and without counting the step, up to 10 times in a row.
     """
     logging_steps: Positive = Field(10, json_schema_extra=FREE)

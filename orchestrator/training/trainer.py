@@ -73,9 +73,8 @@ class Trainer:
         self._rng: RngState | None = None  # before a step that is not updated yet
         self.non_finite = NonFinite(context, self.engine, loader.pairs, self.checkpointer.wait)
         self._has_warned_unscored = False
-        progress = (
-            self.progress
-        )  # not self: a circle would keep the weights until the next collection
+        # not with self: a circle would keep the weights until the next collection
+        progress = self.progress
         self.engine.after_forward = lambda: context.session.beat(progress.step, "backward")
         self.callbacks.fire("on_init_end")
 

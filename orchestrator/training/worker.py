@@ -110,8 +110,7 @@ def _prepare(context: RunContext, user: UserObjects) -> PreparedRun:
         reason = str(stop)
         if context.world.size > 1:  # a rank that waits for this one's rows would begin them
             with suppress(OSError):
-                why = context.session.stop_requested(alone=True)
-                context.run_dir.stop.write_text(why or "")
+                context.run_dir.stop.write_text(reason)
     reasons = [each for each in context.world.gather(reason) if each is not None]
     if reasons or prepared is None:
         raise StopRequested(reasons[0])

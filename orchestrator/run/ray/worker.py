@@ -69,9 +69,8 @@ def worker_loop(config: dict[str, Any]) -> None:
 
 def _end(line: str, reports: bool) -> None:
     """End this process, whose run hangs; the driver resumes the run."""
-    print(
-        f"error: {line}", flush=True
-    )  # to this rank's log; the driver reads RUN_DIR/logs/hang.txt
+    # to this rank's log; the driver reads RUN_DIR/logs/hang.txt
+    print(f"error: {line}", flush=True)
     os._exit(1)
 
 
