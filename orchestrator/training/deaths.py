@@ -22,6 +22,7 @@ import torch
 from orchestrator.settings.errors import (
     NOT_THE_USERS,
     PACKAGE,
+    MachineError,
     TrainingError,
     UserError,
     message_of,
@@ -105,6 +106,8 @@ class PlaceFile:
 
     def fail(self, error: BaseException) -> None:
         """Write the exception that ends this rank."""
+        if isinstance(error, MachineError) and error.__cause__ is not None:
+            error = error.__cause__  # what user code raised
         names_cause = isinstance(error, UserError | TrainingError)
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         self.last = replace(

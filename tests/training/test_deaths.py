@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.settings.errors import MachineError
 from orchestrator.training import deaths
 from orchestrator.training.deaths import PlaceFile, ending, first_death, remove_places
 from orchestrator.training.rundir import RunDir
+from orchestrator.user_code import call_user_code
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3042")
 
@@ -69,6 +71,19 @@ def test_the_first_exception_leads_with_the_code_that_raised_it(
     ranks[1].fail(raised.value)
     ranks[0].fail(KeyError("later"))
     assert ": raised ZeroDivisionError: no pairs in loss (test_deaths.py line " in line(run_dir, {})
+
+
+def test_lack_of_memory_in_user_code_is_an_advice(run_dir: RunDir, ranks: list[PlaceFile]) -> None:
+    with pytest.raises(MachineError) as raised:
+        call_user_code("dpo.loss_type", "my:loss", "for 2 pairs", raise_no_memory)
+    ranks[1].fail(raised.value)
+    text = line(run_dir, {})
+    assert "raised MemoryError in raise_no_memory (test_deaths.py line " in text
+    assert "lower batch.micro_batch_size" in text
+
+
+def raise_no_memory() -> None:
+    raise MemoryError
 
 
 def test_lack_of_memory_is_an_advice(run_dir: RunDir, ranks: list[PlaceFile]) -> None:
